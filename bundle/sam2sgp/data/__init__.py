@@ -1,0 +1,53 @@
+"""Data: reading and writing files, data folders, training episodes."""
+
+from sam2sgp.data.folders import (
+    DEFAULT_PATIENT_PATTERN,
+    check_label_values,
+    choose_slices,
+    class_names,
+    complete_class_names,
+    label_index,
+    load_datalist,
+    subset,
+)
+from sam2sgp.data.io import (
+    Geometry,
+    MedicalImage,
+    dicom_files,
+    image_stem,
+    is_binary_255,
+    is_image,
+    output_suffix,
+    read_image,
+    read_label,
+    write_label,
+)
+
+# After io: episodes needs transforms, and transforms needs io.
+from sam2sgp.data.episodes import EpisodeDataset, EpisodeSampler  # isort: skip
+from sam2sgp.data.cache import CaseCache, PreparedCase  # isort: skip
+
+__all__ = [
+    "DEFAULT_PATIENT_PATTERN",
+    "CaseCache",
+    "EpisodeDataset",
+    "EpisodeSampler",
+    "Geometry",
+    "MedicalImage",
+    "PreparedCase",
+    "check_label_values",
+    "choose_slices",
+    "class_names",
+    "complete_class_names",
+    "dicom_files",
+    "image_stem",
+    "is_binary_255",
+    "is_image",
+    "label_index",
+    "load_datalist",
+    "output_suffix",
+    "read_image",
+    "read_label",
+    "subset",
+    "write_label",
+]

@@ -1,0 +1,94 @@
+"""Prepared cases on disk: what preprocessing makes of a case, read back slice by slice.
+
+Training draws single slices at random. Reading a whole volume for each would be slow, holding all volumes in memory
+would not scale; so each case is prepared once and memory-mapped. The folder is only a cache: it may be deleted at any
+time, and files are written whole or not at all, so several processes may share it.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from monai.transforms import Compose
+
+from sam2sgp.errors import DataError
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """image: (Z, C, S, S) float16 in [0, 1]. label: (Z, S, S) class map. valid: (top, left, height, width) in pixels."""
+
+    image: np.ndarray
+    label: np.ndarray
+    valid: tuple[int, int, int, int]
+
+
+class CaseCache:
+    """Prepares cases through a transform and keeps the result in a folder.
+
+    Args:
+        directory: where the files go; made if missing.
+        transform: case dict -> case dict with `image`, `label` and `fit`, see `sam2sgp.transforms`.
+
+    Raises:
+        DataError: a case can't be read, or the folder can't be written.
+    """
+
+    def __init__(self, directory: str | Path, transform: Callable) -> None:
+        self.directory = Path(directory)
+        self.transform = transform
+
+    def __getitem__(self, case: dict) -> PreparedCase:
+        stem = self.directory / self._key(case)
+        paths = [stem.with_suffix(suffix) for suffix in (".image.npy", ".label.npy", ".json")]
+        if not paths[-1].is_file():
+            self._prepare(case, paths)
+        image, label = (np.load(path, mmap_mode="r") for path in paths[:2])
+        return PreparedCase(image, label, tuple(json.loads(paths[2].read_text())["valid"]))
+
+    def _prepare(self, case: dict, paths: list[Path]) -> None:
+        prepared = self.transform(case)
+        fit = prepared["fit"]
+        label = prepared["label"].numpy()
+        label = label.astype(np.uint8 if label.max(initial=0) < 256 else np.int32)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _write(paths[0], lambda file: np.save(file, prepared["image"].numpy().astype(np.float16)))
+            _write(paths[1], lambda file: np.save(file, label))
+            # The last file to appear marks the case as complete.
+            _write(paths[2], lambda file: file.write(json.dumps({"valid": [*fit.offset, *fit.inner]}).encode()))
+        except OSError as error:
+            raise DataError(
+                f"{self.directory}: expected to write prepared images there, found {error}; free some space or choose "
+                "another folder with `cache_dir`."
+            ) from error
+
+    def _key(self, case: dict) -> str:
+        parts = [fingerprint(self.transform), case.get("modality")]
+        for key in ("image", "label"):
+            path = Path(case[key])
+            files = sorted(path.iterdir()) if path.is_dir() else [path]
+            parts += [[str(file), file.stat().st_mtime_ns, file.stat().st_size] for file in files if file.exists()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def fingerprint(transform: Callable) -> list:
+    """What a (composed) transform is made of, as JSON types: class names and their settings."""
+    steps = transform.transforms if isinstance(transform, Compose) else [transform]
+    return [[type(step).__name__, json.loads(json.dumps(vars(step), default=str, sort_keys=True))] for step in steps]
+
+
+def _write(path: Path, write: Callable) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,192 @@
+"""Training episodes: a few images of one task, each to be segmented with the others as its support.
+
+One item of `EpisodeDataset` is one episode: G slices with the binary mask of one target. Within a batch every image
+is encoded once and serves both as query and as support of the others (`SupportSampler` chooses which), which costs a
+(K + 1)-th of encoding separate support images.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+from tqdm import tqdm
+
+from sam2sgp.data.cache import CaseCache
+from sam2sgp.errors import DataError
+from sam2sgp.transforms.array import to_three_channels
+
+MIN_PIXELS = 4
+
+
+class EpisodeDataset(Dataset):
+    """Random but reproducible episodes: item i is a function of the seed and i alone.
+
+    Args:
+        data: labelled cases, dicts with `image`, `label`, `patient` and `group`.
+        transform: preprocessing of a case, see `sam2sgp.transforms`.
+        cache_dir: folder for prepared cases, see `CaseCache`.
+        episodes: number of episodes in an epoch.
+        group_size: images G in an episode, at least 2.
+        task_augmentation: dictionary transform of `image` (3, S, S) and `label` (1, S, S), applied with the same
+            random numbers to all images of an episode.
+        augmentation: likewise, but drawn anew for each image.
+        empty_fraction: share of images drawn from slices without the target, where there are such.
+        invert_probability: share of episodes whose target is everything but the class.
+        union_probability: share of episodes whose target is the union of two classes, where there are two.
+        seed: of all random choices.
+        progress: show a bar while cases are prepared.
+
+    Raises:
+        DataError: no class is present in images of two patients, so that no query could have a support.
+    """
+
+    def __init__(
+        self,
+        data: list[dict],
+        transform: Callable,
+        cache_dir: str,
+        episodes: int = 96,
+        group_size: int = 6,
+        task_augmentation: Callable | None = None,
+        augmentation: Callable | None = None,
+        empty_fraction: float = 0.1,
+        invert_probability: float = 0.1,
+        union_probability: float = 0.1,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        self.data = data
+        self.transform = transform
+        self.cache = CaseCache(cache_dir, transform)
+        self.episodes = episodes
+        self.group_size = group_size
+        self.task_augmentation = task_augmentation
+        self.augmentation = augmentation
+        self.empty_fraction = empty_fraction
+        self.invert_probability = invert_probability
+        self.union_probability = union_probability
+        self.seed = seed
+        self.patients = sorted({case["patient"] for case in data})
+        # tasks[group][class value][patient] lists (case, slice); slices[group][patient] lists all with their classes.
+        self.tasks: dict[str, dict[int, dict[str, list]]] = {}
+        self.slices: dict[str, dict[str, list]] = {}
+        self._index(progress)
+
+    def _index(self, progress: bool) -> None:
+        tasks: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+        slices: dict = defaultdict(lambda: defaultdict(list))
+        bar = tqdm(self.data, desc="Preparing training images", unit="case", disable=not progress)
+        for number, case in enumerate(bar):
+            label = self.cache[case].label
+            for index in range(len(label)):
+                counts = np.bincount(label[index].ravel())
+                present = {int(value) for value in np.flatnonzero(counts >= MIN_PIXELS) if value}
+                slices[case["group"]][case["patient"]].append((number, index, present))
+                for value in present:
+                    tasks[case["group"]][value][case["patient"]].append((number, index))
+        for group, classes in tasks.items():
+            usable = {value: dict(patients) for value, patients in sorted(classes.items()) if len(patients) > 1}
+            if usable:
+                self.tasks[group] = usable
+                self.slices[group] = dict(slices[group])
+        if not self.tasks:
+            raise DataError(
+                f"Training expected a class labelled in images of at least two patients, found {len(self.data)} "
+                f"labelled images of {len(self.patients)} patients without one; add labelled images, or set "
+                "`patient_pattern` if file names are mistaken for one patient's."
+            )
+
+    def __len__(self) -> int:
+        return self.episodes
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Episode `index` (any non-negative number, see `EpisodeSampler`).
+
+        Returns:
+            image (G, 3, S, S) float32 in [0, 1]; label (G, 1, S, S) float32 in {0, 1}; patient (G,) int64;
+            seed () int64 for random choices that the training step makes.
+        """
+        rng = np.random.default_rng([self.seed, index])
+        group = sorted(self.tasks)[rng.integers(len(self.tasks))]
+        classes = self.tasks[group]
+        target = {int(rng.choice(list(classes)))}
+        if len(classes) > 1 and rng.random() < self.union_probability:
+            target.add(int(rng.choice([value for value in classes if value not in target])))
+        invert = rng.random() < self.invert_probability
+        task_seed = int(rng.integers(2**31))
+        images, labels, patients = [], [], []
+        for patient, number, slice_index in self._draw(rng, group, target):
+            image, label = self._load(number, slice_index, target, invert)
+            sample = {"image": image, "label": label}
+            for transform, seed in ((self.task_augmentation, task_seed), (self.augmentation, int(rng.integers(2**31)))):
+                if transform is not None:
+                    transform.set_random_state(seed=seed)
+                    sample = transform(sample)
+            images.append(torch.as_tensor(sample["image"]).clamp(0, 1))
+            labels.append((torch.as_tensor(sample["label"]) > 0.5).float())
+            patients.append(self.patients.index(patient))
+        return {
+            "image": torch.stack([_plain(image) for image in images]),
+            "label": torch.stack([_plain(label) for label in labels]),
+            "patient": torch.tensor(patients),
+            "seed": torch.tensor(int(rng.integers(2**31))),
+        }
+
+    def _draw(self, rng: np.random.Generator, group: str, target: set[int]) -> list[tuple[str, int, int]]:
+        """(patient, case, slice) of an episode; the first two hold the target and are of different patients."""
+        holders: dict[str, list] = defaultdict(list)
+        for value in sorted(target):
+            for patient, places in self.tasks[group][value].items():
+                holders[patient] += places
+        names = sorted(holders)
+        order = list(rng.permutation(len(names)))
+        if len(order) < self.group_size:
+            order += list(rng.integers(len(names), size=self.group_size - len(order)))
+        drawn = []
+        for place, choice in enumerate(order[: self.group_size]):
+            patient = names[choice]
+            places = holders[patient]
+            if place > 1 and rng.random() < self.empty_fraction:
+                empty = [(n, i) for n, i, present in self.slices[group][patient] if not present & target]
+                places = empty or places
+            drawn.append((patient, *places[rng.integers(len(places))]))
+        return drawn
+
+    def _load(self, number: int, index: int, target: set[int], invert: bool) -> tuple[Tensor, Tensor]:
+        case = self.cache[self.data[number]]
+        image = to_three_channels(torch.from_numpy(np.asarray(case.image[index], dtype=np.float32)))
+        mask = np.isin(case.label[index], sorted(target))
+        if invert:
+            top, left, height, width = case.valid
+            inside = np.zeros_like(mask)
+            inside[top : top + height, left : left + width] = True
+            mask = inside & ~mask
+        return image, torch.from_numpy(mask[None].astype(np.float32))
+
+
+class EpisodeSampler(DistributedSampler):
+    """Numbers of the episodes of each epoch and, in distributed training, of each process.
+
+    MONAI's engines tell a `DistributedSampler` the epoch, so that every epoch has new episodes and a resumed training
+    goes on with those it would have had. The worker processes hold no state.
+    """
+
+    def __init__(self, dataset: EpisodeDataset) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        super().__init__(
+            dataset,
+            num_replicas=None if distributed else 1,
+            rank=None if distributed else 0,
+            shuffle=False,
+        )
+
+    def __iter__(self):
+        offset = self.epoch * len(self.dataset)
+        return (offset + index for index in super().__iter__())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor

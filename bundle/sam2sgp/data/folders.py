@@ -1,0 +1,495 @@
+"""Data folders as MONAI datalists: which image goes with which label, patient and section.
+
+In: a Medical Segmentation Decathlon folder, a folder with `images/` and `labels/` (or `masks/`), a MONAI datalist
+JSON, or, for queries, images alone. Out: plain dicts of paths and names. Only names and JSON files are read here, and
+DICOM headers; `label_index` alone reads labels.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from tqdm import tqdm
+
+from sam2sgp.data.io import dicom_files, image_stem, is_image, read_label
+from sam2sgp.errors import ConfigError, DataError
+
+# A word for "patient" and a number, at the start of a name and not followed by more of the same word.
+DEFAULT_PATIENT_PATTERN = (
+    r"(?i)^(?:sub-[a-z0-9]+|TCGA-[a-z0-9]{2}-[a-z0-9]{4}|(?:patient|pat|subject|subj|case|STS)[-_ ]?\d+)(?![a-z0-9])"
+)
+LABEL_FOLDERS = ("labels", "masks")
+LABEL_ENDINGS = ("_mask", "_segmentation")
+SECTIONS = ("train", "val", "test")
+SECTION_OF_KEY = {
+    "training": "train",
+    "train": "train",
+    "validation": "val",
+    "val": "val",
+    "test": "test",
+    "testing": "test",
+}
+LAYOUTS = (
+    "a folder with dataset.json (Medical Segmentation Decathlon), a folder with images/ and labels/ (or masks/) whose "
+    "files have equal stems, or a MONAI datalist JSON file"
+)
+NAMES_IN_A_WARNING = 5
+
+
+def load_datalist(
+    root: str | os.PathLike,
+    section: str = "all",
+    require_labels: bool = True,
+    patient_pattern: str = DEFAULT_PATIENT_PATTERN,
+    split: Sequence[float] = (0.7, 0.15, 0.15),
+    seed: int = 0,
+) -> list[dict]:
+    """The cases of a data folder, ordered by name.
+
+    Args:
+        root: a Decathlon folder with `dataset.json`; a folder with `images/` and `labels/` or `masks/`; a MONAI
+            datalist JSON file. Without `require_labels` also a folder of images and DICOM series folders, one image
+            file, or one DICOM series folder.
+        section: "all", or "train", "val" or "test". Sections that the JSON file gives with labels are used as they
+            are; the other labelled cases are split by patient. Cases without a label belong to "all" alone.
+        require_labels: leave out images without a label, with one warning.
+        patient_pattern: regular expression searched for in an image's stem; what it matches names the patient. Where
+            it doesn't match, the whole stem does. `patient` (or `patient_id`, `subject`) in the JSON file wins.
+        split: fractions of patients for train, val and test; they sum to 1. With at least three patients no section
+            with a fraction above 0 is empty.
+        seed: of the split, which depends on it and the patients' names alone.
+
+    Returns:
+        Dicts with `image` and, if there is one, `label` (absolute paths), `patient`, `group` (what was given, else
+        the folder's name), `name` (stem, unique), and `modality` where the JSON file gives one.
+
+    Raises:
+        DataError: nothing usable is there, a listed file is missing, or equal stems make pairs ambiguous.
+        ConfigError: an unknown section, a split that doesn't sum to 1, or a pattern that isn't a regular expression.
+    """
+    if section not in ("all", *SECTIONS):
+        raise ConfigError(f"section: expected 'all', 'train', 'val' or 'test', found {section!r}.")
+    if len(split) != 3 or min(split) < 0 or abs(sum(split) - 1) > 1e-6:
+        raise ConfigError(f"split: expected three fractions that sum to 1, found {list(split)}.")
+    try:
+        pattern = re.compile(patient_pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"patient_pattern: expected a regular expression, found {patient_pattern!r}: {error}."
+        ) from None
+    root = Path(os.path.abspath(root))
+    cases = _find_cases(root, require_labels)
+    if require_labels:
+        cases = _labelled(root, cases)
+    _name_cases(root, cases, pattern)
+    if section != "all":
+        _assign_sections(cases, split, seed)
+        cases = [case for case in cases if case.get("section") == section]
+    return [{key: value for key, value in case.items() if key != "section"} for case in cases]
+
+
+def subset(datalist: Sequence[dict], count: int | None, seed: int = 0) -> list[dict]:
+    """At most `count` cases of a datalist, drawn with `seed`, in the datalist's order; None means all."""
+    if count is None or count >= len(datalist):
+        return list(datalist)
+    chosen = np.random.default_rng(seed).permutation(len(datalist))[:count]
+    return [datalist[index] for index in sorted(chosen)]
+
+
+def class_names(root: str | os.PathLike, labels_found: Iterable[int] | None = None) -> dict[int, str]:
+    """Declared class names by value, background left out, from `labels` of dataset.json or from labels.json.
+
+    Args:
+        root: as for `load_datalist`; for a JSON file, that file, then labels.json beside it.
+        labels_found: values that labels hold; where given, names are completed and checked against them.
+
+    Returns:
+        {1: "liver", …}, ordered by value; {} if nothing is declared and nothing was given.
+
+    Raises:
+        DataError: the declaration can't be understood, or a value found isn't declared.
+    """
+    root = Path(root)
+    folder = root if root.is_dir() else root.parent
+    candidates = [root] if root.suffix.lower() == ".json" else []
+    names: dict[int, str] = {}
+    for path in [*candidates, folder / "dataset.json", folder / "labels.json"]:
+        if not names and path.is_file():
+            content = _read_json(path)
+            declared = content.get("labels", content if path.name == "labels.json" else None)
+            names = _names_by_value(path, declared) if declared else {}
+    if labels_found is None:
+        return names
+    values = sorted(labels_found)
+    check_label_values(root, values, names)
+    return complete_class_names(names, values)
+
+
+def complete_class_names(names: dict[int, str], values: Iterable[int]) -> dict[int, str]:
+    """Declared names if there are any, else `class_<value>` for each value but 0; ordered by value."""
+    if names:
+        return dict(sorted(names.items()))
+    return {int(value): f"class_{int(value)}" for value in sorted(values) if value}
+
+
+def check_label_values(path: str | os.PathLike, values: Iterable[int], names: dict[int, str]) -> None:
+    """Raise DataError if `values`, found in the label at `path`, hold one that `names` does not declare.
+
+    0 is always allowed; without names so is every value.
+    """
+    undeclared = [int(value) for value in values if value and int(value) not in names]
+    if names and undeclared:
+        declared = ", ".join(f"{value} {name}" for value, name in sorted(names.items()))
+        found = ", ".join(str(value) for value in undeclared[:NAMES_IN_A_WARNING])
+        raise DataError(
+            f"{path}: expected only the declared classes ({declared}), found value {found}; correct the label, or "
+            "declare the class in dataset.json or labels.json."
+        )
+
+
+def label_index(
+    datalist: Sequence[dict], slice_axis: str | int = "auto", num_workers: int = 2, progress: bool = True
+) -> list[dict]:
+    """What each labelled case holds, reading every label once.
+
+    Args:
+        datalist: cases; those without `label` are left out.
+        slice_axis: as for `read_label`.
+        num_workers: threads.
+        progress: show a bar.
+
+    Returns:
+        In the datalist's order, per labelled case: `areas` {class value: (Z,) int64 pixels in each slice}, without
+        background; `num_slices` Z; `shape` (Z, H, W).
+
+    Raises:
+        DataError: a label can't be read.
+    """
+
+    def describe(case: dict) -> dict:
+        label = read_label(case["label"], slice_axis=slice_axis)
+        values = [int(value) for value in np.unique(label) if value]
+        areas = {value: (label == value).sum((1, 2), dtype=np.int64) for value in values}
+        return {"areas": areas, "num_slices": len(label), "shape": label.shape}
+
+    labelled = [case for case in datalist if case.get("label")]
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        bar = tqdm(total=len(labelled), desc="Reading labels", unit="label", disable=not progress)
+        with bar:
+            results = []
+            for result in pool.map(describe, labelled):
+                results.append(result)
+                bar.update()
+    return results
+
+
+def choose_slices(areas: np.ndarray, count: int) -> list[int]:
+    """Slices of one volume to use as support for one class.
+
+    The largest, and an even spread over the extent with both ends included; never an empty slice.
+
+    Args:
+        areas: (Z,) pixels of the class in each slice.
+        count: slices wanted, at least 1. With 1 it is the largest alone, with 2 the largest and the end farther off;
+            from 4 on each further one halves the widest gap.
+
+    Returns:
+        Sorted, distinct indices, at most `count`; as many as that where so many slices hold the class.
+    """
+    areas = np.asarray(areas)
+    present = np.flatnonzero(areas > 0)
+    if count < 1:
+        raise ConfigError(f"slices per class: expected at least 1, found {count}.")
+    if len(present) <= count:
+        return present.tolist()
+    largest = int(np.argmax(areas))
+    chosen = {largest}
+    ends = sorted((int(present[0]), int(present[-1])), key=lambda end: -abs(end - largest))
+    chosen.update(ends[: count - 1])
+    while len(chosen) < count:
+        free = [int(index) for index in present if int(index) not in chosen]
+        chosen.add(max(free, key=lambda index: min(abs(index - other) for other in chosen)))
+    return sorted(chosen)
+
+
+def _find_cases(root: Path, require_labels: bool) -> list[dict]:
+    """Raw cases: `image`, perhaps `label`, `section` and what a JSON file says; not yet named."""
+    if not root.exists():
+        raise DataError(f"{root}: expected {LAYOUTS}, found no such file or folder; check the path.")
+    if root.is_file():
+        if root.suffix.lower() == ".json":
+            return _cases_of_json(root, _read_json(root))
+        if not require_labels and is_image(root):
+            return [{"image": str(root)}]
+        raise DataError(f"{root}: expected {LAYOUTS}, found a file of another kind; give one of these.")
+    listing = root / "dataset.json"
+    if listing.is_file():
+        content = _read_json(listing)
+        if SECTION_OF_KEY.keys() & content.keys():
+            return _cases_of_json(listing, content)
+    if (root / "images").is_dir():
+        label_folder = next((root / name for name in LABEL_FOLDERS if (root / name).is_dir()), None)
+        labels = _images_in(label_folder) if label_folder else []
+        return _pair(root, _images_or_series(root / "images"), labels, require_labels)
+    if require_labels:
+        raise DataError(f"{root}: expected {LAYOUTS}, found {_contents(root)}; arrange the folder like one of these.")
+    images = _images_or_series(root)
+    if not images:
+        raise DataError(
+            f"{root}: expected images (NIfTI, NRRD, MetaImage, DICOM series folders, PNG, JPEG, TIFF, BMP), found "
+            f"{_contents(root)}; check the path."
+        )
+    return [{"image": str(path)} for path in images]
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected a JSON file, found that it can't be read ({error}); correct it.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found a {type(content).__name__}; see MONAI's datalists.")
+    return content
+
+
+def _cases_of_json(path: Path, content: dict) -> list[dict]:
+    if not SECTION_OF_KEY.keys() & content.keys():
+        raise DataError(
+            f"{path}: expected a datalist with `training`, `validation` or `test`, found the keys "
+            f"{sorted(content)}; add a list of images and labels."
+        )
+    base = path.parent / content.get("root", "")
+    modality = _single_modality(content.get("modality"))
+    cases = []
+    for key, section in SECTION_OF_KEY.items():
+        for entry in content.get(key, []):
+            case = _case_of_entry(path, base, key, entry)
+            if "modality" not in case and modality:
+                case["modality"] = modality
+            # The Decathlon lists all its labelled cases as training; they are split like a folder's.
+            if section != "train" and "label" in case:
+                case["section"] = section
+            cases.append(case)
+    if not cases:
+        raise DataError(f"{path}: expected at least one image in its lists, found none; add images.")
+    return cases
+
+
+def _case_of_entry(path: Path, base: Path, key: str, entry: object) -> dict:
+    if isinstance(entry, str):
+        entry = {"image": entry}
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+        raise DataError(
+            f"{path}: expected entries of `{key}` to be a path or an object with one `image` path, found {entry!r}; "
+            "correct it."
+        )
+    case: dict = {}
+    for name in ("image", "label"):
+        if isinstance(entry.get(name), str) and entry[name]:
+            file = Path(os.path.abspath(base / entry[name]))
+            if not file.exists():
+                raise DataError(f"{path}: expected the listed {name} {file}, found no such file; correct the list.")
+            case[name] = str(file)
+    for name in ("patient", "patient_id", "subject"):
+        if entry.get(name) not in (None, "") and "patient" not in case:
+            case["patient"] = str(entry[name])
+    for name in ("group", "modality"):
+        if entry.get(name) not in (None, ""):
+            case[name] = str(entry[name])
+    return case
+
+
+def _single_modality(declared: object) -> str | None:
+    """The modality of all cases from the Decathlon's {"0": "CT"}; None where channels have several."""
+    names = {str(name) for name in declared.values()} if isinstance(declared, dict) else {str(declared or "")}
+    return next(iter(names)) or None if len(names) == 1 else None
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """Images of a folder by name: files, and subfolders that hold a DICOM series."""
+    return sorted((path for path in folder.iterdir() if is_image(path)), key=lambda path: path.name)
+
+
+def _images_or_series(folder: Path) -> list[Path]:
+    return [folder] if _is_series_folder(folder) else _images_in(folder)
+
+
+def _is_series_folder(folder: Path) -> bool:
+    """Whether a folder is one DICOM series, not a collection of images.
+
+    Raises DataError if it holds several series of which one has several slices: no file there is an image by itself.
+    """
+    files = dicom_files(folder)
+    if not files or len(files) < len(_images_in(folder)):
+        return False
+    tags = ["SeriesInstanceUID", "SeriesDescription", "ImagePositionPatient"]
+    slices: Counter = Counter()
+    for file in files:
+        try:
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
+        except (pydicom.errors.InvalidDicomError, OSError, EOFError) as error:
+            raise DataError(f"{file}: expected a DICOM file, found that it can't be read ({error}).") from error
+        if "ImagePositionPatient" in header:
+            slices[f"{header.get('SeriesInstanceUID')} ({header.get('SeriesDescription', 'no description')})"] += 1
+    if len(slices) > 1 and max(slices.values()) > 1:
+        listed = "; ".join(f"{name}: {count} files" for name, count in sorted(slices.items()))
+        raise DataError(
+            f"{folder}: expected one DICOM series, found {len(slices)}: {listed}; put each in a folder of its own."
+        )
+    return len(slices) == 1 and (max(slices.values()) > 1 or len(files) == 1)
+
+
+def _pair(root: Path, images: list[Path], labels: list[Path], require_labels: bool) -> list[dict]:
+    """Join images and labels by stem; by whole name where stems aren't unique."""
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    for label in labels:
+        by_stem[image_stem(label)].append(label)
+    image_stems: dict[str, list[Path]] = defaultdict(list)
+    for image in images:
+        image_stems[image_stem(image)].append(image)
+    cases, used = [], set()
+    for stem, sharing in image_stems.items():
+        endings = ("", *LABEL_ENDINGS)
+        candidates = next((by_stem[stem + ending] for ending in endings if stem + ending in by_stem), [])
+        if len(sharing) == 1 and len(candidates) == 1:
+            pairs = {sharing[0]: candidates[0]}
+        else:
+            pairs = {image: label for image in sharing for label in candidates if _full_stem(label) == image.name}
+            if candidates and len(pairs) < len(sharing):
+                raise DataError(
+                    f"{root}: expected one label for each image of the stem {stem!r}, found the images "
+                    f"{[path.name for path in sharing]} and the labels {[path.name for path in candidates]}; give them "
+                    "different stems."
+                )
+        used.update(pairs.values())
+        cases += [{"image": str(image)} | ({"label": str(pairs[image])} if image in pairs else {}) for image in sharing]
+    left_over = [label.name for label in labels if label not in used]
+    if left_over and (require_labels or used):
+        warnings.warn(f"{root}: {len(left_over)} labels have no image: {_some(left_over)}.", stacklevel=4)
+    if not cases:
+        raise DataError(
+            f"{root}: expected images in {root / 'images'}, found {_contents(root / 'images')}; add NIfTI, NRRD, "
+            "MetaImage, DICOM, PNG, JPEG, TIFF or BMP images."
+        )
+    return cases
+
+
+def _full_stem(label: Path) -> str:
+    """A label's file name without `_mask` or `_segmentation`, to compare with an image's whole name."""
+    stem = image_stem(label)
+    suffix = label.name[len(stem) :]
+    for ending in LABEL_ENDINGS:
+        stem = stem.removesuffix(ending)
+    return stem + suffix
+
+
+def _labelled(root: Path, cases: list[dict]) -> list[dict]:
+    labelled = [case for case in cases if "label" in case]
+    if not labelled:
+        raise DataError(
+            f"{root}: expected images with labels ({LAYOUTS}), found {len(cases)} images and no label for any of them "
+            f"({_contents(root)}); add labels of equal stems."
+        )
+    left_out = [Path(case["image"]).name for case in cases if "label" not in case]
+    if left_out:
+        warnings.warn(
+            f"{root}: {len(left_out)} images have no label and are left out: {_some(left_out)}.", stacklevel=3
+        )
+    return labelled
+
+
+def _name_cases(root: Path, cases: list[dict], pattern: re.Pattern) -> None:
+    """Give each case its name, patient and group, and bring them into the order of their names."""
+    folder = root if root.is_dir() else root.parent
+    stems = Counter(image_stem(case["image"]) for case in cases)
+    names = Counter(Path(case["image"]).name for case in cases)
+    for case in cases:
+        path = Path(case["image"])
+        stem = image_stem(path)
+        if stems[stem] == 1:
+            case["name"] = stem
+        elif names[path.name] == 1:
+            case["name"] = path.name
+        else:
+            case["name"] = os.path.relpath(path, folder).replace(os.sep, "_")
+        # Where a data set calls all files alike, their folders tell patients apart.
+        text = stem if names[path.name] == 1 else case["name"]
+        match = pattern.search(text)
+        case.setdefault("patient", match[0] if match and match[0] else text)
+        case.setdefault("group", folder.name)
+    cases.sort(key=lambda case: (case["name"], case["image"]))
+
+
+def _assign_sections(cases: list[dict], split: Sequence[float], seed: int) -> None:
+    """Set `section` of labelled cases that have none yet: whole patients, in a random order that `seed` decides.
+
+    Sections that the file gives keep their share: the rest is split among the others. A patient who is in a given
+    section belongs to it with all cases.
+    """
+    given = {case["patient"]: case["section"] for case in cases if "section" in case}
+    open_sections = [name for name in SECTIONS if name not in given.values()]
+    free = sorted({case["patient"] for case in cases if "label" in case and case["patient"] not in given})
+    shares = np.array([split[SECTIONS.index(name)] for name in open_sections])
+    counts = _apportion(shares, len(free))
+    order = [free[index] for index in np.random.default_rng(seed).permutation(len(free))]
+    section_of = dict(given)
+    start = 0
+    for name, count in zip(open_sections, counts, strict=True):
+        section_of.update(dict.fromkeys(order[start : start + count], name))
+        start += count
+    for case in cases:
+        if "label" in case and "section" not in case:
+            case["section"] = section_of[case["patient"]]
+
+
+def _apportion(shares: np.ndarray, total: int) -> list[int]:
+    """Whole numbers that sum to `total`, closest to `shares`, and at least 1 for each share above 0 if `total` allows.
+
+    With fewer than that the first sections are served first.
+    """
+    if not shares.sum():
+        shares = np.eye(1, len(shares))[0]
+    exact = shares / shares.sum() * total
+    counts = np.floor(exact).astype(int)
+    for index in np.argsort(-(exact - counts), kind="stable")[: total - counts.sum()]:
+        counts[index] += 1
+    for index in np.flatnonzero((shares > 0) & (counts == 0)):
+        if counts.max() > 1:
+            counts[np.argmax(counts)] -= 1
+            counts[index] += 1
+    return counts.tolist()
+
+
+def _names_by_value(path: Path, declared: object) -> dict[int, str]:
+    """{"1": "liver"} or {"liver": 1} -> {1: "liver"}, without background."""
+    names: dict[int, str] = {}
+    try:
+        for key, value in declared.items():
+            by_value = re.fullmatch(r"\s*\d+\s*", str(key)) is not None
+            names[int(key if by_value else value)] = str(value if by_value else key)
+    except (AttributeError, TypeError, ValueError):
+        raise DataError(
+            f"{path}: expected class names such as {{\"1\": \"liver\"}} or {{\"liver\": 1}}, found {declared!r}; "
+            "correct `labels`."
+        ) from None
+    names.pop(0, None)
+    return dict(sorted(names.items()))
+
+
+def _contents(folder: Path) -> str:
+    if not folder.is_dir():
+        return "a file"
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+    return _some(names) if names else "an empty folder"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - NAMES_IN_A_WARNING
+    return ", ".join(names[:NAMES_IN_A_WARNING]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,22 @@
+"""Training and evaluation engines' parts: loss, batch preparation, evaluator and handlers."""
+
+from sam2sgp.engines.evaluator import QueryDataset, QueryEvaluator, class_maps, first
+from sam2sgp.engines.handlers import EpochStart, GradientClipping, MovingAverage, ResumableCheckpoint, TrainingProgress
+from sam2sgp.engines.loss import SGPLoss
+from sam2sgp.engines.prepare import PrepareEpisodes
+from sam2sgp.engines.results import ResultWriter
+
+__all__ = [
+    "EpochStart",
+    "GradientClipping",
+    "MovingAverage",
+    "PrepareEpisodes",
+    "QueryDataset",
+    "QueryEvaluator",
+    "ResultWriter",
+    "ResumableCheckpoint",
+    "SGPLoss",
+    "TrainingProgress",
+    "class_maps",
+    "first",
+]

@@ -1,0 +1,208 @@
+"""Ignite handlers of a training run that can be killed at any moment and goes on as if it had not been."""
+
+import logging
+from pathlib import Path
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from sam2sgp.engines.loss import SGPLoss
+from sam2sgp.errors import WeightsError
+from sam2sgp.networks.weights import save_lora, save_weights, write_atomically
+
+logger = logging.getLogger(__name__)
+
+LAST = "last.pt"
+BEST = "model.pt"
+ADAPTER = "lora"
+
+
+class EpochStart:
+    """At the start of an epoch: seed PyTorch by its number and tell it to the loss.
+
+    Both depend on the epoch alone, so a resumed run draws the same numbers as an unbroken one.
+    """
+
+    def __init__(self, seed: int, loss: SGPLoss) -> None:
+        self.seed = seed
+        self.loss = loss
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        epoch = engine.state.epoch - 1
+        torch.manual_seed(self.seed + epoch)
+        self.loss.set_epoch(epoch)
+
+
+class GradientClipping:
+    """Clip the norm of all gradients before each optimiser step, accumulated and unscaled ones included."""
+
+    def __init__(self, parameters, max_norm: float) -> None:
+        self.parameters = list(parameters)
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        step = (engine.state.iteration - 1) % engine.state.epoch_length + 1
+        if step % engine.accumulation_steps and step != engine.state.epoch_length:
+            return
+        if engine.scaler is not None:
+            engine.scaler.unscale_(engine.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+
+
+class MovingAverage:
+    """Exponential moving average of the weights, updated after every step; the average is what gets validated.
+
+    The decay grows as (1 + n) / (10 + n) with the number n of updates, up to `decay`, so that short runs profit too.
+
+    Attributes:
+        network: the averaged network.
+        averaged: PyTorch's `AveragedModel` around it, whose state includes n.
+    """
+
+    def __init__(self, network: nn.Module, decay: float = 0.998) -> None:
+        def average(averaged, current, count):
+            weight = min(decay, (1 + int(count)) / (10 + int(count)))
+            return averaged.lerp(current, 1 - weight)
+
+        self.source = network
+        self.averaged = AveragedModel(network, avg_fn=average)
+        self.network = self.averaged.module
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.averaged.update_parameters(self.source))
+
+
+class TrainingProgress:
+    """A progress bar over the whole training with the time left and the loss."""
+
+    def __init__(self, disable: bool = False) -> None:
+        self.disable = disable
+        self.bar: tqdm | None = None
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED | Events.TERMINATE, self._close)
+
+    def _start(self, engine: Engine) -> None:
+        if self.bar is None:
+            total = engine.state.max_epochs * engine.state.epoch_length
+            self.bar = tqdm(
+                desc="Training", total=total, initial=engine.state.iteration, unit="step", disable=self.disable
+            )
+
+    def _advance(self, engine: Engine) -> None:
+        self.bar.set_postfix(
+            epoch=f"{engine.state.epoch}/{engine.state.max_epochs}",
+            loss=f"{float(engine.state.output['loss']):.3f}",
+            refresh=False,
+        )
+        self.bar.update()
+
+    def _close(self, engine: Engine, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class ResumableCheckpoint:
+    """Keep the best weights and everything needed to go on, and go on from there at the start.
+
+    After every epoch `last.pt` is replaced; whenever the key metric of the validator is the best so far, `model.pt`
+    (and, with LoRA, the PEFT adapter in `lora/`) is replaced before it. Each file is written whole or not at all.
+    Attach it after the validation handler.
+
+    Args:
+        directory: where the files go.
+        network: the network in training.
+        state: what else to keep, by name: objects with `state_dict` and `load_state_dict`.
+        validator: evaluator whose best key metric decides; None keeps the weights of the last epoch.
+        best_network: network that the validator runs, such as a moving average; None: `network`.
+        patience: stop after this many epochs without a better key metric; 0 never stops early.
+        resume: whether to go on from `last.pt` if there is one.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        network: nn.Module,
+        state: dict,
+        validator: Engine | None = None,
+        best_network: nn.Module | None = None,
+        patience: int = 0,
+        resume: bool = True,
+    ) -> None:
+        self.directory = Path(directory)
+        self.network = network
+        self.state = state
+        self.validator = validator
+        self.best_network = best_network or network
+        self.patience = patience
+        self.resume = resume
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def load(self, engine: Engine) -> None:
+        path = self.directory / LAST
+        if not (self.resume and path.is_file()):
+            return
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            _unwrap(self.network).load_state_dict(saved["network"])
+            for name, item in self.state.items():
+                item.load_state_dict(saved["state"][name])
+        except Exception as error:
+            raise WeightsError(
+                f"{path}: expected the state of a training with these settings, found one that does not fit "
+                f"({str(error).splitlines()[0]}); use another `output_dir`, the settings it was begun with, or "
+                "`--resume false` to begin anew."
+            ) from error
+        engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]
+        if self.validator is not None:
+            self.validator.state.best_metric = saved["best_metric"]
+            self.validator.state.best_metric_epoch = saved["best_metric_epoch"]
+        if engine.state.epoch >= engine.state.max_epochs:
+            logger.info("%s has finished its %d epochs; raise `max_epochs` to go on.", path, engine.state.epoch)
+        else:
+            logger.info("Going on from %s after epoch %d.", path, engine.state.epoch)
+
+    def save(self, engine: Engine) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return
+        best_metric, best_epoch = None, engine.state.epoch
+        if self.validator is not None:
+            best_metric = float(self.validator.state.best_metric)
+            best_epoch = self.validator.state.best_metric_epoch
+        if best_epoch == engine.state.epoch:
+            best = _unwrap(self.best_network)
+            save_weights(best, self.directory / BEST)
+            if hasattr(best.image_encoder.trunk, "peft_config"):
+                save_lora(best, self.directory / ADAPTER)
+        saved = {
+            "network": _unwrap(self.network).state_dict(),
+            "state": {name: item.state_dict() for name, item in self.state.items()},
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "best_metric": best_metric,
+            "best_metric_epoch": best_epoch,
+        }
+        write_atomically(self.directory / LAST, lambda file: torch.save(saved, file))
+        if self.patience and best_epoch > 0 and engine.state.epoch - best_epoch >= self.patience:
+            logger.info("No better result for %d epochs: training stops.", engine.state.epoch - best_epoch)
+            engine.terminate()
+
+
+def _unwrap(network: nn.Module) -> nn.Module:
+    return getattr(network, "module", network)

@@ -1,0 +1,6 @@
+"""MONAI inferers: episodes in training, a support bank in inference."""
+
+from sam2sgp.inferers.episode import EpisodeInferer
+from sam2sgp.inferers.support_set import SupportSetInferer
+
+__all__ = ["EpisodeInferer", "SupportSetInferer"]

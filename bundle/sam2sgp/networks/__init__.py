@@ -1,0 +1,31 @@
+"""The SAM2-SGP network, its parts and its weights."""
+
+from sam2sgp.networks.backbones import BACKBONES, build_sam2
+from sam2sgp.networks.lora import load_lora
+from sam2sgp.networks.sam2_sgp import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
+from sam2sgp.networks.weights import (
+    fetch_checkpoint,
+    identify_backbone,
+    load_sam2_checkpoint,
+    load_weights,
+    merge_lora,
+    save_lora,
+    save_weights,
+)
+
+__all__ = [
+    "BACKBONES",
+    "SAM2SGP",
+    "ImageFeatures",
+    "SGPOutput",
+    "SupportMemory",
+    "build_sam2",
+    "fetch_checkpoint",
+    "identify_backbone",
+    "load_lora",
+    "load_sam2_checkpoint",
+    "load_weights",
+    "merge_lora",
+    "save_lora",
+    "save_weights",
+]

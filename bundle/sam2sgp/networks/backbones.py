@@ -1,0 +1,100 @@
+"""SAM 2.1 models by name: the four of the `sam2` package, built from that package's own YAML, and `nano`.
+
+In: a backbone name and an image size. Out: a `sam2.modeling.sam2_base.SAM2Base` on the CPU with random weights, from
+which `SAM2SGP` takes its parts.
+"""
+
+from dataclasses import dataclass
+from importlib.resources import files
+from inspect import signature
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from sam2.modeling.backbones.hieradet import Hiera
+from sam2.modeling.backbones.utils import PatchEmbed
+from sam2.modeling.sam2_base import SAM2Base
+from torch import nn
+
+from sam2sgp.errors import ConfigError
+
+SIZE_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Where a backbone is defined (`yaml` is a path inside `package`) and what `SAM2SGP` uses with it by default."""
+
+    package: str
+    yaml: str
+    checkpoint: str | None
+    prior_levels: int = 1
+    prior_dim: int = 64
+    normalization: str = "imagenet"
+
+
+BACKBONES = {
+    "nano": Backbone("sam2sgp.networks", "nano.yaml", None, prior_levels=2, prior_dim=32, normalization="instance"),
+    "tiny": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_t.yaml", "sam2.1_hiera_tiny.pt"),
+    "small": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_s.yaml", "sam2.1_hiera_small.pt"),
+    "base_plus": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_b+.yaml", "sam2.1_hiera_base_plus.pt"),
+    "large": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_l.yaml", "sam2.1_hiera_large.pt"),
+}
+
+
+class NanoHiera(Hiera):
+    """Hiera whose first convolution has stride 2 instead of 4, so that each stage is twice as fine."""
+
+    def __init__(self, embed_dim: int, **kwargs) -> None:
+        super().__init__(embed_dim=embed_dim, **kwargs)
+        self.patch_embed = PatchEmbed(kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), embed_dim=embed_dim)
+
+
+def backbone(name: str) -> Backbone:
+    """The definition of a backbone. Raises `ConfigError` for an unknown name."""
+    if name not in BACKBONES:
+        raise ConfigError(f"Unknown backbone {name!r}: expected one of {', '.join(BACKBONES)}.")
+    return BACKBONES[name]
+
+
+def _config(name: str) -> DictConfig:
+    definition = backbone(name)
+    return OmegaConf.create(files(definition.package).joinpath(definition.yaml).read_text()).model
+
+
+def build_sam2(name: str, image_size: int) -> SAM2Base:
+    """Build SAM 2.1 with its image size overridden.
+
+    Args:
+        name: one of `BACKBONES`.
+        image_size: side S of the square input in pixels, a multiple of 32.
+
+    Raises:
+        ConfigError: unknown name, or a size that is no positive multiple of 32.
+    """
+    if image_size <= 0 or image_size % SIZE_MULTIPLE:
+        raise ConfigError(f"image_size is {image_size}: expected a positive multiple of {SIZE_MULTIPLE}.")
+    config = _config(name)
+    config.image_size = image_size
+    model = instantiate(config, _recursive_=True)
+    if backbone(name).checkpoint is None:
+        init_from_scratch(model)
+    return model
+
+
+def init_from_scratch(model: nn.Module) -> None:
+    """Xavier weights and zero biases in every linear and convolution layer, for training without a checkpoint."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, parameter in model.named_parameters():
+        if "pos_embed" in name:
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+
+def trunk_size(name: str) -> tuple[int, int]:
+    """Width of a backbone's first stage and its number of blocks, which tell the backbones apart, from its YAML."""
+    trunk = _config(name).image_encoder.trunk
+    stages = trunk.get("stages", signature(Hiera).parameters["stages"].default)
+    return trunk.embed_dim, sum(stages)

@@ -1,0 +1,397 @@
+"""SAM2-SGP: SAM2 whose prompt is a support set (arXiv 2506.19658).
+
+    image ─ FE ─ features ─┬─ PMG: memory attention over the support, prior, decoder ─ pseudo-mask ─┐
+    support pairs ─ FE ─ memory encoder ─┘                                                          │
+                           └─ PMA: box, attention guidance, dense prompt ─ second decoder ──────────┴─ logits
+
+Everything that depends on a support item alone (`encode_support`) or on an image alone (`encode`) is a method of its
+own, so that callers can cache it. Classes are a batch dimension from the support memory on: the encoder runs once per
+image whatever their number.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sam2sgp.errors import ConfigError
+from sam2sgp.networks.backbones import backbone as backbone_definition
+from sam2sgp.networks.backbones import build_sam2
+from sam2sgp.networks.lora import add_lora, split_qkv
+from sam2sgp.networks.mask_decoder import GuidedMaskDecoder
+from sam2sgp.networks.support_prior import SupportPrior
+from sam2sgp.networks.weights import load_sam2_checkpoint
+
+MASK_LOGIT = 10.0
+RETRIEVAL_GRID = 4
+NORMALIZATIONS = ("imagenet", "instance", "none")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+NORMALIZATION_EPS = 1e-3
+PMG_DEFAULTS = {"prior": True, "prior_levels": None}
+PMA_DEFAULTS = {"box": True, "attention": True, "dense": False}
+
+
+@dataclass
+class ImageFeatures:
+    """What the encoder makes of B images; g is the side of the embedding's grid, D its width.
+
+    embedding: (B, D, g, g). position: its positional encoding, (B, D, g, g).
+    high_res: the two finer FPN levels, (B, D, 4g, 4g) and (B, D, 2g, 2g).
+    prior_key: (B, P, d) features for the support prior, or None where it is off.
+    """
+
+    embedding: Tensor
+    position: Tensor
+    high_res: tuple[Tensor, Tensor]
+    prior_key: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass
+class SupportMemory:
+    """What the network needs of support items; leading dimensions (N, C) for a pool, (B, C, K) once selected.
+
+    tokens: (..., M, T) memory tokens, T = g * g.
+    prior_key: (..., P, d), without the class dimension in a pool. prior_mask: (..., P) in [0, 1].
+    Both are None where the prior is off.
+    """
+
+    tokens: Tensor
+    prior_key: Tensor | None
+    prior_mask: Tensor | None
+
+    def select(self, index: Tensor, classes: Tensor | None = None) -> "SupportMemory":
+        """Pick K items per query and class from a pool of N.
+
+        Args:
+            index: (B, C, K) numbers of items; the result has these leading dimensions.
+            classes: (C,) which of the pool's classes they are for; None: all, in order.
+        """
+        if classes is None:
+            classes = torch.arange(index.shape[1], device=index.device)
+        classes = classes[None, :, None]
+        return SupportMemory(
+            self.tokens[index, classes],
+            None if self.prior_key is None else self.prior_key[index],
+            None if self.prior_mask is None else self.prior_mask[index, classes],
+        )
+
+    def to(self, device: torch.device | str) -> "SupportMemory":
+        """The same memory on another device."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return SupportMemory(*(None if value is None else value.to(device) for value in values))
+
+
+@dataclass
+class SGPOutput:
+    """Result for B images and C classes on the network's grid (S x S).
+
+    logits, pseudo_logits: (B, C, S, S), foreground where > 0.
+    box: (B, C, 4) as x0, y0, x1, y1 in pixels, x1 and y1 exclusive; all -1 where the pseudo-mask is empty.
+    iou: (B, C) predicted IoU in [0, 1]. object_score: (B, C) logits, object present where > 0.
+    """
+
+    logits: Tensor
+    pseudo_logits: Tensor
+    box: Tensor
+    iou: Tensor
+    object_score: Tensor
+
+
+class SAM2SGP(nn.Module):
+    """Support-set guided segmentation network.
+
+    Args:
+        backbone: "nano", "tiny", "small", "base_plus" or "large".
+        image_size: side S of the square input, a multiple of 32.
+        checkpoint: SAM 2.1 checkpoint to start from (strictly loaded), or None.
+        freeze_encoder: keep image encoder and prompt encoder as they are, except for LoRA.
+        lora: None or False for none, else the arguments of `add_lora`, e.g. {"r": 8, "alpha": 16}.
+        pmg: pseudo-mask generation; keys `prior` (bool) and `prior_levels` (None: the backbone's default).
+        normalization: "imagenet" (fixed mean and deviation, which SAM2's weights expect), "instance" (each image to
+            mean 0 and deviation 1) or "none"; None is the backbone's own.
+        pma: pseudo-mask attention; switches `box`, `attention`, `dense`. With all off there is no second decoder.
+
+    Raises:
+        ConfigError: an unknown backbone or switch, or an impossible size.
+        WeightsError: the checkpoint does not fit.
+
+    Example:
+        >>> net = SAM2SGP("nano", image_size=64).eval()
+        >>> image, mask = torch.rand(2, 3, 64, 64), torch.ones(5, 1, 64, 64)
+        >>> net(image, support_image=torch.rand(5, 3, 64, 64), support_label=mask).shape
+        torch.Size([2, 1, 64, 64])
+    """
+
+    def __init__(
+        self,
+        backbone: str = "nano",
+        image_size: int = 128,
+        checkpoint: str | Path | None = None,
+        freeze_encoder: bool = False,
+        lora: dict | bool | None = None,
+        pmg: dict | None = None,
+        pma: dict | None = None,
+        normalization: str | None = None,
+    ) -> None:
+        super().__init__()
+        definition = backbone_definition(backbone)
+        pmg = _settings("pmg", PMG_DEFAULTS, pmg)
+        pma = _settings("pma", PMA_DEFAULTS, pma)
+        self.backbone = backbone
+        self.image_size = image_size
+        self.uses_box, self.uses_attention, self.uses_dense = pma["box"], pma["attention"], pma["dense"]
+        has_pma = any(pma.values())
+        self.normalization = normalization or definition.normalization
+        if self.normalization not in NORMALIZATIONS:
+            raise ConfigError(f"normalization is {normalization!r}: expected one of {', '.join(NORMALIZATIONS)}.")
+
+        sam2 = build_sam2(backbone, image_size)
+        if checkpoint is not None:
+            load_sam2_checkpoint(sam2, checkpoint, backbone)
+        self.image_encoder = sam2.image_encoder
+        split_qkv(self.image_encoder.trunk)
+        self.prompt_encoder = sam2.sam_prompt_encoder
+        self.memory_encoder = sam2.memory_encoder
+        self.memory_attention = sam2.memory_attention
+        # Support items are to the query what SAM2's conditioning frames are: temporal encoding number zero.
+        self.memory_tpos = nn.Parameter(sam2.maskmem_tpos_enc.detach()[-1, 0, 0].clone())
+        self.no_mem_embed = nn.Parameter(sam2.no_mem_embed.detach().clone(), requires_grad=False)
+        self.no_obj_embed = nn.Parameter(sam2.no_obj_embed_spatial.detach().clone(), requires_grad=False)
+        second = deepcopy(sam2.sam_mask_decoder)
+        self.pmg_decoder = GuidedMaskDecoder(sam2.sam_mask_decoder, guided=False, scores=not has_pma)
+        self.pma_decoder = GuidedMaskDecoder(second, guided=self.uses_attention, scores=True) if has_pma else None
+        self.prior = None
+        if pmg["prior"]:
+            levels = pmg["prior_levels"] or definition.prior_levels
+            pretrained = definition.checkpoint is not None
+            self.prior = SupportPrior(sam2.hidden_dim, levels, definition.prior_dim, zero_init=pretrained)
+
+        self._freeze(freeze_encoder)
+        if lora:
+            self.image_encoder.trunk = add_lora(self.image_encoder.trunk, **lora)
+
+    def _freeze(self, freeze_encoder: bool) -> None:
+        """Leave `requires_grad` only on what a training step reaches."""
+        self.image_encoder.requires_grad_(not freeze_encoder)
+        self.prompt_encoder.requires_grad_(False)
+        if not freeze_encoder:
+            used = [self.prompt_encoder.not_a_point_embed, self.prompt_encoder.no_mask_embed]
+            if self.uses_box:
+                used += self.prompt_encoder.point_embeddings[2:]
+            if self.uses_dense:
+                used.append(self.prompt_encoder.mask_downscaling)
+            for module in used:
+                module.requires_grad_(True)
+
+    def encode(self, image: Tensor) -> ImageFeatures:
+        """Features of images (B, 3, S, S) in [0, 1]. Raises `ConfigError` for another size."""
+        if image.ndim != 4 or tuple(image.shape[1:]) != (3, self.image_size, self.image_size):
+            raise ConfigError(
+                f"The network expects images (B, 3, {self.image_size}, {self.image_size}), found "
+                f"{tuple(image.shape)}; resize them, or set `image_size`."
+            )
+        out = self.image_encoder(self._normalize(image))
+        fine, middle, embedding = out["backbone_fpn"][-3:]
+        key = None if self.prior is None else self.prior.keys([embedding, middle, fine])
+        return ImageFeatures(embedding, out["vision_pos_enc"][-1], (fine, middle), key)
+
+    def _normalize(self, image: Tensor) -> Tensor:
+        if self.normalization == "imagenet":
+            mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+            return (image - mean) / std
+        if self.normalization == "instance":
+            std, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
+            return (image - mean) / (std + NORMALIZATION_EPS)
+        return image
+
+    def retrieval_embedding(self, features: ImageFeatures) -> Tensor:
+        """L2-normalised embedding (B, 16 D) pooled on a 4x4 grid; cosine similarity is the inner product."""
+        pooled = F.adaptive_avg_pool2d(features.embedding.float(), RETRIEVAL_GRID)
+        return F.normalize(pooled.flatten(1), dim=1)
+
+    def encode_support(self, features: ImageFeatures, masks: Tensor) -> SupportMemory:
+        """Memory of N support images with one binary mask per class.
+
+        Args:
+            features: of the N support images.
+            masks: (N, C, S, S) in {0, 1}; encoded as SAM2 encodes given masks, as -10 and +10 logits.
+        """
+        count, classes = masks.shape[:2]
+        flat = masks.reshape(-1, 1, *masks.shape[-2:]).to(features.embedding.dtype)
+        logits = (2 * flat - 1) * MASK_LOGIT
+        image = features.embedding.repeat_interleave(classes, 0)
+        tokens = self.memory_encoder(image, logits, skip_mask_sigmoid=True)["vision_features"]
+        absent = (flat.flatten(1).amax(1) <= 0).to(tokens.dtype)[:, None, None, None]
+        tokens = tokens + absent * self.no_obj_embed[..., None, None]
+        tokens = tokens.reshape(count, classes, tokens.shape[1], -1)
+        if self.prior is None:
+            return SupportMemory(tokens, None, None)
+        mask = self.prior.pool_masks(masks.float(), features.prior_key.shape[1])
+        return SupportMemory(tokens, features.prior_key, mask)
+
+    def segment(self, features: ImageFeatures, support: SupportMemory | None) -> SGPOutput:
+        """Segment encoded images with the support selected for each.
+
+        Args:
+            features: of B query images.
+            support: memory with leading dimensions (B, C, K); None, or K = 0, is SAM2's path without memory (C = 1).
+        """
+        if support is not None and support.tokens.shape[2] == 0:
+            support = None
+        batch = len(features)
+        classes = 1 if support is None else support.tokens.shape[1]
+        conditioned = self._condition(features, support, classes)
+        dense, prior_logits = self._prior(features, support, conditioned)
+        sparse = self._sparse(None, len(conditioned))
+        position = self.prompt_encoder.get_dense_pe()
+        pseudo, iou, score = self.pmg_decoder(conditioned, position, sparse, dense, features.high_res)
+        if prior_logits is not None:
+            pseudo = pseudo + prior_logits
+        box = self.box(pseudo)
+        logits = pseudo
+        if self.pma_decoder is not None:
+            logits, iou, score = self.guide(conditioned, dense, features.high_res, pseudo, box)
+
+        def per_class(values: Tensor) -> Tensor:
+            return values.reshape(batch, classes, *values.shape[1:])
+
+        def enlarge(values: Tensor) -> Tensor:
+            size = (self.image_size, self.image_size)
+            return per_class(F.interpolate(values.float(), size=size, mode="bilinear", align_corners=False)[:, 0])
+
+        return SGPOutput(enlarge(logits), enlarge(pseudo), per_class(box), per_class(iou), per_class(score))
+
+    def guide(
+        self, conditioned: Tensor, dense: Tensor, high_res: tuple[Tensor, Tensor], pseudo: Tensor, box: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """PMA: what the second decoder makes of a pseudo-mask.
+
+        Args:
+            conditioned: (N, D, g, g) memory-conditioned embedding. dense: (N, D, g, g) dense prompt of the PMG.
+            pseudo: (N, 1, 4g, 4g) pseudo-mask logits. box: (N, 4) its box, see `SGPOutput`.
+
+        Returns:
+            Final logits (N, 1, 4g, 4g), the pseudo logits with the decoder's correction added; predicted IoU (N,);
+            object score logits (N,).
+        """
+        side = conditioned.shape[-1]
+        guidance = F.adaptive_avg_pool2d(pseudo.sigmoid(), side)
+        sparse = self._sparse(box if self.uses_box else None, len(conditioned))
+        if self.uses_dense:
+            dense = dense - self._no_mask(dense.shape[-1])
+            dense = dense + self.prompt_encoder.mask_downscaling(pseudo.clamp(-MASK_LOGIT, MASK_LOGIT))
+        position = self.prompt_encoder.get_dense_pe()
+        correction, iou, score = self.pma_decoder(conditioned, position, sparse, dense, high_res, guidance)
+        return pseudo + correction, iou, score
+
+    def forward(
+        self,
+        image: Tensor,
+        support_image: Tensor | None = None,
+        support_label: Tensor | None = None,
+        support_index: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Segment images guided by support pairs.
+
+        Args:
+            image: (B, 3, S, S) query images in [0, 1].
+            support_image: (N, 3, S, S) pool shared by all queries, or (B, K, 3, S, S) with K items of each query's
+                own. None with `support_label` given: the batch is its own pool (training episodes).
+            support_label: (N, C, S, S), or (B, K, C, S, S), binary masks in {0, 1}. None: no support, C = 1.
+            support_index: (B, C, K) which pool items each query and class uses; None: the whole pool, or own items.
+
+        Returns:
+            Logits (B, C, S, S) in evaluation; in training a dict of `SGPOutput`'s fields for the loss.
+        """
+        features = self.encode(image)
+        support = None
+        if support_label is not None:
+            support_label, support_index = self._pool(support_label, support_index, len(image))
+            pool = features if support_image is None else self.encode(support_image.flatten(0, -4))
+            support = self.encode_support(pool, support_label).select(support_index)
+        output = self.segment(features, support)
+        if self.training:
+            return {field.name: getattr(output, field.name) for field in fields(output)}
+        return output.logits
+
+    @staticmethod
+    def _pool(label: Tensor, index: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+        """Support labels as one pool (N, C, S, S) with an index (B, C, K) into it."""
+        classes = label.shape[-3]
+        if label.ndim == 5:
+            own = torch.arange(batch * label.shape[1], device=label.device).reshape(batch, 1, -1)
+            return label.flatten(0, 1), own.expand(-1, classes, -1) if index is None else index
+        if index is None:
+            index = torch.arange(len(label), device=label.device).expand(batch, classes, -1)
+        return label, index
+
+    def _condition(self, features: ImageFeatures, support: SupportMemory | None, classes: int) -> Tensor:
+        """Embedding of every image and class (B * C, D, g, g) after memory attention over its support."""
+        embedding = features.embedding.repeat_interleave(classes, 0)
+        if support is None:
+            return embedding + self.no_mem_embed.reshape(1, -1, 1, 1)
+        batch, _, items, width, count = support.tokens.shape
+        rows = batch * classes
+        memory = support.tokens.reshape(rows, items, width, count).permute(1, 3, 0, 2).flatten(0, 1)
+        side = features.embedding.shape[-1]
+        grid = torch.empty(1, width, side, side, device=memory.device)
+        encoding = self.memory_encoder.position_encoding(grid).flatten(2).permute(2, 0, 1).to(memory.dtype)
+        memory_pos = (encoding + self.memory_tpos).repeat(items, rows, 1)
+        current = embedding.flatten(2).permute(2, 0, 1)
+        current_pos = features.position.repeat_interleave(classes, 0).flatten(2).permute(2, 0, 1)
+        attended = self.memory_attention(current, memory, current_pos, memory_pos)
+        return attended.permute(1, 2, 0).reshape(embedding.shape)
+
+    def _prior(
+        self, features: ImageFeatures, support: SupportMemory | None, conditioned: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Dense prompt (N, D, g, g) and logits (N, 1, 4g, 4g) of the support prior, or SAM2's no-mask prompt."""
+        side = conditioned.shape[-1]
+        dense = self._no_mask(side).expand(len(conditioned), -1, -1, -1)
+        if self.prior is None or support is None:
+            return dense, None
+        match, position = self.prior(features.prior_key, support.prior_key, support.prior_mask)
+        grid = round(match.shape[-1] ** 0.5)
+        match, position = (p.reshape(-1, 1, grid, grid) for p in (match, position))
+        return dense + self.prior.dense(match, position, side), self.prior.logits(match, position, (4 * side, 4 * side))
+
+    def _no_mask(self, side: int) -> Tensor:
+        return self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(-1, -1, side, side)
+
+    def _sparse(self, box: Tensor | None, rows: int) -> Tensor:
+        """Prompt tokens of a box (N, 4), SAM2's empty point where there is none."""
+        device = self.no_mem_embed.device
+        if box is None:
+            corners = torch.zeros(rows, 1, 2, device=device)
+            labels = -torch.ones(rows, 1, dtype=torch.int32, device=device)
+        else:
+            corners = box.reshape(rows, 2, 2)
+            labels = torch.tensor([[2, 3]], device=device).expand(rows, 2)
+            labels = torch.where(box[:, :1] < 0, -1, labels)
+        return self.prompt_encoder(points=(corners, labels), boxes=None, masks=None)[0]
+
+    def box(self, pseudo: Tensor) -> Tensor:
+        """Tight box (N, 4) in network pixels around p > 0.5 of pseudo-mask logits (N, 1, 4g, 4g); -1 if empty."""
+        mask = pseudo[:, 0] > 0
+        scale = self.image_size / mask.shape[-1]
+        edges = []
+        for axis in (1, 2):
+            line = mask.any(axis).to(torch.uint8)
+            edges.append((line.argmax(1), line.shape[1] - line.flip(1).argmax(1)))
+        (x0, x1), (y0, y1) = edges
+        box = torch.stack([x0, y0, x1, y1], 1).float() * scale
+        return torch.where(mask.flatten(1).any(1)[:, None], box, -1.0)
+
+
+def _settings(name: str, defaults: dict, given: dict | None) -> dict:
+    unknown = sorted(set(given or {}) - set(defaults))
+    if unknown:
+        raise ConfigError(f"Unknown setting {name}.{unknown[0]}: expected one of {', '.join(defaults)}.")
+    return {**defaults, **(given or {})}

@@ -1,0 +1,101 @@
+"""Which support items guide which query.
+
+`SupportSampler` serves inference: per class, among the items that hold the class, the most similar ones (or random
+ones). `EpisodeSupportSampler` serves training, where a batch is its own pool: never the query, never its patient.
+"""
+
+import torch
+from torch import Tensor
+
+from sam2sgp.errors import ConfigError
+
+MODES = ("similarity", "random")
+
+
+class SupportSampler:
+    """Choose K support items per query and class.
+
+    Args:
+        mode: "similarity" takes the K items of the highest cosine similarity, ties by their number; "random" draws
+            without replacement, the same for every query of a call.
+        k: items per query and class, at least 1; fewer where fewer are eligible.
+        seed: of the random mode.
+
+    Raises:
+        ConfigError: unknown mode, or k below 1.
+    """
+
+    def __init__(self, mode: str = "similarity", k: int = 8, seed: int = 0) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"retrieval is {mode!r}: expected one of {', '.join(MODES)}.")
+        if k < 1:
+            raise ConfigError(f"k is {k}: expected at least one support item per query.")
+        self.mode = mode
+        self.k = k
+        self.seed = seed
+
+    def __call__(self, similarity: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose for one class.
+
+        Args:
+            similarity: (B, N) cosine similarity of queries and items, in [-1, 1].
+            eligible: (N,) bool, items that may be used.
+
+        Returns:
+            Indices (B, K) into the N items, best first, and their similarities (B, K); K = min(k, eligible items).
+        """
+        count = min(self.k, int(eligible.sum()))
+        if self.mode == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            candidates = torch.nonzero(eligible.cpu())[:, 0]
+            chosen = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
+            index = chosen.to(similarity.device).expand(len(similarity), -1)
+            return index, similarity.gather(1, index)
+        ranked = similarity.masked_fill(~eligible, -torch.inf)
+        # A stable sort, unlike topk, resolves ties the same way on every device.
+        values, order = ranked.sort(dim=1, descending=True, stable=True)
+        return order[:, :count], values[:, :count]
+
+
+class EpisodeSupportSampler:
+    """Choose the support of every image of a batch of episodes among the other images of its episode.
+
+    Args:
+        min_k, max_k: bounds of K, drawn anew for each batch.
+
+    Raises:
+        ConfigError: the bounds are not 1 <= min_k <= max_k.
+    """
+
+    def __init__(self, min_k: int = 1, max_k: int = 5) -> None:
+        if not 1 <= min_k <= max_k:
+            raise ConfigError(f"min_k, max_k are {min_k}, {max_k}: expected 1 <= min_k <= max_k.")
+        self.min_k = min_k
+        self.max_k = max_k
+
+    def __call__(self, patient: Tensor, holds: Tensor, seed: int) -> Tensor:
+        """Choose.
+
+        Args:
+            patient: (E, G) number of the patient of each image.
+            holds: (E, G) bool, images whose mask is not empty.
+            seed: of the choice; the same seed gives the same choice.
+
+        Returns:
+            Indices (E * G, 1, K) into the flattened batch of E * G images. Images are drawn without replacement where
+            enough are eligible. A query all of whose candidates are of its own patient, or empty, may use any other
+            image of its episode.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        episodes, images = patient.shape
+        k = int(torch.randint(self.min_k, self.max_k + 1, (1,), generator=generator))
+        rows = []
+        for episode in range(episodes):
+            for query in range(images):
+                others = torch.arange(images) != query
+                candidates = others & holds[episode].cpu() & (patient[episode] != patient[episode, query]).cpu()
+                candidates = torch.nonzero(candidates if candidates.any() else others)[:, 0]
+                order = torch.randperm(len(candidates), generator=generator)
+                chosen = candidates[order.repeat(-(-k // len(order)))[:k]]
+                rows.append(chosen + episode * images)
+        return torch.stack(rows)[:, None].to(patient.device)

@@ -1,0 +1,145 @@
+"""From slices as stored to the network's input and back.
+
+In: slices (Z, C, H, W) with the file's own intensities. Out: (Z, C, S, S) in [0, 1] with the aspect kept by padding,
+and the exact way back for maps on the network's grid.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from monai.transforms import ScaleIntensityRange, ScaleIntensityRangePercentiles
+from torch import Tensor
+
+from sam2sgp.errors import DataError
+
+# Hounsfield units reach far below zero in air; no other modality's stored values do.
+CT_AIR_BELOW = -500.0
+
+
+def is_ct(slices: Tensor, modality: str | None, is_picture: bool) -> bool:
+    """Whether intensities are Hounsfield units: by the declared modality, else by the presence of air."""
+    if modality is not None:
+        return modality.upper() == "CT"
+    return not is_picture and float(slices.min()) < CT_AIR_BELOW
+
+
+def scale_intensity(
+    slices: Tensor,
+    ct: bool = False,
+    rgb: bool = False,
+    ct_window: tuple[float, float] = (-160.0, 240.0),
+    percentiles: tuple[float, float] = (0.5, 99.5),
+) -> Tensor:
+    """Scale raw intensities (Z, C, H, W) to [0, 1].
+
+    Args:
+        ct: values are HU; `ct_window` (lower, upper) is mapped to [0, 1] and clipped.
+        rgb: values are colours of 8 or 16 bits; divided by their range, so that hues stay.
+        percentiles: otherwise these percentiles, of each channel over all slices, are mapped to [0, 1] and clipped.
+
+    A constant channel becomes 0.
+    """
+    slices = slices.float()
+    if ct:
+        return ScaleIntensityRange(*ct_window, 0.0, 1.0, clip=True, dtype=torch.float32)(slices)
+    if rgb:
+        return slices / (255.0 if slices.max() <= 255 else 65535.0)
+    out = torch.zeros_like(slices)
+    scaler = ScaleIntensityRangePercentiles(*percentiles, 0.0, 1.0, clip=True, dtype=torch.float32)
+    for channel in range(slices.shape[1]):
+        values = slices[:, channel]
+        scaled = scaler(values) if _spread(values, percentiles) else _min_max(values)
+        out[:, channel] = torch.as_tensor(scaled)
+    return out
+
+
+def _spread(values: Tensor, percentiles: tuple[float, float]) -> bool:
+    low, high = (torch.as_tensor(_percentile(values, p)) for p in percentiles)
+    return bool(high > low)
+
+
+def _percentile(values: Tensor, percent: float) -> float:
+    from monai.transforms.utils_pytorch_numpy_unification import percentile
+
+    return float(percentile(values, percent))
+
+
+def _min_max(values: Tensor) -> Tensor:
+    """For images whose percentiles coincide, such as a small object on an empty ground."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+
+
+def to_three_channels(image: Tensor) -> Tensor:
+    """(..., C, H, W) -> (..., 3, H, W): grey is repeated, two channels get their mean, of more the first three."""
+    channels = image.shape[-3]
+    if channels == 1:
+        return image.expand(*image.shape[:-3], 3, *image.shape[-2:])
+    if channels == 2:
+        return torch.cat([image, image.mean(-3, keepdim=True)], dim=-3)
+    return image[..., :3, :, :]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How slices were fitted into the network's square: resized to `inner` (h, w), placed at `offset` (top, left)."""
+
+    original: tuple[int, int]
+    inner: tuple[int, int]
+    offset: tuple[int, int]
+    size: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], size: int, pixel: tuple[float, float] = (1.0, 1.0)) -> "Fit":
+        """Fit slices of `shape` (H, W), with pixels of `pixel` (row, column) mm, into a square of side `size`."""
+        extent = [length * spacing for length, spacing in zip(shape, pixel, strict=True)]
+        scale = size / max(extent)
+        inner = tuple(min(size, max(1, round(length * scale))) for length in extent)
+        offset = tuple((size - length) // 2 for length in inner)
+        return cls(tuple(shape), inner, offset, size)
+
+    def apply(self, slices: Tensor) -> Tensor:
+        """Images (Z, C, H, W) -> (Z, C, S, S), bilinear with antialiasing, padded with 0."""
+        resized = slices.float()
+        if resized.shape[-2:] != self.inner:
+            resized = F.interpolate(resized, size=self.inner, mode="bilinear", align_corners=False, antialias=True)
+        return self._pad(resized)
+
+    def apply_label(self, labels: Tensor) -> Tensor:
+        """Class maps (Z, H, W) -> (Z, S, S), nearest pixel, so that areas are kept and no value is invented."""
+        resized = F.interpolate(labels[:, None].float(), size=self.inner, mode="nearest-exact")
+        return self._pad(resized)[:, 0].to(labels.dtype)
+
+    def restore(self, maps: Tensor) -> Tensor:
+        """Maps (Z, C, S, S) on the network's grid -> (Z, C, H, W) on the slices' own, bilinear."""
+        top, left = self.offset
+        inner = maps[..., top : top + self.inner[0], left : left + self.inner[1]].float()
+        if self.inner == self.original:
+            return inner
+        return F.interpolate(inner, size=self.original, mode="bilinear", align_corners=False)
+
+    def restore_label(self, labels: Tensor) -> Tensor:
+        """Class maps (Z, S, S) on the network's grid -> (Z, H, W) on the slices' own, nearest pixel."""
+        top, left = self.offset
+        inner = labels[:, None, top : top + self.inner[0], left : left + self.inner[1]].float()
+        return F.interpolate(inner, size=self.original, mode="nearest-exact")[:, 0].to(labels.dtype)
+
+    def restore_box(self, box: list[float]) -> list[float]:
+        """x0, y0, x1, y1 in network pixels -> in pixels of the slice, clipped to it."""
+        scale = [original / inner for original, inner in zip(self.original, self.inner, strict=True)]
+        moved = [(box[i] - self.offset[1 - i % 2]) * scale[1 - i % 2] for i in range(4)]
+        return [min(max(value, 0.0), float(self.original[1 - i % 2])) for i, value in enumerate(moved)]
+
+    def _pad(self, slices: Tensor) -> Tensor:
+        top, left = self.offset
+        bottom, right = self.size - self.inner[0] - top, self.size - self.inner[1] - left
+        return F.pad(slices, (left, right, top, bottom))
+
+
+def label_map(logits: Tensor) -> Tensor:
+    """Class logits (Z, C, H, W) -> index of the winning class plus one, 0 where none is above 0; (Z, H, W) uint8."""
+    if logits.shape[1] > 255:
+        raise DataError(f"{logits.shape[1]} classes in one run: expected at most 255; choose fewer with `classes`.")
+    best, index = logits.max(1)
+    return torch.where(best > 0, index + 1, 0).to(torch.uint8)

@@ -1,0 +1,92 @@
+"""Writes small DICOM series, whole or with a chosen defect, for tests of reading."""
+
+from pathlib import Path
+
+import numpy as np
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+STORAGE_CLASS = {
+    "CT": "1.2.840.10008.5.1.4.1.1.2",
+    "MR": "1.2.840.10008.5.1.4.1.1.4",
+    "PT": "1.2.840.10008.5.1.4.1.1.128",
+    "US": "1.2.840.10008.5.1.4.1.1.6.1",
+    "DX": "1.2.840.10008.5.1.4.1.1.1.1",
+    "SEG": "1.2.840.10008.5.1.4.1.1.66.4",
+}
+
+
+def write_dicom(path: Path, pixels: np.ndarray, modality: str = "CT", series_uid: str | None = None, **tags) -> Path:
+    """Write one image: pixels (rows, columns) or (rows, columns, 3), of 8 or 16 bits. A tag of None is left out."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = STORAGE_CLASS[modality]
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.is_little_endian, dataset.is_implicit_VR = True, False
+    bits = pixels.dtype.itemsize * 8
+    colour = pixels.ndim == 3
+    values = {
+        "SOPClassUID": meta.MediaStorageSOPClassUID,
+        "SOPInstanceUID": meta.MediaStorageSOPInstanceUID,
+        "StudyInstanceUID": generate_uid(),
+        "SeriesInstanceUID": series_uid or generate_uid(),
+        "SeriesDescription": "synthetic",
+        "PatientID": "P1",
+        "Modality": modality,
+        "Rows": pixels.shape[0],
+        "Columns": pixels.shape[1],
+        "SamplesPerPixel": 3 if colour else 1,
+        "PhotometricInterpretation": "RGB" if colour else "MONOCHROME2",
+        "PlanarConfiguration": 0 if colour else None,
+        "BitsAllocated": bits,
+        "BitsStored": bits,
+        "HighBit": bits - 1,
+        "PixelRepresentation": int(pixels.dtype.kind == "i"),
+        "PixelData": pixels.tobytes(),
+        **tags,
+    }
+    for name, value in values.items():
+        if value is not None:
+            setattr(dataset, name, value)
+    dataset.save_as(path, write_like_original=False)
+    return path
+
+
+def write_series(
+    folder: Path,
+    volume: np.ndarray,
+    spacing: tuple[float, float, float] = (2.5, 0.8, 0.7),
+    origin: tuple[float, float, float] = (-10.0, 20.0, 30.0),
+    orientation: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0),
+    skip: tuple[int, ...] = (),
+    repeat: tuple[int, ...] = (),
+    slopes: list[float] | None = None,
+    intercept: float = -1024.0,
+    shuffle: bool = True,
+    **tags,
+) -> Path:
+    """Write volume (slices, rows, columns) as a series; spacing (slice, row, column) and origin in mm, LPS.
+
+    `skip` leaves slices out, `repeat` writes slices twice; `slopes` gives each slice its own rescale slope. File names
+    don't follow slice order when `shuffle` is set, as is usual in archives.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    series_uid = generate_uid()
+    normal = np.cross(orientation[:3], orientation[3:])
+    places = [place for place in range(len(volume)) if place not in skip] + list(repeat)
+    names = np.random.default_rng(0).permutation(len(places)) if shuffle else np.arange(len(places))
+    for name, place in zip(names, places, strict=True):
+        position = np.asarray(origin) + normal * spacing[0] * place
+        values = {
+            "InstanceNumber": place + 1,
+            "ImagePositionPatient": [float(f"{value:.6f}") for value in position],
+            "ImageOrientationPatient": list(orientation),
+            "PixelSpacing": [spacing[1], spacing[2]],
+            "SliceThickness": spacing[0],
+            "RescaleSlope": 1.0 if slopes is None else slopes[place],
+            "RescaleIntercept": intercept,
+            **tags,
+        }
+        write_dicom(folder / f"IM{name:04d}.dcm", volume[place], series_uid=series_uid, **values)
+    return folder

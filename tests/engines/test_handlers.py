@@ -1,0 +1,37 @@
+"""Handlers of a training run."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sam2sgp.engines import GradientClipping, MovingAverage
+
+
+def engine(iteration: int, accumulation: int = 1, epoch_length: int = 10) -> SimpleNamespace:
+    state = SimpleNamespace(iteration=iteration, epoch_length=epoch_length)
+    return SimpleNamespace(state=state, accumulation_steps=accumulation, scaler=None, optimizer=None)
+
+
+@pytest.mark.parametrize("iteration, clipped", [(1, False), (3, False), (4, True), (8, True), (9, False), (10, True)])
+def test_gradients_are_clipped_only_before_a_step(iteration, clipped):
+    parameter = nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.full((4,), 10.0)
+    GradientClipping([parameter], max_norm=1.0)(engine(iteration, accumulation=4))
+    assert parameter.grad.norm() == pytest.approx(1.0 if clipped else 20.0, rel=1e-4)
+
+
+def test_moving_average_follows_the_weights_with_growing_inertia():
+    source = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(source.weight)
+    average = MovingAverage(source, decay=0.5)
+    average.averaged.update_parameters(source)
+    nn.init.ones_(source.weight)
+    expected = 0.0
+    for count in range(1, 6):
+        average.averaged.update_parameters(source)
+        weight = min(0.5, (1 + count) / (10 + count))
+        expected = weight * expected + (1 - weight)
+        assert average.network.weight.item() == pytest.approx(expected)
+    assert average.network.weight is not source.weight

@@ -1,0 +1,195 @@
+"""The network as a whole: shapes, gradients, switches, and that its parts do what the method says."""
+
+import pytest
+import torch
+
+from sam2sgp.engines import SGPLoss
+from sam2sgp.errors import ConfigError
+from sam2sgp.networks import SAM2SGP
+
+SIZE = 64
+
+
+def network(**settings) -> SAM2SGP:
+    torch.manual_seed(0)
+    return SAM2SGP("nano", SIZE, **settings).eval()
+
+
+def square_masks(count: int, classes: int = 1) -> torch.Tensor:
+    masks = torch.zeros(count, classes, SIZE, SIZE)
+    masks[:, :, 10:40, 20:50] = 1
+    return masks
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def test_shapes_with_and_without_support(images):
+    net = network()
+    assert net(images).shape == (5, 1, SIZE, SIZE)
+    support = torch.rand(4, 3, SIZE, SIZE)
+    assert net(images, support, square_masks(4, 3)).shape == (5, 3, SIZE, SIZE)
+    own = torch.rand(5, 2, 3, SIZE, SIZE)
+    assert net(images, own, square_masks(10).reshape(5, 2, 1, SIZE, SIZE)).shape == (5, 1, SIZE, SIZE)
+
+
+def test_no_support_items_is_the_path_without_memory(images):
+    net = network()
+    features = net.encode(images)
+    memory = net.encode_support(features, square_masks(5)).select(torch.zeros(5, 1, 0, dtype=torch.long))
+    torch.testing.assert_close(net.segment(features, memory).logits, net.segment(features, None).logits)
+
+
+def test_image_size_must_fit(images):
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        SAM2SGP("nano", 100)
+    with pytest.raises(ConfigError, match="resize"):
+        network()(torch.rand(1, 3, 32, 32))
+    with pytest.raises(ConfigError, match="pma.boxes"):
+        SAM2SGP("nano", SIZE, pma={"boxes": True})
+
+
+def test_own_support_equals_selection_from_a_pool(images):
+    net = network()
+    support, masks = torch.rand(6, 3, SIZE, SIZE), (torch.rand(6, 1, SIZE, SIZE) > 0.5).float()
+    index = torch.tensor([[[0, 3]], [[1, 4]], [[2, 5]], [[5, 0]], [[3, 1]]])
+    pooled = net(images, support, masks, index)
+    own = net(images, support[index[:, 0]], masks[index[:, 0]])
+    torch.testing.assert_close(pooled, own, atol=1e-4, rtol=1e-4)
+
+
+def test_classes_in_a_batch_equal_classes_one_by_one(images):
+    net = network()
+    support, masks = torch.rand(4, 3, SIZE, SIZE), (torch.rand(4, 3, SIZE, SIZE) > 0.5).float()
+    together = net(images, support, masks)
+    for c in range(3):
+        torch.testing.assert_close(together[:, c : c + 1], net(images, support, masks[:, c : c + 1]), atol=1e-4, rtol=1e-4)
+
+
+def test_order_of_support_items_does_not_matter(images):
+    net = network()
+    support, masks = torch.rand(4, 3, SIZE, SIZE), (torch.rand(4, 1, SIZE, SIZE) > 0.5).float()
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(net(images, support, masks), net(images, support[order], masks[order]), atol=1e-4, rtol=1e-4)
+
+
+def test_every_trainable_parameter_gets_a_gradient_from_the_loss(images):
+    for settings in ({}, {"pma": {"dense": True}}, {"pma": {"box": False, "attention": False}}, {"pmg": {"prior": False}}):
+        net = network(**settings).train()
+        label = square_masks(5)
+        label[0] = 0
+        index = torch.tensor([[[1, 2]], [[2, 3]], [[3, 4]], [[4, 1]], [[1, 3]]])
+        loss = SGPLoss()(net(images, support_label=label, support_index=index), label)
+        loss.backward()
+        without = [
+            name
+            for name, parameter in net.named_parameters()
+            if parameter.requires_grad and (parameter.grad is None or not parameter.grad.abs().sum() > 0)
+        ]
+        assert not without, (settings, without)
+
+
+def test_pseudo_mask_decoder_is_trained_by_the_pseudo_loss_alone(images):
+    net = network().train()
+    label = square_masks(5)
+    index = torch.tensor([[[1]], [[2]], [[3]], [[4]], [[0]]])
+    net(images, support_label=label, support_index=index)["pseudo_logits"].pow(2).mean().backward()
+    assert net.pmg_decoder.decoder.mask_tokens.weight.grad.abs().sum() > 0
+    assert net.pma_decoder.decoder.mask_tokens.weight.grad is None
+
+
+@pytest.mark.parametrize("switch", ["box", "attention", "dense"])
+def test_switching_a_part_of_pma_changes_the_result(images, switch):
+    support, masks = torch.rand(4, 3, SIZE, SIZE), square_masks(4)
+    everything = {"box": True, "attention": True, "dense": True}
+    on = network(pma=everything)
+    off = network(pma={**everything, switch: False})
+    off.load_state_dict(on.state_dict(), strict=False)
+    difference = (on(images, support, masks) - off(images, support, masks)).abs().max()
+    assert difference > 1e-3
+
+
+def test_switching_the_prior_off_changes_the_result(images):
+    support, masks = torch.rand(4, 3, SIZE, SIZE), square_masks(4)
+    on, off = network(), network(pmg={"prior": False})
+    off.load_state_dict(on.state_dict(), strict=False)
+    assert (on(images, support, masks) - off(images, support, masks)).abs().max() > 1e-3
+
+
+def test_blanking_the_pseudo_mask_changes_what_pma_makes_of_it(images):
+    net = network()
+    features = net.encode(images)
+    conditioned = features.embedding
+    dense = torch.zeros_like(conditioned)
+    pseudo = torch.full((5, 1, SIZE // 2, SIZE // 2), -4.0)
+    pseudo[..., 8:20, 8:20] = 4.0
+    blank = torch.full_like(pseudo, -4.0)
+    corrections = [
+        net.guide(conditioned, dense, features.high_res, p, net.box(p))[0] - p for p in (pseudo, blank)
+    ]
+    assert (corrections[0] - corrections[1]).abs().max() > 1e-3
+
+
+def test_guidance_draws_attention_to_the_pseudo_mask(images):
+    """A very strong bias makes the tokens attend to the pseudo-mask only: what is outside no longer matters."""
+    net = network(pma={"box": False, "attention": True, "dense": False})
+    net.pma_decoder.strength.data.fill_(1e4)
+    features = net.encode(images)
+    side = features.embedding.shape[-1]
+    guidance = torch.zeros(5, 1, side, side)
+    guidance[..., 2:4, 2:4] = 1
+    attention = net.pma_decoder.decoder.transformer.layers[0].cross_attn_token_to_image
+    from sam2sgp.networks.mask_decoder import _attend
+
+    tokens, keys = torch.rand(5, 6, 96), features.embedding.flatten(2).transpose(1, 2)
+    bias = net.pma_decoder.strength[0] * guidance.flatten(1)[:, None, None]
+    inside = guidance.flatten(1) > 0
+    changed = torch.where(inside[..., None], keys, torch.rand_like(keys))
+    with_bias = [_attend(attention, tokens, k, k, bias) for k in (keys, changed)]
+    without = [_attend(attention, tokens, k, k, None) for k in (keys, changed)]
+    torch.testing.assert_close(*with_bias)
+    assert (without[0] - without[1]).abs().max() > 1e-3
+
+
+def test_box_is_tight_and_absent_for_an_empty_pseudo_mask():
+    net = network()
+    pseudo = torch.full((2, 1, 32, 32), -1.0)
+    pseudo[0, 0, 4:10, 6:20] = 1.0
+    assert net.box(pseudo).tolist() == [[12.0, 8.0, 40.0, 20.0], [-1.0] * 4]
+
+
+def test_support_masks_enter_the_memory_as_ten_times_plus_or_minus_one(images):
+    net = network()
+    seen = []
+    net.memory_encoder.mask_downsampler.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    net.encode_support(net.encode(images), square_masks(5))
+    assert set(torch.unique(seen[0]).tolist()) == {-10.0, 10.0}
+
+
+def test_prior_carries_the_mask_of_an_identical_support_image(images):
+    """With the query itself as the only support, the match must find the mask again."""
+    net = network()
+    net.prior.log_temperature.data.fill_(6.0)
+    features = net.encode(images[:1])
+    mask = square_masks(1)
+    memory = net.encode_support(features, mask).select(torch.zeros(1, 1, 1, dtype=torch.long))
+    match, position = net.prior(features.prior_key, memory.prior_key, memory.prior_mask)
+    truth = memory.prior_mask[0, 0, 0]
+    assert (match[0, 0] - truth).abs().mean() < 0.05
+    torch.testing.assert_close(position[0, 0], truth)
+
+
+def test_retrieval_embedding_is_normalised_and_prefers_the_same_image(images):
+    net = network()
+    embedding = net.retrieval_embedding(net.encode(images))
+    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(5))
+    assert torch.equal((embedding @ embedding.T).argmax(1), torch.arange(5))
+
+
+@pytest.mark.parametrize("normalization, expected", [("instance", True), ("none", False)])
+def test_instance_normalisation_makes_brightness_and_contrast_irrelevant(images, normalization, expected):
+    net = network(normalization=normalization)
+    same = torch.allclose(net(images), net(images * 0.5 + 0.2), atol=2e-2)
+    assert same is expected

@@ -1,0 +1,167 @@
+"""The bundle as the Model Zoo asks for it: metadata, network format, required ids, and configs that agree."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+
+BUNDLE = Path(__file__).parents[1] / "bundle"
+CONFIGS = BUNDLE / "configs"
+BACKBONES = ["nano", "tiny", "small", "base_plus", "large"]
+
+TENSOR_KEYS = {
+    "type": {"type": "string"},
+    "format": {"type": "string"},
+    "modality": {"type": "string"},
+    "num_channels": {"type": "integer", "minimum": 1},
+    "spatial_shape": {"type": "array", "items": {"type": ["integer", "string"]}},
+    "dtype": {"type": "string"},
+    "value_range": {"type": "array"},
+    "is_patch_data": {"type": "boolean"},
+    "channel_def": {"type": "object"},
+}
+TENSORS = {
+    "type": "object",
+    "minProperties": 1,
+    "additionalProperties": {"type": "object", "required": list(TENSOR_KEYS), "properties": TENSOR_KEYS},
+}
+TEXT = {"type": "string", "minLength": 1}
+VERSION = {"type": "string", "pattern": r"^\d+\.\d+\.\d+"}
+# The rules of the bundle specification (mandatory keys and tensor format specifiers), as a JSON schema.
+SCHEMA = {
+    "$schema": "http://json-schema.org/draft-07/schema#",
+    "type": "object",
+    "properties": {
+        "version": VERSION,
+        "monai_version": VERSION,
+        "pytorch_version": VERSION,
+        "numpy_version": VERSION,
+        "required_packages_version": {"type": "object", "additionalProperties": VERSION},
+        "optional_packages_version": {"type": "object", "additionalProperties": VERSION},
+        "changelog": {"type": "object", "additionalProperties": TEXT},
+        "task": TEXT,
+        "description": TEXT,
+        "authors": TEXT,
+        "copyright": TEXT,
+        "network_data_format": {
+            "type": "object",
+            "required": ["inputs", "outputs"],
+            "properties": {"inputs": TENSORS, "outputs": TENSORS},
+        },
+    },
+    "required": [
+        "version",
+        "monai_version",
+        "pytorch_version",
+        "numpy_version",
+        "optional_packages_version",
+        "task",
+        "description",
+        "authors",
+        "copyright",
+        "network_data_format",
+    ],
+}
+
+
+def config(name: str) -> dict:
+    return json.loads((CONFIGS / name).read_text())
+
+
+def test_metadata_fits_the_rules_of_the_bundle_specification(tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(SCHEMA))
+    verify_metadata(meta_file=str(CONFIGS / "metadata.json"), filepath=str(schema))
+
+
+def test_metadata_versions_are_those_that_are_tested():
+    exact = dict(
+        line.split("==") for line in (BUNDLE.parent / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    metadata = config("metadata.json")
+    assert metadata["pytorch_version"] == exact["torch"]
+    assert metadata["monai_version"] == exact["monai"]
+    assert metadata["numpy_version"] == exact["numpy"]
+    for group in ("required_packages_version", "optional_packages_version"):
+        for package, version in metadata[group].items():
+            assert version == exact.get(package, exact.get(package.upper())), package
+
+
+@pytest.mark.parametrize("name", ["train.json", "inference.json"])
+def test_network_takes_and_gives_what_the_metadata_says(name):
+    verify_net_in_out(
+        net_id="network_def", meta_file=str(CONFIGS / "metadata.json"), config_file=str(CONFIGS / name), device="cpu"
+    )
+
+
+@pytest.mark.parametrize("name, kind", [("train.json", "training"), ("inference.json", "inference")])
+def test_required_and_optional_properties_are_there(name, kind):
+    workflow = ConfigWorkflow(
+        config_file=str(CONFIGS / name),
+        meta_file=str(CONFIGS / "metadata.json"),
+        logging_file=str(CONFIGS / "logging.conf"),
+        workflow_type=kind,
+    )
+    assert workflow.check_properties() == []
+
+
+@pytest.mark.parametrize("name, ids", [("train.json", ["training", "run"]), ("inference.json", ["inferring", "run"])])
+def test_run_ids(name, ids):
+    assert set(ids) <= set(config(name))
+
+
+def test_inference_has_the_settings_of_training():
+    """Both files state them because each must work alone; they may not drift apart."""
+    train, inference = config("train.json"), config("inference.json")
+    own = {"dataset_dir", "support_dir", "support_max_items", "report_figures", "initialize", "run", "network_def"}
+    shared = (set(train) & set(inference)) - own
+    assert {"backbone", "image_size", "pmg", "pma", "k", "ct_window", "slice_axis", "retrieval"} <= shared
+    for key in shared - {"class_names", "support_data", "support_bank"}:
+        assert train[key] == inference[key], key
+    network = {key: value for key, value in train["network_def"].items() if key != "checkpoint"}
+    assert network == inference["network_def"]
+
+
+@pytest.mark.parametrize("overlay", ["evaluate.json", "multi_gpu_train.json", *(f"backbones/{b}.json" for b in BACKBONES)])
+def test_overlays_only_set_ids_that_train_json_has_or_that_they_add_on_purpose(overlay):
+    parser = ConfigParser(config("train.json"))
+    added = {
+        "evaluate.json": {"model_file", "report_figures", "evaluating"},
+        "multi_gpu_train.json": {"validate::sampler", "validate::dataloader::sampler", "finalize"},
+    }.get(overlay, set())
+    for key in config(overlay):
+        assert key in added or key in parser, key
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_backbone_overlay_names_its_backbone_and_a_possible_size(backbone):
+    overlay = config(f"backbones/{backbone}.json")
+    assert overlay["backbone"] == backbone
+    assert overlay["image_size"] % 32 == 0
+    assert (overlay["lora"] is None) == (backbone == "nano")
+
+
+def test_every_switch_of_the_method_is_a_key_of_the_config():
+    train = config("train.json")
+    for switch in ("lora", "pmg::prior", "pma::box", "pma::attention", "pma::dense", "retrieval"):
+        parser = ConfigParser(train)
+        assert switch in parser
+    parser = ConfigParser(train)
+    parser["pma::box"] = False
+    parser["pmg::prior"] = False
+    network = parser.get_parsed_content("network_def")
+    assert network.prior is None and network.uses_box is False and network.uses_attention is True
+
+
+def test_optimizer_gets_the_trainable_parameters_only():
+    parser = ConfigParser(config("train.json"))
+    parser["device"] = torch.device("cpu")
+    parser["freeze_encoder"] = True
+    parser["lora"] = {"r": 2, "alpha": 4}
+    optimizer = parser.get_parsed_content("optimizer")
+    network = parser.get_parsed_content("network")
+    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert in_optimizer == {id(p) for p in network.parameters() if p.requires_grad}
+    assert not any(id(p) in in_optimizer for p in network.prompt_encoder.parameters())

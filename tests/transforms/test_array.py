@@ -1,0 +1,102 @@
+"""Intensity scaling, the fit into the network's square, and the way back."""
+
+import pytest
+import torch
+
+from sam2sgp.transforms import Fit, label_map, scale_intensity, to_three_channels
+from sam2sgp.transforms.array import is_ct
+
+
+def test_ct_window_maps_its_bounds_to_zero_and_one():
+    values = torch.tensor([-1000.0, -160.0, 40.0, 240.0, 3000.0]).reshape(1, 1, 1, 5)
+    out = scale_intensity(values, ct=True, ct_window=(-160, 240))
+    torch.testing.assert_close(out.flatten(), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+def test_percentiles_ignore_outliers():
+    values = torch.linspace(0, 100, 10_000).reshape(1, 1, 100, 100).clone()
+    values[0, 0, 0, 0] = 1e6
+    out = scale_intensity(values, percentiles=(0.5, 99.5))
+    assert out.min() == 0 and out.max() == 1
+    assert out[0, 0, 50, 50] == pytest.approx(0.5, abs=0.02)
+
+
+def test_scaling_is_over_the_whole_volume_so_that_slices_keep_their_relation():
+    values = torch.zeros(2, 1, 10, 10)
+    values[0, 0, :5], values[1, 0, :5] = 1.0, 2.0
+    out = scale_intensity(values, percentiles=(0, 100))
+    assert out[0].max() == pytest.approx(0.5) and out[1].max() == pytest.approx(1.0)
+
+
+def test_colours_keep_their_hue_and_sixteen_bits_their_range():
+    colour = torch.tensor([255.0, 51.0, 0.0]).reshape(1, 3, 1, 1)
+    torch.testing.assert_close(scale_intensity(colour, rgb=True).flatten(), torch.tensor([1.0, 0.2, 0.0]))
+    torch.testing.assert_close(scale_intensity(colour * 257, rgb=True).flatten(), torch.tensor([1.0, 0.2, 0.0]))
+
+
+@pytest.mark.parametrize("value", [0.0, -1024.0, 7.5])
+def test_constant_images_become_zero(value):
+    assert torch.equal(scale_intensity(torch.full((2, 1, 8, 8), value)), torch.zeros(2, 1, 8, 8))
+
+
+def test_a_tiny_bright_object_survives_percentiles():
+    values = torch.zeros(1, 1, 100, 100)
+    values[0, 0, 3, 3] = 50.0
+    assert scale_intensity(values).max() == 1
+
+
+def test_hounsfield_units_are_recognised_by_air_only_where_no_modality_is_declared():
+    air, tissue = torch.tensor([-1000.0, 50.0]), torch.tensor([0.0, 900.0])
+    assert is_ct(air, None, False) and not is_ct(tissue, None, False)
+    assert not is_ct(air, "MR", False) and is_ct(tissue, "CT", False) and not is_ct(air, None, True)
+
+
+def test_channels():
+    grey = torch.rand(2, 1, 4, 4)
+    assert torch.equal(to_three_channels(grey), grey.repeat(1, 3, 1, 1))
+    two = torch.rand(2, 4, 4)
+    torch.testing.assert_close(to_three_channels(two)[2], two.mean(0))
+    assert to_three_channels(torch.rand(5, 4, 4)).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("shape", [(37, 91), (200, 128), (128, 128), (1, 50), (700, 3)])
+def test_aspect_is_kept_and_the_way_back_has_the_original_size(shape):
+    fit = Fit.of(shape, 128)
+    assert max(fit.inner) == 128
+    assert fit.inner[0] / fit.inner[1] == pytest.approx(shape[0] / shape[1], rel=0.5)
+    assert fit.apply(torch.rand(2, 3, *shape)).shape == (2, 3, 128, 128)
+    assert fit.restore(torch.rand(2, 3, 128, 128)).shape == (2, 3, *shape)
+
+
+def test_aspect_is_physical_where_pixels_are_not_square():
+    assert Fit.of((100, 100), 128, pixel=(2.0, 0.5)).inner == (128, 32)
+
+
+def test_round_trip_of_a_disc_keeps_place_and_area():
+    rows, columns = torch.meshgrid(torch.arange(300), torch.arange(200), indexing="ij")
+    disc = ((rows - 100) ** 2 + (columns - 60) ** 2 < 40**2).long()[None]
+    fit = Fit.of((300, 200), 128)
+    small = fit.apply_label(disc)
+    back = (fit.restore((small[:, None].float() - 0.5) * 2) > 0)[0, 0].long()
+    overlap = 2 * (back * disc[0]).sum() / (back.sum() + disc[0].sum())
+    assert overlap > 0.97
+    assert back.sum() / disc.sum() == pytest.approx(1.0, abs=0.02)
+
+
+def test_masks_do_not_shrink_on_the_way_in():
+    """Bilinear resizing with truncation, as in the authors' code, loses 9 % of the area."""
+    rows, columns = torch.meshgrid(torch.arange(512), torch.arange(512), indexing="ij")
+    disc = ((rows - 256) ** 2 + (columns - 256) ** 2 < 60**2).long()[None]
+    share = Fit.of((512, 512), 128).apply_label(disc).float().mean() / disc.float().mean()
+    assert share == pytest.approx(1.0, abs=0.02)
+
+
+def test_label_values_stay_whole():
+    label = torch.randint(0, 7, (1, 50, 80)) * 30
+    small = Fit.of((50, 80), 64).apply_label(label)
+    assert set(small.unique().tolist()) <= set(label.unique().tolist()) | {0}
+
+
+def test_label_map_takes_the_winner_and_leaves_background_where_none_is_positive():
+    logits = torch.tensor([[-1.0, 2.0, 3.0], [-2.0, 5.0, 1.0]]).reshape(1, 2, 1, 3)
+    assert label_map(logits).flatten().tolist() == [0, 2, 1]
