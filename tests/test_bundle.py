@@ -39,7 +39,6 @@ SCHEMA = {
         "pytorch_version": VERSION,
         "numpy_version": VERSION,
         "required_packages_version": {"type": "object", "additionalProperties": VERSION},
-        "optional_packages_version": {"type": "object", "additionalProperties": VERSION},
         "changelog": {"type": "object", "additionalProperties": TEXT},
         "task": TEXT,
         "description": TEXT,
@@ -56,7 +55,7 @@ SCHEMA = {
         "monai_version",
         "pytorch_version",
         "numpy_version",
-        "optional_packages_version",
+        "required_packages_version",
         "task",
         "description",
         "authors",
@@ -84,9 +83,8 @@ def test_metadata_versions_are_those_that_are_tested():
     assert metadata["pytorch_version"] == exact["torch"]
     assert metadata["monai_version"] == exact["monai"]
     assert metadata["numpy_version"] == exact["numpy"]
-    for group in ("required_packages_version", "optional_packages_version"):
-        for package, version in metadata[group].items():
-            assert version == exact.get(package, exact.get(package.upper())), package
+    for package, version in metadata["required_packages_version"].items():
+        assert version == exact.get(package, exact.get(package.upper())), package
 
 
 @pytest.mark.parametrize("name", ["train.json", "inference.json"])
@@ -124,7 +122,9 @@ def test_inference_has_the_settings_of_training():
     assert network == inference["network_def"]
 
 
-@pytest.mark.parametrize("overlay", ["evaluate.json", "multi_gpu_train.json", *(f"backbones/{b}.json" for b in BACKBONES)])
+@pytest.mark.parametrize(
+    "overlay", ["evaluate.json", "multi_gpu_train.json", *(f"backbones/{b}.json" for b in BACKBONES)]
+)
 def test_overlays_only_set_ids_that_train_json_has_or_that_they_add_on_purpose(overlay):
     parser = ConfigParser(config("train.json"))
     added = {

@@ -65,18 +65,27 @@ def test_classes_in_a_batch_equal_classes_one_by_one(images):
     support, masks = torch.rand(4, 3, SIZE, SIZE), (torch.rand(4, 3, SIZE, SIZE) > 0.5).float()
     together = net(images, support, masks)
     for c in range(3):
-        torch.testing.assert_close(together[:, c : c + 1], net(images, support, masks[:, c : c + 1]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            together[:, c : c + 1], net(images, support, masks[:, c : c + 1]), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_order_of_support_items_does_not_matter(images):
     net = network()
     support, masks = torch.rand(4, 3, SIZE, SIZE), (torch.rand(4, 1, SIZE, SIZE) > 0.5).float()
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(net(images, support, masks), net(images, support[order], masks[order]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        net(images, support, masks), net(images, support[order], masks[order]), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_every_trainable_parameter_gets_a_gradient_from_the_loss(images):
-    for settings in ({}, {"pma": {"dense": True}}, {"pma": {"box": False, "attention": False}}, {"pmg": {"prior": False}}):
+    for settings in (
+        {},
+        {"pma": {"dense": True}},
+        {"pma": {"box": False, "attention": False}},
+        {"pmg": {"prior": False}},
+    ):
         net = network(**settings).train()
         label = square_masks(5)
         label[0] = 0
@@ -126,9 +135,7 @@ def test_blanking_the_pseudo_mask_changes_what_pma_makes_of_it(images):
     pseudo = torch.full((5, 1, SIZE // 2, SIZE // 2), -4.0)
     pseudo[..., 8:20, 8:20] = 4.0
     blank = torch.full_like(pseudo, -4.0)
-    corrections = [
-        net.guide(conditioned, dense, features.high_res, p, net.box(p))[0] - p for p in (pseudo, blank)
-    ]
+    corrections = [net.guide(conditioned, dense, features.high_res, p, net.box(p))[0] - p for p in (pseudo, blank)]
     assert (corrections[0] - corrections[1]).abs().max() > 1e-3
 
 
@@ -188,8 +195,11 @@ def test_retrieval_embedding_is_normalised_and_prefers_the_same_image(images):
     assert torch.equal((embedding @ embedding.T).argmax(1), torch.arange(5))
 
 
-@pytest.mark.parametrize("normalization, expected", [("instance", True), ("none", False)])
-def test_instance_normalisation_makes_brightness_and_contrast_irrelevant(images, normalization, expected):
-    net = network(normalization=normalization)
-    same = torch.allclose(net(images), net(images * 0.5 + 0.2), atol=2e-2)
-    assert same is expected
+@torch.no_grad()
+def test_instance_normalisation_makes_brightness_and_contrast_irrelevant(images):
+    darker = images * 0.5 + 0.2
+    change = {}
+    for normalization in ("instance", "none"):
+        net = network(normalization=normalization)
+        change[normalization] = float((net(images) - net(darker)).abs().mean())
+    assert change["instance"] < 0.1 * change["none"]

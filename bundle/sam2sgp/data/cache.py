@@ -7,8 +7,6 @@ time, and files are written whole or not at all, so several processes may share 
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,12 @@ import numpy as np
 from monai.transforms import Compose
 
 from sam2sgp.errors import DataError
+from sam2sgp.files import replacing
 
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """image: (Z, C, S, S) float16 in [0, 1]. label: (Z, S, S) class map. valid: (top, left, height, width) in pixels."""
+    """image: (Z, C, S, S) float16 in [0, 1]. label: (Z, S, S) class map. valid: top, left, height, width in pixels."""
 
     image: np.ndarray
     label: np.ndarray
@@ -57,11 +56,13 @@ class CaseCache:
         label = prepared["label"].numpy()
         label = label.astype(np.uint8 if label.max(initial=0) < 256 else np.int32)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _write(paths[0], lambda file: np.save(file, prepared["image"].numpy().astype(np.float16)))
-            _write(paths[1], lambda file: np.save(file, label))
+            with replacing(paths[0]) as part:
+                np.save(part, prepared["image"].numpy().astype(np.float16))
+            with replacing(paths[1]) as part:
+                np.save(part, label)
             # The last file to appear marks the case as complete.
-            _write(paths[2], lambda file: file.write(json.dumps({"valid": [*fit.offset, *fit.inner]}).encode()))
+            with replacing(paths[2]) as part:
+                part.write_text(json.dumps({"valid": [*fit.offset, *fit.inner]}))
         except OSError as error:
             raise DataError(
                 f"{self.directory}: expected to write prepared images there, found {error}; free some space or choose "
@@ -81,14 +82,3 @@ def fingerprint(transform: Callable) -> list:
     """What a (composed) transform is made of, as JSON types: class names and their settings."""
     steps = transform.transforms if isinstance(transform, Compose) else [transform]
     return [[type(step).__name__, json.loads(json.dumps(vars(step), default=str, sort_keys=True))] for step in steps]
-
-
-def _write(path: Path, write: Callable) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -370,8 +370,13 @@ def _pair(root: Path, images: list[Path], labels: list[Path], require_labels: bo
                 )
         used.update(pairs.values())
         cases += [{"image": str(image)} | ({"label": str(pairs[image])} if image in pairs else {}) for image in sharing]
+    if require_labels and images and labels and not used:
+        raise DataError(
+            f"{root}: expected {LAYOUTS}, found no pair among the images {_some([path.name for path in images])} and "
+            f"the labels {_some([path.name for path in labels])}; give each label its image's stem."
+        )
     left_over = [label.name for label in labels if label not in used]
-    if left_over and (require_labels or used):
+    if left_over and used:
         warnings.warn(f"{root}: {len(left_over)} labels have no image: {_some(left_over)}.", stacklevel=4)
     if not cases:
         raise DataError(
@@ -476,7 +481,7 @@ def _names_by_value(path: Path, declared: object) -> dict[int, str]:
             names[int(key if by_value else value)] = str(value if by_value else key)
     except (AttributeError, TypeError, ValueError):
         raise DataError(
-            f"{path}: expected class names such as {{\"1\": \"liver\"}} or {{\"liver\": 1}}, found {declared!r}; "
+            f'{path}: expected class names such as {{"1": "liver"}} or {{"liver": 1}}, found {declared!r}; '
             "correct `labels`."
         ) from None
     names.pop(0, None)

@@ -183,9 +183,7 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
     return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path))
 
 
-def read_label(
-    path: str | os.PathLike, geometry: Geometry | None = None, slice_axis: str | int = "auto"
-) -> np.ndarray:
+def read_label(path: str | os.PathLike, geometry: Geometry | None = None, slice_axis: str | int = "auto") -> np.ndarray:
     """Read a class map in its image's display orientation.
 
     Args:
@@ -224,9 +222,7 @@ def is_binary_255(path: str | os.PathLike) -> bool:
     return grid.is_8_bit and bool(np.isin(grid.array, (0, 255)).all() and (grid.array == 255).any())
 
 
-def write_label(
-    path: str | os.PathLike, labels: np.ndarray, geometry: Geometry, binary_255: bool = False
-) -> None:
+def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry, binary_255: bool = False) -> None:
     """Write a class map on the grid of the image that `geometry` comes from; whole or not at all.
 
     Args:
@@ -631,7 +627,7 @@ def _dicom_pixels(file: Path) -> np.ndarray:
             # Lowest plus highest storable value: 2 ** bits - 1 unsigned, -1 signed.
             turning_point = -1.0 if dataset.PixelRepresentation else 2.0**dataset.BitsStored - 1
             pixels = turning_point - pixels
-        pixels = pixels * float(dataset.get("RescaleSlope", 1.0)) + float(dataset.get("RescaleIntercept", 0.0))
+        pixels = pixels * float(dataset.get("RescaleSlope") or 1.0) + float(dataset.get("RescaleIntercept") or 0.0)
     return pixels.reshape(frames, dataset.Rows, dataset.Columns, samples).astype(np.float32)
 
 

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from sam2sgp.engines.loss import SGPLoss
 from sam2sgp.errors import WeightsError
-from sam2sgp.networks.weights import save_lora, save_weights, write_atomically
+from sam2sgp.files import replacing
+from sam2sgp.networks.weights import save_lora, save_weights
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class TrainingProgress:
     def _advance(self, engine: Engine) -> None:
         self.bar.set_postfix(
             epoch=f"{engine.state.epoch}/{engine.state.max_epochs}",
-            loss=f"{float(engine.state.output['loss']):.3f}",
+            loss=f"{engine.state.output[0]['loss'].item():.3f}",
             refresh=False,
         )
         self.bar.update()
@@ -198,7 +199,8 @@ class ResumableCheckpoint:
             "best_metric": best_metric,
             "best_metric_epoch": best_epoch,
         }
-        write_atomically(self.directory / LAST, lambda file: torch.save(saved, file))
+        with replacing(self.directory / LAST) as part:
+            torch.save(saved, part)
         if self.patience and best_epoch > 0 and engine.state.epoch - best_epoch >= self.patience:
             logger.info("No better result for %d epochs: training stops.", engine.state.epoch - best_epoch)
             engine.terminate()

@@ -17,16 +17,8 @@ from tqdm import tqdm
 
 from sam2sgp.data.io import read_image
 from sam2sgp.evaluation import METRICS, case_metrics, class_sizes, summarise, write_csv
-from sam2sgp.report import (
-    CaseFigure,
-    Report,
-    SupportThumb,
-    draw_overlay,
-    montage,
-    spread_slices,
-    to_display,
-    write_report,
-)
+from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
+from sam2sgp.report.overlays import draw_overlay, montage, spread_slices, to_display
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.transforms.array import is_ct, scale_intensity
 
@@ -140,7 +132,7 @@ class ResultWriter:
             path,
             Report(
                 title=self.title,
-                subtitle=f"{self._cases()} images, {len(self.bank.class_names)} classes, {len(self.bank)} support items",
+                subtitle=f"{self._cases()} images, {len(self.bank.class_names)} classes, {len(self.bank)} supports",
                 meta={name: str(value) for name, value in self.facts.items()},
                 classes=self.bank.class_names,
                 summary_rows=summary,
@@ -275,7 +267,7 @@ class ResultWriter:
     @staticmethod
     def _montage(entry: _Shown, slices: torch.Tensor) -> np.ndarray:
         truth = None if entry.truth is None else entry.truth[1:]
-        return montage(slices[entry.slices], entry.pred[1:], truth, count=len(entry.slices), numbers=entry.slices)
+        return montage(slices[entry.slices], entry.pred[1:], truth, numbers=entry.slices, total=len(slices))
 
     def _thumb(self, identifier: str) -> SupportThumb:
         item = next(item for item in self.bank.items if item.id == identifier)

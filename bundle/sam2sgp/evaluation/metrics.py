@@ -8,6 +8,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou,
 from numpy.typing import ArrayLike
 from scipy.ndimage import find_objects
 
-from sam2sgp.report.files import write_text_atomically
+from sam2sgp.files import write_text
 
 METRICS = ("dice", "iou", "hd95", "nsd")
 DISTANCE_METRICS = ("hd95", "nsd")
@@ -154,7 +155,7 @@ def write_csv(path: str | Path, rows: Sequence[Mapping]) -> None:
         writer.writeheader()
     for row in rows:
         writer.writerow({key: "" if _is_nan(value) else value for key, value in row.items()})
-    write_text_atomically(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def _class_map(labels: ArrayLike) -> np.ndarray:
@@ -185,7 +186,7 @@ def _union(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
 def _mask_metrics(
     predicted: np.ndarray, true: np.ndarray, spacing: Sequence[float] | None, nsd_tolerance: float
 ) -> dict[str, float]:
-    """The four metrics of two masks of 2 or 3 axes; MONAI's own values for empty masks differ from function to function."""
+    """The four metrics of two masks of 2 or 3 axes; for empty masks MONAI's functions differ in what they return."""
     if not (predicted.any() or true.any()):
         return dict.fromkeys(METRICS, NAN)
     if not (predicted.any() and true.any()):
@@ -215,4 +216,4 @@ def _summary(value: int | None, name: str, rows: Sequence[Mapping]) -> dict:
 
 
 def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    return isinstance(value, Real) and math.isnan(value)

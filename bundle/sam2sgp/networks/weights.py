@@ -7,11 +7,9 @@ their target and moved there when complete, so several processes may fetch or sa
 """
 
 import logging
-import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -29,6 +27,7 @@ from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor
 
 from sam2sgp.errors import ConfigError, WeightsError
+from sam2sgp.files import replacing
 from sam2sgp.networks.backbones import BACKBONES, trunk_size
 from sam2sgp.networks.backbones import backbone as backbone_definition
 from sam2sgp.networks.lora import ADAPTER_FILES
@@ -74,7 +73,7 @@ def fetch_checkpoint(backbone: str, bundle_root: str | Path) -> Path:
         return target
     logger.info("Downloading %s (%s) to %s", url, _remote_size(url), target)
     try:
-        with _replacing(target) as part:
+        with replacing(target) as part:
             download_url(url, part, hash_val, hash_type)
             if not part.is_file():  # download_url logs nothing and returns when permission is denied
                 raise PermissionError("permission denied")
@@ -171,7 +170,7 @@ def save_weights(network: "SAM2SGP", path: str | Path) -> None:
     """
     path = Path(path)
     try:
-        with _replacing(path) as part:
+        with replacing(path) as part:
             torch.save(network.state_dict(), part)
     except (OSError, RuntimeError) as error:
         raise WeightsError(f"{path}: can't be written ({error}); free space, or choose another folder.") from error
@@ -295,30 +294,13 @@ def save_lora(network: "SAM2SGP", directory: str | Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".lora.", dir=directory) as folder:
             trunk.save_pretrained(folder, save_embedding_layers=False)
-            parts = [Path(folder, name) for name in ADAPTER_FILES]
-            mode = parts[0].stat().st_mode
-            for part in parts:
-                part.chmod(mode)  # safetensors lets the owner alone read its files
-                _sync(part)
-                part.replace(directory / part.name)
+            mode = Path(folder, ADAPTER_FILES[0]).stat().st_mode
+            for name in ADAPTER_FILES:
+                with replacing(directory / name) as part:
+                    Path(folder, name).replace(part)
+                    part.chmod(mode)  # safetensors lets the owner alone read its files
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{directory}: the adapters can't be written ({error}); choose another folder.") from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there when the block ends without an error replaces `path` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        part = Path(folder, path.name)
-        yield part
-        _sync(part)
-        part.replace(path)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -8,16 +8,17 @@ import base64
 import hashlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from numbers import Integral, Real
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from sam2sgp import __version__
-from sam2sgp.report.files import write_text_atomically
+from sam2sgp.files import write_text
 from sam2sgp.report.overlays import EDGE, MONTAGE_EDGE, Picture, class_colour
 
 THUMB_EDGE = 112
@@ -135,7 +136,7 @@ def write_report(path: str | Path, report: Report) -> None:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=__version__,
     )
-    write_text_atomically(path, html)
+    write_text(path, html)
 
 
 def _picture(picture: Picture, edge: int) -> dict:
@@ -193,7 +194,7 @@ def _summary_row(row: Mapping, colours: Mapping[str, str]) -> dict:
     return {"name": name, "colour": None if overall else colours.get(name), "overall": overall, "metrics": metrics}
 
 
-def _table(rows: Sequence[Mapping], colours: Mapping[str, str], hidden: set[str] | frozenset[str] = frozenset()) -> dict:
+def _table(rows: Sequence[Mapping], colours: Mapping[str, str], hidden: Collection[str] = ()) -> dict:
     """Column titles and cells of rows of any keys; units stand with their numbers, class names with their colours."""
     keys = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))
     inside = {UNITS[key] for key in keys if key in UNITS} | ({"class"} if "class_name" in keys else set())
@@ -208,7 +209,7 @@ def _cell(key: str, row: Mapping, colours: Mapping[str, str]) -> _Cell:
     value = row.get(key)
     if value is None:
         return _Cell("", "", False)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):
         text = _number(key, value)
         unit = row.get(UNITS.get(key))
         if unit and not math.isnan(value):
@@ -223,7 +224,7 @@ def _number(key: str, value: float) -> str:
         return "–"
     if key in SHARES:
         return f"{value:.3f}"
-    if isinstance(value, int):
+    if isinstance(value, Integral):
         return str(value)
     size = abs(value)
     return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2}f}"

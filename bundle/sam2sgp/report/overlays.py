@@ -31,7 +31,7 @@ EDGE = 320
 MONTAGE_TILES = 9
 MONTAGE_EDGE = 213
 FILL = 0.22
-DASH, GAP = 6.0, 5.0
+DASH, GAP = 5.0, 8.0
 
 Picture = NDArray[np.uint8]
 
@@ -96,7 +96,7 @@ def draw_overlay(
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     stretch = np.array([size[1] / height, size[0] / width])
     colours = colours or {}
-    picture = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)).copy()
+    picture = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
     filled = [
         (_resize_mask(mask, size), colours.get(value, class_colour(value))) for value, mask in _masks(masks).items()
@@ -111,15 +111,14 @@ def draw_overlay(
     for value, corners in (box or {}).items():
         if corners[0] >= 0:
             _draw_box(draw, np.asarray(corners, dtype=float), stretch, colours.get(value, class_colour(value)))
+    picture = np.array(canvas)
     for mask in _masks(truth).values():
         for contour in find_contours(np.pad(mask, 1).astype(float), 0.5):
-            _draw_dashes(draw, (contour - 0.5) * stretch)
-    return np.asarray(canvas)
+            _draw_dashes(picture, (contour - 0.5) * stretch)
+    return picture
 
 
-def spread_slices(
-    prediction: ArrayLike, truth: ArrayLike | None = None, count: int = MONTAGE_TILES
-) -> list[int]:
+def spread_slices(prediction: ArrayLike, truth: ArrayLike | None = None, count: int = MONTAGE_TILES) -> list[int]:
     """Up to `count` slices (Z, H, W) that hold something in prediction or truth, both ends included, evenly spread.
 
     If no slice does, the slices are spread over the whole volume.
@@ -137,14 +136,18 @@ def montage(
     prediction: ArrayLike,
     truth: ArrayLike | None = None,
     colours: Mapping[int, tuple[int, int, int]] | None = None,
-    count: int = MONTAGE_TILES,
+    numbers: Sequence[int] | None = None,
+    total: int | None = None,
 ) -> Picture:
-    """A grid of up to `count` slices of a volume, chosen by `spread_slices`, each with its number (from 1) in a corner.
+    """A grid of slices of a volume, each with its number (from 1) in a corner.
 
     Args:
         volume: (Z, H, W) or (Z, C, H, W) as `to_display` takes them; all slices should share one intensity scale, best
             [0, 1].
         prediction, truth: class maps (Z, H, W).
+        numbers: where only some slices of a volume are given, which ones (from 0); all of them are shown. None: the
+            volume is whole, and up to `MONTAGE_TILES` = 9 slices are chosen by `spread_slices`.
+        total: number of slices of the whole volume.
 
     Returns:
         Picture (rows * h, columns * w, 3) uint8, tiles of at most `MONTAGE_EDGE` = 213 pixels a side.
@@ -152,13 +155,19 @@ def montage(
     volume, prediction = np.asarray(volume), np.asarray(prediction)
     truth = None if truth is None else np.asarray(truth)
     tiles = []
-    for index in spread_slices(prediction, truth, count):
+    shown = spread_slices(prediction, truth) if numbers is None else range(len(volume))
+    for index in shown:
         picture = to_display(volume[index])
         scale = MONTAGE_EDGE / max(picture.shape[:2])
         seen = None if truth is None else truth[index]
         tile = Image.fromarray(draw_overlay(picture, prediction[index], colours, truth=seen, scale=scale))
         ImageDraw.Draw(tile).text(
-            (5, 3), f"{index + 1}/{len(volume)}", fill=WHITE, stroke_width=1, stroke_fill=BLACK, font_size=13
+            (5, 3),
+            f"{(index if numbers is None else numbers[index]) + 1}/{total or len(volume)}",
+            fill=WHITE,
+            stroke_width=1,
+            stroke_fill=BLACK,
+            font_size=13,
         )
         tiles.append(np.asarray(tile))
     columns = int(np.ceil(np.sqrt(len(tiles))))
@@ -188,7 +197,7 @@ def _masks(masks: ArrayLike | Mapping[int, ArrayLike] | None) -> dict[int, np.nd
 
 
 def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest pixel when enlarged; when made smaller a pixel counts if any of it does, so that no small mask is lost."""
+    """Nearest pixel when enlarged; made smaller, a pixel counts if any of it does: no small mask is lost."""
     grey = Image.fromarray(mask.astype(np.uint8) * 255)
     if size[0] >= grey.width:
         return np.asarray(grey.resize(size, Image.Resampling.NEAREST)) > 0
@@ -203,13 +212,14 @@ def _draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, stretch: np.ndarray, c
         draw.rectangle(corners, outline=outline, width=width)
 
 
-def _draw_dashes(draw: ImageDraw.ImageDraw, contour: np.ndarray) -> None:
-    """White dashes with a dark rim along a contour (N, 2) of row, column in output pixels."""
-    contour = contour - 0.5  # from distances along the picture to centres of pixels
+def _draw_dashes(picture: Picture, contour: np.ndarray) -> None:
+    """White dashes, two pixels wide in a dark rim, along a contour (N, 2) of distances down and right in pixels."""
     along = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(contour, axis=0).T))])
-    starts = np.arange(0, along[-1], DASH + GAP)
-    for width, colour in ((4, BLACK), (2, WHITE)):
-        for start in starts:
-            steps = np.linspace(start, min(start + DASH, along[-1]), 4)
-            points = [(np.interp(step, along, contour[:, 1]), np.interp(step, along, contour[:, 0])) for step in steps]
-            draw.line(points, fill=colour, width=width, joint="curve")
+    steps = np.arange(0, along[-1], 0.5)
+    steps = steps[steps % (DASH + GAP) < DASH]
+    corner = np.stack([np.interp(steps, along, contour[:, axis]) for axis in (0, 1)]).round().astype(int)
+    last = np.array(picture.shape[:2])[:, None] - 1
+    for reach, colour in ((2, BLACK), (1, WHITE)):
+        for offset in np.ndindex(2 * reach, 2 * reach):
+            rows, columns = np.clip(corner + np.array(offset)[:, None] - reach, 0, last)
+            picture[rows, columns] = colour

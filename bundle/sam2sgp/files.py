@@ -1,0 +1,31 @@
+"""Files that are either whole or not there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to; what is there when the block ends without an error replaces `path` in one step.
+
+    Parent folders are made. The file is written in a hidden folder next to `path`, under the same name, so that
+    libraries which go by the suffix work, and is on the disk before it is moved. A reader sees the old file or the new
+    one, whenever the process ends; several processes may write the same path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        part = Path(folder, path.name)
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, with its line ends as given, in one atomic step; what UTF-8 can't hold is written escaped."""
+    with replacing(path) as part:
+        part.write_bytes(text.encode("utf-8", "backslashreplace"))

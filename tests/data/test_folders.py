@@ -1,0 +1,347 @@
+"""Data folders become datalists: pairs, patients, sections, class names."""
+
+import json
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam2sgp.data.folders import (
+    check_label_values,
+    choose_slices,
+    class_names,
+    complete_class_names,
+    label_index,
+    load_datalist,
+    subset,
+)
+from sam2sgp.errors import ConfigError, DataError
+from tests.data.dicom_files import write_dicom, write_series
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    return root
+
+
+def paired(root: Path, *stems: str, label_suffix: str = ".png") -> Path:
+    return touch(root, *(f"images/{stem}.jpg" for stem in stems), *(f"labels/{stem}{label_suffix}" for stem in stems))
+
+
+def names(cases: list[dict]) -> list[str]:
+    return [case["name"] for case in cases]
+
+
+def write_json(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("folder", ["labels", "masks"])
+@pytest.mark.parametrize("ending", ["", "_mask", "_segmentation"])
+def test_images_and_labels_of_equal_stems_are_paired(tmp_path, folder, ending):
+    touch(tmp_path, "images/b.nii.gz", f"{folder}/b{ending}.nrrd", "images/a.png", f"{folder}/a{ending}.png")
+    touch(tmp_path, "SOURCE.md", "images/.hidden.png", "images/Thumbs.db", "images/notes.json", f"{folder}/SOURCE.md")
+    cases = load_datalist(tmp_path)
+    assert names(cases) == ["a", "b"]
+    assert cases[1] == {
+        "image": str(tmp_path / "images/b.nii.gz"),
+        "label": str(tmp_path / f"{folder}/b{ending}.nrrd"),
+        "patient": "b",
+        "group": tmp_path.name,
+        "name": "b",
+    }
+
+
+def test_equal_stem_is_preferred_to_a_mask_ending(tmp_path):
+    touch(tmp_path, "images/a.png", "labels/a.png", "labels/a_mask.png")
+    with pytest.warns(UserWarning, match="1 labels have no image: a_mask.png"):
+        (case,) = load_datalist(tmp_path)
+    assert case["label"].endswith("labels/a.png")
+
+
+def test_unpaired_images_and_labels_are_left_out_with_one_warning_each(tmp_path):
+    paired(tmp_path, "a")
+    touch(tmp_path, "images/b.png", "images/c.png", "labels/d.png")
+    with pytest.warns(UserWarning) as caught:
+        cases = load_datalist(tmp_path)
+    messages = sorted(str(warning.message) for warning in caught)
+    assert names(cases) == ["a"] and len(messages) == 2
+    assert "1 labels have no image: d.png" in messages[0]
+    assert "2 images have no label and are left out: b.png, c.png" in messages[1]
+    with pytest.warns(UserWarning, match="d.png"):
+        cases = load_datalist(tmp_path, require_labels=False)
+    assert names(cases) == ["a", "b", "c"] and "label" not in cases[1]
+
+
+def test_folder_without_a_pair_is_an_error_that_explains_layouts(tmp_path):
+    touch(tmp_path, "images/a.png", "labels/b.png")
+    with pytest.raises(
+        DataError, match=r"dataset.json.*images/ and labels/.*datalist JSON.*images a.png.*labels b.png"
+    ):
+        load_datalist(tmp_path)
+    with pytest.raises(DataError, match=r"datalist JSON.*1 images and no label.*images/"):
+        load_datalist(touch(tmp_path / "unlabelled", "images/a.png"))
+    with pytest.raises(DataError, match="no such file or folder"):
+        load_datalist(tmp_path / "missing")
+    with pytest.raises(DataError, match="images/ and labels/.*x.png"):
+        load_datalist(touch(tmp_path / "flat", "x.png"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="an empty folder"):
+        load_datalist(tmp_path / "empty", require_labels=False)
+
+
+def test_equal_stems_need_labels_that_tell_them_apart(tmp_path):
+    touch(tmp_path, "images/a.png", "images/a.nii.gz", "labels/a.png", "labels/a_mask.nii.gz")
+    with pytest.raises(DataError, match=r"stem 'a'.*a.nii.gz.*a.png"):
+        load_datalist(tmp_path)
+    (tmp_path / "labels/a_mask.nii.gz").rename(tmp_path / "labels/a.nii.gz")
+    cases = load_datalist(tmp_path)
+    assert [(case["name"], Path(case["label"]).name) for case in cases] == [("a.nii.gz",) * 2, ("a.png",) * 2]
+    for label in (tmp_path / "labels").iterdir():
+        label.unlink()
+    assert names(load_datalist(tmp_path, require_labels=False)) == ["a.nii.gz", "a.png"]
+
+
+def test_dicom_series_folder_is_one_image(tmp_path):
+    write_series(tmp_path / "images/p1", np.zeros((3, 4, 4), np.uint16))
+    touch(tmp_path, "labels/p1.nii.gz", "images/not_dicom/readme.txt")
+    (case,) = load_datalist(tmp_path)
+    assert case["image"] == str(tmp_path / "images/p1") and case["label"].endswith("p1.nii.gz")
+
+
+def test_queries_may_be_files_folders_and_series(tmp_path):
+    series = write_series(tmp_path / "q/ct", np.zeros((3, 4, 4), np.uint16))
+    touch(tmp_path, "q/a.png", "q/readme.md")
+    assert names(load_datalist(tmp_path / "q", require_labels=False)) == ["a", "ct"]
+    assert load_datalist(tmp_path / "q/a.png", require_labels=False)[0]["name"] == "a"
+    (case,) = load_datalist(series, require_labels=False)
+    assert case["image"] == str(series) and case["name"] == "ct"
+    with pytest.raises(DataError, match="another kind"):
+        load_datalist(touch(tmp_path, "notes.txt") / "notes.txt", require_labels=False)
+
+
+def test_separate_radiographs_in_one_folder_are_separate_images(tmp_path):
+    for name in ("r1.dcm", "r2.dcm"):
+        write_dicom(tmp_path / name, np.zeros((4, 4), np.uint16), "DX")
+    assert names(load_datalist(tmp_path, require_labels=False)) == ["r1", "r2"]
+
+
+def test_two_series_in_one_folder_are_an_error(tmp_path):
+    for name in ("a", "b"):
+        write_series(tmp_path / name, np.zeros((2, 4, 4), np.uint16))
+        for file in list((tmp_path / name).iterdir()):
+            file.rename(tmp_path / f"{name}{file.name}")
+        (tmp_path / name).rmdir()
+    with pytest.raises(DataError, match="found 2.*2 files"):
+        load_datalist(tmp_path, require_labels=False)
+
+
+def test_decathlon_folder(tmp_path):
+    touch(tmp_path, *(f"imagesTr/c_{n}.nii.gz" for n in range(10)), *(f"labelsTr/c_{n}.nii.gz" for n in range(10)))
+    touch(tmp_path, "imagesTs/c_90.nii.gz", "imagesTs/c_91.nii.gz")
+    content = {
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "liver", "2": "tumour"},
+        "training": [{"image": f"./imagesTr/c_{n}.nii.gz", "label": f"./labelsTr/c_{n}.nii.gz"} for n in range(10)],
+        "test": ["./imagesTs/c_90.nii.gz", {"image": "./imagesTs/c_91.nii.gz"}],
+    }
+    write_json(tmp_path / "dataset.json", content)
+    with pytest.warns(UserWarning, match="2 images have no label"):
+        cases = load_datalist(tmp_path)
+    assert len(cases) == 10 and {case["modality"] for case in cases} == {"CT"}
+    assert cases[0]["image"] == str(tmp_path / "imagesTr/c_0.nii.gz")
+    assert len(load_datalist(tmp_path, require_labels=False)) == 12
+    assert class_names(tmp_path) == {1: "liver", 2: "tumour"}
+    content["labels"] = {"background": 0, "tumour": 2, "liver": 1}
+    content["modality"] = {"0": "FLAIR", "1": "T1"}
+    write_json(tmp_path / "dataset.json", content)
+    assert class_names(tmp_path) == {1: "liver", 2: "tumour"} == class_names(tmp_path / "dataset.json")
+    assert "modality" not in load_datalist(tmp_path, require_labels=False)[0]
+
+
+def test_json_sections_with_labels_are_kept_and_the_rest_is_split(tmp_path):
+    stems = [f"s{n}" for n in range(20)]
+    data = paired(tmp_path / "data", *stems)
+    entry = {stem: {"image": f"images/{stem}.jpg", "label": f"labels/{stem}.png"} for stem in stems}
+    content = {
+        "root": "data",
+        "training": [entry[stem] for stem in stems[:16]],
+        "validation": [entry[stem] for stem in stems[16:18]],
+        "testing": [{"image": entry[stem]["image"]} for stem in stems[18:]],
+    }
+    path = write_json(tmp_path / "list.json", content)
+    with pytest.warns(UserWarning, match="2 images have no label"):
+        sections = {section: names(load_datalist(path, section)) for section in ("train", "val", "test")}
+    assert sections["val"] == ["s16", "s17"]
+    assert len(sections["test"]) == 3 and sorted(sections["train"] + sections["test"]) == sorted(stems[:16])
+    assert load_datalist(path, "val", require_labels=False)[0]["image"] == str(data / "images/s16.jpg")
+
+
+def test_patient_group_and_modality_of_the_json_win(tmp_path):
+    paired(tmp_path, "patient1_a", "patient1_b", "patient1_c")
+    pairs = [{"image": f"images/patient1_{k}.jpg", "label": f"labels/patient1_{k}.png"} for k in "abc"]
+    pairs[0] |= {"patient_id": 7, "group": "heart", "modality": "MR"}
+    pairs[1] |= {"subject": "x"}
+    cases = load_datalist(write_json(tmp_path / "list.json", {"training": pairs}))
+    assert [case["patient"] for case in cases] == ["7", "x", "patient1"]
+    assert [case["group"] for case in cases] == ["heart", tmp_path.name, tmp_path.name]
+    assert cases[0]["modality"] == "MR"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "can't be read"),
+        ("[]", "JSON object"),
+        ('{"cases": []}', "keys"),
+        ('{"training": []}', "found none"),
+        ('{"training": [{"label": "a.png"}]}', "one `image`"),
+        ('{"training": [{"image": "a.png"}]}', "listed image.*a.png"),
+    ],
+)
+def test_wrong_json_is_an_error_that_names_it(tmp_path, content, message):
+    (tmp_path / "list.json").write_text(content)
+    with pytest.raises(DataError, match=f"list.json: .*{message}"):
+        load_datalist(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize(
+    ("stem", "patient"),
+    [
+        ("patient001_frame01", "patient001"),
+        ("Patient-12-lat", "Patient-12"),
+        ("sub-03_ses-1_T1w", "sub-03"),
+        ("pat_12", "pat_12"),
+        ("subject3.left", "subject3"),
+        ("case_0001_0000", "case_0001"),
+        ("STS_001_CT", "STS_001"),
+        ("TCGA-AB-1234-01", "TCGA-AB-1234"),
+        *((stem, stem) for stem in ("benign_12", "d1_001", "hippocampus_001", "CHNCXR_0001_0", "500_HC", "case_study")),
+        *((stem, stem) for stem in ("pattern_3", "patch1_2", "subset_1", "my_patient001", "case12b", "01", "sub-")),
+    ],
+)
+def test_patient_is_recognised_at_the_start_of_the_stem(tmp_path, stem, patient):
+    assert load_datalist(paired(tmp_path, stem))[0]["patient"] == patient
+
+
+def test_files_called_alike_are_told_apart_by_their_folders(tmp_path):
+    touch(tmp_path, *(f"sub-0{n}/{name}.nii.gz" for n in (1, 2) for name in ("image", "label")))
+    entries = [{"image": f"sub-0{n}/image.nii.gz", "label": f"sub-0{n}/label.nii.gz"} for n in (1, 2)]
+    cases = load_datalist(write_json(tmp_path / "list.json", {"training": entries}))
+    assert [case["patient"] for case in cases] == ["sub-01", "sub-02"] and len(set(names(cases))) == 2
+
+
+@pytest.mark.parametrize("patients", [3, 4, 7, 20, 41])
+def test_split_is_by_patient_complete_and_reproducible(tmp_path, patients):
+    paired(tmp_path, *(f"patient{n:03}_frame{frame}" for n in range(patients) for frame in (1, 2)))
+    sections = {section: load_datalist(tmp_path, section) for section in ("train", "val", "test")}
+    of_patient = {name: {case["patient"] for case in cases} for name, cases in sections.items()}
+    assert sum(len(found) for found in of_patient.values()) == patients == len(set.union(*of_patient.values()))
+    assert all(of_patient.values()) and sum(len(cases) for cases in sections.values()) == 2 * patients
+    assert abs(len(of_patient["train"]) - 0.7 * patients) <= 1.2
+    assert load_datalist(tmp_path, "val") == sections["val"]
+    if patients > 7:
+        assert load_datalist(tmp_path, "val", seed=1) != sections["val"]
+
+
+def test_split_does_not_depend_on_the_order_of_the_file_system(tmp_path, monkeypatch):
+    paired(tmp_path, *(f"s{n}" for n in range(12)))
+    expected = load_datalist(tmp_path, "test")
+    listing = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: reversed(sorted(listing(path))))
+    assert load_datalist(tmp_path, "test") == expected
+
+
+def test_few_patients_and_unusual_fractions(tmp_path):
+    paired(tmp_path, "a", "b", "c", "d")
+    counts = {s: len(load_datalist(tmp_path, s, split=(0.5, 0.0, 0.5))) for s in ("train", "val", "test")}
+    assert counts == {"train": 2, "val": 0, "test": 2}
+    one = paired(tmp_path / "one", "a")
+    assert [len(load_datalist(one, section)) for section in ("train", "val", "test")] == [1, 0, 0]
+    for options in ({"split": (0.5, 0.1, 0.1)}, {"section": "dev"}, {"patient_pattern": "("}):
+        with pytest.raises(ConfigError):
+            load_datalist(tmp_path, **options)
+
+
+def test_subset_is_drawn_reproducibly_and_kept_in_order(tmp_path):
+    cases = load_datalist(paired(tmp_path, *(f"s{n:02}" for n in range(30))))
+    chosen = subset(cases, 10, seed=3)
+    assert len(chosen) == 10 and chosen == subset(cases, 10, seed=3) != subset(cases, 10, seed=4)
+    assert names(chosen) == sorted(names(chosen)) and subset(cases, None) == cases == subset(cases, 99)
+
+
+def test_class_names_are_declared_or_made_up(tmp_path):
+    paired(tmp_path, "a")
+    assert class_names(tmp_path) == {} and class_names(tmp_path, [0, 2, 5]) == {2: "class_2", 5: "class_5"}
+    write_json(tmp_path / "labels.json", {"cup": 2, "disc": 1, "background": 0})
+    assert class_names(tmp_path) == {1: "disc", 2: "cup"} == class_names(tmp_path, [0, 2])
+    assert complete_class_names({2: "b", 1: "a"}, [7]) == {1: "a", 2: "b"}
+    with pytest.raises(DataError, match=r"1 disc, 2 cup.*value 3"):
+        class_names(tmp_path, [0, 3])
+    write_json(tmp_path / "labels.json", {"cup": "two"})
+    with pytest.raises(DataError, match="labels.json.*class names"):
+        class_names(tmp_path)
+
+
+def test_undeclared_value_is_an_error_that_names_label_and_value():
+    with pytest.raises(DataError, match=r"a.png: .*1 liver.*value 4"):
+        check_label_values("a.png", [0, 1, 4], {1: "liver"})
+    check_label_values("a.png", [0, 1], {1: "liver", 2: "tumour"})
+    check_label_values("a.png", [0, 9], {})
+
+
+def test_dataset_json_with_names_alone_leaves_pairs_to_the_folders(tmp_path):
+    write_json(paired(tmp_path, "a") / "dataset.json", {"labels": {"1": "disc"}})
+    assert names(load_datalist(tmp_path)) == ["a"] and class_names(tmp_path) == {1: "disc"}
+
+
+def test_label_index_counts_pixels_per_slice_and_class(tmp_path):
+    array = np.zeros((4, 5, 6), np.uint8)
+    array[1:3, 1:3, 2] = 1
+    array[0, 0, 2:5] = 2
+    for name in ("images/v.nii.gz", "labels/v.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / name)
+    for name in ("images/a.png", "labels/a.png"):
+        Image.fromarray(np.eye(6, dtype=np.uint8) * 255).save(tmp_path / name)
+    picture, volume = label_index(load_datalist(tmp_path), progress=False)
+    assert picture["num_slices"] == 1 and picture["areas"][1].tolist() == [6]
+    assert volume["num_slices"] == 6 and volume["shape"] == (6, 5, 4) and sorted(volume["areas"]) == [1, 2]
+    assert volume["areas"][1].tolist() == [0, 0, 4, 0, 0, 0] and volume["areas"][2].tolist() == [0, 0, 1, 1, 1, 0]
+
+
+def test_chosen_slices_are_the_largest_and_an_even_spread_with_both_ends():
+    areas = np.zeros(60, int)
+    areas[10:51] = 5
+    areas[30] = 99
+    assert choose_slices(areas, 1) == [30]
+    assert choose_slices(areas, 3) == [10, 30, 50]
+    assert choose_slices(areas, 5) == [10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 50])
+def test_chosen_slices_are_never_empty_and_never_too_many(count):
+    rng = np.random.default_rng(count)
+    for _ in range(30):
+        areas = rng.integers(0, 9, 40) * (rng.random(40) < 0.5)
+        present = np.flatnonzero(areas)
+        chosen = choose_slices(areas, count)
+        assert chosen == sorted(set(chosen)) and len(chosen) == min(count, len(present))
+        assert set(chosen) <= set(present) and int(np.argmax(areas)) in chosen
+        if count >= 3 and len(present) > 2:
+            assert {present[0], present[-1]} <= set(chosen)
+    assert choose_slices(np.zeros(5), count) == []
+    with pytest.raises(ConfigError):
+        choose_slices(np.ones(5), 0)
+
+
+def test_sound_folders_give_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_datalist(paired(tmp_path, "a", "b"))) == 2
