@@ -1,5 +1,6 @@
 """The bundle as the Model Zoo asks for it: metadata, network format, required ids, and configs that agree."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -72,7 +73,10 @@ def config(name: str) -> dict:
 def test_metadata_fits_the_rules_of_the_bundle_specification(tmp_path):
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(SCHEMA))
-    verify_metadata(meta_file=str(CONFIGS / "metadata.json"), filepath=str(schema))
+    digest = hashlib.sha256(schema.read_bytes()).hexdigest()
+    verify_metadata(
+        meta_file=str(CONFIGS / "metadata.json"), filepath=str(schema), hash_val=digest, hash_type="sha256"
+    )
 
 
 def test_metadata_versions_are_those_that_are_tested():
@@ -95,14 +99,20 @@ def test_network_takes_and_gives_what_the_metadata_says(name):
 
 
 @pytest.mark.parametrize("name, kind", [("train.json", "training"), ("inference.json", "inference")])
-def test_required_and_optional_properties_are_there(name, kind):
+def test_required_and_optional_properties_are_there(name, kind, phantoms, tmp_path):
+    support, queries = phantoms / "support" / "rgb", phantoms / "queries" / "rgb"
     workflow = ConfigWorkflow(
         config_file=str(CONFIGS / name),
         meta_file=str(CONFIGS / "metadata.json"),
         logging_file=str(CONFIGS / "logging.conf"),
         workflow_type=kind,
+        dataset_dir=str(queries if kind == "inference" else phantoms),
+        **({"support_dir": str(support)} if kind == "inference" else {}),
+        output_dir=str(tmp_path),
+        progress=False,
     )
-    assert workflow.check_properties() == []
+    workflow.initialize()
+    assert not workflow.check_properties()
 
 
 @pytest.mark.parametrize("name, ids", [("train.json", ["training", "run"]), ("inference.json", ["inferring", "run"])])

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from sam2sgp.engines import GradientClipping, MovingAverage
+from sam2sgp.engines import GradientClipping, growing_average
 
 
 def engine(iteration: int, accumulation: int = 1, epoch_length: int = 10) -> SimpleNamespace:
@@ -25,13 +26,13 @@ def test_gradients_are_clipped_only_before_a_step(iteration, clipped):
 def test_moving_average_follows_the_weights_with_growing_inertia():
     source = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(source.weight)
-    average = MovingAverage(source, decay=0.5)
-    average.averaged.update_parameters(source)
+    averaged = AveragedModel(source, avg_fn=growing_average(0.5))
+    averaged.update_parameters(source)
     nn.init.ones_(source.weight)
     expected = 0.0
     for count in range(1, 6):
-        average.averaged.update_parameters(source)
+        averaged.update_parameters(source)
         weight = min(0.5, (1 + count) / (10 + count))
         expected = weight * expected + (1 - weight)
-        assert average.network.weight.item() == pytest.approx(expected)
-    assert average.network.weight is not source.weight
+        assert averaged.module.weight.item() == pytest.approx(expected)
+    assert averaged.module.weight is not source.weight

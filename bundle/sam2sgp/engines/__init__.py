@@ -1,7 +1,7 @@
 """Training and evaluation engines' parts: loss, batch preparation, evaluator and handlers."""
 
 from sam2sgp.engines.evaluator import QueryDataset, QueryEvaluator, class_maps, first
-from sam2sgp.engines.handlers import EpochStart, GradientClipping, MovingAverage, ResumableCheckpoint, TrainingProgress
+from sam2sgp.engines.handlers import EpochStart, GradientClipping, MovingAverage, ResumableCheckpoint, TrainingProgress, growing_average
 from sam2sgp.engines.loss import SGPLoss
 from sam2sgp.engines.prepare import PrepareEpisodes
 from sam2sgp.engines.results import ResultWriter
@@ -19,4 +19,5 @@ __all__ = [
     "TrainingProgress",
     "class_maps",
     "first",
+    "growing_average",
 ]

@@ -1,12 +1,13 @@
 """Ignite handlers of a training run that can be killed at any moment and goes on as if it had not been."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -60,27 +61,27 @@ class GradientClipping:
         nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
 
 
-class MovingAverage:
-    """Exponential moving average of the weights, updated after every step; the average is what gets validated.
+def growing_average(decay: float = 0.998) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Averaging function for PyTorch's `AveragedModel`: an exponential moving average for short runs too.
 
-    The decay grows as (1 + n) / (10 + n) with the number n of updates, up to `decay`, so that short runs profit too.
-
-    Attributes:
-        network: the averaged network.
-        averaged: PyTorch's `AveragedModel` around it, whose state includes n.
+    The weight of the old average grows as (1 + n) / (10 + n) with the number n of updates, up to `decay`.
     """
 
-    def __init__(self, network: nn.Module, decay: float = 0.998) -> None:
-        def average(averaged, current, count):
-            weight = min(decay, (1 + int(count)) / (10 + int(count)))
-            return averaged.lerp(current, 1 - weight)
+    def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+        return averaged.lerp(current, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
 
-        self.source = network
-        self.averaged = AveragedModel(network, avg_fn=average)
-        self.network = self.averaged.module
+    return average
+
+
+class MovingAverage:
+    """Update an average of the network's weights after every step."""
+
+    def __init__(self, averaged: AveragedModel, network: nn.Module) -> None:
+        self.averaged = averaged
+        self.network = network
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.averaged.update_parameters(self.source))
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.averaged.update_parameters(self.network))
 
 
 class TrainingProgress:
