@@ -74,9 +74,7 @@ def test_metadata_fits_the_rules_of_the_bundle_specification(tmp_path):
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(SCHEMA))
     digest = hashlib.sha256(schema.read_bytes()).hexdigest()
-    verify_metadata(
-        meta_file=str(CONFIGS / "metadata.json"), filepath=str(schema), hash_val=digest, hash_type="sha256"
-    )
+    verify_metadata(meta_file=str(CONFIGS / "metadata.json"), filepath=str(schema), hash_val=digest, hash_type="sha256")
 
 
 def test_metadata_versions_are_those_that_are_tested():

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ignite.engine import Engine
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from sam2sgp.engines import GradientClipping, growing_average
+from sam2sgp.engines import GradientClipping, TrainingProgress, growing_average
 
 
 def engine(iteration: int, accumulation: int = 1, epoch_length: int = 10) -> SimpleNamespace:
@@ -36,3 +37,13 @@ def test_moving_average_follows_the_weights_with_growing_inertia():
         expected = weight * expected + (1 - weight)
         assert averaged.module.weight.item() == pytest.approx(expected)
     assert averaged.module.weight is not source.weight
+
+
+def test_progress_bar_does_not_swallow_what_ends_the_training():
+    def fail(*_):
+        raise ValueError("broken batch")
+
+    trainer = Engine(fail)
+    TrainingProgress(disable=True).attach(trainer)
+    with pytest.raises(ValueError, match="broken batch"):
+        trainer.run([0], max_epochs=1)

@@ -1,7 +1,15 @@
 """Training and evaluation engines' parts: loss, batch preparation, evaluator and handlers."""
 
 from sam2sgp.engines.evaluator import QueryDataset, QueryEvaluator, class_maps, first
-from sam2sgp.engines.handlers import EpochStart, GradientClipping, MovingAverage, ResumableCheckpoint, TrainingProgress, growing_average
+from sam2sgp.engines.handlers import (
+    EpochStart,
+    GradientClipping,
+    LearningRateSchedule,
+    MovingAverage,
+    ResumableCheckpoint,
+    TrainingProgress,
+    growing_average,
+)
 from sam2sgp.engines.loss import SGPLoss
 from sam2sgp.engines.prepare import PrepareEpisodes
 from sam2sgp.engines.results import ResultWriter
@@ -9,6 +17,7 @@ from sam2sgp.engines.results import ResultWriter
 __all__ = [
     "EpochStart",
     "GradientClipping",
+    "LearningRateSchedule",
     "MovingAverage",
     "PrepareEpisodes",
     "QueryDataset",

@@ -8,6 +8,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -42,6 +43,12 @@ class EpochStart:
         self.loss.set_epoch(epoch)
 
 
+def steps_now(engine: Engine) -> bool:
+    """Whether this iteration ends with an optimiser step, by the rule of MONAI's `SupervisedTrainer`."""
+    done = (engine.state.iteration - 1) % engine.state.epoch_length + 1
+    return done % engine.accumulation_steps == 0 or done == engine.state.epoch_length
+
+
 class GradientClipping:
     """Clip the norm of all gradients before each optimiser step, accumulated and unscaled ones included."""
 
@@ -53,8 +60,7 @@ class GradientClipping:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        step = (engine.state.iteration - 1) % engine.state.epoch_length + 1
-        if step % engine.accumulation_steps and step != engine.state.epoch_length:
+        if not steps_now(engine):
             return
         if engine.scaler is not None:
             engine.scaler.unscale_(engine.optimizer)
@@ -73,15 +79,33 @@ def growing_average(decay: float = 0.998) -> Callable[[Tensor, Tensor, Tensor], 
     return average
 
 
+class LearningRateSchedule:
+    """Advance a learning rate scheduler after every optimiser step, of which accumulation makes fewer than batches."""
+
+    def __init__(self, lr_scheduler: LRScheduler) -> None:
+        self.lr_scheduler = lr_scheduler
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if steps_now(engine):
+            self.lr_scheduler.step()
+
+
 class MovingAverage:
-    """Update an average of the network's weights after every step."""
+    """Update an average of the network's weights after every optimiser step."""
 
     def __init__(self, averaged: AveragedModel, network: nn.Module) -> None:
         self.averaged = averaged
         self.network = network
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.averaged.update_parameters(self.network))
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if steps_now(engine):
+            self.averaged.update_parameters(self.network)
 
 
 class TrainingProgress:
@@ -94,7 +118,8 @@ class TrainingProgress:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
-        engine.add_event_handler(Events.COMPLETED | Events.EXCEPTION_RAISED | Events.TERMINATE, self._close)
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self._close)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
     def _start(self, engine: Engine) -> None:
         if self.bar is None:
@@ -106,12 +131,16 @@ class TrainingProgress:
     def _advance(self, engine: Engine) -> None:
         self.bar.set_postfix(
             epoch=f"{engine.state.epoch}/{engine.state.max_epochs}",
-            loss=f"{engine.state.output[0]['loss'].item():.3f}",
+            loss=f"{engine.state.output[0]['loss']:.3f}",
             refresh=False,
         )
         self.bar.update()
 
-    def _close(self, engine: Engine, *_) -> None:
+    def _fail(self, engine: Engine, error: BaseException) -> None:
+        self._close(engine)
+        raise error  # with a handler of this event attached, ignite leaves that to it
+
+    def _close(self, engine: Engine) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

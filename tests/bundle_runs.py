@@ -1,0 +1,46 @@
+"""Running the bundle's configs as a user does, in this process."""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import monai.bundle
+
+BUNDLE = Path(__file__).parents[1] / "bundle"
+CONFIGS = BUNDLE / "configs"
+
+# What makes a training small enough for a test of its mechanics.
+SMALL = {
+    "image_size": 64,
+    "episodes_per_epoch": 4,
+    "episodes_per_step": 2,
+    "images_per_episode": 4,
+    "max_k": 2,
+    "warmup_steps": 1,
+    "val_max_cases": 2,
+    "val_interval": 1,
+    "support_max_items": 6,
+    "num_workers": 0,
+    "progress": False,
+}
+
+
+@contextmanager
+def _own_hooks():
+    hook = sys.excepthook
+    try:
+        yield
+    finally:
+        sys.excepthook = hook
+
+
+def run(run_id: str, *configs: str, **overrides) -> None:
+    """`python -m monai.bundle run <run_id> --config_file [configs] --key value …`"""
+    with _own_hooks():
+        monai.bundle.run(
+            run_id=run_id,
+            config_file=[str(CONFIGS / name) for name in configs],
+            meta_file=str(CONFIGS / "metadata.json"),
+            bundle_root=str(BUNDLE),
+            **overrides,
+        )

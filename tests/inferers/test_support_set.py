@@ -1,0 +1,131 @@
+"""Inference with a support bank: who guides whom, and that batching changes nothing."""
+
+import pytest
+import torch
+
+from sam2sgp.errors import ConfigError, DataError
+from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers.support_set import ABSENT_LOGIT
+from sam2sgp.networks import SAM2SGP
+from sam2sgp.support import SupportBank, SupportSampler
+
+SIZE = 64
+
+
+def case(number: int, values: list[int], patient: str | None = None, group: str = "a", slices: int = 1) -> dict:
+    generator = torch.Generator().manual_seed(number)
+    label = torch.zeros(slices, SIZE, SIZE, dtype=torch.long)
+    for place, value in enumerate(values):
+        label[:, 10:30, 5 + 20 * place : 20 + 20 * place] = value
+    return {
+        "name": f"case{number}",
+        "label_map": label,
+        "picture": torch.rand(slices, 1, SIZE, SIZE, generator=generator),
+        "label": f"case{number}.png",
+        "patient": patient or f"p{number}",
+        "group": group,
+    }
+
+
+def prepare(item: dict) -> dict:
+    return {**item, "image": item["picture"], "label": item["label_map"]}
+
+
+def bank(cases: list[dict], **settings) -> SupportBank:
+    return SupportBank(cases, prepare, progress=False, **settings)
+
+
+@pytest.fixture(scope="module")
+def network() -> SAM2SGP:
+    torch.manual_seed(0)
+    return SAM2SGP("nano", SIZE).eval()
+
+
+QUERY = torch.rand(5, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(99))
+
+
+def test_batch_size_does_not_change_the_result(network):
+    cases = [case(i, [1, 2]) for i in range(4)]
+    results = [SupportSetInferer(bank(cases), SupportSampler(k=2), batch_size=b)(QUERY, network) for b in (1, 8)]
+    assert results[0].shape == (5, 2, SIZE, SIZE)
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_result_equals_the_network_given_the_retrieved_pairs(network):
+    support = bank([case(i, [1]) for i in range(5)])
+    chunk = next(SupportSetInferer(support, SupportSampler(k=2)).chunks(QUERY[:1], network))
+    chosen = chunk.retrieved[0].index[0].tolist()
+    images = torch.stack([support.items[i].image.float() for i in chosen]).expand(-1, 3, -1, -1)
+    masks = support.masks([support.items[i] for i in chosen])
+    with torch.no_grad():
+        direct = network(QUERY[:1].expand(-1, 3, -1, -1), images, masks)
+    torch.testing.assert_close(chunk.output.logits, direct, atol=1e-3, rtol=1e-3)
+
+
+def test_an_image_in_the_support_set_retrieves_itself_first(network):
+    cases = [case(i, [1]) for i in range(6)]
+    chunk = next(SupportSetInferer(bank(cases), SupportSampler(k=3)).chunks(cases[4]["picture"], network))
+    assert chunk.retrieved[0].index[0, 0] == 4
+    assert chunk.retrieved[0].similarity[0, 0] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_items_of_the_querys_own_patient_are_not_used(network):
+    cases = [case(i, [1], patient="same" if i < 2 else None) for i in range(4)]
+    chunk = next(SupportSetInferer(bank(cases), SupportSampler(k=4)).chunks(QUERY, network, patient="same"))
+    assert set(chunk.retrieved[0].index.flatten().tolist()) == {2, 3}
+
+
+def test_items_of_the_querys_group_are_used_where_there_are_any(network):
+    cases = [case(i, [1], group="ct" if i < 2 else "mr") for i in range(4)]
+    inferer = SupportSetInferer(bank(cases), SupportSampler(k=4))
+    of = {g: next(inferer.chunks(QUERY, network, group=g)).retrieved[0].index.unique().tolist() for g in ("ct", "us")}
+    assert of == {"ct": [0, 1], "us": [0, 1, 2, 3]}
+
+
+def test_each_class_is_guided_by_items_that_hold_it_and_unknown_ones_stay_empty(network):
+    cases = [case(0, [1]), case(1, [1, 2]), case(2, [2])]
+    support = bank(cases, class_names={1: "liver", 2: "spleen", 7: "declared only"})
+    chunk = next(SupportSetInferer(support, SupportSampler(k=3)).chunks(QUERY, network))
+    used = {entry.value: sorted(entry.index[0].tolist()) for entry in chunk.retrieved}
+    assert used == {1: [0, 1], 2: [1, 2]}
+    assert (chunk.output.logits[:, 2] == ABSENT_LOGIT).all()
+    assert (chunk.output.logits[:, :2] != ABSENT_LOGIT).any()
+
+
+def test_reset_encodes_the_support_set_with_the_network_as_it_is_now(network):
+    inferer = SupportSetInferer(bank([case(i, [1]) for i in range(3)]), SupportSampler(k=2))
+    before = inferer(QUERY, network)
+    other = SAM2SGP("nano", SIZE).eval()
+    stale = inferer.bank.memory.tokens
+    inferer.reset()
+    after = inferer(QUERY, other)
+    assert not torch.equal(inferer.bank.memory.tokens, stale)
+    assert not torch.allclose(before, after)
+
+
+def test_volumes_give_a_few_slices_for_each_class():
+    volume = case(0, [1], slices=30)
+    volume["label_map"][:5] = 0
+    volume["label_map"][25:] = 0
+    volume["label_map"][12, 40:60, 40:60] = 1
+    support = bank([volume], slices_per_class=4)
+    slices = [item.slice for item in support.items]
+    assert {5, 12, 24} <= set(slices) and len(slices) <= 5
+    assert [item.id for item in support.items][0] == "case0#5"
+
+
+def test_a_limit_keeps_items_of_many_cases():
+    support = bank([case(i, [1]) for i in range(20)], max_items=6)
+    assert len(support) == 6 and len({item.patient for item in support.items}) == 6
+
+
+def test_a_support_set_without_objects_or_with_undeclared_values_is_refused():
+    with pytest.raises(DataError, match="at least one object"):
+        bank([case(0, [])])
+    with pytest.raises(DataError, match="case0.png"):
+        bank([case(0, [3])], class_names={1: "liver"})
+
+
+def test_precision_is_checked(network):
+    with pytest.raises(ConfigError, match="precision"):
+        SupportSetInferer(bank([case(0, [1])]), SupportSampler(), precision="int4")(QUERY, network)

@@ -1,0 +1,23 @@
+"""Files are whole or not there."""
+
+import pytest
+
+from sam2sgp.files import replacing, write_text
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as part:
+        part.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_complete_write_replaces_and_makes_folders(tmp_path):
+    path = tmp_path / "new" / "report.html"
+    write_text(path, "one\r\ntwo")
+    write_text(path, "three\r\n")
+    assert path.read_bytes() == b"three\r\n"
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,163 @@
+"""Inference through the bundle on files of every kind: same name, size and place out as in."""
+
+import csv
+import subprocess
+import sys
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sam2sgp.networks import SAM2SGP, save_weights
+from tests.bundle_runs import BUNDLE, run
+from tests.data.dicom_files import write_series
+
+SETTINGS = {"image_size": 64, "progress": False}
+RNG = np.random.default_rng(0)
+OBLIQUE = np.array([[0.7, -0.2, 0.1, -30.0], [0.2, 0.8, 0.3, 12.0], [0.0, -0.2, 2.9, 55.0], [0, 0, 0, 1.0]])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    save_weights(SAM2SGP("nano", 64), path)
+    return path
+
+
+def infer(model, support, queries, output, **overrides) -> list[dict]:
+    arguments = {"model_file": str(model), "support_dir": str(support), "dataset_dir": str(queries)}
+    run("inferring", "inference.json", output_dir=str(output), **SETTINGS, **arguments, **overrides)
+    return table(output)
+
+
+def table(output) -> list[dict]:
+    with open(output / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def picture(path, shape, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = RNG.integers(0, 2**16 if mode == "I;16" else 256, shape).astype(np.uint16 if mode == "I;16" else np.uint8)
+    Image.fromarray(array).save(path)
+
+
+def size(path) -> tuple[int, int]:
+    with Image.open(path) as opened:
+        return opened.size
+
+
+def test_every_format_comes_back_with_its_own_name_size_and_place(phantoms, model, tmp_path):
+    queries, output = tmp_path / "queries", tmp_path / "out"
+    picture(queries / "colour.png", (50, 90, 3))
+    picture(queries / "photo.jpg", (33, 41))
+    picture(queries / "deep.png", (64, 20), "I;16")
+    picture(queries / "alpha.png", (30, 30, 4))
+    picture(queries / "scan.tif", (40, 60))
+    array = RNG.normal(size=(21, 34, 5)).astype(np.float32)
+    nib.save(nib.Nifti1Image(array, OBLIQUE), queries / "oblique.nii.gz")
+    nib.save(nib.Nifti1Image(array[:, :, 0], OBLIQUE), queries / "flat.nii")
+    image = itk.image_from_array(np.ascontiguousarray(array))
+    image.SetSpacing([0.5, 0.6, 4.0])
+    image.SetOrigin([1.0, -2.0, 3.0])
+    itk.imwrite(image, str(queries / "volume.nrrd"))
+    itk.imwrite(image, str(queries / "meta.mha"))
+    write_series(queries / "series", RNG.integers(-1000, 1000, (4, 24, 30)).astype(np.int16))
+    rows = infer(model, phantoms / "support" / "rgb", queries, output)
+
+    for name in ("colour", "photo", "deep", "alpha", "scan"):
+        source = next(queries.glob(f"{name}.*"))
+        with Image.open(source) as before, Image.open(output / f"{name}.png") as after:
+            assert before.size == after.size, name
+    for name in ("oblique.nii.gz", "flat.nii"):
+        before, after = nib.load(queries / name), nib.load(output / f"{name.split('.')[0]}.nii.gz")
+        assert before.shape == after.shape
+        np.testing.assert_allclose(before.affine, after.affine, atol=1e-5)
+    for name in ("volume.nrrd", "meta.mha"):
+        before, after = itk.imread(str(queries / name)), itk.imread(str(output / f"{name.split('.')[0]}.nii.gz"))
+        assert itk.size(before) == itk.size(after)
+        np.testing.assert_allclose(list(before.GetSpacing()), list(after.GetSpacing()), rtol=1e-5)
+        np.testing.assert_allclose(list(before.GetOrigin()), list(after.GetOrigin()), rtol=1e-5)
+        for matrix in (before, after):
+            np.testing.assert_allclose(itk.array_from_matrix(matrix.GetDirection()), np.eye(3), atol=1e-5)
+    assert nib.load(output / "series.nii.gz").shape[2] == 4
+    assert {row["case"] for row in rows} == {path.name.split(".")[0] for path in queries.iterdir()}
+    assert "not for diagnosis" in (output / "report.html").read_text().lower()
+
+
+def test_a_broken_file_costs_its_row_and_the_exit_code_not_the_run(phantoms, model, tmp_path):
+    queries, output = tmp_path / "queries", tmp_path / "out"
+    picture(queries / "good.png", (40, 40, 3))
+    picture(queries / "later.png", (40, 40, 3))
+    (queries / "broken.nii.gz").write_bytes(b"this is no image")
+    with pytest.raises(SystemExit) as ended:
+        infer(model, phantoms / "support" / "rgb", queries, output)
+    assert "1 of 3" in str(ended.value) and "broken" in str(ended.value)
+    rows = table(output)
+    assert [row["case"] for row in rows if row["error"]] == ["broken"]
+    assert {row["case"] for row in rows if not row["error"]} == {"good", "later"}
+    assert (output / "good.png").is_file() and (output / "later.png").is_file()
+    assert "broken.nii.gz" in (output / "report.html").read_text()
+
+
+def test_summary_gives_sizes_confidence_and_support(phantoms, model, tmp_path):
+    rows = infer(model, phantoms / "support" / "ct", phantoms / "queries" / "ct", tmp_path)
+    assert {row["class_name"] for row in rows} == {"disc", "ellipse", "ring"}
+    for row in rows:
+        label = nib.load(row["output"])
+        voxels = int((np.asarray(label.dataobj) == int(row["class"])).sum())
+        assert int(row["voxels"]) == voxels and row["size_unit"] == "ml"
+        assert float(row["size"]) == pytest.approx(voxels * np.prod(label.header.get_zooms()) / 1000, rel=1e-4)
+        assert row["mean_confidence"] == "" if voxels == 0 else 0.0 < float(row["mean_confidence"]) <= 1
+        assert row["support_items"] and float(row["seconds"]) > 0
+
+
+def test_labels_are_written_in_the_coding_of_the_support_labels(model, tmp_path):
+    support, queries = tmp_path / "support", tmp_path / "queries"
+    for number in range(3):
+        picture(support / "images" / f"{number}.png", (40, 40))
+        (support / "masks").mkdir(exist_ok=True)
+        mask = np.zeros((40, 40), dtype=np.uint8)
+        mask[10:30, 5 * number : 5 * number + 20] = 255
+        Image.fromarray(mask).save(support / "masks" / f"{number}.png")
+    picture(queries / "q.png", (30, 50))
+    infer(model, support, queries, tmp_path / "out")
+    with Image.open(tmp_path / "out" / "q.png") as opened:
+        pixels = np.asarray(opened)
+    assert set(np.unique(pixels)) <= {0, 255}
+
+
+def test_two_queries_of_one_stem_do_not_overwrite_each_other(phantoms, model, tmp_path):
+    queries = tmp_path / "queries"
+    picture(queries / "a.png", (30, 50))
+    picture(queries / "a.jpg", (20, 20))
+    rows = infer(model, phantoms / "support" / "rgb", queries, tmp_path / "out")
+    outputs = {row["source"].rsplit("/", 1)[1]: row["output"] for row in rows}
+    assert len(set(outputs.values())) == 2
+    sizes = {name: size(path) for name, path in outputs.items()}
+    assert sizes == {"a.png": (50, 30), "a.jpg": (20, 20)}
+
+
+@pytest.mark.parametrize("retrieval, k, expected", [("similarity", 2, 2), ("random", 3, 3)])
+def test_retrieval_settings_reach_the_run(phantoms, model, tmp_path, retrieval, k, expected):
+    rows = infer(model, phantoms / "support" / "rgb", phantoms / "queries" / "rgb", tmp_path, retrieval=retrieval, k=k)
+    assert max(len(row["support_items"].split("; ")) for row in rows) == expected
+
+
+def test_missing_weights_are_one_line_of_error_and_a_bad_exit_code(phantoms, tmp_path):
+    command = [sys.executable, "-m", "monai.bundle", "run", "inferring", "--config_file", "configs/inference.json"]
+    arguments = {
+        "model_file": tmp_path / "none.pt",
+        "support_dir": phantoms / "support" / "rgb",
+        "dataset_dir": phantoms / "queries" / "rgb",
+        "output_dir": tmp_path,
+    }
+    words = [str(word) for key, value in arguments.items() for word in (f"--{key}", value)]
+    done = subprocess.run([*command, *words], cwd=BUNDLE, capture_output=True, text=True)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "none.pt" in errors[0]
+    assert "Traceback" not in done.stderr
