@@ -14,9 +14,9 @@ BENCHMARKS ?= $(sort $(wildcard benchmarks/[!_]*.py))
 # The demo's folders, and what makes its training short.
 DEMO := $(CURDIR)/out/demo
 DEMO_PHANTOM ?=
-DEMO_TRAIN ?=
+DEMO_TRAIN ?= --max_epochs 4 --episodes_per_epoch 135 --val_interval 2 --val_max_cases 20
 DEMO_EVALUATE ?=
-DEMO_INFER ?=
+DEMO_INFER ?= --model_file "$(DEMO)/run/model.pt"
 # The phantoms come in these looks, each with a support set and queries of its own.
 DEMO_LOOKS ?= ct mr us rgb
 
@@ -67,7 +67,7 @@ demo: $(INSTALLED) $(PHANTOM) ## phantom data, training, evaluation, inference a
 	@echo '== training'
 	$(BUNDLE) training --config_file configs/train.json --dataset_dir "$(DEMO)/phantom" --output_dir "$(DEMO)/run" $(DEMO_TRAIN)
 	@echo '== evaluating'
-	$(BUNDLE) evaluating --config_file "['configs/train.json','configs/evaluate.json']" --dataset_dir "$(DEMO)/phantom" --output_dir "$(DEMO)/run/eval" $(DEMO_EVALUATE)
+	$(BUNDLE) evaluating --config_file "['configs/train.json','configs/evaluate.json']" --dataset_dir "$(DEMO)/phantom" --output_dir "$(DEMO)/run" $(DEMO_EVALUATE)
 	@set -e; for look in $(DEMO_LOOKS); do echo "== inferring, $$look"; ( $(BUNDLE) inferring --config_file configs/inference.json --support_dir "$(DEMO)/phantom/support/$$look" --dataset_dir "$(DEMO)/phantom/queries/$$look" --output_dir "$(DEMO)/inferred/$$look" $(DEMO_INFER) ); done
 	@echo '== reports'
 	@find out/demo/run out/demo/inferred -name '*.html' | sort

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sam2sgp.errors import WeightsError
+from sam2sgp.errors import ConfigError, WeightsError
 from sam2sgp.networks import SAM2SGP, load_weights
 from tests.bundle_runs import SMALL, run
 
@@ -97,3 +97,26 @@ def test_mlflow_tracking_records_the_loss(phantoms, tmp_path):
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlruns.db'}")
     runs = mlflow.search_runs(search_all_experiments=True)
     assert any(column.endswith("train_loss") for column in runs.columns)
+
+
+def test_a_finished_training_goes_on_with_more_epochs_at_the_longer_schedules_rate(phantoms, tmp_path):
+    train(phantoms, tmp_path / "longer", max_epochs=1)
+    longer = train(phantoms, tmp_path / "longer", max_epochs=3, **{"train::trainer::max_epochs": 2})
+    whole = train(phantoms, tmp_path / "whole", max_epochs=3, **{"train::trainer::max_epochs": 2})
+    rates = [saved["state"]["optimizer"]["param_groups"][0]["lr"] for saved in (longer, whole)]
+    assert longer["epoch"] == 2 and rates[0] == pytest.approx(rates[1]) and 0 < rates[0] < 1e-3
+
+
+def test_weights_are_there_before_the_first_validation(phantoms, tmp_path):
+    train(phantoms, tmp_path, max_epochs=1, val_interval=2)
+    load_weights(SAM2SGP("nano", 64), tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("setting", [{"resume": "false"}, {"pma::box": "false"}, {"pmg::prior": 0}])
+def test_switches_that_are_no_booleans_are_refused(phantoms, tmp_path, setting):
+    with pytest.raises(Exception) as caught:
+        train(phantoms, tmp_path, **setting)
+    cause = caught.value
+    while not isinstance(cause, ConfigError):
+        cause = cause.__cause__
+    assert "capital letter" in str(cause)

@@ -8,12 +8,12 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from sam2sgp.engines.loss import SGPLoss
-from sam2sgp.errors import WeightsError
+from sam2sgp.errors import ConfigError, WeightsError
 from sam2sgp.files import replacing
 from sam2sgp.networks.weights import save_lora, save_weights
 
@@ -80,13 +80,28 @@ def growing_average(decay: float = 0.998) -> Callable[[Tensor, Tensor, Tensor], 
 
 
 class LearningRateSchedule:
-    """Advance a learning rate scheduler after every optimiser step, of which accumulation makes fewer than batches."""
+    """Advance a learning rate schedule after every optimiser step, of which accumulation makes fewer than batches.
 
-    def __init__(self, lr_scheduler: LRScheduler) -> None:
+    At the start the schedule is put where the engine is, so it needs no state of its own, and a run that goes on with
+    more epochs than it was begun with follows the longer schedule. Attach it after `ResumableCheckpoint`.
+
+    Args:
+        lr_scheduler: a schedule in closed form, the learning rate as a function of the step.
+    """
+
+    def __init__(self, lr_scheduler: LambdaLR) -> None:
         self.lr_scheduler = lr_scheduler
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def start(self, engine: Engine) -> None:
+        schedule = self.lr_scheduler
+        schedule.last_epoch = engine.state.epoch * -(-engine.state.epoch_length // engine.accumulation_steps)
+        groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, base, factor in groups:
+            group["lr"] = base * factor(schedule.last_epoch)
 
     def __call__(self, engine: Engine) -> None:
         if steps_now(engine):
@@ -149,9 +164,9 @@ class TrainingProgress:
 class ResumableCheckpoint:
     """Keep the best weights and everything needed to go on, and go on from there at the start.
 
-    After every epoch `last.pt` is replaced; whenever the key metric of the validator is the best so far, `model.pt`
-    (and, with LoRA, the PEFT adapter in `lora/`) is replaced before it. Each file is written whole or not at all.
-    Attach it after the validation handler.
+    After every epoch `last.pt` is replaced; whenever the key metric of the validator is the best so far, or before the
+    first validation, `model.pt` (and, with LoRA, the PEFT adapter in `lora/`) is replaced before it. Each file is
+    written whole or not at all. Attach it after the validation handler.
 
     Args:
         directory: where the files go.
@@ -173,6 +188,8 @@ class ResumableCheckpoint:
         patience: int = 0,
         resume: bool = True,
     ) -> None:
+        if not isinstance(resume, bool):
+            raise ConfigError(f"resume is {resume!r}: expected True or False, with a capital letter on a command line.")
         self.directory = Path(directory)
         self.network = network
         self.state = state
@@ -198,7 +215,7 @@ class ResumableCheckpoint:
             raise WeightsError(
                 f"{path}: expected the state of a training with these settings, found one that does not fit "
                 f"({str(error).splitlines()[0]}); use another `output_dir`, the settings it was begun with, or "
-                "`--resume false` to begin anew."
+                "`--resume False` to begin anew."
             ) from error
         engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]
         if self.validator is not None:
@@ -216,7 +233,8 @@ class ResumableCheckpoint:
         if self.validator is not None:
             best_metric = float(self.validator.state.best_metric)
             best_epoch = self.validator.state.best_metric_epoch
-        if best_epoch == engine.state.epoch:
+        validated = best_epoch > 0
+        if best_epoch == engine.state.epoch or not validated:
             best = _unwrap(self.best_network)
             save_weights(best, self.directory / BEST)
             if hasattr(best.image_encoder.trunk, "peft_config"):
@@ -231,7 +249,7 @@ class ResumableCheckpoint:
         }
         with replacing(self.directory / LAST) as part:
             torch.save(saved, part)
-        if self.patience and best_epoch > 0 and engine.state.epoch - best_epoch >= self.patience:
+        if self.patience and validated and engine.state.epoch - best_epoch >= self.patience:
             logger.info("No better result for %d epochs: training stops.", engine.state.epoch - best_epoch)
             engine.terminate()
 

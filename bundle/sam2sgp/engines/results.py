@@ -46,14 +46,15 @@ class _Shown:
 class ResultWriter:
     """Handler that writes the results of an evaluation or inference.
 
-    With labelled cases: `metrics.csv` (a row per case and class), `metrics_summary.csv` and a report of the worst and
-    best cases. Without: `summary.csv` and a report of the first queries. A failed case is a row with its error.
+    Scored against labels: `metrics.csv` (a row per case and class), `metrics_summary.csv` and a report of the worst and
+    best cases. Else: `summary.csv` and a report of the first queries. A failed case is a row with its error.
 
     Args:
         output_dir: where the files go.
         bank: the support bank that guided the run.
         title: of the report.
         facts: {name: value} of the run, shown in the report.
+        scored: whether the cases are labelled and measured.
         max_figures: cases shown with pictures.
         nsd_tolerance: of the surface Dice, in mm (pixels where the spacing is unknown).
         progress: show a bar.
@@ -65,6 +66,7 @@ class ResultWriter:
         bank: SupportBank,
         title: str,
         facts: dict[str, str] | None = None,
+        scored: bool = False,
         max_figures: int = 12,
         nsd_tolerance: float = 2.0,
         progress: bool = True,
@@ -79,7 +81,7 @@ class ResultWriter:
         self.rows: list[dict] = []
         self.errors: list[dict] = []
         self.shown: list[_Shown] = []
-        self.scored = False
+        self.scored = scored
         self.bar: tqdm | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -153,8 +155,7 @@ class ResultWriter:
     def _add_case(self, case: dict) -> None:
         names, spacing = self.bank.class_names, case["geometry"].spacing
         pred = case["pred"].numpy()
-        if "truth_index" in case:
-            self.scored = True
+        if self.scored:
             measured = case_metrics(pred, case["label"].numpy(), names, spacing, self.nsd_tolerance)
         else:
             measured = class_sizes(pred, names, spacing)
@@ -198,7 +199,7 @@ class ResultWriter:
         self.shown = [*ranked[:worst], *ranked[worst + 1 :]]
 
     def _show(self, case: dict, rows: list[dict], score: float) -> _Shown:
-        pred, truth = case["pred"].numpy(), case["label"].numpy() if "truth_index" in case else None
+        pred, truth = case["pred"].numpy(), case["label"].numpy() if self.scored else None
         slices = spread_slices(pred, truth)
         sizes = (pred > 0).reshape(len(pred), -1).sum(1)
         if truth is not None:

@@ -394,4 +394,9 @@ def _settings(name: str, defaults: dict, given: dict | None) -> dict:
     unknown = sorted(set(given or {}) - set(defaults))
     if unknown:
         raise ConfigError(f"Unknown setting {name}.{unknown[0]}: expected one of {', '.join(defaults)}.")
+    for key, value in (given or {}).items():
+        if isinstance(defaults[key], bool) and not isinstance(value, bool):
+            raise ConfigError(
+                f"{name}.{key} is {value!r}: expected True or False, with a capital letter on a command line."
+            )
     return {**defaults, **(given or {})}

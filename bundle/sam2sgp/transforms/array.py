@@ -140,6 +140,6 @@ class Fit:
 def label_map(logits: Tensor) -> Tensor:
     """Class logits (Z, C, H, W) -> index of the winning class plus one, 0 where none is above 0; (Z, H, W) uint8."""
     if logits.shape[1] > 255:
-        raise DataError(f"{logits.shape[1]} classes in one run: expected at most 255; choose fewer with `classes`.")
+        raise DataError(f"{logits.shape[1]} classes in one run: expected at most 255; use labels with fewer classes.")
     best, index = logits.max(1)
     return torch.where(best > 0, index + 1, 0).to(torch.uint8)

@@ -1,0 +1,40 @@
+"""The README says what is true of the configs and of the files it names."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_settings_table_has_the_defaults_of_the_training_config():
+    train = json.loads((ROOT / "bundle" / "configs" / "train.json").read_text())
+    rows = re.findall(r"^\| (`[a-z_:]+`(?:, `[a-z_:]+`)*) \| ([^|]*) \|", README, re.MULTILINE)
+    checked = 0
+    for names, default in rows:
+        keys = re.findall(r"`([a-z_:]+)`", names)
+        if not all(key.split("::")[0] in train for key in keys) or default == "see above":
+            continue
+        quoted = re.sub("`([a-z0-9_]+)`", r'"\1"', default)
+        values = ast.literal_eval(f"({quoted},)")
+        for key, value in zip(keys, values, strict=True):
+            setting = train
+            for part in key.split("::"):
+                setting = setting[part]
+            assert setting == value, key
+            checked += 1
+    assert checked >= 25
+
+
+def test_links_and_pictures_of_the_readme_are_in_the_repository():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_checkpoints_of_the_readme_are_those_of_large_files():
+    listing = (ROOT / "bundle" / "large_files.yml").read_text()
+    hashes = re.findall(r"`([0-9a-f]{64})`", README)
+    assert len(hashes) == 4 and all(value in listing for value in hashes)
