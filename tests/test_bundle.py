@@ -2,14 +2,18 @@
 
 import hashlib
 import json
-from pathlib import Path
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 
-BUNDLE = Path(__file__).parents[1] / "bundle"
-CONFIGS = BUNDLE / "configs"
+from sam2sgp.networks import SAM2SGP, load_weights, save_weights
+from tests.bundle_runs import BUNDLE, CONFIGS, SMALL
+
 BACKBONES = ["nano", "tiny", "small", "base_plus", "large"]
 
 TENSOR_KEYS = {
@@ -173,3 +177,34 @@ def test_optimizer_gets_the_trainable_parameters_only():
     in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert in_optimizer == {id(p) for p in network.parameters() if p.requires_grad}
     assert not any(id(p) in in_optimizer for p in network.prompt_encoder.parameters())
+
+
+def test_a_copy_of_the_bundle_runs_by_itself(phantoms, tmp_path):
+    copy = tmp_path / "copied"
+    shutil.copytree(BUNDLE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "models", "eval"))
+    torch.manual_seed(0)
+    save_weights(SAM2SGP("nano", 64), copy / "models" / "model.pt")
+    command = [sys.executable, "-v", "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
+    settings = {"support_dir": phantoms / "support" / "rgb", "dataset_dir": phantoms / "queries" / "rgb"}
+    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    done = subprocess.run([*command, *words, "--image_size", "64"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert str(copy / "sam2sgp" / "networks" / "sam2_sgp.py") in done.stderr
+    assert (copy / "eval" / "summary.csv").is_file() and (copy / "eval" / "report.html").is_file()
+
+
+def test_training_over_two_processes_shares_the_episodes(phantoms, tmp_path):
+    settings = {**SMALL, "max_epochs": 1, "episodes_per_epoch": 8, "dataset_dir": phantoms, "output_dir": tmp_path}
+    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value) if key != "progress"]
+    configs = "['configs/train.json','configs/multi_gpu_train.json']"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    subprocess.run(
+        [*command, "-m", "monai.bundle", "run", "training", "--config_file", configs, *words],
+        cwd=BUNDLE,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["iteration"] == 2, "8 episodes, 2 in a step, on 2 processes"
+    load_weights(SAM2SGP("nano", 64), tmp_path / "model.pt")
