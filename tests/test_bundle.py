@@ -197,7 +197,7 @@ def test_training_over_two_processes_shares_the_episodes(phantoms, tmp_path):
     settings = {**SMALL, "max_epochs": 1, "episodes_per_epoch": 8, "dataset_dir": phantoms, "output_dir": tmp_path}
     words = [str(word) for key, value in settings.items() for word in (f"--{key}", value) if key != "progress"]
     configs = "['configs/train.json','configs/multi_gpu_train.json']"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     subprocess.run(
         [*command, "-m", "monai.bundle", "run", "training", "--config_file", configs, *words],
         cwd=BUNDLE,

@@ -1,10 +1,13 @@
 """Evaluation through the bundle: tables and report."""
 
 import csv
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from sam2sgp.data import load_datalist
 from sam2sgp.networks import SAM2SGP, save_weights
 from tests.bundle_runs import SMALL, run
 
@@ -33,8 +36,6 @@ def output(phantoms, tmp_path_factory):
 
 
 def test_every_class_of_every_test_case_is_a_row(output, phantoms):
-    from sam2sgp.data import load_datalist
-
     cases = {case["name"] for case in load_datalist(phantoms, "test")}
     table = rows(output / "metrics.csv")
     assert {row["case"] for row in table} == cases
@@ -63,3 +64,19 @@ def test_report_shows_worst_and_best_cases(output):
     page = (output / "report.html").read_text()
     assert "Worst cases" in page and "Best cases" in page
     assert page.count("data:image/") > 4 * 4
+
+
+def test_a_broken_test_case_costs_its_row_and_the_exit_code_not_the_run(phantoms, tmp_path):
+    folder, output = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(phantoms, folder)
+    broken = load_datalist(folder, "test")[0]
+    Path(broken["image"]).write_bytes(b"this is no image")
+    torch.manual_seed(0)
+    save_weights(SAM2SGP("nano", 64), output / "model.pt")
+    arguments = {"dataset_dir": str(folder), "output_dir": str(output), "report_figures": 2}
+    settings = {key: SMALL[key] for key in ("image_size", "num_workers", "progress")}
+    with pytest.raises(SystemExit, match=broken["name"]):
+        run("evaluating", "train.json", "evaluate.json", **arguments, **settings)
+    table = rows(output / "evaluation" / "metrics.csv")
+    assert [row["case"] for row in table if row["error"]] == [broken["name"]]
+    assert {row["case"] for row in table} == {case["name"] for case in load_datalist(folder, "test")}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sam2sgp.errors import DataError, cause_of
 from sam2sgp.networks import SAM2SGP, save_weights
 from tests.bundle_runs import BUNDLE, run
 from tests.data.dicom_files import write_series
@@ -97,7 +98,8 @@ def test_a_broken_file_costs_its_row_and_the_exit_code_not_the_run(phantoms, mod
         infer(model, phantoms / "support" / "rgb", queries, output)
     assert "1 of 3" in str(ended.value) and "broken" in str(ended.value)
     rows = table(output)
-    assert [row["case"] for row in rows if row["error"]] == ["broken"]
+    (failed,) = [row for row in rows if row["error"]]
+    assert failed["case"] == "broken" and "broken.nii.gz" in failed["error"] and "transform" not in failed["error"]
     assert {row["case"] for row in rows if not row["error"]} == {"good", "later"}
     assert (output / "good.png").is_file() and (output / "later.png").is_file()
     assert "broken.nii.gz" in (output / "report.html").read_text()
@@ -161,3 +163,20 @@ def test_missing_weights_are_one_line_of_error_and_a_bad_exit_code(phantoms, tmp
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "none.pt" in errors[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_result_that_can_not_be_written_ends_the_run_with_the_rows_so_far(phantoms, model, tmp_path, monkeypatch):
+    from sam2sgp.transforms import SaveLabeld
+
+    save = SaveLabeld.__call__
+
+    def full_disk(self, data):
+        if self.written:
+            raise DataError("disk full")
+        return save(self, data)
+
+    monkeypatch.setattr(SaveLabeld, "__call__", full_disk)
+    with pytest.raises(Exception) as caught:
+        infer(model, phantoms / "support" / "rgb", phantoms / "queries" / "rgb", tmp_path)
+    assert isinstance(cause_of(caught.value), DataError)
+    assert len({row["case"] for row in table(tmp_path)}) == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sam2sgp.errors import ConfigError, WeightsError
+from sam2sgp.errors import ConfigError, WeightsError, cause_of
 from sam2sgp.networks import SAM2SGP, load_weights
 from tests.bundle_runs import SMALL, run
 
@@ -45,10 +45,8 @@ def test_a_finished_training_is_left_as_it_is_and_other_settings_are_refused(pha
     assert (tmp_path / "model.pt").stat().st_mtime_ns == before
     with pytest.raises(Exception) as caught:
         train(phantoms, tmp_path, **{"pmg::prior": False})
-    cause = caught.value
-    while not isinstance(cause, WeightsError):
-        cause = cause.__cause__
-    assert "last.pt" in str(cause) and "--resume" in str(cause)
+    cause = cause_of(caught.value)
+    assert isinstance(cause, WeightsError) and "last.pt" in str(cause) and "--resume" in str(cause)
 
 
 def test_best_weights_load_strictly_and_are_those_of_the_moving_average(phantoms, tmp_path):
@@ -116,7 +114,5 @@ def test_weights_are_there_before_the_first_validation(phantoms, tmp_path):
 def test_switches_that_are_no_booleans_are_refused(phantoms, tmp_path, setting):
     with pytest.raises(Exception) as caught:
         train(phantoms, tmp_path, **setting)
-    cause = caught.value
-    while not isinstance(cause, ConfigError):
-        cause = cause.__cause__
-    assert "capital letter" in str(cause)
+    cause = cause_of(caught.value)
+    assert isinstance(cause, ConfigError) and "capital letter" in str(cause)

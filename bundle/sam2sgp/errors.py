@@ -23,20 +23,31 @@ class ConfigError(Sam2SgpError):
     """A setting has a value that can't work."""
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """The first `Sam2SgpError` among an exception and its causes, else the first cause of all.
+
+    MONAI wraps what a transform or a config expression raises in several exceptions of its own, whose texts say
+    nothing to a user.
+    """
+    while not isinstance(error, Sam2SgpError):
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            break
+        error = inner
+    return error
+
+
 def report_in_one_line() -> None:
     """From now on, end the process with one line on standard error where a `Sam2SgpError` is the cause of its end.
 
-    MONAI wraps what a config expression raises in several exceptions of its own; the cause is looked for through them.
     Every other exception is still shown with its traceback.
     """
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, Sam2SgpError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            sys.__excepthook__(kind, error, traceback)
-        else:
+        cause = cause_of(error)
+        if isinstance(cause, Sam2SgpError):
             print(f"error: {cause}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = hook

@@ -9,10 +9,8 @@ import gzip
 import os
 import re
 import threading
-import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
@@ -27,6 +25,7 @@ from pydicom.pixel_data_handlers.util import apply_color_lut, convert_color_spac
 from pydicom.uid import RLELossless
 
 from sam2sgp.errors import ConfigError, DataError
+from sam2sgp.files import replacing
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".seg.nrrd", ".nrrd", ".mha", ".mhd")
@@ -226,7 +225,7 @@ def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry,
     """Write a class map on the grid of the image that `geometry` comes from; whole or not at all.
 
     Args:
-        path: ends in `output_suffix(geometry)`. Its folder must exist.
+        path: ends in `output_suffix(geometry)`. Its folder is made if missing.
         labels: (Z, H, W) integers, 0..65535. Stored as 8 bits if they fit, else as 16.
         geometry: the image's. A volume keeps its shape and affine (mm; sform and qform set).
         binary_255: for pictures: store class 1 as 255.
@@ -251,10 +250,16 @@ def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry,
         image.header.set_xyzt_units("mm")
         image.set_qform(geometry.affine, code=1)
         image.set_sform(geometry.affine, code=1)
-        _write_atomically(path, lambda temporary: nib.save(image, temporary))
     else:
-        picture = Image.fromarray(native * 255 if binary_255 else native)
-        _write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+        image = Image.fromarray(native * 255 if binary_255 else native)
+    try:
+        with replacing(path) as part:
+            image.save(part, format="PNG") if geometry.is_picture else nib.save(image, part)
+    except OSError as error:
+        raise DataError(
+            f"{path}: expected to write a label there, found {error.strerror or error}; free some space or choose "
+            "another folder."
+        ) from error
 
 
 def output_suffix(geometry: Geometry) -> str:
@@ -742,17 +747,3 @@ def _wrong_size(path: str | os.PathLike, geometry: Geometry, found: tuple[int, .
 
 def _rounded(affine: np.ndarray) -> list:
     return np.round(affine[:3], 3).tolist()
-
-
-def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{uuid.uuid4().hex}{_suffix(path)}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(
-            f"{path}: expected to write a label there, found {error.strerror or error}; free some space or choose "
-            "another folder."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

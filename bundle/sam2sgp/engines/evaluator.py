@@ -16,7 +16,7 @@ from monai.engines.utils import IterationEvents
 from torch.utils.data import Dataset
 
 from sam2sgp.data.folders import check_label_values
-from sam2sgp.errors import DataError
+from sam2sgp.errors import DataError, cause_of
 from sam2sgp.transforms.array import label_map
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class QueryDataset(Dataset):
         try:
             return self.transform(case)
         except Exception as error:  # whatever a reader raises for one file must not end the run
-            return {"name": case["name"], "source": str(case["image"]), "error": str(error)}
+            return {"name": case["name"], "source": str(case["image"]), "error": str(cause_of(error))}
 
 
 def first(batch: list) -> dict:

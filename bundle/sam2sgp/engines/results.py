@@ -88,6 +88,7 @@ class ResultWriter:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
         engine.add_event_handler(Events.COMPLETED, self._complete)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
     def finish(self) -> None:
         """End the process with exit code 1 if a case failed; the message says how many and where they are listed."""
@@ -113,6 +114,12 @@ class ResultWriter:
         self.bar.update()
         if engine.state.iteration % WRITE_EVERY == 0:
             write_csv(self._table(), self.rows)
+
+    def _fail(self, engine: Engine, error: BaseException) -> None:
+        """Whatever ends the run, the rows so far stay."""
+        self.bar.close()
+        write_csv(self._table(), self.rows)
+        raise error
 
     def _complete(self, engine: Engine) -> None:
         self.bar.close()
