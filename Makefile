@@ -13,7 +13,7 @@ BENCHMARKS ?= $(sort $(wildcard benchmarks/[!_]*.py))
 
 # The demo's folders, and what makes its training short.
 DEMO := $(CURDIR)/out/demo
-DEMO_PHANTOM ?=
+DEMO_PHANTOM ?= --patients 16
 DEMO_TRAIN ?= --max_epochs 4 --episodes_per_epoch 135 --val_interval 2 --val_max_cases 20
 DEMO_EVALUATE ?=
 DEMO_INFER ?= --model_file "$(DEMO)/run/model.pt"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sam2sgp.errors import ConfigError
+from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.support import EpisodeSupportSampler, SupportSampler
 
 
@@ -72,3 +72,11 @@ def test_training_choice_depends_on_the_seed_alone():
 def test_training_bounds_are_checked():
     with pytest.raises(ConfigError, match="min_k"):
         EpisodeSupportSampler(3, 2)
+
+
+def test_training_falls_back_to_empty_images_but_never_to_the_querys_own_patient():
+    patient = torch.tensor([[0, 0, 1]])
+    index = EpisodeSupportSampler(2, 2)(patient, torch.tensor([[True, True, False]]), seed=0)
+    assert index[0, 0].tolist() == [2, 2] and set(index[2, 0].tolist()) == {0, 1}
+    with pytest.raises(DataError, match="two patients"):
+        EpisodeSupportSampler(1, 1)(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), seed=0)

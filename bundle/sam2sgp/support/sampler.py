@@ -7,7 +7,7 @@ ones). `EpisodeSupportSampler` serves training, where a batch is its own pool: n
 import torch
 from torch import Tensor
 
-from sam2sgp.errors import ConfigError
+from sam2sgp.errors import ConfigError, DataError
 
 MODES = ("similarity", "random")
 
@@ -83,8 +83,10 @@ class EpisodeSupportSampler:
 
         Returns:
             Indices (E * G, 1, K) into the flattened batch of E * G images. Images are drawn without replacement where
-            enough are eligible. A query all of whose candidates are of its own patient, or empty, may use any other
-            image of its episode.
+            enough are eligible. Where every image of another patient is empty, those are used.
+
+        Raises:
+            DataError: an episode holds images of one patient only.
         """
         generator = torch.Generator().manual_seed(seed)
         episodes, images = patient.shape
@@ -92,9 +94,11 @@ class EpisodeSupportSampler:
         rows = []
         for episode in range(episodes):
             for query in range(images):
-                others = torch.arange(images) != query
-                candidates = others & holds[episode].cpu() & (patient[episode] != patient[episode, query]).cpu()
-                candidates = torch.nonzero(candidates if candidates.any() else others)[:, 0]
+                others = (patient[episode] != patient[episode, query]).cpu()
+                full = others & holds[episode].cpu()
+                candidates = torch.nonzero(full if full.any() else others)[:, 0]
+                if not len(candidates):
+                    raise DataError("An episode of training expected images of at least two patients, found one.")
                 order = torch.randperm(len(candidates), generator=generator)
                 chosen = candidates[order.repeat(-(-k // len(order)))[:k]]
                 rows.append(chosen + episode * images)
