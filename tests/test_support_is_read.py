@@ -41,10 +41,10 @@ def network(folder, tmp_path_factory):
         "train.json",
         dataset_dir=str(folder),
         output_dir=str(output),
-        max_epochs=4,
-        episodes_per_epoch=135,
-        val_interval=2,
-        val_max_cases=20,
+        max_epochs=3,
+        episodes_per_epoch=120,
+        val_interval=3,
+        val_max_cases=12,
         progress=False,
     )
     net = SAM2SGP("nano").eval()
@@ -128,18 +128,29 @@ def test_a_network_that_can_not_read_its_support_fails(network, tasks):
     assert bad < good - 0.3, (good, bad)
 
 
-@pytest.mark.parametrize("switch", ["uses_box", "uses_attention"])
+@torch.no_grad()
+def test_both_decoders_have_a_say_beside_the_prior(network, tasks):
+    """Decoders that fall silent early in training leave the prior alone, which looks like success for a while."""
+    said = {}
+    for name in ("pmg_decoder", "pma_decoder"):
+        getattr(network, name).register_forward_hook(lambda _, __, out, name=name: said.update({name: out[0].std()}))
+    SupportSetInferer(tasks[-1].bank, SupportSampler(k=K))(tasks[-1].images[:2], network)
+    assert said["pmg_decoder"] > 1 and said["pma_decoder"] > 0.1, said
+
+
+@pytest.mark.parametrize("switch", ["box", "attention"])
 def test_box_and_attention_change_the_trained_networks_result(network, tasks, switch):
     task = tasks[0]
     on = SupportSetInferer(task.bank, SupportSampler(k=K))(task.images[:4], network)
     strength = network.pma_decoder.strength.detach().clone()
     try:
-        setattr(network, switch, False)
-        if switch == "uses_attention":
+        if switch == "box":
+            network.uses_box = False
+        else:
             network.pma_decoder.strength.data.zero_()
         off = SupportSetInferer(task.bank, SupportSampler(k=K))(task.images[:4], network)
     finally:
-        setattr(network, switch, True)
+        network.uses_box = True
         network.pma_decoder.strength.data.copy_(strength)
     assert (on - off).abs().max() > 0.01
 

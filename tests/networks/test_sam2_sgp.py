@@ -203,3 +203,16 @@ def test_instance_normalisation_makes_brightness_and_contrast_irrelevant(images)
         net = network(normalization=normalization)
         change[normalization] = float((net(images) - net(darker)).abs().mean())
     assert change["instance"] < 0.1 * change["none"]
+
+
+@torch.no_grad()
+def test_decoders_of_a_network_from_scratch_start_quiet(images):
+    """Loud ones are silenced for good by the first training steps."""
+    net = network()
+    features = net.encode(images)
+    position, sparse = net.prompt_encoder.get_dense_pe(), net._sparse(None, len(images))
+    for decoder in (net.pmg_decoder, net.pma_decoder):
+        logits = decoder(features.embedding, position, sparse, torch.zeros_like(features.embedding), features.high_res)[
+            0
+        ]
+        assert 0 < logits.std() < 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from inspect import signature
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from sam2.modeling.backbones.hieradet import Hiera
@@ -18,6 +19,7 @@ from torch import nn
 from sam2sgp.errors import ConfigError
 
 SIZE_MULTIPLE = 32
+QUIET = 0.1
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,11 @@ def build_sam2(name: str, image_size: int) -> SAM2Base:
 
 
 def init_from_scratch(model: nn.Module) -> None:
-    """Xavier weights and zero biases in every linear and convolution layer, for training without a checkpoint."""
+    """Xavier weights and zero biases in every linear and convolution layer, for training without a checkpoint.
+
+    The mask decoder starts from quiet skips and a quiet hypernetwork: its output is a product of the two, and where it
+    starts loud, the first steps silence it by driving the skip below zero, out of which the GELU never comes back.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(module.weight)
@@ -91,6 +97,10 @@ def init_from_scratch(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if "pos_embed" in name:
             nn.init.trunc_normal_(parameter, std=0.02)
+    decoder = model.sam_mask_decoder
+    with torch.no_grad():
+        for layer in (decoder.conv_s0, decoder.conv_s1, *(mlp.layers[-1] for mlp in decoder.output_hypernetworks_mlps)):
+            layer.weight.mul_(QUIET)
 
 
 def trunk_size(name: str) -> tuple[int, int]:
