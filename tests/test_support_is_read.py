@@ -135,7 +135,7 @@ def test_both_decoders_have_a_say_beside_the_prior(network, tasks):
     for name in ("pmg_decoder", "pma_decoder"):
         getattr(network, name).register_forward_hook(lambda _, __, out, name=name: said.update({name: out[0].std()}))
     SupportSetInferer(tasks[-1].bank, SupportSampler(k=K))(tasks[-1].images[:2], network)
-    assert said["pmg_decoder"] > 1 and said["pma_decoder"] > 0.1, said
+    assert said["pmg_decoder"] > 0.5 and said["pma_decoder"] > 0.03, said
 
 
 @pytest.mark.parametrize("switch", ["box", "attention"])
