@@ -104,6 +104,6 @@ class SaveLabeld(MapTransform):
             path = self.output_dir / (image_stem(source) + output_suffix(geometry))
             if self.written.setdefault(path, source) != source:
                 path = self.output_dir / (Path(source).name + output_suffix(geometry))
-            write_label(path, case[key].numpy(), geometry, self.binary_255 and geometry.is_picture)
+            write_label(path, case[key].numpy(), geometry, self.binary_255)
             case[f"{key}_path"] = str(path)
         return case
