@@ -1,5 +1,7 @@
 """Inference with a support bank: who guides whom, and that batching changes nothing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -28,7 +30,9 @@ def case(number: int, values: list[int], patient: str | None = None, group: str 
 
 
 def prepare(item: dict) -> dict:
-    return {**item, "image": item["picture"], "label": item["label_map"]}
+    image, label = item["picture"], item["label_map"]
+    full = {"image_full": image, "label_full": label, "geometry": SimpleNamespace(spacing=None)}
+    return {**item, **full, "image": image, "label": label}
 
 
 def bank(cases: list[dict], **settings) -> SupportBank:

@@ -85,8 +85,11 @@ def test_every_trainable_parameter_gets_a_gradient_from_the_loss(images):
         {"pma": {"dense": True}},
         {"pma": {"box": False, "attention": False}},
         {"pmg": {"prior": False}},
+        {"pmg": {"regression": False}, "refinement": False},
     ):
         net = network(**settings).train()
+        if net.refinement is not None:  # its last layer starts at zero, and hides the others from the first step
+            torch.nn.init.normal_(net.refinement.head.weight)
         label = square_masks(5)
         label[0] = 0
         index = torch.tensor([[[1, 2]], [[2, 3]], [[3, 4]], [[4, 1]], [[1, 3]]])
@@ -125,6 +128,26 @@ def test_switching_the_prior_off_changes_the_result(images):
     on, off = network(), network(pmg={"prior": False})
     off.load_state_dict(on.state_dict(), strict=False)
     assert (on(images, support, masks) - off(images, support, masks)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("switch", ["regression", "refinement"])
+def test_switching_a_part_of_the_fine_path_off_changes_the_result(images, switch):
+    support, masks = torch.rand(4, 3, SIZE, SIZE), square_masks(4)
+    on = network()
+    torch.nn.init.normal_(on.refinement.head.weight)
+    off = network(pmg={"regression": False}) if switch == "regression" else network(refinement=False)
+    shared = {
+        k: v for k, v in on.state_dict().items() if k in off.state_dict() and v.shape == off.state_dict()[k].shape
+    }
+    off.load_state_dict(shared, strict=False)
+    assert (on(images, support, masks) - off(images, support, masks)).abs().max() > 1e-3
+
+
+def test_a_new_refinement_changes_nothing(images):
+    support, masks = torch.rand(4, 3, SIZE, SIZE), square_masks(4)
+    on, off = network(), network(refinement=False)
+    off.load_state_dict({k: v for k, v in on.state_dict().items() if "refinement" not in k})
+    torch.testing.assert_close(on(images, support, masks), off(images, support, masks))
 
 
 def test_blanking_the_pseudo_mask_changes_what_pma_makes_of_it(images):
@@ -182,10 +205,11 @@ def test_prior_carries_the_mask_of_an_identical_support_image(images):
     features = net.encode(images[:1])
     mask = square_masks(1)
     memory = net.encode_support(features, mask).select(torch.zeros(1, 1, 1, dtype=torch.long))
-    match, position = net.prior(features.prior_key, memory.prior_key, memory.prior_mask)
-    truth = memory.prior_mask[0, 0, 0]
-    assert (match[0, 0] - truth).abs().mean() < 0.05
-    torch.testing.assert_close(position[0, 0], truth)
+    match = net.prior(features.prior_key, memory.prior_key, memory.prior_mask)
+    truth = torch.nn.functional.avg_pool2d(mask, 4)
+    assert (match[0, 0] - truth.flatten()).abs().mean() < 0.15
+    maps = net._support_maps(features, memory)
+    torch.testing.assert_close(maps[0, 3], torch.nn.functional.avg_pool2d(mask, 2)[0, 0])
 
 
 def test_retrieval_embedding_is_normalised_and_prefers_the_same_image(images):

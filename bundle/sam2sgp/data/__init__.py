@@ -25,6 +25,7 @@ from sam2sgp.data.io import (
 
 # After io: episodes needs transforms, and transforms needs io.
 from sam2sgp.data.episodes import EpisodeDataset, EpisodeSampler  # isort: skip
+from sam2sgp.data.pretraining import PretrainingDataset, load_collection  # isort: skip
 from sam2sgp.data.cache import CaseCache, PreparedCase  # isort: skip
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Geometry",
     "MedicalImage",
     "PreparedCase",
+    "PretrainingDataset",
     "check_label_values",
     "choose_slices",
     "class_names",
@@ -44,6 +46,7 @@ __all__ = [
     "is_binary_255",
     "is_image",
     "label_index",
+    "load_collection",
     "load_datalist",
     "output_suffix",
     "read_image",

@@ -69,7 +69,6 @@ class EpisodeDataset(Dataset):
         self.invert_probability = invert_probability
         self.union_probability = union_probability
         self.seed = seed
-        self.patients = sorted({case["patient"] for case in data})
         # tasks[group][class value][patient] lists (case, slice); slices[group][patient] lists all with their classes.
         self.tasks: dict[str, dict[int, dict[str, list]]] = {}
         self.slices: dict[str, dict[str, list]] = {}
@@ -84,9 +83,11 @@ class EpisodeDataset(Dataset):
             for index in range(len(label)):
                 counts = np.bincount(label[index].ravel())
                 present = {int(value) for value in np.flatnonzero(counts >= MIN_PIXELS) if value}
-                slices[case["group"]][case["patient"]].append((number, index, present))
+                group, patient = self._place(case, index)
+                slices[group][patient].append((number, index, present))
                 for value in present:
-                    tasks[case["group"]][value][case["patient"]].append((number, index))
+                    tasks[group][value][patient].append((number, index))
+        self.patients = sorted({patient for patients in slices.values() for patient in patients})
         for group, classes in tasks.items():
             usable = {value: dict(patients) for value, patients in sorted(classes.items()) if len(patients) > 1}
             if usable:
@@ -99,6 +100,10 @@ class EpisodeDataset(Dataset):
                 "`patient_pattern` if file names are mistaken for one patient's."
             )
 
+    def _place(self, case: dict, index: int) -> tuple[str, str]:
+        """Group and patient that a slice counts as."""
+        return case["group"], case["patient"]
+
     def __len__(self) -> int:
         return self.episodes
 
@@ -110,16 +115,10 @@ class EpisodeDataset(Dataset):
             seed () int64 for random choices that the training step makes.
         """
         rng = np.random.default_rng([self.seed, index])
-        group = sorted(self.tasks)[rng.integers(len(self.tasks))]
-        classes = self.tasks[group]
-        target = {int(rng.choice(list(classes)))}
-        if len(classes) > 1 and rng.random() < self.union_probability:
-            target.add(int(rng.choice([value for value in classes if value not in target])))
-        invert = rng.random() < self.invert_probability
         task_seed = int(rng.integers(2**31))
-        images, labels, patients = [], [], []
-        for patient, number, slice_index in self._draw(rng, group, target):
-            image, label = self._load(number, slice_index, target, invert)
+        pairs, patients = self._pairs(rng, index)
+        images, labels = [], []
+        for image, label in pairs:
             sample = {"image": image, "label": label}
             for transform, seed in ((self.task_augmentation, task_seed), (self.augmentation, int(rng.integers(2**31)))):
                 if transform is not None:
@@ -127,13 +126,28 @@ class EpisodeDataset(Dataset):
                     sample = transform(sample)
             images.append(torch.as_tensor(sample["image"]).clamp(0, 1))
             labels.append((torch.as_tensor(sample["label"]) > 0.5).float())
-            patients.append(self.patients.index(patient))
         return {
             "image": torch.stack([_plain(image) for image in images]),
             "label": torch.stack([_plain(label) for label in labels]),
             "patient": torch.tensor(patients),
             "seed": torch.tensor(int(rng.integers(2**31))),
         }
+
+    def _pairs(self, rng: np.random.Generator, index: int) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
+        """Images (3, S, S) with masks (1, S, S) of one episode before augmentation, and the patients' numbers."""
+        group = sorted(self.tasks)[rng.integers(len(self.tasks))]
+        target = self._target(rng, group)
+        invert = rng.random() < self.invert_probability
+        drawn = self._draw(rng, group, target)
+        pairs = [self._load(number, slice_index, target, invert) for _, number, slice_index in drawn]
+        return pairs, [self.patients.index(patient) for patient, _, _ in drawn]
+
+    def _target(self, rng: np.random.Generator, group: str) -> set[int]:
+        classes = list(self.tasks[group])
+        target = {int(rng.choice(classes))}
+        if len(classes) > 1 and rng.random() < self.union_probability:
+            target.add(int(rng.choice([value for value in classes if value not in target])))
+        return target
 
     def _draw(self, rng: np.random.Generator, group: str, target: set[int]) -> list[tuple[str, int, int]]:
         """(patient, case, slice) of an episode; the first two hold the target and are of different patients."""

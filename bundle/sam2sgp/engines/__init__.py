@@ -1,6 +1,6 @@
 """Training and evaluation engines' parts: loss, batch preparation, evaluator and handlers."""
 
-from sam2sgp.engines.evaluator import QueryDataset, QueryEvaluator, class_maps, first
+from sam2sgp.engines.evaluator import EpisodeDice, QueryDataset, QueryEvaluator, class_maps, first
 from sam2sgp.engines.handlers import (
     EpochStart,
     GradientClipping,
@@ -15,6 +15,7 @@ from sam2sgp.engines.prepare import PrepareEpisodes
 from sam2sgp.engines.results import ResultWriter
 
 __all__ = [
+    "EpisodeDice",
     "EpochStart",
     "GradientClipping",
     "LearningRateSchedule",

@@ -5,14 +5,18 @@ the result is a class map. A case that can't be read is recorded and passed over
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import ignite.distributed as idist
 import numpy as np
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
+from monai.metrics import compute_dice
 from torch.utils.data import Dataset
 
 from sam2sgp.data.folders import check_label_values
@@ -49,6 +53,48 @@ def class_maps(output: list[dict]) -> tuple[list, list]:
     """Output transform for MONAI's metric handlers: predicted and true class indices (1, Z, H, W) of scored cases."""
     scored = [case for case in output if "truth_index" in case]
     return [case["pred_index"][None] for case in scored], [case["truth_index"][None] for case in scored]
+
+
+class EpisodeDice(Metric):
+    """Mean Dice of episodes, for model selection over many data sets.
+
+    Reads `label` and `pred` of the evaluator's output and `group` of its batch. Images without the target don't count.
+    Groups count equally, and where there are groups of held-out sets, those and the others do.
+
+    Args:
+        groups: names of the groups, which `group` numbers.
+        held_out: names of data sets that are not trained on; a group is `<set>` or `<set>/<part>`.
+    """
+
+    def __init__(self, groups: list[str], held_out: Sequence[str] = ()) -> None:
+        self.groups = groups
+        self.held_out = set(held_out)
+        super().__init__(output_transform=lambda output: output)
+
+    def reset(self) -> None:
+        self.sums, self.counts = torch.zeros(2, len(self.groups), dtype=torch.float64).unbind()
+
+    def iteration_completed(self, engine: Engine) -> None:
+        output = engine.state.output
+        dice = compute_dice(output["pred"] > 0, output["label"])[:, 0].double().cpu()
+        group = engine.state.batch["group"].repeat_interleave(len(dice) // len(engine.state.batch["group"]))
+        found = ~dice.isnan()
+        self.sums.index_add_(0, group[found], dice[found])
+        self.counts.index_add_(0, group[found], torch.ones_like(dice[found]))
+
+    def update(self, output) -> None:
+        raise NotImplementedError("EpisodeDice needs the batch too: attach it to an engine.")
+
+    def compute(self) -> float:
+        means = (idist.all_reduce(self.sums) / idist.all_reduce(self.counts)).tolist()
+        logger.info("Dice: %s", ", ".join(f"{name} {mean:.3f}" for name, mean in zip(self.groups, means, strict=True)))
+        sides: tuple[list, list] = [], []
+        for name, mean in zip(self.groups, means, strict=True):
+            if not math.isnan(mean):
+                sides[name.split("/")[0] in self.held_out].append(mean)
+        result = [float(np.mean(side)) for side in sides if side]
+        logger.info("Mean Dice of %s: %s", "sets in training and held-out sets" if sides[1] else "all sets", result)
+        return float(np.mean(result))
 
 
 class QueryEvaluator(SupervisedEvaluator):
@@ -96,9 +142,13 @@ class QueryEvaluator(SupervisedEvaluator):
         support: dict[int, list] = {}
         sums, counts = np.zeros(len(values)), np.zeros(len(values))
         patient = case.get("patient") if self.exclude_own_patient else None
-        for chunk in self.inferer.chunks(case["image"], self.network, patient, case.get("group")):
+        spacing = case["geometry"].spacing
+        pixel = (1.0, 1.0) if spacing is None else tuple(spacing[1:])
+        source = patient, case.get("group")
+        for chunk in self.inferer.chunks(case["image"], self.network, *source):
             part = slice(chunk.start, chunk.start + len(chunk.output.logits))
             logits = case["fit"].restore(chunk.output.logits)
+            logits = self.inferer.second_pass(logits, case["image_full"][part], self.network, pixel, *source)
             index = label_map(logits)
             pred_index[part] = index.cpu()
             pseudo[part] = label_map(chunk.output.pseudo_logits).cpu()
@@ -109,7 +159,7 @@ class QueryEvaluator(SupervisedEvaluator):
             for entry in chunk.retrieved:
                 support.setdefault(entry.value, []).append((entry.index.cpu(), entry.similarity.cpu()))
         result = {
-            **case,
+            **{key: value for key, value in case.items() if key != "image_full"},
             "pred": values[pred_index.long()],
             "pred_index": pred_index,
             "pseudo": pseudo,

@@ -28,4 +28,4 @@ class EpisodeInferer(SimpleInferer):
     def __call__(self, inputs, network, *args, **kwargs):
         with autocast(inputs.device.type, self.precision):
             out = super().__call__(inputs, network, *args, **kwargs)
-        return {key: value.float() for key, value in out.items()}
+        return {key: value.float() for key, value in out.items()} if isinstance(out, dict) else out.float()

@@ -3,16 +3,21 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from monai.inferers import Inferer
 from torch import Tensor
 
 from sam2sgp.inferers.episode import autocast
+from sam2sgp.inferers.region import RegionPass
 from sam2sgp.networks import SAM2SGP, SGPOutput
 from sam2sgp.support.bank import Retrieved, SupportBank
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.transforms.array import to_three_channels
+
+if TYPE_CHECKING:
+    from sam2sgp.adaptation import Adapter
 
 ABSENT_LOGIT = -10.0
 
@@ -34,21 +39,33 @@ class SupportSetInferer(Inferer):
         sampler: chooses the items.
         batch_size: slices at a time; bounds memory.
         precision: "fp32", "bf16" or, on a GPU, "fp16".
+        adapter: adapts the network to the bank before it is encoded; None, or one without a limit, does not.
+        region_below: objects of an extent below this share of the image are segmented a second time in a region of
+            interest, see `RegionPass`; 0 for never.
 
     Classes without an eligible support item get `ABSENT_LOGIT` everywhere: they are not segmented.
     """
 
     def __init__(
-        self, bank: SupportBank, sampler: SupportSampler, batch_size: int = 8, precision: str = "fp32"
+        self,
+        bank: SupportBank,
+        sampler: SupportSampler,
+        batch_size: int = 8,
+        precision: str = "fp32",
+        adapter: "Adapter | None" = None,
+        region_below: float = 0.0,
     ) -> None:
         self.bank = bank
         self.sampler = sampler
         self.batch_size = batch_size
         self.precision = precision
+        self.adapter = adapter
+        self.adaptation = None
+        self.region_pass = RegionPass(bank, sampler, region_below, batch_size)
 
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
-        self.bank.embedding = self.bank.memory = None
+        self.bank.forget()
 
     def __call__(self, inputs: Tensor, network: SAM2SGP, *args, **kwargs) -> Tensor:
         """Images (Z, C', S, S) in [0, 1] -> logits (Z, C, S, S); keyword arguments as of `chunks`."""
@@ -67,14 +84,38 @@ class SupportSetInferer(Inferer):
             group: where the bank holds items of this group, only those are used.
         """
         device = next(network.parameters()).device
+        if self.bank.embedding is None:
+            self.adaptation = self.adapter(network, self.bank, self.sampler) if self.adapter else None
+        if self.adaptation is not None:
+            self.adaptation.refuse(patient, self.bank)
+            network = self.adaptation.network
         with autocast(device.type, self.precision):
             if self.bank.embedding is None:
                 self.bank.encode(network, device)
             for start in range(0, len(inputs), self.batch_size):
                 batch = inputs[start : start + self.batch_size].to(device, torch.float32)
-                features = network.encode(to_three_channels(batch))
+                image = to_three_channels(batch)
+                features = network.encode(image)
                 retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
-                yield Chunk(start, self._segment(network, features, retrieved), retrieved)
+                output = self._segment(network, features, retrieved)
+                if self.adaptation is not None:
+                    output = self.adaptation.combine(output, image, [entry.value for entry in retrieved])
+                yield Chunk(start, output, retrieved)
+
+    def second_pass(
+        self,
+        logits: Tensor,
+        images: Tensor,
+        network: SAM2SGP,
+        pixel: tuple[float, float] = (1.0, 1.0),
+        patient: str | None = None,
+        group: str | None = None,
+    ) -> Tensor:
+        """Correct logits (B, C, H, W) that `chunks` gave, brought to the images' grid: see `RegionPass`."""
+        if self.adaptation is not None:
+            network = self.adaptation.network
+        with autocast(logits.device.type, self.precision):
+            return self.region_pass(logits, images, network, pixel, patient, group)
 
     def _segment(self, network: SAM2SGP, features, retrieved: list[Retrieved]) -> SGPOutput:
         """Segment the classes of equal K together, and put the results in the order of the bank's classes."""

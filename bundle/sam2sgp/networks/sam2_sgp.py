@@ -22,7 +22,9 @@ from sam2sgp.networks.backbones import backbone as backbone_definition
 from sam2sgp.networks.backbones import build_sam2
 from sam2sgp.networks.lora import add_lora, split_qkv
 from sam2sgp.networks.mask_decoder import GuidedMaskDecoder
+from sam2sgp.networks.refinement import Refinement
 from sam2sgp.networks.support_prior import SupportPrior
+from sam2sgp.networks.support_regression import SupportRegression
 from sam2sgp.networks.weights import load_sam2_checkpoint
 
 MASK_LOGIT = 10.0
@@ -31,7 +33,7 @@ NORMALIZATIONS = ("imagenet", "instance", "none")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NORMALIZATION_EPS = 1e-3
-PMG_DEFAULTS = {"prior": True, "prior_levels": None}
+PMG_DEFAULTS = {"prior": True, "prior_levels": None, "regression": True}
 PMA_DEFAULTS = {"box": True, "attention": True, "dense": False}
 
 
@@ -42,12 +44,14 @@ class ImageFeatures:
     embedding: (B, D, g, g). position: its positional encoding, (B, D, g, g).
     high_res: the two finer FPN levels, (B, D, 4g, 4g) and (B, D, 2g, 2g).
     prior_key: (B, P, d) features for the support prior, or None where it is off.
+    pixels: (B, 16 g^2, d') features for the support regression, or None where it is off.
     """
 
     embedding: Tensor
     position: Tensor
     high_res: tuple[Tensor, Tensor]
     prior_key: Tensor | None
+    pixels: Tensor | None
 
     def __len__(self) -> int:
         return len(self.embedding)
@@ -58,13 +62,16 @@ class SupportMemory:
     """What the network needs of support items; leading dimensions (N, C) for a pool, (B, C, K) once selected.
 
     tokens: (..., M, T) memory tokens, T = g * g.
-    prior_key: (..., P, d), without the class dimension in a pool. prior_mask: (..., P) in [0, 1].
-    Both are None where the prior is off.
+    prior_key: (..., T, d), without the class dimension in a pool. prior_mask: (..., 16 T) in [0, 1].
+    gram: (..., d', d'), without the class dimension in a pool, and gram_foreground: (..., d', d').
+    The middle two are None where the prior is off, the last two where the regression is.
     """
 
     tokens: Tensor
     prior_key: Tensor | None
     prior_mask: Tensor | None
+    gram: Tensor | None
+    gram_foreground: Tensor | None
 
     def select(self, index: Tensor, classes: Tensor | None = None) -> "SupportMemory":
         """Pick K items per query and class from a pool of N.
@@ -76,11 +83,26 @@ class SupportMemory:
         if classes is None:
             classes = torch.arange(index.shape[1], device=index.device)
         classes = classes[None, :, None]
+
+        def of_item(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[index]
+
+        def of_class(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[index, classes]
+
         return SupportMemory(
-            self.tokens[index, classes],
-            None if self.prior_key is None else self.prior_key[index],
-            None if self.prior_mask is None else self.prior_mask[index, classes],
+            of_class(self.tokens),
+            of_item(self.prior_key),
+            of_class(self.prior_mask),
+            of_item(self.gram),
+            of_class(self.gram_foreground),
         )
+
+    @staticmethod
+    def concatenate(parts: list["SupportMemory"]) -> "SupportMemory":
+        """One pool of several."""
+        columns = zip(*([getattr(part, field.name) for field in fields(part)] for part in parts), strict=True)
+        return SupportMemory(*(None if column[0] is None else torch.cat(column) for column in columns))
 
     def to(self, device: torch.device | str) -> "SupportMemory":
         """The same memory on another device."""
@@ -113,7 +135,9 @@ class SAM2SGP(nn.Module):
         checkpoint: SAM 2.1 checkpoint to start from (strictly loaded), or None.
         freeze_encoder: keep image encoder and prompt encoder as they are, except for LoRA.
         lora: None or False for none, else the arguments of `add_lora`, e.g. {"r": 8, "alpha": 16}.
-        pmg: pseudo-mask generation; keys `prior` (bool) and `prior_levels` (None: the backbone's default).
+        pmg: pseudo-mask generation; switches `prior` and `regression` (which needs the prior), and `prior_levels`
+            (None: the backbone's default).
+        refinement: correct the final logits at the finest grid (`sam2sgp.networks.refinement`); needs the prior.
         normalization: "imagenet" (fixed mean and deviation, which SAM2's weights expect), "instance" (each image to
             mean 0 and deviation 1) or "none"; None is the backbone's own.
         pma: pseudo-mask attention; switches `box`, `attention`, `dense`. With all off there is no second decoder.
@@ -138,6 +162,7 @@ class SAM2SGP(nn.Module):
         lora: dict | bool | None = None,
         pmg: dict | None = None,
         pma: dict | None = None,
+        refinement: bool = True,
         normalization: str | None = None,
     ) -> None:
         super().__init__()
@@ -167,11 +192,16 @@ class SAM2SGP(nn.Module):
         second = deepcopy(sam2.sam_mask_decoder)
         self.pmg_decoder = GuidedMaskDecoder(sam2.sam_mask_decoder, guided=False, scores=not has_pma)
         self.pma_decoder = GuidedMaskDecoder(second, guided=self.uses_attention, scores=True) if has_pma else None
-        self.prior = None
+        self.prior = self.regression = self.refinement = None
         if pmg["prior"]:
             levels = pmg["prior_levels"] or definition.prior_levels
             pretrained = definition.checkpoint is not None
-            self.prior = SupportPrior(sam2.hidden_dim, levels, definition.prior_dim, zero_init=pretrained)
+            width = sam2.hidden_dim
+            self.prior = SupportPrior(width, levels, definition.prior_dim, pretrained, pmg["regression"])
+            if pmg["regression"]:
+                self.regression = SupportRegression(width)
+            if refinement:
+                self.refinement = Refinement(width, self.prior.map_count)
 
         self._freeze(freeze_encoder)
         if lora:
@@ -199,8 +229,10 @@ class SAM2SGP(nn.Module):
             )
         out = self.image_encoder(self._normalize(image))
         fine, middle, embedding = out["backbone_fpn"][-3:]
-        key = None if self.prior is None else self.prior.keys([embedding, middle, fine])
-        return ImageFeatures(embedding, out["vision_pos_enc"][-1], (fine, middle), key)
+        levels = [embedding, middle, fine]
+        key = None if self.prior is None else self.prior.keys(levels)
+        pixels = None if self.regression is None else self.regression.features(levels)
+        return ImageFeatures(embedding, out["vision_pos_enc"][-1], (fine, middle), key, pixels)
 
     def _normalize(self, image: Tensor) -> Tensor:
         if self.normalization == "imagenet":
@@ -232,9 +264,13 @@ class SAM2SGP(nn.Module):
         tokens = tokens + absent * self.no_obj_embed[..., None, None]
         tokens = tokens.reshape(count, classes, tokens.shape[1], -1)
         if self.prior is None:
-            return SupportMemory(tokens, None, None)
-        mask = self.prior.pool_masks(masks.float(), features.prior_key.shape[1])
-        return SupportMemory(tokens, features.prior_key, mask)
+            return SupportMemory(tokens, None, None, None, None)
+        side = 4 * features.embedding.shape[-1]
+        fine = F.adaptive_avg_pool2d(masks.float(), side).flatten(2)
+        key = self.prior.support_keys(features.prior_key)
+        if self.regression is None:
+            return SupportMemory(tokens, key, fine, None, None)
+        return SupportMemory(tokens, key, fine, *self.regression.gram(features.pixels, fine))
 
     def segment(self, features: ImageFeatures, support: SupportMemory | None) -> SGPOutput:
         """Segment encoded images with the support selected for each.
@@ -248,16 +284,22 @@ class SAM2SGP(nn.Module):
         batch = len(features)
         classes = 1 if support is None else support.tokens.shape[1]
         conditioned = self._condition(features, support, classes)
-        dense, prior_logits = self._prior(features, support, conditioned)
+        maps = self._support_maps(features, support)
+        dense = self._no_mask(conditioned.shape[-1]).expand(len(conditioned), -1, -1, -1)
+        if maps is not None:
+            dense = dense + self.prior.dense(maps, conditioned.shape[-1])
         sparse = self._sparse(None, len(conditioned))
         position = self.prompt_encoder.get_dense_pe()
         pseudo, iou, score = self.pmg_decoder(conditioned, position, sparse, dense, features.high_res)
-        if prior_logits is not None:
-            pseudo = pseudo + prior_logits
+        if maps is not None:
+            pseudo = pseudo + self.prior.logits(maps)
         box = self.box(pseudo)
         logits = pseudo
         if self.pma_decoder is not None:
             logits, iou, score = self.guide(conditioned, dense, features.high_res, pseudo, box)
+        if self.refinement is not None and maps is not None:
+            fine, middle = features.high_res
+            logits = logits + self.refinement([conditioned, middle, fine], maps, pseudo, logits)
 
         def per_class(values: Tensor) -> Tensor:
             return values.reshape(batch, classes, *values.shape[1:])
@@ -349,18 +391,19 @@ class SAM2SGP(nn.Module):
         attended = self.memory_attention(current, memory, current_pos, memory_pos)
         return attended.permute(1, 2, 0).reshape(embedding.shape)
 
-    def _prior(
-        self, features: ImageFeatures, support: SupportMemory | None, conditioned: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Dense prompt (N, D, g, g) and logits (N, 1, 4g, 4g) of the support prior, or SAM2's no-mask prompt."""
-        side = conditioned.shape[-1]
-        dense = self._no_mask(side).expand(len(conditioned), -1, -1, -1)
+    def _support_maps(self, features: ImageFeatures, support: SupportMemory | None) -> Tensor | None:
+        """What the support says at the finest grid, (B * C, M, 4g, 4g); None without support or prior."""
         if self.prior is None or support is None:
-            return dense, None
-        match, position = self.prior(features.prior_key, support.prior_key, support.prior_mask)
-        grid = round(match.shape[-1] ** 0.5)
-        match, position = (p.reshape(-1, 1, grid, grid) for p in (match, position))
-        return dense + self.prior.dense(match, position, side), self.prior.logits(match, position, (4 * side, 4 * side))
+            return None
+        match = self.prior(features.prior_key, support.prior_key, support.prior_mask)
+        match = _square(match.flatten(0, 1)[:, None])
+        position = _square(support.prior_mask.mean(2).flatten(0, 1)[:, None])
+        scores = None
+        if self.regression is not None:
+            with torch.autocast(match.device.type, enabled=False):
+                scores = self.regression(features.pixels, support.gram, support.gram_foreground)
+            scores = _square(scores.flatten(0, 1))
+        return self.prior.maps(match, position, scores)
 
     def _no_mask(self, side: int) -> Tensor:
         return self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(-1, -1, side, side)
@@ -388,6 +431,12 @@ class SAM2SGP(nn.Module):
         (x0, x1), (y0, y1) = edges
         box = torch.stack([x0, y0, x1, y1], 1).float() * scale
         return torch.where(mask.flatten(1).any(1)[:, None], box, -1.0)
+
+
+def _square(values: Tensor) -> Tensor:
+    """(N, M, P) on a square grid -> (N, M, p, p)."""
+    side = round(values.shape[-1] ** 0.5)
+    return values.unflatten(-1, (side, side))
 
 
 def _settings(name: str, defaults: dict, given: dict | None) -> dict:

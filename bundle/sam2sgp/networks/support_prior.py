@@ -18,6 +18,7 @@ from sam2sgp.errors import ConfigError
 START_TEMPERATURE = 30.0
 PROBABILITY_MARGIN = 1e-3
 LOGIT_SCALE = 0.2
+SCORE_LIMIT = 3.0
 
 
 class SupportPrior(nn.Module):
@@ -28,9 +29,12 @@ class SupportPrior(nn.Module):
         levels: 1 matches on the embedding's grid (g), 2 adds the next finer FPN level and matches on 2g, 3 on 4g.
         dim: width d of the matched features.
         zero_init: start without any effect on the decoder's input, for decoders with pretrained weights.
+        regression: whether the maps hold the two scores of the support regression.
     """
 
-    def __init__(self, channels: int, levels: int = 1, dim: int = 64, zero_init: bool = False) -> None:
+    def __init__(
+        self, channels: int, levels: int = 1, dim: int = 64, zero_init: bool = False, regression: bool = False
+    ) -> None:
         super().__init__()
         if levels not in (1, 2, 3):
             raise ConfigError(f"pmg.prior_levels is {levels}: expected 1, 2 or 3 feature levels.")
@@ -39,11 +43,12 @@ class SupportPrior(nn.Module):
             nn.init.orthogonal_(projection.weight)
             nn.init.zeros_(projection.bias)
         self.log_temperature = nn.Parameter(torch.tensor(START_TEMPERATURE).log())
-        self.to_dense = nn.Conv2d(4, channels, 1)
+        self.map_count = 6 if regression else 4
+        self.to_dense = nn.Conv2d(self.map_count, channels, 1)
         if zero_init:
             nn.init.zeros_(self.to_dense.weight)
             nn.init.zeros_(self.to_dense.bias)
-        self.logit_weights = nn.Parameter(torch.tensor([0.3, 0.1]))
+        self.logit_weights = nn.Parameter(torch.tensor([0.3, 0.1, 0.5, 0.5] if regression else [0.3, 0.1]))
 
     def keys(self, levels: list[Tensor]) -> Tensor:
         """L2-normalised features (B, P, d) of images whose feature levels are (B, D, g, g), (B, D, 2g, 2g), …"""
@@ -56,42 +61,63 @@ class SupportPrior(nn.Module):
             total = total + feature
         return F.normalize(total.flatten(2).transpose(1, 2), dim=-1)
 
-    def pool_masks(self, masks: Tensor, positions: int) -> Tensor:
-        """Masks (N, C, S, S) in {0, 1} -> mean in each cell of the matching grid, (N, C, P) in [0, 1]."""
-        side = round(positions**0.5)
-        return F.adaptive_avg_pool2d(masks, side).flatten(2)
+    def support_keys(self, keys: Tensor) -> Tensor:
+        """Keys (N, P, d) of support images pooled to the embedding's grid, (N, T, d): a quarter (or a 16th) as many.
 
-    def forward(self, query: Tensor, support: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        A query is matched on the fine grid to support on the coarse one: where the support mask ends exactly, the
+        regression and the refinement know.
+        """
+        factor = 2 ** (len(self.projections) - 1)
+        if factor == 1:
+            return keys
+        side = round(keys.shape[1] ** 0.5)
+        grid = keys.transpose(1, 2).unflatten(2, (side, side))
+        return F.normalize(F.avg_pool2d(grid, factor).flatten(2).transpose(1, 2), dim=-1)
+
+    def forward(self, query: Tensor, support: Tensor, masks: Tensor) -> Tensor:
         """Match queries to their support.
 
         Args:
             query: (B, P, d) keys of the query images.
-            support: (B, C, K, P, d) keys of the support items of each query and class.
-            masks: (B, C, K, P) pooled support masks.
+            support: (B, C, K, T, d) keys of the support items of each query and class.
+            masks: (B, C, K, 16 T) support masks on the finest grid, in [0, 1].
 
         Returns:
-            p_match and p_pos, each (B, C, P) in [0, 1].
+            p_match (B, C, P) in [0, 1].
         """
         batch, classes, items, positions, dim = support.shape
+        side = round(positions**0.5)
+        coarse = F.avg_pool2d(masks.unflatten(-1, (4 * side, 4 * side)).flatten(0, 2), 4)
         q = (query * self.log_temperature.exp())[:, None].expand(-1, classes, -1, -1)
         k = support.reshape(batch, classes, items * positions, dim)
-        # Values as wide as keys let PyTorch use its fused attention, which never holds the (P, K*P) matrix.
-        values = F.pad(masks.reshape(batch, classes, items * positions, 1), (0, dim - 1)).to(q.dtype)
+        # Values as wide as keys let PyTorch use its fused attention, which never holds the (P, K*T) matrix.
+        values = F.pad(coarse.reshape(batch, classes, items * positions, 1), (0, dim - 1)).to(q.dtype)
         match = F.scaled_dot_product_attention(q, k.to(q.dtype), values, scale=1.0)[..., 0]
-        return match.clamp(0, 1), masks.mean(2)
+        return match.float().clamp(0, 1)
 
-    def dense(self, match: Tensor, position: Tensor, side: int) -> Tensor:
-        """Both probabilities (N, 1, p, p) as a dense prompt (N, D, side, side) for the decoder."""
-        maps = torch.cat([match, position], dim=1)
-        maps = torch.cat([maps, LOGIT_SCALE * _logit(maps)], dim=1)
-        if maps.shape[-1] != side:
-            maps = F.adaptive_avg_pool2d(maps, side)
-        return self.to_dense(maps)
+    def maps(self, match: Tensor, position: Tensor, scores: Tensor | None) -> Tensor:
+        """All that the support says at the finest grid, (N, 4 or 6, 4g, 4g).
 
-    def logits(self, match: Tensor, position: Tensor, size: tuple[int, int]) -> Tensor:
-        """Both probabilities (N, 1, p, p) as one weighted logit map (N, 1, *size)."""
-        total = self.logit_weights[0] * _logit(match) + self.logit_weights[1] * _logit(position)
-        return F.interpolate(total, size=size, mode="bilinear", align_corners=False)
+        Args:
+            match: (N, 1, p, p) p_match. position: (N, 1, 4g, 4g) p_pos. scores: (N, 2, 4g, 4g) of the support
+                regression, None where it is off.
+
+        Returns:
+            Logit of p_match and of p_pos, scaled; both probabilities; the scores.
+        """
+        match = F.interpolate(match, size=position.shape[-2:], mode="bilinear", align_corners=False)
+        both = torch.cat([match, position], 1)
+        maps = torch.cat([LOGIT_SCALE * _logit(both), both], 1)
+        return maps if scores is None else torch.cat([maps, scores.clamp(-SCORE_LIMIT, SCORE_LIMIT)], 1)
+
+    def dense(self, maps: Tensor, side: int) -> Tensor:
+        """Support maps (N, M, 4g, 4g) as a dense prompt (N, D, g, g) for the decoder."""
+        return self.to_dense(F.adaptive_avg_pool2d(maps, side))
+
+    def logits(self, maps: Tensor) -> Tensor:
+        """Support maps (N, M, 4g, 4g) as one weighted logit map (N, 1, 4g, 4g)."""
+        used = torch.cat([maps[:, :2] / LOGIT_SCALE, maps[:, 4:]], 1)
+        return torch.einsum("nchw,c->nhw", used, self.logit_weights)[:, None]
 
 
 def _logit(probability: Tensor) -> Tensor:

@@ -220,6 +220,8 @@ class _Settings:
     prior_levels: int
     second_decoder: bool
     guided: bool
+    regression: bool
+    refinement: bool
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> "_Settings":
@@ -229,6 +231,8 @@ class _Settings:
             sum(re.fullmatch(r"prior\.projections\.\d+\.weight", key) is not None for key in state),
             any(key.startswith("pma_decoder.") for key in state),
             "pma_decoder.strength" in state,
+            any(key.startswith("regression.") for key in state),
+            any(key.startswith("refinement.") for key in state),
         )
 
 
@@ -255,6 +259,12 @@ def _sgp_origin(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         if not network.prior_levels:
             remedy = f"`pmg.prior` to true and {remedy}"
         advice.append(f"{levels}: set {remedy}")
+    elif file.regression != network.regression:
+        has = "a support regression" if file.regression else "no support regression"
+        advice.append(f"{has}, unlike the network: set `pmg.regression` to {str(file.regression).lower()}")
+    if file.prior_levels and network.prior_levels and file.refinement != network.refinement:
+        has = "a refinement" if file.refinement else "no refinement"
+        advice.append(f"{has}, unlike the network: set `refinement` to {str(file.refinement).lower()}")
     if file.second_decoder != network.second_decoder:
         own_text, remedy = ("none", "on") if file.second_decoder else ("one", "all off")
         has = "a second decoder" if file.second_decoder else "no second decoder"

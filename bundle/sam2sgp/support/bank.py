@@ -17,7 +17,7 @@ from sam2sgp.data.folders import check_label_values, choose_slices, complete_cla
 from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
 from sam2sgp.support.sampler import SupportSampler
-from sam2sgp.transforms.array import to_three_channels
+from sam2sgp.transforms.array import Region, to_three_channels
 
 
 @dataclass
@@ -25,6 +25,7 @@ class SupportItem:
     """One 2D image or one slice of a volume with its label.
 
     image: (C, S, S) float16 in [0, 1]. label: (S, S) uint8 class map. slice: its index, None for a 2D image.
+    regions: {class value: (image (C, S, S) float16, mask (S, S) bool)}, the item around each of its classes.
     """
 
     id: str
@@ -33,6 +34,7 @@ class SupportItem:
     patient: str
     group: str
     slice: int | None
+    regions: dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -97,8 +99,13 @@ class SupportBank:
         self.class_values = sorted(self.class_names)
         held = [[bool((item.label == value).any()) for value in self.class_values] for item in self.items]
         self.holds = torch.tensor(held)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was encoded, because the network has changed."""
         self.embedding: Tensor | None = None
         self.memory: SupportMemory | None = None
+        self._regions: dict[int, tuple[Tensor, SupportMemory]] = {}
 
     @staticmethod
     def _items(case: dict, prepared: dict, slices_per_class: int) -> list[SupportItem]:
@@ -109,6 +116,20 @@ class SupportBank:
             if value:
                 chosen |= set(choose_slices((flat == value).sum(1).numpy(), slices_per_class))
         volume = len(label) > 1
+        spacing = prepared["geometry"].spacing
+        pixel = (1.0, 1.0) if spacing is None else tuple(spacing[1:])
+        size = prepared["image"].shape[-1]
+
+        def regions(index: int) -> dict[int, tuple[Tensor, Tensor]]:
+            image, label = prepared["image_full"][index], prepared["label_full"][index]
+            found = {}
+            for value in torch.unique(label).tolist():
+                if value:
+                    region = Region.around(label == value, size, pixel, below=torch.inf)
+                    mask = region.apply_label((label == value)[None].to(torch.uint8))[0] > 0
+                    found[value] = (region.apply(image[None])[0].half(), mask)
+            return found
+
         return [
             SupportItem(
                 id=f"{case['name']}#{index}" if volume else case["name"],
@@ -117,6 +138,7 @@ class SupportBank:
                 patient=case["patient"],
                 group=case["group"],
                 slice=index if volume else None,
+                regions=regions(index),
             )
             for index in sorted(chosen)
         ]
@@ -143,8 +165,7 @@ class SupportBank:
                 memories.append(network.encode_support(features, self.masks(items).to(device)))
                 bar.update(len(items))
         self.embedding = torch.cat(embeddings)
-        parts = zip(*((m.tokens, m.prior_key, m.prior_mask) for m in memories), strict=True)
-        self.memory = SupportMemory(*(None if part[0] is None else torch.cat(part) for part in parts))
+        self.memory = SupportMemory.concatenate(memories)
 
     def retrieve(
         self,
@@ -164,16 +185,59 @@ class SupportBank:
         if self.embedding is None:
             raise DataError("The support set is not encoded: call `encode` with the network first.")
         similarity = network.retrieval_embedding(features) @ self.embedding.T
-        allowed = torch.tensor([patient is None or item.patient != patient for item in self.items])
-        of_group = torch.tensor([item.group == group for item in self.items])
-        if bool((of_group & allowed).any()):
-            allowed &= of_group
+        allowed = self._allowed(patient, group)
         retrieved = []
         for column, value in enumerate(self.class_values):
             eligible = (self.holds[:, column] & allowed).to(similarity.device)
             if eligible.any():
                 retrieved.append(Retrieved(value, *sampler(similarity, eligible)))
         return retrieved
+
+    def _allowed(self, patient: str | None, group: str | None) -> Tensor:
+        """(N,) bool: items of other patients, and of the group where there are such."""
+        allowed = torch.tensor([patient is None or item.patient != patient for item in self.items])
+        of_group = torch.tensor([item.group == group for item in self.items])
+        return allowed & of_group if bool((of_group & allowed).any()) else allowed
+
+    @torch.no_grad()
+    def region_support(
+        self,
+        network: SAM2SGP,
+        features: ImageFeatures,
+        sampler: SupportSampler,
+        column: int,
+        patient: str | None = None,
+        group: str | None = None,
+    ) -> SupportMemory | None:
+        """Memory (B, 1, K) of the items' regions around one class, for encoded regions of queries.
+
+        The regions of a class are encoded at their first use.
+
+        Args:
+            column: number of the class in `class_values`.
+            patient, group: as for `retrieve`.
+
+        Returns:
+            None where no item may be used.
+        """
+        holders = torch.nonzero(self.holds[:, column])[:, 0].tolist()
+        if column not in self._regions:
+            value, device = self.class_values[column], features.embedding.device
+            embeddings, memories = [], []
+            for start in range(0, len(holders), self.batch_size):
+                pairs = [self.items[index].regions[value] for index in holders[start : start + self.batch_size]]
+                image = torch.stack([to_three_channels(image.float()) for image, _ in pairs]).to(device)
+                encoded = network.encode(image)
+                masks = torch.stack([mask for _, mask in pairs])[:, None].float().to(device)
+                embeddings.append(network.retrieval_embedding(encoded))
+                memories.append(network.encode_support(encoded, masks))
+            self._regions[column] = torch.cat(embeddings), SupportMemory.concatenate(memories)
+        embedding, memory = self._regions[column]
+        eligible = self._allowed(patient, group)[holders].to(embedding.device)
+        if not eligible.any():
+            return None
+        index, _ = sampler(network.retrieval_embedding(features) @ embedding.T, eligible)
+        return memory.select(index[:, None])
 
     def select(self, retrieved: list[Retrieved]) -> SupportMemory:
         """Memory with leading dimensions (B, C, K) of classes that share one K."""

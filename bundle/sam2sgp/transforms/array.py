@@ -15,6 +15,9 @@ from sam2sgp.errors import DataError
 
 # Hounsfield units reach far below zero in air; no other modality's stored values do.
 CT_AIR_BELOW = -500.0
+REGION_FACTOR = 2.0
+SMALLEST_EXTENT = 0.08
+STRAY_SHARE = 0.02
 
 
 def is_ct(slices: Tensor, modality: str | None, is_picture: bool) -> bool:
@@ -135,6 +138,75 @@ class Fit:
         top, left = self.offset
         bottom, right = self.size - self.inner[0] - top, self.size - self.inner[1] - left
         return F.pad(slices, (left, right, top, bottom))
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of an image, fitted into the network's square like an image of its own.
+
+    top, left: of the rectangle in pixels; fit: of its height and width.
+    """
+
+    top: int
+    left: int
+    fit: Fit
+
+    @classmethod
+    def around(
+        cls, mask: Tensor, size: int, pixel: tuple[float, float] = (1.0, 1.0), below: float = 1.0
+    ) -> "Region | None":
+        """A square of `REGION_FACTOR` times the extent of a mask (H, W), around it and within the image.
+
+        The extent leaves out the outermost two percent of the mask on each side, which strays would otherwise stretch.
+        It is taken to be at least `SMALLEST_EXTENT` of the image.
+
+        Args:
+            size: side S of the network's square.
+            pixel: height and width of a pixel in mm.
+            below: None is returned for an extent of this share of the image's longer side or more.
+        """
+        if not mask.any():
+            return None
+        longest = max(length * spacing for length, spacing in zip(mask.shape, pixel, strict=True))
+        ends = [_ends(mask.sum(axis, dtype=torch.float64)) for axis in (1, 0)]
+        extent = max((stop - start) * spacing for (start, stop), spacing in zip(ends, pixel, strict=True))
+        if extent >= below * longest:
+            return None
+        side = REGION_FACTOR * max(extent, SMALLEST_EXTENT * longest)
+        edges = []
+        for (start, stop), spacing, length in zip(ends, pixel, mask.shape, strict=True):
+            half, centre = side / spacing / 2, (start + stop) / 2
+            edges.append(
+                (max(0, round(centre - half)), min(length, max(round(centre + half), round(centre - half) + 2)))
+            )
+        (top, bottom), (left, right) = edges
+        return cls(top, left, Fit.of((bottom - top, right - left), size, pixel))
+
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """Rows and columns of the rectangle."""
+        height, width = self.fit.original
+        return slice(self.top, self.top + height), slice(self.left, self.left + width)
+
+    def apply(self, slices: Tensor) -> Tensor:
+        """Images (Z, C, H, W) -> the rectangle as (Z, C, S, S)."""
+        return self.fit.apply(slices[(..., *self.place)])
+
+    def apply_label(self, labels: Tensor) -> Tensor:
+        """Class maps (Z, H, W) -> the rectangle as (Z, S, S)."""
+        return self.fit.apply_label(labels[(..., *self.place)])
+
+    def restore(self, maps: Tensor) -> Tensor:
+        """Maps (Z, C, S, S) on the network's grid -> on the rectangle's own, (Z, C, height, width)."""
+        return self.fit.restore(maps)
+
+
+def _ends(profile: Tensor) -> tuple[int, int]:
+    """First and past-the-last position between which all but the outermost share of a profile (L,) lies."""
+    share = profile.cumsum(0) / profile.sum()
+    first = int((share > STRAY_SHARE).to(torch.uint8).argmax())
+    last = int((share >= 1 - STRAY_SHARE).to(torch.uint8).argmax())
+    return first, last + 1
 
 
 def label_map(logits: Tensor) -> Tensor:

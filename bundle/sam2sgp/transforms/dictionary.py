@@ -68,7 +68,10 @@ class ScaleIntensityByModalityd(MapTransform):
 
 
 class FitToSquared(MapTransform):
-    """Resize with the aspect (in mm where known) kept and pad to `size`; remembers the way back at `fit`."""
+    """Resize with the aspect (in mm where known) kept and pad to `size`.
+
+    The way back is put at `fit`, and what was resized at `<key>_full`.
+    """
 
     def __init__(self, keys: KeysCollection = ("image", "label"), size: int = 128) -> None:
         super().__init__(keys, allow_missing_keys=True)
@@ -81,6 +84,7 @@ class FitToSquared(MapTransform):
         case["fit"] = Fit.of(tuple(case["image"].shape[-2:]), self.size, pixel)
         for key in self.key_iterator(case):
             if isinstance(case[key], torch.Tensor):
+                case[f"{key}_full"] = case[key]
                 case[key] = case["fit"].apply_label(case[key]) if key == "label" else case["fit"].apply(case[key])
         return case
 

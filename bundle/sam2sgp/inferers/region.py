@@ -1,0 +1,100 @@
+"""The second pass: small objects once more, each in a region of interest at the image's own resolution.
+
+At the network's size an object of a few pixels is a cell or two of the embedding. The second pass cuts a square around
+what the first pass found, cuts the support images around their own masks by the same rule, so that objects appear in
+the same size, and segments the one guided by the other. The mean of both logits is the result.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sam2sgp.errors import ConfigError
+from sam2sgp.networks import SAM2SGP
+from sam2sgp.support.bank import SupportBank
+from sam2sgp.support.sampler import SupportSampler
+from sam2sgp.transforms.array import Region, to_three_channels
+
+
+@dataclass
+class _Job:
+    """One slice and class to be segmented again."""
+
+    row: int
+    column: int
+    region: Region
+    image: Tensor
+
+
+class RegionPass:
+    """Segment small objects a second time in a region of interest.
+
+    Args:
+        bank: the support bank, whose items hold a region per class.
+        sampler: chooses among these regions.
+        below: an object is small if its extent is less than this share of the image's longer side; 0 switches the
+            second pass off.
+        batch_size: regions at a time.
+
+    Raises:
+        ConfigError: `below` is not in [0, 1].
+    """
+
+    def __init__(self, bank: SupportBank, sampler: SupportSampler, below: float = 0.4, batch_size: int = 8) -> None:
+        if not 0 <= below <= 1:
+            raise ConfigError(
+                f"region_below is {below}: expected a share of the image in [0, 1], 0 for no second pass."
+            )
+        self.bank = bank
+        self.sampler = sampler
+        self.below = below
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        logits: Tensor,
+        images: Tensor,
+        network: SAM2SGP,
+        pixel: tuple[float, float] = (1.0, 1.0),
+        patient: str | None = None,
+        group: str | None = None,
+    ) -> Tensor:
+        """Correct logits on the images' own grid.
+
+        Args:
+            logits: (B, C, H, W) of the first pass, for all classes of the bank; changed in place.
+            images: (B, C', H, W) in [0, 1].
+            network: in evaluation mode.
+            pixel: height and width of a pixel in mm.
+            patient, group: as for `SupportSetInferer.chunks`.
+
+        Returns:
+            The logits, those in regions averaged with the second pass.
+        """
+        if not self.below:
+            return logits
+        jobs = [
+            _Job(row, column, region, images[row])
+            for row, column in torch.nonzero((logits > 0).flatten(2).any(2)).tolist()
+            if (region := Region.around(logits[row, column] > 0, network.image_size, pixel, self.below)) is not None
+        ]
+        for column in sorted({job.column for job in jobs}):
+            of_class = [job for job in jobs if job.column == column]
+            for start in range(0, len(of_class), self.batch_size):
+                self._run(of_class[start : start + self.batch_size], logits, network, patient, group)
+        return logits
+
+    def _run(self, jobs: list[_Job], logits: Tensor, network: SAM2SGP, patient: str | None, group: str | None) -> None:
+        device = logits.device
+        cut = torch.cat([job.region.apply(job.image[None]) for job in jobs]).to(device, torch.float32)
+        features = network.encode(to_three_channels(cut))
+        support = self.bank.region_support(network, features, self.sampler, jobs[0].column, patient, group)
+        if support is None:
+            return
+        second = network.segment(features, support).logits.float()
+        for job, values in zip(jobs, second, strict=True):
+            rows, columns = job.region.place
+            first = logits[job.row, job.column, rows, columns]
+            logits[job.row, job.column, rows, columns] = (first + job.region.restore(values[None])[0, 0]) / 2

@@ -1,0 +1,123 @@
+"""Collections of data sets, and the episodes of pre-training."""
+
+import numpy as np
+import pytest
+import torch
+from monai.transforms import Compose
+from PIL import Image
+
+from sam2sgp.data import PretrainingDataset, load_collection
+from sam2sgp.data.synthetic import noise_task, superpixel_task, threshold_task
+from sam2sgp.errors import DataError
+from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Sets a (20 pictures) and b (12, of which some are of patients of c), held-out c, and d of three pictures."""
+    root = tmp_path_factory.mktemp("collection")
+    rng = np.random.default_rng(0)
+    for name, count in (("a", 20), ("b", 12), ("c", 6), ("d", 3)):
+        for folder in ("images", "masks"):
+            (root / name / folder).mkdir(parents=True)
+        for number in range(count):
+            shared = name in "bc" and number < 6
+            stem = f"patient{number:03d}" if shared else f"{name}{number}"
+            image = rng.integers(20, 90, (64, 64)).astype(np.uint8)
+            mask = np.zeros((64, 64), np.uint8)
+            y, x = rng.integers(10, 40, 2)
+            mask[y : y + 14, x : x + 10] = 255
+            image[mask > 0] += 120
+            Image.fromarray(image).save(root / name / "images" / f"{stem}.png")
+            Image.fromarray(mask).save(root / name / "masks" / f"{stem}.png")
+    return root
+
+
+def dataset(root, tmp_path, section="train", **settings) -> PretrainingDataset:
+    transform = Compose([LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=2 * SIZE)])
+    data = load_collection(root, section, held_out=["c"])
+    common = {"episodes": 20, "group_size": 4, "empty_fraction": 0.0, "invert_probability": 0.0}
+    settings = {**common, "union_probability": 0.0, "progress": False, **settings}
+    return PretrainingDataset(SIZE, data=data, transform=transform, cache_dir=str(tmp_path), **settings)
+
+
+def test_no_patient_is_on_two_sides(root):
+    sections = {name: load_collection(root, name, held_out=["c"]) for name in ("train", "val", "test", "held_out")}
+    patients = {name: {case["patient"] for case in cases} for name, cases in sections.items()}
+    assert len(patients["held_out"]) == 6
+    for first in patients:
+        for second in patients:
+            if first != second:
+                assert not patients[first] & patients[second]
+    assert {case["group"] for case in sections["train"]} == {"a", "b", "d"}
+    assert sum(case["group"] == "d" for case in sections["train"]) == 3, "too few to be split"
+    assert len(patients["test"] | patients["train"] | patients["val"]) == 20 + 6 + 3
+
+
+def test_unknown_held_out_set_is_refused(root):
+    with pytest.raises(DataError, match="'?nothing"):
+        load_collection(root, "train", held_out=["nothing"])
+    with pytest.raises(DataError, match="dataset_dir"):
+        load_collection(root / "absent", "train")
+
+
+def test_balanced_episodes_go_through_the_groups(root, tmp_path):
+    data = dataset(root, tmp_path, "held_out", balanced=True, episodes=3)
+    assert data.groups == ["c"] and len(data) == 3
+    assert int(data[1]["group"]) == 0
+    train = dataset(root, tmp_path, balanced=True, episodes=2)
+    assert [int(train[i]["group"]) for i in range(len(train))] == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_region_makes_objects_larger(root, tmp_path):
+    areas = []
+    for probability in (0.0, 1.0):
+        data = dataset(root, tmp_path, region_probability=probability)
+        areas.append(np.mean([data[i]["label"].mean() for i in range(10)]))
+    assert areas[1] > 2 * areas[0]
+
+
+def test_a_region_shows_the_object_sharply(root, tmp_path):
+    """The mean intensity inside the mask stays the object's: image and mask are cut alike."""
+    data = dataset(root, tmp_path, region_probability=0.5, crop_probability=0.5)
+    for i in range(10):
+        episode = data[i]
+        inside = episode["image"][:, :1][episode["label"] > 0]
+        outside = episode["image"][:, :1][episode["label"] == 0]
+        assert inside.mean() > outside.mean() + 0.3
+
+
+@pytest.mark.parametrize("kind", ["synthetic", "superpixel", "threshold", "label_operation"])
+def test_each_kind_of_task_changes_the_episodes(root, tmp_path, kind):
+    plain, changed = (dataset(root, tmp_path, **{f"{kind}_probability": p}) for p in (0.0, 1.0))
+    assert any(not torch.equal(plain[i]["label"], changed[i]["label"]) for i in range(4))
+    for i in range(4):
+        episode = changed[i]
+        assert episode["image"].shape == (4, 3, SIZE, SIZE) and episode["label"].shape == (4, 1, SIZE, SIZE)
+        assert set(episode["label"].unique().tolist()) <= {0.0, 1.0} and episode["label"].any()
+        assert 0 <= episode["image"].min() and episode["image"].max() <= 1
+
+
+def test_synthetic_tasks_depend_on_the_generator_alone():
+    first, second = (noise_task(np.random.default_rng(3), 3, SIZE) for _ in range(2))
+    for (image, mask), (image_again, mask_again) in zip(first, second, strict=True):
+        assert torch.equal(image, image_again) and torch.equal(mask, mask_again)
+
+
+def test_superpixels_are_of_the_image_itself():
+    image = torch.zeros(3, SIZE, SIZE) + 0.2
+    image[:, 8:20, 8:20] = 0.9
+    pairs = superpixel_task(np.random.default_rng(0), image, 3)
+    assert len(pairs) == 3
+    assert all(torch.equal(one, image) and torch.equal(mask, pairs[0][1]) for one, mask in pairs)
+    assert 0 < pairs[0][1].sum() < SIZE * SIZE
+    assert superpixel_task(np.random.default_rng(0), torch.zeros(3, SIZE, SIZE), 3) is None
+
+
+def test_a_threshold_task_is_a_band_of_intensity():
+    images = [torch.linspace(0, 1, SIZE).expand(3, SIZE, SIZE).clone() for _ in range(3)]
+    pairs = threshold_task(np.random.default_rng(1), images)
+    columns = pairs[0][1][0].any(0).nonzero()[:, 0]
+    assert pairs[0][1][0].all(0).sum() == len(columns) == columns[-1] - columns[0] + 1

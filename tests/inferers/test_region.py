@@ -1,0 +1,118 @@
+"""The second pass in regions of interest."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sam2sgp.errors import ConfigError
+from sam2sgp.inferers.region import RegionPass
+from sam2sgp.networks import SAM2SGP
+from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.transforms import FitToSquared
+from sam2sgp.transforms.array import REGION_FACTOR, Region
+
+SIZE = 64
+FULL = 256
+
+
+def picture(number: int) -> dict:
+    """A bright disc of 20 pixels in a large dark image."""
+    generator = torch.Generator().manual_seed(number)
+    label = torch.zeros(1, FULL, FULL, dtype=torch.long)
+    y, x = torch.randint(40, 180, (2,), generator=generator).tolist()
+    label[:, y : y + 20, x : x + 20] = 1
+    image = 0.2 * torch.rand(1, 1, FULL, FULL, generator=generator) + 0.7 * label[:, None]
+    return {"name": str(number), "image": image, "label": label, "patient": str(number), "group": "a"}
+
+
+def prepare(case: dict) -> dict:
+    return FitToSquared(size=SIZE)({**case, "geometry": SimpleNamespace(spacing=None)})
+
+
+def bank(count: int = 4) -> SupportBank:
+    return SupportBank([picture(i) for i in range(count)], prepare, progress=False)
+
+
+def test_region_is_a_square_around_the_mask_and_its_way_back_is_exact():
+    mask = torch.zeros(200, 300, dtype=torch.bool)
+    mask[50:90, 100:120] = True
+    region = Region.around(mask, SIZE)
+    rows, columns = region.place
+    assert (rows.stop - rows.start, columns.stop - columns.start) == (40 * REGION_FACTOR, 40 * REGION_FACTOR)
+    assert ((rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2) == (70, 110)
+    cut = region.apply_label(mask[None].to(torch.uint8))
+    back = region.restore(cut[:, None].float())[0, 0] > 0.5
+    assert (back == mask[rows, columns]).float().mean() > 0.97
+
+
+def test_region_at_the_border_stays_inside_and_anisotropic_pixels_count_in_mm():
+    mask = torch.zeros(100, 100, dtype=torch.bool)
+    mask[:10, 95:] = True
+    region = Region.around(mask, SIZE, pixel=(1.0, 2.0))
+    rows, columns = region.place
+    assert rows.start == 0 and columns.stop == 100
+    assert rows.stop - rows.start > columns.stop - columns.start
+
+
+def test_strays_do_not_stretch_the_region():
+    mask = torch.zeros(200, 200, dtype=torch.bool)
+    mask[20:60, 20:60] = True
+    alone = Region.around(mask, SIZE)
+    mask[190, 190] = True
+    assert Region.around(mask, SIZE) == alone
+
+
+def test_large_and_absent_objects_have_no_region():
+    mask = torch.zeros(100, 100, dtype=torch.bool)
+    assert Region.around(mask, SIZE, below=0.5) is None
+    mask[:60, :60] = True
+    assert Region.around(mask, SIZE, below=0.5) is None
+    assert Region.around(mask, SIZE, below=0.7) is not None
+
+
+def test_items_hold_their_object_enlarged():
+    item = bank().items[0]
+    image, mask = item.regions[1]
+    assert image.shape == (1, SIZE, SIZE) and mask.shape == (SIZE, SIZE)
+    assert mask.float().mean() == pytest.approx(1 / REGION_FACTOR**2, rel=0.1)
+    assert mask.float().mean() > 10 * (item.label > 0).float().mean()
+    assert image.float()[0][mask].mean() > image.float()[0][~mask].mean() + 0.4
+
+
+@torch.no_grad()
+def test_second_pass_averages_in_the_region_and_leaves_the_rest():
+    torch.manual_seed(0)
+    network = SAM2SGP("nano", SIZE).eval()
+    support = bank()
+    query = picture(9)
+    first = torch.where(query["label"][:, None] > 0, 3.0, -3.0)
+    run = RegionPass(support, SupportSampler(k=2), below=0.4)
+    result = run(first.clone(), query["image"], network)
+    rows, columns = Region.around(query["label"][0] > 0, SIZE).place
+    outside = torch.ones_like(first, dtype=torch.bool)
+    outside[..., rows, columns] = False
+    assert torch.equal(result[outside], first[outside])
+    assert (result[..., rows, columns] != first[..., rows, columns]).float().mean() > 0.9
+    off = RegionPass(support, SupportSampler(k=2), below=0)(first.clone(), query["image"], network)
+    assert torch.equal(off, first)
+
+
+@torch.no_grad()
+def test_own_patient_never_guides_the_second_pass():
+    torch.manual_seed(0)
+    network = SAM2SGP("nano", SIZE).eval()
+    support = bank(2)
+    run = RegionPass(support, SupportSampler(k=4), below=0.4)
+    query = picture(0)
+    first = torch.where(query["label"][:, None] > 0, 3.0, -3.0)
+    without = run(first.clone(), query["image"], network, patient="0")
+    alone = RegionPass(SupportBank([picture(1)], prepare, progress=False), SupportSampler(k=4), below=0.4)(
+        first.clone(), query["image"], network
+    )
+    torch.testing.assert_close(without, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_share_must_be_one():
+    with pytest.raises(ConfigError, match="region_below"):
+        RegionPass(None, SupportSampler(), below=2)
