@@ -4,17 +4,14 @@ import json
 import warnings
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
 
 from sam2sgp.data.folders import (
     check_label_values,
     choose_slices,
     class_names,
     complete_class_names,
-    label_index,
     load_datalist,
     subset,
 )
@@ -299,21 +296,6 @@ def test_undeclared_value_is_an_error_that_names_label_and_value():
 def test_dataset_json_with_names_alone_leaves_pairs_to_the_folders(tmp_path):
     write_json(paired(tmp_path, "a") / "dataset.json", {"labels": {"1": "disc"}})
     assert names(load_datalist(tmp_path)) == ["a"] and class_names(tmp_path) == {1: "disc"}
-
-
-def test_label_index_counts_pixels_per_slice_and_class(tmp_path):
-    array = np.zeros((4, 5, 6), np.uint8)
-    array[1:3, 1:3, 2] = 1
-    array[0, 0, 2:5] = 2
-    for name in ("images/v.nii.gz", "labels/v.nii.gz"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / name)
-    for name in ("images/a.png", "labels/a.png"):
-        Image.fromarray(np.eye(6, dtype=np.uint8) * 255).save(tmp_path / name)
-    picture, volume = label_index(load_datalist(tmp_path), progress=False)
-    assert picture["num_slices"] == 1 and picture["areas"][1].tolist() == [6]
-    assert volume["num_slices"] == 6 and volume["shape"] == (6, 5, 4) and sorted(volume["areas"]) == [1, 2]
-    assert volume["areas"][1].tolist() == [0, 0, 4, 0, 0, 0] and volume["areas"][2].tolist() == [0, 0, 1, 1, 1, 0]
 
 
 def test_chosen_slices_are_the_largest_and_an_even_spread_with_both_ends():

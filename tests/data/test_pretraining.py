@@ -37,14 +37,17 @@ def root(tmp_path_factory):
 
 def dataset(root, tmp_path, section="train", **settings) -> PretrainingDataset:
     transform = Compose([LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=2 * SIZE)])
-    data = load_collection(root, section, held_out=["c"])
+    data = load_collection(root, section, held_out=["c"], related=[["b", "c"]])
     common = {"episodes": 20, "group_size": 4, "empty_fraction": 0.0, "invert_probability": 0.0}
     settings = {**common, "union_probability": 0.0, "progress": False, **settings}
     return PretrainingDataset(SIZE, data=data, transform=transform, cache_dir=str(tmp_path), **settings)
 
 
 def test_no_patient_is_on_two_sides(root):
-    sections = {name: load_collection(root, name, held_out=["c"]) for name in ("train", "val", "test", "held_out")}
+    sections = {
+        name: load_collection(root, name, held_out=["c"], related=[["b", "c"]])
+        for name in ("train", "val", "test", "held_out")
+    }
     patients = {name: {case["patient"] for case in cases} for name, cases in sections.items()}
     assert len(patients["held_out"]) == 6
     for first in patients:
@@ -54,6 +57,12 @@ def test_no_patient_is_on_two_sides(root):
     assert {case["group"] for case in sections["train"]} == {"a", "b", "d"}
     assert sum(case["group"] == "d" for case in sections["train"]) == 3, "too few to be split"
     assert len(patients["test"] | patients["train"] | patients["val"]) == 20 + 6 + 3
+
+
+def test_equal_names_in_sets_that_are_not_related_are_different_persons(root):
+    apart, related = (load_collection(root, "train", ["c"], links) for links in ([], [["b", "c"]]))
+    names = [{case["patient"] for case in cases if case["group"] == "b"} for cases in (apart, related)]
+    assert {name[:7] for name in names[0] - names[1]} == {"patient"}
 
 
 def test_unknown_held_out_set_is_refused(root):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou, compute_surface_dice
 
-from sam2sgp.evaluation import METRICS, case_metrics, class_sizes, summarise, worst_and_best, write_csv
+from sam2sgp.evaluation import METRICS, case_metrics, class_sizes, summarise, write_csv
 
 NAMES = {1: "liver"}
 
@@ -161,14 +161,6 @@ def test_distances_in_mm_and_in_pixels_are_not_averaged():
     summary = summarise([row("a", 1, 0.8), row("b", 1, 0.6, unit="px")])[0]
     assert summary["unit"] == "mixed" and summary["dice_mean"] == pytest.approx(0.7)
     assert (summary["hd95_n"], summary["nsd_n"]) == (0, 0)
-
-
-def test_worst_and_best_cases_by_mean_dice():
-    nan = float("nan")
-    rows = [row(case, 1, dice) for case, dice in zip("abcdef", (0.9, 0.2, 0.5, 0.7, nan, 0.4), strict=True)]
-    rows += [row("a", 2, 0.7), row("b", 2, nan)]
-    assert worst_and_best(rows, 2) == (["b", "f"], ["a", "d"])
-    assert worst_and_best(rows, 4) == (["b", "f", "c", "d"], ["a"])
 
 
 def test_csv_round_trip(tmp_path):

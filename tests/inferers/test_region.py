@@ -73,7 +73,7 @@ def test_large_and_absent_objects_have_no_region():
 
 def test_items_hold_their_object_enlarged():
     item = bank().items[0]
-    image, mask = item.regions[1]
+    (image,), (mask,) = item.regions[1]
     assert image.shape == (1, SIZE, SIZE) and mask.shape == (SIZE, SIZE)
     assert mask.float().mean() == pytest.approx(1 / REGION_FACTOR**2, rel=0.1)
     assert mask.float().mean() > 10 * (item.label > 0).float().mean()

@@ -6,7 +6,6 @@ from sam2sgp.data.folders import (
     choose_slices,
     class_names,
     complete_class_names,
-    label_index,
     load_datalist,
     subset,
 )
@@ -45,7 +44,6 @@ __all__ = [
     "image_stem",
     "is_binary_255",
     "is_image",
-    "label_index",
     "load_collection",
     "load_datalist",
     "output_suffix",

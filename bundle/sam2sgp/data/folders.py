@@ -2,7 +2,7 @@
 
 In: a Medical Segmentation Decathlon folder, a folder with `images/` and `labels/` (or `masks/`), a MONAI datalist
 JSON, or, for queries, images alone. Out: plain dicts of paths and names. Only names and JSON files are read here, and
-DICOM headers; `label_index` alone reads labels.
+DICOM headers.
 """
 
 import json
@@ -11,14 +11,12 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pydicom
-from tqdm import tqdm
 
-from sam2sgp.data.io import dicom_files, image_stem, is_image, read_label
+from sam2sgp.data.io import dicom_files, image_stem, is_image
 from sam2sgp.errors import ConfigError, DataError
 
 # A word for "patient" and a number, at the start of a name and not followed by more of the same word.
@@ -152,42 +150,6 @@ def check_label_values(path: str | os.PathLike, values: Iterable[int], names: di
             f"{path}: expected only the declared classes ({declared}), found value {found}; correct the label, or "
             "declare the class in dataset.json or labels.json."
         )
-
-
-def label_index(
-    datalist: Sequence[dict], slice_axis: str | int = "auto", num_workers: int = 2, progress: bool = True
-) -> list[dict]:
-    """What each labelled case holds, reading every label once.
-
-    Args:
-        datalist: cases; those without `label` are left out.
-        slice_axis: as for `read_label`.
-        num_workers: threads.
-        progress: show a bar.
-
-    Returns:
-        In the datalist's order, per labelled case: `areas` {class value: (Z,) int64 pixels in each slice}, without
-        background; `num_slices` Z; `shape` (Z, H, W).
-
-    Raises:
-        DataError: a label can't be read.
-    """
-
-    def describe(case: dict) -> dict:
-        label = read_label(case["label"], slice_axis=slice_axis)
-        values = [int(value) for value in np.unique(label) if value]
-        areas = {value: (label == value).sum((1, 2), dtype=np.int64) for value in values}
-        return {"areas": areas, "num_slices": len(label), "shape": label.shape}
-
-    labelled = [case for case in datalist if case.get("label")]
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        bar = tqdm(total=len(labelled), desc="Reading labels", unit="label", disable=not progress)
-        with bar:
-            results = []
-            for result in pool.map(describe, labelled):
-                results.append(result)
-                bar.update()
-    return results
 
 
 def choose_slices(areas: np.ndarray, count: int) -> list[int]:

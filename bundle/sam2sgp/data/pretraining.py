@@ -19,7 +19,6 @@ from sam2sgp.data.episodes import EpisodeDataset
 from sam2sgp.data.folders import DEFAULT_PATIENT_PATTERN, load_datalist
 from sam2sgp.data.synthetic import noise_task, superpixel_task, threshold_task
 from sam2sgp.errors import DataError
-from sam2sgp.transforms.array import to_three_channels
 
 FEWEST_TO_SPLIT = 4
 FEW_PATIENTS = 5
@@ -32,21 +31,23 @@ def load_collection(
     root: str,
     section: str,
     held_out: Sequence[str] = (),
+    related: Sequence[Sequence[str]] = (),
     patient_pattern: str = DEFAULT_PATIENT_PATTERN,
     split: Sequence[float] = (0.6, 0.1, 0.3),
     seed: int = 0,
 ) -> list[dict]:
-    """Labelled cases of all data folders in a folder, each folder one `group`.
+    """Labelled cases of all data folders in a folder; `group` is `<folder>`, or `<folder>/<group>` where one is given.
 
     Args:
         root: folder whose subfolders are data folders.
         section: "train", "val", "test": of the sets that are not held out. "held_out": all cases of those that are.
         held_out: names of subfolders.
+        related: groups of sets whose patients are the same persons where their names are equal, such as CT and PET of
+            one study.
         patient_pattern, split, seed: as for `load_datalist`.
 
-    A patient of a held-out set, or of the "val" or "test" section of any set, is in no "train" section, nor a "test"
-    patient in "val": sets that share patients by name (such as CT and PET of the same persons) leak nothing. A set of
-    fewer than four cases is all "train".
+    Among related sets, a patient of a held-out one, or of the "val" or "test" section of any, is in no "train" section,
+    nor a "test" patient in "val". A set of fewer than four cases is all "train".
 
     Raises:
         DataError: there is no data folder, or a held-out name is none.
@@ -58,19 +59,27 @@ def load_collection(
     options = {"patient_pattern": patient_pattern, "split": split, "seed": seed}
     sections: dict[str, list[dict]] = defaultdict(list)
     for name, path in folders.items():
+        parts = {"train": "all"}
         if name in held_out:
-            sections["held_out"] += load_datalist(path, **options)
-        elif len(load_datalist(path, **options)) < FEWEST_TO_SPLIT:
-            sections["train"] += load_datalist(path, **options)
-        else:
-            for part in ("train", "val", "test"):
-                sections[part] += load_datalist(path, part, **options)
+            parts = {"held_out": "all"}
+        elif len(load_datalist(path, **options)) >= FEWEST_TO_SPLIT:
+            parts = {part: part for part in ("train", "val", "test")}
+        for part, of_folder in parts.items():
+            for case in load_datalist(path, of_folder, **options):
+                group = name if case["group"] == name else f"{name}/{case['group']}"
+                sections[part].append({**case, "group": group})
     order = ("held_out", "test", "val", "train")
-    stronger: set[str] = set()
+    family = {name: tuple(names) for names in related for name in names}
+
+    def person(case: dict) -> tuple:
+        name = case["group"].split("/")[0]
+        return family.get(name, name), case["patient"]
+
+    taken: set[tuple] = set()
     for part in order:
         if part == section:
-            return [case for case in sections[part] if case["patient"] not in stronger]
-        stronger |= {case["patient"] for case in sections[part]}
+            return [case for case in sections[part] if person(case) not in taken]
+        taken |= {person(case) for case in sections[part]}
     raise DataError(f"section is {section!r}: expected one of {', '.join(order)}.")
 
 
@@ -92,7 +101,8 @@ class PretrainingDataset(EpisodeDataset):
             of patients times classes (at most six).
         **settings: of `EpisodeDataset`.
 
-    Groups of fewer than five patients (two, where `balanced`) take each volume for a group and blocks of three of its slices for patients.
+    Groups of fewer than five patients (two, where `balanced`) take each volume for a group and blocks of three of its
+    slices for patients.
     """
 
     def __init__(

@@ -5,8 +5,7 @@ from sam2sgp.evaluation.metrics import (
     case_metrics,
     class_sizes,
     summarise,
-    worst_and_best,
     write_csv,
 )
 
-__all__ = ["METRICS", "case_metrics", "class_sizes", "summarise", "worst_and_best", "write_csv"]
+__all__ = ["METRICS", "case_metrics", "class_sizes", "summarise", "write_csv"]

@@ -126,22 +126,6 @@ def summarise(rows: Sequence[Mapping]) -> list[dict]:
     return [*summary, _summary(None, "all", rows)] if rows else []
 
 
-def worst_and_best(rows: Sequence[Mapping], count: int = 3) -> tuple[list, list]:
-    """Cases by the mean Dice of their counted classes: the `count` worst, worst first, and the best, best first.
-
-    Args:
-        rows: `case_metrics` rows with the case's name at "case". Cases without a counted class are left out.
-
-    No case is in both lists; where there are too few, the worst come first.
-    """
-    values: dict[object, list[float]] = {}
-    for row in rows:
-        if not math.isnan(row["dice"]):
-            values.setdefault(row["case"], []).append(row["dice"])
-    ranked = sorted(values, key=lambda case: np.mean(values[case]))
-    return ranked[:count], ranked[count:][::-1][:count]
-
-
 def write_csv(path: str | Path, rows: Sequence[Mapping]) -> None:
     """Write rows as CSV (RFC 4180, UTF-8, a header line) in one atomic step.
 

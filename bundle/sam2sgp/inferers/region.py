@@ -1,8 +1,9 @@
-"""The second pass: small objects once more, each in a region of interest at the image's own resolution.
+"""The second pass: small and thin objects once more, at the image's own resolution.
 
 At the network's size an object of a few pixels is a cell or two of the embedding. The second pass cuts a square around
 what the first pass found, cuts the support images around their own masks by the same rule, so that objects appear in
-the same size, and segments the one guided by the other. The mean of both logits is the result.
+the same size, and segments the one guided by the other. Thin structures, which may be anywhere, such as vessels, are
+seen in overlapping tiles instead. The mean of both passes' logits is the result.
 """
 
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class RegionPass:
         """Correct logits on the images' own grid.
 
         Args:
-            logits: (B, C, H, W) of the first pass, for all classes of the bank; changed in place.
+            logits: (B, C, H, W) of the first pass, for all classes of the bank.
             images: (B, C', H, W) in [0, 1].
             network: in evaluation mode.
             pixel: height and width of a pixel in mm.
@@ -75,26 +76,32 @@ class RegionPass:
         """
         if not self.below:
             return logits
-        jobs = [
-            _Job(row, column, region, images[row])
-            for row, column in torch.nonzero((logits > 0).flatten(2).any(2)).tolist()
-            if (region := Region.around(logits[row, column] > 0, network.image_size, pixel, self.below)) is not None
-        ]
+        jobs = []
+        for column in range(logits.shape[1]):
+            thin = self.bank.is_thin(column)
+            for row in torch.nonzero((logits[:, column] > 0).flatten(1).any(1))[:, 0].tolist():
+                if thin:
+                    regions = Region.tiles(tuple(logits.shape[-2:]), network.image_size, pixel)
+                else:
+                    found = Region.around(logits[row, column] > 0, network.image_size, pixel, self.below)
+                    regions = [] if found is None else [found]
+                jobs += [_Job(row, column, region, images[row]) for region in regions]
+        second = torch.zeros_like(logits)
+        times = torch.zeros_like(logits)
         for column in sorted({job.column for job in jobs}):
             of_class = [job for job in jobs if job.column == column]
             for start in range(0, len(of_class), self.batch_size):
-                self._run(of_class[start : start + self.batch_size], logits, network, patient, group)
-        return logits
+                batch = of_class[start : start + self.batch_size]
+                for job, values in zip(batch, self._segment(batch, network, patient, group), strict=False):
+                    place = (job.row, job.column, *job.region.place)
+                    second[place] += job.region.restore(values[None])[0, 0]
+                    times[place] += 1
+        return torch.where(times > 0, (logits + second / times.clamp(min=1)) / 2, logits)
 
-    def _run(self, jobs: list[_Job], logits: Tensor, network: SAM2SGP, patient: str | None, group: str | None) -> None:
-        device = logits.device
+    def _segment(self, jobs: list[_Job], network: SAM2SGP, patient: str | None, group: str | None) -> list[Tensor]:
+        """Logits (1, S, S) of each job, all of one class; none where no support may be used."""
+        device = next(network.parameters()).device
         cut = torch.cat([job.region.apply(job.image[None]) for job in jobs]).to(device, torch.float32)
         features = network.encode(to_three_channels(cut))
         support = self.bank.region_support(network, features, self.sampler, jobs[0].column, patient, group)
-        if support is None:
-            return
-        second = network.segment(features, support).logits.float()
-        for job, values in zip(jobs, second, strict=True):
-            rows, columns = job.region.place
-            first = logits[job.row, job.column, rows, columns]
-            logits[job.row, job.column, rows, columns] = (first + job.region.restore(values[None])[0, 0]) / 2
+        return [] if support is None else list(network.segment(features, support).logits.float())

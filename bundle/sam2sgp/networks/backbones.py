@@ -24,7 +24,11 @@ QUIET = 0.1
 
 @dataclass(frozen=True)
 class Backbone:
-    """Where a backbone is defined (`yaml` is a path inside `package`) and what `SAM2SGP` uses with it by default."""
+    """Where a backbone is defined (`yaml` is a path inside `package`) and what `SAM2SGP` uses with it by default.
+
+    feature_norm: normalise each channel of the encoder's levels over the image. Without it, training from scratch lets
+    the levels drift to large constant vectors, in which what differs between pixels drowns.
+    """
 
     package: str
     yaml: str
@@ -32,10 +36,13 @@ class Backbone:
     prior_levels: int = 1
     prior_dim: int = 64
     normalization: str = "imagenet"
+    feature_norm: bool = False
 
 
 BACKBONES = {
-    "nano": Backbone("sam2sgp.networks", "nano.yaml", None, prior_levels=2, prior_dim=32, normalization="instance"),
+    "nano": Backbone(
+        "sam2sgp.networks", "nano.yaml", None, prior_levels=2, prior_dim=32, normalization="instance", feature_norm=True
+    ),
     "tiny": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_t.yaml", "sam2.1_hiera_tiny.pt"),
     "small": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_s.yaml", "sam2.1_hiera_small.pt"),
     "base_plus": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_b+.yaml", "sam2.1_hiera_base_plus.pt"),

@@ -182,6 +182,10 @@ class SAM2SGP(nn.Module):
             load_sam2_checkpoint(sam2, checkpoint, backbone)
         self.image_encoder = sam2.image_encoder
         split_qkv(self.image_encoder.trunk)
+        self.feature_norms = None
+        if definition.feature_norm:
+            norms = [nn.InstanceNorm2d(sam2.hidden_dim, affine=True) for _ in range(3)]
+            self.feature_norms = nn.ModuleList(norms)
         self.prompt_encoder = sam2.sam_prompt_encoder
         self.memory_encoder = sam2.memory_encoder
         self.memory_attention = sam2.memory_attention
@@ -228,7 +232,10 @@ class SAM2SGP(nn.Module):
                 f"{tuple(image.shape)}; resize them, or set `image_size`."
             )
         out = self.image_encoder(self._normalize(image))
-        fine, middle, embedding = out["backbone_fpn"][-3:]
+        levels = out["backbone_fpn"][-3:]
+        if self.feature_norms is not None:
+            levels = [norm(level) for norm, level in zip(self.feature_norms, levels, strict=True)]
+        fine, middle, embedding = levels
         levels = [embedding, middle, fine]
         key = None if self.prior is None else self.prior.keys(levels)
         pixels = None if self.regression is None else self.regression.features(levels)

@@ -53,8 +53,7 @@ class SupportRegression(nn.Module):
             if feature.shape[-2:] != size:
                 feature = F.interpolate(feature, size=size, mode="bilinear", align_corners=False)
             total = total + feature
-        total = total.float().flatten(2).transpose(1, 2)
-        learned = F.gelu(F.layer_norm(total, total.shape[-1:]))
+        learned = F.gelu(F.instance_norm(total.float())).flatten(2).transpose(1, 2)
         fixed = self._fixed(size, learned.device).expand(len(learned), -1, -1)
         return torch.cat([learned, fixed], dim=-1)
 

@@ -162,8 +162,11 @@ def _sam2_origin(state: Mapping[str, Tensor], wanted: str) -> str:
     )
 
 
-def save_weights(network: "SAM2SGP", path: str | Path) -> None:
-    """Write the whole state dict of a network, every tensor as it is; an old file stays until the new one is complete.
+def save_weights(network: "SAM2SGP", path: str | Path, half: bool = False) -> None:
+    """Write the whole state dict of a network; an old file stays until the new one is complete.
+
+    Args:
+        half: store float32 as float16, half the size; else every tensor as it is.
 
     Raises:
         WeightsError: the file can't be written.
@@ -171,7 +174,10 @@ def save_weights(network: "SAM2SGP", path: str | Path) -> None:
     path = Path(path)
     try:
         with replacing(path) as part:
-            torch.save(network.state_dict(), part)
+            state = network.state_dict()
+            if half:
+                state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+            torch.save(state, part)
     except (OSError, RuntimeError) as error:
         raise WeightsError(f"{path}: can't be written ({error}); free space, or choose another folder.") from error
 

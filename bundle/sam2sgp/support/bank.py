@@ -17,7 +17,10 @@ from sam2sgp.data.folders import check_label_values, choose_slices, complete_cla
 from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
 from sam2sgp.support.sampler import SupportSampler
-from sam2sgp.transforms.array import Region, to_three_channels
+from sam2sgp.transforms.array import Region, thickness, to_three_channels
+
+# Mean thickness in network pixels below which a structure gets lost at the network's size.
+THIN = 3.0
 
 
 @dataclass
@@ -25,7 +28,8 @@ class SupportItem:
     """One 2D image or one slice of a volume with its label.
 
     image: (C, S, S) float16 in [0, 1]. label: (S, S) uint8 class map. slice: its index, None for a 2D image.
-    regions: {class value: (image (C, S, S) float16, mask (S, S) bool)}, the item around each of its classes.
+    regions: {class value: images (1, C, S, S) float16 and masks (1, S, S) bool}, the item around each of its classes.
+    tiles: likewise (4, C, S, S) and (4, S, S), its tiles, for those of its classes that are thin here.
     """
 
     id: str
@@ -35,6 +39,7 @@ class SupportItem:
     group: str
     slice: int | None
     regions: dict[int, tuple[Tensor, Tensor]]
+    tiles: dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -105,7 +110,7 @@ class SupportBank:
         """Drop what was encoded, because the network has changed."""
         self.embedding: Tensor | None = None
         self.memory: SupportMemory | None = None
-        self._regions: dict[int, tuple[Tensor, SupportMemory]] = {}
+        self._regions: dict[int, tuple[Tensor, SupportMemory, list[int]]] = {}
 
     @staticmethod
     def _items(case: dict, prepared: dict, slices_per_class: int) -> list[SupportItem]:
@@ -120,14 +125,19 @@ class SupportBank:
         pixel = (1.0, 1.0) if spacing is None else tuple(spacing[1:])
         size = prepared["image"].shape[-1]
 
-        def regions(index: int) -> dict[int, tuple[Tensor, Tensor]]:
-            image, label = prepared["image_full"][index], prepared["label_full"][index]
-            found = {}
+        def closely(index: int) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
+            image, label = prepared["image_full"][index][None], prepared["label_full"][index]
+            found: dict[str, dict] = {"regions": {}, "tiles": {}}
             for value in torch.unique(label).tolist():
-                if value:
-                    region = Region.around(label == value, size, pixel, below=torch.inf)
-                    mask = region.apply_label((label == value)[None].to(torch.uint8))[0] > 0
-                    found[value] = (region.apply(image[None])[0].half(), mask)
+                mask = label == value
+                views = {"regions": [Region.around(mask, size, pixel, below=torch.inf)]}
+                if thickness(prepared["label"][index] == value) < THIN:
+                    views["tiles"] = Region.tiles(tuple(label.shape), size, pixel)
+                for kind, rectangles in views.items():
+                    if value:
+                        images = torch.cat([rectangle.apply(image) for rectangle in rectangles]).half()
+                        masks = [rectangle.apply_label(mask[None].to(torch.uint8)) > 0 for rectangle in rectangles]
+                        found[kind][value] = images, torch.cat(masks)
             return found
 
         return [
@@ -138,7 +148,7 @@ class SupportBank:
                 patient=case["patient"],
                 group=case["group"],
                 slice=index if volume else None,
-                regions=regions(index),
+                **closely(index),
             )
             for index in sorted(chosen)
         ]
@@ -220,24 +230,40 @@ class SupportBank:
         Returns:
             None where no item may be used.
         """
-        holders = torch.nonzero(self.holds[:, column])[:, 0].tolist()
         if column not in self._regions:
-            value, device = self.class_values[column], features.embedding.device
-            embeddings, memories = [], []
-            for start in range(0, len(holders), self.batch_size):
-                pairs = [self.items[index].regions[value] for index in holders[start : start + self.batch_size]]
-                image = torch.stack([to_three_channels(image.float()) for image, _ in pairs]).to(device)
-                encoded = network.encode(image)
-                masks = torch.stack([mask for _, mask in pairs])[:, None].float().to(device)
-                embeddings.append(network.retrieval_embedding(encoded))
-                memories.append(network.encode_support(encoded, masks))
-            self._regions[column] = torch.cat(embeddings), SupportMemory.concatenate(memories)
-        embedding, memory = self._regions[column]
-        eligible = self._allowed(patient, group)[holders].to(embedding.device)
+            self._regions[column] = self._encode_regions(network, column, features.embedding.device)
+        embedding, memory, owner = self._regions[column]
+        eligible = self._allowed(patient, group)[owner].to(embedding.device)
         if not eligible.any():
             return None
         index, _ = sampler(network.retrieval_embedding(features) @ embedding.T, eligible)
         return memory.select(index[:, None])
+
+    def is_thin(self, column: int) -> bool:
+        """Whether a class is thin in most of its items, so that tiles of the image show it better than one region."""
+        value = self.class_values[column]
+        holders = [item for item in self.items if value in item.regions]
+        return 2 * sum(value in item.tiles for item in holders) > len(holders)
+
+    def _encode_regions(
+        self, network: SAM2SGP, column: int, device: torch.device
+    ) -> tuple[Tensor, SupportMemory, list[int]]:
+        """Embedding and memory of all regions (or tiles) of a class, and the number of the item each is of."""
+        value, kind = self.class_values[column], "tiles" if self.is_thin(column) else "regions"
+        views = [
+            (image, mask, number)
+            for number, item in enumerate(self.items)
+            if value in getattr(item, kind)
+            for image, mask in zip(*getattr(item, kind)[value], strict=True)
+            if mask.any()
+        ]
+        embeddings, memories = [], []
+        for start in range(0, len(views), self.batch_size):
+            images, masks, _ = zip(*views[start : start + self.batch_size], strict=True)
+            encoded = network.encode(torch.stack([to_three_channels(image.float()) for image in images]).to(device))
+            embeddings.append(network.retrieval_embedding(encoded))
+            memories.append(network.encode_support(encoded, torch.stack(masks)[:, None].float().to(device)))
+        return torch.cat(embeddings), SupportMemory.concatenate(memories), [number for _, _, number in views]
 
     def select(self, retrieved: list[Retrieved]) -> SupportMemory:
         """Memory with leading dimensions (B, C, K) of classes that share one K."""

@@ -18,6 +18,7 @@ CT_AIR_BELOW = -500.0
 REGION_FACTOR = 2.0
 SMALLEST_EXTENT = 0.08
 STRAY_SHARE = 0.02
+TILE_SHARE = 0.6
 
 
 def is_ct(slices: Tensor, modality: str | None, is_picture: bool) -> bool:
@@ -176,11 +177,17 @@ class Region:
         edges = []
         for (start, stop), spacing, length in zip(ends, pixel, mask.shape, strict=True):
             half, centre = side / spacing / 2, (start + stop) / 2
-            edges.append(
-                (max(0, round(centre - half)), min(length, max(round(centre + half), round(centre - half) + 2)))
-            )
+            first = max(0, round(centre - half))
+            edges.append((first, min(length, max(round(centre + half), first + 1))))
         (top, bottom), (left, right) = edges
         return cls(top, left, Fit.of((bottom - top, right - left), size, pixel))
+
+    @classmethod
+    def tiles(cls, shape: tuple[int, int], size: int, pixel: tuple[float, float] = (1.0, 1.0)) -> list["Region"]:
+        """Two by two overlapping tiles of an image (H, W), each with a side of `TILE_SHARE` of the image's."""
+        height, width = (max(1, round(TILE_SHARE * length)) for length in shape)
+        fit = Fit.of((height, width), size, pixel)
+        return [cls(top, left, fit) for top in (0, shape[0] - height) for left in (0, shape[1] - width)]
 
     @property
     def place(self) -> tuple[slice, slice]:
@@ -199,6 +206,14 @@ class Region:
     def restore(self, maps: Tensor) -> Tensor:
         """Maps (Z, C, S, S) on the network's grid -> on the rectangle's own, (Z, C, height, width)."""
         return self.fit.restore(maps)
+
+
+def thickness(mask: Tensor) -> float:
+    """Mean thickness of a mask (H, W) in pixels, twice its area over the number of its border pixels; 2 for lines."""
+    values = mask[None, None].float()
+    inner = -F.max_pool2d(F.pad(-values, (1, 1, 1, 1)), 3, stride=1) > 0
+    border = mask & ~inner[0, 0]
+    return 2 * float(mask.sum()) / max(1, int(border.sum()))
 
 
 def _ends(profile: Tensor) -> tuple[int, int]:
