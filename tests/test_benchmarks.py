@@ -1,0 +1,138 @@
+"""The benchmarks' task maker, peers and scripts, on phantoms."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sam2sgp.data import load_datalist, read_image
+from sam2sgp.data.phantom import make_phantoms
+from sam2sgp.networks import save_weights
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SIZE = "image_size=64"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a benchmark as its script does: the scripts import each other from their own folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Two data sets that no table knows: one of pictures, one of volumes."""
+    folder = tmp_path_factory.mktemp("benchmark_data")
+    for name, modality in (("pictures", "us"), ("volumes", "mr")):
+        make_phantoms(folder / name, 4, (64, 64), 6, seed=2, modalities=[modality], progress=False)
+    return folder
+
+
+def test_tasks_share_no_patient_and_spread_their_first_pairs(script, data, tmp_path):
+    tasks = script("_tasks").make_tasks(data, tmp_path, queries=4)
+    assert {task.dataset for task in tasks} == {"pictures", "volumes"}
+    for task in tasks:
+        sides = {side: load_datalist(task.folder / side) for side in ("support", "queries")}
+        patients = {side: {case["patient"] for case in cases} for side, cases in sides.items()}
+        assert not patients["support"] & patients["queries"]
+        assert [len(sides["support"]), len(sides["queries"])] == [len(task.support), len(task.queries)]
+        first = task.support[: len(patients["support"])]
+        assert {stem.split("_")[0] for stem in first} == patients["support"]
+        for side, stems in (("support", task.support), ("queries", task.queries)):
+            assert all(task.mask(side, stem).any() for stem in stems)
+
+
+def test_tasks_keep_the_slices_of_a_volume(script, data, tmp_path):
+    module = script("_tasks")
+    task = next(task for task in module.make_tasks(data, tmp_path, queries=4) if task.dataset == "volumes")
+    stored = read_image(task.image("queries", task.queries[0])).slices[0, 0]
+    scaled = [
+        module.ScaleIntensityByModalityd()(module.LoadCased()(case))["image"].numpy()
+        for case in load_datalist(data / "volumes")
+    ]
+    distances = [np.abs(volume[:, 0] - stored / 65535).max((1, 2)).min() for volume in scaled]
+    assert min(distances) < 1e-4
+
+
+def test_an_unchanged_call_reads_the_tasks_it_finds(script, data, tmp_path):
+    make_tasks = script("_tasks").make_tasks
+    first = make_tasks(data, tmp_path, queries=4)
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert make_tasks(data, tmp_path, queries=4) == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == stamps
+    assert {len(task.queries) for task in make_tasks(data, tmp_path, queries=1)} == {1}
+
+
+def test_augmentation_moves_image_and_mask_alike(script):
+    peers = script("_peers")
+    torch.manual_seed(0)
+    masks = torch.zeros(8, 1, 64, 64)
+    masks[:, :, 12:40, 8:30] = 1
+    images, moved = peers.augment(masks.expand(-1, 3, -1, -1), masks, [-1, -2])
+    assert (moved != masks).float().mean() > 0.02
+    for image, mask in zip(images[:, 0], moved[:, 0], strict=True):
+        assert image[mask > 0].mean() - image[mask == 0].mean() > 0.6
+
+
+def test_flips_are_only_along_axes_that_keep_the_target_in_place(script):
+    masks = torch.zeros(4, 1, 32, 32)
+    masks[:, :, 2:8, 10:22] = 1
+    assert script("_peers").flip_axes(masks) == [-1]
+
+
+def test_peers_give_maps_of_the_images_size(script):
+    peers = script("_peers")
+    images, masks = torch.rand(3, 3, 64, 64), torch.ones(3, 1, 64, 64)
+    for name, peer in peers.PEERS.items():
+        predict, steps = peers.train(peer, images, masks, seconds=0.01, seed=0)
+        assert steps >= 1, name
+        assert predict(images[:2]).shape == (2, 1, 64, 64), name
+
+
+def test_patients_make_the_interval(script):
+    fewshot = script("fewshot")
+    rows = [{"patient": patient, "dice": value, "share": 0.1} for patient in "ab" for value in (0.2, 0.6)]
+    same = {"task": "t", "rows": rows}
+    assert fewshot.interval(fewshot.bootstrap(same)) == ""
+    other = {"task": "t", "rows": [{**row, "dice": float(row["patient"] == "a")} for row in rows]}
+    assert fewshot.interval(fewshot.bootstrap(other)) == " [0.000, 1.000]"
+    assert fewshot.mean_of(other) == 0.5
+
+
+@pytest.mark.slow
+def test_the_whole_comparison_runs_and_is_not_repeated(script, data, tmp_path, monkeypatch, capsys):
+    fewshot, ablation = script("fewshot"), script("ablation")
+    weights = tmp_path / "model.pt"
+    save_weights(fewshot.bundle_config({"image_size": 64}).get_parsed_content("network"), weights)
+    command = ["fewshot.py", "--data", str(data), "--output", str(tmp_path / "out"), "--weights", str(weights)]
+    command += ["--queries", "2", "--k", "2", "--seconds", "0.01", "--set", SIZE, "--tasks", "*_disc"]
+    command += ["--methods", "plain", "basic_unet", "mean_mask", "nearest_copy", "controls"]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", command)
+        fewshot.main()
+    lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines() if line]
+    done = {(record["task"], record["method"], record["k"]) for record in lines}
+    # Plain at K = 2 and, to compare the three controls with, at 16; three peers.
+    assert len(lines) == len(done) == 2 * 8
+    for record in lines:
+        assert len(record["rows"]) == 2
+        assert all(0 <= row["dice"] <= 1 and row["hd95"] >= 0 for row in record["rows"])
+    table = capsys.readouterr().out
+    for text in ("| Dice, K = 2 |", "| HD95 in pixels, K = 2 |", "plain − basic_unet", "inverted: complement"):
+        assert text in table
+
+    task = script("_tasks").make_tasks(data, tmp_path / "out/tasks", 2)[0]
+    support = task.folder / "support"
+    overrides = {"image_size": 64, "model_file": str(weights)}
+    config = fewshot.bundle_config(overrides)
+    silenced = tuple(key for key, on in ablation.switches(config).items() if on)
+    assert {"pmg::prior", "pma::box", "pma::attention"} <= set(silenced)
+    full = ablation.segment(task, support, ablation.Variant("full"), overrides)
+    bare = ablation.segment(task, support, ablation.Variant("bare", silenced=(*silenced, "pma")), overrides)
+    assert len(full["rows"]) == len(bare["rows"]) == 2
+    assert [row["dice"] for row in full["rows"]] != [row["dice"] for row in bare["rows"]]
