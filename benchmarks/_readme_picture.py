@@ -1,6 +1,6 @@
-"""Draw the README's picture from a trained demo: a row for each look of the phantoms.
+"""Draw the README's picture: what the embedded weights make of phantoms, a row for each of their looks.
 
-python benchmarks/_readme_picture.py --run out/demo/run --phantoms out/demo/phantom --output docs/images/demo.png
+python benchmarks/_readme_picture.py --phantoms out/demo/phantom --output docs/images/demo.png
 """
 
 import argparse
@@ -28,11 +28,12 @@ def prepare(case: dict) -> dict:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("run", "phantoms", "output"):
+    for name in ("phantoms", "output"):
         arguments.add_argument(f"--{name}", required=True, type=Path)
+    arguments.add_argument("--weights", default=Path(__file__).parents[1] / "bundle/models/model.pt", type=Path)
     options = arguments.parse_args()
     network = SAM2SGP("nano").eval()
-    load_weights(network, options.run / "model.pt")
+    load_weights(network, options.weights)
     looks = sorted(path.name for path in (options.phantoms / "support").iterdir())
     sheet = Image.new("RGB", (4 * EDGE + 3 * GAP, HEAD + len(looks) * (EDGE + GAP)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -11,7 +11,7 @@ CONFIGS = BUNDLE / "configs"
 
 # What makes a training small enough for a test of its mechanics.
 SMALL = {
-    "weights": None,
+    "weights": False,
     "image_size": 64,
     "episodes_per_epoch": 4,
     "episodes_per_step": 2,

@@ -16,6 +16,23 @@ from tests.bundle_runs import BUNDLE, CONFIGS, SMALL
 
 BACKBONES = ["nano", "tiny", "small", "base_plus", "large"]
 
+ADAPTATION = {"adapt_seconds", "adapt_steps", "adapt_seed", "adapt_dir", "adapter", "validate::inferer::adapter"}
+PRETRAINING = {
+    "held_out",
+    "related",
+    "collection_options",
+    "synthetic_probability",
+    "superpixel_probability",
+    "threshold_probability",
+    "label_operation_probability",
+    "region_probability",
+    "crop_probability",
+    "val_episodes_per_group",
+    "validate::prepare_batch",
+    "export_file",
+    "exporting",
+}
+
 TENSOR_KEYS = {
     "type": {"type": "string"},
     "format": {"type": "string"},
@@ -108,6 +125,7 @@ def test_required_and_optional_properties_are_there(name, kind, phantoms, tmp_pa
         meta_file=str(CONFIGS / "metadata.json"),
         logging_file=str(CONFIGS / "logging.conf"),
         workflow_type=kind,
+        bundle_root=str(BUNDLE),
         dataset_dir=str(queries if kind == "inference" else phantoms),
         **({"support_dir": str(support)} if kind == "inference" else {}),
         output_dir=str(tmp_path),
@@ -125,22 +143,23 @@ def test_run_ids(name, ids):
 def test_inference_has_the_settings_of_training():
     """Both files state them because each must work alone; they may not drift apart."""
     train, inference = config("train.json"), config("inference.json")
-    own = {"dataset_dir", "support_dir", "support_max_items", "report_figures", "initialize", "run", "network_def"}
+    own = {"dataset_dir", "support_dir", "support_max_items", "report_figures", "initialize", "run", "network"}
     shared = (set(train) & set(inference)) - own
     assert {"backbone", "image_size", "pmg", "pma", "k", "ct_window", "slice_axis", "retrieval"} <= shared
-    for key in shared - {"class_names", "support_data", "support_bank"}:
+    for key in shared - {"class_names", "support_data", "support_bank", "network_def"}:
         assert train[key] == inference[key], key
     network = {key: value for key, value in train["network_def"].items() if key != "checkpoint"}
     assert network == inference["network_def"]
 
 
 @pytest.mark.parametrize(
-    "overlay", ["evaluate.json", "multi_gpu_train.json", *(f"backbones/{b}.json" for b in BACKBONES)]
+    "overlay", ["evaluate.json", "multi_gpu_train.json", "pretrain.json", *(f"backbones/{b}.json" for b in BACKBONES)]
 )
 def test_overlays_only_set_ids_that_train_json_has_or_that_they_add_on_purpose(overlay):
     parser = ConfigParser(config("train.json"))
     added = {
-        "evaluate.json": {"model_file", "report_figures", "evaluating"},
+        "evaluate.json": {"model_file", "report_figures", "evaluating"} | ADAPTATION,
+        "pretrain.json": PRETRAINING,
         "multi_gpu_train.json": {"validate::sampler", "validate::dataloader::sampler", "finalize"},
     }.get(overlay, set())
     for key in config(overlay):
@@ -157,7 +176,8 @@ def test_backbone_overlay_names_its_backbone_and_a_possible_size(backbone):
 
 def test_every_switch_of_the_method_is_a_key_of_the_config():
     train = config("train.json")
-    for switch in ("lora", "pmg::prior", "pma::box", "pma::attention", "pma::dense", "retrieval"):
+    pma = ("pma::box", "pma::attention", "pma::dense")
+    for switch in ("lora", "pmg::prior", "pmg::regression", *pma, "refinement", "region_below", "retrieval"):
         parser = ConfigParser(train)
         assert switch in parser
     parser = ConfigParser(train)
@@ -170,6 +190,7 @@ def test_every_switch_of_the_method_is_a_key_of_the_config():
 def test_optimizer_gets_the_trainable_parameters_only():
     parser = ConfigParser(config("train.json"))
     parser["device"] = torch.device("cpu")
+    parser["weights"] = None
     parser["freeze_encoder"] = True
     parser["lora"] = {"r": 2, "alpha": 4}
     optimizer = parser.get_parsed_content("optimizer")

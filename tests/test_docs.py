@@ -1,6 +1,7 @@
 """The README says what is true of the configs and of the files it names."""
 
 import ast
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -38,3 +39,15 @@ def test_checkpoints_of_the_readme_are_those_of_large_files():
     listing = (ROOT / "bundle" / "large_files.yml").read_text()
     hashes = re.findall(r"`([0-9a-f]{64})`", README)
     assert len(hashes) == 4 and all(value in listing for value in hashes)
+
+
+def test_embedded_weights_are_those_of_the_model_card_and_small():
+    content = (ROOT / "bundle" / "models" / "model.pt").read_bytes()
+    card = (ROOT / "bundle" / "docs" / "README.md").read_text()
+    assert hashlib.sha256(content).hexdigest() in card and f"{len(content):,} bytes" in card
+    assert len(content) < 25e6
+
+
+def test_embedded_weights_are_declared_non_commercial():
+    for path in ("README.md", "bundle/docs/README.md", "bundle/docs/data_license.txt"):
+        assert "non-commercial" in (ROOT / path).read_text().lower(), path

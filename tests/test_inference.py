@@ -1,6 +1,7 @@
 """Inference through the bundle on files of every kind: same name, size and place out as in."""
 
 import csv
+import json
 import subprocess
 import sys
 
@@ -180,3 +181,24 @@ def test_a_result_that_can_not_be_written_ends_the_run_with_the_rows_so_far(phan
         infer(model, phantoms / "support" / "rgb", phantoms / "queries" / "rgb", tmp_path)
     assert isinstance(cause_of(caught.value), DataError)
     assert len({row["case"] for row in table(tmp_path)}) == 1
+
+
+def test_adaptation_is_a_setting_of_the_run_and_told_in_report_log_and_cache(phantoms, model, tmp_path, capsys):
+    support, queries = phantoms / "support" / "rgb", phantoms / "queries" / "rgb"
+    rows = infer(model, support, queries, tmp_path / "out", adapt_steps=4, support_max_items=6)
+    assert rows and not any(row.get("error") for row in rows)
+    (record,) = (tmp_path / "out" / "adaptation").glob("*/adaptation.json")
+    record = json.loads(record.read_text())
+    assert record["dice"][record["kept"]] >= record["dice"]["plain"]
+    assert all(1 <= sum(steps) <= 4 for steps in record["steps"].values())
+    sentence = f"{record['dice']['plain']:.3f} before"
+    assert sentence in capsys.readouterr().out and sentence in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_second_pass_is_a_setting_of_the_run(phantoms, model, tmp_path):
+    support, queries = phantoms / "support" / "rgb", phantoms / "queries" / "rgb"
+    seen = {}
+    for below in (0, 1.0):
+        rows = infer(model, support, queries, tmp_path / str(below), region_below=below)
+        seen[below] = [row["voxels"] for row in rows]
+    assert len(seen[0]) == len(seen[1.0]) and seen[0] != seen[1.0]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from monai.transforms import ScaleIntensityRange, ScaleIntensityRangePercentiles
+from monai.transforms import ScaleIntensityRange
+from monai.transforms.utils_pytorch_numpy_unification import percentile
 from torch import Tensor
 
 from sam2sgp.errors import DataError
@@ -50,29 +51,15 @@ def scale_intensity(
     if rgb:
         return slices / (255.0 if slices.max() <= 255 else 65535.0)
     out = torch.zeros_like(slices)
-    scaler = ScaleIntensityRangePercentiles(*percentiles, 0.0, 1.0, clip=True, dtype=torch.float32)
     for channel in range(slices.shape[1]):
         values = slices[:, channel]
-        scaled = scaler(values) if _spread(values, percentiles) else _min_max(values)
-        out[:, channel] = torch.as_tensor(scaled)
+        low, high = (float(percentile(values, percent)) for percent in percentiles)
+        if not high > low:
+            # Percentiles coincide in an image such as a small object on an empty ground.
+            low, high = float(values.min()), float(values.max())
+        if high > low:
+            out[:, channel] = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True, dtype=torch.float32)(values)
     return out
-
-
-def _spread(values: Tensor, percentiles: tuple[float, float]) -> bool:
-    low, high = (torch.as_tensor(_percentile(values, p)) for p in percentiles)
-    return bool(high > low)
-
-
-def _percentile(values: Tensor, percent: float) -> float:
-    from monai.transforms.utils_pytorch_numpy_unification import percentile
-
-    return float(percentile(values, percent))
-
-
-def _min_max(values: Tensor) -> Tensor:
-    """For images whose percentiles coincide, such as a small object on an empty ground."""
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
 
 
 def to_three_channels(image: Tensor) -> Tensor:

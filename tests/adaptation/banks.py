@@ -1,0 +1,51 @@
+"""Support banks of simple phantoms on noise: discs, bright or dark (class 1), and checkered squares (class 2)."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from sam2sgp.support import SupportBank
+
+SIZE = 64
+
+
+def phantom(number: int, values: tuple[int, ...] = (1,), patient: str | None = None) -> dict:
+    """A prepared case of one image with an object of each class."""
+    generator = torch.Generator().manual_seed(number)
+    rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    image = 0.5 + 0.1 * torch.randn(SIZE, SIZE, generator=generator)
+    label = torch.zeros(SIZE, SIZE, dtype=torch.long)
+    for value in values:
+        y, x, radius = (
+            torch.rand(3, generator=generator) * torch.tensor([24, 24, 6]) + torch.tensor([20, 20, 7])
+        ).tolist()
+        if value == 1:
+            inside = (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+            image[inside] += 0.3 if torch.rand((), generator=generator) < 0.5 else -0.3
+        else:
+            inside = ((rows - y).abs() < radius) & ((columns - x).abs() < radius)
+            image[inside] += (0.4 * ((rows // 2 + columns // 2) % 2) - 0.2)[inside]
+        label[inside] = value
+    image = image.clamp(0, 1)[None, None]
+    return {
+        "name": f"case{number}",
+        "image": image,
+        "image_full": image,
+        "label": label[None],
+        "label_full": label[None],
+        "geometry": SimpleNamespace(spacing=None),
+        "patient": patient or f"p{number}",
+        "group": "a",
+    }
+
+
+def bank(cases: list[dict]) -> SupportBank:
+    names = {value: f"class_{value}" for case in cases for value in case["label"].unique().tolist() if value}
+    return SupportBank(cases, lambda case: case, names, progress=False)
+
+
+def queries(values: tuple[int, ...] = (1,)) -> tuple[Tensor, Tensor]:
+    """Images (8, 1, S, S) that no bank of small numbers holds, and their labels (8, S, S)."""
+    cases = [phantom(1000 + number, values) for number in range(8)]
+    return torch.cat([case["image"] for case in cases]), torch.cat([case["label"] for case in cases])
