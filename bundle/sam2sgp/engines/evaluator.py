@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from sam2sgp.data.folders import check_label_values
 from sam2sgp.errors import DataError, cause_of
-from sam2sgp.transforms.array import label_map
+from sam2sgp.transforms.array import label_map, pixel_size
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +142,7 @@ class QueryEvaluator(SupervisedEvaluator):
         support: dict[int, list] = {}
         sums, counts = np.zeros(len(values)), np.zeros(len(values))
         patient = case.get("patient") if self.exclude_own_patient else None
-        spacing = case["geometry"].spacing
-        pixel = (1.0, 1.0) if spacing is None else tuple(spacing[1:])
+        pixel = pixel_size(case["geometry"].spacing)
         source = patient, case.get("group")
         for chunk in self.inferer.chunks(case["image"], self.network, *source):
             part = slice(chunk.start, chunk.start + len(chunk.output.logits))

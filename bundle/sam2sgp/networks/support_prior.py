@@ -21,6 +21,33 @@ LOGIT_SCALE = 0.2
 SCORE_LIMIT = 3.0
 
 
+class LevelProjections(nn.ModuleList):
+    """Sum of 1x1 projections of the coarsest `count` feature levels, on the grid of the finest of these.
+
+    Args:
+        channels: width D of the levels.
+        dim: width d of the result.
+        count: number of levels.
+    """
+
+    def __init__(self, channels: int, dim: int, count: int) -> None:
+        super().__init__([nn.Conv2d(channels, dim, 1) for _ in range(count)])
+        for projection in self:
+            nn.init.orthogonal_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """Levels (B, D, g, g), (B, D, 2g, 2g), …, at least `count` of them -> (B, d, p, p)."""
+        size = levels[len(self) - 1].shape[-2:]
+        total = 0
+        for projection, level in zip(self, levels, strict=False):
+            feature = projection(level)
+            if feature.shape[-2:] != size:
+                feature = F.interpolate(feature, size=size, mode="bilinear", align_corners=False)
+            total = total + feature
+        return total
+
+
 class SupportPrior(nn.Module):
     """Dense matching at the grid of the finest feature level used.
 
@@ -38,10 +65,7 @@ class SupportPrior(nn.Module):
         super().__init__()
         if levels not in (1, 2, 3):
             raise ConfigError(f"pmg.prior_levels is {levels}: expected 1, 2 or 3 feature levels.")
-        self.projections = nn.ModuleList([nn.Conv2d(channels, dim, 1) for _ in range(levels)])
-        for projection in self.projections:
-            nn.init.orthogonal_(projection.weight)
-            nn.init.zeros_(projection.bias)
+        self.projections = LevelProjections(channels, dim, levels)
         self.log_temperature = nn.Parameter(torch.tensor(START_TEMPERATURE).log())
         self.map_count = 6 if regression else 4
         self.to_dense = nn.Conv2d(self.map_count, channels, 1)
@@ -52,13 +76,7 @@ class SupportPrior(nn.Module):
 
     def keys(self, levels: list[Tensor]) -> Tensor:
         """L2-normalised features (B, P, d) of images whose feature levels are (B, D, g, g), (B, D, 2g, 2g), …"""
-        size = levels[len(self.projections) - 1].shape[-2:]
-        total = 0
-        for projection, level in zip(self.projections, levels, strict=False):
-            feature = projection(level)
-            if feature.shape[-2:] != size:
-                feature = F.interpolate(feature, size=size, mode="bilinear", align_corners=False)
-            total = total + feature
+        total = self.projections(levels)
         return F.normalize(total.flatten(2).transpose(1, 2), dim=-1)
 
     def support_keys(self, keys: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam2sgp.networks.support_prior import LevelProjections
+
 START_RIDGE = 0.02
 POSITION_FEATURES = 5
 WEIGHTINGS = 2
@@ -33,10 +35,7 @@ class SupportRegression(nn.Module):
     def __init__(self, channels: int, dim: int = 40) -> None:
         super().__init__()
         self.dim = dim
-        self.projections = nn.ModuleList([nn.Conv2d(channels, dim, 1) for _ in range(3)])
-        for projection in self.projections:
-            nn.init.orthogonal_(projection.weight)
-            nn.init.zeros_(projection.bias)
+        self.projections = LevelProjections(channels, dim, 3)
         self.log_ridge = nn.Parameter(torch.tensor(START_RIDGE).log())
 
     @property
@@ -46,15 +45,9 @@ class SupportRegression(nn.Module):
 
     def features(self, levels: list[Tensor]) -> Tensor:
         """Pixel features (B, P, d) float32 of levels (B, D, g, g), (B, D, 2g, 2g) and (B, D, 4g, 4g); P = (4g)^2."""
-        size = levels[-1].shape[-2:]
-        total = 0
-        for projection, level in zip(self.projections, levels, strict=True):
-            feature = projection(level)
-            if feature.shape[-2:] != size:
-                feature = F.interpolate(feature, size=size, mode="bilinear", align_corners=False)
-            total = total + feature
+        total = self.projections(levels)
         learned = F.gelu(F.instance_norm(total.float())).flatten(2).transpose(1, 2)
-        fixed = self._fixed(size, learned.device).expand(len(learned), -1, -1)
+        fixed = self._fixed(total.shape[-2:], learned.device).expand(len(learned), -1, -1)
         return torch.cat([learned, fixed], dim=-1)
 
     @staticmethod

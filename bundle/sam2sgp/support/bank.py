@@ -17,7 +17,7 @@ from sam2sgp.data.folders import check_label_values, choose_slices, complete_cla
 from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
 from sam2sgp.support.sampler import SupportSampler
-from sam2sgp.transforms.array import Region, thickness, to_three_channels
+from sam2sgp.transforms.array import Region, pixel_size, thickness, to_three_channels
 
 # Mean thickness in network pixels below which a structure gets lost at the network's size.
 THIN = 3.0
@@ -121,23 +121,21 @@ class SupportBank:
             if value:
                 chosen |= set(choose_slices((flat == value).sum(1).numpy(), slices_per_class))
         volume = len(label) > 1
-        spacing = prepared["geometry"].spacing
-        pixel = (1.0, 1.0) if spacing is None else tuple(spacing[1:])
+        pixel = pixel_size(prepared["geometry"].spacing)
         size = prepared["image"].shape[-1]
 
         def closely(index: int) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
             image, label = prepared["image_full"][index][None], prepared["label_full"][index]
             found: dict[str, dict] = {"regions": {}, "tiles": {}}
-            for value in torch.unique(label).tolist():
+            for value in torch.unique(label[label > 0]).tolist():
                 mask = label == value
                 views = {"regions": [Region.around(mask, size, pixel, below=torch.inf)]}
                 if thickness(prepared["label"][index] == value) < THIN:
                     views["tiles"] = Region.tiles(tuple(label.shape), size, pixel)
                 for kind, rectangles in views.items():
-                    if value:
-                        images = torch.cat([rectangle.apply(image) for rectangle in rectangles]).half()
-                        masks = [rectangle.apply_label(mask[None].to(torch.uint8)) > 0 for rectangle in rectangles]
-                        found[kind][value] = images, torch.cat(masks)
+                    images = torch.cat([rectangle.apply(image) for rectangle in rectangles]).half()
+                    masks = [rectangle.apply_label(mask[None].to(torch.uint8)) > 0 for rectangle in rectangles]
+                    found[kind][value] = images, torch.cat(masks)
             return found
 
         return [

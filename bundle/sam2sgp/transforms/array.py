@@ -72,6 +72,11 @@ def to_three_channels(image: Tensor) -> Tensor:
     return image[..., :3, :, :]
 
 
+def pixel_size(spacing: tuple[float, float, float] | None) -> tuple[float, float]:
+    """Height and width in mm of a slice's pixel, from spacing (slice, row, column); (1, 1) where it is unknown."""
+    return (1.0, 1.0) if spacing is None else tuple(spacing[1:])
+
+
 @dataclass(frozen=True)
 class Fit:
     """How slices were fitted into the network's square: resized to `inner` (h, w), placed at `offset` (top, left)."""

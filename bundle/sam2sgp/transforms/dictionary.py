@@ -13,7 +13,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
 from sam2sgp.data.io import image_stem, output_suffix, read_image, read_label, write_label
-from sam2sgp.transforms.array import Fit, is_ct, scale_intensity
+from sam2sgp.transforms.array import Fit, is_ct, pixel_size, scale_intensity
 
 
 class LoadCased(MapTransform):
@@ -79,8 +79,7 @@ class FitToSquared(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         case = dict(data)
-        spacing = case["geometry"].spacing
-        pixel = (1.0, 1.0) if spacing is None else tuple(spacing[1:])
+        pixel = pixel_size(case["geometry"].spacing)
         case["fit"] = Fit.of(tuple(case["image"].shape[-2:]), self.size, pixel)
         for key in self.key_iterator(case):
             if isinstance(case[key], torch.Tensor):
