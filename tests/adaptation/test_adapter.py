@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sam2sgp.adaptation import Adapter, adapt, store
+from sam2sgp.adaptation import Adaptation, Adapter, adapt, store
 from sam2sgp.adaptation.judging import class_dice, part_of
 from sam2sgp.adaptation.lora import merged
 from sam2sgp.adaptation.members import Member, NetworkMember, Pairs, UNetMember
+from sam2sgp.adaptation.run import share_of_second
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.networks import SAM2SGP, save_weights
@@ -250,6 +251,25 @@ def test_a_bad_unet_alone_is_dropped_alone(network, monkeypatch):
     assert adaptation.unet is None and adaptation.record["steps"]["unet"] == [1, 0]
 
 
+@pytest.mark.parametrize("share, weight", [(0.0, 0.5), (0.5, 0.25), (1.0, 0.0)])
+def test_the_second_pass_counts_as_much_as_the_network_does(network, share, weight):
+    inferer = SupportSetInferer(bank(CASES), SupportSampler(), region_below=0.9)
+    images, _ = queries()
+    logits = inferer(images, network)
+    corrected = inferer.second_pass(logits, images, network)
+    assert (corrected - logits).abs().max() > 0.01
+    inferer.adaptation = Adaptation(network, None, {"unet_share": share})
+    torch.testing.assert_close(
+        inferer.second_pass(logits, images, network), logits + 2 * weight * (corrected - logits), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_the_better_one_has_the_larger_share():
+    assert share_of_second(0.7, 0.7) == 0.5
+    assert share_of_second(0.8, 0.4) == pytest.approx(0.1)
+    assert share_of_second(0.4, 1.0) > 0.999 and share_of_second(1.0, 0.4) < 0.001
+
+
 def test_too_few_images_to_hold_any_out_leave_the_network_as_it_is(network, tmp_path):
     adaptation = adapt(network, bank(CASES[:3]), 60.0, cache_dir=tmp_path, progress=False)
     assert adaptation.network is network and adaptation.unet is None
@@ -263,7 +283,7 @@ def test_several_classes_of_which_one_is_rare(network):
     images, labels = queries((1, 2))
     truth = masks(labels, support)
     plain = class_dice(segment(network, support, None, images), truth)
-    adapter = Adapter(None, {"network": [2, 0], "unet": [40, 0]}, progress=False)
+    adapter = Adapter(None, {"network": [2, 0], "unet": [150, 0]}, progress=False)
     adapted = class_dice(segment(network, part_of(support, torch.arange(8)), adapter, images), truth)
     assert set(adapter.last.record["dice_per_class"]["plain"]) == {"class_1", "class_2"}
     assert adapted.shape == (2,) and adapted.mean() > plain.mean()

@@ -16,6 +16,13 @@ def test_whole_patients_are_held_out():
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_one_of_two_patients_is_held_out_whole_but_never_most_of_the_items(seed):
+    support = bank([phantom(number, patient="a" if number < 3 else "b") for number in range(8)])
+    split = hold_out(support, seed)
+    assert split.by == "patients" and split.held.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_two_items_of_a_rare_class_stay_to_fit(seed):
     support = bank([phantom(number, (1, 2) if number < 2 else (1,)) for number in range(8)])
     split = hold_out(support, seed)

@@ -36,7 +36,7 @@ from sam2sgp.support.sampler import SupportSampler
 logger = logging.getLogger(__name__)
 
 # To be raised when the same support set, network and settings would give another result: part of a cache's key.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -66,6 +66,11 @@ class Adaptation:
             own, unet = (logits[:, columns].float() for logits in (output.logits, self.unet(image)))
             output.logits[:, columns] = mix(own, unet, self.record["unet_share"])
         return output
+
+    @property
+    def network_share(self) -> float:
+        """The share that the network's output has in what `combine` gives."""
+        return 1.0 - self.record["unet_share"]
 
     @staticmethod
     def refuse(patient: str | None, bank: SupportBank) -> None:

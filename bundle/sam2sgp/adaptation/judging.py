@@ -13,7 +13,6 @@ from sam2sgp.support.bank import SupportBank
 from sam2sgp.transforms.array import label_map
 
 MIN_ITEMS = 4
-MIN_PATIENTS = 4
 HELD_OUT_SHARE = 0.25
 MAX_HELD_OUT = 16
 MAX_GUIDES = 32
@@ -29,9 +28,9 @@ class Split:
 
 
 def hold_out(bank: SupportBank, seed: int) -> Split | None:
-    """Hold out about a quarter of the items: whole patients where there are four, else single items.
+    """Hold out about a quarter of the items: whole patients, and single items only where there is no other way.
 
-    At least two items of every class stay to fit, unless there were fewer.
+    At least half of the items stay to fit, and two of every class, unless there were fewer.
 
     Returns:
         None where there are too few items to hold any out.
@@ -40,21 +39,21 @@ def hold_out(bank: SupportBank, seed: int) -> Split | None:
     if count < MIN_ITEMS:
         return None
     patients = sorted({item.patient for item in bank.items})
-    by_patient = len(patients) >= MIN_PATIENTS
-    unit = torch.tensor([patients.index(item.patient) for item in bank.items]) if by_patient else torch.arange(count)
-    held = torch.zeros(count, dtype=torch.bool)
+    owner = torch.tensor([patients.index(item.patient) for item in bank.items])
     target = min(MAX_HELD_OUT, round(HELD_OUT_SHARE * count))
-    for number in torch.randperm(int(unit.max()) + 1, generator=torch.Generator().manual_seed(seed)):
-        wider = held | (unit == number)
-        lost = bank.holds[wider & ~held].any(0)
-        enough = bool((bank.holds[~wider].sum(0)[lost] >= 2).all())
-        if enough and (not held.any() or int(wider.sum()) <= target):
-            held = wider
-        if int(held.sum()) >= target:
-            break
-    if not held.any():
-        return None
-    return Split(torch.nonzero(~held)[:, 0], torch.nonzero(held)[:, 0], "patients" if by_patient else "items")
+    for by, unit in (("patients", owner), ("items", torch.arange(count))):
+        held = torch.zeros(count, dtype=torch.bool)
+        for number in torch.randperm(int(unit.max()) + 1, generator=torch.Generator().manual_seed(seed)):
+            wider = held | (unit == number)
+            lost = bank.holds[wider & ~held].any(0)
+            enough = bool((bank.holds[~wider].sum(0)[lost] >= 2).all())
+            if enough and int(wider.sum()) <= (target if held.any() else count // 2):
+                held = wider
+            if int(held.sum()) >= target:
+                break
+        if held.any():
+            return Split(torch.nonzero(~held)[:, 0], torch.nonzero(held)[:, 0], by)
+    return None
 
 
 def part_of(bank: SupportBank, index: Tensor) -> SupportBank:

@@ -27,8 +27,7 @@ from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.sampler import EpisodeSupportSampler
 from sam2sgp.transforms.array import to_three_channels
 
-STRONG = Strength(0.35, 0.21, 0.08, 0.1, 0.08, 0.035, gamma=0.35, colour=0.1, bias=0.18, noise=0.06, blur=0.25)
-LIGHT = Strength(0.2, 0.12, 0.06, 0.08, 0.06, 0.02, gamma=0.25, colour=0.08, bias=0.1, noise=0.04, blur=0.1)
+STRENGTH = Strength(0.4, 0.28, 0.08, 0.1, 0.2, 0.045, gamma=0.5, colour=0.1, bias=0.18, noise=0.05, blur=0.25)
 
 
 def fast_precision(device: torch.device) -> str:
@@ -150,14 +149,14 @@ class Member(ABC):
 
 
 class UNetMember(Member):
-    """`SmallUNet` on strongly augmented pairs, all classes at once."""
+    """`SmallUNet` on augmented pairs, all classes at once."""
 
     BATCH = 8
 
     def __init__(self, pairs: Pairs, seed: int, learning_rate: float = 3e-3) -> None:
         unet = SmallUNet(pairs.mask.shape[1]).to(pairs.image.device)
-        super().__init__(unet, learning_rate, weight_decay=1e-4, warmup=10, window=8, seed=seed)
-        self.augment = Augmentation(STRONG, flip_axes(pairs.mask), self.generator)
+        super().__init__(unet, learning_rate, weight_decay=0.01, warmup=20, window=8, seed=seed)
+        self.augment = Augmentation(STRENGTH, flip_axes(pairs.mask), self.generator)
         self.criterion = DiceCELoss(sigmoid=True, smooth_nr=1.0, smooth_dr=1.0, batch=True)
 
     def prepare(self, pairs: Pairs) -> Pairs:
@@ -188,7 +187,7 @@ class NetworkMember(Member):
     def __init__(self, network: SAM2SGP, pairs: Pairs, seed: int, learning_rate: float = 5e-4) -> None:
         super().__init__(adaptable(network), learning_rate, weight_decay=0.01, warmup=5, window=4, seed=seed)
         self.module: PeftModel
-        self.augment = Augmentation(LIGHT, flip_axes(pairs.mask), self.generator)
+        self.augment = Augmentation(STRENGTH, flip_axes(pairs.mask), self.generator)
         self.criterion = SGPLoss()
 
     def loss(self, pairs: Pairs) -> Tensor:

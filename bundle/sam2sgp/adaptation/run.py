@@ -30,8 +30,8 @@ JUDGED_SHARE = 0.6
 FINISHED_SHARE = 0.96
 # Steps at which a member is judged for the first time; then whenever twice as many are made.
 CHECKPOINTS = {"network": 8, "unet": 64}
-# Mixes and the share of the small U-Net in each, in the order of preference.
-MIXES = {"network+unet": 0.5, "network": 0.0, "plain+unet": 0.5, "unet": 1.0, "plain": 0.0}
+# What the result may be, in the order of preference.
+MIXES = ("network+unet", "network", "plain+unet", "unet", "plain")
 # What another choice must be better by than the first one in order, as Dice: the noise of a few held-out pairs, and
 # what the small U-Net still gains from the steps it makes after it is judged.
 PREFERENCE = 0.05
@@ -47,6 +47,19 @@ Steps = int | Mapping[str, Sequence[int]] | None
 def mix(logits: Tensor, unet: Tensor, share: float) -> Tensor:
     """Logits of the average of two probabilities, `share` of it the U-Net's."""
     return torch.logit(logits.sigmoid().lerp(unet.sigmoid(), share), eps=PROBABILITY_EPS)
+
+
+def share_of_second(first: float, second: float) -> float:
+    """Share of the second of two in their average, by the Dice of each: inverse to the squared errors.
+
+    These are the weights of Bates and Granger (1969, "The combination of forecasts") for errors that are independent.
+
+    Example:
+        >>> share_of_second(0.6, 0.6), round(share_of_second(0.6, 0.8), 2)
+        (0.5, 0.8)
+    """
+    errors = [max(1 - dice, PROBABILITY_EPS) ** 2 for dice in (first, second)]
+    return errors[0] / sum(errors)
 
 
 @dataclass
@@ -114,17 +127,17 @@ class Run:
         with tqdm(desc="Adapting", total=1.0, bar_format=BAR, disable=not self.progress) as bar:
             judged = dict(zip(self.members, self._each(self._fit, list(self.members), bar), strict=True))
             dice = self._mixes(judged)
-            choice = _choose({name: float(value.nanmean()) for name, value in dice.items()})
+            choice = _choose({name: float(value.nanmean()) for name, (_, value) in dice.items()})
             kept = [name for name in self.members if name in choice.split("+")]
             self._each(lambda name: self._go_on(name, judged[name]), kept, bar)
             bar.n = bar.total
         record |= {
             "held_out": [item.id for item in self.held.items],
             "held_out_by": split.by,
-            "dice": {name: round(float(value.nanmean()), 4) for name, value in dice.items()},
-            "dice_per_class": {name: self._named(value) for name, value in dice.items()},
+            "dice": {name: round(float(value.nanmean()), 4) for name, (_, value) in dice.items()},
+            "dice_per_class": {name: self._named(value) for name, (_, value) in dice.items()},
             "kept": choice,
-            "unet_share": MIXES[choice],
+            "unet_share": dice[choice][0],
             "dropped": [name for name in CHECKPOINTS if name not in kept],
         }
         for name in kept:
@@ -247,15 +260,21 @@ class Run:
         network.train(training)
         return logits
 
-    def _mixes(self, judged: dict[str, _Judged]) -> dict[str, Tensor]:
-        """Dice per class (C,) of every mix on the held-out items, in the order of preference."""
+    def _mixes(self, judged: dict[str, _Judged]) -> dict[str, tuple[float, Tensor]]:
+        """Of every mix the U-Net's share and Dice per class (C,) on the held-out items, in the order of preference."""
         logits = {"plain": self.plain} | {name: entry.logits for name, entry in judged.items() if entry.steps}
+        alone = {name: class_dice(values, self.unseen.mask) for name, values in logits.items()}
         dice = {}
-        for name, share in MIXES.items():
-            parts = [logits[part] for part in name.split("+") if part in logits]
-            if len(parts) == len(name.split("+")):
-                total = parts[0] if len(parts) == 1 else mix(*parts, share)
-                dice[name] = class_dice(total, self.unseen.mask)
+        for name in MIXES:
+            parts = name.split("+")
+            if not set(parts) <= set(logits):
+                continue
+            share = float(name == "unet")
+            if len(parts) == 2:
+                share = share_of_second(*(float(alone[part].nanmean()) for part in parts))
+                dice[name] = share, class_dice(mix(*(logits[part] for part in parts), share), self.unseen.mask)
+            else:
+                dice[name] = share, alone[name]
         return dice
 
 

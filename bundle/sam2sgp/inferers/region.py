@@ -3,7 +3,8 @@
 At the network's size an object of a few pixels is a cell or two of the embedding. The second pass cuts a square around
 what the first pass found, cuts the support images around their own masks by the same rule, so that objects appear in
 the same size, and segments the one guided by the other. Thin structures, which may be anywhere, such as vessels, are
-seen in overlapping tiles instead. The mean of both passes' logits is the result.
+seen in overlapping tiles instead. The mean of both passes' logits is the result; the second pass counts less in it
+where the first one is an average with another network's.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.transforms.array import Region, to_three_channels
+
+SECOND_PASS_WEIGHT = 0.5
 
 
 @dataclass
@@ -61,6 +64,7 @@ class RegionPass:
         pixel: tuple[float, float] = (1.0, 1.0),
         patient: str | None = None,
         group: str | None = None,
+        weight: float = SECOND_PASS_WEIGHT,
     ) -> Tensor:
         """Correct logits on the images' own grid.
 
@@ -70,11 +74,12 @@ class RegionPass:
             network: in evaluation mode.
             pixel: height and width of a pixel in mm.
             patient, group: as for `SupportSetInferer.chunks`.
+            weight: share of the second pass in the result; 0: there is none.
 
         Returns:
             The logits, those in regions averaged with the second pass.
         """
-        if not self.below:
+        if not self.below or not weight:
             return logits
         jobs = []
         for column in range(logits.shape[1]):
@@ -96,7 +101,7 @@ class RegionPass:
                     place = (job.row, job.column, *job.region.place)
                     second[place] += job.region.restore(values[None])[0, 0]
                     times[place] += 1
-        return torch.where(times > 0, (logits + second / times.clamp(min=1)) / 2, logits)
+        return torch.where(times > 0, torch.lerp(logits, second / times.clamp(min=1), weight), logits)
 
     def _segment(self, jobs: list[_Job], network: SAM2SGP, patient: str | None, group: str | None) -> list[Tensor]:
         """Logits (1, S, S) of each job, all of one class; none where no support may be used."""

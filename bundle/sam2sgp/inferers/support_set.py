@@ -10,7 +10,7 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 from sam2sgp.inferers.episode import autocast
-from sam2sgp.inferers.region import RegionPass
+from sam2sgp.inferers.region import SECOND_PASS_WEIGHT, RegionPass
 from sam2sgp.networks import SAM2SGP, SGPOutput
 from sam2sgp.support.bank import Retrieved, SupportBank
 from sam2sgp.support.sampler import SupportSampler
@@ -112,10 +112,12 @@ class SupportSetInferer(Inferer):
         group: str | None = None,
     ) -> Tensor:
         """Correct logits (B, C, H, W) that `chunks` gave, brought to the images' grid: see `RegionPass`."""
+        weight = SECOND_PASS_WEIGHT
         if self.adaptation is not None:
             network = self.adaptation.network
+            weight *= self.adaptation.network_share
         with autocast(logits.device.type, self.precision):
-            return self.region_pass(logits, images, network, pixel, patient, group)
+            return self.region_pass(logits, images, network, pixel, patient, group, weight)
 
     def _segment(self, network: SAM2SGP, features, retrieved: list[Retrieved]) -> SGPOutput:
         """Segment the classes of equal K together, and put the results in the order of the bank's classes."""
