@@ -144,7 +144,7 @@ class QueryEvaluator(SupervisedEvaluator):
         patient = case.get("patient") if self.exclude_own_patient else None
         pixel = pixel_size(case["geometry"].spacing)
         source = patient, case.get("group")
-        for chunk in self.inferer.chunks(case["image"], self.network, *source):
+        for chunk in self.inferer.chunks(case["image"], self.network, *source, volume=slices > 1):
             part = slice(chunk.start, chunk.start + len(chunk.output.logits))
             logits = case["fit"].restore(chunk.output.logits)
             logits = self.inferer.second_pass(logits, case["image_full"][part], self.network, pixel, *source)

@@ -2,5 +2,6 @@
 
 from sam2sgp.inferers.episode import EpisodeInferer
 from sam2sgp.inferers.support_set import SupportSetInferer
+from sam2sgp.inferers.volume import VolumeMemory
 
-__all__ = ["EpisodeInferer", "SupportSetInferer"]
+__all__ = ["EpisodeInferer", "SupportSetInferer", "VolumeMemory"]

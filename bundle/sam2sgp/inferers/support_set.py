@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,15 +12,14 @@ from torch import Tensor
 
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.region import SECOND_PASS_WEIGHT, RegionPass
-from sam2sgp.networks import SAM2SGP, SGPOutput
+from sam2sgp.inferers.volume import ABSENT_LOGIT, Propagation, VolumeMemory
+from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support.bank import Retrieved, SupportBank
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.transforms.array import to_three_channels
 
 if TYPE_CHECKING:
     from sam2sgp.adaptation import Adapter
-
-ABSENT_LOGIT = -10.0
 
 
 @dataclass
@@ -42,6 +42,7 @@ class SupportSetInferer(Inferer):
         adapter: adapts the network to the bank before it is encoded; None, or one without a limit, does not.
         region_below: objects of an extent below this share of the image are segmented a second time in a region of
             interest, see `RegionPass`; 0 for never.
+        volume_memory: how the slices of a volume guide each other, see `sam2sgp.inferers.volume`; None: not at all.
 
     Classes without an eligible support item get `ABSENT_LOGIT` everywhere: they are not segmented.
     """
@@ -54,6 +55,7 @@ class SupportSetInferer(Inferer):
         precision: str = "fp32",
         adapter: "Adapter | None" = None,
         region_below: float = 0.0,
+        volume_memory: VolumeMemory | None = None,
     ) -> None:
         self.bank = bank
         self.sampler = sampler
@@ -61,6 +63,7 @@ class SupportSetInferer(Inferer):
         self.precision = precision
         self.adapter = adapter
         self.adaptation = None
+        self.volume_memory = volume_memory
         self.region_pass = RegionPass(bank, sampler, region_below, batch_size)
 
     def reset(self) -> None:
@@ -73,7 +76,12 @@ class SupportSetInferer(Inferer):
 
     @torch.no_grad()
     def chunks(
-        self, inputs: Tensor, network: SAM2SGP, patient: str | None = None, group: str | None = None
+        self,
+        inputs: Tensor,
+        network: SAM2SGP,
+        patient: str | None = None,
+        group: str | None = None,
+        volume: bool = False,
     ) -> Iterator[Chunk]:
         """Segment slice by slice.
 
@@ -82,6 +90,8 @@ class SupportSetInferer(Inferer):
             network: on the device to compute on, in evaluation mode.
             patient: support items of this patient are not used.
             group: where the bank holds items of this group, only those are used.
+            volume: the images are the slices of one volume, in order; they guide each other where `volume_memory` is
+                given.
         """
         device = next(network.parameters()).device
         if self.bank.embedding is None:
@@ -92,15 +102,52 @@ class SupportSetInferer(Inferer):
         with autocast(device.type, self.precision):
             if self.bank.embedding is None:
                 self.bank.encode(network, device)
-            for start in range(0, len(inputs), self.batch_size):
-                batch = inputs[start : start + self.batch_size].to(device, torch.float32)
-                image = to_three_channels(batch)
-                features = network.encode(image)
+            batches = self._encoded(inputs, network, device)
+            if volume and self.volume_memory and len(inputs) > 1:
+                yield from self._propagated(batches, network, patient, group)
+                return
+            for start, image, features in batches:
                 retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
-                output = self._segment(network, features, retrieved)
-                if self.adaptation is not None:
-                    output = self.adaptation.combine(output, image, [entry.value for entry in retrieved])
-                yield Chunk(start, output, retrieved)
+                yield Chunk(start, self._segment(network, features, image, retrieved), retrieved)
+
+    def _encoded(
+        self, inputs: Tensor, network: SAM2SGP, device: torch.device
+    ) -> Iterator[tuple[int, Tensor, ImageFeatures]]:
+        """Start, images (B, 3, S, S) and features of each batch."""
+        for start in range(0, len(inputs), self.batch_size):
+            image = to_three_channels(inputs[start : start + self.batch_size].to(device, torch.float32))
+            yield start, image, network.encode(image)
+
+    def _propagated(
+        self,
+        batches: Iterator[tuple[int, Tensor, ImageFeatures]],
+        network: SAM2SGP,
+        patient: str | None,
+        group: str | None,
+    ) -> Iterator[Chunk]:
+        """The chunks of a volume, window by window."""
+        segment = partial(self._segment, network)
+        propagation = Propagation(self.volume_memory, network, segment, self.bank.class_values)
+        held: list[tuple[Tensor, ImageFeatures]] = []
+        begin, window = 0, 0
+
+        def flush() -> Iterator[Chunk]:
+            images, features = torch.cat([image for image, _ in held]), [part for _, part in held]
+            features = ImageFeatures.concatenate(features)
+            retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
+            output = propagation(features, images, retrieved)
+            for start in range(0, len(images), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                part = SGPOutput(**{name: values[rows] for name, values in vars(output).items()})
+                yield Chunk(begin + start, part, [entry.rows(rows) for entry in retrieved])
+
+        for start, image, features in batches:
+            window = window or self.volume_memory.window(features)
+            if held and start + len(image) - begin > window:
+                yield from flush()
+                held, begin = [], start
+            held.append((image, features))
+        yield from flush()
 
     def second_pass(
         self,
@@ -119,8 +166,21 @@ class SupportSetInferer(Inferer):
         with autocast(logits.device.type, self.precision):
             return self.region_pass(logits, images, network, pixel, patient, group, weight)
 
-    def _segment(self, network: SAM2SGP, features, retrieved: list[Retrieved]) -> SGPOutput:
-        """Segment the classes of equal K together, and put the results in the order of the bank's classes."""
+    def _segment(
+        self,
+        network: SAM2SGP,
+        features: ImageFeatures,
+        image: Tensor,
+        retrieved: list[Retrieved],
+        frames: dict[int, SupportMemory] | None = None,
+    ) -> SGPOutput:
+        """Segment the classes of equal K together, and put the results in the order of the bank's classes.
+
+        Args:
+            image: (B, 3, S, S), what was encoded; an adapted ensemble needs it.
+            frames: for some numbers of classes, memory (B, 1, M) of slices next to the support.
+        """
+        frames = frames or {}
         batch, classes = len(features), len(self.bank.class_values)
         size = network.image_size
         device = features.embedding.device
@@ -133,10 +193,17 @@ class SupportSetInferer(Inferer):
         )
         by_count = defaultdict(list)
         for entry in retrieved:
-            by_count[entry.index.shape[1]].append(entry)
-        for entries in by_count.values():
-            part = network.segment(features, self.bank.select(entries))
-            columns = [self.bank.class_values.index(entry.value) for entry in entries]
+            column = self.bank.class_values.index(entry.value)
+            more = frames[column].tokens.shape[2] if column in frames else 0
+            by_count[entry.index.shape[1], more].append((entry, column))
+        for (_, more), members in by_count.items():
+            entries, columns = map(list, zip(*members, strict=True))
+            support = self.bank.select(entries)
+            if more:
+                support = support.beside(SupportMemory.of_classes([frames[column] for column in columns]))
+            part = network.segment(features, support)
             for name, values in vars(part).items():
                 getattr(out, name)[:, columns] = values.float()
+        if self.adaptation is not None:
+            out = self.adaptation.combine(out, image, [entry.value for entry in retrieved])
         return out

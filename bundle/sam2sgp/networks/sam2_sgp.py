@@ -10,7 +10,7 @@ image whatever their number.
 """
 
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -56,12 +56,28 @@ class ImageFeatures:
     def __len__(self) -> int:
         return len(self.embedding)
 
+    def __getitem__(self, rows: slice | Tensor) -> "ImageFeatures":
+        """Features of some of the images."""
+        fine, middle = self.high_res
+        key, pixels = (None if values is None else values[rows] for values in (self.prior_key, self.pixels))
+        return ImageFeatures(self.embedding[rows], self.position[rows], (fine[rows], middle[rows]), key, pixels)
+
+    @staticmethod
+    def concatenate(parts: list["ImageFeatures"]) -> "ImageFeatures":
+        """Features of the images of all parts."""
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(ImageFeatures)}
+        fine, middle = zip(*columns.pop("high_res"), strict=True)
+        joined = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+        return ImageFeatures(high_res=(torch.cat(fine), torch.cat(middle)), **joined)
+
 
 @dataclass
 class SupportMemory:
     """What the network needs of support items; leading dimensions (N, C) for a pool, (B, C, K) once selected.
 
     tokens: (..., M, T) memory tokens, T = g * g.
+    distance: (B, C, K) int64, how many slices away an item is in the query's own volume, 0 for items of the support
+        set; None: all are of the support set.
     prior_key: (..., T, d), without the class dimension in a pool. prior_mask: (..., 16 T) in [0, 1].
     gram: (..., d', d'), without the class dimension in a pool, and gram_foreground: (..., d', d').
     The middle two are None where the prior is off, the last two where the regression is.
@@ -72,6 +88,7 @@ class SupportMemory:
     prior_mask: Tensor | None
     gram: Tensor | None
     gram_foreground: Tensor | None
+    distance: Tensor | None = None
 
     def select(self, index: Tensor, classes: Tensor | None = None) -> "SupportMemory":
         """Pick K items per query and class from a pool of N.
@@ -101,8 +118,28 @@ class SupportMemory:
     @staticmethod
     def concatenate(parts: list["SupportMemory"]) -> "SupportMemory":
         """One pool of several."""
-        columns = zip(*([getattr(part, field.name) for field in fields(part)] for part in parts), strict=True)
-        return SupportMemory(*(None if column[0] is None else torch.cat(column) for column in columns))
+        return SupportMemory._joined(parts, 0)
+
+    def beside(self, other: "SupportMemory") -> "SupportMemory":
+        """Items of both, K + K' of them, for the same queries and classes."""
+        return self._joined([part._with_distance() for part in (self, other)], 2)
+
+    def _with_distance(self) -> "SupportMemory":
+        if self.distance is not None:
+            return self
+        return replace(self, distance=self.tokens.new_zeros(self.tokens.shape[:3], dtype=torch.int64))
+
+    @staticmethod
+    def of_classes(parts: list["SupportMemory"]) -> "SupportMemory":
+        """Memory (B, C, K) of classes of which each part holds some."""
+        return SupportMemory._joined(parts, 1)
+
+    @staticmethod
+    def _joined(parts: list["SupportMemory"], dim: int) -> "SupportMemory":
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(SupportMemory))
+        return SupportMemory(
+            *(None if any(v is None for v in column) else torch.cat(column, dim) for column in columns)
+        )
 
     def to(self, device: torch.device | str) -> "SupportMemory":
         """The same memory on another device."""
@@ -191,6 +228,12 @@ class SAM2SGP(nn.Module):
         self.memory_attention = sam2.memory_attention
         # Support items are to the query what SAM2's conditioning frames are: temporal encoding number zero.
         self.memory_tpos = nn.Parameter(sam2.maskmem_tpos_enc.detach()[-1, 0, 0].clone())
+        # Of slices of the same volume, by their distance: those of SAM2's earlier frames. Where they are not trained,
+        # such a slice starts as a support item.
+        earlier = sam2.maskmem_tpos_enc.detach()[:-1, 0, 0]
+        if definition.checkpoint is None:
+            earlier = self.memory_tpos.detach().expand_as(earlier)
+        self.frame_tpos = nn.Parameter(earlier.clone())
         self.no_mem_embed = nn.Parameter(sam2.no_mem_embed.detach().clone(), requires_grad=False)
         self.no_obj_embed = nn.Parameter(sam2.no_obj_embed_spatial.detach().clone(), requires_grad=False)
         second = deepcopy(sam2.sam_mask_decoder)
@@ -392,11 +435,21 @@ class SAM2SGP(nn.Module):
         side = features.embedding.shape[-1]
         grid = torch.empty(1, width, side, side, device=memory.device)
         encoding = self.memory_encoder.position_encoding(grid).flatten(2).permute(2, 0, 1).to(memory.dtype)
-        memory_pos = (encoding + self.memory_tpos).repeat(items, rows, 1)
+        memory_pos = encoding + self._temporal(support, rows)
+        memory_pos = memory_pos.flatten(0, 1)
         current = embedding.flatten(2).permute(2, 0, 1)
         current_pos = features.position.repeat_interleave(classes, 0).flatten(2).permute(2, 0, 1)
         attended = self.memory_attention(current, memory, current_pos, memory_pos)
         return attended.permute(1, 2, 0).reshape(embedding.shape)
+
+    def _temporal(self, support: SupportMemory, rows: int) -> Tensor:
+        """Temporal encoding (K, 1, rows, M) of each item; the farthest that SAM2 knows for what is farther."""
+        table = torch.cat([self.memory_tpos[None], self.frame_tpos])
+        items = support.tokens.shape[2]
+        if support.distance is None:
+            return table[0].expand(items, 1, rows, -1)
+        distance = support.distance.reshape(rows, items).T.clamp(max=len(self.frame_tpos))
+        return table[distance][:, None]
 
     def _support_maps(self, features: ImageFeatures, support: SupportMemory | None) -> Tensor | None:
         """What the support says at the finest grid, (B * C, M, 4g, 4g); None without support or prior."""

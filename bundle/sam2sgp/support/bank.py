@@ -50,6 +50,10 @@ class Retrieved:
     index: Tensor
     similarity: Tensor
 
+    def rows(self, rows: slice | Tensor) -> "Retrieved":
+        """The same for some of the queries."""
+        return Retrieved(self.value, self.index[rows], self.similarity[rows])
+
 
 class SupportBank:
     """Support items of a data folder, encoded on demand.

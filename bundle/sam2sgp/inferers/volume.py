@@ -1,0 +1,232 @@
+"""3DM: what was found on one slice of a volume guides its neighbours.
+
+    window of slices ─ encode once ─┬─ probe every few slices ─ anchors ─┐
+                                    └─ from each anchor up and down, guided by support and neighbours ─ slices
+
+The volume passes in windows of a bounded number of slices, so memory does not grow with its length. In a window some
+slices are segmented with the support set alone; per class and extent, the one that the support set explains best is an
+anchor. From the anchors it goes on in both directions: each slice is guided by its support and by the last slices
+segmented on the way, which enter as memory with SAM2's temporal encoding, as a support item would. A slice is reached
+from its nearest anchor, and the end of the window before is an anchor too. Slices that no anchor reaches are segmented
+with the support set alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from sam2sgp.errors import ConfigError
+from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
+from sam2sgp.support.bank import Retrieved
+from sam2sgp.transforms.array import label_map
+
+MIN_WINDOW, MAX_WINDOW = 8, 64
+WINDOW_BYTES = 512 * 2**20
+# Slices probed in a window at most, and the least distance between two.
+PROBES = 16
+PROBE_STRIDE = 2
+# Where nothing was segmented yet.
+ABSENT_LOGIT = -10.0
+# An extent whose anchor is worth less than this share of the best one's has none.
+MIN_ANCHOR = 0.25
+
+Segment = Callable[[ImageFeatures, Tensor, list[Retrieved], "dict[int, SupportMemory]"], SGPOutput]
+
+
+@dataclass
+class Frame:
+    """A segmented slice as memory: its place in the volume, memory (1, 1, 1), and whether the class is on it."""
+
+    place: int
+    memory: SupportMemory
+    present: bool
+
+    def at(self, place: int) -> SupportMemory:
+        """The memory with its distance from a slice of the volume."""
+        tokens = self.memory.tokens
+        return replace(self.memory, distance=tokens.new_full((1, 1, 1), abs(place - self.place), dtype=torch.int64))
+
+
+class VolumeMemory:
+    """The settings of 3D memory.
+
+    Args:
+        frames: neighbouring slices that guide a slice, at least 1.
+
+    Raises:
+        ConfigError: `frames` is below 1.
+    """
+
+    def __init__(self, frames: int = 2) -> None:
+        if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+            raise ConfigError(f"memory_frames is {frames!r}: expected the number of neighbouring slices, at least 1.")
+        self.frames = frames
+
+    @staticmethod
+    def window(features: ImageFeatures) -> int:
+        """Slices whose features are held at a time, from those of a few."""
+        held = (value for field in fields(features) if (value := getattr(features, field.name)) is not None)
+        tensors = [tensor for value in held for tensor in (value if isinstance(value, tuple) else (value,))]
+        per_slice = sum(tensor.nbytes for tensor in tensors) // len(features)
+        return max(MIN_WINDOW, min(MAX_WINDOW, WINDOW_BYTES // per_slice))
+
+
+class Propagation:
+    """Goes through the windows of one volume.
+
+    Args:
+        settings: of the 3D memory.
+        network: in evaluation mode.
+        segment: (features of B slices, images (B, 3, S, S), what was retrieved, frames by class number) -> output for
+            all C classes; logits of classes without support are far below 0.
+        class_values: of the C classes.
+    """
+
+    def __init__(self, settings: VolumeMemory, network: SAM2SGP, segment: Segment, class_values: Sequence[int]) -> None:
+        self.settings = settings
+        self.network = network
+        self.segment = segment
+        self.class_values = list(class_values)
+        self.start = 0
+        # Per class number, the last slices segmented on the way up.
+        self.carried: dict[int, list[Frame]] = {}
+
+    def __call__(self, features: ImageFeatures, images: Tensor, retrieved: list[Retrieved]) -> SGPOutput:
+        """Segment the next W slices of the volume; `retrieved` is for all of them."""
+        window = _Window(self, features, images, retrieved)
+        self.carried = window.sweep(True, self.carried)
+        window.sweep(False, {})
+        self.start += len(features)
+        return window.output
+
+
+class _Window:
+    """Slices [start, start + W) of a volume while they are segmented.
+
+    output: (W, C, ...), filled slice by slice. entries: {class number: its support}. anchors: {class number: where it
+    starts}. upward: {class number: (W,) whether a slice is reached going up}.
+    """
+
+    def __init__(
+        self, propagation: Propagation, features: ImageFeatures, images: Tensor, retrieved: list[Retrieved]
+    ) -> None:
+        self.settings, self.start = propagation.settings, propagation.start
+        self.network, self.segment = propagation.network, propagation.segment
+        self.features, self.images = features, images
+        self.entries = {propagation.class_values.index(entry.value): entry for entry in retrieved}
+        count = len(features)
+        stride = max(PROBE_STRIDE, -(-count // PROBES))
+        probes = torch.arange(min(stride // 2, count - 1), count, stride)
+        probed = self.segment(features[probes], images[probes], [entry.rows(probes) for entry in retrieved], {})
+        # Classes without support have the same output on every slice.
+        self.output = SGPOutput(*(_repeated(values, count) for values in vars(probed).values()))
+        self.output.logits[:, list(self.entries)] = ABSENT_LOGIT
+        self.anchors: dict[int, list[int]] = {}
+        self.upward: dict[int, list[bool]] = {}
+        for column in self.entries:
+            numbers = self._explained_best(column, probes, probed)
+            self.anchors[column] = probes[numbers].tolist()
+            before = _shows(propagation.carried.get(column, []))
+            self.upward[column] = _upward([-1] * before + self.anchors[column], count)
+            for number in numbers:
+                _copy(probed, number, self.output, int(probes[number]), [column])
+
+    def _explained_best(self, column: int, probes: Tensor, probed: SGPOutput) -> list[int]:
+        """Numbers of the probes to start from: of each run of probes that show the class, the best one.
+
+        The best one has the most pixels of the class, each counted by its certainty, times the similarity of the
+        support.
+        """
+        shown = label_map(probed.logits) == column + 1
+        certainty = (2 * probed.logits[:, column].sigmoid() - 1) * shown
+        similarity = self.entries[column].similarity[probes.to(shown.device)].mean(1).clamp(min=0)
+        worth = (certainty.flatten(1).sum(1) * similarity).tolist()
+        tops = [max(run, key=worth.__getitem__) for run in _runs([value > 0 for value in worth])]
+        return [top for top in tops if worth[top] >= MIN_ANCHOR * max(worth)]
+
+    def sweep(self, up: bool, trails: dict[int, list[Frame]]) -> dict[int, list[Frame]]:
+        """Go through the slices in one direction; trails are the last slices on the way, per class number.
+
+        Going up, a slice that shows a class of which nothing was known becomes an anchor. Going down from it, slices
+        on which the class was not found are looked at again, until it ends.
+        """
+        places = range(len(self.features))
+        for index in places if up else reversed(places):
+            due = [column for column in self.entries if self._is_due(column, index, up, trails)]
+            if due:
+                frames = {column: self._memory(trails[column], index) for column in due if column in trails}
+                row = torch.tensor([index])
+                entries = [self.entries[column].rows(row) for column in due]
+                found = self.segment(self.features[row], self.images[row], entries, frames)
+                _copy(found, 0, self.output, index, due)
+            starting = [column for column in self.entries if index in self.anchors[column]]
+            for column in starting:
+                trails.pop(column, None)
+            unknown = [column for column in due if not _shows(trails.get(column, []))]
+            if due or starting:
+                self._remember([*due, *starting], index, trails)
+            if up:
+                for column in unknown:
+                    if _shows(trails.get(column, [])):
+                        self.anchors[column].append(index)
+        return trails
+
+    def _is_due(self, column: int, index: int, up: bool, trails: dict[int, list[Frame]]) -> bool:
+        if index in self.anchors[column]:
+            return False
+        if self.upward[column][index] == up:
+            return True
+        return not up and _shows(trails.get(column, [])) and not bool((self.output.logits[index, column] > 0).any())
+
+    def _remember(self, columns: list[int], index: int, trails: dict[int, list[Frame]]) -> None:
+        """Put what a slice shows of some classes on their trails; a trail begins where a class is."""
+        winner = label_map(self.output.logits[index][None])
+        masks = torch.stack([winner == column + 1 for column in columns], 1).float()
+        present = masks.flatten(2).any(2)[0].tolist()
+        memory = self.network.encode_support(self.features[torch.tensor([index])], masks)
+        first = torch.zeros(1, 1, 1, dtype=torch.int64, device=masks.device)
+        for number, column in enumerate(columns):
+            if present[number] or column in trails:
+                own = memory.select(first, torch.tensor([number], device=masks.device))
+                trail = trails.setdefault(column, [])
+                trail.append(Frame(self.start + index, own, present[number]))
+                del trail[: -self.settings.frames]
+
+    def _memory(self, trail: list[Frame], index: int) -> SupportMemory:
+        """The slices of a trail as memory (1, 1, M) for a slice."""
+        return reduce(SupportMemory.beside, [frame.at(self.start + index) for frame in trail])
+
+
+def _shows(trail: list[Frame]) -> bool:
+    return any(frame.present for frame in trail)
+
+
+def _upward(starts: list[int], count: int) -> list[bool]:
+    """Whether each of `count` slices is reached going up from its nearest start, the lower one of two."""
+    if not starts:
+        return [True] * count
+    nearest = (min(starts, key=lambda place: (abs(place - index), place)) for index in range(count))
+    return [place <= index for index, place in enumerate(nearest)]
+
+
+def _runs(found: Sequence[bool]) -> Iterator[list[int]]:
+    """Numbers of neighbouring true entries, run by run."""
+    run: list[int] = []
+    for number, value in enumerate([*found, False]):
+        if value:
+            run.append(number)
+        elif run:
+            yield run
+            run = []
+
+
+def _repeated(values: Tensor, count: int) -> Tensor:
+    return values[:1].expand(count, *values.shape[1:]).clone()
+
+
+def _copy(source: SGPOutput, row: int, target: SGPOutput, place: int, columns: list[int]) -> None:
+    for field in fields(SGPOutput):
+        getattr(target, field.name)[place, columns] = getattr(source, field.name)[row, columns]
