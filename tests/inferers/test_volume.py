@@ -51,7 +51,9 @@ class Stub(torch.nn.Module):
             self.distances.append(support.distance[0, 0][frames[0, 0]].tolist())
             tokens = support.tokens * frames[..., None, None]
             near = tokens.amax(2).reshape(batch, classes, SIZE, SIZE)
-        image = features.embedding[:, :classes]
+        # A support item of class c has it in row c + 1, see `support`; the class is looked for in channel c.
+        rows = support.tokens[0, :, 0, 0].unflatten(-1, (SIZE, SIZE)).any(-1)
+        image = features.embedding[:, rows.int().argmax(1) - 1]
         found = (image > CLEAR) | ((image > FAINT) & (near > 0))
         logits = found.float() * 10 - 5
         rest = torch.zeros(batch, classes)
