@@ -8,7 +8,7 @@ from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 from PIL import Image
 
 from sam2sgp.data import EpisodeDataset, EpisodeSampler, load_datalist
-from sam2sgp.errors import DataError
+from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
 
 SIZE = 32
@@ -135,3 +135,55 @@ def test_every_epoch_has_episodes_of_its_own_whoever_asks(folder, tmp_path):
     resumed = EpisodeSampler(dataset)
     resumed.set_epoch(2)
     assert list(resumed) == list(range(40, 60))
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    """Three volumes of nine slices and one of two; voxels hold their slice's number, class 1 is on slices 3 to 6."""
+    root = tmp_path_factory.mktemp("volumes")
+    for name in ("images", "labels"):
+        (root / name).mkdir()
+    for number, count in enumerate((9, 9, 9, 2)):
+        image = np.zeros((SIZE, SIZE, count), dtype=np.float32)
+        image[:] = np.arange(count) / 10
+        image[0, 0, 0] = 1
+        label = np.zeros(image.shape, dtype=np.uint8)
+        label[8:24, 8:24, 3 if count > 3 else 0 : 7] = 1
+        for name, array in (("images", image), ("labels", label)):
+            nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.0, 5.0, 1.0])), root / name / f"case{number}.nii.gz")
+    return root
+
+
+def test_an_episode_of_clips_holds_runs_of_neighbouring_slices_of_two_patients(volumes, tmp_path):
+    noise = RandGaussianNoised("image", prob=1.0, std=0.02)
+    settings = {"group_size": 7, "empty_fraction": 0.0, "clip_probability": 1.0, "clip_length": 3, "clip_stride": 2}
+    dataset = episodes(volumes, tmp_path, augmentation=Compose([noise]), **settings)
+    plain = episodes(volumes, tmp_path, **settings)
+    for number in range(12):
+        episode, unchanged = dataset[number], plain[number]
+        frames, distance = episode["frame_index"], episode["frame_distance"]
+        assert frames.shape == distance.shape == (7, 2)
+        assert frames[6].tolist() == [-1, -1], "the image that is left over is no clip"
+        place = (unchanged["image"].flatten(1).median(1).values * 8).round().long()
+        for first in (0, 3):
+            clip = list(range(first, first + 3))
+            assert {*place[clip].diff().tolist()} in ({2}, {-2}), "neighbours, two slices apart"
+            assert len({*episode["patient"][clip].tolist()}) == 1
+            for image in clip:
+                assert frames[image].tolist() == [other for other in clip if other != image]
+                assert torch.equal(distance[image], (place[frames[image]] - place[image]).abs())
+            change = (episode["image"] - unchanged["image"])[clip, :, 16:]
+            inside = [i for i in range(3) if 0.1 < unchanged["image"][clip[i]].median() < 0.9]
+            assert change[inside].abs().max() > 1e-4
+            assert torch.allclose(change[inside], change[inside[:1]].expand(len(inside), -1, -1, -1), atol=1e-6)
+        assert episode["patient"][0] != episode["patient"][3]
+
+
+def test_pictures_are_never_in_clips(folder, tmp_path):
+    episode = episodes(folder, tmp_path, group_size=6, clip_probability=1.0)[0]
+    assert (episode["frame_index"] == -1).all() and len(set(episode["patient"].tolist())) > 3
+
+
+def test_clips_that_do_not_fit_into_an_episode_are_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="clip_length, clip_stride are 3, 1.*4 images"):
+        episodes(folder, tmp_path, clip_probability=0.5)

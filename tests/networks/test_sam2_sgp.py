@@ -93,7 +93,9 @@ def test_every_trainable_parameter_gets_a_gradient_from_the_loss(images):
         label = square_masks(5)
         label[0] = 0
         index = torch.tensor([[[1, 2]], [[2, 3]], [[3, 4]], [[4, 1]], [[1, 3]]])
-        loss = SGPLoss()(net(images, support_label=label, support_index=index), label)
+        frames = torch.tensor([[-1], [-1], [-1], [4], [3]])
+        clips = {"frame_index": frames, "frame_distance": frames.new_ones(5, 1)}
+        loss = SGPLoss()(net(images, support_label=label, support_index=index, **clips), label)
         loss.backward()
         without = [
             name
@@ -240,3 +242,39 @@ def test_decoders_of_a_network_from_scratch_start_quiet(images):
             0
         ]
         assert 0 < logits.std() < 1
+
+
+def episode(images: torch.Tensor) -> dict:
+    return {
+        "support_label": square_masks(5),
+        "support_index": torch.tensor([[[3, 4]], [[3, 4]], [[3, 4]], [[0, 1]], [[0, 1]]]),
+    }
+
+
+def test_slices_of_a_clip_guide_each_other_and_others_are_as_without(images):
+    net, arguments = network(), episode(images)
+    alone = net(images, **arguments)
+    frames = torch.tensor([[1, 2], [0, 2], [1, 0], [-1, -1], [-1, -1]])
+    together = net(images, **arguments, frame_index=frames, frame_distance=frames.new_ones(5, 2))
+    torch.testing.assert_close(together[3:], alone[3:], atol=1e-5, rtol=1e-4)
+    assert ((together - alone)[:3].flatten(1).abs().amax(1) > 1e-3).all()
+    unguided = net(images, **arguments, frame_index=torch.full_like(frames, -1), frame_distance=frames * 0)
+    torch.testing.assert_close(unguided, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_what_guides_a_slice_is_the_prediction_of_its_neighbours_not_their_label(images):
+    net, arguments = network(), episode(images)
+    frames = torch.tensor([[1], [0], [-1], [-1], [-1]])
+    first = net(images, **arguments, frame_index=frames, frame_distance=frames.new_ones(5, 1))
+    arguments["support_label"][1] = 0
+    arguments["support_index"][3:] = 0
+    changed = net(images, **arguments, frame_index=frames, frame_distance=frames.new_ones(5, 1))
+    torch.testing.assert_close(changed[:1], first[:1])
+
+
+def test_a_clip_trains_the_temporal_encoding_of_its_distance(images):
+    net, arguments = network().train(), episode(images)
+    frames = torch.tensor([[1], [0], [-1], [-1], [-1]])
+    net(images, **arguments, frame_index=frames, frame_distance=2 * frames.new_ones(5, 1))["logits"].sum().backward()
+    moved = net.frame_tpos.grad.abs().amax(1) > 0
+    assert moved.tolist() == [False, True, False, False, False, False]

@@ -2,11 +2,13 @@
 
 One item of `EpisodeDataset` is one episode: G slices with the binary mask of one target. Within a batch every image
 is encoded once and serves both as query and as support of the others (`SupportSampler` chooses which), which costs a
-(K + 1)-th of encoding separate support images.
+(K + 1)-th of encoding separate support images. In an episode of clips, the images are short runs of neighbouring
+slices, which guide each other as they do in a volume.
 """
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,10 +17,20 @@ from torch.utils.data import Dataset, DistributedSampler
 from tqdm import tqdm
 
 from sam2sgp.data.cache import CaseCache
-from sam2sgp.errors import DataError
+from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.transforms.array import to_three_channels
 
 MIN_PIXELS = 4
+
+
+@dataclass
+class Drawn:
+    """A slice of an episode: its patient, the number of its case, its index there, and the number of its clip."""
+
+    patient: str
+    case: int
+    slice: int
+    clip: int
 
 
 class EpisodeDataset(Dataset):
@@ -36,10 +48,14 @@ class EpisodeDataset(Dataset):
         empty_fraction: share of images drawn from slices without the target, where there are such.
         invert_probability: share of episodes whose target is everything but the class.
         union_probability: share of episodes whose target is the union of two classes, where there are two.
+        clip_probability: share of episodes whose images are clips, where volumes are long enough.
+        clip_length: slices L of a clip, at least 2; an episode holds G // L clips, and single slices for the rest.
+        clip_stride: distance between two slices of a clip.
         seed: of all random choices.
         progress: show a bar while cases are prepared.
 
     Raises:
+        ConfigError: fewer than two clips fit into an episode.
         DataError: no class is present in images of two patients, so that no query could have a support.
     """
 
@@ -55,9 +71,17 @@ class EpisodeDataset(Dataset):
         empty_fraction: float = 0.1,
         invert_probability: float = 0.1,
         union_probability: float = 0.1,
+        clip_probability: float = 0.0,
+        clip_length: int = 3,
+        clip_stride: int = 1,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
+        if clip_probability and not (2 <= clip_length <= group_size // 2 and clip_stride >= 1):
+            raise ConfigError(
+                f"clip_length, clip_stride are {clip_length}, {clip_stride}: expected two clips to fit into the "
+                f"{group_size} images of an episode, each of at least two slices; or set clip_probability to 0."
+            )
         self.data = data
         self.transform = transform
         self.cache = CaseCache(cache_dir, transform)
@@ -68,10 +92,15 @@ class EpisodeDataset(Dataset):
         self.empty_fraction = empty_fraction
         self.invert_probability = invert_probability
         self.union_probability = union_probability
+        self.clip_probability = clip_probability
+        self.clip_length = clip_length
+        self.clip_stride = clip_stride
         self.seed = seed
         # tasks[group][class value][patient] lists (case, slice); slices[group][patient] lists all with their classes.
         self.tasks: dict[str, dict[int, dict[str, list]]] = {}
         self.slices: dict[str, dict[str, list]] = {}
+        # lengths[case] is the number of its slices.
+        self.lengths: list[int] = []
         self._index(progress)
 
     def _index(self, progress: bool) -> None:
@@ -80,6 +109,7 @@ class EpisodeDataset(Dataset):
         bar = tqdm(self.data, desc="Preparing training images", unit="case", disable=not progress)
         for number, case in enumerate(bar):
             label = self.cache[case].label
+            self.lengths.append(len(label))
             for index in range(len(label)):
                 counts = np.bincount(label[index].ravel())
                 present = {int(value) for value in np.flatnonzero(counts >= MIN_PIXELS) if value}
@@ -112,15 +142,19 @@ class EpisodeDataset(Dataset):
 
         Returns:
             image (G, 3, S, S) float32 in [0, 1]; label (G, 1, S, S) float32 in {0, 1}; patient (G,) int64;
-            seed () int64 for random choices that the training step makes.
+            seed () int64 for random choices that the training step makes. With clips also frame_index (G, L - 1) int64,
+            the other images of an image's clip, -1 where there is none, and frame_distance (G, L - 1) int64, how many
+            slices away they are.
         """
         rng = np.random.default_rng([self.seed, index])
         task_seed = int(rng.integers(2**31))
-        pairs, patients = self._pairs(rng, index)
+        pairs, patients, places = self._pairs(rng, index)
+        # The slices of a clip are changed alike.
+        own_seeds = [int(rng.integers(2**31)) for _ in pairs]
         images, labels = [], []
-        for image, label in pairs:
+        for (image, label), (clip, _) in zip(pairs, places, strict=True):
             sample = {"image": image, "label": label}
-            for transform, seed in ((self.task_augmentation, task_seed), (self.augmentation, int(rng.integers(2**31)))):
+            for transform, seed in ((self.task_augmentation, task_seed), (self.augmentation, own_seeds[clip])):
                 if transform is not None:
                     transform.set_random_state(seed=seed)
                     sample = transform(sample)
@@ -131,16 +165,31 @@ class EpisodeDataset(Dataset):
             "label": torch.stack([_plain(label) for label in labels]),
             "patient": torch.tensor(patients),
             "seed": torch.tensor(int(rng.integers(2**31))),
+            **(self._frames(places) if self.clip_probability else {}),
         }
 
-    def _pairs(self, rng: np.random.Generator, index: int) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
-        """Images (3, S, S) with masks (1, S, S) of one episode before augmentation, and the patients' numbers."""
+    def _frames(self, places: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """The other images of each image's clip, and how many slices away they are."""
+        index = torch.full((len(places), self.clip_length - 1), -1)
+        distance = torch.zeros_like(index)
+        for own, (clip, place) in enumerate(places):
+            others = [number for number, (other, _) in enumerate(places) if other == clip and number != own]
+            for column, number in enumerate(others):
+                index[own, column] = number
+                distance[own, column] = abs(places[number][1] - place)
+        return {"frame_index": index, "frame_distance": distance}
+
+    def _pairs(
+        self, rng: np.random.Generator, index: int
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[int], list[tuple[int, int]]]:
+        """Images (3, S, S) with masks (1, S, S) of one episode before augmentation; the patients' numbers; each image's
+        clip and slice."""
         group = sorted(self.tasks)[rng.integers(len(self.tasks))]
         target = self._target(rng, group)
         invert = rng.random() < self.invert_probability
         drawn = self._draw(rng, group, target)
-        pairs = [self._load(number, slice_index, target, invert) for _, number, slice_index in drawn]
-        return pairs, [self.patients.index(patient) for patient, _, _ in drawn]
+        pairs = [self._load(image.case, image.slice, target, invert) for image in drawn]
+        return pairs, [self.patients.index(image.patient) for image in drawn], [(i.clip, i.slice) for i in drawn]
 
     def _target(self, rng: np.random.Generator, group: str) -> set[int]:
         classes = list(self.tasks[group])
@@ -149,25 +198,53 @@ class EpisodeDataset(Dataset):
             target.add(int(rng.choice([value for value in classes if value not in target])))
         return target
 
-    def _draw(self, rng: np.random.Generator, group: str, target: set[int]) -> list[tuple[str, int, int]]:
-        """(patient, case, slice) of an episode; the first two hold the target and are of different patients."""
+    def _draw(self, rng: np.random.Generator, group: str, target: set[int]) -> list[Drawn]:
+        """The images of an episode; the first two (clips) hold the target and are of different patients."""
         holders: dict[str, list] = defaultdict(list)
         for value in sorted(target):
             for patient, places in self.tasks[group][value].items():
                 holders[patient] += places
+        length = 1
+        if self.clip_probability and rng.random() < self.clip_probability:
+            span = (self.clip_length - 1) * self.clip_stride + 1
+            long = {name: [(n, i) for n, i in places if self.lengths[n] >= span] for name, places in holders.items()}
+            long = {name: places for name, places in long.items() if places}
+            if len(long) > 1:
+                holders, length = long, self.clip_length
+        count = self.group_size // length
         names = sorted(holders)
         order = list(rng.permutation(len(names)))
-        if len(order) < self.group_size:
-            order += list(rng.integers(len(names), size=self.group_size - len(order)))
-        drawn = []
-        for place, choice in enumerate(order[: self.group_size]):
+        if len(order) < count:
+            order += list(rng.integers(len(names), size=count - len(order)))
+        drawn: list[Drawn] = []
+        for number, choice in enumerate(order[:count]):
             patient = names[choice]
             places = holders[patient]
-            if place > 1 and rng.random() < self.empty_fraction:
+            if number > 1 and rng.random() < self.empty_fraction:
                 empty = [(n, i) for n, i, present in self.slices[group][patient] if not present & target]
-                places = empty or places
-            drawn.append((patient, *places[rng.integers(len(places))]))
+                places = [(n, i) for n, i in empty if length == 1 or self.lengths[n] >= span] or places
+            case, place = places[rng.integers(len(places))]
+            first = len(drawn)
+            drawn += [Drawn(patient, case, index, first) for index in self._clip(rng, case, place, length)]
+        while len(drawn) < self.group_size:
+            patient = names[rng.integers(len(names))]
+            places = holders[patient]
+            drawn.append(Drawn(patient, *places[rng.integers(len(places))], len(drawn)))
         return drawn
+
+    def _clip(self, rng: np.random.Generator, case: int, place: int, length: int) -> list[int]:
+        """Indices of `length` slices of a case, one of which is `place`, in a random direction."""
+        if length == 1:
+            return [place]
+        stride, last = self.clip_stride, self.lengths[case] - 1
+        fitting = [
+            start
+            for start in range(place - (length - 1) * stride, place + 1, stride)
+            if start >= 0 and start + (length - 1) * stride <= last
+        ]
+        start = fitting[rng.integers(len(fitting))] if fitting else min(place, last - (length - 1) * stride)
+        indices = [start + number * stride for number in range(length)]
+        return indices[:: int(rng.choice([-1, 1]))]
 
     def _load(self, number: int, index: int, target: set[int], invert: bool) -> tuple[Tensor, Tensor]:
         case = self.cache[self.data[number]]

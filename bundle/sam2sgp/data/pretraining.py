@@ -160,35 +160,40 @@ class PretrainingDataset(EpisodeDataset):
         self._patients_of = {group: len(patients) for group, patients in found.items()}
         super()._index(progress)
 
-    def _pairs(self, rng: np.random.Generator, index: int) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
+    def _pairs(
+        self, rng: np.random.Generator, index: int
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[int], list[tuple[int, int]]]:
         own = list(range(self.group_size))
+        single = [(number, 0) for number in own]
         kind = self.kinds[rng.choice(len(self.kinds), p=self.shares)]
         if kind == "noise":
-            return noise_task(rng, self.group_size, self.size), own
+            return noise_task(rng, self.group_size, self.size), own, single
         group = sorted(self.tasks)[self._group(rng, index)]
         target = self._target(rng, group)
         drawn = self._draw(rng, group, target)
         invert = rng.random() < self.invert_probability
-        pairs = [self._load(number, place, target, invert) for _, number, place in drawn]
-        pairs = self._show(rng, pairs)
+        pairs = [self._load(image.case, image.slice, target, invert) for image in drawn]
+        pairs = self._show(rng, pairs, [image.clip for image in drawn])
         made = None
         if kind == "superpixel":
             made = superpixel_task(rng, pairs[0][0], self.group_size)
         elif kind == "threshold":
             made = threshold_task(rng, [image for image, _ in pairs])
         if made is not None:
-            return made, own
+            return made, own, single
         if not invert and rng.random() < self.label_operation_probability:
             pairs = _operate(rng, pairs)
-        return pairs, [self.patient_number[patient] for patient, _, _ in drawn]
+        return pairs, [self.patient_number[image.patient] for image in drawn], [(i.clip, i.slice) for i in drawn]
 
     def _group(self, rng: np.random.Generator, index: int) -> int:
         if self.balanced:
             return index % len(self.tasks)
         return int(rng.choice(len(self.group_weights), p=self.group_weights))
 
-    def _show(self, rng: np.random.Generator, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Cut the same kind of window out of each image and bring it to S."""
+    def _show(
+        self, rng: np.random.Generator, pairs: list[tuple[Tensor, Tensor]], clips: list[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Cut the same kind of window out of each image, the same window within a clip, and bring it to S."""
         side = pairs[0][0].shape[-1]
         choice = rng.random()
         whole = (side / 2, side / 2, float(side))
@@ -202,6 +207,7 @@ class PretrainingDataset(EpisodeDataset):
                 windows = [whole] * len(pairs)
         else:
             windows = [whole] * len(pairs)
+        windows = [windows[clip] for clip in clips]
         return [
             (_resize(_cut(image, window), self.size, True), _resize(_cut(mask, window), self.size, False))
             for (image, mask), window in zip(pairs, windows, strict=True)

@@ -24,4 +24,10 @@ class PrepareEpisodes(PrepareBatch):
             batchdata[key].flatten(0, 1).to(device=device, non_blocking=non_blocking) for key in ("image", "label")
         )
         network_arguments = {"support_label": label, "support_index": torch.as_tensor(index, device=device)}
+        if "frame_index" in batchdata:
+            frames = batchdata["frame_index"]
+            first = torch.arange(len(frames))[:, None, None] * frames.shape[1]
+            frames = torch.where(frames < 0, frames, frames + first)
+            network_arguments["frame_index"] = frames.flatten(0, 1).to(device)
+            network_arguments["frame_distance"] = batchdata["frame_distance"].flatten(0, 1).to(device)
         return image, label, (), network_arguments

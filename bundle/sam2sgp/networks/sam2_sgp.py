@@ -120,6 +120,11 @@ class SupportMemory:
         """One pool of several."""
         return SupportMemory._joined(parts, 0)
 
+    def rows(self, rows: Tensor) -> "SupportMemory":
+        """The memory of some of the queries (or, of a pool, some of its items)."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return SupportMemory(**{name: None if value is None else value[rows] for name, value in values})
+
     def beside(self, other: "SupportMemory") -> "SupportMemory":
         """Items of both, K + K' of them, for the same queries and classes."""
         return self._joined([part._with_distance() for part in (self, other)], 2)
@@ -389,6 +394,8 @@ class SAM2SGP(nn.Module):
         support_image: Tensor | None = None,
         support_label: Tensor | None = None,
         support_index: Tensor | None = None,
+        frame_index: Tensor | None = None,
+        frame_distance: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Segment images guided by support pairs.
 
@@ -398,6 +405,10 @@ class SAM2SGP(nn.Module):
                 own. None with `support_label` given: the batch is its own pool (training episodes).
             support_label: (N, C, S, S), or (B, K, C, S, S), binary masks in {0, 1}. None: no support, C = 1.
             support_index: (B, C, K) which pool items each query and class uses; None: the whole pool, or own items.
+            frame_index: (B, F) which of the images are slices of the query's own volume that guide it: what the network
+                makes of them with their support alone enters the query's memory. A row without any is -1 throughout.
+                Needs a support.
+            frame_distance: (B, F) how many slices away they are, from 1.
 
         Returns:
             Logits (B, C, S, S) in evaluation; in training a dict of `SGPOutput`'s fields for the loss.
@@ -408,10 +419,40 @@ class SAM2SGP(nn.Module):
             support_label, support_index = self._pool(support_label, support_index, len(image))
             pool = features if support_image is None else self.encode(support_image.flatten(0, -4))
             support = self.encode_support(pool, support_label).select(support_index)
-        output = self.segment(features, support)
+        if frame_index is None:
+            output = self.segment(features, support)
+        else:
+            output = self._segment_clips(features, support, frame_index, frame_distance)
         if self.training:
             return {field.name: getattr(output, field.name) for field in fields(output)}
         return output.logits
+
+    def _segment_clips(
+        self, features: ImageFeatures, support: SupportMemory, index: Tensor, distance: Tensor
+    ) -> SGPOutput:
+        """`segment`, with other images of the batch as further memory where `index` names some."""
+        of_clip = (index >= 0).any(1)
+        singles, clips = (torch.nonzero(rows)[:, 0] for rows in (~of_clip, of_clip))
+        parts, order = [], []
+        if len(singles):
+            parts.append(self.segment(features[singles], support.rows(singles)))
+            order.append(singles)
+        if len(clips):
+            own, own_support = features[clips], support.rows(clips)
+            with torch.no_grad():
+                found = (self.segment(own, own_support).logits > 0).float()
+            memory = self.encode_support(own, found)
+            classes = found.shape[1]
+            number = torch.full((len(features),), -1, device=index.device)
+            number[clips] = torch.arange(len(clips), device=index.device)
+            frames = memory.select(number[index[clips]][:, None].expand(-1, classes, -1))
+            frames = replace(frames, distance=distance[clips][:, None].expand(-1, classes, -1))
+            parts.append(self.segment(own, own_support.beside(frames)))
+            order.append(clips)
+        back = torch.argsort(torch.cat(order))
+        return SGPOutput(
+            *(torch.cat([getattr(part, field.name) for part in parts])[back] for field in fields(SGPOutput))
+        )
 
     @staticmethod
     def _pool(label: Tensor, index: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
