@@ -60,12 +60,14 @@ class Stub(torch.nn.Module):
         return SGPOutput(logits, logits, torch.zeros(batch, classes, 4), rest, rest)
 
 
-def support(classes: int = 1) -> SupportBank:
+def support(classes: int = 1, slices: tuple[int, ...] = (1, 1, 1)) -> SupportBank:
+    """A bank of cases of so many slices, class c in row c."""
+
     def case(number: int) -> dict:
-        label = torch.zeros(1, SIZE, SIZE, dtype=torch.long)
+        label = torch.zeros(slices[number], SIZE, SIZE, dtype=torch.long)
         for value in range(1, classes + 1):
             label[:, value] = value
-        image = torch.rand(1, 3, SIZE, SIZE)
+        image = torch.rand(slices[number], 3, SIZE, SIZE)
         return {
             "name": f"case{number}",
             "image": image,
@@ -77,7 +79,7 @@ def support(classes: int = 1) -> SupportBank:
             "group": "a",
         }
 
-    return SupportBank([case(number) for number in range(3)], lambda item: item, progress=False)
+    return SupportBank([case(number) for number in range(len(slices))], lambda item: item, progress=False)
 
 
 def volume(strength: list[float], channel: int = 0) -> Tensor:
@@ -171,6 +173,16 @@ def test_without_3d_memory_or_for_single_pictures_nothing_guides_a_slice():
     inferer = SupportSetInferer(support(), SupportSampler(k=2), volume_memory=VolumeMemory())
     pictures = inferer(volume(FAINT_AT_BOTH_ENDS), network)
     assert network.distances == [] and (pictures > 0).flatten(1).any(1).sum() == 2
+
+
+def test_pictures_and_volumes_guide_a_volume_together():
+    bank = support(slices=(1, 6))
+    inferer = SupportSetInferer(bank, SupportSampler(k=6), volume_memory=VolumeMemory())
+    chunks = list(inferer.chunks(volume(FAINT_AT_BOTH_ENDS), Stub(), volume=True))
+    used = {bank.items[item].id for chunk in chunks for item in chunk.retrieved[0].index.flatten().tolist()}
+    assert "case0" in used and {name.split("#")[0] for name in used} == {"case0", "case1"}
+    seen = (torch.cat([chunk.output.logits for chunk in chunks]) > 0).flatten(1).any(1)
+    assert seen.tolist() == [value > 0 for value in FAINT_AT_BOTH_ENDS]
 
 
 @pytest.mark.parametrize("frames", [0, True, 1.5, "2"])
