@@ -166,8 +166,11 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
     """
     grid = _read_grid(path)
     geometry = _geometry(grid, slice_axis)
+    # Turned before it grows to 32 bits, and the file's own copy let go: a long CT is gigabytes.
+    stored, grid.array = geometry._display(grid.array), None
     with np.errstate(over="ignore"):
-        array = grid.array.astype(np.float32)
+        array = stored.astype(np.float32)
+    del stored
     finite = np.isfinite(array)
     if not finite.all():
         if not finite.any():
@@ -178,7 +181,7 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
             stacklevel=2,
         )
         array[~finite] = array[finite].min()
-    slices = np.ascontiguousarray(np.moveaxis(geometry._display(array), 3, 1))
+    slices = np.ascontiguousarray(np.moveaxis(array, 3, 1))
     return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path))
 
 

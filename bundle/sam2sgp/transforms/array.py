@@ -20,6 +20,7 @@ REGION_FACTOR = 2.0
 SMALLEST_EXTENT = 0.08
 STRAY_SHARE = 0.02
 TILE_SHARE = 0.6
+SCALED_AT_A_TIME = 32
 
 
 def is_ct(slices: Tensor, modality: str | None, is_picture: bool) -> bool:
@@ -47,7 +48,7 @@ def scale_intensity(
     """
     slices = slices.float()
     if ct:
-        return ScaleIntensityRange(*ct_window, 0.0, 1.0, clip=True, dtype=torch.float32)(slices)
+        return _scaled(slices, *ct_window)
     if rgb:
         return slices / (255.0 if slices.max() <= 255 else 65535.0)
     out = torch.zeros_like(slices)
@@ -58,7 +59,17 @@ def scale_intensity(
             # Percentiles coincide in an image such as a small object on an empty ground.
             low, high = float(values.min()), float(values.max())
         if high > low:
-            out[:, channel] = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True, dtype=torch.float32)(values)
+            out[:, channel] = _scaled(values, low, high)
+    return out
+
+
+def _scaled(slices: Tensor, low: float, high: float) -> Tensor:
+    """Values [low, high] to [0, 1], clipped; some slices at a time, because a long CT is gigabytes."""
+    scale = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True, dtype=torch.float32)
+    out = torch.empty_like(slices)
+    for start in range(0, len(slices), SCALED_AT_A_TIME):
+        part = slice(start, start + SCALED_AT_A_TIME)
+        out[part] = scale(slices[part])
     return out
 
 

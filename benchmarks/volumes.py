@@ -1,0 +1,198 @@
+"""What 3D memory changes: whole-volume Dice, HD95 and NSD with it and slice by slice, and what a slice costs.
+
+    python benchmarks/volumes.py acdc=DIR hippocampus=DIR
+    python benchmarks/volumes.py --cost
+
+Accuracy: each data set goes through the bundle's evaluation with the same weights and support set, once for each number
+of neighbouring slices (0: slice by slice). The split is that of `pretrain.json`, so the embedded weights never saw the
+test patients, and the support set is the training patients. Every slice of every test volume counts. Differences are
+paired over cases, with 95 % bootstrap intervals over patients. Without data sets it makes phantoms and uses those.
+
+Cost (`--cost`): seconds of a slice in a volume over those of the same image as a 2D query of its own, and peak memory of
+a process beyond its input, for volumes of 100 and 1000 slices.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigParser
+
+from sam2sgp.data.phantom import make_phantoms
+from sam2sgp.inferers import SupportSetInferer, VolumeMemory
+from sam2sgp.networks import SAM2SGP, load_weights
+from sam2sgp.support import SupportBank, SupportSampler
+
+BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
+EVALUATE = ["configs/train.json", "configs/evaluate.json"]
+METRICS = ("dice", "hd95", "nsd")
+LENGTHS = (100, 1000)
+BACKBONES = {"nano": 128, "tiny": 512}
+DRAWS = 2000
+
+
+def evaluate(folder: Path, frames: int, options: argparse.Namespace) -> tuple[list[dict], float]:
+    """Rows of `metrics.csv` and seconds per slice, of the test section of a folder."""
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / name) for name in EVALUATE])
+    with open(BUNDLE / "configs" / "pretrain.json") as file:
+        split = json.load(file)["split"]
+    run = options.output / folder.name / f"frames_{frames}"
+    settings = {
+        "bundle_root": str(BUNDLE),
+        "dataset_dir": str(folder),
+        "output_dir": str(run),
+        "model_file": options.model_file,
+        "split": split,
+        "three_d_memory": frames > 0,
+        "memory_frames": max(frames, 1),
+        "report_figures": options.figures,
+        "progress": False,
+    }
+    if options.cases:
+        settings["validate::dataset::data"] = f"$sam2sgp.data.subset(@test_data, {options.cases}, @split_seed)"
+    parser.update(settings)
+    evaluator = parser.get_parsed_content("validate::evaluator")
+    load_weights(parser.get_parsed_content("network"), options.model_file)
+    taken = [0.0, 0]
+
+    @evaluator.on(Events.ITERATION_COMPLETED)
+    def add(engine) -> None:
+        for case in engine.state.output:
+            taken[0] += case["seconds"]
+            taken[1] += len(case["pred"])
+
+    evaluator.run()
+    return parser.get_parsed_content("validate::handlers")[0].rows, taken[0] / taken[1]
+
+
+def difference(rows: list[dict], base: list[dict], metric: str, patient_of: dict[str, str]) -> tuple[float, float, float]:
+    """Mean paired difference over cases and classes, with a bootstrap interval over patients."""
+    known = {(row["case"], row["class"]): row[metric] for row in base}
+    by_patient = defaultdict(list)
+    for row in rows:
+        change = row[metric] - known[row["case"], row["class"]]
+        if np.isfinite(change):
+            by_patient[patient_of[row["case"]]].append(change)
+    sums = np.array([(sum(values), len(values)) for values in by_patient.values()])
+    rng = np.random.default_rng(0)
+    draws = sums[rng.integers(len(sums), size=(DRAWS, len(sums)))].sum(1)
+    low, high = np.percentile(draws[:, 0] / draws[:, 1], [2.5, 97.5])
+    return sums[:, 0].sum() / sums[:, 1].sum(), low, high
+
+
+def accuracy(folders: dict[str, Path], options: argparse.Namespace) -> None:
+    from sam2sgp.data import load_datalist
+
+    print("| data | class | neighbours | Dice | HD95 | NSD at 2 mm | volumes | s per slice | over slice by slice |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    changes = []
+    for name, folder in folders.items():
+        patient_of = {case["name"]: case["patient"] for case in load_datalist(folder)}
+        base, base_seconds = [], 0.0
+        for frames in [0, *options.frames]:
+            rows, seconds = evaluate(folder, frames, options)
+            if not frames:
+                base, base_seconds = rows, seconds
+            for value in sorted({row["class"] for row in rows}):
+                of_class = [row for row in rows if row["class"] == value]
+                means = [np.nanmean([row[metric] for row in of_class]) for metric in METRICS]
+                cells = [name, of_class[0]["class_name"], str(frames), f"{means[0]:.3f}", f"{means[1]:.1f}"]
+                cells += [f"{means[2]:.3f}", str(len(of_class)), f"{seconds:.3f}", f"{seconds / base_seconds:.2f}"]
+                print("|", " | ".join(cells), "|", flush=True)
+            if frames:
+                parts = []
+                for metric in METRICS:
+                    mean, low, high = difference(rows, base, metric, patient_of)
+                    parts.append(f"{metric} {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+                changes.append(f"{name}, {frames} neighbours against none: {', '.join(parts)}")
+    print("\n" + "\n".join(changes))
+
+
+def timed(backbone: str, slices: int) -> dict[str, float]:
+    """Seconds per slice as 2D queries and as a volume, and peak memory beyond the input, in a process of its own."""
+    size = BACKBONES[backbone]
+    torch.manual_seed(0)
+    network = SAM2SGP(backbone, size).eval()
+    rows = torch.arange(size)
+    disc = ((rows[:, None] - size // 2) ** 2 + (rows - size // 2) ** 2 < (size // 5) ** 2).float()
+
+    def case(number: int) -> dict:
+        image = (disc + 0.1 * torch.rand(1, 1, size, size)).clamp(0, 1)
+        label = disc[None].long()
+        own = {"name": str(number), "patient": str(number), "group": "", "label": label, "label_full": label}
+        geometry = argparse.Namespace(spacing=None)
+        return {**own, "image": image, "image_full": image, "geometry": geometry}
+
+    bank = SupportBank([case(number) for number in range(4)], lambda item: item, progress=False)
+    volume = (disc + 0.1 * torch.rand(slices, 1, size, size)).clamp(0, 1)
+    alone = SupportSetInferer(bank, SupportSampler(k=4), batch_size=1)
+    queries = volume[:20]
+    list(alone.chunks(queries[:2], network))
+    started = time.perf_counter()
+    list(alone.chunks(queries, network))
+    single = (time.perf_counter() - started) / len(queries)
+    together = SupportSetInferer(bank, SupportSampler(k=4), batch_size=8, volume_memory=VolumeMemory())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    for _ in together.chunks(volume, network, volume=True):
+        pass
+    seconds = (time.perf_counter() - started) / slices
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"single": single, "slice": seconds, "mebibytes": (peak - volume.nbytes / 1024) / 1024, "before": before}
+
+
+def cost(options: argparse.Namespace) -> None:
+    print("| backbone | px | slices | 2D query, s | slice, s | ratio | peak memory beyond the input, MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for backbone in options.backbones:
+        for slices in options.lengths:
+            child = [sys.executable, __file__, "--child", backbone, str(slices)]
+            found = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            ratio = found["slice"] / found["single"]
+            cells = [backbone, str(BACKBONES[backbone]), str(slices), f"{found['single']:.3f}", f"{found['slice']:.3f}"]
+            print("|", " | ".join([*cells, f"{ratio:.2f}", f"{found['mebibytes']:.0f}"]), "|", flush=True)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("datasets", nargs="*", help="name=folder")
+    arguments.add_argument("--model_file", default=str(BUNDLE / "models" / "model.pt"))
+    arguments.add_argument("--frames", type=int, nargs="+", default=[2], help="neighbouring slices")
+    arguments.add_argument("--cases", type=int, default=0, help="test volumes of each set at most; 0 for all")
+    arguments.add_argument("--figures", type=int, default=4, help="cases with pictures in each report")
+    arguments.add_argument("--output", type=Path, default=Path("out/volumes"))
+    arguments.add_argument("--cost", action="store_true", help="measure cost in place of accuracy")
+    arguments.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
+    arguments.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    arguments.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.child:
+        print(json.dumps(timed(options.child[0], int(options.child[1]))))
+        return
+    print(f"\n{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n", flush=True)
+    if options.cost:
+        cost(options)
+        return
+    options.output = options.output.resolve()
+    folders = {name: Path(folder).resolve() for name, folder in (entry.split("=", 1) for entry in options.datasets)}
+    if not folders:
+        folder = options.output / "phantoms"
+        folders = {"phantoms": Path(make_phantoms(folder, 16, modalities=["ct", "mr"], progress=False))}
+    os.chdir(BUNDLE)
+    accuracy(folders, options)
+
+
+if __name__ == "__main__":
+    main()
