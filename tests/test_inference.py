@@ -24,7 +24,7 @@ from tests.bundle_runs import BUNDLE, run
 from tests.data.dicom_files import write_series
 
 SETTINGS = {"image_size": 64, "progress": False}
-FAST = {"k": 2, "slices_per_class": 1, "support_max_items": 6, "report_figures": 0}
+FAST = {"k": 2, "slices_per_class": 1, "support_max_items": 6, "region_below": 0, "report_figures": 0}
 RNG = np.random.default_rng(0)
 OBLIQUE = np.array([[0.7, -0.2, 0.1, -30.0], [0.2, 0.8, 0.3, 12.0], [0.0, -0.2, 2.9, 55.0], [0, 0, 0, 1.0]])
 
