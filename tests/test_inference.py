@@ -2,22 +2,29 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
+import highdicom
 import itk
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
+import tifffile
 import torch
 from PIL import Image
+from scipy.ndimage import binary_dilation, binary_erosion
 
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.networks import SAM2SGP, save_weights
+from sam2sgp.transforms import OutputNames
 from tests.bundle_runs import BUNDLE, run
 from tests.data.dicom_files import write_series
 
 SETTINGS = {"image_size": 64, "progress": False}
+FAST = {"k": 2, "slices_per_class": 1, "support_max_items": 6, "region_below": 0, "report_figures": 0}
 RNG = np.random.default_rng(0)
 OBLIQUE = np.array([[0.7, -0.2, 0.1, -30.0], [0.2, 0.8, 0.3, 12.0], [0.0, -0.2, 2.9, 55.0], [0, 0, 0, 1.0]])
 
@@ -172,7 +179,7 @@ def test_a_result_that_can_not_be_written_ends_the_run_with_the_rows_so_far(phan
     save = SaveLabeld.__call__
 
     def full_disk(self, data):
-        if self.written:
+        if self.names.taken:
             raise DataError("disk full")
         return save(self, data)
 
@@ -202,3 +209,85 @@ def test_second_pass_is_a_setting_of_the_run(phantoms, model, tmp_path):
         rows = infer(model, support, queries, tmp_path / str(below), region_below=below)
         seen[below] = [row["voxels"] for row in rows]
     assert len(seen[0]) == len(seen[1.0]) and seen[0] != seen[1.0]
+
+
+def test_probabilities_and_uncertainty_agree_with_the_label_on_its_grid(phantoms, model, tmp_path):
+    queries, output = tmp_path / "queries", tmp_path / "out"
+    picture(queries / "colour.png", (50, 90, 3))
+    nib.save(nib.Nifti1Image(RNG.normal(size=(21, 34, 5)).astype(np.float32), OBLIQUE), queries / "oblique.nii.gz")
+    # Named as another query's map would be.
+    nib.save(
+        nib.Nifti1Image(RNG.normal(size=(9, 8, 1)).astype(np.float32), OBLIQUE), queries / "oblique_probability.nii"
+    )
+    support = phantoms / "support" / "rgb"
+    rows = infer(model, support, queries, output, save_probability=True, save_uncertainty=True, **FAST)
+    outputs = {row["case"]: row["output"] for row in rows}
+    label, probability, entropy = (
+        nib.load(path)
+        for path in (outputs["oblique"], output / "oblique_probability.nii.gz", output / "oblique_uncertainty.nii.gz")
+    )
+    assert probability.shape == (21, 34, 5, 4) and entropy.shape == (21, 34, 5)
+    for image in (probability, entropy):
+        assert image.get_data_dtype() == np.float32
+        np.testing.assert_allclose(image.affine, OBLIQUE, atol=1e-5)
+    pages = np.moveaxis(tifffile.imread(output / "colour_probability.tif"), 0, -1)
+    shades = tifffile.imread(output / "colour_uncertainty.tif")
+    with Image.open(outputs["colour"]) as opened:
+        classes = np.asarray(opened)
+    assert pages.shape == (50, 90, 4) and pages.dtype == shades.dtype == np.float32
+    for p, h, values in ((probability.get_fdata(), entropy.get_fdata(), label.get_fdata()), (pages, shades, classes)):
+        np.testing.assert_allclose(p.sum(-1), 1, atol=2e-3)
+        assert np.array_equal(p.argmax(-1), values)
+        expected = -(p * np.log(np.maximum(p, 1e-12))).sum(-1) / np.log(4)
+        np.testing.assert_allclose(h, expected, atol=5e-3)
+        assert h.min() >= 0 and h.max() <= 1 and h.std() > 0
+    assert nib.load(outputs["oblique_probability"]).shape == (9, 8, 1)
+    assert len({str(path) for path in outputs.values()} | {str(output / "oblique_probability.nii.gz")}) == 4
+
+
+def test_uncertainty_is_higher_at_the_border_of_an_object(phantoms, tmp_path):
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    source = sorted((phantoms / "queries" / "rgb").rglob("*.png"))[0]
+    shutil.copy(source, queries / "q.png")
+    embedded = BUNDLE / "models" / "model.pt"
+    infer(embedded, phantoms / "support" / "rgb", queries, tmp_path / "out", save_uncertainty=True, **FAST)
+    with Image.open(tmp_path / "out" / "q.png") as opened:
+        found = np.asarray(opened) > 0
+    shades = tifffile.imread(tmp_path / "out" / "q_uncertainty.tif")
+    border = binary_dilation(found, iterations=2) & ~binary_erosion(found, iterations=2)
+    assert found.any() and shades[border].mean() > 3 * shades[~border].mean()
+
+
+def test_dicom_queries_get_segmentations_and_without_the_settings_nothing_more_is_written(phantoms, model, tmp_path):
+    queries = tmp_path / "queries"
+    tags = {"StudyInstanceUID": "1.2.3", "FrameOfReferenceUID": "1.2.4"}
+    write_series(queries / "scan", RNG.integers(-1000, 1000, (3, 24, 30)).astype(np.int16), **tags)
+    picture(queries / "colour.png", (30, 40, 3))
+    support = phantoms / "support" / "rgb"
+    plain = {"scan.nii.gz", "colour.png", "summary.csv", "report.html"}
+    infer(model, support, queries, tmp_path / "off", **FAST)
+    assert {path.name for path in (tmp_path / "off").iterdir()} == plain
+    # Into a folder of the queries' own: a second run must not take the results for queries.
+    for _ in range(2):
+        rows = infer(model, support, queries, queries / "on", dicom_seg=True, **FAST)
+        assert {row["case"] for row in rows} == {"scan", "colour"}
+    assert {path.name for path in (queries / "on").iterdir()} == plain | {"scan.dcm"}
+    seg = highdicom.seg.segread(queries / "on" / "scan.dcm")
+    label = np.asarray(nib.load(queries / "on" / "scan.nii.gz").dataobj)
+    uids = [pydicom.dcmread(file).SOPInstanceUID for file in (queries / "scan").iterdir()]
+    names = {1: "disc", 2: "ellipse", 3: "ring"}
+    for number in seg.segment_numbers:
+        (value,) = (key for key, name in names.items() if name == seg.get_segment_description(number).segment_label)
+        found = seg.get_pixels_by_source_instance(uids, [number], assert_missing_frames_are_empty=True)
+        assert found.sum() == (label == value).sum() > 0
+    assert seg.number_of_segments == len(np.unique(label[label > 0]))
+
+
+def test_names_of_results_are_never_shared(tmp_path):
+    names = OutputNames(tmp_path)
+    sources = ["a/x.nii.gz", "a/x_probability.nii.gz", "b/x.nii.gz", "c/x.nii.gz", "c/x.nrrd"]
+    endings = (".nii.gz", "_probability.nii.gz", "_uncertainty.nii.gz")
+    claimed = [names.claim(source, ending) for source in sources for ending in endings]
+    assert len(set(claimed)) == len(claimed)
+    assert claimed[0] == tmp_path / "x.nii.gz" == names.claim("a/x.nii.gz", ".nii.gz")

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import pickle
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+import tifffile
 from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
@@ -22,10 +24,12 @@ from sam2sgp.data.io import (
     image_stem,
     is_binary_255,
     is_image,
+    map_suffix,
     output_suffix,
     read_image,
     read_label,
     write_label,
+    write_map,
 )
 from sam2sgp.errors import ConfigError, DataError
 from tests.data.dicom_files import write_dicom, write_series
@@ -649,3 +653,64 @@ def test_reading_gives_no_warnings_for_sound_files(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_image(write_series(tmp_path / "ct", np.zeros((3, 4, 4), np.uint16)))
+
+
+@pytest.mark.parametrize("codes", ["RAS", "PIR", "SLP"])
+def test_written_map_lies_on_its_image_in_another_library(tmp_path, codes):
+    nib.save(reoriented(RNG.normal(size=(5, 6, 7)).astype(np.float32), OBLIQUE, codes), tmp_path / "a.nii.gz")
+    image = read_image(tmp_path / "a.nii.gz")
+    # The image's own values and their negatives as two channels, in half precision.
+    values = image.slices[:, 0].astype(np.float16)
+    write_map(tmp_path / "one.nii.gz", values, image.geometry)
+    write_map(tmp_path / "two.nii.gz", np.stack([values, -values], 1), image.geometry)
+    query, one, two = (SimpleITK.ReadImage(str(tmp_path / name)) for name in ("a.nii.gz", "one.nii.gz", "two.nii.gz"))
+    assert one.GetSize() == query.GetSize() and two.GetSize() == (*query.GetSize(), 2)
+    index = (1, 2, 3)
+    assert np.allclose(one.TransformIndexToPhysicalPoint(index), query.TransformIndexToPhysicalPoint(index), atol=1e-4)
+    expected = SimpleITK.GetArrayFromImage(query).astype(np.float16)
+    assert np.array_equal(SimpleITK.GetArrayFromImage(one), expected)
+    assert np.array_equal(SimpleITK.GetArrayFromImage(two), np.stack([expected, -expected]))
+    for name in ("one.nii.gz", "two.nii.gz"):
+        written = nib.load(tmp_path / name)
+        assert written.get_data_dtype() == np.float32 and np.allclose(written.affine, image.geometry.affine, atol=1e-5)
+
+
+def test_map_of_a_picture_is_a_tiff_with_a_page_for_each_channel(tmp_path):
+    Image.new("RGB", (7, 6)).save(tmp_path / "a.jpg")
+    geometry = read_image(tmp_path / "a.jpg").geometry
+    values = RNG.random((1, 3, 6, 7)).astype(np.float16)
+    assert map_suffix(geometry) == ".tif"
+    write_map(tmp_path / "a.tif", values, geometry)
+    pages = tifffile.imread(tmp_path / "a.tif")
+    assert pages.dtype == np.float32 and np.array_equal(pages, values[0])
+    write_map(tmp_path / "b.tif", values[:, 0], geometry)
+    assert np.array_equal(tifffile.imread(tmp_path / "b.tif"), values[0, 0])
+
+
+def test_map_of_a_flat_volume_and_one_that_does_not_fit(tmp_path):
+    geometry = read_image(save_nifti(tmp_path / "a.nii", np.zeros((4, 5), np.uint8))).geometry
+    values = RNG.random((1, 2, 5, 4))
+    write_map(tmp_path / "one.nii.gz", values[:, 0], geometry)
+    write_map(tmp_path / "two.nii.gz", values, geometry)
+    assert nib.load(tmp_path / "one.nii.gz").shape == (4, 5)
+    assert nib.load(tmp_path / "two.nii.gz").shape == (4, 5, 1, 2)
+    for shape, name in (((1, 4, 5), "c.nii.gz"), ((2, 5, 4), "c.nii.gz"), ((1, 5, 4), "c.tif")):
+        with pytest.raises(DataError, match="c[.]"):
+            write_map(tmp_path / name, np.zeros(shape), geometry)
+
+
+def test_long_map_is_never_held_in_single_precision(tmp_path):
+    geometry = read_image(save_nifti(tmp_path / "a.nii", np.zeros((64, 64, 300), np.uint8))).geometry
+    values = np.zeros((300, 4, 64, 64), np.float16)
+    tracemalloc.start()
+    write_map(tmp_path / "b.nii.gz", values, geometry)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < values.nbytes / 2
+
+
+def test_spacing_of_an_oblique_volume_is_exactly_that_of_the_upright_one(tmp_path):
+    for angle in (0.0, 0.1, 0.3, 0.5):
+        affine = nib.eulerangles.euler2mat(angle, -angle, angle / 2) @ np.diag([0.8, 0.8, 3.3])
+        path = save_nifti(tmp_path / "a.nii", np.zeros((4, 5, 6), np.uint8), nib.affines.from_matvec(affine))
+        assert read_image(path).geometry.spacing == (3.3, 0.8, 0.8)

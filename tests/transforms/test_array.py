@@ -1,9 +1,18 @@
 """Intensity scaling, the fit into the network's square, and the way back."""
 
+import math
+
 import pytest
 import torch
 
-from sam2sgp.transforms import Fit, label_map, scale_intensity, to_three_channels
+from sam2sgp.transforms import (
+    Fit,
+    class_probabilities,
+    label_map,
+    scale_intensity,
+    to_three_channels,
+    uncertainty,
+)
 from sam2sgp.transforms.array import is_ct
 
 
@@ -100,3 +109,34 @@ def test_label_values_stay_whole():
 def test_label_map_takes_the_winner_and_leaves_background_where_none_is_positive():
     logits = torch.tensor([[-1.0, 2.0, 3.0], [-2.0, 5.0, 1.0]]).reshape(1, 2, 1, 3)
     assert label_map(logits).flatten().tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_largest_probability_is_the_label_maps_class_and_all_sum_to_one(classes):
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(3, classes, 40, 50)
+    found = class_probabilities(logits)
+    assert found.shape == (3, classes + 1, 40, 50) and found.dtype == torch.float16
+    assert found.min() >= 0 and found.max() <= 1
+    torch.testing.assert_close(found.float().sum(1), torch.ones(3, 40, 50), atol=2e-3, rtol=0)
+    assert torch.equal(found.float().argmax(1), label_map(logits).long())
+    if classes == 1:
+        torch.testing.assert_close(found[:, 1].float(), logits[:, 0].sigmoid(), atol=1e-3, rtol=0)
+
+
+def test_rounding_to_half_precision_makes_no_tie():
+    """Logits that differ by less than a float16 can tell, all above or around the threshold of 0."""
+    logits = torch.tensor([[2.0, 1e-6, -1e-6, 0.0, 3.0], [2.000001, 0.0, -2e-6, 0.0, 2.999999]]).reshape(1, 2, 1, 5)
+    found = class_probabilities(logits).numpy()
+    assert found.argmax(1).flatten().tolist() == label_map(logits).flatten().tolist() == [2, 1, 0, 0, 1]
+    last = found[:, ::-1].argmax(1)
+    assert (2 - last).flatten().tolist() == [2, 1, 0, 0, 1], "the largest is larger than any other"
+
+
+def test_uncertainty_is_the_normalised_entropy():
+    logits = torch.tensor([[0.0, 20.0, -20.0, 0.0], [0.0, -20.0, -20.0, -20.0]]).reshape(1, 2, 1, 4)
+    expected = torch.tensor([1.0, 0.0, 0.0, math.log(2) / math.log(3)])
+    torch.testing.assert_close(uncertainty(logits).flatten().float(), expected, atol=1e-3, rtol=0)
+    log_odds = torch.linspace(-30, 30, 61).reshape(1, 1, 1, 61)
+    found = uncertainty(log_odds).flatten()
+    assert found.min() >= 0 and found.max() == found[30] == 1 and (found[:31].diff() >= 0).all()

@@ -1,5 +1,6 @@
 """Data: reading and writing files, data folders, training episodes."""
 
+from sam2sgp.data.dicom_seg import write_dicom_seg
 from sam2sgp.data.folders import (
     DEFAULT_PATIENT_PATTERN,
     check_label_values,
@@ -20,6 +21,7 @@ from sam2sgp.data.io import (
     read_image,
     read_label,
     write_label,
+    write_map,
 )
 
 # After io: episodes needs transforms, and transforms needs io.
@@ -50,5 +52,7 @@ __all__ = [
     "read_image",
     "read_label",
     "subset",
+    "write_dicom_seg",
     "write_label",
+    "write_map",
 ]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from sam2sgp.data.io import dicom_files, image_stem, is_image
+from sam2sgp.data.io import dicom_files, image_stem, is_dicom, is_dicom_seg, is_image
 from sam2sgp.errors import ConfigError, DataError
 
 # A word for "patient" and a number, at the start of a name and not followed by more of the same word.
@@ -280,16 +280,18 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _images_or_series(folder: Path) -> list[Path]:
-    return [folder] if _is_series_folder(folder) else _images_in(folder)
+    """The folder itself if it is one DICOM series, else the images in it; results of inference (SEG) are none."""
+    images = [path for path in _images_in(folder) if path.is_dir() or not (is_dicom(path) and is_dicom_seg(path))]
+    return [folder] if _is_series_folder(folder, len(images)) else images
 
 
-def _is_series_folder(folder: Path) -> bool:
-    """Whether a folder is one DICOM series, not a collection of images.
+def _is_series_folder(folder: Path, images: int) -> bool:
+    """Whether a folder with so many images is one DICOM series, not a collection of images.
 
     Raises DataError if it holds several series of which one has several slices: no file there is an image by itself.
     """
     files = dicom_files(folder)
-    if not files or len(files) < len(_images_in(folder)):
+    if not files or len(files) < images:
         return False
     tags = ["SeriesInstanceUID", "SeriesDescription", "ImagePositionPatient"]
     slices: Counter = Counter()

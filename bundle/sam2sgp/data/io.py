@@ -2,6 +2,7 @@
 
 In: NIfTI, NRRD, MetaImage, DICOM series folders, single DICOM files and pictures (PNG, JPEG, TIFF, BMP).
 Out: slices (Z, C, H, W) or class maps (Z, H, W) in display orientation, with a `Geometry` that leads back exactly.
+Class maps and maps of probabilities or uncertainty are written on the file's own grid.
 Voxels are only permuted and flipped, never resampled. All functions may be called from several threads at once.
 """
 
@@ -11,6 +12,8 @@ import re
 import threading
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
@@ -20,9 +23,10 @@ import nibabel as nib
 import numpy as np
 import pydicom
 from nibabel.orientations import io_orientation
+from nibabel.volumeutils import array_to_file
 from PIL import Image
 from pydicom.pixel_data_handlers.util import apply_color_lut, convert_color_space
-from pydicom.uid import RLELossless
+from pydicom.uid import RLELossless, SegmentationStorage
 
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.files import replacing
@@ -79,11 +83,15 @@ class Geometry:
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
-        """(slice, row, column) in mm; None for pictures, whose spacing is unknown."""
+        """(slice, row, column) in mm to six digits; None for pictures, whose spacing is unknown.
+
+        Headers hold affines in single precision. What that leaves of a voxel's size differs between an upright and an
+        oblique volume, and would decide whether a region of interest begins one pixel earlier.
+        """
         if self.is_picture:
             return None
         sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
-        return tuple(float(sizes[axis]) for axis in self.axes)
+        return tuple(float(f"{sizes[axis]:.6g}") for axis in self.axes)
 
     @property
     def _full_shape(self) -> tuple[int, ...]:
@@ -250,17 +258,62 @@ def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry,
     native = geometry.to_native(labels).astype(np.uint8 if highest <= 255 else np.uint16)
     if not geometry.is_picture:
         image = nib.Nifti1Image(native, geometry.affine)
-        image.header.set_xyzt_units("mm")
-        image.set_qform(geometry.affine, code=1)
-        image.set_sform(geometry.affine, code=1)
+        _set_space(image.header, geometry)
     else:
         image = Image.fromarray(native * 255 if binary_255 else native)
+    with writing(path, "a label") as part:
+        image.save(part, format="PNG") if geometry.is_picture else nib.save(image, part)
+
+
+def write_map(path: str | os.PathLike, values: np.ndarray, geometry: Geometry) -> None:
+    """Write a map of real values on the grid of the image that `geometry` comes from, as float32; whole or not at all.
+
+    Args:
+        path: ends in `map_suffix(geometry)`. Its folder is made if missing.
+        values: (Z, H, W) or, for several channels, (Z, C, H, W), of a floating-point type. Converted piece by piece, so
+            that a large float16 map never exists as float32.
+        geometry: the image's. A volume is written as NIfTI with its shape (X, Y, Z) or (X, Y, Z, C) and its affine; a
+            picture as a TIFF with one page a channel.
+
+    Raises:
+        DataError: the shape is not the image's, or the file can't be written.
+    """
+    path = Path(path)
+    if values.ndim not in (3, 4) or (values.shape[0], *values.shape[-2:]) != geometry.shape:
+        raise DataError(f"{path}: expected a map of slices of shape {geometry.shape}, found {values.shape}.")
+    if not str(path).lower().endswith(map_suffix(geometry)):
+        raise DataError(f"{path}: expected a file name that ends in {map_suffix(geometry)}.")
+    channels = [values] if values.ndim == 3 else list(values.swapaxes(0, 1))
+    with writing(path, "a map") as part:
+        if geometry.is_picture:
+            pages = [Image.fromarray(geometry.to_native(channel).astype(np.float32)) for channel in channels]
+            pages[0].save(part, format="TIFF", save_all=True, append_images=pages[1:], compression="tiff_deflate")
+            return
+        header = nib.Nifti1Header()
+        header.set_data_dtype(np.float32)
+        header.set_data_shape(geometry.native_shape if values.ndim == 3 else (*geometry._full_shape, len(channels)))
+        _set_space(header, geometry)
+        with nib.openers.Opener(part, "wb") as file:
+            header.write_to(file)
+            for channel in channels:
+                array_to_file(geometry.to_native(channel), file, np.float32, offset=None)
+
+
+def _set_space(header: nib.Nifti1Header, geometry: Geometry) -> None:
+    header.set_xyzt_units("mm")
+    header.set_qform(geometry.affine, code=1)
+    header.set_sform(geometry.affine, code=1)
+
+
+@contextmanager
+def writing(path: str | os.PathLike, what: str) -> Iterator[Path]:
+    """`sam2sgp.files.replacing` for a result, `what` ("a label"); raises DataError where it can't be written."""
     try:
         with replacing(path) as part:
-            image.save(part, format="PNG") if geometry.is_picture else nib.save(image, part)
+            yield part
     except OSError as error:
         raise DataError(
-            f"{path}: expected to write a label there, found {error.strerror or error}; free some space or choose "
+            f"{path}: expected to write {what} there, found {error.strerror or error}; free some space or choose "
             "another folder."
         ) from error
 
@@ -268,6 +321,11 @@ def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry,
 def output_suffix(geometry: Geometry) -> str:
     """The suffix of a label written for an image of this geometry: ".png" for pictures, ".nii.gz" for volumes."""
     return ".png" if geometry.is_picture else ".nii.gz"
+
+
+def map_suffix(geometry: Geometry) -> str:
+    """The suffix of a map of real values: ".tif" for pictures, ".nii.gz" for volumes."""
+    return ".tif" if geometry.is_picture else ".nii.gz"
 
 
 def image_stem(path: str | os.PathLike) -> str:
@@ -288,15 +346,44 @@ def is_image(path: str | os.PathLike) -> bool:
 
 
 def dicom_files(folder: str | os.PathLike) -> list[Path]:
-    """The DICOM files directly in a folder, by name. DICOMDIR, other files and subfolders are left out."""
+    """The DICOM files directly in a folder, by name.
+
+    DICOMDIR, segmentations (SEG), other files and subfolders are left out.
+    """
     return [
         path
         for path in sorted(Path(folder).iterdir())
         if path.is_file()
         and not path.name.startswith(".")
         and path.name != "DICOMDIR"
-        and (_suffix(path) in DICOM_SUFFIXES or (not _suffix(path) and _has_dicom_magic(path)))
+        and is_dicom(path)
+        and not is_dicom_seg(path)
     ]
+
+
+def is_dicom(path: str | os.PathLike) -> bool:
+    """Whether an image is DICOM: a folder, or a file by its suffix or, without one, by its content."""
+    path = Path(path)
+    suffix = _suffix(path)
+    return path.is_dir() or suffix in DICOM_SUFFIXES or (not suffix and _has_dicom_magic(path))
+
+
+def is_dicom_seg(path: str | os.PathLike) -> bool:
+    """Whether a file is a DICOM Segmentation object, by its file meta information."""
+    try:
+        return pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID") == SegmentationStorage
+    except Exception:  # whatever is wrong with a damaged file, reading it as an image tells
+        return False
+
+
+def dicom_headers(path: str | os.PathLike) -> list[pydicom.Dataset]:
+    """Headers, without pixels, of a DICOM series folder or file, in the order of slices along the grid's third axis.
+
+    Raises:
+        DataError: as `read_image` does for a series that is not one regular stack of slices.
+    """
+    path = Path(path)
+    return list(_dicom_stack(path, dicom_files(path) if path.is_dir() else [path])[0].values())
 
 
 def _suffix(path: str | os.PathLike) -> str:
@@ -488,6 +575,29 @@ def _grey(image: Image.Image) -> np.ndarray:
 
 def _read_dicom(path: Path, files: list[Path]) -> _Grid:
     """The one series in `files` as a stack of slices, or a single file."""
+    headers, step = _dicom_stack(path, files)
+    first = next(iter(headers.values()))
+    orientation = _orientation(first)
+    row_spacing, column_spacing = (
+        float(value) for value in first.get("PixelSpacing") or first.get("ImagerPixelSpacing") or (1.0, 1.0)
+    )
+    affine = np.eye(4)
+    affine[:3, 0] = orientation[:3] * column_spacing
+    affine[:3, 1] = orientation[3:] * row_spacing
+    affine[:3, 2] = step
+    affine[:3, 3] = first.get("ImagePositionPatient") or (0.0, 0.0, 0.0)
+    pixels = np.concatenate([_dicom_pixels(file) for file in headers])
+    array = pixels.transpose(2, 1, 0, 3)
+    modality = str(first.get("Modality") or "") or None
+    is_rgb = array.shape[3] == 3
+    return _Grid(array, array.shape[:3], np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, is_rgb=is_rgb, modality=modality)
+
+
+def _dicom_stack(path: Path, files: list[Path]) -> tuple[dict[Path, pydicom.Dataset], np.ndarray]:
+    """Headers of the one series in `files` in the order of its slices, and the step (3,) in mm from one to the next.
+
+    Raises DataError unless they are one regular stack of slices, or a single file.
+    """
     headers = {file: _dicom_header(file) for file in files}
     headers = {file: header for file, header in headers.items() if "Rows" in header}
     if not headers:
@@ -496,28 +606,19 @@ def _read_dicom(path: Path, files: list[Path]) -> _Grid:
     for file, header in headers.items():
         _check_kind(file, header)
     first = next(iter(headers.values()))
-    orientation = np.asarray(first.get("ImageOrientationPatient") or (1, 0, 0, 0, 1, 0), dtype=float)
-    row_spacing, column_spacing = (
-        float(value) for value in first.get("PixelSpacing") or first.get("ImagerPixelSpacing") or (1.0, 1.0)
-    )
+    orientation = _orientation(first)
     normal = np.cross(orientation[:3], orientation[3:])
     if len(headers) > 1:
         order, step = _stack(path, headers, normal)
-    else:
-        order = list(headers)
-        is_film = int(first.get("NumberOfFrames") or 1) > 1
-        thickness = 0.0 if is_film else float(first.get("SpacingBetweenSlices") or first.get("SliceThickness") or 0.0)
-        step = normal * (abs(thickness) or 1.0)
-    affine = np.eye(4)
-    affine[:3, 0] = orientation[:3] * column_spacing
-    affine[:3, 1] = orientation[3:] * row_spacing
-    affine[:3, 2] = step
-    affine[:3, 3] = headers[order[0]].get("ImagePositionPatient") or (0.0, 0.0, 0.0)
-    pixels = np.concatenate([_dicom_pixels(file) for file in order])
-    array = pixels.transpose(2, 1, 0, 3)
-    modality = str(first.get("Modality") or "") or None
-    is_rgb = array.shape[3] == 3
-    return _Grid(array, array.shape[:3], np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, is_rgb=is_rgb, modality=modality)
+        return {file: headers[file] for file in order}, step
+    is_film = int(first.get("NumberOfFrames") or 1) > 1
+    thickness = 0.0 if is_film else float(first.get("SpacingBetweenSlices") or first.get("SliceThickness") or 0.0)
+    return headers, normal * (abs(thickness) or 1.0)
+
+
+def _orientation(header: pydicom.Dataset) -> np.ndarray:
+    """Directions (6,) of a row and of a column, LPS; those of an axial slice where the header has none."""
+    return np.asarray(header.get("ImageOrientationPatient") or (1, 0, 0, 0, 1, 0), dtype=float)
 
 
 def _dicom_header(file: Path) -> pydicom.Dataset:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from sam2sgp.data.folders import check_label_values
 from sam2sgp.errors import DataError, cause_of
-from sam2sgp.transforms.array import label_map, pixel_size
+from sam2sgp.transforms.array import class_probabilities, label_map, pixel_size, uncertainty
 
 logger = logging.getLogger(__name__)
 
@@ -105,15 +105,27 @@ class QueryEvaluator(SupervisedEvaluator):
 
         pred (Z, H, W) class values; pred_index, and truth_index if labelled, (Z, H, W) class numbers 0..C;
         pseudo (Z, S, S) class numbers of the pseudo-masks; box (Z, C, 4); confidence {value: mean probability};
-        support {value: (item numbers (Z, K), similarities (Z, K))}; seconds; and all entries of the case.
+        support {value: (item numbers (Z, K), similarities (Z, K))}; seconds; and all entries of the case;
+        where asked for, probability (Z, C + 1, H, W) and uncertainty (Z, H, W), float16 in [0, 1].
 
     Args:
         exclude_own_patient: never guide a case by support of its own patient.
+        probability: keep the probabilities of background and classes, see `class_probabilities`.
+        uncertainty: keep their normalised entropy, see `sam2sgp.transforms.uncertainty`.
     """
 
-    def __init__(self, *args, exclude_own_patient: bool = True, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        exclude_own_patient: bool = True,
+        probability: bool = False,
+        uncertainty: bool = False,
+        **kwargs,
+    ) -> None:
         super().__init__(*args, decollate=False, **kwargs)
         self.exclude_own_patient = exclude_own_patient
+        self.probability = probability
+        self.uncertainty = uncertainty
         self.add_event_handler(Events.STARTED, lambda engine: engine.inferer.reset())
 
     def _iteration(self, engine, batchdata: dict) -> list[dict]:
@@ -140,6 +152,12 @@ class QueryEvaluator(SupervisedEvaluator):
         pseudo = torch.zeros(slices, *case["image"].shape[-2:], dtype=torch.uint8)
         box = torch.zeros(slices, len(bank.class_values), 4)
         support: dict[int, list] = {}
+        # In half precision: of a long volume these are the largest arrays by far.
+        maps = {}
+        if self.probability:
+            maps["probability"] = torch.zeros(slices, len(values), *case["fit"].original, dtype=torch.float16)
+        if self.uncertainty:
+            maps["uncertainty"] = torch.zeros(slices, *case["fit"].original, dtype=torch.float16)
         sums, counts = np.zeros(len(values)), np.zeros(len(values))
         patient = case.get("patient") if self.exclude_own_patient else None
         pixel = pixel_size(case["geometry"].spacing)
@@ -150,6 +168,9 @@ class QueryEvaluator(SupervisedEvaluator):
             logits = self.inferer.second_pass(logits, case["image_full"][part], self.network, pixel, *source)
             index = label_map(logits)
             pred_index[part] = index.cpu()
+            for name, values_of in (("probability", class_probabilities), ("uncertainty", uncertainty)):
+                if name in maps:
+                    maps[name][part] = values_of(logits).cpu()
             pseudo[part] = label_map(chunk.output.pseudo_logits).cpu()
             box[part] = chunk.output.box.cpu()
             winner = logits.max(1).values.sigmoid()
@@ -163,6 +184,7 @@ class QueryEvaluator(SupervisedEvaluator):
             "pred_index": pred_index,
             "pseudo": pseudo,
             "box": box,
+            **maps,
             "confidence": {
                 value: float(sums[i] / counts[i]) if counts[i] else float("nan")
                 for i, value in enumerate(bank.class_values, 1)

@@ -1,15 +1,35 @@
 """Preprocessing of images and labels, and the way back to the query's own grid."""
 
-from sam2sgp.transforms.array import Fit, label_map, scale_intensity, to_three_channels
-from sam2sgp.transforms.dictionary import FitToSquared, LoadCased, SaveLabeld, ScaleIntensityByModalityd
+from sam2sgp.transforms.array import (
+    Fit,
+    class_probabilities,
+    label_map,
+    scale_intensity,
+    to_three_channels,
+    uncertainty,
+)
+from sam2sgp.transforms.dictionary import (
+    FitToSquared,
+    LoadCased,
+    OutputNames,
+    SaveDicomSegd,
+    SaveLabeld,
+    SaveMapsd,
+    ScaleIntensityByModalityd,
+)
 
 __all__ = [
     "Fit",
     "FitToSquared",
     "LoadCased",
+    "OutputNames",
+    "SaveDicomSegd",
     "SaveLabeld",
+    "SaveMapsd",
     "ScaleIntensityByModalityd",
+    "class_probabilities",
     "label_map",
     "scale_intensity",
     "to_three_channels",
+    "uncertainty",
 ]

@@ -4,6 +4,7 @@ In: slices (Z, C, H, W) with the file's own intensities. Out: (Z, C, S, S) in [0
 and the exact way back for maps on the network's grid.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -233,3 +234,32 @@ def label_map(logits: Tensor) -> Tensor:
         raise DataError(f"{logits.shape[1]} classes in one run: expected at most 255; use labels with fewer classes.")
     best, index = logits.max(1)
     return torch.where(best > 0, index + 1, 0).to(torch.uint8)
+
+
+def class_probabilities(logits: Tensor) -> Tensor:
+    """Class logits (Z, C, H, W) -> probabilities (Z, C + 1, H, W) of background and classes, float16.
+
+    The softmax over the logits with 0, the threshold of `label_map`, as the background's; with one class that is the
+    sigmoid. The largest is that of `label_map`, also where rounding to float16 would have made it equal to another.
+    """
+    probabilities = _with_background(logits).softmax(1).half()
+    winner = label_map(logits)[:, None].long()
+    own = probabilities.gather(1, winner)
+    rival = probabilities.scatter(1, winner, -1.0).amax(1, keepdim=True)
+    # The next float16 above a positive one has the next bit pattern.
+    above = (rival.view(torch.int16) + 1).view(torch.float16)
+    return probabilities.scatter(1, winner, torch.where(own > rival, own, above))
+
+
+def uncertainty(logits: Tensor) -> Tensor:
+    """Class logits (Z, C, H, W) -> normalised entropy (Z, H, W) of their `class_probabilities` p, float16 in [0, 1].
+
+    H = -sum_c p_c log p_c / log(C + 1): 0 where one class is certain, 1 where all and background are equally likely.
+    """
+    log_p = _with_background(logits).log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1) / math.log(log_p.shape[1])
+    return entropy.clamp(0.0, 1.0).half()
+
+
+def _with_background(logits: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1).float()

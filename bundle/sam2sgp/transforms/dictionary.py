@@ -5,15 +5,30 @@ A case is a dict. `LoadCased` turns the path at `image` into slices and adds wha
     image (Z, C, H, W) float32, label (Z, H, W) int64, geometry, source (path of the image), is_rgb, modality
 """
 
+import logging
 from collections.abc import Hashable, Mapping
+from itertools import chain, count
 from pathlib import Path
 
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
-from sam2sgp.data.io import image_stem, output_suffix, read_image, read_label, write_label
+from sam2sgp.data.dicom_seg import DicomSourceError, write_dicom_seg
+from sam2sgp.data.io import (
+    image_stem,
+    is_dicom,
+    map_suffix,
+    output_suffix,
+    read_image,
+    read_label,
+    write_label,
+    write_map,
+)
+from sam2sgp.errors import DataError
 from sam2sgp.transforms.array import Fit, is_ct, pixel_size, scale_intensity
+
+logger = logging.getLogger(__name__)
 
 
 class LoadCased(MapTransform):
@@ -88,25 +103,102 @@ class FitToSquared(MapTransform):
         return case
 
 
-class SaveLabeld(MapTransform):
-    """Write predicted class maps (Z, H, W) to `<output_dir>/<query stem><suffix>` on the query's own grid.
+class OutputNames:
+    """File names in an output folder, of which no two queries and no two kinds of output share one.
 
-    The written path is put at `<key>_path`. Two queries of one stem get the second's whole name as stem.
+    Args:
+        output_dir: the folder.
     """
 
-    def __init__(self, keys: KeysCollection = "pred", output_dir: str = "", binary_255: bool = False) -> None:
-        super().__init__(keys)
+    def __init__(self, output_dir: str) -> None:
         self.output_dir = Path(output_dir)
+        self.taken: dict[Path, str] = {}
+
+    def claim(self, source: str, ending: str) -> Path:
+        """`<output_dir>/<stem><ending>` for the query at `source`, always the same; where that is another's already,
+        the query's whole name is its stem, and then a number is added.
+
+        Raises:
+            DataError: the query itself has that path.
+        """
+        name = Path(source).name
+        for stem in chain((image_stem(source), name), (f"{name}_{number}" for number in count(2))):
+            path = self.output_dir / (stem + ending)
+            if self.taken.setdefault(path, source) == source:
+                break
+        if path.exists() and path.samefile(source):
+            raise DataError(f"{path}: expected a folder for results, found the query there; choose another output_dir.")
+        return path
+
+
+class SaveLabeld(MapTransform):
+    """Write predicted class maps (Z, H, W) to `<query stem><suffix>` on the query's own grid.
+
+    The written path is put at `<key>_path`.
+    """
+
+    def __init__(self, keys: KeysCollection = "pred", *, names: OutputNames, binary_255: bool = False) -> None:
+        super().__init__(keys)
+        self.names = names
         self.binary_255 = binary_255
-        self.written: dict[Path, str] = {}
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         case = dict(data)
         for key in self.key_iterator(case):
-            geometry, source = case["geometry"], case["source"]
-            path = self.output_dir / (image_stem(source) + output_suffix(geometry))
-            if self.written.setdefault(path, source) != source:
-                path = self.output_dir / (Path(source).name + output_suffix(geometry))
-            write_label(path, case[key].numpy(), geometry, self.binary_255)
+            path = self.names.claim(case["source"], output_suffix(case["geometry"]))
+            write_label(path, case[key].numpy(), case["geometry"], self.binary_255)
             case[f"{key}_path"] = str(path)
+        return case
+
+
+class SaveMapsd(MapTransform):
+    """Write maps of real values to `<query stem>_<key><suffix>` on the query's own grid, see `write_map`.
+
+    A key that a case lacks is passed over. What is written is taken out of the case, because it is large.
+    """
+
+    def __init__(self, keys: KeysCollection = ("probability", "uncertainty"), *, names: OutputNames) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.names = names
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        case = dict(data)
+        for key in self.key_iterator(case):
+            path = self.names.claim(case["source"], f"_{key}{map_suffix(case['geometry'])}")
+            write_map(path, case.pop(key).numpy(), case["geometry"])
+        return case
+
+
+class SaveDicomSegd(MapTransform):
+    """Write the class maps (Z, H, W) of DICOM queries to `<query stem>.dcm`, see `write_dicom_seg`.
+
+    The log tells of queries that aren't DICOM (once), that hold no class, and that a segmentation can't refer to; they
+    get no file.
+
+    Args:
+        class_names: by value.
+    """
+
+    def __init__(self, keys: KeysCollection = "pred", *, names: OutputNames, class_names: dict[int, str]) -> None:
+        super().__init__(keys)
+        self.names = names
+        self.class_names = class_names
+        self.warned = False
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        case = dict(data)
+        source = case["source"]
+        if not is_dicom(source):
+            if not self.warned:
+                logger.warning("%s: not DICOM, so no DICOM segmentation is written for it and others like it.", source)
+            self.warned = True
+            return case
+        for key in self.key_iterator(case):
+            path = self.names.claim(source, ".dcm")
+            try:
+                if not write_dicom_seg(path, case[key].numpy(), case["geometry"], source, self.class_names):
+                    logger.warning("%s: nothing was found, so no DICOM segmentation is written.", source)
+            except DicomSourceError as error:
+                # The class map is written, and other queries wait.
+                logger.error("%s", error)
         return case

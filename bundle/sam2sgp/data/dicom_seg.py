@@ -1,0 +1,193 @@
+"""DICOM Segmentation objects (SEG) of predicted class maps.
+
+In: a class map (Z, H, W) in display orientation and the DICOM series or file that it was predicted for. Out: one file
+with a binary segment per class found, which refers to the source's own slices, so that viewers and archives show it
+in place. Objects are built by highdicom.
+"""
+
+import os
+from pathlib import Path
+
+import highdicom
+import numpy as np
+from highdicom.seg import SegmentationTypeValues, SegmentDescription
+from pydicom import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.uid import generate_uid
+
+import sam2sgp
+from sam2sgp.data.io import Geometry, dicom_headers, is_dicom_seg, writing
+from sam2sgp.errors import DataError
+
+PRODUCT = "SAM2-SGP for MONAI"
+# Sets the series apart from those of scanners, which count from 1.
+SERIES_NUMBER = 300
+# Value representation LO.
+LONGEST_LABEL = 64
+# Attributes that the standard wants present and lets be empty; anonymised files often lack them altogether.
+MAY_BE_EMPTY = (
+    "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "AccessionNumber",
+    "StudyID",
+    "StudyDate",
+    "StudyTime",
+)
+
+
+class DicomSourceError(DataError):
+    """DICOM files that no segmentation object can refer to."""
+
+
+def write_dicom_seg(
+    path: str | os.PathLike,
+    labels: np.ndarray,
+    geometry: Geometry,
+    source: str | os.PathLike,
+    class_names: dict[int, str],
+) -> bool:
+    """Write a class map as a DICOM Segmentation object, whole or not at all.
+
+    Segments are binary, numbered from 1 in the order of class values, and bear the class names. Classes that are not
+    in the map get no segment, and slices without a segment no frame. All source slices are referenced.
+
+    Args:
+        path: ends in `.dcm`. Its folder is made if missing.
+        labels: (Z, H, W) integers, 0 is background.
+        geometry: of the source, as `read_image` gave it.
+        source: a DICOM series folder, or the file of a single slice; compressed or not.
+        class_names: by value.
+
+    Returns:
+        Whether there was a class to write. If not, a segmentation that an earlier run left at `path` is removed.
+
+    Raises:
+        DicomSourceError: the source is a film, lacks identifiers or its frame of reference, or is not one regular
+            series.
+        DataError: the file can't be written.
+    """
+    path = Path(path)
+    native = geometry.to_native(labels)
+    values = [int(value) for value in np.unique(native) if value]
+    if not values:
+        if is_dicom_seg(path):
+            path.unlink()
+        return False
+    numbers = np.zeros(values[-1] + 1, dtype=np.uint8)
+    numbers[values] = np.arange(1, len(values) + 1)
+    # A file's grid is (column, row, slice), with slices in the order of its headers.
+    segments = numbers[native.transpose(2, 1, 0)]
+    descriptions = [_description(number, class_names[value]) for number, value in enumerate(values, 1)]
+    headers = _source_images(source, geometry)
+    try:
+        segmentation = highdicom.seg.Segmentation(
+            source_images=headers,
+            pixel_array=segments,
+            segmentation_type=SegmentationTypeValues.BINARY,
+            segment_descriptions=descriptions,
+            series_instance_uid=generate_uid(),
+            series_number=SERIES_NUMBER,
+            sop_instance_uid=generate_uid(),
+            instance_number=1,
+            manufacturer=PRODUCT,
+            manufacturer_model_name=sam2sgp.__name__,
+            software_versions=sam2sgp.__version__,
+            device_serial_number=sam2sgp.__version__,
+            series_description=f"{PRODUCT} segmentation",
+            content_description="Research only, not for diagnosis",
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DicomSourceError(
+            f"{source}: expected DICOM that a segmentation can refer to, found that it can't ({error}); use the "
+            "series as the scanner or archive gives it, or the class map."
+        ) from error
+    # Class names may hold any letter.
+    segmentation.SpecificCharacterSet = "ISO_IR 192"
+    with writing(path, "a DICOM segmentation") as part:
+        segmentation.save_as(part)
+    return True
+
+
+def _source_images(source: str | os.PathLike, geometry: Geometry) -> list[Dataset]:
+    """Headers in the order of slices, completed with what highdicom relies on and files may lack."""
+    headers = dicom_headers(source)
+    spacing = float(np.linalg.norm(geometry.affine[:3, 2]))
+    for header in headers:
+        if int(header.get("NumberOfFrames") or 1) > 1:
+            raise DicomSourceError(
+                f"{source}: expected one slice per file, found a film, whose frames a segmentation can't refer to; use "
+                "the class map."
+            )
+        # A classic image with this tag, which is allowed to say 1, would be taken for a multi-frame object.
+        header.pop("NumberOfFrames", None)
+        for name in MAY_BE_EMPTY:
+            if name not in header:
+                setattr(header, name, None)
+        if header.get("PatientSex") not in ("M", "F", "O"):
+            header.PatientSex = None
+        if "ImagePositionPatient" not in header:
+            # Such as a radiograph: it has no place in its frame of reference.
+            header.pop("FrameOfReferenceUID", None)
+        elif not header.get("SliceThickness"):
+            header.SliceThickness = spacing
+        if len(headers) > 1:
+            header.SpacingBetweenSlices = spacing
+        for name in ("LossyImageCompressionRatio", "LossyImageCompressionMethod"):
+            if name not in header:
+                setattr(header, name, None)
+    return headers
+
+
+def _description(number: int, name: str) -> SegmentDescription:
+    category, kind = _property_codes(name)
+    return SegmentDescription(
+        segment_number=number,
+        # A backslash separates values.
+        segment_label=name.replace("\\", "/")[:LONGEST_LABEL],
+        segmented_property_category=category,
+        segmented_property_type=kind,
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            sam2sgp.__name__, codes.cid7162.ArtificialIntelligence, sam2sgp.__version__
+        ),
+    )
+
+
+def _property_codes(name: str) -> tuple[Code, Code]:
+    """SNOMED CT category and type of a segment: of a few very common class names, else of some tissue."""
+    word = " ".join(name.lower().replace("_", " ").replace("-", " ").split())
+    anatomy, lesions = codes.cid7150.AnatomicalStructure, codes.cid7150.MorphologicallyAbnormalStructure
+    known = {
+        "aorta": (anatomy, codes.SCT.Aorta),
+        "bone": (anatomy, codes.SCT.Bone),
+        "brain": (anatomy, codes.SCT.Brain),
+        "breast": (anatomy, codes.SCT.Breast),
+        "colon": (anatomy, codes.SCT.Colon),
+        "esophagus": (anatomy, codes.SCT.Esophagus),
+        "gallbladder": (anatomy, codes.SCT.Gallbladder),
+        "heart": (anatomy, codes.SCT.Heart),
+        "hippocampus": (anatomy, codes.SCT.Hippocampus),
+        "kidney": (anatomy, codes.SCT.Kidney),
+        "left atrium": (anatomy, codes.SCT.LeftAtrium),
+        "left ventricle": (anatomy, codes.SCT.LeftVentricle),
+        "liver": (anatomy, codes.SCT.Liver),
+        "lung": (anatomy, codes.SCT.Lung),
+        "pancreas": (anatomy, codes.SCT.Pancreas),
+        "prostate": (anatomy, codes.SCT.Prostate),
+        "right atrium": (anatomy, codes.SCT.RightAtrium),
+        "right ventricle": (anatomy, codes.SCT.RightVentricle),
+        "spleen": (anatomy, codes.SCT.Spleen),
+        "stomach": (anatomy, codes.SCT.Stomach),
+        "cyst": (lesions, codes.SCT.Cyst),
+        "edema": (lesions, codes.SCT.Edema),
+        "lesion": (lesions, codes.SCT.Lesion),
+        "neoplasm": (lesions, codes.SCT.Neoplasm),
+        "nodule": (lesions, codes.SCT.Nodule),
+        "tumor": (lesions, codes.SCT.Neoplasm),
+        "tumour": (lesions, codes.SCT.Neoplasm),
+    }
+    plural = word.removesuffix("s")
+    return known.get(word) or known.get(plural) or (codes.cid7150.Tissue, codes.SCT.Tissue)
