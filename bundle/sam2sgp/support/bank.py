@@ -342,40 +342,48 @@ class SupportBank:
         """Each case with what it has, the hash of its content, and what is wrong with it (None: nothing)."""
         new: dict[str, bytes] = {}
         try:
-            for start in range(0, len(cases), CASES_PER_LOOKUP):
-                block = cases[start : start + CASES_PER_LOOKUP]
+            # With a limit, few cases may be enough: each is hashed when it is looked up.
+            step = CASES_PER_LOOKUP if self.max_items is None else 1
+            for start in range(0, len(cases), step):
+                block = cases[start : start + step]
                 self._hashes.prefetch(block)
-                known = self._known(block)
-                for case in block:
-                    listing, digest, error = None, "", None
+                digests = [self._digest(case) for case in block]
+                known = self._known(digests)
+                for case, digest in zip(block, digests, strict=True):
+                    listing, error = None, None
                     try:
-                        digest, listing = self._list(case, known, new)
+                        if isinstance(digest, DataError):
+                            raise digest
+                        digest, listing = self._list(case, digest, known, new)
                         check_label_values(case["label"], listing.values, self.declared)
                     except Exception as raised:  # whatever a reader raises for one file must not end the others
+                        cause = cause_of(raised)
                         if not self.skip_errors:
-                            raise
-                        error = str(cause_of(raised))
+                            raise cause from None
+                        error = str(cause)
                     yield case, listing, digest, error
                 self._commit(new)
         finally:
             self._commit(new)
 
-    def _known(self, cases: list[dict]) -> dict[str, Listing]:
+    def _digest(self, case: dict) -> str | DataError | None:
+        """Hash of a case's content, or why there is none; None where the case has no files."""
+        try:
+            return self._hashes.of_case(case)
+        except DataError as error:
+            return error
+
+    def _known(self, digests: list) -> dict[str, Listing]:
         """Listings from the folder by the hash of a case's content; without those at hand."""
         if self.store is None:
             return {}
-        digests = {}
-        for case in cases:
-            try:
-                digest = self._hashes.of_case(case)
-            except DataError:
-                continue
-            if digest is not None and digest not in self._listings:
-                digests[self._listing_key(digest)] = digest
-        return {digests[key]: Listing.of_json(value) for key, value in self.store.facts(CASE, digests).items()}
+        keys = {self._listing_key(d): d for d in digests if isinstance(d, str) and d not in self._listings}
+        return {keys[key]: Listing.of_json(value) for key, value in self.store.facts(CASE, keys).items()}
 
-    def _list(self, case: dict, known: dict[str, Listing], new: dict[str, bytes]) -> tuple[str, Listing]:
-        digest = self._hashes.of_case(case)
+    def _list(
+        self, case: dict, digest: str | None, known: dict[str, Listing], new: dict[str, bytes]
+    ) -> tuple[str, Listing]:
+        """The hash of a case's content, and what the case has."""
         if digest in self._failed:
             raise DataError(self._failed[digest])
         listing = self._listings.get(digest) or known.get(digest)
@@ -599,6 +607,8 @@ class SupportBank:
             items = [self.items[names[name]] for name in missing]
             made = self._encode_items(items) if part == WHOLE else [self._encode_views(items[0], part)]
             for name, encoding in zip(missing, made, strict=True):
+                # Copies, because a slice keeps the memory of the whole batch, and files hold contiguous tensors alone.
+                encoding = {key: value.clone(memory_format=torch.contiguous_format) for key, value in encoding.items()}
                 if self.store is None:
                     self._encodings[name] = encoding
                 else:
@@ -622,8 +632,7 @@ class SupportBank:
                 if values is not None
             }
             encoding["embedding"] = embedding[row : row + 1]
-            # Clones, because a slice keeps the memory of the whole batch.
-            encodings.append({name: values.clone() for name, values in encoding.items()})
+            encodings.append(encoding)
         return encodings
 
     def _encode_views(self, item: SupportItem, part: str) -> Tensors:
@@ -662,10 +671,11 @@ class SupportBank:
         places = [pool.place[i] for i in rows.tolist()]
         classes = torch.arange(len(values), device=index.device)[None, :, None]
         pairs, pair = (row * len(values) + classes).unique(return_inverse=True)
-
-        def column(position: int, value: int) -> int:
-            return 0 if part != WHOLE else self.items[owners[position]].facts.holds.index(value)
-
+        chosen = []
+        for position, number in (divmod(number, len(values)) for number in pairs.tolist()):
+            # A view shows one class, a whole item all that it holds.
+            held = self.items[owners[position]].facts.holds if part == WHOLE else values
+            chosen.append((encodings[position], places[position], held.index(values[number])))
         memory: dict[str, Tensor | None] = {}
         for name in (*OF_ITEM, *OF_CLASS):
             if name not in encodings[0]:
@@ -674,8 +684,7 @@ class SupportBank:
                 stack = torch.stack([e[name][place] for e, place in zip(encodings, places, strict=True)])
                 memory[name] = stack.to(index.device)[row]
             else:
-                chosen = [divmod(number, len(values)) for number in pairs.tolist()]
-                stack = torch.stack([encodings[u][name][places[u], column(u, values[c])] for u, c in chosen])
+                stack = torch.stack([encoding[name][place, column] for encoding, place, column in chosen])
                 memory[name] = stack.to(index.device)[pair]
         return SupportMemory(**memory)
 

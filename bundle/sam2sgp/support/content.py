@@ -50,7 +50,8 @@ class FileHashes:
         keys = {}
         for case in cases:
             try:
-                paths = [path for key in ("image", "label") for path, _ in _files_of(case[key])]
+                named = [os.path.abspath(case[key]) for key in ("image", "label")]
+                paths = [path for name in named if name not in self._known for path, _ in _files_of(name)]
             except (OSError, KeyError, TypeError):
                 continue
             keys |= {_key(path): path for path in paths if path not in self._known}
