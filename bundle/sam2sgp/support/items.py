@@ -137,12 +137,20 @@ class SupportItem:
         """(S, S) uint8 class map."""
         return self.load().label
 
+    @image.setter
+    def image(self, image: Tensor) -> None:
+        self._replace(image=image)
+
     @label.setter
     def label(self, label: Tensor) -> None:
-        # For experiments with wrong labels. It makes another item, of which nothing is cached yet.
-        changed = replace(self.load(), label=label, thumbnail=None)
+        self._replace(label=label)
+
+    def _replace(self, **pixels: Tensor) -> None:
+        """For experiments with wrong pixels. It makes another item, of which nothing is cached yet."""
+        changed = replace(self.load(), thumbnail=None, **pixels)
         self.load = lambda: changed
-        self.content = hashlib.sha256(self.content.encode() + label.contiguous().numpy().tobytes()).hexdigest()
+        (values,) = pixels.values()
+        self.content = hashlib.sha256(self.content.encode() + values.contiguous().numpy().tobytes()).hexdigest()
 
     @property
     def regions(self) -> dict[int, tuple[Tensor, Tensor]]:
