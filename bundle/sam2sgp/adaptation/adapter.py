@@ -75,7 +75,7 @@ class Adaptation:
     @staticmethod
     def refuse(patient: str | None, bank: SupportBank) -> None:
         """Raise `ConfigError` if a patient that must not guide himself is in the bank: all of it was learned from."""
-        if any(item.patient == patient for item in bank.items):
+        if patient in bank.patients:
             raise ConfigError(
                 f"Patient {patient!r} is in the support set that the network was adapted to, so a result on this "
                 "patient would say nothing; give a support set of other patients, or set `adapt_seconds` to 0."

@@ -3,7 +3,6 @@
 In: a support bank. Out: the numbers of the items to fit and to hold out, and Dice of logits on the latter.
 """
 
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +57,7 @@ def hold_out(bank: SupportBank, seed: int) -> Split | None:
 
 def part_of(bank: SupportBank, index: Tensor) -> SupportBank:
     """A bank of some items of another, not encoded, which shares the items themselves."""
-    part = copy(bank)
-    part.items = [bank.items[i] for i in index.tolist()]
-    part.holds = bank.holds[index]
-    part.progress = False
-    part.forget()
-    return part
+    return bank.part(index.tolist())
 
 
 def class_dice(logits: Tensor, mask: Tensor) -> Tensor:

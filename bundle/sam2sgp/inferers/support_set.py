@@ -11,6 +11,7 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 from sam2sgp.inferers.episode import autocast
+from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.inferers.region import SECOND_PASS_WEIGHT, RegionPass
 from sam2sgp.inferers.volume import ABSENT_LOGIT, Propagation, VolumeMemory
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
@@ -43,6 +44,7 @@ class SupportSetInferer(Inferer):
         region_below: objects of an extent below this share of the image are segmented a second time in a region of
             interest, see `RegionPass`; 0 for never.
         volume_memory: how the slices of a volume guide each other, see `sam2sgp.inferers.volume`; None: not at all.
+        feature_cache: features of queries that may come again; None: each is encoded whenever it comes.
 
     Classes without an eligible support item get `ABSENT_LOGIT` everywhere: they are not segmented.
     """
@@ -56,6 +58,7 @@ class SupportSetInferer(Inferer):
         adapter: "Adapter | None" = None,
         region_below: float = 0.0,
         volume_memory: VolumeMemory | None = None,
+        feature_cache: FeatureCache | None = None,
     ) -> None:
         self.bank = bank
         self.sampler = sampler
@@ -64,6 +67,7 @@ class SupportSetInferer(Inferer):
         self.adapter = adapter
         self.adaptation = None
         self.volume_memory = volume_memory
+        self.feature_cache = feature_cache
         self.region_pass = RegionPass(bank, sampler, region_below, batch_size)
 
     def reset(self) -> None:
@@ -116,7 +120,10 @@ class SupportSetInferer(Inferer):
         """Start, images (B, 3, S, S) and features of each batch."""
         for start in range(0, len(inputs), self.batch_size):
             image = to_three_channels(inputs[start : start + self.batch_size].to(device, torch.float32))
-            yield start, image, network.encode(image)
+            if self.feature_cache is None:
+                yield start, image, network.encode(image)
+            else:
+                yield start, image, self.feature_cache(image, network, self.bank.fingerprint)
 
     def _propagated(
         self,

@@ -1,6 +1,7 @@
-"""The support set: its items, their cached encoding, and the choice among them."""
+"""The support set: its items, what the network makes of them, and which of them guide which query."""
 
-from sam2sgp.support.bank import Retrieved, SupportBank, SupportItem
+from sam2sgp.support.bank import Changes, Retrieved, SupportBank
+from sam2sgp.support.items import SupportItem
 from sam2sgp.support.sampler import EpisodeSupportSampler, SupportSampler
 
-__all__ = ["EpisodeSupportSampler", "Retrieved", "SupportBank", "SupportItem", "SupportSampler"]
+__all__ = ["Changes", "EpisodeSupportSampler", "Retrieved", "SupportBank", "SupportItem", "SupportSampler"]

@@ -1,0 +1,47 @@
+"""Features of queries, so that a second request on the same image skips the encoder.
+
+In: images as the network gets them, and a fingerprint of the network. Out: the very features that were computed for
+them the first time. For one thread at a time.
+"""
+
+from torch import Tensor
+
+from sam2sgp.networks import SAM2SGP, ImageFeatures
+from sam2sgp.support.content import digest_of, precision
+from sam2sgp.support.lru import ByteLRU
+from sam2sgp.support.store import checksum
+
+
+class FeatureCache:
+    """Features of the batches used last, on the device they were computed on.
+
+    Args:
+        megabytes: bound of all features together, in MiB.
+
+    Raises:
+        ConfigError: `megabytes` is not a number of at least 0.
+    """
+
+    def __init__(self, megabytes: float = 256) -> None:
+        self.recent = ByteLRU(megabytes)
+
+    def __call__(self, image: Tensor, network: SAM2SGP, fingerprint: str | None) -> ImageFeatures:
+        """Features of images (B, 3, S, S) in [0, 1]; nobody may change them in place.
+
+        Args:
+            network: in evaluation mode.
+            fingerprint: of the network, see `SupportBank.fingerprint`.
+        """
+        key = digest_of(checksum({"image": image}), fingerprint, precision(image.device))
+        features = self.recent.get(key)
+        if features is None:
+            features = network.encode(image)
+            self.recent.put(key, features, _size(features))
+        return features
+
+
+def _size(features: ImageFeatures) -> int:
+    """Bytes of all tensors, each counted with the whole storage that it keeps."""
+    values = [value for field in vars(features).values() for value in (field if isinstance(field, tuple) else (field,))]
+    storages = [value.untyped_storage() for value in values if value is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

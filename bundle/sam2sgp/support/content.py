@@ -1,0 +1,163 @@
+"""What a cached thing depends on, as hashes: files by their content, preprocessing, and the network.
+
+In: cases as dicts with paths, transforms and networks. Out: hexadecimal SHA-256. A path is never part of one.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from sam2sgp.data.cache import fingerprint as transform_fingerprint
+from sam2sgp.errors import DataError
+from sam2sgp.networks import SAM2SGP
+from sam2sgp.support.store import Store, checksum
+
+# A file changed again within the resolution of its time stamp looks unchanged: 2 s on the coarsest file systems.
+TRUSTED_AGE = 2 * 10**9
+ATTEMPTS = 3
+KIND = "file"
+
+
+def digest_of(*parts: object) -> str:
+    """SHA-256 over parts of JSON types."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class FileHashes:
+    """SHA-256 of files, computed once for each (path, size, mtime, inode).
+
+    Args:
+        store: where hashes are kept for other processes; None keeps them in this object alone.
+    """
+
+    def __init__(self, store: Store | None = None) -> None:
+        self.store = store
+        self._known: dict[str, tuple[list[int], str]] = {}
+        self._new: dict[str, bytes] = {}
+
+    def prefetch(self, cases: Iterable[dict]) -> None:
+        """Look up many cases at once; a case that can't be looked up is left for `of_case` to complain of."""
+        if self.store is None:
+            return
+        keys = {}
+        for case in cases:
+            try:
+                named = [os.path.abspath(case[key]) for key in ("image", "label")]
+                paths = [path for name in named if name not in self._known for path, _ in _files_of(name)]
+            except (OSError, KeyError, TypeError):
+                continue
+            keys |= {_key(path): path for path in paths if path not in self._known}
+        for key, value in self.store.facts(KIND, keys).items():
+            signature, sha256 = json.loads(value)
+            self._known[keys[key]] = signature, sha256
+
+    def of_case(self, case: dict) -> str | None:
+        """Hash of an image's and a label's content, geometry included, and of the modality that is declared for them.
+
+        Returns:
+            None where the case has no files, but tensors.
+
+        Raises:
+            DataError: a file is missing or can't be read.
+        """
+        paths = [case.get("image"), case.get("label")]
+        if not all(isinstance(path, str | os.PathLike) for path in paths):
+            return None
+        try:
+            return digest_of([self._of_path(path) for path in paths], case.get("modality"))
+        except OSError as error:
+            raise DataError(
+                f"{error.filename}: expected a support image and its label, found that one can't be read ({error}); "
+                "correct the file or remove the case."
+            ) from error
+
+    def flush(self) -> None:
+        """Put new hashes into the store."""
+        if self.store is not None:
+            self.store.add_facts(KIND, self._new)
+        self._new = {}
+
+    def _of_path(self, path: str | os.PathLike) -> str:
+        """Of a file; of several files (a series, a header with its data) whatever their names."""
+        hashes = [self._of_file(file, status) for file, status in _files_of(path)]
+        return hashes[0] if len(hashes) == 1 else digest_of(sorted(hashes))
+
+    def _of_file(self, path: str, status: os.stat_result) -> str:
+        for _ in range(ATTEMPTS):
+            signature = [status.st_size, status.st_mtime_ns, status.st_ino]
+            known = self._known.get(path)
+            if known is not None and known[0] == signature:
+                return known[1]
+            with open(path, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                status = os.fstat(file.fileno())
+            if signature == [status.st_size, status.st_mtime_ns, status.st_ino]:
+                if time.time_ns() - status.st_mtime_ns > TRUSTED_AGE:
+                    self._known[path] = signature, sha256
+                    self._new[_key(path)] = json.dumps([signature, sha256]).encode()
+                return sha256
+        raise DataError(f"{path}: expected a finished file, found that it changes while it is read; try again later.")
+
+
+def _key(path: str) -> str:
+    return hashlib.sha256(os.fsencode(path)).hexdigest()
+
+
+def _files_of(path: str | os.PathLike) -> list[tuple[str, os.stat_result]]:
+    """The files that an image consists of, with their state. Raises `OSError` if one is missing."""
+    path = os.path.abspath(path)
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        with os.scandir(path) as entries:
+            return sorted((entry.path, entry.stat()) for entry in entries if entry.is_file())
+    files = [path]
+    if path.lower().endswith(".mhd"):
+        files += _data_of_metaimage(Path(path))
+    return [(file, os.stat(file)) for file in files]
+
+
+def _data_of_metaimage(header: Path) -> list[str]:
+    """The files with the voxels, which the header's last entry names; all in the folder, if by a pattern."""
+    text = header.read_text(encoding="utf-8", errors="surrogateescape")
+    entry = re.search(r"ElementDataFile *= *(.*)", text, re.DOTALL)
+    names = [line.strip() for line in entry[1].splitlines()] if entry else []
+    names = names[1:] if names[:1] == ["LIST"] else names[:1]
+    data = [header.parent / name for name in names if name and name != "LOCAL"]
+    if not all(path.is_file() for path in data):
+        data = [path for path in sorted(header.parent.iterdir()) if path.is_file() and path != header]
+    return [str(path) for path in data]
+
+
+def settings_fingerprint(transform: Callable, *more: object) -> str:
+    """Hash of a (composed) preprocessing and of further settings.
+
+    Plain functions count by their name, not by what they do.
+    """
+    steps = getattr(transform, "transforms", [transform])
+    names = [f"{getattr(step, '__module__', '')}.{getattr(step, '__qualname__', '')}" for step in steps]
+    return digest_of(transform_fingerprint(transform), names, more)
+
+
+def network_fingerprint(network: SAM2SGP, device: torch.device) -> str:
+    """Hash of all that what a network encodes depends on: weights, LoRA, switches, device type and precision."""
+    layers = {
+        name: [layer.active_adapters, layer.merged_adapters, layer.disable_adapters, getattr(layer, "scaling", {})]
+        for name, layer in network.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+    switches = [getattr(network, name, None) for name in ("backbone", "image_size", "normalization")]
+    return digest_of(checksum(network.state_dict()), switches, layers, precision(device))
+
+
+def precision(device: torch.device) -> list:
+    """Device type and, inside an autocast block for it, the type computed in."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return [device.type, str(torch.get_autocast_dtype(device.type)) if enabled else None]

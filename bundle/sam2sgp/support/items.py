@@ -1,0 +1,210 @@
+"""Support items: one 2D image, or one slice of a volume, with its label.
+
+In: cases as preprocessing makes them. Out: light `SupportItem`s, whose pixels are read when they are asked for.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sam2sgp.data.folders import choose_slices
+from sam2sgp.report.overlays import draw_overlay, to_display
+from sam2sgp.transforms.array import Region, pixel_size, thickness
+
+# Mean thickness in network pixels below which a structure gets lost at the network's size.
+THIN = 3.0
+THUMBNAIL = 128
+VIEWS = ("regions", "tiles")
+
+
+@dataclass
+class Prepared:
+    """What preprocessing makes of an item.
+
+    image: (C, S, S) float16 in [0, 1]. label: (S, S) uint8 class map.
+    regions: {class value: images (1, C, S, S) float16 and masks (1, S, S) bool}, the item around each of its classes.
+    tiles: likewise (4, C, S, S) and (4, S, S), its tiles, for those of its classes that are thin here.
+    thumbnail: (H, W, 3) uint8, at most 128 pixels on a side, with the label drawn; None: drawn when asked for.
+    """
+
+    image: Tensor
+    label: Tensor
+    regions: dict[int, tuple[Tensor, Tensor]]
+    tiles: dict[int, tuple[Tensor, Tensor]]
+    thumbnail: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors for a file, with a thumbnail; `of_tensors` leads back."""
+        named = {"image": self.image, "label": self.label, "thumbnail": self.drawn()}
+        for kind in VIEWS:
+            for value, (images, masks) in getattr(self, kind).items():
+                named |= {f"{kind}.{value}.image": images, f"{kind}.{value}.mask": masks}
+        # Slices of a volume are views of one storage, which a file can't hold.
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in named.items()}
+
+    @classmethod
+    def of_tensors(cls, named: dict[str, Tensor]) -> "Prepared":
+        """The inverse of `tensors`."""
+        views: dict[str, dict] = {kind: {} for kind in VIEWS}
+        for name in named:
+            kind, _, rest = name.partition(".")
+            if kind in views and rest.endswith(".image"):
+                value = int(rest.removesuffix(".image"))
+                views[kind][value] = named[name], named[f"{kind}.{value}.mask"]
+        for kind in VIEWS:
+            views[kind] = dict(sorted(views[kind].items()))
+        return cls(named["image"], named["label"], **views, thumbnail=named["thumbnail"])
+
+    def drawn(self) -> Tensor:
+        """The thumbnail."""
+        if self.thumbnail is not None:
+            return self.thumbnail
+        picture = to_display(self.image.float())
+        scale = min(1.0, THUMBNAIL / max(picture.shape[:2]))
+        return torch.from_numpy(draw_overlay(picture, self.label.numpy(), scale=scale).copy())
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Which slice an item is (None: a 2D image), and class values: those it holds at the network's size, those that it
+    has a region of, and those that it has tiles of."""
+
+    slice: int | None
+    holds: tuple[int, ...]
+    regions: tuple[int, ...]
+    tiles: tuple[int, ...]
+
+    @classmethod
+    def of(cls, index: int | None, prepared: Prepared) -> "Facts":
+        holds = tuple(value for value in torch.unique(prepared.label).tolist() if value)
+        return cls(index, holds, tuple(prepared.regions), tuple(prepared.tiles))
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a case has: class values found in its whole label, and its items."""
+
+    values: tuple[int, ...]
+    items: tuple[Facts, ...]
+
+    def to_json(self) -> bytes:
+        rows = [[facts.slice, facts.holds, facts.regions, facts.tiles] for facts in self.items]
+        return json.dumps([self.values, rows]).encode()
+
+    @classmethod
+    def of_json(cls, text: bytes) -> "Listing":
+        values, rows = json.loads(text)
+        return cls(tuple(values), tuple(Facts(index, *map(tuple, classes)) for index, *classes in rows))
+
+
+@dataclass(eq=False)
+class SupportItem:
+    """One 2D image or one slice of a volume with its label.
+
+    Attributes:
+        id: for people: the case's name, of a volume with `#` and the slice.
+        content: hash of the image's and the label's content, geometry included, and of the slice; never of a path.
+        source: path of the case's image.
+        patient, group: of the case.
+        facts: its slice and classes.
+        load: gives its pixels.
+    """
+
+    id: str
+    content: str
+    source: str
+    patient: str
+    group: str
+    facts: Facts
+    load: Callable[[], Prepared] = field(repr=False)
+
+    @property
+    def slice(self) -> int | None:
+        """Its index in the volume, None for a 2D image."""
+        return self.facts.slice
+
+    @property
+    def image(self) -> Tensor:
+        """(C, S, S) float16 in [0, 1]."""
+        return self.load().image
+
+    @property
+    def label(self) -> Tensor:
+        """(S, S) uint8 class map."""
+        return self.load().label
+
+    @image.setter
+    def image(self, image: Tensor) -> None:
+        self._replace(image=image)
+
+    @label.setter
+    def label(self, label: Tensor) -> None:
+        self._replace(label=label)
+
+    def _replace(self, **pixels: Tensor) -> None:
+        """For experiments with wrong pixels. It makes another item, of which nothing is cached yet."""
+        changed = replace(self.load(), thumbnail=None, **pixels)
+        self.load = lambda: changed
+        (values,) = pixels.values()
+        self.content = hashlib.sha256(self.content.encode() + values.contiguous().numpy().tobytes()).hexdigest()
+
+    @property
+    def regions(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """{class value: images (1, C, S, S) float16 and masks (1, S, S) bool}, around each of its classes."""
+        return self.load().regions
+
+    @property
+    def tiles(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """{class value: images (4, C, S, S) float16 and masks (4, S, S) bool}, for its thin classes."""
+        return self.load().tiles
+
+    @property
+    def thumbnail(self) -> Tensor:
+        """(H, W, 3) uint8, at most 128 pixels on a side, with the label drawn."""
+        return self.load().drawn()
+
+
+def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prepared]]:
+    """The items of a case.
+
+    Args:
+        case: preprocessed: image (Z, C, S, S) in [0, 1], label (Z, S, S), both also at their own size as `image_full`
+            and `label_full`, and geometry.
+        slices_per_class: slices taken from a volume for each class.
+    """
+    label = case["label"]
+    flat = label.flatten(1)
+    values = torch.unique(label).tolist()
+    chosen: set[int] = set()
+    for value in values:
+        if value:
+            chosen |= set(choose_slices((flat == value).sum(1).numpy(), slices_per_class))
+    items = [
+        Prepared(case["image"][index].half(), label[index].to(torch.uint8), **_views(case, index))
+        for index in sorted(chosen)
+    ]
+    volume = len(label) > 1
+    facts = [Facts.of(index if volume else None, item) for index, item in zip(sorted(chosen), items, strict=True)]
+    return Listing(tuple(values), tuple(facts)), items
+
+
+def _views(case: dict, index: int) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
+    """Regions and tiles of one slice."""
+    image, label = case["image_full"][index][None], case["label_full"][index]
+    pixel = pixel_size(case["geometry"].spacing)
+    size = case["image"].shape[-1]
+    found: dict[str, dict] = {kind: {} for kind in VIEWS}
+    for value in torch.unique(label[label > 0]).tolist():
+        mask = label == value
+        views = {"regions": [Region.around(mask, size, pixel, below=torch.inf)]}
+        if thickness(case["label"][index] == value) < THIN:
+            views["tiles"] = Region.tiles(tuple(label.shape), size, pixel)
+        for kind, rectangles in views.items():
+            images = torch.cat([rectangle.apply(image) for rectangle in rectangles]).half()
+            masks = [rectangle.apply_label(mask[None].to(torch.uint8)) > 0 for rectangle in rectangles]
+            found[kind][value] = images, torch.cat(masks)
+    return found

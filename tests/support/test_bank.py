@@ -1,0 +1,844 @@
+"""The support bank on disk: what it finds again, what it notices, what it survives, and what it costs."""
+
+import logging
+import os
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.transforms import Compose
+
+from sam2sgp.errors import ConfigError, DataError
+from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.networks import SAM2SGP
+from sam2sgp.support import SupportBank, SupportSampler, content, store
+from sam2sgp.support.lru import ByteLRU
+from tests.support import pairs
+from tests.support.pairs import Counter, age, bank, network, query, segment, write_case, write_set
+
+COUNT = 6
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def net() -> SAM2SGP:
+    return network()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_set(tmp_path / "set", COUNT)
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def encoder(net, monkeypatch) -> Counter:
+    """Counts the passes of the encoder."""
+    counter = Counter(net.encode)
+    monkeypatch.setattr(net, "encode", counter)
+    return counter
+
+
+class CountedPreprocessing(Compose):
+    """Counts the cases read. Its key is that of what it counts for."""
+
+    def __init__(self) -> None:
+        super().__init__(pairs.preprocessing().transforms)
+        self.calls = 0
+
+    def __call__(self, *arguments, **keywords):
+        self.calls += 1
+        return super().__call__(*arguments, **keywords)
+
+
+@pytest.fixture(scope="module")
+def expected(net, tmp_path_factory) -> torch.Tensor:
+    """Logits with a bank in memory."""
+    return segment(bank(write_set(tmp_path_factory.mktemp("memory") / "set", COUNT)), net)
+
+
+def files(cache: Path, layer: str = "encoded") -> list[Path]:
+    """Finished files of a layer."""
+    return sorted((cache / layer).glob("*/*.safetensors"))
+
+
+def fresh(folder: Path, net: SAM2SGP) -> torch.Tensor:
+    return segment(bank(folder), net)
+
+
+# Equality
+
+
+@pytest.mark.parametrize("megabytes", [256, 0.05, 0])
+def test_results_are_the_same_to_the_last_bit_with_and_without_a_folder(folder, cache, net, expected, megabytes):
+    written = segment(bank(folder, cache, cache_mb=megabytes), net)
+    read = segment(bank(folder, cache, cache_mb=megabytes), net)
+    assert torch.equal(written, expected) and torch.equal(read, expected)
+    assert expected.isfinite().all() and expected.std() > 0
+
+
+def test_encoding_an_item_does_not_depend_on_the_others(folder, net):
+    whole = bank(folder)
+    alone = bank(folder).part([3])
+    for support in (whole, alone):
+        support.encode(net)
+    assert torch.equal(whole.embedding[3], alone.embedding[0])
+    for name, values in alone._encodings[f"{alone.items[0].content}.item"].items():
+        assert torch.equal(values, whole._encodings[f"{whole.items[3].content}.item"][name])
+
+
+def test_items_from_the_folder_have_the_pixels_of_those_in_memory(folder, cache):
+    bank(folder, cache)
+    for stored, held in zip(bank(folder, cache).items, bank(folder).items, strict=True):
+        assert torch.equal(stored.image, held.image) and torch.equal(stored.label, held.label)
+        assert torch.equal(stored.thumbnail, held.thumbnail) and stored.thumbnail.dtype == torch.uint8
+        assert stored.thumbnail.shape == (pairs.SIZE, pairs.SIZE, 3)
+        assert (stored.id, stored.content, stored.source) == (held.id, held.content, held.source)
+        assert stored.regions.keys() == held.regions.keys() and stored.tiles.keys() == held.tiles.keys()
+        for value, (image, mask) in held.regions.items():
+            assert torch.equal(stored.regions[value][0], image) and torch.equal(stored.regions[value][1], mask)
+
+
+# Found again
+
+
+def test_every_item_is_encoded_once_and_never_again(folder, cache, net, encoder):
+    bank(folder, cache).encode(net)
+    assert encoder.calls == COUNT
+    again = bank(folder, cache)
+    again.encode(net)
+    again.forget()
+    again.encode(net)
+    assert encoder.calls == COUNT
+    bank(folder).encode(net)
+    assert encoder.calls == 2 * COUNT
+
+
+def test_regions_are_encoded_once_and_never_again(folder, cache, net, encoder):
+    segment(bank(folder, cache), net)
+    first = encoder.calls
+    segment(bank(folder, cache), net)
+    second = encoder.calls - first
+    bank(folder).encode(net)
+    segment(bank(folder), net)
+    in_memory = encoder.calls - first - second - COUNT
+    assert in_memory == first and second < first - COUNT
+
+
+def test_the_same_content_under_other_names_is_found(folder, cache, net, encoder, tmp_path):
+    before = bank(folder, cache)
+    before.encode(net)
+    for kind in ("images", "labels"):
+        (tmp_path / "other" / kind).mkdir(parents=True)
+        for number in range(COUNT):
+            shutil.copy(folder / kind / f"case{number}.nii", tmp_path / "other" / kind / f"scan{number}.nii")
+    preprocessing = CountedPreprocessing()
+    after = bank(tmp_path / "other", cache, transform=preprocessing)
+    after.encode(net)
+    assert preprocessing.calls == 0 and encoder.calls == COUNT
+    assert [item.content for item in after.items] == [item.content for item in before.items]
+    assert [item.id for item in after.items] == [f"scan{number}" for number in range(COUNT)]
+    assert after.items[2].source == str(tmp_path / "other" / "images" / "scan2.nii")
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_an_edited_file_is_not_taken_for_the_old_one(folder, cache, net, encoder, kind, tmp_path):
+    bank(folder, cache).encode(net)
+    write_case(tmp_path / "edited", "case2", 2, shift=3)
+    shutil.copy(tmp_path / "edited" / kind / "case2.nii", folder / kind / "case2.nii")
+    support = bank(folder, cache)
+    support.encode(net)
+    assert encoder.calls == COUNT + 1
+    assert torch.equal(segment(support, net), fresh(folder, net))
+
+
+def test_other_preprocessing_finds_nothing(folder, cache, net, encoder):
+    bank(folder, cache).encode(net)
+    other = pairs.preprocessing()
+    other.transforms[1].percentiles = (5.0, 95.0)
+    bank(folder, cache, transform=other).encode(net)
+    assert encoder.calls == 2 * COUNT
+
+
+def test_slices_of_a_volume_are_items_of_their_own(tmp_path, cache, net, encoder):
+    label = np.zeros((32, 32, 12), np.uint8)
+    label[8:20, 8:20, 2:11] = 1
+    for kind, array in (("images", label + np.random.default_rng(0).random(label.shape)), ("labels", label)):
+        (tmp_path / "set" / kind).mkdir(parents=True)
+        nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), tmp_path / "set" / kind / "scan.nii.gz")
+    wide = bank(tmp_path / "set", cache, slices_per_class=4)
+    wide.encode(net)
+    assert [item.id for item in wide.items] == [f"scan#{item.slice}" for item in wide.items] and encoder.calls == 4
+    narrow = bank(tmp_path / "set", cache, slices_per_class=2)
+    narrow.encode(net)
+    assert len(narrow) == 2 and encoder.calls == 4, "slices that were chosen before are found"
+
+
+# The network
+
+
+def _other_weights(net):
+    with torch.no_grad():
+        next(net.memory_encoder.parameters()).add_(1e-3)
+
+
+def _other_normalization(net):
+    net.normalization = "none"
+
+
+@pytest.mark.parametrize("change", [_other_weights, _other_normalization])
+def test_a_changed_network_never_sees_old_memory_and_the_old_one_finds_it_again(folder, cache, change):
+    support, changed, plain = bank(folder, cache), network(), network()
+    support.encode(plain)
+    old, fingerprint = support.memory.tokens, support.fingerprint
+    change(changed)
+    support.forget()
+    support.encode(changed)
+    assert support.fingerprint != fingerprint and not torch.equal(support.memory.tokens, old)
+    assert torch.equal(segment(support, changed), fresh(folder, changed))
+    plain.encode = Counter(plain.encode)
+    support.encode(plain)
+    assert plain.encode.calls == 0 and torch.equal(support.memory.tokens, old)
+
+
+def test_lora_and_its_scale_count(folder, cache):
+    networks = []
+    for alpha in (8, 16):
+        torch.manual_seed(0)
+        adapted = SAM2SGP("nano", pairs.SIZE, lora={"r": 4, "alpha": alpha}).eval()
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+        networks.append(adapted)
+    assert content.checksum(networks[0].state_dict()) == content.checksum(networks[1].state_dict())
+    support = bank(folder, cache)
+    fingerprints = set()
+    for adapted in (*networks, network()):
+        support.encode(adapted)
+        fingerprints.add(support.fingerprint)
+        assert torch.equal(support.embedding, _embedding(folder, adapted))
+    assert len(fingerprints) == 3
+
+
+def _embedding(folder, net):
+    support = bank(folder)
+    support.encode(net)
+    return support.embedding
+
+
+def test_precision_counts(folder, cache, net, encoder):
+    support = bank(folder, cache)
+    support.encode(net)
+    full = support.memory.tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        support.encode(net)
+    assert encoder.calls == 2 * COUNT and not torch.equal(support.memory.tokens.float(), full)
+    # What is made later, outside the block, is made in the precision that the bank was encoded in.
+    shutil.rmtree(cache / "encoded")
+    before = support.memory.tokens
+    support.store.recent = ByteLRU(0)
+    assert torch.equal(support.memory.tokens, before)
+
+
+def test_pruning_leaves_what_this_network_and_kept_ones_encoded(folder, cache, net, encoder):
+    support = bank(folder, cache)
+    fingerprints = []
+    for seed in (1, 2):
+        support.encode(network(seed))
+        fingerprints.append(support.fingerprint)
+    support.encode(net)
+    assert support.prune(keep=fingerprints[:1]) == fingerprints[1:]
+    assert sorted(path.name for path in (cache / "encoded").iterdir()) == sorted([fingerprints[0], support.fingerprint])
+    bank(folder, cache).encode(net)
+    assert encoder.calls == COUNT
+    # A process that still used what is gone makes it again.
+    second = network(2)
+    support.encode(second)
+    assert torch.equal(support.embedding, _embedding(folder, second))
+
+
+# Reconciling
+
+
+@pytest.fixture(params=["folder", "memory"])
+def place(request, cache) -> Path | None:
+    return cache if request.param == "folder" else None
+
+
+def data(folder: Path) -> list[dict]:
+    return pairs.load_datalist(folder)
+
+
+def test_the_next_query_uses_added_cases_and_only_those_are_read_and_encoded(folder, place, net, encoder):
+    preprocessing = CountedPreprocessing()
+    support = bank(folder, place, transform=preprocessing)
+    segment(support, net)
+    write_case(folder, "new", 10)
+    encoded, read = encoder.calls, preprocessing.calls
+    changes = support.reconcile(data(folder))
+    assert changes.added == ["new"] and changes.removed == [] and encoder.calls == encoded
+    image = support.items[-1].image.float()[None]
+    features = net.encode(image.expand(-1, 3, -1, -1))
+    retrieved = support.retrieve(net, features, SupportSampler(k=1))[0]
+    assert support.items[int(retrieved.index)].id == "new"
+    assert preprocessing.calls == read + 1 and encoder.calls == encoded + 2
+    assert torch.equal(segment(support, net), fresh(folder, net))
+
+
+def test_removed_cases_leave_at_once(folder, place, net, encoder):
+    support = bank(folder, place)
+    segment(support, net)
+    for kind in ("images", "labels"):
+        (folder / kind / "case1.nii").unlink()
+    calls = encoder.calls
+    assert support.reconcile(data(folder)).removed == ["case1"]
+    assert len(support) == COUNT - 1 and "case1" not in [item.id for item in support.items]
+    features = net.encode(query().expand(-1, 3, -1, -1))
+    index = support.retrieve(net, features, SupportSampler(k=COUNT))[0].index
+    assert index.max() == COUNT - 2 and encoder.calls == calls + 1
+    assert torch.equal(segment(support, net), fresh(folder, net))
+
+
+def test_a_file_changed_in_place_is_noticed_by_its_time_alone(folder, place, net, encoder, tmp_path):
+    support = bank(folder, place)
+    support.encode(net)
+    old = support.items[2].content
+    path = folder / "labels" / "case2.nii"
+    state = path.stat()
+    write_case(tmp_path / "edited", "case2", 2, shift=3)
+    path.write_bytes((tmp_path / "edited" / "labels" / "case2.nii").read_bytes())
+    os.utime(path, ns=(state.st_mtime_ns + 1, state.st_mtime_ns + 1))
+    assert (path.stat().st_size, path.stat().st_ino) == (state.st_size, state.st_ino)
+    changes = support.reconcile(data(folder))
+    assert changes.added == changes.removed == ["case2"] and support.items[2].content != old
+    assert torch.equal(segment(support, net), fresh(folder, net))
+
+
+def test_a_file_changed_twice_within_one_tick_of_the_clock_is_noticed(folder, place, tmp_path):
+    path = folder / "labels" / "case2.nii"
+    age(path, -60)
+    state = path.stat()
+    support = bank(folder, place)
+    write_case(tmp_path / "edited", "case2", 2, shift=3)
+    path.write_bytes((tmp_path / "edited" / "labels" / "case2.nii").read_bytes())
+    os.utime(path, ns=(state.st_mtime_ns, state.st_mtime_ns))
+    assert support.reconcile(data(folder)).added == ["case2"]
+
+
+def test_unchanged_files_are_neither_hashed_nor_read(folder, cache, monkeypatch):
+    support = bank(folder, cache)
+    hashed = Counter(content.hashlib.file_digest)
+    monkeypatch.setattr(content.hashlib, "file_digest", hashed)
+    preprocessing = CountedPreprocessing()
+    again = bank(folder, cache, transform=preprocessing)
+    support.reconcile(data(folder))
+    assert hashed.calls == 0 and preprocessing.calls == 0
+    again._hashes = content.FileHashes()
+    again.reconcile(data(folder))
+    assert hashed.calls == 2 * COUNT
+
+
+def test_a_new_class_gets_a_column(tmp_path, place, net):
+    folder = tmp_path / "set"
+    write_case(folder, "case0", 0)
+    write_case(folder, "case2", 2)
+    support = bank(folder, place, class_names={})
+    assert support.class_values == [1]
+    before = segment(support, net)
+    write_case(folder, "case1", 1)
+    support.reconcile(data(folder))
+    assert support.class_names == {1: "class_1", 2: "class_2"} and support.holds.tolist()[1] == [True, True]
+    after = segment(support, net)
+    assert before.shape[1] == 1 and after.shape[1] == 2
+    assert torch.equal(after, segment(bank(folder, class_names={}), net))
+
+
+def test_a_limit_holds_after_reconciling(folder, place, net):
+    support = bank(folder, place, max_items=3)
+    write_case(folder, "new", 10)
+    for _ in range(2):
+        support.reconcile(data(folder))
+        assert len(support) == 3
+        assert [item.id for item in support.items] == [item.id for item in bank(folder, max_items=3).items]
+
+
+# Cases that can't be used
+
+
+def spoil(folder: Path, name: str) -> None:
+    path = folder / "labels" / f"{name}.nii"
+    path.write_bytes(path.read_bytes()[:400])
+    age(path)
+
+
+def test_one_bad_case_is_listed_and_the_others_are_used(folder, place, net):
+    spoil(folder, "case1")
+    with pytest.raises(DataError, match="case1"):
+        bank(folder, place)
+    preprocessing = CountedPreprocessing()
+    support = bank(folder, place, skip_errors=True, transform=preprocessing)
+    assert [item.id for item in support.items] == ["case0", "case2", "case3", "case4", "case5"]
+    (error,) = support.errors
+    assert error["name"] == "case1" and error["source"] == str(folder / "images" / "case1.nii")
+    assert "case1.nii" in error["error"]
+    calls = preprocessing.calls
+    support.reconcile(data(folder))
+    assert preprocessing.calls == calls and len(support.errors) == 1, "the same bad file is not read again and again"
+    write_case(folder, "case1", 1)
+    support.reconcile(data(folder))
+    assert support.errors == [] and len(support) == COUNT
+    assert torch.equal(segment(support, net), fresh(folder, net))
+
+
+def test_a_missing_file_and_an_undeclared_class_are_listed(folder, place):
+    cases = data(folder)
+    (folder / "images" / "case0.nii").unlink()
+    support = SupportBank(
+        cases, pairs.preprocessing(), {1: "square"}, progress=False, cache_dir=place, skip_errors=True
+    )
+    assert [error["name"] for error in support.errors] == ["case0", "case1", "case3", "case5"]
+    assert "found value 2" in support.errors[1]["error"] and len(support) == 2
+
+
+def test_where_errors_are_not_skipped_the_bank_stays_as_it_was(folder, place, net):
+    support = bank(folder, place)
+    before = segment(support, net)
+    spoil(folder, "case1")
+    with pytest.raises(DataError):
+        support.reconcile(data(folder))
+    assert len(support) == COUNT and torch.equal(segment(support, net), before)
+
+
+def test_a_bank_may_start_empty(folder, place, net):
+    with pytest.raises(DataError, match="at least one object"):
+        SupportBank([], pairs.preprocessing(), pairs.NAMES, progress=False, cache_dir=place)
+    support = SupportBank([], pairs.preprocessing(), pairs.NAMES, progress=False, cache_dir=place, allow_empty=True)
+    support.encode(net)
+    features = net.encode(query().expand(-1, 3, -1, -1))
+    assert len(support) == 0 and support.retrieve(net, features, SupportSampler()) == []
+    support.reconcile(data(folder))
+    assert torch.equal(segment(support, net), fresh(folder, net))
+    support.reconcile([])
+    assert support.retrieve(net, features, SupportSampler()) == [] and support.patients == {}
+
+
+def test_a_label_changed_after_the_cache_was_deleted_is_never_taken_for_the_old_one(folder, cache, tmp_path):
+    support = bank(folder, cache, cache_mb=0)
+    label = support.items[2].label.clone()
+    shutil.rmtree(cache)
+    assert torch.equal(support.items[2].label, label)
+    shutil.rmtree(cache)
+    write_case(folder, "case2", 2, shift=3)
+    with pytest.raises(DataError, match="case2"):
+        support.items[2].label  # noqa: B018
+
+
+# Damage
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 4] ^= 1
+    path.write_bytes(content)
+
+
+def _another_item(path: Path) -> None:
+    other = next(other for other in sorted(path.parent.iterdir()) if other != path and other.suffix == path.suffix)
+    shutil.copy(other, path)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _empty, _flip_a_bit, _another_item, Path.unlink])
+@pytest.mark.parametrize("index", ["kept", "lost"])
+def test_damaged_files_are_made_again(folder, cache, net, expected, encoder, damage, index):
+    segment(bank(folder, cache), net)
+    for path in files(cache, "encoded")[::2] + files(cache, "prepared")[::2]:
+        damage(path)
+    if index == "lost":
+        shutil.rmtree(cache / "index")
+    assert torch.equal(segment(bank(folder, cache), net), expected)
+    if index == "kept":
+        for item in bank(folder, cache).items:
+            assert item.image.shape[-1] == pairs.SIZE
+
+
+def test_damage_while_the_bank_is_in_use_is_repaired(folder, cache, net, expected, encoder):
+    support = bank(folder, cache, cache_mb=0)
+    assert torch.equal(segment(support, net), expected)
+    for path in files(cache):
+        _truncate(path)
+    assert torch.equal(segment(support, net), expected)
+    valid = [path for path in files(cache) if store.load(path, str(path.relative_to(cache).with_suffix("")))]
+    assert valid, "what was read is whole again"
+
+
+def _garbage(index: Path) -> None:
+    index.write_bytes(os.urandom(5000))
+
+
+def _cut(index: Path) -> None:
+    with sqlite3.connect(index) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    index.write_bytes(index.read_bytes()[:5000])
+
+
+def _wrong_values(index: Path) -> None:
+    with sqlite3.connect(index) as connection:
+        rows = connection.execute("SELECT rowid, value FROM facts").fetchall()
+        for row, value in rows:
+            connection.execute("UPDATE facts SET value = ? WHERE rowid = ?", (value[:-1] + b"\x07", row))
+    connection.close()
+
+
+def _wrong_schema(index: Path) -> None:
+    index.unlink()
+    with sqlite3.connect(index) as connection:
+        connection.execute("CREATE TABLE facts (other TEXT)")
+    connection.close()
+
+
+@pytest.mark.parametrize("damage", [_garbage, _cut, _wrong_values, _wrong_schema, Path.unlink])
+def test_a_damaged_index_costs_nothing_but_reading(folder, cache, net, expected, encoder, damage):
+    bank(folder, cache).encode(net)
+    calls = encoder.calls
+    damage(cache / "index" / "index.sqlite")
+    support = bank(folder, cache)
+    support.encode(net)
+    assert encoder.calls == calls, "files are valid without the index"
+    assert torch.equal(segment(support, net), expected)
+    if damage in (_garbage, _cut, _wrong_values, Path.unlink):
+        preprocessing = CountedPreprocessing()
+        bank(folder, cache, transform=preprocessing)
+        assert preprocessing.calls == 0, "the index is whole again"
+
+
+def test_the_folder_may_be_deleted_at_any_time(folder, cache, net, expected):
+    support = bank(folder, cache, cache_mb=0)
+    shutil.rmtree(cache)
+    assert torch.equal(segment(support, net), expected)
+    shutil.rmtree(cache)
+    assert torch.equal(segment(support, net), expected)
+    assert files(cache), "and is filled again"
+
+
+@contextmanager
+def full_disk():
+    """No file can grow beyond a kilobyte, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_on_a_full_disk_memory_takes_over_with_one_warning(folder, cache, net, expected, encoder, caplog):
+    with full_disk(), caplog.at_level(logging.WARNING):
+        support = bank(folder, cache, cache_mb=0)
+        assert torch.equal(segment(support, net), expected)
+        calls = encoder.calls
+        support.encode(net)
+        assert encoder.calls == calls, "what could not be written is held"
+    assert len([record for record in caplog.records if "support_cache_dir" in record.message]) == 1
+    assert not files(cache) and not list(cache.glob("*/*/.*"))
+    assert torch.equal(segment(bank(folder, cache), net), expected)
+
+
+@contextmanager
+def without_rights(folder: Path):
+    """As a user who may read everything in a folder and write nothing."""
+    user = os.geteuid()
+    paths = [folder, *folder.rglob("*")]
+    modes = {path: path.stat().st_mode for path in paths}
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(user)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_folder_that_can_not_be_written_is_read_and_memory_does_the_rest(net, expected, encoder, caplog, filled):
+    with TemporaryDirectory() as place:
+        place = Path(place)
+        place.chmod(0o755)
+        folder, cache = write_set(place / "set", COUNT), place / "cache"
+        cache.mkdir()
+        if filled:
+            bank(folder, cache).encode(net)
+        calls = encoder.calls
+        with without_rights(place), caplog.at_level(logging.WARNING):
+            preprocessing = CountedPreprocessing()
+            support = bank(folder, cache, transform=preprocessing)
+            support.encode(net)
+            if filled:
+                assert encoder.calls == calls and preprocessing.calls == 0
+            assert torch.equal(segment(support, net), expected)
+        assert len([record for record in caplog.records if "support_cache_dir" in record.message]) == 1
+
+
+# Several processes and kills
+
+
+# Forks for each cache folder a process that fills it; a fork before any computation saves importing everything anew.
+FILL = """
+import os, sys
+sys.path.insert(0, {root!r})
+from tests.support.pairs import encode_to
+{setup}
+pids = []
+for cache, moment in {caches!r}:
+    pids.append(os.fork())
+    if not pids[-1]:
+        left = moment
+        encode_to({folder!r}, cache)
+        os._exit(0)
+print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
+"""
+# Ends the process at the given step: while a file is half written, or before or after it appears or a row is added.
+KILL = """
+import signal, sqlite3
+from pathlib import Path
+def step():
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+def stepping(function):
+    def call(*arguments, **keywords):
+        step()
+        result = function(*arguments, **keywords)
+        step()
+        return result
+    return call
+write = Path.write_bytes
+def half(path, content):
+    write(path, content[: len(content) // 2])
+    step()
+    return write(path, content)
+Path.write_bytes = half
+os.replace = stepping(os.replace)
+class Connection(sqlite3.Connection):
+    executemany = stepping(sqlite3.Connection.executemany)
+connect = sqlite3.connect
+sqlite3.connect = lambda *arguments, **keywords: connect(*arguments, factory=Connection, **keywords)
+"""
+
+
+def fill(folder: Path, caches: list[tuple[Path, int]], setup: str = "") -> list[int]:
+    """Exit codes of processes that fill one cache folder each, all at once."""
+    code = FILL.format(root=str(ROOT), setup=setup, folder=str(folder), caches=[(str(c), m) for c, m in caches])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bundle")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [int(code) for code in done.stdout.split()]
+
+
+def test_two_processes_at_once_make_one_whole_bank(folder, cache, net, expected, encoder):
+    assert fill(folder, [(cache, 0)] * 2) == [0, 0]
+    support = bank(folder, cache)
+    support.encode(net)
+    assert encoder.calls == 0 and not list(cache.glob("*/*/.*"))
+    assert torch.equal(segment(support, net), expected)
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_loses_only_what_was_being_written(folder, tmp_path, net, expected, encoder):
+    # Preparing takes the first 22 steps, encoding the items the next 20, their regions and tiles the rest.
+    moments = sorted(np.random.default_rng(7).choice(range(60), 12, replace=False).tolist())
+    caches = [tmp_path / f"cache{moment}" for moment in moments]
+    assert fill(folder, list(zip(caches, moments, strict=True)), KILL) == [-signal.SIGKILL] * len(moments)
+    encoded = []
+    for cache in caches:
+        encoded.append(len([path for path in files(cache) if path.name.endswith(".item.safetensors")]))
+        encoder.calls = 0
+        support = bank(folder, cache)
+        support.encode(net)
+        assert encoder.calls == COUNT - encoded[-1]
+        assert torch.equal(segment(support, net), expected)
+    assert encoded[0] == 0 and encoded[-1] == COUNT and len(set(encoded)) > 3
+
+
+def test_an_interrupted_encoding_goes_on_where_it_stopped(folder, cache, net, expected, monkeypatch):
+    encode = net.encode
+
+    def failing(image):
+        if len(files(cache)) == 4:
+            raise KeyboardInterrupt
+        return encode(image)
+
+    monkeypatch.setattr(net, "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        bank(folder, cache).encode(net)
+    counter = Counter(encode)
+    monkeypatch.setattr(net, "encode", counter)
+    support = bank(folder, cache)
+    support.encode(net)
+    assert counter.calls == COUNT - 4
+    assert torch.equal(segment(support, net), expected)
+
+
+def test_what_another_process_has_encoded_meanwhile_is_taken(folder, cache, net, encoder):
+    """As under torch.distributed, where the processes start at different items."""
+    first, second = bank(folder, cache), bank(folder, cache)
+    encode = net.encode
+
+    def in_between(image):
+        if not second.fingerprint:
+            second.encode(net)
+        return encode(image)
+
+    net.encode = in_between
+    first.encode(net)
+    assert encoder.calls == COUNT + 1 and torch.equal(first.embedding, second.embedding)
+
+
+# Cost
+
+
+class Visits(list):
+    """A list that counts how often its entries are looked at one by one."""
+
+    count = 0
+
+    def __getitem__(self, index):
+        Visits.count += 1
+        return super().__getitem__(index)
+
+    def __iter__(self):
+        for entry in super().__iter__():
+            Visits.count += 1
+            yield entry
+
+
+def test_a_query_costs_the_same_however_large_the_bank_is(tmp_path, net, encoder, monkeypatch):
+    reads = Counter(store.load)
+    monkeypatch.setattr(store, "load", reads)
+    costs = []
+    for count in (6, 36):
+        support = bank(write_set(tmp_path / f"set{count}", count), tmp_path / "cache", cache_mb=0)
+        support.encode(net)
+        inferer = SupportSetInferer(support, SupportSampler(k=3), batch_size=1)
+        inferer(query(count=1), net, patient="case0", group="set6")
+        support.items = Visits(support.items)
+        Visits.count = encoder.calls = reads.calls = 0
+        inferer(query(count=1), net, patient="case0", group="set6")
+        support.is_thin(0), support.is_thin(1)
+        costs.append((encoder.calls, reads.calls, Visits.count))
+    (encoded, read, visited), larger = costs
+    assert encoded == larger[0] == 1
+    # Three items for each of two classes, of which some are the same.
+    assert 3 <= read <= 6 and 3 <= larger[1] <= 6
+    assert visited <= 12 and larger[2] <= 12
+
+
+def test_memory_read_is_bounded(folder, cache, net):
+    whole = bank(folder, cache)
+    segment(whole, net)
+    encoding = sum(tensor.nbytes for tensor in whole.store.read(f"encoded/{whole.fingerprint}/{_item(whole)}").values())
+    small = bank(folder, cache, cache_mb=2.5 * encoding / 2**20)
+    segment(small, net)
+    assert small.store.recent.bytes <= 2.5 * encoding < whole.store.recent.bytes
+    assert not small._encodings and not small._pixels and not small.store._unsaved
+
+
+def _item(support: SupportBank) -> str:
+    return f"{support.items[0].content}.item"
+
+
+def test_the_least_recently_used_values_leave_first():
+    recent = ByteLRU(3 / 2**20)
+    for key in "abc":
+        recent.put(key, key.upper(), 1)
+    recent.get("a")
+    recent.put("d", "D", 1)
+    assert [recent.get(key) for key in "abcd"] == ["A", None, "C", "D"]
+    recent.put("large", "L", 4)
+    assert recent.get("large") is None and len(recent) == 3
+    recent.put("a", "again", 3)
+    assert recent.get("a") == "again" and recent.bytes == 3 and len(recent) == 1
+
+
+@pytest.mark.parametrize("size", [-1, None, "much", True, float("nan")])
+def test_an_impossible_size_is_refused(folder, cache, size):
+    with pytest.raises(ConfigError, match="MiB"):
+        bank(folder, cache, cache_mb=size)
+
+
+# Queries
+
+
+def test_a_second_request_on_an_image_skips_the_encoder(folder, net, encoder):
+    support = bank(folder)
+    inferer = SupportSetInferer(support, SupportSampler(k=2), batch_size=2, feature_cache=FeatureCache())
+    first = inferer(query(), net)
+    calls = encoder.calls
+    assert torch.equal(inferer(query(), net), first) and encoder.calls == calls
+    inferer.sampler = SupportSampler(k=3)
+    more = inferer(query(), net)
+    assert encoder.calls == calls and not torch.equal(more, first)
+    assert torch.equal(more, SupportSetInferer(support, SupportSampler(k=3), batch_size=2)(query(), net))
+    calls = encoder.calls
+    inferer(query(98), net)
+    assert encoder.calls == calls + 2
+
+
+def test_features_of_another_network_or_precision_are_not_used(folder):
+    support, feature_cache = bank(folder), FeatureCache()
+    inferer = SupportSetInferer(support, SupportSampler(k=2), feature_cache=feature_cache)
+    for seed in (0, 1, 0):
+        inferer.reset()
+        assert torch.equal(
+            inferer(query(), network(seed)),
+            SupportSetInferer(bank(folder), SupportSampler(k=2))(query(), network(seed)),
+        )
+    assert len(feature_cache.recent) == 2
+    half = SupportSetInferer(support, SupportSampler(k=2), feature_cache=feature_cache, precision="bf16")
+    half(query(), network(0))
+    assert len(feature_cache.recent) == 3
+
+
+def test_cached_features_are_bounded(net, folder):
+    whole = FeatureCache()
+    whole(query(count=1).expand(-1, 3, -1, -1), net, "")
+    small = FeatureCache(2.5 * whole.recent.bytes / 2**20)
+    SupportSetInferer(bank(folder), SupportSampler(k=2), batch_size=1, feature_cache=small)(query(count=5), net)
+    assert len(small.recent) == 2 and small.recent.bytes <= small.recent.capacity
+
+
+def test_a_part_has_tables_of_its_own_and_writes_nothing(folder, cache, net):
+    support = bank(folder, cache)
+    part = support.part([1, 4])
+    assert [item.id for item in part.items] == ["case1", "case4"] and set(part.patients) == {"case1", "case4"}
+    assert part.holds.tolist() == [[True, True], [True, False]]
+    segment(part, net)
+    assert not files(cache) and support.embedding is None
