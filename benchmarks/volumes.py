@@ -8,8 +8,8 @@ of neighbouring slices (0: slice by slice). The split is that of `pretrain.json`
 test patients, and the support set is the training patients. Every slice of every test volume counts. Differences are
 paired over cases, with 95 % bootstrap intervals over patients. Without data sets it makes phantoms and uses those.
 
-Cost (`--cost`): seconds of a slice in a volume over those of the same image as a 2D query of its own, and peak memory of
-a process beyond its input, for volumes of 100 and 1000 slices.
+Cost (`--cost`): seconds of a slice in a volume over those of the same image as a 2D query of its own, and peak memory
+of a process beyond its input, for volumes of 100 and 1000 slices.
 """
 
 import argparse
@@ -77,7 +77,9 @@ def evaluate(folder: Path, frames: int, options: argparse.Namespace) -> tuple[li
     return parser.get_parsed_content("validate::handlers")[0].rows, taken[0] / taken[1]
 
 
-def difference(rows: list[dict], base: list[dict], metric: str, patient_of: dict[str, str]) -> tuple[float, float, float]:
+def difference(
+    rows: list[dict], base: list[dict], metric: str, patient_of: dict[str, str]
+) -> tuple[float, float, float]:
     """Mean paired difference over cases and classes, with a bootstrap interval over patients."""
     known = {(row["case"], row["class"]): row[metric] for row in base}
     by_patient = defaultdict(list)
@@ -159,7 +161,9 @@ def cost(options: argparse.Namespace) -> None:
     for backbone in options.backbones:
         for slices in options.lengths:
             child = [sys.executable, __file__, "--child", backbone, str(slices)]
-            found = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            found = json.loads(
+                subprocess.run(child, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
             ratio = found["slice"] / found["single"]
             cells = [backbone, str(BACKBONES[backbone]), str(slices), f"{found['single']:.3f}", f"{found['slice']:.3f}"]
             print("|", " | ".join([*cells, f"{ratio:.2f}", f"{found['mebibytes']:.0f}"]), "|", flush=True)

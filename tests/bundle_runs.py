@@ -16,6 +16,7 @@ SMALL = {
     "episodes_per_epoch": 4,
     "episodes_per_step": 2,
     "images_per_episode": 4,
+    "clip_length": 2,
     "max_k": 2,
     "warmup_steps": 1,
     "val_max_cases": 2,

@@ -158,7 +158,7 @@ def test_inference_has_the_settings_of_training():
 def test_overlays_only_set_ids_that_train_json_has_or_that_they_add_on_purpose(overlay):
     parser = ConfigParser(config("train.json"))
     added = {
-        "evaluate.json": {"model_file", "report_figures", "evaluating"} | ADAPTATION,
+        "evaluate.json": {"model_file", "report_figures", "evaluating", "fuse_axes", "validate::dataset::fuse_axes"} | ADAPTATION,
         "pretrain.json": PRETRAINING,
         "multi_gpu_train.json": {"validate::sampler", "validate::dataloader::sampler", "finalize"},
     }.get(overlay, set())

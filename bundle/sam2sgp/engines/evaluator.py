@@ -7,7 +7,7 @@ the result is a class map. A case that can't be read is recorded and passed over
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ignite.distributed as idist
 import numpy as np
@@ -21,17 +21,30 @@ from torch.utils.data import Dataset
 
 from sam2sgp.data.folders import check_label_values
 from sam2sgp.errors import DataError, cause_of
-from sam2sgp.transforms.array import class_probabilities, label_map, pixel_size, uncertainty
+from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers.support_set import Chunk
+from sam2sgp.transforms import along_axis, class_probabilities, fused_logits, label_map, uncertainty
+from sam2sgp.transforms.array import pixel_size
 
 logger = logging.getLogger(__name__)
 
+AXES = (0, 1, 2)
+
 
 class QueryDataset(Dataset):
-    """Cases, prepared one at a time; a case that can't be prepared becomes {"name", "source", "error"}."""
+    """Cases, prepared one at a time; a case that can't be prepared becomes {"name", "source", "error"}.
 
-    def __init__(self, data: list[dict], transform: Callable) -> None:
+    Args:
+        data: the cases.
+        transform: preprocessing of a case.
+        fuse_axes: an isotropic volume is also prepared along its other two axes, at `views`; `transform` must be a
+            `Compose` then.
+    """
+
+    def __init__(self, data: list[dict], transform: Callable, fuse_axes: bool = False) -> None:
         self.data = data
         self.transform = transform
+        self.fuse_axes = fuse_axes
 
     def __len__(self) -> int:
         return len(self.data)
@@ -39,7 +52,12 @@ class QueryDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         case = self.data[index]
         try:
-            return self.transform(case)
+            prepared = self.transform(case)
+            geometry = prepared["geometry"]
+            if self.fuse_axes and geometry.is_isotropic:
+                others = [axis for axis in AXES if axis != geometry.slice_axis]
+                prepared["views"] = [along_axis(self.transform, axis)(case) for axis in others]
+            return prepared
         except Exception as error:  # whatever a reader raises for one file must not end the run
             return {"name": case["name"], "source": str(case["image"]), "error": str(cause_of(error))}
 
@@ -160,12 +178,12 @@ class QueryEvaluator(SupervisedEvaluator):
             maps["uncertainty"] = torch.zeros(slices, *case["fit"].original, dtype=torch.float16)
         sums, counts = np.zeros(len(values)), np.zeros(len(values))
         patient = case.get("patient") if self.exclude_own_patient else None
-        pixel = pixel_size(case["geometry"].spacing)
         source = patient, case.get("group")
-        for chunk in self.inferer.chunks(case["image"], self.network, *source, volume=slices > 1):
-            part = slice(chunk.start, chunk.start + len(chunk.output.logits))
-            logits = case["fit"].restore(chunk.output.logits)
-            logits = self.inferer.second_pass(logits, case["image_full"][part], self.network, pixel, *source)
+        views = case.get("views", [])
+        others = self._other_axes(case, views, len(values), source) if views else None
+        for part, logits, chunk in self._chunks(self.inferer, case, source):
+            if views:
+                logits = fused_logits(logits, others[part].to(logits.device), len(views))
             index = label_map(logits)
             pred_index[part] = index.cpu()
             for name, values_of in (("probability", class_probabilities), ("uncertainty", uncertainty)):
@@ -179,7 +197,7 @@ class QueryEvaluator(SupervisedEvaluator):
             for entry in chunk.retrieved:
                 support.setdefault(entry.value, []).append((entry.index.cpu(), entry.similarity.cpu()))
         result = {
-            **{key: value for key, value in case.items() if key != "image_full"},
+            **{key: value for key, value in case.items() if key not in ("image_full", "views")},
             "pred": values[pred_index.long()],
             "pred_index": pred_index,
             "pseudo": pseudo,
@@ -200,3 +218,28 @@ class QueryEvaluator(SupervisedEvaluator):
             result["truth_index"] = torch.searchsorted(values, truth.contiguous()).to(torch.uint8)
         result["seconds"] = time.perf_counter() - started
         return result
+
+    def _chunks(
+        self, inferer: SupportSetInferer, case: dict, source: tuple[str | None, str | None]
+    ) -> Iterator[tuple[slice, torch.Tensor, Chunk]]:
+        """Which slices, their logits (B, C, H, W) after the second pass, and the chunk; over the whole case."""
+        pixel = pixel_size(case["geometry"].spacing)
+        for chunk in inferer.chunks(case["image"], self.network, *source, volume=len(case["image"]) > 1):
+            part = slice(chunk.start, chunk.start + len(chunk.output.logits))
+            logits = case["fit"].restore(chunk.output.logits)
+            yield part, inferer.second_pass(logits, case["image_full"][part], self.network, pixel, *source), chunk
+
+    def _other_axes(
+        self, case: dict, views: list[dict], count: int, source: tuple[str | None, str | None]
+    ) -> torch.Tensor:
+        """Sum (Z, count, H, W) float16 of the class probabilities of views, on the case's grid."""
+        total = torch.zeros(len(case["image"]), count, *case["fit"].original, dtype=torch.float16)
+        for view in views:
+            inferer = self.inferer.along_axis(view["geometry"].slice_axis, self.network)
+            found = torch.zeros(len(view["image"]), count, *view["fit"].original, dtype=torch.float16)
+            for part, logits, _ in self._chunks(inferer, view, source):
+                found[part] = class_probabilities(logits).cpu()
+            for number in range(count):
+                native = view["geometry"].to_native(found[:, number].numpy())
+                total[:, number] += torch.from_numpy(case["geometry"].from_native(native))
+        return total

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -68,11 +69,33 @@ class SupportSetInferer(Inferer):
         self.adaptation = None
         self.volume_memory = volume_memory
         self.feature_cache = feature_cache
+        self.region_below = region_below
         self.region_pass = RegionPass(bank, sampler, region_below, batch_size)
+        self._along: dict[int, SupportSetInferer] = {}
 
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
         self.bank.forget()
+        self._along.clear()
+
+    def along_axis(self, axis: int, network: SAM2SGP) -> "SupportSetInferer":
+        """The same for volumes sliced along a canonical axis (0, 1, 2), with the support set sliced alike.
+
+        What the network was adapted to stays the support set as it is sliced here.
+        """
+        if axis not in self._along:
+            other = copy(self)
+            other._along = {}
+            other.bank = self.bank.along_axis(axis)
+            other.region_pass = RegionPass(other.bank, self.sampler, self.region_below, self.batch_size)
+            self._adapt(network)
+            other.adapter, other.adaptation = None, self.adaptation
+            self._along[axis] = other
+        return self._along[axis]
+
+    def _adapt(self, network: SAM2SGP) -> None:
+        if self.bank.embedding is None and self.adapter:
+            self.adaptation = self.adapter(network, self.bank, self.sampler)
 
     def __call__(self, inputs: Tensor, network: SAM2SGP, *args, **kwargs) -> Tensor:
         """Images (Z, C', S, S) in [0, 1] -> logits (Z, C, S, S); keyword arguments as of `chunks`."""
@@ -98,8 +121,7 @@ class SupportSetInferer(Inferer):
                 given.
         """
         device = next(network.parameters()).device
-        if self.bank.embedding is None:
-            self.adaptation = self.adapter(network, self.bank, self.sampler) if self.adapter else None
+        self._adapt(network)
         if self.adaptation is not None:
             self.adaptation.refuse(patient, self.bank)
             network = self.adaptation.network

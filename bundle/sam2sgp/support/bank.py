@@ -37,6 +37,7 @@ from sam2sgp.support.items import VIEWS, Listing, Prepared, SupportItem, prepare
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.store import Store, Tensors, checksum
 from sam2sgp.transforms.array import to_three_channels
+from sam2sgp.transforms.dictionary import along_axis
 
 # Part of the keys of both layers: counted up when what is prepared or encoded changes by the code.
 VERSION = 1
@@ -130,6 +131,7 @@ class SupportBank:
         skip_errors: bool = False,
         allow_empty: bool = False,
     ) -> None:
+        self.data: list[dict] = []
         self.transform = transform
         self.declared = dict(class_names or {})
         self.slices_per_class = slices_per_class
@@ -139,6 +141,7 @@ class SupportBank:
         self.progress = progress
         self.skip_errors = skip_errors
         self.allow_empty = allow_empty
+        self.cache = {"cache_dir": cache_dir, "cache_mb": cache_mb}
         self.store = None if cache_dir is None else Store(cache_dir, cache_mb)
         self.settings = settings_fingerprint(transform, VERSION)
         self.items: list[SupportItem] = []
@@ -202,7 +205,7 @@ class SupportBank:
             [identifier for identifier, _ in _without(after, before)],
             [identifier for identifier, _ in _without(before, after)],
         )
-        self._listings, self.errors = listings, errors
+        self.data, self._listings, self.errors = list(data), listings, errors
         self._set(items, complete_class_names(self.declared, values))
         self._outdated |= self._pools
         self._pools = {}
@@ -219,6 +222,22 @@ class SupportBank:
         part._set([self.items[i] for i in index], self.class_names)
         part.forget()
         return part
+
+    def along_axis(self, axis: int) -> "SupportBank":
+        """A bank of the same cases with volumes sliced along a canonical axis (0, 1, 2), not encoded."""
+        return SupportBank(
+            self.data,
+            along_axis(self.transform, axis),
+            self.declared,
+            self.slices_per_class,
+            self.max_items,
+            self.seed,
+            self.batch_size,
+            self.progress,
+            **self.cache,
+            skip_errors=self.skip_errors,
+            allow_empty=self.allow_empty,
+        )
 
     def masks(self, items: list[SupportItem]) -> Tensor:
         """Binary masks (len(items), C, S, S) float32 of all classes."""

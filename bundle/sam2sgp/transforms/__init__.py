@@ -3,6 +3,7 @@
 from sam2sgp.transforms.array import (
     Fit,
     class_probabilities,
+    fused_logits,
     label_map,
     scale_intensity,
     to_three_channels,
@@ -16,6 +17,7 @@ from sam2sgp.transforms.dictionary import (
     SaveLabeld,
     SaveMapsd,
     ScaleIntensityByModalityd,
+    along_axis,
 )
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "SaveLabeld",
     "SaveMapsd",
     "ScaleIntensityByModalityd",
+    "along_axis",
     "class_probabilities",
+    "fused_logits",
     "label_map",
     "scale_intensity",
     "to_three_channels",

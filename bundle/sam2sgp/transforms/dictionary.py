@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform
+from monai.transforms import Compose, MapTransform
 
 from sam2sgp.data.dicom_seg import DicomSourceError, write_dicom_seg
 from sam2sgp.data.io import (
@@ -59,6 +59,12 @@ class LoadCased(MapTransform):
         if "label" in self.keys and case.get("label") is not None:
             case["label"] = torch.as_tensor(read_label(case["label"], image.geometry, self.slice_axis))
         return case
+
+
+def along_axis(transform: Compose, axis: int) -> Compose:
+    """The same preprocessing, with volumes sliced along a canonical axis (0, 1, 2)."""
+    parts = [LoadCased(part.keys, axis) if isinstance(part, LoadCased) else part for part in transform.transforms]
+    return Compose(parts)
 
 
 class ScaleIntensityByModalityd(MapTransform):
