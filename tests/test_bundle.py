@@ -16,6 +16,7 @@ from tests.bundle_runs import BUNDLE, CONFIGS, SMALL
 
 BACKBONES = ["nano", "tiny", "small", "base_plus", "large"]
 
+EVALUATION = {"model_file", "report_figures", "evaluating", "fuse_axes", "validate::dataset::fuse_axes"}
 ADAPTATION = {"adapt_seconds", "adapt_steps", "adapt_seed", "adapt_dir", "adapter", "validate::inferer::adapter"}
 PRETRAINING = {
     "held_out",
@@ -158,7 +159,7 @@ def test_inference_has_the_settings_of_training():
 def test_overlays_only_set_ids_that_train_json_has_or_that_they_add_on_purpose(overlay):
     parser = ConfigParser(config("train.json"))
     added = {
-        "evaluate.json": {"model_file", "report_figures", "evaluating", "fuse_axes", "validate::dataset::fuse_axes"} | ADAPTATION,
+        "evaluate.json": EVALUATION | ADAPTATION,
         "pretrain.json": PRETRAINING,
         "multi_gpu_train.json": {"validate::sampler", "validate::dataloader::sampler", "finalize"},
     }.get(overlay, set())

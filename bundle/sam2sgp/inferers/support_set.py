@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.inferers.presence import ABSENT_LOGIT, MAX_JUDGED, MIN_ABSENT, presence_threshold, without_absent
 from sam2sgp.inferers.region import SECOND_PASS_WEIGHT, RegionPass
-from sam2sgp.inferers.volume import ABSENT_LOGIT, Propagation, VolumeMemory
+from sam2sgp.inferers.volume import Propagation, VolumeMemory
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support.bank import Retrieved, SupportBank
 from sam2sgp.support.sampler import SupportSampler
@@ -45,6 +46,8 @@ class SupportSetInferer(Inferer):
         region_below: objects of an extent below this share of the image are segmented a second time in a region of
             interest, see `RegionPass`; 0 for never.
         volume_memory: how the slices of a volume guide each other, see `sam2sgp.inferers.volume`; None: not at all.
+        object_gate: an image in which a class is absent by its object score gets nothing of it, where the support set
+            teaches a threshold; see `sam2sgp.inferers.presence`.
         feature_cache: features of queries that may come again; None: each is encoded whenever it comes.
 
     Classes without an eligible support item get `ABSENT_LOGIT` everywhere: they are not segmented.
@@ -59,6 +62,7 @@ class SupportSetInferer(Inferer):
         adapter: "Adapter | None" = None,
         region_below: float = 0.0,
         volume_memory: VolumeMemory | None = None,
+        object_gate: bool = True,
         feature_cache: FeatureCache | None = None,
     ) -> None:
         self.bank = bank
@@ -68,15 +72,19 @@ class SupportSetInferer(Inferer):
         self.adapter = adapter
         self.adaptation = None
         self.volume_memory = volume_memory
+        self.object_gate = object_gate
         self.feature_cache = feature_cache
         self.region_below = region_below
         self.region_pass = RegionPass(bank, sampler, region_below, batch_size)
         self._along: dict[int, SupportSetInferer] = {}
+        # Thresholds (C,) of the object score, and the table of the bank that they were learned from.
+        self._thresholds: tuple[Tensor, Tensor] | None = None
 
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
         self.bank.forget()
         self._along.clear()
+        self._thresholds = None
 
     def along_axis(self, axis: int, network: SAM2SGP) -> "SupportSetInferer":
         """The same for volumes sliced along a canonical axis (0, 1, 2), with the support set sliced alike.
@@ -85,7 +93,7 @@ class SupportSetInferer(Inferer):
         """
         if axis not in self._along:
             other = copy(self)
-            other._along = {}
+            other._along, other._thresholds = {}, None
             other.bank = self.bank.along_axis(axis)
             other.region_pass = RegionPass(other.bank, self.sampler, self.region_below, self.batch_size)
             self._adapt(network)
@@ -128,13 +136,45 @@ class SupportSetInferer(Inferer):
         with autocast(device.type, self.precision):
             if self.bank.embedding is None:
                 self.bank.encode(network, device)
+            thresholds = self.thresholds(network, device)
             batches = self._encoded(inputs, network, device)
             if volume and self.volume_memory and len(inputs) > 1:
-                yield from self._propagated(batches, network, patient, group)
+                yield from self._propagated(batches, network, thresholds, patient, group)
                 return
             for start, image, features in batches:
                 retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
-                yield Chunk(start, self._segment(network, features, image, retrieved), retrieved)
+                output = self._segment(network, features, image, retrieved)
+                output.logits = without_absent(output.logits, output.object_score <= thresholds)
+                yield Chunk(start, output, retrieved)
+
+    def thresholds(self, network: SAM2SGP, device: torch.device) -> Tensor:
+        """Object scores (C,) up to which each class counts as absent, learned once from the encoded bank."""
+        bank = self.bank
+        if self._thresholds is None or self._thresholds[1] is not bank.holds:
+            values = torch.full((len(bank.class_values),), -torch.inf)
+            if self.object_gate and len(bank.patients) > 1 and int((~bank.holds).sum(0).max()) >= MIN_ABSENT:
+                values = self._learned_thresholds(network, device)
+            self._thresholds = values.to(device), bank.holds
+        return self._thresholds[0]
+
+    def _learned_thresholds(self, network: SAM2SGP, device: torch.device) -> Tensor:
+        """Support items as queries, each guided by other patients."""
+        bank = self.bank
+        count = min(len(bank), MAX_JUDGED)
+        scores, right, wrong, absent = [], [], [], []
+        for number in torch.linspace(0, len(bank) - 1, count).round().long().tolist():
+            item = bank.items[number]
+            image = to_three_channels(item.image.to(device, torch.float32))[None]
+            features = network.encode(image)
+            retrieved = bank.retrieve(network, features, self.sampler, item.patient, item.group)
+            output = self._segment(network, features, image, retrieved)
+            found, truth = output.logits[0] > 0, bank.masks([item])[0].to(device) > 0
+            scores.append(output.object_score[0])
+            right.append((found & truth).flatten(1).sum(1))
+            wrong.append(found.flatten(1).sum(1) * ~truth.flatten(1).any(1))
+            absent.append(~truth.flatten(1).any(1))
+        columns = (torch.stack(rows).cpu().T for rows in (scores, right, wrong, absent))
+        return torch.tensor([presence_threshold(*column) for column in zip(*columns, strict=True)])
 
     def _encoded(
         self, inputs: Tensor, network: SAM2SGP, device: torch.device
@@ -151,12 +191,13 @@ class SupportSetInferer(Inferer):
         self,
         batches: Iterator[tuple[int, Tensor, ImageFeatures]],
         network: SAM2SGP,
+        thresholds: Tensor,
         patient: str | None,
         group: str | None,
     ) -> Iterator[Chunk]:
         """The chunks of a volume, window by window."""
         segment = partial(self._segment, network)
-        propagation = Propagation(self.volume_memory, network, segment, self.bank.class_values)
+        propagation = Propagation(self.volume_memory, network, segment, self.bank.class_values, thresholds)
         held: list[tuple[Tensor, ImageFeatures]] = []
         begin, window = 0, 0
 

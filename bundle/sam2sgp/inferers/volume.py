@@ -5,10 +5,11 @@
 
 The volume passes in windows of a bounded number of slices, so memory does not grow with its length. In a window some
 slices are segmented with the support set alone; per class and extent, the one that the support set explains best is an
-anchor. From the anchors it goes on in both directions: each slice is guided by its support and by the last slices
-segmented on the way, which enter as memory with SAM2's temporal encoding, as a support item would. A slice is reached
-from its nearest anchor, and the end of the window before is an anchor too. Slices that no anchor reaches are segmented
-with the support set alone.
+anchor. Where the support set has taught how an image without the class looks (`sam2sgp.inferers.presence`), that is
+done with all slices, and empty ones stay empty. From the anchors it goes on in both directions: each slice is guided by
+its support and by the last slices segmented on the way, which enter as memory with SAM2's temporal encoding, as a
+support item would. A slice is reached from its nearest anchor, and the end of the window before is an anchor too.
+Slices that no anchor reaches are segmented with the support set alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.errors import ConfigError
+from sam2sgp.inferers.presence import ABSENT_LOGIT, without_absent
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support.bank import Retrieved
 from sam2sgp.transforms.array import label_map
@@ -28,8 +30,6 @@ WINDOW_BYTES = 512 * 2**20
 # Slices probed in a window at most, and the least distance between two.
 PROBES = 16
 PROBE_STRIDE = 2
-# Where nothing was segmented yet.
-ABSENT_LOGIT = -10.0
 # An extent whose anchor is worth less than this share of the best one's has none.
 MIN_ANCHOR = 0.25
 
@@ -83,13 +83,22 @@ class Propagation:
         segment: (features of B slices, images (B, 3, S, S), what was retrieved, frames by class number) -> output for
             all C classes; logits of classes without support are far below 0.
         class_values: of the C classes.
+        thresholds: (C,) object score up to which a class is absent from a slice, by what the support set alone says.
     """
 
-    def __init__(self, settings: VolumeMemory, network: SAM2SGP, segment: Segment, class_values: Sequence[int]) -> None:
+    def __init__(
+        self,
+        settings: VolumeMemory,
+        network: SAM2SGP,
+        segment: Segment,
+        class_values: Sequence[int],
+        thresholds: Tensor,
+    ) -> None:
         self.settings = settings
         self.network = network
         self.segment = segment
         self.class_values = list(class_values)
+        self.thresholds = thresholds
         self.start = 0
         # Per class number, the last slices segmented on the way up.
         self.carried: dict[int, list[Frame]] = {}
@@ -107,7 +116,8 @@ class _Window:
     """Slices [start, start + W) of a volume while they are segmented.
 
     output: (W, C, ...), filled slice by slice. entries: {class number: its support}. anchors: {class number: where it
-    starts}. upward: {class number: (W,) whether a slice is reached going up}.
+    starts}. upward: {class number: (W,) whether a slice is reached going up}. absent: {class number: slices without
+    it}.
     """
 
     def __init__(
@@ -118,15 +128,29 @@ class _Window:
         self.features, self.images = features, images
         self.entries = {propagation.class_values.index(entry.value): entry for entry in retrieved}
         count = len(features)
-        stride = max(PROBE_STRIDE, -(-count // PROBES))
+        thresholds = propagation.thresholds
+        # Where slices may be empty, each is looked at alone first.
+        each = bool((thresholds[list(self.entries)] > -torch.inf).any())
+        stride = 1 if each else max(PROBE_STRIDE, -(-count // PROBES))
         probes = torch.arange(min(stride // 2, count - 1), count, stride)
-        probed = self.segment(features[probes], images[probes], [entry.rows(probes) for entry in retrieved], {})
+        parts = [
+            self.segment(features[rows], images[rows], [entry.rows(rows) for entry in retrieved], {})
+            for rows in probes.split(PROBES)
+        ]
+        probed = SGPOutput(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(SGPOutput)))
+        absent = probed.object_score <= thresholds
+        probed.logits = without_absent(probed.logits, absent)
         # Classes without support have the same output on every slice.
         self.output = SGPOutput(*(_repeated(values, count) for values in vars(probed).values()))
         self.output.logits[:, list(self.entries)] = ABSENT_LOGIT
         self.anchors: dict[int, list[int]] = {}
         self.upward: dict[int, list[bool]] = {}
+        self.absent: dict[int, set[int]] = {}
         for column in self.entries:
+            empty = torch.nonzero(absent[:, column].cpu())[:, 0]
+            self.absent[column] = set(probes[empty].tolist())
+            for number in empty.tolist():
+                _copy(probed, number, self.output, int(probes[number]), [column])
             numbers = self._explained_best(column, probes, probed)
             self.anchors[column] = probes[numbers].tolist()
             before = _shows(propagation.carried.get(column, []))
@@ -175,7 +199,7 @@ class _Window:
         return trails
 
     def _is_due(self, column: int, index: int, up: bool, trails: dict[int, list[Frame]]) -> bool:
-        if index in self.anchors[column]:
+        if index in self.anchors[column] or index in self.absent[column]:
             return False
         if self.upward[column][index] == up:
             return True

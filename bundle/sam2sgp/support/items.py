@@ -18,6 +18,8 @@ from sam2sgp.transforms.array import Region, pixel_size, thickness
 # Mean thickness in network pixels below which a structure gets lost at the network's size.
 THIN = 3.0
 THUMBNAIL = 128
+# Slices without any class that are taken from a labelled volume.
+EMPTY_SLICES = 4
 VIEWS = ("regions", "tiles")
 
 
@@ -183,6 +185,9 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
     for value in values:
         if value:
             chosen |= set(choose_slices((flat == value).sum(1).numpy(), slices_per_class))
+    if chosen and len(label) > 1:
+        # They guide nothing, but show what an image without any class looks like.
+        chosen |= set(choose_slices((flat == 0).all(1).numpy().astype(int), EMPTY_SLICES))
     items = [
         Prepared(case["image"][index].half(), label[index].to(torch.uint8), **_views(case, index))
         for index in sorted(chosen)
