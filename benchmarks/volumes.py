@@ -29,6 +29,7 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 
+from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.inferers import SupportSetInferer, VolumeMemory
 from sam2sgp.networks import SAM2SGP, load_weights
@@ -95,8 +96,6 @@ def difference(
 
 
 def accuracy(folders: dict[str, Path], options: argparse.Namespace) -> None:
-    from sam2sgp.data import load_datalist
-
     print("| data | class | neighbours | Dice | HD95 | NSD at 2 mm | volumes | s per slice | over slice by slice |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     changes = []
@@ -194,7 +193,6 @@ def main() -> None:
     if not folders:
         folder = options.output / "phantoms"
         folders = {"phantoms": Path(make_phantoms(folder, 16, modalities=["ct", "mr"], progress=False))}
-    os.chdir(BUNDLE)
     accuracy(folders, options)
 
 

@@ -136,3 +136,26 @@ def test_the_whole_comparison_runs_and_is_not_repeated(script, data, tmp_path, m
     bare = ablation.segment(task, support, ablation.Variant("bare", silenced=(*silenced, "pma")), overrides)
     assert len(full["rows"]) == len(bare["rows"]) == 2
     assert [row["dice"] for row in full["rows"]] != [row["dice"] for row in bare["rows"]]
+
+
+def test_volumes_are_compared_with_and_without_3d_memory(script, data, tmp_path, monkeypatch, capsys):
+    command = [
+        "volumes.py",
+        f"phantoms={data / 'volumes'}",
+        "--cases",
+        "1",
+        "--output",
+        str(tmp_path),
+        "--figures",
+        "0",
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    script("volumes").main()
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| phantoms")]
+    assert {line[2] for line in lines} == {"0", "2"} and len(lines) == 2 * len({line[1] for line in lines})
+    assert all(0 <= float(line[3]) <= 1 and float(line[7]) > 0 for line in lines)
+
+
+def test_the_cost_of_a_slice_is_measured(script):
+    found = script("volumes").timed("nano", 10)
+    assert found["slice"] > 0 and found["single"] > 0 and found["mebibytes"] > 0
