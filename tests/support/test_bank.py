@@ -663,6 +663,7 @@ def fill(folder: Path, caches: list[tuple[Path, int]], setup: str = "") -> list[
     return [int(code) for code in done.stdout.split()]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_whole_bank(folder, cache, net, expected, encoder):
     assert fill(folder, [(cache, 0)] * 2) == [0, 0]
     support = bank(folder, cache)
