@@ -183,10 +183,12 @@ def test_slices_of_a_volume_are_items_of_their_own(tmp_path, cache, net, encoder
         nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), tmp_path / "set" / kind / "scan.nii.gz")
     wide = bank(tmp_path / "set", cache, slices_per_class=4)
     wide.encode(net)
-    assert [item.id for item in wide.items] == [f"scan#{item.slice}" for item in wide.items] and encoder.calls == 4
+    assert [item.id for item in wide.items] == [f"scan#{item.slice}" for item in wide.items] and encoder.calls == 4 + 3
+    assert [item.slice for item in wide.items if not item.facts.holds] == [0, 1, 11], "which hold nothing"
+    assert not wide.holds[[0, 1, -1]].any() and len(wide.memory.tokens) == 4
     narrow = bank(tmp_path / "set", cache, slices_per_class=2)
     narrow.encode(net)
-    assert len(narrow) == 2 and encoder.calls == 4, "slices that were chosen before are found"
+    assert len(narrow) == 2 + 3 and encoder.calls == 4 + 3, "slices that were chosen before are found"
 
 
 # The network

@@ -641,6 +641,8 @@ class SupportBank:
         held = sorted(set(chain.from_iterable(item.facts.holds for item in items)))
         masks = self.masks(items)[:, [self.class_values.index(value) for value in held]]
         embedding, memory = self._through_network([item.image for item in items], masks)
+        if memory is None:
+            return [{"embedding": row[None]} for row in embedding]
         encodings = []
         for row, item in enumerate(items):
             columns = [held.index(value) for value in item.facts.holds]
@@ -666,14 +668,15 @@ class SupportBank:
         return {"embedding": embedding} | {name: values for name, values in fields.items() if values is not None}
 
     @torch.no_grad()
-    def _through_network(self, images: list[Tensor], masks: Tensor) -> tuple[Tensor, SupportMemory]:
-        """Embeddings (n, D) and memory (n, C) of images (C', S, S) with masks (n, C, S, S)."""
+    def _through_network(self, images: list[Tensor], masks: Tensor) -> tuple[Tensor, SupportMemory | None]:
+        """Embeddings (n, D) and memory (n, C) of images (C', S, S) with masks (n, C, S, S); None for C = 0."""
         enabled, dtype = self._precision
         image = torch.stack([to_three_channels(image.float()) for image in images]).to(self._device)
         with torch.autocast(self._device.type, dtype=dtype, enabled=enabled):
             features = self._network.encode(image)
             embedding = self._network.retrieval_embedding(features)
-            return embedding, self._network.encode_support(features, masks.to(self._device))
+            memory = self._network.encode_support(features, masks.to(self._device)) if masks.shape[1] else None
+            return embedding, memory
 
     def _encoding(self, number: int, part: str) -> Tensors:
         """The encoding of an item; made again if its file is gone."""
