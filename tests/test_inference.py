@@ -259,10 +259,10 @@ def test_uncertainty_is_higher_at_the_border_of_an_object(phantoms, tmp_path):
     assert found.any() and shades[border].mean() > 3 * shades[~border].mean()
 
 
-def test_dicom_queries_get_segmentations_and_without_the_settings_nothing_more_is_written(phantoms, model, tmp_path):
-    queries = tmp_path / "queries"
+def test_dicom_queries_get_segmentations_and_without_the_settings_nothing_more_is_written(phantoms, tmp_path):
+    queries, model = tmp_path / "queries", BUNDLE / "models" / "model.pt"
     tags = {"StudyInstanceUID": "1.2.3", "FrameOfReferenceUID": "1.2.4"}
-    write_series(queries / "scan", RNG.integers(-1000, 1000, (3, 24, 30)).astype(np.int16), **tags)
+    write_series(queries / "scan", np.random.default_rng(0).integers(-1000, 1000, (3, 24, 30)).astype(np.int16), **tags)
     picture(queries / "colour.png", (30, 40, 3))
     support = phantoms / "support" / "rgb"
     plain = {"scan.nii.gz", "colour.png", "summary.csv", "report.html"}
