@@ -145,13 +145,12 @@ def timed(backbone: str, slices: int) -> dict[str, float]:
     list(alone.chunks(queries, network))
     single = (time.perf_counter() - started) / len(queries)
     together = SupportSetInferer(bank, SupportSampler(k=4), batch_size=8, volume_memory=VolumeMemory())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     for _ in together.chunks(volume, network, volume=True):
         pass
     seconds = (time.perf_counter() - started) / slices
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"single": single, "slice": seconds, "mebibytes": (peak - volume.nbytes / 1024) / 1024, "before": before}
+    return {"single": single, "slice": seconds, "mebibytes": (peak - volume.nbytes / 1024) / 1024}
 
 
 def cost(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.adaptation import Adaptation, Adapter, adapt, store
-from sam2sgp.adaptation.judging import class_dice, part_of
+from sam2sgp.adaptation.judging import class_dice
 from sam2sgp.adaptation.lora import merged
 from sam2sgp.adaptation.members import Member, NetworkMember, Pairs, UNetMember
 from sam2sgp.adaptation.run import share_of_second
@@ -284,7 +284,7 @@ def test_several_classes_of_which_one_is_rare(network):
     truth = masks(labels, support)
     plain = class_dice(segment(network, support, None, images), truth)
     adapter = Adapter(None, {"network": [2, 0], "unet": [150, 0]}, progress=False)
-    adapted = class_dice(segment(network, part_of(support, torch.arange(8)), adapter, images), truth)
+    adapted = class_dice(segment(network, support.part(range(8)), adapter, images), truth)
     assert set(adapter.last.record["dice_per_class"]["plain"]) == {"class_1", "class_2"}
     assert adapted.shape == (2,) and adapted.mean() > plain.mean()
 

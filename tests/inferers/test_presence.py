@@ -4,34 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from sam2sgp.inferers import SupportSetInferer, VolumeMemory
 from sam2sgp.inferers.presence import presence_threshold
 from sam2sgp.networks import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
+from tests.inferers.stubs import SIZE, StubNetwork
 
-SIZE = 8
 
-
-class Eager(torch.nn.Module):
+class Eager(StubNetwork):
     """Finds the class in every image; its object score is the brightness, far above 0. Counts what it segments."""
-
-    image_size = SIZE
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.most = 0
-
-    def encode(self, image: Tensor) -> ImageFeatures:
-        return ImageFeatures(image, image, (image, image), None, None)
-
-    def retrieval_embedding(self, features: ImageFeatures) -> Tensor:
-        return torch.ones(len(features), 1)
-
-    def encode_support(self, features: ImageFeatures, masks: Tensor) -> SupportMemory:
-        return SupportMemory(masks.flatten(2)[:, :, None], None, None, None, None)
 
     def segment(self, features: ImageFeatures, support: SupportMemory) -> SGPOutput:
         self.most = max(self.most, len(features))

@@ -11,36 +11,21 @@ from sam2sgp.inferers import SupportSetInferer, VolumeMemory
 from sam2sgp.inferers import volume as volume_module
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
+from tests.inferers.stubs import SIZE, StubNetwork
 
-SIZE = 8
 # What the stub below needs to see an object by itself, and with a neighbour that shows it.
 CLEAR, FAINT = 0.8, 0.3
 
 
-class Stub(torch.nn.Module):
+class Stub(StubNetwork):
     """Finds a class where its channel is clear, or faint while a neighbouring slice has it there. Counts its encodings.
 
     Its features are the image; the memory of a mask is the mask.
     """
 
-    image_size = SIZE
-
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.encoded = 0
-        self.most = 0
         self.distances: list[list[int]] = []
-
-    def encode(self, image: Tensor) -> ImageFeatures:
-        self.encoded += len(image)
-        return ImageFeatures(image, image, (image, image), None, None)
-
-    def retrieval_embedding(self, features: ImageFeatures) -> Tensor:
-        return torch.ones(len(features), 1)
-
-    def encode_support(self, features: ImageFeatures, masks: Tensor) -> SupportMemory:
-        return SupportMemory(masks.flatten(2)[:, :, None], None, None, None, None)
 
     def segment(self, features: ImageFeatures, support: SupportMemory) -> SGPOutput:
         self.most = max(self.most, len(features))

@@ -55,11 +55,6 @@ def hold_out(bank: SupportBank, seed: int) -> Split | None:
     return None
 
 
-def part_of(bank: SupportBank, index: Tensor) -> SupportBank:
-    """A bank of some items of another, not encoded, which shares the items themselves."""
-    return bank.part(index.tolist())
-
-
 def class_dice(logits: Tensor, mask: Tensor) -> Tensor:
     """Dice of each class (C,), the mean over the images; those without the class in map and truth are not counted.
 

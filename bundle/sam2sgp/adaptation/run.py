@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
 
-from sam2sgp.adaptation.judging import MAX_GUIDES, Split, class_dice, hold_out, part_of
+from sam2sgp.adaptation.judging import MAX_GUIDES, Split, class_dice, hold_out
 from sam2sgp.adaptation.members import Member, NetworkMember, Pairs, UNetMember
 from sam2sgp.adaptation.unet import SmallUNet
 from sam2sgp.inferers import SupportSetInferer
@@ -153,8 +153,8 @@ class Run:
         """Members, their pairs, and the plain network's result on the held-out ones."""
         pairs = Pairs.of(self.bank, device)
         self.unseen = pairs[split.held]
-        self.held = part_of(self.bank, split.held)
-        guides = part_of(self.bank, split.fit[:: -(-len(split.fit) // MAX_GUIDES)])
+        self.held = self.bank.part(split.held.tolist())
+        guides = self.bank.part(split.fit[:: -(-len(split.fit) // MAX_GUIDES)].tolist())
         self.inferer = SupportSetInferer(guides, self.sampler)
         began = time.monotonic()
         self.plain = self._guided(self.network)

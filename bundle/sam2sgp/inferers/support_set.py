@@ -74,7 +74,6 @@ class SupportSetInferer(Inferer):
         self.volume_memory = volume_memory
         self.object_gate = object_gate
         self.feature_cache = feature_cache
-        self.region_below = region_below
         self.region_pass = RegionPass(bank, sampler, region_below, batch_size)
         self._along: dict[int, SupportSetInferer] = {}
         # Thresholds (C,) of the object score, and the table of the bank that they were learned from.
@@ -95,7 +94,7 @@ class SupportSetInferer(Inferer):
             other = copy(self)
             other._along, other._thresholds = {}, None
             other.bank = self.bank.along_axis(axis)
-            other.region_pass = RegionPass(other.bank, self.sampler, self.region_below, self.batch_size)
+            other.region_pass = RegionPass(other.bank, self.sampler, self.region_pass.below, self.batch_size)
             self._adapt(network)
             other.adapter, other.adaptation = None, self.adaptation
             self._along[axis] = other
@@ -208,8 +207,7 @@ class SupportSetInferer(Inferer):
             output = propagation(features, images, retrieved)
             for start in range(0, len(images), self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                part = SGPOutput(**{name: values[rows] for name, values in vars(output).items()})
-                yield Chunk(begin + start, part, [entry.rows(rows) for entry in retrieved])
+                yield Chunk(begin + start, output.rows(rows), [entry.rows(rows) for entry in retrieved])
 
         for start, image, features in batches:
             window = window or self.volume_memory.window(features)

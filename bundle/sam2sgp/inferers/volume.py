@@ -133,11 +133,12 @@ class _Window:
         each = bool((thresholds[list(self.entries)] > -torch.inf).any())
         stride = 1 if each else max(PROBE_STRIDE, -(-count // PROBES))
         probes = torch.arange(min(stride // 2, count - 1), count, stride)
-        parts = [
-            self.segment(features[rows], images[rows], [entry.rows(rows) for entry in retrieved], {})
-            for rows in probes.split(PROBES)
-        ]
-        probed = SGPOutput(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(SGPOutput)))
+        probed = SGPOutput.concatenate(
+            [
+                self.segment(features[rows], images[rows], [entry.rows(rows) for entry in retrieved], {})
+                for rows in probes.split(PROBES)
+            ]
+        )
         absent = probed.object_score <= thresholds
         probed.logits = without_absent(probed.logits, absent)
         # Classes without support have the same output on every slice.

@@ -167,6 +167,15 @@ class SGPOutput:
     iou: Tensor
     object_score: Tensor
 
+    def rows(self, rows: slice | Tensor) -> "SGPOutput":
+        """The result for some of the images."""
+        return SGPOutput(*(getattr(self, field.name)[rows] for field in fields(SGPOutput)))
+
+    @staticmethod
+    def concatenate(parts: list["SGPOutput"]) -> "SGPOutput":
+        """The result for the images of all parts."""
+        return SGPOutput(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(SGPOutput)))
+
 
 class SAM2SGP(nn.Module):
     """Support-set guided segmentation network.
@@ -449,10 +458,7 @@ class SAM2SGP(nn.Module):
             frames = replace(frames, distance=distance[clips][:, None].expand(-1, classes, -1))
             parts.append(self.segment(own, own_support.beside(frames)))
             order.append(clips)
-        back = torch.argsort(torch.cat(order))
-        return SGPOutput(
-            *(torch.cat([getattr(part, field.name) for part in parts])[back] for field in fields(SGPOutput))
-        )
+        return SGPOutput.concatenate(parts).rows(torch.argsort(torch.cat(order)))
 
     @staticmethod
     def _pool(label: Tensor, index: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
