@@ -31,8 +31,17 @@ COUNT = 6
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes of these tests: with more threads, random weights and results differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def net() -> SAM2SGP:
+def net(one_thread) -> SAM2SGP:
     return network()
 
 
