@@ -87,6 +87,8 @@ def test_long_volumes_are_looked_at_in_batches():
         # One image with the class is lost for twelve without it.
         ([1.0] * 12, [0.5] + [3.0] * 11, 2.0),
         ([1.0] * 12, [0.5] * 5 + [3.0] * 7, -torch.inf),
+        # It pays here, but the score hardly tells the two apart.
+        ([1.0] * 18 + [3.0] * 2, [0.5] * 2 + [2.0] * 10, -torch.inf),
     ],
 )
 def test_a_threshold_is_kept_where_it_takes_away_more_than_it_costs(absent, present, expected):

@@ -2,7 +2,9 @@
 
 The object score tells images with the class from those without, but where to cut differs from task to task. Support
 items without the class, such as the slices beyond its end, are segmented like queries, each guided by other patients,
-and so are items with the class. A threshold is kept where cutting there pays: where it takes away more than it costs.
+and so are items with the class. A threshold is kept where the score tells the two apart, and where cutting there pays:
+where it takes away more than it costs. Otherwise nothing is cut, because losing a structure is worse than finding it
+once too often.
 """
 
 import torch
@@ -13,6 +15,9 @@ ABSENT_LOGIT = -10.0
 # Support items judged at most; and how many without the class it takes to learn a threshold.
 MAX_JUDGED = 64
 MIN_ABSENT = 10
+# Of pairs of an image with and one without the class, the share that the score must order rightly (area under the ROC
+# curve).
+MIN_SEPARATION = 0.9
 # A pixel lost counts as much as this many found wrongly; the least gain, as a share of the pixels found rightly.
 LOSS_WEIGHT = 3.0
 MIN_GAIN = 0.02
@@ -35,6 +40,9 @@ def presence_threshold(score: Tensor, right: Tensor, wrong: Tensor, absent: Tens
         absent: (n,) bool, images without the class.
     """
     if int(absent.sum()) < MIN_ABSENT or bool(absent.all()):
+        return -torch.inf
+    higher = score[~absent][:, None] > score[absent]
+    if higher.float().mean() < MIN_SEPARATION:
         return -torch.inf
     order = score.argsort()
     gain = (wrong - LOSS_WEIGHT * right)[order].cumsum(0)
