@@ -15,6 +15,8 @@ from sam2sgp.networks import save_weights
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIZE = "image_size=64"
+# Support images and designs that the benchmark of latency is tried on.
+MEASURED = ((2, "ours"), (8, "authors"))
 
 
 @pytest.fixture
@@ -159,3 +161,16 @@ def test_volumes_are_compared_with_and_without_3d_memory(script, data, tmp_path,
 def test_the_cost_of_a_slice_is_measured(script):
     found = script("volumes").timed("nano", 10)
     assert found["slice"] > 0 and found["single"] > 0 and found["mebibytes"] > 0
+
+
+def test_latency_sums_the_stages_of_a_query_and_compares_designs(script):
+    latency = script("latency")
+    shape = "nano", 64
+    results = {(*shape, n, 2, 1, design): latency.measure(*shape, n, 2, 1, design, 2) for n, design in MEASURED}
+    found = results[*shape, 2, 2, 1, "ours"]
+    assert all(found[stage] > 0 for stage in (*latency.STAGES, latency.SECOND))
+    parts = sum(found[stage] for stage in latency.STAGES)
+    assert 0.5 * found["query"] < parts < 1.5 * found["query"]
+    # The other design encodes every support image with every query.
+    other = results[*shape, 8, 2, 1, "authors"]
+    assert other["query"] > 3 * found["encode"]
