@@ -6,8 +6,9 @@
     POST /sam2sgp/{approve,reject,remove,restore}  {"image": …, "label_tag": …}, as JSON
 
 Approving a prediction saves it under the tag `final`, which is what joins the support set. Removing an approved label
-from the support set gives it the tag `removed`, restoring it the tag `final` again; the file itself stays. Under the new
-tag it is saved before the old one is deleted, so a kill between the two loses nothing. Nothing is loaded from elsewhere.
+from the support set gives it the tag `removed`, restoring it the tag `final` again; the file itself stays. It is saved
+under the new tag before the old one is deleted, so a kill between the two loses nothing. Nothing is loaded from
+elsewhere.
 
 Handlers run in the server's threads, at the same time as requests to MONAI Label; the bank is only touched under the
 segmenter's lock.
@@ -26,10 +27,10 @@ from fastapi import APIRouter, Body, Query
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from lib.guard import refuse
-from lib.usage import Usage
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from PIL import Image
 
+from lib.usage import Usage
 from sam2sgp.data import read_image, read_label
 from sam2sgp.errors import DataError
 from sam2sgp.report.overlays import draw_overlay, to_display
@@ -45,7 +46,8 @@ PER_PAGE = 24
 EDGE = 256
 PICTURES_KEPT = 256
 # Only this page's own files: no script or style in the page itself, and no frame around it.
-SECURITY = "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; frame-ancestors 'none'"
+OWN = ("img-src", "style-src", "script-src", "connect-src")
+SECURITY = "; ".join(["default-src 'none'", *(f"{kind} 'self'" for kind in OWN), "frame-ancestors 'none'"])
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript"}
 CURVE = (360, 90)
 
