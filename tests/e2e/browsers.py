@@ -1,0 +1,43 @@
+"""The system's Chromium, driven by Playwright."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+from tests.e2e.programs import program
+
+# Nothing of the browser's own may try to reach the internet.
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+# Kept by CI; git ignores it.
+SCREENSHOTS = Path(__file__).parents[2] / "out" / "screenshots"
+
+
+@contextmanager
+def page(width: int = 1280, height: int = 900) -> Iterator[Page]:
+    """A page of a new browser."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program("chromium", "chromium"), args=ARGUMENTS)
+        try:
+            opened = browser.new_page(viewport={"width": width, "height": height})
+            opened.set_default_timeout(60_000)
+            yield opened
+        finally:
+            browser.close()
+
+
+def keep(opened: Page, name: str) -> Path:
+    """Save a screenshot for people."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    path = SCREENSHOTS / f"{name}.png"
+    opened.screenshot(path=path)
+    return path
