@@ -448,17 +448,15 @@ class ConfinedDatastore(LocalDatastore):
     def _read(self) -> None:
         """Read index and folders, and set what is known by what is there."""
         started = time.time()
-        known = self._load()
         labels = self._datastore.label_path(None)
         tags = [entry.name for entry in _entries(labels) if entry.is_dir() and self._is_tag(labels, entry.name)]
         self._tags = tuple(sorted(tags))
         times = self._times()
+        known = self._load()
         found: dict[str, dict[str, DataModel]] = {}
         for tag in self._tags:
             for image_id, files in self._files(self._datastore.label_path(tag)).items():
-                suffix = (
-                    max(files, key=lambda suffix: files[suffix].stat().st_mtime_ns) if len(files) > 1 else [*files][0]
-                )
+                suffix = _newest(files)
                 entry = known.get(image_id)
                 label = entry.labels.get(tag) if entry else None
                 if label is None or label.ext != suffix:
@@ -467,11 +465,7 @@ class ConfinedDatastore(LocalDatastore):
         objects = {}
         for image_id, files in sorted(self._files(self._datastore.image_path()).items()):
             entry = known.get(image_id)
-            suffix = (
-                entry.image.ext
-                if entry and entry.image.ext in files
-                else min(files, key=lambda suffix: SUFFIXES.index(suffix.lower()))
-            )
+            suffix = entry.image.ext if entry and entry.image.ext in files else _foremost(files)
             if len(files) > 1:
                 names = ", ".join(sorted(file.name for file in files.values()))
                 self._warn(
@@ -522,7 +516,7 @@ class ConfinedDatastore(LocalDatastore):
             logger.warning(message)
 
     def _load(self) -> dict[str, ImageLabelModel]:
-        """Entries as the index has them; {} without one. A damaged index is set aside, and built anew from the files."""
+        """Entries as the index has them; {} without one. A damaged index is set aside and built anew."""
         path = Path(self._datastore_config_path)
         try:
             model = LocalDatastoreModel.model_validate_json(path.read_bytes())
@@ -561,6 +555,16 @@ def open_datastore(settings) -> LocalDatastore:
 def _entries(folder: str) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
         return list(entries)
+
+
+def _newest(files: dict[str, os.DirEntry]) -> str:
+    """The suffix of the file that was written last."""
+    return max(files, key=lambda suffix: files[suffix].stat().st_mtime_ns) if len(files) > 1 else next(iter(files))
+
+
+def _foremost(files: dict[str, os.DirEntry]) -> str:
+    """The suffix that comes first among the supported ones: volumes before pictures."""
+    return min(files, key=lambda suffix: SUFFIXES.index(suffix.lower()))
 
 
 def _first_info(name: str) -> dict[str, Any]:

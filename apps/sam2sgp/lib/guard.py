@@ -72,8 +72,8 @@ UNSAFE_METHODS = ("POST", "PUT", "DELETE", "PATCH")
 def refuse(error: Exception) -> HTTPException:
     """An error as an answer: one sentence and a status that says whose fault it is.
 
-    `Sam2SgpError`s and MONAI Label's errors become 4xx, or 507 for a full disk; an HTTPException stays as it is; anything
-    else is a 500 whose text gives nothing of the server away.
+    `Sam2SgpError`s and MONAI Label's errors become 4xx, or 507 for a full disk; an HTTPException stays as it is;
+    anything else is a 500 whose text gives nothing of the server away.
     """
     error = cause_of(error) if not isinstance(error, HTTPException | MONAILabelException) else error
     if isinstance(error, HTTPException):

@@ -1,8 +1,8 @@
 """Sessions: images that a client lends the server for a while, kept outside the datastore.
 
 In: uploaded files or an archive of them, and session ids. Out: MONAI Label's `SessionInfo`, with paths inside the
-session's own folder. Archives are unpacked here, member by member: none can lead out, and what they unpack to is bounded.
-Requests come one at a time; ids are made by the server.
+session's own folder. Archives are unpacked here, member by member: none can lead out, and what they unpack to is
+bounded. Requests come one at a time; ids are made by the server.
 """
 
 import bz2
