@@ -1,10 +1,7 @@
 """The fine-tuning task: what it trains on, when it publishes, how it is followed, stopped and undone."""
 
 import json
-import multiprocessing
-import os
-import signal
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +10,12 @@ from filelock import FileLock
 
 from lib.trainers.data import digest, split
 from lib.trainers.finetune import FineTuning
+from lib.trainers.status import StatusHandler
 from lib.weights import Weights
 from sam2sgp.data import class_names, load_datalist
+from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.errors import ConfigError, DataError
+from sam2sgp.files import write_text
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 
 BUNDLE = Path(__file__).parents[2] / "bundle"
@@ -45,16 +45,19 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def own_hook(monkeypatch):
     """The bundle's `initialize` replaces the hook that prints uncaught exceptions."""
-    import sys
-
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
 @pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trainer") / "set"
+    return make_phantoms(directory, 6, size=(64, 64), num_slices=6, modalities=("us",), progress=False)
+
+
+@pytest.fixture(scope="module")
 def cases(phantoms):
-    """Eight labelled phantoms of eight patients, each with its class declared."""
-    chosen = [case for case in load_datalist(phantoms) if case["patient"]]
-    return chosen[:8]
+    """A labelled picture of each of six patients."""
+    return list({case["patient"]: case for case in load_datalist(phantoms)}.values())
 
 
 class Events(list):
@@ -116,10 +119,10 @@ def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp
             parameter.add_(0.3 * torch.randn_like(parameter))
     save_weights(start, tmp_path / "spoilt.pt")
     task, weights, events = a_task(tmp_path, cases, phantoms, tmp_path / "spoilt.pt")
-    stats = task({**REQUEST, "learning_rate": 3e-3, "episodes_per_epoch": 24}, None)
+    stats = task({**REQUEST, "learning_rate": 3e-3, "episodes_per_epoch": 16}, None)
     assert stats["state"] == "published", stats
     assert stats["new_metric"] > stats["start_metric"] and stats["best_metric"] > 0
-    assert stats["epoch"] == stats["max_epochs"] == 1 and stats["step"] == stats["steps"] == 12
+    assert stats["epoch"] == stats["max_epochs"] == 1 and stats["step"] == stats["steps"] == 8
     assert stats["weights"]["version"] == "1" and stats["weights"]["before"] == "embedded"
     load_weights(SAM2SGP("nano", 64), weights.active().path)
     assert (weights.active().path.parent / "lora" / "adapter_model.safetensors").is_file()
@@ -130,13 +133,6 @@ def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp
     assert weights.active().name == "embedded" and events[-1][0] == "roll_back"
 
 
-def test_weights_that_are_not_better_are_not_published(tmp_path, phantoms, cases):
-    task, weights, events = a_task(tmp_path, cases, phantoms)
-    stats = task({**REQUEST, "learning_rate": 1e-12}, None)
-    assert stats["state"] == "kept" and "'embedded' stay in use" in stats["message"]
-    assert weights.versions() == [weights.active()] and events[-1][0] == "keep_weights"
-
-
 @pytest.mark.parametrize(
     "option",
     [
@@ -145,15 +141,11 @@ def test_weights_that_are_not_better_are_not_published(tmp_path, phantoms, cases
         {"learning_rate": "nan"},
         {"episodes_per_epoch": 0},
         {"device": "$exit()"},
-        {"device": "cuda:99"},
         {"action": "delete"},
     ],
 )
 def test_options_that_cannot_work_are_refused_and_none_is_run_as_code(tmp_path, phantoms, cases, option):
     task, _, events = a_task(tmp_path, cases, phantoms)
-    if option["device"] if "device" in option else False:
-        if torch.cuda.is_available() is False and option["device"].startswith("cuda"):
-            pytest.skip("MONAI Label takes the CPU where there is no GPU.")
     with pytest.raises(ConfigError, match=next(iter(option))):
         task({**REQUEST, **option}, None)
     assert not events
@@ -169,33 +161,53 @@ def test_options_are_the_bundles_and_the_panels_lists_count_as_their_first_eleme
     assert options["device"] == "$torch.device('cpu')" and options["max_epochs"] == declared["max_epochs"]
 
 
-def _train(*arguments, **options):
-    torch.set_num_threads(1)
-    task, _, _ = a_task(*arguments)
-    task({**REQUEST, **options}, None)
+def test_only_devices_that_are_there_are_taken(tmp_path, phantoms, cases, monkeypatch):
+    task, _, _ = a_task(tmp_path, cases, phantoms)
+    monkeypatch.setattr("lib.trainers.finetune.name_to_device", lambda name: name or "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert task._device("cpu") == "cpu"
+    assert task._device(None) == task._device("cuda:0") == "cuda:0"
+    for name in ("cuda:1", "mps", "cuda:x"):
+        with pytest.raises(ConfigError, match="device is"):
+            task._device(name)
 
 
-def test_a_killed_training_reads_as_stopped_and_the_next_one_goes_on_with_it(tmp_path, phantoms, cases):
+def test_a_killed_training_reads_as_stopped_and_the_next_one_goes_on_but_publishes_nothing_that_is_not_better(
+    tmp_path, phantoms, cases, monkeypatch
+):
     task, weights, events = a_task(tmp_path, cases, phantoms)
-    options = {"max_epochs": 3, "learning_rate": 1e-12}
-    process = multiprocessing.get_context("spawn").Process(
-        target=_train, args=(tmp_path, cases, phantoms), kwargs=options
-    )
-    process.start()
-    while process.is_alive() and task.stats().get("epoch", 0) < 1:
-        time.sleep(0.05)
-    assert task.stats()["state"] == "running" and task.stats()["best_epoch"] == 1
-    with pytest.raises(ConfigError, match="running already"):
-        task({**REQUEST, "action": "roll_back"}, None)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    stopped = task.stats()
-    assert stopped["state"] == "stopped" and stopped["epoch"] >= 1 and "goes on from there" in stopped["message"]
-    assert weights.active().name == "embedded"
+    request = {**REQUEST, "max_epochs": 2, "learning_rate": 1e-12}
+    epoch = StatusHandler._epoch
 
-    stats = task({**REQUEST, **options}, None)
-    assert stats["state"] == "kept" and stats["epoch"] == 3
-    assert events[0][0] == "train" and events[0][1]["resumed"]
+    def killed(handler, engine):
+        epoch(handler, engine)
+        if engine.state.epoch == 1:
+            raise KeyboardInterrupt  # like SIGKILL, nothing of the task's own handles it
+
+    monkeypatch.setattr(StatusHandler, "_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        task(request, None)
+    monkeypatch.undo()
+    assert task.stats()["state"] == "running" and task.stats()["best_epoch"] == 1
+    written = json.loads(task.status.path.read_text())
+    write_text(task.status.path, json.dumps({**written, "pid_created": 0.0}))
+    stopped = task.stats()
+    assert stopped["state"] == "stopped" and "after 1 of 2 epochs" in stopped["message"]
+    assert weights.active().name == "embedded" and not events[0][1]["resumed"]
+
+    stats = task(request, None)
+    assert stats["state"] == "kept" and stats["epoch"] == 2 and "'embedded' stay in use" in stats["message"]
+    assert [action for action, _ in events] == ["train", "train", "keep_weights"] and events[1][1]["resumed"]
+    assert weights.versions() == [weights.active()]
+
+
+def test_one_training_at_a_time(tmp_path, phantoms, cases):
+    task, _, _ = a_task(tmp_path, cases, phantoms)
+    task.folder.mkdir()
+    with FileLock(task.folder / ".lock"):
+        for action in ("train", "roll_back"):
+            with pytest.raises(ConfigError, match="running already"):
+                task({**REQUEST, "action": action}, None)
 
 
 def test_other_labels_or_options_begin_anew(tmp_path, phantoms, cases):

@@ -103,7 +103,7 @@ class FineTuning(TrainTask):
         self.overrides = {
             key: value
             for key, value in (overrides or {}).items()
-            if key.split("::")[0] in declared and key not in OWN_KEYS
+            if key.split("::")[0] in declared and key not in OWN_KEYS and (key != "lora" or value)
         }
         self._config = {
             "action": [TRAIN, ROLL_BACK],
@@ -152,7 +152,7 @@ class FineTuning(TrainTask):
                     self._roll_back() if action == ROLL_BACK else self._train(self._options(request))
                 except Exception as error:
                     cause = cause_of(error)
-                    self.status.finish(FAILED, str(cause) or type(cause).__name__)
+                    self.status.finish(FAILED, str(cause).split("\n")[0] or type(cause).__name__)
                     if isinstance(cause, Sam2SgpError) and cause is not error:
                         raise cause from error
                     raise
@@ -262,13 +262,13 @@ class FineTuning(TrainTask):
         load_weights(network, weights)
         evaluator = parser.get_parsed_content("validate::evaluator")
         evaluator.run()
-        dice = float(evaluator.state.metrics[METRIC])
+        dice = evaluator.state.metrics.get(METRIC, math.nan)
         if math.isnan(dice):
             raise DataError(
                 "Fine-tuning expected an object in a label held back to judge it, found none that can be read; "
                 "approve labels with objects of more patients, then train again. The weights stay as they are."
             )
-        return dice
+        return float(dice)
 
     def _run(self, settings: Mapping[str, Any]) -> Path:
         """Train through the bundle; the path of the best weights, LoRA merged."""
