@@ -22,11 +22,13 @@ from lib.checks import NotFound
 from lib.datastore import open_datastore
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
+from lib.page import SupportPage
 from lib.segmenter import Segmenter
 from lib.sessions import open_sessions
 from lib.settings import Settings
 from lib.support import FINAL, LabelledCases
 from lib.trainers.finetune import FineTuning
+from lib.usage import Usage
 from lib.weights import Weights
 from sam2sgp.errors import Sam2SgpError
 
@@ -43,6 +45,7 @@ class Sam2SgpApp(MONAILabelApp):
         try:
             self.settings = Settings.from_conf(app_dir, studies, conf)
             self.audit = Audit(self.settings.audit_file)
+            self.usage = Usage(self.settings.state_dir / "usage.sqlite")
             self.weights = Weights(self.settings.state_dir / "weights", self.settings.start_weights)
             super().__init__(
                 app_dir,
@@ -97,6 +100,15 @@ class Sam2SgpApp(MONAILabelApp):
         from monailabel.app import app
 
         install(app, self.settings)
+        page = SupportPage(
+            self.datastore(),
+            self.segmenter,
+            self.usage,
+            self.ranked,
+            self._trainers[FINE_TUNING].stats,
+            self.on_save_label,
+        )
+        app.include_router(page.router())
         self.segmenter.refresh()
         threading.Thread(target=self._warm_up, daemon=True, name="sam2sgp-warm-up").start()
         super().on_init_complete()
@@ -107,6 +119,10 @@ class Sam2SgpApp(MONAILabelApp):
         except Exception:
             # The request that needs it tells its client.
             logger.exception("The support set could not be encoded at the start")
+
+    def ranked(self, images: list[str]) -> list[str]:
+        """Ids of unlabelled images in the order in which the support page shows them."""
+        return sorted(images)
 
     # Requests
 
@@ -144,6 +160,7 @@ class Sam2SgpApp(MONAILabelApp):
                 f"image {image_id or 'of the session'}: expected an image, found none; take one of the list."
             )
         label, params = task({**request, "image": path, "image_id": image_id})
+        self.usage.add(used["item"] for items in params["support"].values() for used in items)
         tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
         label_id = label
         if image_id and _is_true(request.get("save_label")):
