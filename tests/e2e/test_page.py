@@ -55,7 +55,7 @@ def segment(server) -> dict[str, list[dict]]:
     image = max({path.stem for path in Path(server.studies).glob("*.png")} - labelled)
     answer = requests.post(f"{server.url}/infer/sam2sgp?image={image}&output=json")
     assert answer.status_code == 200, answer.text
-    return answer.json()["params"]["support"]
+    return answer.json()["support"]
 
 
 def press(opened, action: str, key: str | None = None) -> str:
