@@ -127,7 +127,7 @@ def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp
     load_weights(SAM2SGP("nano", 64), weights.active().path)
     assert (weights.active().path.parent / "lora" / "adapter_model.safetensors").is_file()
     assert [path.name for path in task.work.iterdir()] == ["tensorboard"]
-    assert [action for action, _ in events] == ["train", "publish_weights"]
+    assert [action for action, _ in events] == ["train", "publish"]
 
     assert task({"model": "finetune", "action": ["roll_back"]}, None)["state"] == "rolled_back"
     assert weights.active().name == "embedded" and events[-1][0] == "roll_back"
@@ -197,7 +197,7 @@ def test_a_killed_training_reads_as_stopped_and_the_next_one_goes_on_but_publish
 
     stats = task(request, None)
     assert stats["state"] == "kept" and stats["epoch"] == 2 and "'embedded' stay in use" in stats["message"]
-    assert [action for action, _ in events] == ["train", "train", "keep_weights"] and events[1][1]["resumed"]
+    assert [action for action, _ in events] == ["train", "train", "keep"] and events[1][1]["resumed"]
     assert weights.versions() == [weights.active()]
 
 

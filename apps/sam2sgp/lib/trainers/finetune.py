@@ -294,12 +294,12 @@ class FineTuning(TrainTask):
         compared = f"Mean Dice on {facts['validation']} held-back labels: {before:.4f} before, {after:.4f} after."
         measured = {"start_metric": before, "new_metric": after}
         if not after > before:
-            self.audit("keep_weights", weights=start, **measured)
+            self.audit("keep", weights=start, **measured)
             self.status.finish(KEPT, f"{compared} Not better, so the weights {start!r} stay in use.", **measured)
             return
         metrics = {"dice": after, "dice_before": before, "held_back": facts["validation"], "labels": facts["training"]}
         version = self.weights.publish(merged, metrics, self.work / LORA_FOLDER)
-        self.audit("publish_weights", weights=version.name, replaced=start, **measured)
+        self.audit("publish", weights=version.name, replaced=start, **measured)
         self.status.finish(PUBLISHED, f"{compared} The new weights {version.name!r} are in use.", **measured)
 
 
