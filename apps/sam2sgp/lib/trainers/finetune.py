@@ -29,10 +29,11 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
+from lib.checks import Conflict, RequestError
 from lib.trainers.data import digest, split, write_datalist
 from lib.trainers.status import Status, StatusHandler
 from lib.weights import LORA_FOLDER, MODEL_FILE, Weights
-from sam2sgp.errors import ConfigError, DataError, Sam2SgpError, cause_of
+from sam2sgp.errors import DataError, Sam2SgpError, cause_of
 from sam2sgp.files import write_text
 from sam2sgp.networks import load_weights, merge_lora, save_weights
 
@@ -138,7 +139,7 @@ class FineTuning(TrainTask):
         """
         action = _first(request.get("action")) or TRAIN
         if action not in (TRAIN, ROLL_BACK):
-            raise ConfigError(f"action is {action!r}: expected {TRAIN!r} or {ROLL_BACK!r}.")
+            raise RequestError(f"action is {action!r}: expected {TRAIN!r} or {ROLL_BACK!r}.")
         # MONAI Label's training process marks its requests so.
         if "local_rank" in request:
             _end_with_parent()
@@ -157,7 +158,7 @@ class FineTuning(TrainTask):
                         raise cause from error
                     raise
         except Timeout:
-            raise ConfigError(
+            raise Conflict(
                 "A fine-tuning is running already: wait until it has ended, or stop it (DELETE /train), then try again."
             ) from None
         return self.stats()
@@ -173,7 +174,7 @@ class FineTuning(TrainTask):
                     raise ValueError
             except ValueError:
                 expected = "a whole number of at least 1" if kind is int else "a number above 0"
-                raise ConfigError(f"{name} is {given!r}: expected {expected}.") from None
+                raise RequestError(f"{name} is {given!r}: expected {expected}.") from None
             options[name] = value
         options["device"] = f"$torch.device({self._device(_first(request.get('device')))!r})"
         return options
@@ -185,7 +186,7 @@ class FineTuning(TrainTask):
                 return kind
             if kind == "cuda" and (not index or index.isdecimal() and int(index) < torch.cuda.device_count()):
                 return f"{kind}:{index or 0}"
-        raise ConfigError(f"device is {name!r}: expected one of {', '.join(self._config['device'])}.")
+        raise RequestError(f"device is {name!r}: expected one of {', '.join(self._config['device'])}.")
 
     def _roll_back(self) -> None:
         before = self.weights.active().name
