@@ -148,15 +148,10 @@ class FineTuning(TrainTask):
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
-                self.status.start()
-                try:
-                    self._roll_back() if action == ROLL_BACK else self._train(self._options(request))
-                except Exception as error:
-                    cause = cause_of(error)
-                    self.status.finish(FAILED, str(cause).split("\n")[0] or type(cause).__name__)
-                    if isinstance(cause, Sam2SgpError) and cause is not error:
-                        raise cause from error
-                    raise
+                if action == ROLL_BACK:
+                    self._roll_back()
+                else:
+                    self._train(request)
         except Timeout:
             raise Conflict(
                 "A fine-tuning is running already: wait until it has ended, or stop it (DELETE /train), then try again."
@@ -192,9 +187,21 @@ class FineTuning(TrainTask):
         before = self.weights.active().name
         version = self.weights.roll_back()
         self.audit("roll_back", weights=version.name, replaced=before)
+        self.status.start()
         self.status.finish(ROLLED_BACK, f"The weights {version.name!r} are in use again, in the place of {before!r}.")
 
-    def _train(self, options: Mapping[str, Any]) -> None:
+    def _train(self, request: Mapping[str, Any]) -> None:
+        self.status.start()
+        try:
+            self._make_weights(self._options(request))
+        except Exception as error:
+            cause = cause_of(error)
+            self.status.finish(FAILED, str(cause).split("\n")[0] or type(cause).__name__)
+            if isinstance(cause, Sam2SgpError) and cause is not error:
+                raise cause from error
+            raise
+
+    def _make_weights(self, options: Mapping[str, Any]) -> None:
         sections = split(self.cases())
         start = self.weights.active()
         facts = {name: len(cases) for name, cases in sections.items()} | {"start_weights": start.name}
