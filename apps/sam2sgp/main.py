@@ -114,9 +114,10 @@ class Sam2SgpApp(MONAILabelApp):
         """MONAI Label's, with `support`: the state of the support set and of the weights."""
         try:
             self.segmenter.refresh(wait=False)
-            return {**super().info(), "support": self.segmenter.facts()}
-        except Exception as error:
-            raise refuse(error) from error
+        except Sam2SgpError as error:
+            # Every request asks for this first; the one that it concerns tells its client.
+            logger.error("%s", error)
+        return {**super().info(), "support": self.segmenter.facts()}
 
     def infer(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
         """Segment an image of the datastore, of a session, or sent along.
