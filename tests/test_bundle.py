@@ -154,12 +154,17 @@ def test_inference_has_the_settings_of_training():
 
 
 @pytest.mark.parametrize(
-    "overlay", ["evaluate.json", "multi_gpu_train.json", "pretrain.json", *(f"backbones/{b}.json" for b in BACKBONES)]
+    "overlay",
+    [
+        *("evaluate.json", "finetune.json", "multi_gpu_train.json", "pretrain.json"),
+        *(f"backbones/{b}.json" for b in BACKBONES),
+    ],
 )
 def test_overlays_only_set_ids_that_train_json_has_or_that_they_add_on_purpose(overlay):
     parser = ConfigParser(config("train.json"))
     added = {
         "evaluate.json": EVALUATION | ADAPTATION,
+        "finetune.json": {"model_file"},
         "pretrain.json": PRETRAINING,
         "multi_gpu_train.json": {"validate::sampler", "validate::dataloader::sampler", "finalize"},
     }.get(overlay, set())

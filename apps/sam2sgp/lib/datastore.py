@@ -1,0 +1,609 @@
+"""Images and labels of a folder, in MONAI Label's own layout, from which no request leads out.
+
+In: image ids, label tags and uploaded files, as clients send them. Out: paths inside the folder, or an error of one
+sentence with its HTTP status. The files are the truth: `datastore_v2.json` only holds what is known about them and is
+rebuilt when it is damaged or gone. A label is checked against its image before it is approved (tag `final`).
+
+Several threads and processes may use one folder at once. Every change is made under the folder's lock file, and each
+file is replaced in one step, so that a reader sees the old file or the new one and a process killed at any moment
+leaves no half file. Readers take no lock: they look at the folders' times, and read them again only when these changed.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
+from monailabel.interfaces.datastore import DefaultLabelTag
+from pydantic import ValidationError
+
+from lib.audit import Audit, content_hash
+from lib.checks import (
+    UNPACKED_PER_UPLOAD,
+    BadLabel,
+    Conflict,
+    NotFound,
+    RequestError,
+    StorageError,
+    check_content,
+    check_id,
+    check_tag,
+    suffix_of,
+)
+from sam2sgp.data.folders import check_label_values, class_names
+from sam2sgp.data.io import SUFFIXES, read_image, read_label
+from sam2sgp.errors import DataError
+from sam2sgp.files import replacing, write_text
+
+logger = logging.getLogger(__name__)
+
+FINAL = DefaultLabelTag.FINAL.value
+LABELS = "labels"
+# A folder changed less than this many seconds ago may change again without a new time: it is read again.
+COARSEST_CLOCK = 0.1
+# Saves take well below a second; a lock held for longer belongs to a process that hangs.
+LOCK_TIMEOUT = 30.0
+# What a killed process left of a save, in seconds; younger ones may belong to a process at work.
+LEFTOVER_AGE = 3600.0
+
+
+class ConfinedDatastore(LocalDatastore):
+    """A folder of images with their labels in `labels/<tag>/`, confined to that folder.
+
+    Links that lead out of the folder are not followed, names that could are refused, and files that a listing of the
+    folder doesn't show do not exist for it. Of two images with the same stem only one is offered, with a warning.
+
+    Args:
+        datastore_path: the folder; made if missing.
+        work_folder: where archives for download are put.
+        max_unpacked: how many bytes the voxels of an uploaded file may take.
+        audit: where approvals and removals are noted; None for nowhere.
+
+    Raises:
+        StorageError: the folder can't be read, or lacks subfolders that can't be made.
+    """
+
+    def __init__(self, datastore_path: str, work_folder: Path, max_unpacked: int, audit: Audit | None = None):
+        self._root = os.path.realpath(datastore_path)
+        self._work_folder = Path(work_folder)
+        self._max_unpacked = max_unpacked
+        self._audit = audit
+        self._thread_lock = threading.RLock()
+        self._seen: tuple | None = None
+        self._tags: tuple[str, ...] = ()
+        self._warned: set[str] = set()
+        self._tag_counts: tuple[dict, dict[str, int]] | None = None
+        labels = os.path.realpath(os.path.join(self._root, LABELS))
+        if os.path.commonpath([labels, self._root]) != self._root:
+            raise StorageError(
+                f"{self._root}: expected labels in this folder, found that {LABELS} is a link out of it."
+            )
+        try:
+            super().__init__(self._root, extensions=[f"*{suffix}" for suffix in SUFFIXES], labels_dir=LABELS)
+            self._remove_leftovers()
+        except OSError as error:
+            raise _storage_error(self._root, "to open the studies folder", error) from error
+
+    # What is there
+
+    def name(self) -> str:
+        return self._model().name
+
+    def description(self) -> str:
+        return self._model().description
+
+    def set_name(self, name: str) -> None:
+        with self._changing():
+            self._datastore.name = str(name)
+
+    def set_description(self, description: str) -> None:
+        with self._changing():
+            self._datastore.description = str(description)
+
+    def list_images(self) -> list[str]:
+        return list(self._objects())
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Ids of the images with an approved label."""
+        return [image_id for image_id, entry in self._objects().items() if FINAL in entry.labels]
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Ids of the images without an approved label; one with an empty approved label has a label."""
+        return [image_id for image_id, entry in self._objects().items() if FINAL not in entry.labels]
+
+    def status(self) -> dict[str, Any]:
+        objects = self._objects()
+        if self._tag_counts is None or self._tag_counts[0] is not objects:
+            self._tag_counts = objects, dict(Counter(tag for entry in objects.values() for tag in entry.labels))
+        tags = self._tag_counts[1]
+        return {"total": len(objects), "completed": tags.get(FINAL, 0), "label_tags": dict(tags)}
+
+    def json(self) -> dict[str, Any]:
+        return self._model().model_dump(exclude={"base_path"})
+
+    def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
+        """[{"image": path, "label": path}] of the approved labels; paths relative to the folder if not `full_path`."""
+        pairs = []
+        for image_id, entry in self._objects().items():
+            if FINAL in entry.labels:
+                image = self._inside(self._datastore.image_path(), image_id + entry.image.ext)
+                label = self._inside(self._datastore.label_path(FINAL), image_id + entry.labels[FINAL].ext)
+                pairs.append({"image": image, "label": label})
+        if full_path:
+            return pairs
+        return [{key: os.path.relpath(path, self._root) for key, path in pair.items()} for pair in pairs]
+
+    def get_image_uri(self, image_id: str) -> str:
+        """The image's path. Raises NotFound for an unknown id, RequestError for one that can't be an id."""
+        return self._inside(self._datastore.image_path(), image_id + self._entry(image_id).image.ext)
+
+    def get_image_info(self, image_id: str) -> dict[str, Any]:
+        return {**self._entry(image_id).image.info, "path": self.get_image_uri(image_id)}
+
+    def get_label_uri(self, label_id: str, label_tag: str) -> str:
+        """The label's path, or "" if there is no such label. Raises RequestError for an ill id or tag."""
+        label = self._label(label_id, label_tag)
+        return self._inside(self._datastore.label_path(check_tag(label_tag)), label_id + label.ext) if label else ""
+
+    def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
+        label = self._label(label_id, label_tag)
+        return dict(label.info) if label else {}
+
+    def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
+        entry = self._objects().get(check_id(image_id))
+        return dict.fromkeys(entry.labels, image_id) if entry else {}
+
+    def get_dataset_archive(self, limit_cases: int | None) -> str:
+        """The path of a ZIP file with the approved pairs; the next call replaces it. Raises NotFound without pairs."""
+        pairs = self.datalist()[: max(limit_cases, 1) if limit_cases else None]
+        if not pairs:
+            raise NotFound("data set: expected approved labels to put in an archive, found none; approve some first.")
+        archive = self._work_folder / "dataset.zip"
+        try:
+            with replacing(archive) as part, zipfile.ZipFile(part, "w") as file:
+                for pair in pairs:
+                    for key, path in pair.items():
+                        file.write(path, f"{key}/{os.path.basename(path)}")
+                file.writestr("metadata.json", self._model().model_dump_json(exclude={"base_path"}, fallback=str))
+        except OSError as error:
+            raise _storage_error("data set", "to write an archive", error) from error
+        return str(archive)
+
+    def refresh(self) -> None:
+        """Read the folders again, whatever their times say."""
+        self._seen = None
+        self._model()
+
+    # What changes
+
+    def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        """Copy an image into the folder.
+
+        Args:
+            image_id: its id; None or "" for the file's stem.
+            image_filename: of a readable image of a supported kind.
+            image_info: what is to be known about it.
+
+        Raises:
+            RequestError: an ill id, a file of another kind or too large, another image under this id, a full disk.
+            DataError: the image can't be read.
+        """
+        with _discarding_if_refused(image_filename):
+            return self._add_image(image_id, image_filename, image_info)
+
+    def _add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        suffix = suffix_of(image_filename)
+        image_id = check_id(image_id or os.path.basename(image_filename)[: -len(suffix)])
+        name = image_id + suffix
+        check_content(image_filename, self._max_unpacked, name)
+        with _naming(image_filename, name):
+            read_image(image_filename)
+        with self._changing() as objects:
+            entry = objects.get(image_id)
+            if entry:
+                there = self._inside(self._datastore.image_path(), image_id + entry.image.ext)
+                if entry.image.ext != suffix or content_hash(there) != content_hash(image_filename):
+                    raise Conflict(
+                        f"{name}: expected a new image id, found {os.path.basename(there)} under this id with another "
+                        "content; choose another id, or remove that image first."
+                    )
+                return image_id
+            with self._replacing(image_filename, self._datastore.image_path(), name):
+                self._note("add image", image=image_id, sha256=content_hash(image_filename))
+            info = {**(image_info or {}), "ts": int(time.time()), "name": name}
+            objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=suffix))
+        return image_id
+
+    def remove_image(self, image_id: str) -> None:
+        """Delete an image and all its labels. Raises NotFound for an unknown id."""
+        with self._changing() as objects:
+            entry = objects.get(check_id(image_id))
+            if entry is None:
+                raise _no_image(image_id)
+            for tag, label in entry.labels.items():
+                self._delete_label(image_id, tag, label)
+            self._delete(self._datastore.image_path(), image_id + entry.image.ext, "remove image", image=image_id)
+            del objects[image_id]
+
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+        """Copy a label into the folder, in place of an earlier one of the same image and tag.
+
+        Args:
+            image_id: of its image.
+            label_filename: of a file of a supported kind.
+            label_tag: `final` approves the label: it is then checked against its image first.
+            label_info: what is to be known about it; its `label_info` may declare classes by `idx` and `name`.
+
+        Returns:
+            The label's id, which is its image's.
+
+        Raises:
+            RequestError: an ill id or tag, an unknown image, a file of another kind or too large, a full disk.
+            BadLabel: a label to approve that can't be read, has another size than its image or undeclared values.
+        """
+        with _discarding_if_refused(label_filename):
+            return self._save_label(image_id, label_filename, label_tag, label_info)
+
+    def _save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+        tag = check_tag(label_tag)
+        image = self.get_image_uri(image_id)
+        suffix = suffix_of(label_filename)
+        name = image_id + suffix
+        info = dict(label_info or {})
+        check_content(label_filename, self._max_unpacked, name)
+        if tag == FINAL:
+            self._check_label(image, label_filename, name, info)
+        with self._changing() as objects:
+            entry = objects.get(image_id)
+            if entry is None:
+                raise _no_image(image_id)
+            with self._replacing(label_filename, self._datastore.label_path(tag), name):
+                if tag == FINAL:
+                    self._note("approve", image=image_id, tag=tag, sha256=content_hash(label_filename))
+            info.update(ts=int(time.time()), name=name)
+            labels = {**entry.labels, tag: DataModel(info=info, ext=suffix)}
+            objects[image_id] = ImageLabelModel(image=entry.image, labels=labels)
+            # Of files of several kinds the newest counts, so a process killed before this has replaced the label too.
+            for other in self._files(self._datastore.label_path(tag)).get(image_id, {}):
+                if other != suffix:
+                    self._unlink(self._datastore.label_path(tag), image_id + other)
+        return image_id
+
+    def remove_label(self, label_id: str, label_tag: str) -> None:
+        """Delete one label. Raises NotFound where there is none."""
+        tag = check_tag(label_tag)
+        with self._changing() as objects:
+            entry = objects.get(check_id(label_id, "label id"))
+            label = entry.labels.get(tag) if entry else None
+            if label is None:
+                raise NotFound(f"label {label_id}: expected a label with tag {tag}, found none; look at the list.")
+            self._delete_label(label_id, tag, label)
+            labels = {other: kept for other, kept in entry.labels.items() if other != tag}
+            objects[label_id] = ImageLabelModel(image=entry.image, labels=labels)
+
+    def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
+        """Add to what is known about an image. Raises NotFound for an unknown id."""
+        with self._changing() as objects:
+            entry = objects.get(check_id(image_id))
+            if entry is None:
+                raise _no_image(image_id)
+            image = DataModel(info={**entry.image.info, **info}, ext=entry.image.ext)
+            objects[image_id] = ImageLabelModel(image=image, labels=entry.labels)
+
+    def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
+        """Add to what is known about a label. Raises NotFound where there is none."""
+        tag = check_tag(label_tag)
+        with self._changing() as objects:
+            entry = objects.get(check_id(label_id, "label id"))
+            label = entry.labels.get(tag) if entry else None
+            if label is None:
+                raise NotFound(f"label {label_id}: expected a label with tag {tag}, found none; look at the list.")
+            changed = DataModel(info={**label.info, **info}, ext=label.ext)
+            objects[label_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: changed})
+
+    # Files
+
+    def _inside(self, folder: str, name: str) -> str:
+        """The real path of a file; RequestError if links lead it out of the datastore."""
+        path = os.path.realpath(os.path.join(folder, name))
+        if os.path.commonpath([path, self._root]) != self._root or path == self._root:
+            raise RequestError(
+                f"{name}: expected a file in the datastore, found a link that leads out; put a copy there."
+            )
+        return path
+
+    def _writable(self, folder: str) -> Path:
+        """A folder of the datastore, made if missing; RequestError if links lead it out of the datastore."""
+        path = Path(self._inside(folder, ".")) if os.path.realpath(folder) != self._root else Path(self._root)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextmanager
+    def _replacing(self, source: str, folder: str, name: str) -> Iterator[None]:
+        """Copy a file into the datastore; it takes its place when the block ends without an error."""
+        target = self._writable(folder)
+        with replacing(target / name) as part:
+            shutil.copyfile(source, part)
+            yield
+        handle = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _unlink(self, folder: str, name: str) -> None:
+        """Delete a file, not what it links to."""
+        (self._writable(folder) / name).unlink(missing_ok=True)
+
+    def _delete(self, folder: str, name: str, action: str, **facts: object) -> None:
+        """Delete a file, noted beforehand: a line too many in the audit log is better than one too few."""
+        self._note(action, **facts, sha256=content_hash(self._inside(folder, name)))
+        self._unlink(folder, name)
+
+    def _delete_label(self, image_id: str, tag: str, label: DataModel) -> None:
+        folder = self._datastore.label_path(tag)
+        self._delete(folder, image_id + label.ext, "remove label", image=image_id, tag=tag)
+        # An older label of another kind would come to light.
+        for suffix in self._files(folder).get(image_id, {}):
+            self._unlink(folder, image_id + suffix)
+
+    def _note(self, action: str, **facts: object) -> None:
+        if self._audit:
+            self._audit.write(action, **facts)
+
+    def _check_label(self, image: str, label: str, name: str, info: Mapping[str, Any]) -> None:
+        try:
+            with _naming(label, name):
+                values = np.unique(read_label(label, read_image(image).geometry))
+                names = class_names(self._root)
+                if names:
+                    check_label_values(label, values, {**names, **_declared(info)})
+        except DataError as error:
+            raise BadLabel(str(error)) from error
+
+    def _remove_leftovers(self) -> None:
+        folders = [self._root, *(entry.path for entry in _entries(self._datastore.label_path(None)) if entry.is_dir())]
+        for folder in folders:
+            for entry in _entries(folder):
+                hidden = entry.name.startswith(".") and any(f"{suffix}." in entry.name for suffix in SUFFIXES)
+                if hidden and entry.is_dir(follow_symlinks=False):
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > LEFTOVER_AGE:
+                        shutil.rmtree(entry.path, ignore_errors=True)
+
+    # The index
+
+    def _model(self) -> LocalDatastoreModel:
+        """What is there now; never changed in place, but for name and description."""
+        if self._times() != self._seen:
+            with self._thread_lock:
+                if self._times() != self._seen:
+                    self._read()
+        return self._datastore
+
+    def _objects(self) -> dict[str, ImageLabelModel]:
+        return self._model().objects
+
+    def _entry(self, image_id: str) -> ImageLabelModel:
+        entry = self._objects().get(check_id(image_id))
+        if entry is None:
+            raise _no_image(image_id)
+        return entry
+
+    def _label(self, label_id: str, label_tag: str) -> DataModel | None:
+        tag = check_tag(label_tag)
+        entry = self._objects().get(check_id(label_id, "label id"))
+        return entry.labels.get(tag) if entry else None
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, ImageLabelModel]]:
+        """The entries, to be changed in the block together with their files; then the index is written.
+
+        Nothing of the index changes if the block fails.
+        """
+        try:
+            with self._thread_lock, FileLock(self._lock_file, timeout=LOCK_TIMEOUT):
+                self._read()
+                objects = dict(self._datastore.objects)
+                try:
+                    yield objects
+                    self._datastore = self._datastore.model_copy(update={"objects": objects})
+                    text = self._datastore.model_dump_json(exclude={"base_path"}, fallback=str)
+                    write_text(self._datastore_config_path, text)
+                finally:
+                    # Whatever the block did to the files before it failed is found by reading them again.
+                    self._seen = None
+        except Timeout as error:
+            raise StorageError(
+                f"datastore: expected to lock it within {LOCK_TIMEOUT:.0f} s, found another process at work on it; try "
+                "again, or end that process."
+            ) from error
+        except OSError as error:
+            raise _storage_error("datastore", "to save the change", error) from error
+
+    def _times(self) -> tuple | None:
+        """Of the index and the folders: these change with every file made, removed or replaced."""
+        base = self._datastore.label_path(None)
+        tags = [self._datastore.label_path(tag) for tag in self._tags]
+        times = []
+        for path in (self._datastore_config_path, self._datastore.image_path(), base, *tags):
+            try:
+                stat = os.stat(path)
+            except OSError:
+                times.append(None)
+            else:
+                times.append((stat.st_mtime_ns, stat.st_ino))
+        return tuple(times)
+
+    def _read(self) -> None:
+        """Read index and folders, and set what is known by what is there."""
+        started = time.time()
+        labels = self._datastore.label_path(None)
+        tags = [entry.name for entry in _entries(labels) if entry.is_dir() and self._is_tag(labels, entry.name)]
+        self._tags = tuple(sorted(tags))
+        times = self._times()
+        known = self._load()
+        found: dict[str, dict[str, DataModel]] = {}
+        for tag in self._tags:
+            for image_id, files in self._files(self._datastore.label_path(tag)).items():
+                suffix = _newest(files)
+                entry = known.get(image_id)
+                label = entry.labels.get(tag) if entry else None
+                if label is None or label.ext != suffix:
+                    label = DataModel(info=_first_info(image_id + suffix), ext=suffix)
+                found.setdefault(image_id, {})[tag] = label
+        objects = {}
+        for image_id, files in sorted(self._files(self._datastore.image_path()).items()):
+            entry = known.get(image_id)
+            suffix = entry.image.ext if entry and entry.image.ext in files else _foremost(files)
+            if len(files) > 1:
+                names = ", ".join(sorted(file.name for file in files.values()))
+                self._warn(
+                    f"{names}: expected one image for each name, found {len(files)}; {image_id + suffix} is used and "
+                    "the others are left out: rename them."
+                )
+            image = entry.image if entry and entry.image.ext == suffix else None
+            image = image or DataModel(info=_first_info(image_id + suffix), ext=suffix)
+            labels_found = found.get(image_id, {})
+            if entry is None or entry.image is not image or entry.labels != labels_found:
+                entry = ImageLabelModel(image=image, labels=labels_found)
+            objects[image_id] = entry
+        self._datastore = self._datastore.model_copy(update={"objects": objects})
+        settled = all(time is None or time[0] < (started - COARSEST_CLOCK) * 1e9 for time in times)
+        self._seen = times if settled else None
+
+    def _is_tag(self, folder: str, name: str) -> bool:
+        try:
+            self._inside(folder, check_tag(name))
+        except RequestError as error:
+            self._warn(str(error))
+            return False
+        return True
+
+    def _files(self, folder: str) -> dict[str, dict[str, os.DirEntry]]:
+        """The images or labels directly in a folder: {id: {suffix: file}}."""
+        files: dict[str, dict[str, os.DirEntry]] = {}
+        for entry in _entries(folder):
+            name = entry.name
+            lower = name.lower()
+            suffix = next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), None)
+            if suffix is None or name.startswith("."):
+                continue
+            try:
+                image_id = check_id(name[: -len(suffix)])
+                if entry.is_symlink():
+                    self._inside(folder, name)
+            except RequestError as error:
+                self._warn(f"{error} The file is left out.")
+                continue
+            if entry.is_file():
+                files.setdefault(image_id, {})[name[-len(suffix) :]] = entry
+        return files
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+    def _load(self) -> dict[str, ImageLabelModel]:
+        """Entries as the index has them; {} without one. A damaged index is set aside and built anew."""
+        path = Path(self._datastore_config_path)
+        try:
+            model = LocalDatastoreModel.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except ValidationError:
+            aside = path.with_name(f"{path.name}.damaged")
+            self._warn(f"{path.name}: expected an index, found it damaged; it is kept as {aside.name} and built anew.")
+            try:
+                os.replace(path, aside)
+            except OSError:
+                logger.warning("%s: can't be set aside.", path.name)
+            return {}
+        # Folders come from the caller: those that the file names could lie anywhere.
+        self._datastore = self._datastore.model_copy(update={"name": model.name, "description": model.description})
+        return model.objects
+
+    def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
+        """Nothing: `_read` does it, once the folders are there."""
+
+    def _reconcile_datastore(self) -> None:
+        self.refresh()
+
+
+def open_datastore(settings) -> LocalDatastore:
+    """The confined datastore of `settings.studies`: a folder, or a DICOMweb server by its address.
+
+    Raises:
+        StorageError: the folder can't be opened.
+    """
+    audit = Audit(settings.state_dir / "audit.jsonl")
+    limit = int(settings.max_upload_mb * UNPACKED_PER_UPLOAD) << 20
+    return ConfinedDatastore(settings.studies, settings.state_dir, limit, audit)
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _newest(files: dict[str, os.DirEntry]) -> str:
+    """The suffix of the file that was written last."""
+    return max(files, key=lambda suffix: files[suffix].stat().st_mtime_ns) if len(files) > 1 else next(iter(files))
+
+
+def _foremost(files: dict[str, os.DirEntry]) -> str:
+    """The suffix that comes first among the supported ones: volumes before pictures."""
+    return min(files, key=lambda suffix: SUFFIXES.index(suffix.lower()))
+
+
+def _first_info(name: str) -> dict[str, Any]:
+    return {"ts": int(time.time()), "name": name}
+
+
+def _declared(info: Mapping[str, Any]) -> dict[int, str]:
+    """Classes that a client declares with its label: {value: name}."""
+    declared = info.get("label_info")
+    entries = [entry for entry in declared if isinstance(entry, dict)] if isinstance(declared, list) else []
+    return {entry["idx"]: str(entry.get("name")) for entry in entries if isinstance(entry.get("idx"), int)}
+
+
+@contextmanager
+def _discarding_if_refused(path: str) -> Iterator[None]:
+    """Delete a temporary file if it is refused: MONAI Label's handlers remove an upload only where all went well."""
+    try:
+        yield
+    except DataError:
+        if os.path.dirname(os.path.abspath(path)) == os.path.abspath(tempfile.gettempdir()):
+            Path(path).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _naming(path: str, name: str) -> Iterator[None]:
+    """Errors that name a temporary path name the file as the client knows it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace(str(path), name)) from error
+
+
+def _no_image(image_id: str) -> NotFound:
+    return NotFound(f"image {image_id}: expected an image of the datastore, found none; take an id from the list.")
+
+
+def _storage_error(what: str, purpose: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"{what}: expected {purpose}, found {error.strerror or error}; nothing that was there is lost: free some space "
+        "or correct the folder's permissions, then try again."
+    )

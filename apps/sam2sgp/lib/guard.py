@@ -1,0 +1,394 @@
+"""What stands between clients and MONAI Label's own HTTP server: it lets through only what the app means to answer.
+
+In: every HTTP request, before MONAI Label's handlers see it. Out: the request, whole and checked, or an answer of one
+sentence with a 4xx status. A request's body is taken in full before a handler runs, up to the limit of uploads, so a
+handler never meets half an upload. The checks keep no state of their own and hold for any number of requests at once.
+
+What it does not do: authentication and encryption, which are a reverse proxy's.
+"""
+
+import errno
+import json
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import IO
+from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
+
+from fastapi import FastAPI, HTTPException
+from monailabel.interfaces.exception import (
+    ImageNotFoundException,
+    LabelNotFoundException,
+    MONAILabelError,
+    MONAILabelException,
+)
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+
+from lib.audit import Audit, current_user
+from lib.checks import (
+    UNPACKED_PER_UPLOAD,
+    Forbidden,
+    NotFound,
+    RequestError,
+    TooLarge,
+    check_content,
+    check_file_name,
+    check_id,
+    check_tag,
+    suffix_of,
+)
+from sam2sgp.data.io import SUFFIXES
+from sam2sgp.errors import ConfigError, DataError, Sam2SgpError, WeightsError, cause_of
+
+__all__ = ["check_id", "check_tag", "install", "refuse"]
+
+logger = logging.getLogger(__name__)
+
+# Bytes of an upload that are kept in memory; the rest goes to a temporary file.
+KEPT_IN_MEMORY = 1 << 20
+# Of fields and JSON bodies, which are parsed in memory: the largest are label_info and point prompts.
+LARGEST_TEXT = 1 << 20
+MOST_FILES = 20_000
+LONGEST_QUERY = 8192
+CHUNK = 1 << 20
+IDS = ("image", "id", "label", "session_id")
+# What a request may not set from within its parameters: handlers let these win over what was checked.
+NOT_PARAMETERS = ("bundle_path", "session", "file", "result_path", "model_path")
+DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,2})?")
+GPUS = re.compile(r"(all|\d{1,2}(,\d{1,2})*)?")
+# Parameters that choose hardware or replace settings of the inference config.
+OVERRIDES = ("device", "gpus", "multi_gpu", "config", "conf", "overrides", "bundle_root", "model_dir", "state_dir")
+JSON_FIELDS = ("params", "info", "wsi")
+UNSAFE_METHODS = ("POST", "PUT", "DELETE", "PATCH")
+
+
+def refuse(error: Exception) -> HTTPException:
+    """An error as an answer: one sentence and a status that says whose fault it is.
+
+    `Sam2SgpError`s and MONAI Label's errors become 4xx, or 507 for a full disk; an HTTPException stays as it is;
+    anything else is a 500 whose text gives nothing of the server away.
+    """
+    error = cause_of(error) if not isinstance(error, HTTPException | MONAILabelException) else error
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, RequestError):
+        return HTTPException(error.status, str(error))
+    if isinstance(error, ImageNotFoundException | LabelNotFoundException):
+        return HTTPException(404, str(error.msg))
+    if isinstance(error, MONAILabelException) and error.error == MONAILabelError.INVALID_INPUT:
+        return HTTPException(400, str(error.msg))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return HTTPException(507, f"The server can't store this: {error.strerror}; nothing was changed.")
+    for kind, status in ((DataError, 422), (WeightsError, 409), (ConfigError, 400), (Sam2SgpError, 400)):
+        if isinstance(error, kind):
+            return HTTPException(status, str(error))
+    return HTTPException(500, "The server failed; its log says why.")
+
+
+def install(app: FastAPI, settings) -> None:
+    """Put the checks in front of an app's routes; a second call replaces the first.
+
+    The app's own CORS middleware, which reflects every origin, gives way to one for `settings.cors_origins`, if any.
+    May be called when the app has started but answered nothing yet.
+
+    Args:
+        app: MONAI Label's FastAPI app.
+        settings: the app's; reads `max_upload_mb`, `cors_origins`, `allow_model_upload`, `allow_overrides`,
+            `user_header`, `studies` and `state_dir`.
+    """
+    kept = [entry for entry in app.user_middleware if entry.cls not in (CORSMiddleware, RequestGuard)]
+    added = [Middleware(RequestGuard, settings=settings)]
+    if settings.cors_origins:
+        added.insert(
+            0,
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.cors_origins),
+                allow_credentials=True,
+                allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
+                allow_headers=["*"],
+            ),
+        )
+    app.user_middleware = added + kept
+    for kind in (Sam2SgpError, MONAILabelException):
+        app.add_exception_handler(kind, _answer)
+    # Starlette builds this once, before the app's start.
+    app.middleware_stack = app.build_middleware_stack()
+
+
+def confine(request: dict, settings) -> dict:
+    """A task's request without what only the server may choose: for `infer`, `batch_infer`, `scoring` and `train`.
+
+    Raises RequestError for a label tag, a device or a result extension that isn't one.
+    """
+    ignored = ("bundle_path",) if settings.allow_overrides else ("bundle_path", *OVERRIDES)
+    _check_parameters(request)
+    return {key: value for key, value in request.items() if key not in ignored}
+
+
+class RequestGuard:
+    """ASGI middleware that checks each request and hands on its body whole."""
+
+    def __init__(self, app, settings):
+        self._app = app
+        self._settings = settings
+        self._limit = int(settings.max_upload_mb * (1 << 20))
+        self._audit = Audit(settings.state_dir / "audit.jsonl")
+        self._is_remote = str(settings.studies).startswith(("http://", "https://"))
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = None
+        user = current_user.set(self._user(Headers(scope=scope)))
+        try:
+            try:
+                self._check_head(scope)
+                body = await self._take(scope, receive)
+                await self._check_body(scope, body)
+            except ClientDisconnect:
+                return
+            except Exception as error:
+                answer = refuse(error)
+                if answer.status_code >= 500:
+                    logger.exception("A request could not be checked")
+                # The rest of a body that was refused unread isn't waited for.
+                headers = {"connection": "close"} if body is None else {}
+                response = JSONResponse({"detail": answer.detail}, answer.status_code, headers)
+                await response(scope, receive, send)
+                return
+            await self._app(scope, _replay(body, receive), self._noting(scope, send))
+        finally:
+            current_user.reset(user)
+            if body is not None:
+                body.close()
+
+    def _user(self, headers: Headers) -> str | None:
+        name = self._settings.user_header
+        value = headers.get(name) if name else None
+        return value[:256] if value else None
+
+    def _check_head(self, scope) -> None:
+        method, path = scope["method"], scope["path"]
+        headers = Headers(scope=scope)
+        self._check_origin(method, headers)
+        _decoded(unquote_to_bytes(scope.get("raw_path", b"")), "path")
+        # Proxied addresses are decoded a second time on their way.
+        for text in (path, unquote(path)):
+            _check_text(text, "path")
+            if any(part in ("..", ".") for part in text.replace("\\", "/").split("/")):
+                raise RequestError("path: expected one without '.' and '..'; write it out.")
+        if len(scope["query_string"]) > LONGEST_QUERY:
+            raise TooLarge(f"query: expected at most {LONGEST_QUERY} bytes, found more; send parameters in the body.")
+        self._check_route(method, path)
+        for key, value in _query(scope["query_string"]):
+            # Clients send these empty where they have none to give.
+            if key in IDS and (value or key in ("id", "label")):
+                check_id(value, f"{key} in the query")
+            elif key == "tag" and value:
+                check_tag(value)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self._limit:
+            raise self._too_large(self._limit)
+
+    def _check_origin(self, method: str, headers: Headers) -> None:
+        """Other sites' pages may not send requests through the browser of someone who may."""
+        origin = headers.get("origin")
+        if origin is None or method not in UNSAFE_METHODS or origin in self._settings.cors_origins:
+            return
+        host = headers.get("x-forwarded-host") or headers.get("host", "")
+        expected = urlsplit(f"//{host}")
+        found = urlsplit(origin)
+        same = found.hostname == expected.hostname and (expected.port is None or found.port in (None, expected.port))
+        if not found.hostname or not same:
+            raise Forbidden("origin: expected a page of this server, found another; add its origin to cors_origins.")
+
+    def _check_route(self, method: str, path: str) -> None:
+        first, _, rest = path.strip("/").partition("/")
+        if first == "model" and method in UNSAFE_METHODS and not self._settings.allow_model_upload:
+            raise Forbidden(
+                "model: expected training to change it, found an upload; set allow_model_upload to allow it."
+            )
+        if first == "reload":
+            raise Forbidden("reload: expected a restart of the server instead; this would forget what is being done.")
+        if first == "proxy" and not self._is_remote:
+            raise NotFound("proxy: expected a DICOMweb server as studies, found a folder; there is nothing to pass to.")
+        if first == "infer" and rest.startswith(("wsi/", "wsi_v2/")):
+            raise NotFound("infer: expected /infer/<model>, found whole-slide inference; this app has none.")
+        if first == "session" and rest:
+            check_id(rest, "session id")
+
+    async def _take(self, scope, receive) -> tempfile.SpooledTemporaryFile:
+        """The body, whole. Raises TooLarge, and ClientDisconnect where the client goes away before its end."""
+        is_upload = Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
+        limit = self._limit if is_upload or scope["path"].startswith("/proxy/") else min(self._limit, LARGEST_TEXT)
+        body = tempfile.SpooledTemporaryFile(KEPT_IN_MEMORY)
+        size, more = 0, True
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect()
+                data = message.get("body", b"")
+                size += len(data)
+                if size > limit:
+                    raise self._too_large(limit)
+                body.write(data)
+                more = message.get("more_body", False)
+        except BaseException:
+            body.close()
+            raise
+        body.seek(0)
+        return body
+
+    async def _check_body(self, scope, body) -> None:
+        if scope["path"].startswith("/proxy/"):
+            return
+        kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+        if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+            await self._check_form(scope, body)
+        elif text := body.read().strip():
+            _check_client_parameters(_json(text, "body"))
+        body.seek(0)
+
+    async def _check_form(self, scope, body) -> None:
+        request = Request(scope, _replay(body, None))
+        try:
+            async with request.form(max_files=MOST_FILES) as form:
+                for key, value in form.multi_items():
+                    if isinstance(value, UploadFile):
+                        self._check_upload(scope["path"], key, value)
+                    elif key in JSON_FIELDS:
+                        _check_client_parameters(_json(value, key))
+                    else:
+                        _check_text(value, key)
+        except (MultiPartException, HTTPException, ValueError, KeyError, ClientDisconnect) as error:
+            raise RequestError(
+                "body: expected a whole multipart form, found another content; send it again."
+            ) from error
+
+    def _check_upload(self, path: str, key: str, upload: UploadFile) -> None:
+        name = check_file_name(upload.filename or "", f"file name of {key}")
+        # Files of a session may lack a suffix or be an archive: the sessions themselves look into them.
+        if path.startswith(("/session", "/model")):
+            return
+        suffix = suffix_of(name)
+        if path.startswith("/infer"):
+            # The datastore checks what it is given; this goes to the task at once.
+            with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+                shutil.copyfileobj(upload.file, file)
+                file.flush()
+                check_content(file.name, self._limit * UNPACKED_PER_UPLOAD, name)
+
+    def _noting(self, scope, send) -> Callable:
+        """`send`, which also notes a training that was started or stopped."""
+        first = scope["path"].strip("/").partition("/")[0]
+        if first != "train" or scope["method"] not in ("POST", "DELETE"):
+            return send
+
+        async def noting(message) -> None:
+            if message["type"] == "http.response.start" and message["status"] < 400:
+                action = "train" if scope["method"] == "POST" else "stop training"
+                self._audit.write(action, path=scope["path"])
+            await send(message)
+
+        return noting
+
+    def _too_large(self, limit: int) -> TooLarge:
+        advice = "send less, or raise max_upload_mb" if limit == self._limit else "send fewer parameters"
+        return TooLarge(f"body: expected at most {limit / (1 << 20):g} MB, found more; {advice}.")
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    answer = refuse(error)
+    if answer.status_code >= 500:
+        logger.error("%s %s", request.method, request.url.path, exc_info=error)
+    return JSONResponse({"detail": answer.detail}, answer.status_code)
+
+
+def _check_client_parameters(parameters: dict) -> None:
+    """Refuse what a client may not send at all, at any depth: handlers let parameters win over the request itself."""
+    _check_parameters(parameters)
+    for key in NOT_PARAMETERS:
+        if key in parameters:
+            raise Forbidden(f"{key}: expected the server's own, found one among the parameters; leave it out.")
+    for key in ("image", "label"):
+        if isinstance(parameters.get(key), str):
+            check_id(parameters[key], f"{key} among the parameters")
+    for value in parameters.values():
+        if isinstance(value, dict):
+            _check_client_parameters(value)
+
+
+def _check_parameters(parameters: dict) -> None:
+    if parameters.get("label_tag"):
+        check_tag(parameters["label_tag"])
+    extension = parameters.get("result_extension")
+    if extension and extension not in (*SUFFIXES, ".json"):
+        raise RequestError(f"result_extension: expected one of {', '.join(SUFFIXES)}, found {ascii(extension)[:80]}.")
+    for key, pattern in (("device", DEVICE), ("gpus", GPUS)):
+        value = parameters.get(key)
+        if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
+            raise RequestError(f"{key}: expected a device such as 'cpu' or 'cuda', found {ascii(value)[:80]}.")
+
+
+def _json(text: str | bytes, what: str) -> dict:
+    def constant(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        content = json.loads(text, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{what}: expected a JSON object, found another content; correct it.") from error
+    if not isinstance(content, dict | None):
+        raise RequestError(f"{what}: expected a JSON object, found a {type(content).__name__}; correct it.")
+    return content or {}
+
+
+def _query(query: bytes) -> list[tuple[str, str]]:
+    try:
+        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict")
+    except ValueError as error:
+        raise RequestError("query: expected percent-encoded UTF-8, found other bytes; correct it.") from error
+    for key, value in pairs:
+        _check_text(value, ascii(key)[:80])
+    return pairs
+
+
+def _decoded(content: bytes, what: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{what}: expected UTF-8, found other bytes; correct it.") from error
+
+
+def _check_text(text: str, what: str) -> None:
+    if "\0" in text or any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+        raise RequestError(f"{what}: expected text, found bytes that aren't any; correct it.")
+
+
+def _replay(body: IO[bytes], receive: Callable | None) -> Callable:
+    """An ASGI `receive` that gives a body from its start, then what `receive` gives."""
+    body.seek(0)
+    done = False
+
+    async def replay() -> dict:
+        nonlocal done
+        if done:
+            return await receive() if receive else {"type": "http.disconnect"}
+        data = body.read(CHUNK)
+        done = len(data) < CHUNK
+        return {"type": "http.request", "body": data, "more_body": not done}
+
+    return replay

@@ -1,0 +1,143 @@
+"""How a training is doing: a small JSON file that its process writes and every other process reads.
+
+The file is replaced in one step. A training whose process has ended without saying so, because it was stopped, killed
+or lost its server, reads as "stopped".
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ignite.engine import Engine, Events
+
+from sam2sgp.files import write_text
+
+logger = logging.getLogger(__name__)
+
+RUNNING, STOPPED = "running", "stopped"
+
+
+class Status:
+    """The state of the last training.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.facts: dict[str, Any] = {}
+        self._stamp: tuple | None = None
+        self._read: dict[str, Any] = {}
+
+    def start(self, **facts: Any) -> None:
+        """Begin anew: this process trains from now on."""
+        self.facts = {
+            "state": RUNNING,
+            "start_ts": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "pid": os.getpid(),
+            "pid_created": psutil.Process().create_time(),
+        }
+        self._started = time.monotonic()
+        self.update(**facts)
+
+    def update(self, **facts: Any) -> None:
+        """Add facts and write all; numbers that are not finite are left out, as JSON has none."""
+        self.facts |= facts
+        self.facts["total_time"] = round(time.monotonic() - self._started, 1)
+        finite = {k: v for k, v in self.facts.items() if not isinstance(v, float) or math.isfinite(v)}
+        write_text(self.path, json.dumps(finite, indent=1))
+
+    def finish(self, state: str, message: str, **facts: Any) -> None:
+        """The last word: what came of it, in one sentence."""
+        logger.info("%s", message)
+        self.update(state=state, message=message, **facts)
+
+    def read(self) -> dict[str, Any]:
+        """What was written last, by any process; {} before the first training. Costs a stat while nothing changes."""
+        try:
+            found = self.path.stat()
+            stamp = (found.st_mtime_ns, found.st_ino)
+            if stamp != self._stamp:
+                self._read, self._stamp = json.loads(self.path.read_text(encoding="utf-8")), stamp
+        except (OSError, ValueError):
+            return {}
+        facts = {key: value for key, value in self._read.items() if key not in ("pid", "pid_created")}
+        if facts.get("state") == RUNNING and not _is_alive(self._read.get("pid"), self._read.get("pid_created")):
+            facts["state"] = STOPPED
+            facts["message"] = (
+                f"The training was stopped after {facts.get('epoch', 0)} of {facts.get('max_epochs', '?')} epochs; the "
+                "weights are as before. Started again with the same labels and options, it goes on from there."
+            )
+        return facts
+
+
+class StatusHandler:
+    """Ignite handler that keeps a `Status` up to date. Attach it to the trainer after its other handlers.
+
+    Args:
+        status: what to update.
+        validator: the evaluator that runs after epochs.
+        metric: name of its key metric.
+        seconds: time between two updates within an epoch.
+    """
+
+    def __init__(self, status: Status, validator: Engine, metric: str, seconds: float = 2.0) -> None:
+        self.status = status
+        self.validator = validator
+        self.metric = metric
+        self.seconds = seconds
+        self._last = -math.inf
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._epoch)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
+
+    def _step(self, engine: Engine) -> None:
+        if time.monotonic() - self._last >= self.seconds:
+            self._last = time.monotonic()
+            self.status.update(**self._progress(engine))
+
+    def _epoch(self, engine: Engine) -> None:
+        facts = {"epoch": engine.state.epoch, **self._progress(engine)}
+        state = self.validator.state
+        if state.best_metric_epoch > 0:
+            facts |= {"best_metric": float(state.best_metric), "best_epoch": state.best_metric_epoch}
+        if self.metric in state.metrics:
+            facts["metric"] = float(state.metrics[self.metric])
+            logger.info(
+                "Epoch %d of %d: loss %.3f, mean Dice %.4f (best %.4f, epoch %d)",
+                engine.state.epoch,
+                engine.state.max_epochs,
+                facts["loss"],
+                facts["metric"],
+                facts["best_metric"],
+                facts["best_epoch"],
+            )
+        self.status.update(**facts)
+
+    @staticmethod
+    def _progress(engine: Engine) -> dict[str, Any]:
+        state = engine.state
+        facts = {
+            "max_epochs": state.max_epochs,
+            "step": state.iteration,
+            "steps": state.max_epochs * state.epoch_length,
+        }
+        if state.output:
+            facts["loss"] = float(state.output[0]["loss"])
+        return facts
+
+
+def _is_alive(pid: int | None, created: float | None) -> bool:
+    try:
+        return psutil.Process(pid).create_time() == created
+    except (psutil.Error, TypeError, ValueError):
+        return False

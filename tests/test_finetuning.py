@@ -1,0 +1,44 @@
+"""Fine-tuning through the bundle: the overlay finetune.json on train.json."""
+
+import json
+
+import torch
+
+from sam2sgp.networks import SAM2SGP, load_weights, merge_lora
+from tests.bundle_runs import BUNDLE, CONFIGS, SMALL, run
+
+EMBEDDED = BUNDLE / "models" / "model.pt"
+
+
+def test_finetuning_changes_adapters_and_heads_and_leaves_the_encoder_as_it_is(phantoms, tmp_path):
+    settings = {key: value for key, value in SMALL.items() if key != "weights"}
+    settings |= {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), "max_epochs": 1, "learning_rate": 1e-3}
+    run("training", "train.json", "finetune.json", **settings)
+    lora = json.loads((CONFIGS / "finetune.json").read_text())["lora"]
+
+    before = SAM2SGP("nano", 64, lora=lora)
+    load_weights(before, EMBEDDED)
+    after = SAM2SGP("nano", 64, lora=lora)
+    load_weights(after, tmp_path / "model.pt")
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    frozen = ("image_encoder.", "prompt_encoder.")
+    assert {name for name in changed if name.startswith(frozen)} >= {
+        name for name in before.state_dict() if ".lora_B." in name
+    }
+    assert all(".lora_" in name for name in changed if name.startswith(frozen))
+    assert any(name.startswith("pmg_decoder.") for name in changed)
+    assert any(name.startswith("refinement.") for name in changed)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == lora["r"]
+
+    image, mask = torch.rand(2, 3, 64, 64), (torch.rand(2, 1, 64, 64) > 0.5).float()
+    plain = SAM2SGP("nano", 64)
+    with torch.no_grad():
+        expected = after.eval()(image, support_image=image, support_label=mask)
+        merge_lora(after)
+        plain.load_state_dict(after.state_dict())
+        assert torch.allclose(plain.eval()(image, support_image=image, support_label=mask), expected, atol=1e-3)
+
+
+def test_finetuning_repeats_no_value_of_train_json():
+    overlay, train = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("finetune", "train"))
+    assert [key for key, value in overlay.items() if key in train and train[key] == value] == []
