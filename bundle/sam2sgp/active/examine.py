@@ -97,7 +97,7 @@ def examine(inferer: SupportSetInferer, network: SAM2SGP, case: dict, max_slices
     Args:
         inferer: as inference uses it, with its bank.
         network: on the device to compute on, in evaluation mode.
-        case: prepared for inference, with `image` (Z, C', S, S) in [0, 1]. Its `patient`, where given, guides it not.
+        case: prepared for inference, with `image` (Z, C', S, S) in [0, 1], and `group` where it has one.
         max_slices: slices looked at, evenly spread.
     """
     image = _spread(case["image"], max_slices)
@@ -107,12 +107,11 @@ def examine(inferer: SupportSetInferer, network: SAM2SGP, case: dict, max_slices
     cache = FeatureCache(2**20)
     whole = _guided(inferer, inferer.sampler, cache)
     halves = [_guided(inferer, _EveryOther(inferer.sampler, first), cache) for first in (0, 1)]
-    source = {"patient": case.get("patient"), "group": case.get("group")}
-    columns = len(inferer.bank.class_values)
+    group, columns = case.get("group"), len(inferer.bank.class_values)
     pseudo, support = _Overlap(), _Overlap()
     doubt, mass = torch.zeros(2, columns, dtype=torch.float64)
     divided = torch.zeros(columns, dtype=torch.bool)
-    for chunk, *parts in zip(*(part.chunks(image, network, **source) for part in (whole, *halves)), strict=True):
+    for chunk, *parts in zip(*(part.chunks(image, network, group=group) for part in (whole, *halves)), strict=True):
         final = chunk.output.logits.sigmoid()
         pseudo.add(final, chunk.output.pseudo_logits.sigmoid())
         support.add(*(part.output.logits.sigmoid() for part in parts))
