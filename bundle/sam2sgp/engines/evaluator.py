@@ -151,7 +151,7 @@ class QueryEvaluator(SupervisedEvaluator):
         if "error" not in batchdata:
             try:
                 with engine.mode(engine.network):
-                    engine.state.output = [self._segment(batchdata)]
+                    engine.state.output = [self.segment(batchdata)]
             except DataError as error:
                 batchdata["error"] = str(error)
         if engine.state.output:
@@ -161,7 +161,8 @@ class QueryEvaluator(SupervisedEvaluator):
             logger.error("%s", batchdata["error"])
         return engine.state.output
 
-    def _segment(self, case: dict) -> dict:
+    def segment(self, case: dict) -> dict:
+        """One prepared case -> what an iteration puts out for it; `inferer` and `network` as they are now."""
         started = time.perf_counter()
         bank = self.inferer.bank
         values = torch.tensor([0, *bank.class_values])

@@ -1,0 +1,1 @@
+"""MONAI Label's infer tasks."""

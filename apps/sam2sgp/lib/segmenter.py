@@ -1,0 +1,587 @@
+"""The one network of the server, guided by the support bank: requests in, segmentations out.
+
+    labelled cases ─ reconcile ─ bank ─┐
+    weights in use ─ load ─ network ───┼─ inferer, evaluator ─ class map, confidence, support items used
+    image ─ prepare (kept) ────────────┘
+
+Network, transforms, bank and inferer are built by MONAI's `ConfigParser` from the bundle's `configs/inference.json`;
+nothing of them is declared here.
+
+Concurrency: `segment`, `refresh` and everything else that touches network or bank hold `lock`, so one request is worked
+on at a time, by whatever thread. When other weights are put in use, a thread of its own builds a second network and a
+second bank on the same cache folder and encodes the support set with them, while the old ones go on serving; then both
+are exchanged at once, under the lock. Tokens are stored under a fingerprint of the network, so a network never meets
+those of another. Several processes (server, batch inference, scoring) may share the cache folder.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from lib.checks import NotFound, RequestError
+from lib.settings import WORDS, Settings
+from lib.support import LabelledCases
+from lib.weights import Version, Weights
+from sam2sgp.engines import QueryEvaluator
+from sam2sgp.errors import DataError, Sam2SgpError, cause_of
+from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers.episode import autocast
+from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.networks import SAM2SGP, load_weights
+from sam2sgp.support import SupportBank, SupportItem
+from sam2sgp.support.lru import ByteLRU
+from sam2sgp.support.sampler import MODES
+
+logger = logging.getLogger(__name__)
+
+# Of the option `classes`.
+ALL = "all"
+# Inferers for other options than the last ones, each with the thresholds it learned.
+INFERERS_KEPT = 8
+MAX_K = 64
+ITEMS_LISTED = 100
+NOTHING_APPROVED = (
+    "No approved label shows an object, so nothing can be segmented yet: label an image by hand and save its label "
+    "with the tag 'final', or start the server with labelled pairs in `--conf support_dir`."
+)
+
+
+class NoSupport(RequestError):
+    """There is no approved label that could guide the query."""
+
+    status = 409
+
+
+class OutOfMemory(RequestError):
+    """The machine's memory is too small for the image."""
+
+    status = 507
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a request may choose. None: as in inference.json.
+
+    Attributes:
+        k: support items per class, 1 to `MAX_K`.
+        classes: names or values of the classes wanted; () for all.
+        retrieval: "similarity" or "random".
+        three_d_memory: whether the slices of a volume guide each other.
+        uncertainty: whether the normalised entropy is put out too.
+    """
+
+    k: int | None = None
+    classes: tuple[str, ...] = ()
+    retrieval: str | None = None
+    three_d_memory: bool | None = None
+    uncertainty: bool = False
+
+    @classmethod
+    def of_request(cls, request: Mapping[str, Any]) -> "Options":
+        """From a request, in which a list of choices counts as its first. Raises RequestError for an ill value."""
+        k = _first(request.get("k"))
+        if k is not None:
+            try:
+                k = int(str(k))
+            except ValueError:
+                k = 0
+            if not 1 <= k <= MAX_K:
+                raise RequestError(f"k: expected a whole number from 1 to {MAX_K}, found {request['k']!r}.")
+        retrieval = _first(request.get("retrieval"))
+        if retrieval is not None and retrieval not in MODES:
+            raise RequestError(f"retrieval: expected one of {', '.join(MODES)}, found {retrieval!r}.")
+        return cls(
+            k,
+            _classes(request.get("classes")),
+            retrieval,
+            _flag(request, "three_d_memory"),
+            bool(_flag(request, "uncertainty")),
+        )
+
+
+@dataclass
+class _Serving:
+    """A network with the bank of its tokens and all that is built on them."""
+
+    version: Version
+    parser: ConfigParser
+    network: SAM2SGP
+    bank: SupportBank
+    evaluator: QueryEvaluator
+    features: FeatureCache
+    device: torch.device
+    inferers: "OrderedDict[tuple, SupportSetInferer]"
+
+
+class Segmenter:
+    """Segments images with the weights in use and the support set as it is now.
+
+    Args:
+        settings: the app's.
+        weights: which weights are in use.
+        cases: the labelled cases.
+
+    Attributes:
+        lock: held by whoever touches network or bank.
+        rebuilding: name of the weights for which tokens are being made; None if none are.
+        problem: why new weights could not be put in use; None if nothing is wrong.
+    """
+
+    def __init__(self, settings: Settings, weights: Weights, cases: LabelledCases) -> None:
+        self.settings = settings
+        self.weights = weights
+        self.cases = cases
+        self.lock = threading.RLock()
+        self.rebuilding: str | None = None
+        self.problem: str | None = None
+        self._serving: _Serving | None = None
+        self._prepared = ByteLRU(settings.query_cache_mb)
+        self._names: dict[int, str] = {}
+        self._patients: dict[str, str] = {}
+        self._rebuilt: threading.Thread | None = None
+        self._failed: str | None = None
+
+    # What is served
+
+    @property
+    def bank(self) -> SupportBank:
+        """The support bank in use."""
+        return self._ready().bank
+
+    @property
+    def network(self) -> SAM2SGP:
+        """The network in use, in evaluation mode."""
+        return self._ready().network
+
+    @property
+    def inferer(self) -> SupportSetInferer:
+        """The inferer with the options of inference.json."""
+        with self.lock:
+            return self._inferer(self._ready(), Options())
+
+    @property
+    def device(self) -> torch.device:
+        """What is computed on."""
+        return self._ready().device
+
+    @property
+    def version(self) -> Version:
+        """The weights that serve."""
+        return self._ready().version
+
+    def class_names(self) -> dict[int, str]:
+        """Names of the classes that can be segmented now, by value, as of the last `refresh`."""
+        return dict(self._names)
+
+    def facts(self) -> dict[str, Any]:
+        """The state of the support set and the weights, for people; it waits for nobody."""
+        serving = self._serving
+        if serving is None:
+            return {"items": 0, "weights": self.weights.active().name, "rebuilding": None, "errors": []}
+        return {
+            "items": len(serving.bank),
+            "cases": len(serving.bank.data) - len(serving.bank.errors),
+            "weights": serving.version.name,
+            "rebuilding": self.rebuilding,
+            "errors": [self._shown(error["error"]) for error in serving.bank.errors[:ITEMS_LISTED]],
+            "problem": self.problem,
+        }
+
+    def _shown(self, message: str) -> str:
+        """A message without the server's folders, which are no client's business."""
+        return message.replace(f"{self.settings.studies.rstrip('/')}/", "")
+
+    # Keeping up
+
+    def refresh(self, wait: bool = True) -> None:
+        """Bring the support set in line with the approved labels, and see whether other weights are in use now.
+
+        Cheap when nothing changed.
+
+        Args:
+            wait: if False and a request is being worked on, nothing is done: that request did it.
+
+        Raises:
+            Sam2SgpError: at the first time: the weights can't be loaded.
+        """
+        if not self.lock.acquire(blocking=wait):
+            return
+        try:
+            serving = self._ready()
+            if self.cases.changed():
+                self._reconcile(serving)
+            self._look_for_weights(serving)
+        finally:
+            self.lock.release()
+
+    def encode(self) -> None:
+        """Make all tokens that are not there yet, so that no request has to."""
+        with self.lock:
+            self._encode(self._ready())
+
+    def wait(self) -> None:
+        """Return when no tokens are being made for other weights."""
+        thread = self._rebuilt
+        if thread is not None:
+            thread.join()
+
+    def _ready(self) -> _Serving:
+        with self.lock:
+            if self._serving is None:
+                serving = self._build(self.weights.active())
+                self._reconcile(serving)
+                self._serving = serving
+            return self._serving
+
+    def _reconcile(self, serving: _Serving) -> None:
+        """Take in the approved labels as they are now."""
+        cases = self.cases.cases()
+        errors = serving.bank.errors
+        self._bring_in_line(serving, cases)
+        self._patients = {case["name"]: case["patient"] for case in cases}
+        bank = serving.bank
+        values = [value for column, value in enumerate(bank.class_values) if bank.holds[:, column].any()]
+        self._names = self.cases.names(values)
+        for error in bank.errors:
+            if error not in errors:
+                logger.warning("Not in the support set: %s", error["error"])
+
+    def _bring_in_line(self, serving: _Serving, cases: list[dict]) -> None:
+        serving.bank.declared = self.cases.declared()
+        changes = serving.bank.reconcile(cases)
+        if changes.added or changes.removed:
+            logger.info("Support set: %d items in, %d out", len(changes.added), len(changes.removed))
+            # They keep thresholds and further banks made from the support set as it was.
+            serving.inferers.clear()
+
+    def _look_for_weights(self, serving: _Serving) -> None:
+        try:
+            active = self.weights.active()
+        except Sam2SgpError as error:
+            self.problem = str(error)
+            return
+        if active.name == serving.version.name:
+            self.problem = None
+        elif self.rebuilding is None and active.name != self._failed:
+            self.rebuilding = active.name
+            self._rebuilt = threading.Thread(target=self._rebuild, args=(active,), daemon=True, name="sam2sgp-rebuild")
+            self._rebuilt.start()
+
+    def _rebuild(self, version: Version) -> None:
+        """Make tokens with other weights beside the ones that serve, then exchange them."""
+        try:
+            fresh = self._build(version)
+            with self.lock:
+                self._bring_in_line(fresh, self._serving.bank.data)
+            self._encode(fresh)
+            with self.lock:
+                old = self._serving
+                # What was approved meanwhile is encoded by the next request, as always.
+                self._bring_in_line(fresh, old.bank.data)
+                self._serving = fresh
+                self.problem = self._failed = None
+                fresh.bank.prune([old.bank.fingerprint] if old.bank.fingerprint else [])
+            logger.info("The weights %r serve now, with tokens of %d support items", version.name, len(fresh.bank))
+        except Exception as error:
+            # The old weights go on serving, whatever is wrong with the new ones.
+            cause = cause_of(error)
+            logger.exception("The weights %r can't be put in use", version.name)
+            self.problem = f"The weights {version.name!r} can't be put in use, the old ones serve: {cause}"
+            self._failed = version.name
+        finally:
+            self.rebuilding = None
+
+    def _encode(self, serving: _Serving) -> None:
+        """Make all tokens that are not there yet."""
+        with torch.no_grad():
+            inferer = self._inferer(serving, Options())
+            with autocast(serving.device.type, inferer.precision):
+                serving.bank.encode(serving.network, serving.device)
+                inferer.thresholds(serving.network, serving.device)
+
+    # Building
+
+    def _build(self, version: Version) -> _Serving:
+        parser = ConfigParser(self.settings.config())
+        features = FeatureCache(self.settings.query_cache_mb)
+        parser.update(
+            {
+                "support_data": [],
+                "class_names": {},
+                "queries": [],
+                "support_cache_dir": str(self.settings.state_dir / "support"),
+                "support_bank::skip_errors": True,
+                "support_bank::allow_empty": True,
+                "inferer::feature_cache": features,
+                "evaluator::val_data_loader": [],
+                "evaluator::epoch_length": 1,
+                "evaluator::postprocessing": None,
+                "evaluator::val_handlers": [],
+            }
+        )
+        network = parser.get_parsed_content("network")
+        load_weights(network, version.path)
+        network.eval()
+        bank = parser.get_parsed_content("support_bank")
+        evaluator = parser.get_parsed_content("evaluator")
+        device = parser.get_parsed_content("device")
+        return _Serving(version, parser, network, bank, evaluator, features, device, OrderedDict())
+
+    def _inferer(self, serving: _Serving, options: Options) -> SupportSetInferer:
+        """One for these options; it keeps what it learned from the bank."""
+        chosen = {
+            name: getattr(options, name)
+            for name in ("k", "retrieval", "three_d_memory")
+            if getattr(options, name) is not None
+        }
+        key = tuple(sorted(chosen.items()))
+        if key not in serving.inferers:
+            parser = ConfigParser({**serving.parser.config, **chosen})
+            parser.update({"support_bank": serving.bank, "inferer::feature_cache": serving.features})
+            serving.inferers[key] = parser.get_parsed_content("inferer")
+        serving.inferers.move_to_end(key)
+        while len(serving.inferers) > INFERERS_KEPT:
+            serving.inferers.popitem(last=False)
+        return serving.inferers[key]
+
+    # Requests
+
+    def segment(self, image: str | Path, options: Options | None = None, image_id: str | None = None) -> dict[str, Any]:
+        """Segment an image.
+
+        Args:
+            image: path of a file or DICOM series folder.
+            options: of the request.
+            image_id: its id in the datastore, if it has one. An image with an approved label is not guided by its own
+                patient's labels: its result is then one that could be expected without them.
+
+        Returns:
+            What `QueryEvaluator` puts out for the case, with class values that `class_names` names, and
+
+                names {value: name} of the classes segmented; confidence {name: mean probability or None};
+                used {name: [{item, image, slice, similarity, slices}]}, most used first; weights (name of the version);
+                support_items (their number); device; latencies (seconds); warnings (sentences).
+
+        Raises:
+            NoSupport: there is no approved label, or none but the image's own patient's.
+            NotFound: an unknown class.
+            DataError: the image can't be read or used.
+            OutOfMemory: it is too large even for the CPU, slice by slice.
+        """
+        options = options or Options()
+        with self.lock:
+            started = time.perf_counter()
+            self.refresh()
+            serving = self._serving
+            wanted = self._wanted(options)
+            own = self._patients.get(image_id)
+            if own is not None and serving.bank.patients.keys() == {own}:
+                raise NoSupport(
+                    f"image {image_id}: expected approved labels of other patients to guide it, found only its own; "
+                    "approve the label of another image first."
+                )
+            warnings = [self.problem] if self.problem else []
+            refreshed = time.perf_counter()
+            case = self._prepare(serving, Path(image), image_id)
+            prepared = time.perf_counter()
+            output = self._run(serving, {**case, "patient": own, "group": None}, options, warnings)
+            done = time.perf_counter()
+            self._keep_only(output, wanted)
+            names = {value: self._names[value] for value in wanted}
+            output["names"] = names
+            output["confidence"] = {names[v]: _number(output["confidence"][v]) for v in wanted}
+            output["used"] = {
+                names[value]: _used(serving.bank, *output["support"][value]) if value in output["support"] else []
+                for value in wanted
+            }
+            unguided = [names[value] for value in wanted if value not in output["support"]]
+            if unguided:
+                warnings.append(f"No label of another patient shows {', '.join(unguided)}: not segmented.")
+            return {
+                **output,
+                "weights": serving.version.name,
+                "support_items": len(serving.bank),
+                "latencies": {
+                    "support": round(refreshed - started, 4),
+                    "pre": round(prepared - refreshed, 4),
+                    "infer": round(done - prepared, 4),
+                },
+                "warnings": warnings,
+            }
+
+    def _wanted(self, options: Options) -> list[int]:
+        """Values of the classes asked for."""
+        if not self._names:
+            raise NoSupport(NOTHING_APPROVED)
+        if not options.classes:
+            return list(self._names)
+        by_name = {name: value for value, name in self._names.items()}
+        by_name |= {str(value): value for value in self._names if str(value) not in by_name}
+        unknown = [name for name in options.classes if name not in by_name]
+        if unknown:
+            known = ", ".join(self._names.values())
+            raise NotFound(
+                f"classes: expected some of {known}, found {', '.join(unknown)}; approve a label with it first."
+            )
+        return sorted({by_name[name] for name in options.classes})
+
+    def _prepare(self, serving: _Serving, image: Path, image_id: str | None) -> dict:
+        """The preprocessed image, kept for the next request."""
+        key = _signature(image)
+        case = self._prepared.get(key) if key else None
+        if case is None:
+            dataset = serving.parser.get_parsed_content("dataset")
+            dataset.data = [{"name": image.name, "image": str(image)}]
+            case = dataset[0]
+            if "error" in case:
+                # Clients know it by its id.
+                raise DataError(case["error"].replace(str(image), image_id or "image"))
+            if key:
+                tensors = [v for view in [case, *case.get("views", [])] for v in view.values() if torch.is_tensor(v)]
+                self._prepared.put(key, case, sum(tensor.nbytes for tensor in tensors))
+        return case
+
+    def _run(self, serving: _Serving, case: dict, options: Options, warnings: list[str]) -> dict:
+        """Segment, in smaller batches and at last on the CPU if memory runs out."""
+        inferer = self._inferer(serving, options)
+        evaluator = serving.evaluator
+        evaluator.exclude_own_patient = True
+        evaluator.uncertainty = options.uncertainty
+        for device, batch_size in attempts(serving.device, inferer.batch_size):
+            try:
+                with _on(serving, inferer, device) as usable, torch.no_grad():
+                    evaluator.inferer = _with_batch_size(usable, batch_size)
+                    output = evaluator.segment(case)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                logger.warning("Out of memory on %s with %d slices at a time", device, batch_size)
+                if serving.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            if (device, batch_size) != (serving.device, inferer.batch_size):
+                where = f"{batch_size} slices at a time" + ("" if device == serving.device else ", on the CPU")
+                warnings.append(f"Memory ran out, so the image was segmented with {where}; that takes longer.")
+            output["device"] = str(device)
+            return output
+        raise OutOfMemory(
+            "image: expected one that fits into the server's memory, found that it does not even slice by slice; crop "
+            "it, or choose a smaller image_size."
+        )
+
+    def _keep_only(self, output: dict, wanted: list[int]) -> None:
+        if len(wanted) < len(self._names):
+            other = ~torch.isin(output["pred"], torch.tensor([0, *wanted]))
+            output["pred"] = output["pred"].masked_fill(other, 0)
+            output["pred_index"] = output["pred_index"].masked_fill(other, 0)
+
+
+def attempts(device: torch.device, batch_size: int) -> Iterator[tuple[torch.device, int]]:
+    """Devices and batch sizes to try in turn when memory runs out: halved down to 1, then the CPU."""
+    while batch_size >= 1:
+        yield device, batch_size
+        batch_size //= 2
+    if device.type != "cpu":
+        yield torch.device("cpu"), 1
+
+
+@contextmanager
+def _on(serving: _Serving, inferer: SupportSetInferer, device: torch.device) -> Iterator[SupportSetInferer]:
+    """An inferer with its network on another device for a while; the bank has that device's tokens meanwhile."""
+    if device == serving.device:
+        yield inferer
+        return
+    moved = copy(inferer)
+    moved.feature_cache = None
+    moved.reset()
+    serving.network.to(device)
+    try:
+        yield moved
+    finally:
+        serving.network.to(serving.device)
+        inferer.reset()
+
+
+def _with_batch_size(inferer: SupportSetInferer, batch_size: int) -> SupportSetInferer:
+    if batch_size == inferer.batch_size:
+        return inferer
+    smaller = copy(inferer)
+    smaller.batch_size = batch_size
+    smaller.region_pass = copy(inferer.region_pass)
+    smaller.region_pass.batch_size = batch_size
+    return smaller
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own type on a GPU; on a CPU the allocator's message alone tells."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _used(bank: SupportBank, index: torch.Tensor, similarity: torch.Tensor) -> list[dict[str, Any]]:
+    """The items that guided a class, from numbers (Z, K) and similarities (Z, K); at most `ITEMS_LISTED`."""
+    counts = torch.bincount(index.flatten(), minlength=len(bank))
+    best = torch.full((len(bank),), -1.0)
+    best.scatter_reduce_(0, index.flatten(), similarity.flatten().float(), "amax")
+    numbers = sorted(torch.nonzero(counts)[:, 0].tolist(), key=lambda number: (-counts[number], -best[number]))
+    return [
+        {
+            "item": bank.items[number].content,
+            "image": case_of(bank.items[number]),
+            "slice": bank.items[number].slice,
+            "similarity": round(float(best[number]), 4),
+            "slices": int(counts[number]),
+        }
+        for number in numbers[:ITEMS_LISTED]
+    ]
+
+
+def case_of(item: SupportItem) -> str:
+    """Name of the case that an item is from: an image's id, or a name in the seed folder."""
+    return item.id if item.slice is None else item.id.removesuffix(f"#{item.slice}")
+
+
+def _signature(path: Path) -> tuple | None:
+    """What tells that an image is the same as before; None if it can't be read."""
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        found = [(str(file), file.stat()) for file in files]
+    except OSError:
+        return None
+    return tuple((name, status.st_mtime_ns, status.st_size, status.st_ino) for name, status in found)
+
+
+def _number(value: float) -> float | None:
+    return round(value, 4) if value == value else None
+
+
+def _first(value: Any) -> Any:
+    """The first of a list of choices, which is how viewers show options; anything else as it is. "" is None."""
+    value = (value[0] if value else None) if isinstance(value, list | tuple) else value
+    return None if value == "" else value
+
+
+def _classes(value: Any) -> tuple[str, ...]:
+    """Class names from a list or a text with commas; () for all of them."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    names = tuple(str(part).strip() for part in parts if part is not None and str(part).strip())
+    return () if ALL in names else names
+
+
+def _flag(request: Mapping[str, Any], key: str) -> bool | None:
+    value = _first(request.get(key))
+    if value is None or isinstance(value, bool):
+        return value
+    known = WORDS.get(str(value).strip().lower(), {"0": False, "1": True}.get(str(value).strip()))
+    if known is None:
+        raise RequestError(f"{key}: expected true or false, found {value!r}.")
+    return known

@@ -1,0 +1,153 @@
+"""The support set of the app: the datastore's approved labels, and an optional folder of labelled pairs.
+
+In: a datastore, in which labels come, change and go in any way: by requests, or as files copied into its folder. Out:
+the list of cases that a `SupportBank` is brought in line with, and the names of their classes. Only labels with the tag
+`final` are approved; all others are left alone.
+
+For one thread at a time. `changed` costs two stats for each approved label, so it may be asked before every request.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+
+from lib.settings import Settings
+from sam2sgp.data import class_names, load_datalist
+
+FINAL = DefaultLabelTag.FINAL.value
+# File times are as coarse as this on some file systems: what changed so lately may change again unseen.
+COARSEST_TIME = 2 * 10**9
+DECLARATIONS = ("dataset.json", "labels.json")
+
+
+class LabelledCases:
+    """The labelled cases of a datastore and of `settings.support_dir`.
+
+    Args:
+        datastore: of images and labels.
+        settings: the app's.
+    """
+
+    def __init__(self, datastore: Datastore, settings: Settings) -> None:
+        self.datastore = datastore
+        self.settings = settings
+        self.pattern = re.compile(settings.value("patient_pattern"))
+        self._seen: tuple | None = None
+        self._cases: list[dict] = []
+        self._declared: dict[int, str] = {}
+        self._given: dict[int, str] = {}
+        self._folders: tuple | None = None
+        self._paths: dict[str, tuple[str, str]] = {}
+        self._seeds: list[dict] = []
+        if settings.support_dir:
+            seeds = load_datalist(settings.support_dir, patient_pattern=settings.value("patient_pattern"))
+            self._seeds = [{**case, "name": f"{settings.support_dir.name}/{case['name']}"} for case in seeds]
+
+    def changed(self) -> bool:
+        """Whether `cases` may give another list, or files of other content, than when it was called last."""
+        ids = list(self.datastore.get_labeled_images())
+        state = self._state(ids)
+        return self._seen is None or state != self._seen
+
+    def cases(self) -> list[dict]:
+        """Dicts with `name` (the image's id), `image`, `label` (paths), `patient` and `group`, ordered by name."""
+        started = time.time_ns()
+        ids = sorted(self.datastore.get_labeled_images())
+        self._paths = {}
+        cases, infos = [], []
+        for image_id in ids:
+            label_id = self.datastore.get_label_by_image_id(image_id, FINAL)
+            label = self.datastore.get_label_uri(label_id, FINAL) if label_id else ""
+            image = self.datastore.get_image_uri(image_id) if label else ""
+            # Gone since it was listed.
+            if not image:
+                continue
+            self._paths[image_id] = image, label
+            info = self.datastore.get_image_info(image_id)
+            case = {"name": image_id, "image": image, "label": label, "patient": self.patient_of(image_id, info)}
+            modality = info.get("Modality")
+            cases.append({**case, "group": None, **({"modality": modality} if modality else {})})
+            infos.append(self.datastore.get_label_info(label_id, FINAL))
+        self._cases = cases + self._seeds
+        self._given = _names_of(infos)
+        self._declared = self._read_declared()
+        self._folders = self._folder_times()
+        state = self._state(ids)
+        self._seen = state if _is_settled(state, started) else None
+        return list(self._cases)
+
+    def patient_of(self, image_id: str, info: dict[str, Any] | None = None) -> str:
+        """Whose image it is: by its DICOM tag, else by what `patient_pattern` finds in its id, else the id."""
+        known = (info or {}).get("PatientID")
+        if known and known != "UNK":
+            return str(known)
+        match = self.pattern.search(image_id)
+        return match[0] if match and match[0] else image_id
+
+    def declared(self) -> dict[int, str]:
+        """Names that every label has to keep to, by value; {} where nothing is declared for the folders.
+
+        Names given together with labels add to them.
+        """
+        return {**self._given, **self._declared} if self._declared else {}
+
+    def names(self, values: Iterable[int]) -> dict[int, str]:
+        """A distinct name for each value: as declared, else as given with a label, else `class_<value>`."""
+        names: dict[int, str] = {}
+        for value in sorted(values):
+            name = self._declared.get(value) or self._given.get(value) or f"class_{value}"
+            names[value] = f"{name} ({value})" if name in names.values() else name
+        return names
+
+    def _read_declared(self) -> dict[int, str]:
+        declared = class_names(self.settings.support_dir) if self.settings.support_dir else {}
+        return {**declared, **({} if self.settings.is_remote else class_names(self.settings.studies))}
+
+    def _state(self, ids: list[str]) -> tuple:
+        """What tells a change: ids, the folders' times, and time and size of each file."""
+        folders = self._folder_times()
+        if folders != self._folders or set(ids) != self._paths.keys():
+            return folders, tuple(sorted(ids)), None
+        files = tuple(_stamp(path) for pair in self._paths.values() for path in pair)
+        seeds = tuple(_stamp(case[key]) for case in self._seeds for key in ("image", "label"))
+        return folders, tuple(sorted(ids)), files + seeds
+
+    def _folder_times(self) -> tuple:
+        """A file of another kind under the same id changes the folder that it is in."""
+        folders = {os.path.dirname(path) for pair in self._paths.values() for path in pair}
+        paths = sorted(folders)
+        if not self.settings.is_remote:
+            paths += [os.path.join(self.settings.studies, name) for name in DECLARATIONS]
+        return tuple((path, _stamp(path)) for path in paths)
+
+
+def _stamp(path: str | Path) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _is_settled(state: tuple, now: int) -> bool:
+    """Whether all times are old enough to change if their files do."""
+    folders, _, files = state
+    stamps = [stamp for _, stamp in folders] + list(files or ())
+    return files is not None and not any(stamp and 0 <= now - stamp[0] < COARSEST_TIME for stamp in stamps)
+
+
+def _names_of(infos: list[dict[str, Any]]) -> dict[int, str]:
+    """Class names that clients sent with labels, as `label_info`; of several for one value the newest counts."""
+    names: dict[int, str] = {}
+    for info in sorted(infos, key=lambda info: info.get("ts") or 0):
+        given = info.get("label_info")
+        for entry in given if isinstance(given, list) else []:
+            value = entry.get("idx") if isinstance(entry, dict) else None
+            if isinstance(value, int) and value > 0 and entry.get("name"):
+                names[value] = str(entry["name"])
+    return names

@@ -1,0 +1,175 @@
+"""The MONAI Label app: segment, correct, approve, and the next image is better.
+
+    monailabel start_server --app apps/sam2sgp --studies <folder or DICOMweb address>
+
+It only wires the parts together: see `lib`. MONAI Label builds it once in the server and anew in each of the processes
+that train, score and infer in batches; what they share is on the disk, in the datastore and in `Settings.state_dir`.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import DefaultLabelTag
+
+import sam2sgp
+from lib.audit import Audit
+from lib.batch import BatchInference
+from lib.checks import NotFound
+from lib.datastore import open_datastore
+from lib.guard import confine, install, refuse
+from lib.infers.segmentation import Segmentation
+from lib.segmenter import Segmenter
+from lib.sessions import open_sessions
+from lib.settings import Settings
+from lib.support import FINAL, LabelledCases
+from lib.trainers.finetune import FineTuning
+from lib.weights import Weights
+from sam2sgp.errors import Sam2SgpError
+
+logger = logging.getLogger(__name__)
+
+MODEL = "sam2sgp"
+FINE_TUNING = "finetune"
+
+
+class Sam2SgpApp(MONAILabelApp):
+    """See the module."""
+
+    def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
+        try:
+            self.settings = Settings.from_conf(app_dir, studies, conf)
+            self.audit = Audit(self.settings.audit_file)
+            self.weights = Weights(self.settings.state_dir / "weights", self.settings.start_weights)
+            super().__init__(
+                app_dir,
+                studies,
+                conf,
+                name="SAM2-SGP",
+                description="Segmentation guided by a support set of approved labels",
+                version=sam2sgp.__version__,
+            )
+        except Sam2SgpError as error:
+            # Before the traceback, in which it is hard to find.
+            logger.error("%s", error)
+            raise
+
+    # The parts
+
+    def init_datastore(self):
+        return open_datastore(self.settings)
+
+    def init_infers(self):
+        self.cases = LabelledCases(self.datastore(), self.settings)
+        self.segmenter = Segmenter(self.settings, self.weights, self.cases)
+        return {MODEL: Segmentation(self.segmenter)}
+
+    def init_trainers(self):
+        return {
+            FINE_TUNING: FineTuning(
+                self.settings.bundle_root,
+                self.settings.state_dir,
+                self.weights,
+                self.cases.cases,
+                self.cases.declared,
+                self.settings.overrides,
+                self.settings.overlays,
+                self.audit.write,
+            )
+        }
+
+    def init_batch_infer(self):
+        return BatchInference()
+
+    def _load_sessions(self, load: bool = False):
+        return open_sessions(self.settings)
+
+    def bundle_path(self, model: str) -> None:
+        """None: MONAI Label would put a client's folder on the path of the processes it starts."""
+        return None
+
+    def on_init_complete(self) -> None:
+        """Called in the server alone, when it is about to answer."""
+        # Only the server has this module, and its import would start to build one.
+        from monailabel.app import app
+
+        install(app, self.settings)
+        self.segmenter.refresh()
+        threading.Thread(target=self._warm_up, daemon=True, name="sam2sgp-warm-up").start()
+        super().on_init_complete()
+
+    def _warm_up(self) -> None:
+        try:
+            self.segmenter.encode()
+        except Exception:
+            # The request that needs it tells its client.
+            logger.exception("The support set could not be encoded at the start")
+
+    # Requests
+
+    def info(self) -> dict[str, Any]:
+        """MONAI Label's, with `support`: the state of the support set and of the weights."""
+        try:
+            self.segmenter.refresh(wait=False)
+        except Sam2SgpError as error:
+            # Every request asks for this first; the one that it concerns tells its client.
+            logger.error("%s", error)
+        return {**super().info(), "support": self.segmenter.facts()}
+
+    def infer(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
+        """Segment an image of the datastore, of a session, or sent along.
+
+        With `save_label` the result of a datastore's image is saved with the tag `label_tag`; `final` approves it.
+        """
+        datastore = datastore or self.datastore()
+        try:
+            return self._infer(confine(dict(request), self.settings), datastore)
+        except Exception as error:
+            raise refuse(error) from error
+
+    def _infer(self, request: dict[str, Any], datastore) -> dict[str, Any]:
+        task = self._infers.get(request.get("model"))
+        if task is None:
+            raise NotFound(f"model: expected one of {', '.join(self._infers)}, found {request.get('model')!r}.")
+        image = request.get("image")
+        if not isinstance(image, str) or not image:
+            raise NotFound("image: expected the id of an image or of a session, found none; choose an image first.")
+        # Only the server makes absolute paths: of an upload, or of a session's image.
+        image_id = None if os.path.isabs(image) else image
+        path = datastore.get_image_uri(image) if image_id else image
+        if not path or not os.path.exists(path):
+            raise NotFound(
+                f"image {image_id or 'of the session'}: expected an image, found none; take one of the list."
+            )
+        label, params = task({**request, "image": path, "image_id": image_id})
+        tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
+        label_id = label
+        if image_id and _is_true(request.get("save_label")):
+            label_info = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
+            kept = {key: value for key, value in params.items() if key != "uncertainty"}
+            info = {"model": request["model"], "label_info": label_info, "params": kept}
+            label_id = datastore.save_label(image_id, label, tag, info)
+            if tag == FINAL:
+                self.on_save_label(image_id, label_id)
+        return {"label": label_id, "tag": tag, "file": label, "params": params}
+
+    def batch_infer(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
+        return super().batch_infer(confine(dict(request), self.settings), datastore)
+
+    def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
+        """Take an approved label into the support set at once; the answer to the client says how that went."""
+        super().on_save_label(image_id, label_id)
+        try:
+            self.segmenter.refresh()
+        except Sam2SgpError as error:
+            return {"warnings": [str(error)]}
+        facts = self.segmenter.facts()
+        return {"support_items": facts["items"], "warnings": facts["errors"]}
+
+
+def _is_true(value: Any) -> bool:
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    return str(value).strip().lower() in ("true", "yes", "on", "1")

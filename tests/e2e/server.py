@@ -1,0 +1,114 @@
+"""A real server process of the app on loopback, for tests.
+
+The app and the bundle are used from a copy, because MONAI Label makes folders in the app's own folder.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import requests
+
+REPO = Path(__file__).parents[2]
+START_SECONDS = 180
+LINES_SHOWN = 60
+
+
+class Server:
+    """A server that runs.
+
+    Attributes:
+        url: its address. studies, state: its folders. log: the file with its output. process: its process.
+    """
+
+    def __init__(self, folder: Path, studies: Path | str, conf: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        self.studies = studies
+        self.state = folder / "state"
+        self.log = folder / "server.log"
+        self.conf = {"state_dir": str(self.state), **(conf or {})}
+        self.app = copied_app(folder)
+        self.url = ""
+        self.process: subprocess.Popen | None = None
+
+    def start(self, environment: dict[str, str] | None = None) -> "Server":
+        """Start and wait until it answers. Raises RuntimeError with the end of its output if it doesn't."""
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(self.app)]
+        command += ["--studies", str(self.studies), "--host", "127.0.0.1", "--port", str(port)]
+        for key, value in self.conf.items():
+            command += ["--conf", key, value]
+        variables = {
+            **os.environ,
+            "PYTHONPATH": str(self.folder / "bundle"),
+            "OMP_NUM_THREADS": "1",
+            "MONAI_LABEL_SESSION_PATH": str(self.folder / "sessions"),
+            **(environment or {}),
+        }
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=variables, stdout=log, stderr=log, start_new_session=True
+            )
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if requests.get(f"{self.url}/info/", timeout=10).ok:
+                    return self
+            except requests.ConnectionError:
+                time.sleep(0.2)
+        self.stop()
+        raise RuntimeError(f"The server did not start:\n{self.output()}")
+
+    def output(self) -> str:
+        """The last lines that it wrote."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LINES_SHOWN:])
+
+    def stop(self, how: int = signal.SIGTERM) -> None:
+        """End it and all processes that it started."""
+        if self.process is None:
+            return
+        for sent in (how, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, sent)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                continue
+        self.process = None
+
+
+def copied_app(folder: Path) -> Path:
+    """The app and the bundle under a folder as they lie in the repository."""
+    skip = shutil.ignore_patterns("__pycache__", "model", "logs", "bin", "eval")
+    app = folder / "apps" / "sam2sgp"
+    if not app.exists():
+        shutil.copytree(REPO / "apps" / "sam2sgp", app, ignore=skip)
+        shutil.copytree(REPO / "bundle", folder / "bundle", ignore=skip)
+    return app
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(folder: Path, studies: Path | str, conf: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server for the length of the block."""
+    server = Server(folder, studies, conf)
+    try:
+        yield server.start()
+    finally:
+        server.stop()
