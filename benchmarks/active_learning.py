@@ -120,7 +120,7 @@ class Simulation:
             for case in self.evaluator.data_loader:
                 if "error" in case:
                     raise RuntimeError(case["error"])
-                measure(self.evaluator._segment(case))
+                measure(self.evaluator.segment(case))
         self.inferer.adapter, self.inferer.adaptation = None, None
         return float(np.mean(values))
 
