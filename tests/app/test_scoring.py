@@ -3,26 +3,20 @@
 import pytest
 import torch
 
+import lib.scoring as module
 from lib.scoring import Scores, Scoring
 from sam2sgp.active import ImageScore
 
 PICTURES = [f"us_00{patient}_{number}" for patient in range(3) for number in range(2)]
 
 
-@pytest.fixture
-def scoring(studio) -> Scoring:
-    studio.add(*PICTURES)
-    studio.approve(*PICTURES[:2])
-    return Scoring(studio.segmenter(), Scores(studio.folder / "scores.sqlite"))
-
-
 def run(scoring: Scoring) -> dict:
     return scoring({}, scoring.segmenter.cases.datastore)
 
 
-def test_scores_follow_support_set_images_and_interruptions(scoring, studio, monkeypatch):
-    import lib.scoring as module
-
+def test_scores_follow_support_set_images_and_interruptions(studio, monkeypatch):
+    folder = studio(PICTURES, PICTURES[:2])
+    scoring = Scoring(folder.segmenter(), Scores(folder.folder / "scores.sqlite"))
     scored = []
     real = module.examine
 
@@ -46,12 +40,12 @@ def test_scores_follow_support_set_images_and_interruptions(scoring, studio, mon
         assert float(row.embedding.float().norm()) == pytest.approx(1.0, abs=1e-2)
         assert row.uncertainty is None or 0 <= row.uncertainty <= 1
 
-    studio.approve(PICTURES[2])
+    folder.approve(PICTURES[2])
     # Three images are scored under the new support set; the three embeddings of labelled ones stay.
     scoring.segmenter.cases.datastore.refresh()
     assert run(scoring) == {"total": 6, "executed": 3, "skipped": 3, "failed": 0}
-    studio.image(PICTURES[5]).unlink()
-    studio.image(PICTURES[4]).write_bytes(b"no picture")
+    folder.image(PICTURES[5]).unlink()
+    folder.image(PICTURES[4]).write_bytes(b"no picture")
     scoring.segmenter.cases.datastore.refresh()
     assert run(scoring) == {"total": 5, "executed": 0, "skipped": 4, "failed": 1}
     # The same content fails again: it is not read a second time.
