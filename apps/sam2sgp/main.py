@@ -14,6 +14,7 @@ from typing import Any
 
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.utils.async_tasks.utils import tasks
 
 import sam2sgp
 from lib.audit import Audit
@@ -23,9 +24,11 @@ from lib.datastore import open_datastore
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
 from lib.page import SupportPage
+from lib.scoring import Scores, Scoring
 from lib.segmenter import Segmenter
 from lib.sessions import open_sessions
 from lib.settings import Settings
+from lib.strategies import Choices, strategies
 from lib.support import FINAL, LabelledCases
 from lib.trainers.finetune import FineTuning
 from lib.usage import Usage
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 MODEL = "sam2sgp"
 FINE_TUNING = "finetune"
+SCORING = "scores"
+DEFAULT_STRATEGY = "hybrid"
 
 
 class Sam2SgpApp(MONAILabelApp):
@@ -47,6 +52,7 @@ class Sam2SgpApp(MONAILabelApp):
             self.audit = Audit(self.settings.audit_file)
             self.usage = Usage(self.settings.state_dir / "usage.sqlite")
             self.weights = Weights(self.settings.state_dir / "weights", self.settings.start_weights)
+            self.scores = Scores(self.settings.state_dir / "scores.sqlite")
             super().__init__(
                 app_dir,
                 studies,
@@ -83,6 +89,13 @@ class Sam2SgpApp(MONAILabelApp):
                 self.audit.write,
             )
         }
+
+    def init_scoring_methods(self):
+        return {SCORING: Scoring(self.segmenter, self.scores)}
+
+    def init_strategies(self):
+        self.choices = Choices(self.scores)
+        return strategies(self.choices)
 
     def init_batch_infer(self):
         return BatchInference()
@@ -122,7 +135,7 @@ class Sam2SgpApp(MONAILabelApp):
 
     def ranked(self, images: list[str]) -> list[str]:
         """Ids of unlabelled images in the order in which the support page shows them."""
-        return sorted(images)
+        return self.choices.ranked(DEFAULT_STRATEGY, images, self.datastore().get_labeled_images())
 
     # Requests
 
@@ -182,6 +195,12 @@ class Sam2SgpApp(MONAILabelApp):
             return super().train(confine(dict(request), self.settings))
         except Exception as error:
             raise refuse(error) from error
+
+    def async_scoring(self, method: str | None, params=None) -> dict[str, Any]:
+        """MONAI Label's, which wants it after every offer of an image: one that waits for its turn is enough."""
+        if any(task["status"] == "SUBMITTED" for task in tasks("scoring")):
+            return {}
+        return super().async_scoring(method, params)
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """Take an approved label into the support set at once; the answer to the client says how that went."""
