@@ -125,6 +125,7 @@ def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp
     assert stats["new_metric"] > stats["start_metric"] and stats["best_metric"] > 0
     assert stats["epoch"] == stats["max_epochs"] == 1 and stats["step"] == stats["steps"] == 8
     assert stats["weights"]["version"] == "1" and stats["weights"]["before"] == "embedded"
+    assert stats["history"] == [{"epoch": 1, "metric": stats["metric"]}]
     load_weights(SAM2SGP("nano", 64), weights.active().path)
     assert (weights.active().path.parent / "lora" / "adapter_model.safetensors").is_file()
     assert [path.name for path in task.work.iterdir()] == ["tensorboard"]

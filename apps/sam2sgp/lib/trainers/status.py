@@ -112,6 +112,10 @@ class StatusHandler:
             facts |= {"best_metric": float(state.best_metric), "best_epoch": state.best_metric_epoch}
         if self.metric in state.metrics:
             facts["metric"] = float(state.metrics[self.metric])
+            measured = {"epoch": engine.state.epoch, "metric": facts["metric"]}
+            history = self.status.facts.get("history", [])
+            if state.epoch == engine.state.epoch and measured not in history:
+                facts["history"] = [*history, measured]
             logger.info(
                 "Epoch %d of %d: loss %.3f, mean Dice %.4f (best %.4f, epoch %d)",
                 engine.state.epoch,
