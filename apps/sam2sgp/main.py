@@ -159,6 +159,13 @@ class Sam2SgpApp(MONAILabelApp):
     def batch_infer(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
         return super().batch_infer(confine(dict(request), self.settings), datastore)
 
+    def train(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Fine-tune, or roll the weights back: see `FineTuning`."""
+        try:
+            return super().train(confine(dict(request), self.settings))
+        except Exception as error:
+            raise refuse(error) from error
+
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """Take an approved label into the support set at once; the answer to the client says how that went."""
         super().on_save_label(image_id, label_id)
