@@ -41,7 +41,9 @@ def server(tmp_path_factory, known):
     for name in APPROVED:
         shutil.copy(known[name]["label"], studies / "labels" / "final")
     (studies / "labels.json").write_text(json.dumps({str(value): name for name, value in CLASSES.items()}))
-    with serving(folder, studies, {"image_size": "64"}) as running:
+    # Scoring would share the processor with the requests.
+    without = {"MONAI_LABEL_AUTO_UPDATE_SCORING": "false"}
+    with serving(folder, studies, {"image_size": "64"}, without) as running:
         yield running
 
 
