@@ -1,4 +1,4 @@
-"""The confined datastore: names, links, checks of labels, replacing in one step, and what a kill or a full disk leaves."""
+"""The confined datastore: names, links, checks of labels, replacing in one step, what a kill or a full disk leaves."""
 
 import errno
 import gzip

@@ -281,7 +281,11 @@ class RequestGuard:
             ) from error
 
     def _check_upload(self, path: str, key: str, upload: UploadFile) -> None:
-        name = check_file_name(upload.filename or "", f"file name of {key}")
+        # MONAI Label's client and 3D Slicer send the whole path on their machine, of which the last part counts.
+        *folders, last = (upload.filename or "").replace("\\", "/").split("/")
+        if ".." in folders:
+            raise RequestError(f"file name of {key}: expected one without '..'; send the name alone.")
+        name = check_file_name(last, f"file name of {key}")
         # Files of a session may lack a suffix or be an archive: the sessions themselves look into them.
         if path.startswith(("/session", "/model")):
             return
