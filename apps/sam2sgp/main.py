@@ -170,6 +170,13 @@ class Sam2SgpApp(MONAILabelApp):
     def batch_infer(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
         return super().batch_infer(confine(dict(request), self.settings), datastore)
 
+    def train(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Fine-tune, or roll the weights back: see `FineTuning`."""
+        try:
+            return super().train(confine(dict(request), self.settings))
+        except Exception as error:
+            raise refuse(error) from error
+
     def async_scoring(self, method: str | None, params=None) -> dict[str, Any]:
         """MONAI Label's, which wants it after every offer of an image: one that waits for its turn is enough."""
         if any(task["status"] == "SUBMITTED" for task in tasks("scoring")):

@@ -25,7 +25,6 @@ from monailabel.interfaces.exception import (
     MONAILabelException,
 )
 from starlette.datastructures import Headers, UploadFile
-from starlette.formparsers import MultiPartException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -273,7 +272,10 @@ class RequestGuard:
                         _check_client_parameters(_json(value, key))
                     else:
                         _check_text(value, key)
-        except (MultiPartException, HTTPException, ValueError, KeyError, ClientDisconnect) as error:
+        except RequestError:
+            raise
+        except Exception as error:
+            # The parser raises types of its own, and what its code runs into.
             raise RequestError(
                 "body: expected a whole multipart form, found another content; send it again."
             ) from error
