@@ -11,12 +11,10 @@ import torch
 
 from sam2sgp.data import load_datalist, read_image
 from sam2sgp.data.phantom import make_phantoms
-from sam2sgp.networks import save_weights
+from sam2sgp.networks import SAM2SGP, save_weights
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIZE = "image_size=64"
-# Support images and designs that the benchmark of latency is tried on.
-MEASURED = ((2, "ours"), (8, "authors"))
 
 
 @pytest.fixture
@@ -163,14 +161,41 @@ def test_the_cost_of_a_slice_is_measured(script):
     assert found["slice"] > 0 and found["single"] > 0 and found["mebibytes"] > 0
 
 
-def test_latency_sums_the_stages_of_a_query_and_compares_designs(script):
+def test_latency_measures_every_stage_and_both_designs(script, monkeypatch):
     latency = script("latency")
-    shape = "nano", 64
-    results = {(*shape, n, 2, 1, design): latency.measure(*shape, n, 2, 1, design, 2) for n, design in MEASURED}
-    found = results[*shape, 2, 2, 1, "ours"]
-    assert all(found[stage] > 0 for stage in (*latency.STAGES, latency.SECOND))
-    parts = sum(found[stage] for stage in latency.STAGES)
-    assert 0.5 * found["query"] < parts < 1.5 * found["query"]
-    # The other design encodes every support image with every query.
-    other = results[*shape, 8, 2, 1, "authors"]
-    assert other["query"] > 3 * found["encode"]
+    encoded = []
+    encode = SAM2SGP.encode
+    monkeypatch.setattr(SAM2SGP, "encode", lambda network, image: encoded.append(len(image)) or encode(network, image))
+    found = {}
+    for design in (latency.OURS, latency.AUTHORS):
+        encoded.clear()
+        found[design] = latency.measure("nano", 64, 4, 2, 1, design, queries=2)
+        # One pass measures the encoder's operations. Ours then encodes the support set once, and per query the image
+        # and the region of its second pass, after four regions once; theirs the support set with every query.
+        expected = {latency.OURS: 1 + 4 + 3 * 2 + 4, latency.AUTHORS: 1 + 3 * (1 + 4)}
+        assert sum(encoded) == expected[design]
+    assert all(found[latency.OURS][stage] > 0 for stage in (*latency.STAGES, latency.SECOND))
+    assert found[latency.AUTHORS].keys() & set(latency.STAGES) == set()
+
+
+def test_strategies_are_compared_and_not_repeated(script, data, tmp_path, monkeypatch, capsys):
+    active = script("active_learning")
+    command = ["active_learning.py", f"pictures={data / 'pictures'}", "--output", str(tmp_path), "--labels", "2", "3"]
+    command += ["--seeds", "1", "--test", "2", "--pool", "6", "--held_out", "pictures", "--threads", "1"]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", command)
+        active.main()
+    records = active.read(tmp_path / "results.jsonl")
+    assert [record["strategy"] for record in records] == ["random", "uncertainty", "coverage", "hybrid"]
+    # All start from the same two images.
+    assert len({record["curve"][2] for record in records}) == len({tuple(r["chosen"][:2]) for r in records}) == 1
+    assert all(len(set(record["chosen"])) == 3 and 0 <= record["curve"][3] <= 1 for record in records)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| hybrid")]
+    assert len(lines) == 2 and f"{records[3]['curve'][3]:.3f}" in lines[0]
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_number_of_labels_needed_lies_between_those_measured(script):
+    needed = script("active_learning").labels_needed
+    curve = {2: 0.4, 4: 0.5, 8: 0.7}
+    assert [needed(curve, target) for target in (0.3, 0.5, 0.6, 0.8)] == [2.0, 4.0, 6.0, None]
