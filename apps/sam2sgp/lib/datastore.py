@@ -43,7 +43,7 @@ from lib.checks import (
 )
 from sam2sgp.data.folders import check_label_values, class_names
 from sam2sgp.data.io import SUFFIXES, read_image, read_label
-from sam2sgp.errors import DataError
+from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
@@ -542,11 +542,15 @@ class ConfinedDatastore(LocalDatastore):
 
 
 def open_datastore(settings) -> LocalDatastore:
-    """The confined datastore of `settings.studies`: a folder, or a DICOMweb server by its address.
+    """The confined datastore of the folder `settings.studies`.
 
     Raises:
+        ConfigError: the address of a server instead of a folder.
         StorageError: the folder can't be opened.
     """
+    if settings.is_remote:
+        # MONAI Label's own datastore for it takes any text for an id and reads and writes where that leads.
+        raise ConfigError(f"studies: expected a folder of images, found the address {settings.studies}; give a folder.")
     audit = Audit(settings.state_dir / "audit.jsonl")
     limit = int(settings.max_upload_mb * UNPACKED_PER_UPLOAD) << 20
     return ConfinedDatastore(settings.studies, settings.state_dir, limit, audit)
