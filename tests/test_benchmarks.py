@@ -159,3 +159,26 @@ def test_volumes_are_compared_with_and_without_3d_memory(script, data, tmp_path,
 def test_the_cost_of_a_slice_is_measured(script):
     found = script("volumes").timed("nano", 10)
     assert found["slice"] > 0 and found["single"] > 0 and found["mebibytes"] > 0
+
+
+def test_strategies_are_compared_and_not_repeated(script, data, tmp_path, monkeypatch, capsys):
+    active = script("active_learning")
+    command = ["active_learning.py", f"pictures={data / 'pictures'}", "--output", str(tmp_path), "--labels", "2", "3"]
+    command += ["--seeds", "1", "--test", "2", "--pool", "6", "--held_out", "pictures", "--threads", "1"]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", command)
+        active.main()
+    records = active.read(tmp_path / "results.jsonl")
+    assert [record["strategy"] for record in records] == ["random", "uncertainty", "coverage", "hybrid"]
+    # All start from the same two images.
+    assert len({record["curve"][2] for record in records}) == len({tuple(r["chosen"][:2]) for r in records}) == 1
+    assert all(len(set(record["chosen"])) == 3 and 0 <= record["curve"][3] <= 1 for record in records)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| hybrid")]
+    assert len(lines) == 2 and f"{records[3]['curve'][3]:.3f}" in lines[0]
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_number_of_labels_needed_lies_between_those_measured(script):
+    needed = script("active_learning").labels_needed
+    curve = {2: 0.4, 4: 0.5, 8: 0.7}
+    assert [needed(curve, target) for target in (0.3, 0.5, 0.6, 0.8)] == [2.0, 4.0, 6.0, None]
