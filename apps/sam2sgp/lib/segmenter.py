@@ -209,7 +209,8 @@ class Segmenter:
         Cheap when nothing changed.
 
         Args:
-            wait: if False and a request is being worked on, nothing is done: that request did it.
+            wait: if False, a look is enough: nothing is done while a request is worked on, which did it itself, and
+                files that changed a moment ago are not read again in case they changed once more.
 
         Raises:
             Sam2SgpError: at the first time: the weights can't be loaded.
@@ -218,7 +219,7 @@ class Segmenter:
             return
         try:
             serving = self._ready()
-            if self.cases.changed():
+            if self.cases.changed(certain=wait):
                 self._reconcile(serving)
             self._look_for_weights(serving)
         finally:
@@ -503,6 +504,8 @@ def _on(serving: _Serving, inferer: SupportSetInferer, device: torch.device) -> 
         return
     moved = copy(inferer)
     moved.feature_cache = None
+    moved.region_pass = copy(inferer.region_pass)
+    moved.region_pass.feature_cache = None
     moved.reset()
     serving.network.to(device)
     try:

@@ -38,6 +38,7 @@ class LabelledCases:
         self.settings = settings
         self.pattern = re.compile(settings.value("patient_pattern"))
         self._seen: tuple | None = None
+        self._settled = False
         self._cases: list[dict] = []
         self._declared: dict[int, str] = {}
         self._given: dict[int, str] = {}
@@ -48,11 +49,14 @@ class LabelledCases:
             seeds = load_datalist(settings.support_dir, patient_pattern=settings.value("patient_pattern"))
             self._seeds = [{**case, "name": f"{settings.support_dir.name}/{case['name']}"} for case in seeds]
 
-    def changed(self) -> bool:
-        """Whether `cases` may give another list, or files of other content, than when it was called last."""
-        ids = list(self.datastore.get_labeled_images())
-        state = self._state(ids)
-        return self._seen is None or state != self._seen
+    def changed(self, certain: bool = True) -> bool:
+        """Whether `cases` may give another list, or files of other content, than when it was called last.
+
+        Args:
+            certain: what changed so lately that it may have changed again unseen counts as changed.
+        """
+        state = self._state(list(self.datastore.get_labeled_images()))
+        return state != self._seen or (certain and not self._settled)
 
     def cases(self) -> list[dict]:
         """Dicts with `name` (the image's id), `image`, `label` (paths), `patient` and `group`, ordered by name."""
@@ -77,8 +81,8 @@ class LabelledCases:
         self._given = _names_of(infos)
         self._declared = self._read_declared()
         self._folders = self._folder_times()
-        state = self._state(ids)
-        self._seen = state if _is_settled(state, started) else None
+        self._seen = self._state(ids)
+        self._settled = _is_settled(self._seen, started)
         return list(self._cases)
 
     def patient_of(self, image_id: str, info: dict[str, Any] | None = None) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.errors import ConfigError
+from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.sampler import SupportSampler
@@ -40,12 +41,20 @@ class RegionPass:
         below: an object is small if its extent is less than this share of the image's longer side; 0 switches the
             second pass off.
         batch_size: regions at a time.
+        feature_cache: features of regions that may come again; None: each is encoded whenever it comes.
 
     Raises:
         ConfigError: `below` is not in [0, 1].
     """
 
-    def __init__(self, bank: SupportBank, sampler: SupportSampler, below: float = 0.4, batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        bank: SupportBank,
+        sampler: SupportSampler,
+        below: float = 0.4,
+        batch_size: int = 8,
+        feature_cache: FeatureCache | None = None,
+    ) -> None:
         if not 0 <= below <= 1:
             raise ConfigError(
                 f"region_below is {below}: expected a share of the image in [0, 1], 0 for no second pass."
@@ -54,6 +63,7 @@ class RegionPass:
         self.sampler = sampler
         self.below = below
         self.batch_size = batch_size
+        self.feature_cache = feature_cache
 
     @torch.no_grad()
     def __call__(
@@ -107,6 +117,8 @@ class RegionPass:
         """Logits (1, S, S) of each job, all of one class; none where no support may be used."""
         device = next(network.parameters()).device
         cut = torch.cat([job.region.apply(job.image[None]) for job in jobs]).to(device, torch.float32)
-        features = network.encode(to_three_channels(cut))
+        cut = to_three_channels(cut)
+        cache = self.feature_cache
+        features = network.encode(cut) if cache is None else cache(cut, network, self.bank.fingerprint)
         support = self.bank.region_support(network, features, self.sampler, jobs[0].column, patient, group)
         return [] if support is None else list(network.segment(features, support).logits.float())

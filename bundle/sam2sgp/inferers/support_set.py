@@ -74,7 +74,7 @@ class SupportSetInferer(Inferer):
         self.volume_memory = volume_memory
         self.object_gate = object_gate
         self.feature_cache = feature_cache
-        self.region_pass = RegionPass(bank, sampler, region_below, batch_size)
+        self.region_pass = RegionPass(bank, sampler, region_below, batch_size, feature_cache)
         self._along: dict[int, SupportSetInferer] = {}
         # Thresholds (C,) of the object score, and the table of the bank that they were learned from.
         self._thresholds: tuple[Tensor, Tensor] | None = None
@@ -94,7 +94,9 @@ class SupportSetInferer(Inferer):
             other = copy(self)
             other._along, other._thresholds = {}, None
             other.bank = self.bank.along_axis(axis)
-            other.region_pass = RegionPass(other.bank, self.sampler, self.region_pass.below, self.batch_size)
+            other.region_pass = RegionPass(
+                other.bank, self.sampler, self.region_pass.below, self.batch_size, self.feature_cache
+            )
             self._adapt(network)
             other.adapter, other.adaptation = None, self.adaptation
             self._along[axis] = other
