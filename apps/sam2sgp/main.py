@@ -8,6 +8,7 @@ that train, score and infer in batches; what they share is on the disk, in the d
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -41,12 +42,17 @@ MODEL = "sam2sgp"
 FINE_TUNING = "finetune"
 SCORING = "scores"
 DEFAULT_STRATEGY = "hybrid"
+# Module that MONAI Label runs for training, scoring and batch inference; the server's requests come before these.
+BACKGROUND = "monailabel.interfaces.utils.app"
+NICENESS = 10
 
 
 class Sam2SgpApp(MONAILabelApp):
     """See the module."""
 
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
+        if _started_as(BACKGROUND) and hasattr(os, "nice"):
+            os.nice(NICENESS)
         try:
             self.settings = Settings.from_conf(app_dir, studies, conf)
             self.audit = Audit(self.settings.audit_file)
@@ -211,6 +217,12 @@ class Sam2SgpApp(MONAILabelApp):
             return {"warnings": [str(error)]}
         facts = self.segmenter.facts()
         return {"support_items": facts["items"], "warnings": facts["errors"]}
+
+
+def _started_as(module: str) -> bool:
+    """Whether this process was started by `python -m module`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name == module
 
 
 def _is_true(value: Any) -> bool:

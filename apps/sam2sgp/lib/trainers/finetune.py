@@ -44,7 +44,6 @@ PUBLISHED, KEPT, FAILED, ROLLED_BACK = "published", "kept", "failed", "rolled_ba
 METRIC = "val_mean_dice"
 LAST_FILE = "last.pt"
 TENSORBOARD_FOLDER = "tensorboard"
-NICENESS = 5  # the server's requests come first
 OPTIONS = {"max_epochs": int, "episodes_per_epoch": int, "learning_rate": float}
 # Keys that inference.json shares with train.json, but which a training sets itself.
 OWN_KEYS = (
@@ -143,8 +142,6 @@ class FineTuning(TrainTask):
         # MONAI Label's training process marks its requests so.
         if "local_rank" in request:
             _end_with_parent()
-            if hasattr(os, "nice"):
-                os.nice(NICENESS)
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
