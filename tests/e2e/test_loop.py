@@ -185,13 +185,16 @@ def test_without_approved_labels_the_answer_says_what_to_do_first(client, server
     assert client.info()["models"][MODEL]["labels"] == {}
 
 
-def test_two_clients_at_once_get_what_one_alone_gets(client, server):
+def test_two_clients_at_once_get_what_one_alone_gets(client, server, tmp_path):
     names = ["us_002_0", "us_003_0"]
     expected = {name: Path(client.infer(MODEL, name, {})[0]).read_bytes() for name in names}
     found: dict[str, list[bytes]] = {name: [] for name in names}
 
     def work(name: str) -> None:
-        other = MONAILabelClient(server.url)
+        # It writes results under the names that they had on the server, so it must not write into the server's folder.
+        folder = tmp_path / name
+        folder.mkdir()
+        other = MONAILabelClient(server.url, str(folder))
         for k in (1, 8, 8):
             found[name].append(Path(other.infer(MODEL, name, {"k": k})[0]).read_bytes())
 
