@@ -20,6 +20,7 @@ from lib.audit import Audit
 from lib.batch import BatchInference
 from lib.checks import NotFound
 from lib.datastore import open_datastore
+from lib.dicomweb import DicomWebDatastore, image_routes
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
 from lib.segmenter import Segmenter
@@ -97,6 +98,9 @@ class Sam2SgpApp(MONAILabelApp):
         from monailabel.app import app
 
         install(app, self.settings)
+        if isinstance(self.datastore(), DicomWebDatastore):
+            # Before MONAI Label's own.
+            app.router.routes[:0] = image_routes(self.datastore()).routes
         self.segmenter.refresh()
         threading.Thread(target=self._warm_up, daemon=True, name="sam2sgp-warm-up").start()
         super().on_init_complete()

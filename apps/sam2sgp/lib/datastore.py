@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
-from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from pydantic import ValidationError
 
 from lib.audit import Audit, content_hash
@@ -41,6 +41,7 @@ from lib.checks import (
     check_tag,
     suffix_of,
 )
+from lib.dicomweb import DicomWebDatastore
 from sam2sgp.data.folders import check_label_values, class_names
 from sam2sgp.data.io import SUFFIXES, read_image, read_label
 from sam2sgp.errors import DataError
@@ -541,14 +542,16 @@ class ConfinedDatastore(LocalDatastore):
         self.refresh()
 
 
-def open_datastore(settings) -> LocalDatastore:
-    """The confined datastore of `settings.studies`: a folder, or a DICOMweb server by its address.
+def open_datastore(settings) -> Datastore:
+    """The confined datastore of `settings.studies`: a folder, or a DICOMweb archive by its address.
 
     Raises:
         StorageError: the folder can't be opened.
     """
     audit = Audit(settings.state_dir / "audit.jsonl")
     limit = int(settings.max_upload_mb * UNPACKED_PER_UPLOAD) << 20
+    if settings.is_remote:
+        return DicomWebDatastore(settings.studies, settings.state_dir / "archive", limit, audit)
     return ConfinedDatastore(settings.studies, settings.state_dir, limit, audit)
 
 
