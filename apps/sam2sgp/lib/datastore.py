@@ -551,7 +551,9 @@ def open_datastore(settings) -> Datastore:
     audit = Audit(settings.state_dir / "audit.jsonl")
     limit = int(settings.max_upload_mb * UNPACKED_PER_UPLOAD) << 20
     if settings.is_remote:
-        return DicomWebDatastore(settings.studies, settings.state_dir / "archive", limit, audit)
+        folder = settings.state_dir / "archive"
+        wanted, expiry = settings.dicomweb_filter, settings.dicomweb_expiry
+        return DicomWebDatastore(settings.studies, folder, limit, audit, wanted, expiry)
     return ConfinedDatastore(settings.studies, settings.state_dir, limit, audit)
 
 

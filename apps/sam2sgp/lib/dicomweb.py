@@ -27,7 +27,7 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +73,9 @@ FIELDS = (
     "NumberOfSeriesRelatedInstances",
 )
 INFO = ("Modality", "PatientID", "StudyInstanceUID", "StudyDate", "StudyTime", "SeriesDescription")
-# Lists are asked for anew after this many seconds, and never for more than one part in so many of the time.
-LISTS_KEPT = 10.0
 SHARE_OF_TIME = 20
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 120.0
 SUFFIX = ".nii.gz"
-EXPIRY_VARIABLE, FILTER_VARIABLE = "MONAI_LABEL_DICOMWEB_CACHE_EXPIRY", "MONAI_LABEL_DICOMWEB_SEARCH_FILTER"
 
 
 class ArchiveError(RequestError):
@@ -119,18 +116,28 @@ class _Session(requests.Session):
 class DicomWebDatastore(Datastore):
     """The image series of a DICOMweb archive with their labels.
 
-    MONAI Label's environment variables for user and password, address prefixes, search filter and the seconds for
-    which lists are kept (`MONAI_LABEL_DICOMWEB_…`) are heeded; the last two only if they are set, because their
-    defaults there hide all that isn't CT, and new series for two hours.
+    MONAI Label's environment variables for user and password and for address prefixes (`MONAI_LABEL_DICOMWEB_USERNAME`
+    and so on) are heeded.
 
     Args:
         address: of the archive, such as `http://127.0.0.1:8042/dicom-web`.
         work_folder: for downloaded series, labels and what is known about them.
         max_unpacked: how many bytes the voxels of an uploaded label may take.
         audit: where approvals and removals are noted; None for nowhere.
+        wanted: attributes that a series must match to be listed, by keyword.
+        expiry: seconds for which lists are kept. They are never asked for in more than one part in `SHARE_OF_TIME` of
+            the time, unless it is 0.
     """
 
-    def __init__(self, address: str, work_folder: Path, max_unpacked: int, audit: Audit | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        work_folder: Path,
+        max_unpacked: int,
+        audit: Audit | None = None,
+        wanted: Mapping[str, Any] | None = None,
+        expiry: float = 10.0,
+    ) -> None:
         self._address = address.rstrip("/")
         self._folder = Path(work_folder).resolve()
         self._max_unpacked = max_unpacked
@@ -149,9 +156,8 @@ class DicomWebDatastore(Datastore):
             stow_url_prefix=server_settings.MONAI_LABEL_STOW_PREFIX,
         )
         self._client.set_http_retry_params(max_attempts=2)
-        is_set = EXPIRY_VARIABLE in os.environ
-        self._kept = float(server_settings.MONAI_LABEL_DICOMWEB_CACHE_EXPIRY) if is_set else LISTS_KEPT
-        self._filter = server_settings.MONAI_LABEL_DICOMWEB_SEARCH_FILTER if FILTER_VARIABLE in os.environ else {}
+        self._wanted = dict(wanted or {})
+        self._expiry = expiry
         self._lock = threading.RLock()
         self._until = 0.0
         self._listed = False
@@ -446,11 +452,11 @@ class DicomWebDatastore(Datastore):
                     raise
                 logger.warning("The lists of before are used: %s", error)
             now = time.monotonic()
-            self._until = now + max(self._kept, SHARE_OF_TIME * (now - started))
+            self._until = now + (max(self._expiry, SHARE_OF_TIME * (now - started)) if self._expiry else 0.0)
 
     def _list(self) -> None:
         with _asking("a list of series"):
-            found = self._search(self._filter)
+            found = self._search(self._wanted)
             # A filter is for images.
             segmentations = self._search({"Modality": "SEG"})
         images = {}

@@ -26,10 +26,10 @@ import torch
 from fastapi import APIRouter, Body, Query
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from lib.guard import refuse
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from PIL import Image
 
+from lib.guard import refuse
 from lib.usage import Usage
 from sam2sgp.data import read_image, read_label
 from sam2sgp.errors import DataError
