@@ -23,11 +23,13 @@ from lib.datastore import open_datastore
 from lib.dicomweb import DicomWebDatastore, image_routes
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
+from lib.page import SupportPage
 from lib.segmenter import Segmenter
 from lib.sessions import open_sessions
 from lib.settings import Settings
 from lib.support import FINAL, LabelledCases
 from lib.trainers.finetune import FineTuning
+from lib.usage import Usage
 from lib.weights import Weights
 from sam2sgp.errors import Sam2SgpError
 
@@ -44,6 +46,7 @@ class Sam2SgpApp(MONAILabelApp):
         try:
             self.settings = Settings.from_conf(app_dir, studies, conf)
             self.audit = Audit(self.settings.audit_file)
+            self.usage = Usage(self.settings.state_dir / "usage.sqlite")
             self.weights = Weights(self.settings.state_dir / "weights", self.settings.start_weights)
             super().__init__(
                 app_dir,
@@ -101,6 +104,15 @@ class Sam2SgpApp(MONAILabelApp):
         if isinstance(self.datastore(), DicomWebDatastore):
             # Before MONAI Label's own.
             app.router.routes[:0] = image_routes(self.datastore()).routes
+        page = SupportPage(
+            self.datastore(),
+            self.segmenter,
+            self.usage,
+            self.ranked,
+            self._trainers[FINE_TUNING].stats,
+            self.on_save_label,
+        )
+        app.include_router(page.router())
         self.segmenter.refresh()
         threading.Thread(target=self._warm_up, daemon=True, name="sam2sgp-warm-up").start()
         super().on_init_complete()
@@ -112,15 +124,20 @@ class Sam2SgpApp(MONAILabelApp):
             # The request that needs it tells its client.
             logger.exception("The support set could not be encoded at the start")
 
+    def ranked(self, images: list[str]) -> list[str]:
+        """Ids of unlabelled images in the order in which the support page shows them."""
+        return sorted(images)
+
     # Requests
 
     def info(self) -> dict[str, Any]:
         """MONAI Label's, with `support`: the state of the support set and of the weights."""
         try:
             self.segmenter.refresh(wait=False)
-            return {**super().info(), "support": self.segmenter.facts()}
-        except Exception as error:
-            raise refuse(error) from error
+        except Sam2SgpError as error:
+            # Every request asks for this first; the one that it concerns tells its client.
+            logger.error("%s", error)
+        return {**super().info(), "support": self.segmenter.facts()}
 
     def infer(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
         """Segment an image of the datastore, of a session, or sent along.
@@ -148,6 +165,7 @@ class Sam2SgpApp(MONAILabelApp):
                 f"image {image_id or 'of the session'}: expected an image, found none; take one of the list."
             )
         label, params = task({**request, "image": path, "image_id": image_id})
+        self.usage.add(used["item"] for items in params["support"].values() for used in items)
         tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
         label_id = label
         if image_id and _is_true(request.get("save_label")):
@@ -161,6 +179,13 @@ class Sam2SgpApp(MONAILabelApp):
 
     def batch_infer(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
         return super().batch_infer(confine(dict(request), self.settings), datastore)
+
+    def train(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Fine-tune, or roll the weights back: see `FineTuning`."""
+        try:
+            return super().train(confine(dict(request), self.settings))
+        except Exception as error:
+            raise refuse(error) from error
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """Take an approved label into the support set at once; the answer to the client says how that went."""

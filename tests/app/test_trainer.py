@@ -8,13 +8,14 @@ import pytest
 import torch
 from filelock import FileLock
 
+from lib.checks import Conflict, RequestError
 from lib.trainers.data import digest, split
 from lib.trainers.finetune import FineTuning
 from lib.trainers.status import StatusHandler
 from lib.weights import Weights
 from sam2sgp.data import class_names, load_datalist
 from sam2sgp.data.phantom import make_phantoms
-from sam2sgp.errors import ConfigError, DataError
+from sam2sgp.errors import DataError, WeightsError
 from sam2sgp.files import write_text
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 
@@ -127,7 +128,7 @@ def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp
     load_weights(SAM2SGP("nano", 64), weights.active().path)
     assert (weights.active().path.parent / "lora" / "adapter_model.safetensors").is_file()
     assert [path.name for path in task.work.iterdir()] == ["tensorboard"]
-    assert [action for action, _ in events] == ["train", "publish_weights"]
+    assert [action for action, _ in events] == ["train", "publish"]
 
     assert task({"model": "finetune", "action": ["roll_back"]}, None)["state"] == "rolled_back"
     assert weights.active().name == "embedded" and events[-1][0] == "roll_back"
@@ -146,7 +147,7 @@ def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp
 )
 def test_options_that_cannot_work_are_refused_and_none_is_run_as_code(tmp_path, phantoms, cases, option):
     task, _, events = a_task(tmp_path, cases, phantoms)
-    with pytest.raises(ConfigError, match=next(iter(option))):
+    with pytest.raises(RequestError, match=next(iter(option))):
         task({**REQUEST, **option}, None)
     assert not events
 
@@ -168,7 +169,7 @@ def test_only_devices_that_are_there_are_taken(tmp_path, phantoms, cases, monkey
     assert task._device("cpu") == "cpu"
     assert task._device(None) == task._device("cuda:0") == "cuda:0"
     for name in ("cuda:1", "mps", "cuda:x"):
-        with pytest.raises(ConfigError, match="device is"):
+        with pytest.raises(RequestError, match="device is"):
             task._device(name)
 
 
@@ -197,7 +198,7 @@ def test_a_killed_training_reads_as_stopped_and_the_next_one_goes_on_but_publish
 
     stats = task(request, None)
     assert stats["state"] == "kept" and stats["epoch"] == 2 and "'embedded' stay in use" in stats["message"]
-    assert [action for action, _ in events] == ["train", "train", "keep_weights"] and events[1][1]["resumed"]
+    assert [action for action, _ in events] == ["train", "train", "keep"] and events[1][1]["resumed"]
     assert weights.versions() == [weights.active()]
 
 
@@ -206,7 +207,7 @@ def test_one_training_at_a_time(tmp_path, phantoms, cases):
     task.folder.mkdir()
     with FileLock(task.folder / ".lock"):
         for action in ("train", "roll_back"):
-            with pytest.raises(ConfigError, match="running already"):
+            with pytest.raises(Conflict, match="running already"):
                 task({**REQUEST, "action": action}, None)
 
 
@@ -222,7 +223,7 @@ def test_other_labels_or_options_begin_anew(tmp_path, phantoms, cases):
 
 def test_rolling_back_where_there_is_nothing_before_says_so(tmp_path, phantoms, cases):
     task, _, _ = a_task(tmp_path, cases, phantoms)
-    with pytest.raises(Exception, match="none before"):
+    with pytest.raises(WeightsError, match="none before"):
         task({"model": "finetune", "action": "roll_back"}, None)
     with FileLock(task.folder / ".lock", timeout=0):
         pass  # released

@@ -23,7 +23,10 @@ class BatchInference(BatchInferTask):
     """
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore, infer: Callable) -> dict[str, Any]:
-        """Returns {image id: result without its file, or {"error": sentence}}; an image that fails ends no other's.
+        """Segment and save; an image that fails ends no other's.
+
+        Returns:
+            {image id: {"label": id, "tag", "confidence", "warnings"}}, or {"error": sentence} for one that failed.
 
         Raises:
             RequestError: the tag is `final`: unseen predictions are no truth to learn from.
@@ -49,7 +52,7 @@ class BatchInference(BatchInferTask):
                 logger.warning("%d of %d: %s: %s", number, len(image_ids), image_id, answer.detail)
                 continue
             remove_file(result.pop("file", None))
-            result.get("params", {}).pop("uncertainty", None)
-            results[image_id] = result
+            kept = {key: result["params"][key] for key in ("confidence", "warnings")}
+            results[image_id] = {"label": result["label"], "tag": result["tag"], **kept}
             logger.info("%d of %d: %s", number, len(image_ids), image_id)
         return results

@@ -33,7 +33,7 @@ from lib.guard import refuse
 from lib.usage import Usage
 from sam2sgp.data import read_image, read_label
 from sam2sgp.errors import DataError
-from sam2sgp.report.overlays import draw_overlay, to_display
+from sam2sgp.report.overlays import class_colour, draw_overlay, to_display
 from sam2sgp.transforms import scale_intensity
 from sam2sgp.transforms.array import is_ct
 
@@ -119,6 +119,7 @@ class SupportPage:
         stats = self.training()
         page = self.template.render(
             classes=names,
+            colours={value: class_colour(value) for value in names},
             errors=errors,
             support=_paged("support", shown, len(items), support),
             waiting=_paged("waiting", _part(labels["waiting"], waiting), len(labels["waiting"]), waiting),
@@ -185,11 +186,13 @@ class SupportPage:
         try:
             if old == new:
                 raise DataError(f"{image}: its label has the tag {new!r} already; load the page again.")
-            path = self._label_path(image, old)
-            label = self.datastore.get_labels_by_image_id(image)[old]
-            saved = self.datastore.save_label(image, path, new, dict(self.datastore.get_label_info(label, old)))
-            self.datastore.remove_label(label, old)
-            self.saved(image, saved)
+            # Nobody takes the support set in between the two steps.
+            with self.segmenter.lock:
+                path = self._label_path(image, old)
+                label = self.datastore.get_labels_by_image_id(image)[old]
+                saved = self.datastore.save_label(image, path, new, dict(self.datastore.get_label_info(label, old)))
+                self.datastore.remove_label(label, old)
+                self.saved(image, saved)
         except Exception as error:
             raise refuse(error) from error
         return {"image": image, "label_tag": new}
@@ -217,7 +220,16 @@ def _part(values: list, page: int) -> list:
 
 
 def _paged(name: str, shown: list, total: int, page: int) -> dict:
-    return {"name": name, "shown": shown, "total": total, "page": max(page, 1), "pages": -(-total // PER_PAGE) or 1}
+    page = max(page, 1)
+    first = (page - 1) * PER_PAGE + 1
+    return {
+        "name": name,
+        "shown": shown,
+        "total": total,
+        "page": page,
+        "pages": -(-total // PER_PAGE) or 1,
+        "first": first,
+    }
 
 
 def _curve(history: list[dict]) -> str:

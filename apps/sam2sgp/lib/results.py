@@ -15,7 +15,7 @@ from monailabel.transform.writer import write_itk
 from lib.checks import RequestError
 from sam2sgp.data.io import Geometry, output_suffix, write_label
 
-NIFTI = (".nii.gz", ".nii")
+NIFTI = (".nii.gz",)
 NRRD = (".nrrd",)
 PICTURES = (".png",)
 EXTENSIONS = NIFTI + NRRD + PICTURES
@@ -29,7 +29,7 @@ def write_result(labels: np.ndarray, geometry: Geometry, extension: str | None =
     Args:
         labels: (Z, H, W) integers.
         geometry: of the image.
-        extension: `.nii.gz`, `.nii`, `.nrrd` or, for pictures and single slices, `.png`; None for the image's own kind.
+        extension: `.nii.gz`, `.nrrd` or, for pictures and single slices, `.png`; None for the image's own kind.
 
     Raises:
         RequestError: the image can't be had in that format.
@@ -60,17 +60,12 @@ def _write(path: Path, labels: np.ndarray, geometry: Geometry, extension: str) -
         return
     volume = _volume_geometry(geometry) if geometry.is_picture else geometry
     if extension in NIFTI:
-        # nibabel, which the bundle writes with, goes by the suffix.
-        whole = path.with_name(path.name.removesuffix(extension) + ".nii.gz")
-        write_label(whole, labels, volume)
-        if whole != path:
-            import nibabel as nib
-
-            nib.save(nib.load(whole), path)
-            whole.unlink()
+        write_label(path, labels, volume)
         return
     native = volume.to_native(labels)
-    write_itk(native.reshape(volume._full_shape), str(path), volume.affine, _kind(native), True)
+    native = native.reshape(native.shape + (1,) * (3 - native.ndim))
+    kind = np.uint8 if native.max(initial=0) <= 255 else np.uint16
+    write_itk(native, str(path), volume.affine, kind, True)
 
 
 def uncertainty_map(values: np.ndarray, geometry: Geometry) -> dict[str, Any]:
@@ -88,10 +83,6 @@ def uncertainty_map(values: np.ndarray, geometry: Geometry) -> dict[str, Any]:
         "extension": output_suffix(geometry),
         "map": content,
     }
-
-
-def _kind(labels: np.ndarray) -> type:
-    return np.uint8 if labels.max(initial=0) <= 255 else np.uint16
 
 
 def _picture_geometry(shape: tuple[int, ...]) -> Geometry:

@@ -51,8 +51,8 @@ INFERERS_KEPT = 8
 MAX_K = 64
 ITEMS_LISTED = 100
 NOTHING_APPROVED = (
-    "The support set is empty, so nothing can be segmented yet: label one image and save its label with the tag "
-    "'final', or start the server with labelled pairs in `--conf support_dir`."
+    "No approved label shows an object, so nothing can be segmented yet: label an image by hand and save its label "
+    "with the tag 'final', or start the server with labelled pairs in `--conf support_dir`."
 )
 
 
@@ -193,9 +193,13 @@ class Segmenter:
             "cases": len(serving.bank.data) - len(serving.bank.errors),
             "weights": serving.version.name,
             "rebuilding": self.rebuilding,
-            "errors": [error["error"] for error in serving.bank.errors][:ITEMS_LISTED],
+            "errors": [self._shown(error["error"]) for error in serving.bank.errors[:ITEMS_LISTED]],
             "problem": self.problem,
         }
+
+    def _shown(self, message: str) -> str:
+        """A message without the server's folders, which are no client's business."""
+        return message.replace(f"{self.settings.studies.rstrip('/')}/", "")
 
     # Keeping up
 
@@ -240,19 +244,25 @@ class Segmenter:
             return self._serving
 
     def _reconcile(self, serving: _Serving) -> None:
-        bank, cases = serving.bank, self.cases.cases()
-        self._bring_in_line(bank, cases)
-        # They keep thresholds and further banks made from the support set as it was.
-        serving.inferers.clear()
+        """Take in the approved labels as they are now."""
+        cases = self.cases.cases()
+        errors = serving.bank.errors
+        self._bring_in_line(serving, cases)
         self._patients = {case["name"]: case["patient"] for case in cases}
+        bank = serving.bank
         values = [value for column, value in enumerate(bank.class_values) if bank.holds[:, column].any()]
         self._names = self.cases.names(values)
         for error in bank.errors:
-            logger.warning("Not in the support set: %s", error["error"])
+            if error not in errors:
+                logger.warning("Not in the support set: %s", error["error"])
 
-    def _bring_in_line(self, bank: SupportBank, cases: list[dict]) -> None:
-        bank.declared = self.cases.declared()
-        bank.reconcile(cases)
+    def _bring_in_line(self, serving: _Serving, cases: list[dict]) -> None:
+        serving.bank.declared = self.cases.declared()
+        changes = serving.bank.reconcile(cases)
+        if changes.added or changes.removed:
+            logger.info("Support set: %d items in, %d out", len(changes.added), len(changes.removed))
+            # They keep thresholds and further banks made from the support set as it was.
+            serving.inferers.clear()
 
     def _look_for_weights(self, serving: _Serving) -> None:
         try:
@@ -272,16 +282,15 @@ class Segmenter:
         try:
             fresh = self._build(version)
             with self.lock:
-                cases = self.cases.cases()
-                self._bring_in_line(fresh.bank, cases)
+                self._bring_in_line(fresh, self._serving.bank.data)
             self._encode(fresh)
             with self.lock:
                 old = self._serving
                 # What was approved meanwhile is encoded by the next request, as always.
-                self._reconcile(fresh)
+                self._bring_in_line(fresh, old.bank.data)
                 self._serving = fresh
                 self.problem = self._failed = None
-            fresh.bank.prune([old.bank.fingerprint] if old and old.bank.fingerprint else [])
+                fresh.bank.prune([old.bank.fingerprint] if old.bank.fingerprint else [])
             logger.info("The weights %r serve now, with tokens of %d support items", version.name, len(fresh.bank))
         except Exception as error:
             # The old weights go on serving, whatever is wrong with the new ones.
@@ -383,7 +392,7 @@ class Segmenter:
                 )
             warnings = [self.problem] if self.problem else []
             refreshed = time.perf_counter()
-            case = self._prepare(serving, Path(image))
+            case = self._prepare(serving, Path(image), image_id)
             prepared = time.perf_counter()
             output = self._run(serving, {**case, "patient": own, "group": None}, options, warnings)
             done = time.perf_counter()
@@ -426,7 +435,7 @@ class Segmenter:
             )
         return sorted({by_name[name] for name in options.classes})
 
-    def _prepare(self, serving: _Serving, image: Path) -> dict:
+    def _prepare(self, serving: _Serving, image: Path, image_id: str | None) -> dict:
         """The preprocessed image, kept for the next request."""
         key = _signature(image)
         case = self._prepared.get(key) if key else None
@@ -435,7 +444,8 @@ class Segmenter:
             dataset.data = [{"name": image.name, "image": str(image)}]
             case = dataset[0]
             if "error" in case:
-                raise DataError(case["error"])
+                # Clients know it by its id.
+                raise DataError(case["error"].replace(str(image), image_id or "image"))
             if key:
                 tensors = [v for view in [case, *case.get("views", [])] for v in view.values() if torch.is_tensor(v)]
                 self._prepared.put(key, case, sum(tensor.nbytes for tensor in tensors))

@@ -14,10 +14,8 @@ async function decide(button) {
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ image, label_tag: labelTag }),
     });
-    if (!answer.ok) {
-      const { detail } = await answer.json().catch(() => ({ detail: answer.statusText }));
-      throw new Error(detail);
-    }
+    const { detail } = await answer.json().catch(() => ({ detail: answer.statusText }));
+    if (!answer.ok) throw new Error(detail);
     location.reload();
   } catch (error) {
     message.className = "error";

@@ -206,7 +206,13 @@ class SupportBank:
             [identifier for identifier, _ in _without(before, after)],
         )
         self.data, self._listings, self.errors = list(data), listings, errors
-        self._set(items, complete_class_names(self.declared, values))
+        class_names = complete_class_names(self.declared, values)
+        same = before == after and class_names == getattr(self, "class_names", None)
+        holds = self.holds if same else None
+        self._set(items, class_names)
+        if same:
+            # What was learned from the items is known to be of them by this very table.
+            self.holds = holds
         self._outdated |= self._pools
         self._pools = {}
         self._pixels = {content: pixels for content, pixels in self._pixels.items() if content in present}

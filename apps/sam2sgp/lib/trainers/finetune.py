@@ -29,10 +29,11 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
+from lib.checks import Conflict, RequestError
 from lib.trainers.data import digest, split, write_datalist
 from lib.trainers.status import Status, StatusHandler
 from lib.weights import LORA_FOLDER, MODEL_FILE, Weights
-from sam2sgp.errors import ConfigError, DataError, Sam2SgpError, cause_of
+from sam2sgp.errors import DataError, Sam2SgpError, cause_of
 from sam2sgp.files import write_text
 from sam2sgp.networks import load_weights, merge_lora, save_weights
 
@@ -138,7 +139,7 @@ class FineTuning(TrainTask):
         """
         action = _first(request.get("action")) or TRAIN
         if action not in (TRAIN, ROLL_BACK):
-            raise ConfigError(f"action is {action!r}: expected {TRAIN!r} or {ROLL_BACK!r}.")
+            raise RequestError(f"action is {action!r}: expected {TRAIN!r} or {ROLL_BACK!r}.")
         # MONAI Label's training process marks its requests so.
         if "local_rank" in request:
             _end_with_parent()
@@ -147,17 +148,12 @@ class FineTuning(TrainTask):
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
-                self.status.start()
-                try:
-                    self._roll_back() if action == ROLL_BACK else self._train(self._options(request))
-                except Exception as error:
-                    cause = cause_of(error)
-                    self.status.finish(FAILED, str(cause).split("\n")[0] or type(cause).__name__)
-                    if isinstance(cause, Sam2SgpError) and cause is not error:
-                        raise cause from error
-                    raise
+                if action == ROLL_BACK:
+                    self._roll_back()
+                else:
+                    self._train(request)
         except Timeout:
-            raise ConfigError(
+            raise Conflict(
                 "A fine-tuning is running already: wait until it has ended, or stop it (DELETE /train), then try again."
             ) from None
         return self.stats()
@@ -173,7 +169,7 @@ class FineTuning(TrainTask):
                     raise ValueError
             except ValueError:
                 expected = "a whole number of at least 1" if kind is int else "a number above 0"
-                raise ConfigError(f"{name} is {given!r}: expected {expected}.") from None
+                raise RequestError(f"{name} is {given!r}: expected {expected}.") from None
             options[name] = value
         options["device"] = f"$torch.device({self._device(_first(request.get('device')))!r})"
         return options
@@ -185,15 +181,27 @@ class FineTuning(TrainTask):
                 return kind
             if kind == "cuda" and (not index or index.isdecimal() and int(index) < torch.cuda.device_count()):
                 return f"{kind}:{index or 0}"
-        raise ConfigError(f"device is {name!r}: expected one of {', '.join(self._config['device'])}.")
+        raise RequestError(f"device is {name!r}: expected one of {', '.join(self._config['device'])}.")
 
     def _roll_back(self) -> None:
         before = self.weights.active().name
         version = self.weights.roll_back()
         self.audit("roll_back", weights=version.name, replaced=before)
+        self.status.start()
         self.status.finish(ROLLED_BACK, f"The weights {version.name!r} are in use again, in the place of {before!r}.")
 
-    def _train(self, options: Mapping[str, Any]) -> None:
+    def _train(self, request: Mapping[str, Any]) -> None:
+        self.status.start()
+        try:
+            self._make_weights(self._options(request))
+        except Exception as error:
+            cause = cause_of(error)
+            self.status.finish(FAILED, str(cause).split("\n")[0] or type(cause).__name__)
+            if isinstance(cause, Sam2SgpError) and cause is not error:
+                raise cause from error
+            raise
+
+    def _make_weights(self, options: Mapping[str, Any]) -> None:
         sections = split(self.cases())
         start = self.weights.active()
         facts = {name: len(cases) for name, cases in sections.items()} | {"start_weights": start.name}
@@ -294,12 +302,12 @@ class FineTuning(TrainTask):
         compared = f"Mean Dice on {facts['validation']} held-back labels: {before:.4f} before, {after:.4f} after."
         measured = {"start_metric": before, "new_metric": after}
         if not after > before:
-            self.audit("keep_weights", weights=start, **measured)
+            self.audit("keep", weights=start, **measured)
             self.status.finish(KEPT, f"{compared} Not better, so the weights {start!r} stay in use.", **measured)
             return
         metrics = {"dice": after, "dice_before": before, "held_back": facts["validation"], "labels": facts["training"]}
         version = self.weights.publish(merged, metrics, self.work / LORA_FOLDER)
-        self.audit("publish_weights", weights=version.name, replaced=start, **measured)
+        self.audit("publish", weights=version.name, replaced=start, **measured)
         self.status.finish(PUBLISHED, f"{compared} The new weights {version.name!r} are in use.", **measured)
 
 

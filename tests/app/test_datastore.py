@@ -1,0 +1,495 @@
+"""The confined datastore: names, links, checks of labels, replacing in one step, and what a kill or a full disk leaves."""
+
+import errno
+import gzip
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+import lib.datastore
+from lib.audit import Audit
+from lib.checks import (
+    BadLabel,
+    Conflict,
+    NotFound,
+    RequestError,
+    StorageError,
+    TooLarge,
+    UnsupportedFile,
+    check_content,
+    check_id,
+)
+from lib.datastore import ConfinedDatastore
+from sam2sgp.errors import DataError
+
+LIMIT = 64 << 20
+SIZE = (12, 10, 4)
+ILL_IDS = ["../x", "/etc/passwd", "a/b", "a\\b", "..", ".", ".hidden", "", "a\0b", "a\nb", "\udcff", "x" * 181, " a", "a\x1b"]
+
+
+def volume(path: Path, values: np.ndarray | None = None, size=SIZE) -> Path:
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=size).astype(np.float32) if values is None else values
+    nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    return path
+
+
+def label(path: Path, value: int = 1, size=SIZE) -> Path:
+    array = np.zeros(size, np.uint8)
+    array[2:5, 2:5] = value
+    return volume(path, array)
+
+
+@pytest.fixture
+def studies(tmp_path) -> Path:
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    for name in "AB":
+        volume(folder / f"{name}.nii.gz")
+    return folder
+
+
+@pytest.fixture
+def opened(tmp_path, studies):
+    return lambda: ConfinedDatastore(str(studies), tmp_path / "state", LIMIT, Audit(tmp_path / "state" / "audit.jsonl"))
+
+
+@pytest.fixture
+def store(opened):
+    return opened()
+
+
+@pytest.fixture
+def uploads(tmp_path) -> Path:
+    (tmp_path / "uploads").mkdir()
+    return tmp_path / "uploads"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Names
+
+
+@pytest.mark.parametrize("image_id", ILL_IDS)
+def test_ids_that_could_lead_elsewhere_are_refused_and_nothing_changes(store, studies, uploads, tmp_path, image_id):
+    outside = tmp_path / "x.nii.gz"
+    volume(outside)
+    sent = label(uploads / "sent.nii.gz")
+    before = tree(studies)
+    for call in (
+        lambda: store.get_image_uri(image_id),
+        lambda: store.get_label_uri(image_id, "final"),
+        lambda: store.save_label(image_id, str(sent), "final", {}),
+        lambda: store.remove_image(image_id),
+        lambda: store.remove_label(image_id, "final"),
+        lambda: store.update_image_info(image_id, {"a": 1}),
+        lambda: store.add_image(image_id or "..", str(sent), {}),
+    ):
+        with pytest.raises(RequestError) as caught:
+            call()
+        assert caught.value.status in (400, 404)
+    assert tree(studies) == before and outside.exists()
+
+
+@pytest.mark.parametrize("tag", ["../..", "/tmp", "a/b", "..", "", "a.b", "x" * 65, "é", "a\0"])
+def test_tags_that_could_lead_elsewhere_are_refused(store, studies, uploads, tag):
+    before = tree(studies)
+    with pytest.raises(RequestError, match="label tag"):
+        store.save_label("A", str(label(uploads / "l.nii.gz")), tag, {})
+    with pytest.raises(RequestError, match="label tag"):
+        store.get_label_uri("A", tag)
+    assert tree(studies) == before
+
+
+def test_ordinary_ids_are_accepted():
+    for text in ("A", "patient 7", "1.2.840.1", "Süd_3", "患者", "x" * 180):
+        assert check_id(text) == text
+
+
+# Links and files of the folder
+
+
+def test_links_out_of_the_folder_are_not_followed(store, studies, tmp_path, uploads, caplog):
+    secret = volume(tmp_path / "secret.nii.gz")
+    (studies / "C.nii.gz").symlink_to(secret)
+    (studies / "D.nii.gz").symlink_to(studies / "A.nii.gz")
+    with caplog.at_level(logging.WARNING):
+        assert store.list_images() == ["A", "B", "D"]
+    assert "C.nii.gz: expected a file in the datastore, found a link out of it" in caplog.text
+    with pytest.raises(NotFound):
+        store.get_image_uri("C")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (studies / "labels" / "mine").symlink_to(outside)
+    with pytest.raises(RequestError, match="link out"):
+        store.save_label("A", str(label(uploads / "l.nii.gz")), "mine", {})
+    assert not list(outside.iterdir())
+
+
+def test_a_label_in_place_of_a_link_replaces_the_link_and_not_its_target(store, studies, tmp_path, uploads):
+    target = tmp_path / "target.nii.gz"
+    target.write_bytes(b"precious")
+    link = studies / "labels" / "final" / "A.nii.gz"
+    link.symlink_to(target)
+    store.save_label("A", str(label(uploads / "l.nii.gz")), "final", {})
+    assert target.read_bytes() == b"precious" and not link.is_symlink()
+    assert store.get_labeled_images() == ["A"]
+
+
+def test_an_image_removed_between_listing_and_reading_by_a_link_out_is_refused(store, studies, tmp_path):
+    assert "A" in store.list_images()
+    (studies / "A.nii.gz").unlink()
+    (studies / "A.nii.gz").symlink_to(volume(tmp_path / "secret.nii.gz"))
+    with pytest.raises(RequestError):
+        store.get_image_uri("A")
+
+
+def test_labels_folder_that_leads_out_is_refused_at_the_start(tmp_path):
+    studies, outside = tmp_path / "s", tmp_path / "o"
+    studies.mkdir(), outside.mkdir()
+    (studies / "labels").symlink_to(outside)
+    with pytest.raises(StorageError, match="labels leads out"):
+        ConfinedDatastore(str(studies), tmp_path, LIMIT)
+    assert not list(outside.iterdir())
+
+
+def test_of_two_images_with_one_stem_one_is_used_with_a_warning(store, studies, caplog):
+    Image.new("L", (8, 8)).save(studies / "A.png")
+    with caplog.at_level(logging.WARNING):
+        assert store.list_images() == ["A", "B"]
+    assert "A.nii.gz, A.png: expected one image for each name, found 2; A.nii.gz is used" in caplog.text
+    assert store.get_image_uri("A").endswith("A.nii.gz")
+
+
+def test_files_that_come_and_go_are_noticed_without_a_watcher(store, studies):
+    assert store.status() == {"total": 2, "completed": 0, "label_tags": {}}
+    volume(studies / "C.nii.gz")
+    label(studies / "labels" / "final" / "C.nii.gz")
+    assert store.list_images() == ["A", "B", "C"] and store.get_labeled_images() == ["C"]
+    (studies / "C.nii.gz").unlink()
+    assert store.list_images() == ["A", "B"] and store.get_labeled_images() == []
+
+
+def test_what_another_process_saves_is_seen_and_kept(opened, uploads):
+    one, two = opened(), opened()
+    one.save_label("A", str(label(uploads / "a.nii.gz")), "final", {"note": "one"})
+    two.save_label("B", str(label(uploads / "b.nii.gz")), "final", {"note": "two"})
+    for store in (one, two, opened()):
+        assert store.get_labeled_images() == ["A", "B"]
+        assert store.get_label_info("A", "final")["note"] == "one"
+        assert store.get_label_info("B", "final")["note"] == "two"
+
+
+def test_a_damaged_index_is_built_anew(opened, studies, uploads):
+    opened().save_label("A", str(label(uploads / "a.nii.gz")), "final", {})
+    index = studies / "datastore_v2.json"
+    for content in (index.read_bytes()[:100], b"", b'{"name": 3}', b"\xff\xfe"):
+        index.write_bytes(content)
+        assert opened().get_labeled_images() == ["A"]
+        assert index.with_name("datastore_v2.json.damaged").read_bytes() == content
+
+
+def test_an_index_that_names_folders_elsewhere_does_not_move_the_datastore(opened, studies, tmp_path):
+    entry = {"image": {"ext": ".nii.gz"}, "labels": {"../../x": {"ext": ".nii.gz"}}}
+    content = {"name": "n", "description": "d", "images_dir": "/etc", "labels_dir": "../out"}
+    index = {**content, "objects": {"../A": entry, "A": entry}}
+    (studies / "datastore_v2.json").write_text(json.dumps(index))
+    store = opened()
+    assert store.list_images() == ["A", "B"] and store.get_labels_by_image_id("A") == {}
+    assert not (tmp_path / "out").exists()
+
+
+def test_ten_thousand_images_have_a_cheap_status(tmp_path):
+    folder = tmp_path / "many"
+    (folder / "labels" / "final").mkdir(parents=True)
+    for number in range(10_000):
+        (folder / f"i{number:05}.png").touch()
+    store = ConfinedDatastore(str(folder), tmp_path, LIMIT)
+    # Until the folder's time is old enough to be relied on, it is read at each call.
+    os.utime(folder, (1e9, 1e9)), os.utime(folder / "labels", (1e9, 1e9)), os.utime(folder / "labels" / "final", (1e9, 1e9))
+    os.utime(folder / "labels" / "original", (1e9, 1e9))
+    scans = []
+    scan, lib.datastore._entries = lib.datastore._entries, lambda path: scans.append(path) or scan(path)
+    try:
+        for _ in range(100):
+            assert store.status()["total"] == 10_000
+    finally:
+        lib.datastore._entries = scan
+    assert len(scans) <= 4
+
+
+# Labels
+
+
+def test_an_approved_label_is_stored_listed_and_noted(store, studies, uploads, tmp_path):
+    sent = label(uploads / "sent.nii.gz")
+    assert store.save_label("A", str(sent), "final", {"label_info": [{"name": "liver", "idx": 1}]}) == "A"
+    assert (studies / "labels/final/A.nii.gz").read_bytes() == sent.read_bytes()
+    assert store.get_unlabeled_images() == ["B"]
+    assert store.datalist(full_path=False) == [{"image": "A.nii.gz", "label": "labels/final/A.nii.gz"}]
+    assert store.get_label_info("A", "final")["label_info"][0]["name"] == "liver"
+    store.remove_label("A", "final")
+    assert store.get_unlabeled_images() == ["A", "B"]
+    noted = [json.loads(line) for line in (tmp_path / "state/audit.jsonl").read_text().splitlines()]
+    assert [entry["action"] for entry in noted] == ["approve", "remove label"]
+    assert noted[0]["sha256"] == noted[1]["sha256"]
+
+
+def test_an_empty_label_is_legal_and_its_image_counts_as_labelled(store, uploads):
+    store.save_label("A", str(label(uploads / "empty.nii.gz", 0)), "final", {})
+    assert store.get_labeled_images() == ["A"]
+
+
+def truncated(path: Path) -> Path:
+    content = label(path).read_bytes()
+    path.write_bytes(content[: len(content) - 40])
+    return path
+
+
+def probabilities(path: Path) -> Path:
+    return volume(path, np.full(SIZE, 0.5, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: label(path, size=(12, 10, 5)), "expected a label of its image's size"),
+        (probabilities, "expected whole class values"),
+        (lambda path: label(path, 7), "expected only the declared classes"),
+    ],
+)
+def test_a_label_that_does_not_fit_is_refused_and_the_approved_one_stays(store, studies, uploads, make, message):
+    (studies / "labels.json").write_text('{"liver": 1}')
+    store.save_label("A", str(label(uploads / "good.nii.gz")), "final", {})
+    before = tree(studies)
+    with pytest.raises(BadLabel, match=message) as caught:
+        store.save_label("A", str(make(uploads / "bad.nii.gz")), "final", {})
+    assert str(uploads) not in str(caught.value) and caught.value.status == 422
+    assert tree(studies) == before
+
+
+def test_a_class_declared_with_the_label_is_accepted(store, studies, uploads):
+    (studies / "labels.json").write_text('{"liver": 1}')
+    info = {"label_info": [{"name": "tumour", "idx": 7}]}
+    store.save_label("A", str(label(uploads / "l.nii.gz", 7)), "final", info)
+    assert store.get_labeled_images() == ["A"]
+
+
+def test_a_truncated_label_is_refused_with_any_tag(store, uploads):
+    for tag in ("final", "original"):
+        with pytest.raises(DataError):
+            store.save_label("A", str(truncated(uploads / "cut.nii.gz")), tag, {})
+    assert store.status()["label_tags"] == {}
+
+
+def test_a_label_of_another_kind_replaces_the_earlier_one(tmp_path, uploads):
+    studies = tmp_path / "s"
+    studies.mkdir()
+    Image.fromarray(np.arange(80, dtype=np.uint8).reshape(8, 10)).save(studies / "P.png")
+    store = ConfinedDatastore(str(studies), tmp_path, LIMIT)
+    for name in ("l.png", "l.tif", "l.png"):
+        Image.fromarray(np.eye(8, 10, dtype=np.uint8)).save(uploads / name)
+        store.save_label("P", str(uploads / name), "final", {})
+        (file,) = (studies / "labels" / "final").iterdir()
+        assert file.name == f"P{Path(name).suffix}" and store.get_label_uri("P", "final") == str(file)
+
+
+def test_parallel_saves_leave_one_whole_label_and_a_sound_index(opened, studies, uploads):
+    store = opened()
+    sent = [label(uploads / f"{value}.nii.gz", value) for value in range(1, 9)]
+    threads = [threading.Thread(target=store.save_label, args=("A", str(path), "final", {})) for path in sent]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (studies / "labels/final/A.nii.gz").read_bytes() in [path.read_bytes() for path in sent]
+    assert opened().status() == {"total": 2, "completed": 1, "label_tags": {"final": 1}}
+    json.loads((studies / "datastore_v2.json").read_text())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_nothing_is_one_sentence_and_nothing_is_lost(store, studies, uploads, monkeypatch, number):
+    store.save_label("A", str(label(uploads / "good.nii.gz")), "final", {})
+    before = tree(studies)
+
+    def fail(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:20])
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(StorageError, match="nothing that was there is lost") as caught:
+        store.save_label("A", str(label(uploads / "new.nii.gz", 2)), "final", {})
+    assert caught.value.status == 507 and tree(studies) == before
+    assert store.get_labeled_images() == ["A"]
+
+
+# Images
+
+
+def test_an_uploaded_image_is_added_once_and_never_replaces_another(store, studies, uploads):
+    sent = volume(uploads / "new.nii.gz", np.ones(SIZE, np.float32))
+    assert store.add_image("", str(sent), {}) == "new"
+    assert store.add_image("new", str(sent), {}) == "new"
+    with pytest.raises(Conflict, match="found A.nii.gz under this id"):
+        store.add_image("A", str(sent), {})
+    Image.new("L", (8, 8)).save(uploads / "p.png")
+    with pytest.raises(Conflict):
+        store.add_image("A", str(uploads / "p.png"), {})
+    assert store.list_images() == ["A", "B", "new"]
+    store.remove_image("new")
+    assert store.list_images() == ["A", "B"] and not (studies / "new.nii.gz").exists()
+
+
+def test_removing_an_image_removes_its_labels(store, studies, uploads):
+    store.save_label("A", str(label(uploads / "l.nii.gz")), "final", {})
+    store.remove_image("A")
+    assert not (studies / "labels/final/A.nii.gz").exists() and store.list_images() == ["B"]
+
+
+NRRD = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: {sizes}\nencoding: raw\n{more}\n"
+MHA = "ObjectType = Image\nNDims = 2\nDimSize = {sizes}\nElementType = MET_UCHAR\nElementDataFile = {file}\n"
+
+
+def claimed_nifti(size) -> bytes:
+    header = nib.Nifti1Header()
+    header.set_data_shape(size)
+    header.set_data_dtype(np.uint8)
+    header["magic"] = b"n+1"
+    header["vox_offset"] = 352
+    return header.binaryblock + bytes(4)
+
+
+def huge_png() -> bytes:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.nii.gz", b"not gzip", UnsupportedFile),
+        ("a.nii.gz", gzip.compress(b"no nifti" * 100), UnsupportedFile),
+        ("a.nii.gz", gzip.compress(bytes(LIMIT + 1000)), TooLarge),
+        ("a.nii.gz", gzip.compress(claimed_nifti((2000, 2000, 1000)) + bytes(100)), TooLarge),
+        ("a.nii", claimed_nifti((2000, 2000, 1000)), TooLarge),
+        ("a.png", b"\x80\x04K\x01.", UnsupportedFile),
+        ("a.png", huge_png(), TooLarge),
+        ("a.jpg", b"GIF89a" + bytes(100), UnsupportedFile),
+        ("a.dcm", b"PK\x03\x04" + bytes(300), UnsupportedFile),
+        ("a.nrrd", NRRD.format(sizes="9000 9000 9000", more="").encode(), TooLarge),
+        ("a.nrrd", NRRD.format(sizes="4 4 4", more="data file: /etc/passwd\n").encode(), UnsupportedFile),
+        ("a.mha", MHA.format(sizes="4 4", file="/etc/passwd").encode(), UnsupportedFile),
+        ("a.mhd", MHA.format(sizes="4 4", file="../x.raw").encode(), UnsupportedFile),
+        ("a.pkl", b"\x80\x04K\x01.", UnsupportedFile),
+        ("a.pt", b"PK\x03\x04", UnsupportedFile),
+        ("a", b"x", UnsupportedFile),
+    ],
+)
+def test_contents_that_are_not_what_the_name_says_or_unpack_to_too_much_are_refused(
+    store, studies, uploads, name, content, kind
+):
+    (uploads / name).write_bytes(content)
+    before = tree(studies)
+    with pytest.raises(kind):
+        store.add_image("new", str(uploads / name), {})
+    assert tree(studies) == before
+
+
+def test_ordinary_files_of_every_kind_pass(uploads):
+    import itk
+
+    array = np.arange(60, dtype=np.uint8).reshape(5, 12)
+    for suffix in (".png", ".jpg", ".tif", ".bmp"):
+        Image.fromarray(array).save(uploads / f"p{suffix}")
+    for suffix in (".nrrd", ".mha"):
+        itk.imwrite(itk.image_from_array(array), str(uploads / f"p{suffix}"))
+    volume(uploads / "p.nii.gz"), volume(uploads / "p.nii")
+    files = sorted(uploads.iterdir())
+    assert len(files) == 8
+    for path in files:
+        check_content(path, LIMIT)
+        with pytest.raises(TooLarge):
+            check_content(path, 10)
+
+
+def test_an_upload_that_is_refused_leaves_no_temporary_file(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    sent = label(tmp_path / "tmp" / "upload.nii.gz", size=(2, 2, 2) + (5,))
+    with pytest.raises(DataError):
+        store.save_label("A", str(sent), "final", {})
+    assert not sent.exists()
+
+
+def test_the_archive_holds_the_approved_pairs_and_replaces_the_last_one(store, uploads, tmp_path):
+    with pytest.raises(NotFound):
+        store.get_dataset_archive(None)
+    store.save_label("A", str(label(uploads / "l.nii.gz")), "final", {})
+    paths = {store.get_dataset_archive(limit) for limit in (None, 1)}
+    assert paths == {str(tmp_path / "state" / "dataset.zip")}
+    import zipfile
+
+    assert zipfile.ZipFile(paths.pop()).namelist() == ["image/A.nii.gz", "label/A.nii.gz", "metadata.json"]
+
+
+# A kill at any moment
+
+SAVER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from lib.datastore import ConfinedDatastore
+store = ConfinedDatastore(sys.argv[2], Path(sys.argv[3]), 1 << 26)
+print("ready", flush=True)
+for turn in range(10_000):
+    for image in "AB":
+        store.save_label(image, f"{sys.argv[4]}/{1 + turn % 4}.nii.gz", "final", {"turn": turn})
+        print(image, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_of_saving_loses_no_approved_label_and_leaves_no_half_file(opened, studies, uploads, tmp_path):
+    sent = [label(uploads / f"{value}.nii.gz", value) for value in range(1, 5)]
+    contents = [path.read_bytes() for path in sent]
+    app = Path(lib.datastore.__file__).parents[1]
+    process = None
+    moments = random.Random(7)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    approved = set()
+    for _ in range(4):
+        command = [sys.executable, "-c", SAVER, str(app), str(studies), str(tmp_path / "state"), str(uploads)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout.readline() == "ready\n"
+        approved.add(process.stdout.readline().strip())
+        time.sleep(moments.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        rest = process.communicate()[0].splitlines()
+        approved.update(line for line in rest if line in ("A", "B"))
+        store = opened()
+        assert approved <= set(store.get_labeled_images())
+        for image in store.get_labeled_images():
+            assert Path(store.get_label_uri(image, "final")).read_bytes() in contents
+        assert store.list_images() == ["A", "B"]
+        store.save_label("B", str(sent[0]), "final", {})
+        approved.add("B")

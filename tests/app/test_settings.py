@@ -1,0 +1,82 @@
+"""What an operator may set, and what is said about the rest."""
+
+import json
+from pathlib import Path
+
+import pytest
+from monai.bundle import ConfigParser
+
+from lib.settings import METHOD_KEYS, Settings
+from sam2sgp.errors import ConfigError
+
+APP = Path(__file__).parents[2] / "apps" / "sam2sgp"
+INFERENCE = json.loads((APP.parents[1] / "bundle" / "configs" / "inference.json").read_text())
+
+
+def settings(studies="studies", **conf) -> Settings:
+    return Settings.from_conf(APP, studies, conf)
+
+
+def test_without_conf_the_app_works_with_the_bundles_own_values():
+    made = settings()
+    assert made.overrides == {} and made.overlays == ()
+    assert made.value("k") == INFERENCE["k"]
+    assert made.start_weights == APP.parents[1] / "bundle" / "models" / "model.pt"
+
+
+def test_every_key_of_the_method_is_one_of_the_bundles_config():
+    assert set(METHOD_KEYS) <= INFERENCE.keys()
+
+
+def test_values_of_the_method_are_read_as_json_or_as_words():
+    made = settings(k="3", retrieval="random", three_d_memory="false", ct_window="[-100, 300]", fuse_axes="on")
+    config = ConfigParser(made.config())
+    assert config["k"] == 3 and config["ct_window"] == [-100, 300] and config["fuse_axes"] is True
+    sampler = config.get_parsed_content("support_sampler")
+    assert (sampler.k, sampler.mode) == (3, "random")
+    assert config.get_parsed_content("volume_memory") is None
+
+
+def test_a_backbone_is_an_overlay_of_the_bundle(tmp_path):
+    weights = tmp_path / "tiny.pt"
+    weights.touch()
+    made = settings(backbone="tiny", model_file=str(weights))
+    assert made.overlays == ("configs/backbones/tiny.json",)
+    assert made.value("image_size") == 512 and made.start_weights == weights
+    assert settings(backbone="tiny", model_file=str(weights), image_size="256").value("image_size") == 256
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("kk", "3", r"--conf kk: expected one of .*\bk\b.*found an unknown key"),
+        ("output_dir", "/tmp", "found an unknown key"),
+        ("k", "$__import__('os').abort()", "which a config would run as code"),
+        ("image_size", "@k", "which a config would run as code"),
+        ("max_upload_mb", "many", "expected a number of MiB, found 'many'"),
+        ("max_upload_mb", "0", "expected a number of MiB"),
+        ("allow_overrides", "maybe", "expected true or false, found 'maybe'"),
+        ("cors_origins", "viewer.example", "expected origins such as https://viewer.example"),
+        ("backbone", "huge", "expected one of base_plus, large, nano, small, tiny, found 'huge'"),
+        ("model_file", "/nowhere/model.pt", "expected a weights file, found no /nowhere/model.pt"),
+        ("support_dir", "/nowhere", "expected a folder of labelled pairs, found no /nowhere"),
+        ("bundle_root", "/nowhere", r"expected a bundle with configs/inference.json, found none in /nowhere"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named_in_one_sentence(key, value, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        settings(**{key: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_each_studies_folder_has_a_state_of_its_own(tmp_path):
+    one, other = settings(str(tmp_path / "a")), settings(str(tmp_path / "b"))
+    assert one.state_dir != other.state_dir and one.state_dir.parent == APP / "model" / "state"
+    assert settings(str(tmp_path / "x" / ".." / "a")).state_dir == one.state_dir
+    assert settings("http://pacs/dicom-web/").state_dir == settings("http://pacs/dicom-web").state_dir
+
+
+def test_origins_and_flags_are_read():
+    made = settings(cors_origins="https://a.example/, http://b:3000", allow_model_upload="yes", max_upload_mb="10")
+    assert made.cors_origins == ("https://a.example", "http://b:3000")
+    assert made.allow_model_upload and made.max_upload_mb == 10 and not made.allow_overrides
