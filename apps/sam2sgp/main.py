@@ -14,6 +14,7 @@ from typing import Any
 
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.utils.async_tasks.utils import tasks
 
 import sam2sgp
 from lib.audit import Audit
@@ -24,9 +25,11 @@ from lib.dicomweb import DicomWebDatastore, image_routes
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
 from lib.page import SupportPage
+from lib.scoring import Scores, Scoring
 from lib.segmenter import Segmenter
 from lib.sessions import open_sessions
 from lib.settings import Settings
+from lib.strategies import strategies
 from lib.support import FINAL, LabelledCases
 from lib.trainers.finetune import FineTuning
 from lib.usage import Usage
@@ -37,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 MODEL = "sam2sgp"
 FINE_TUNING = "finetune"
+SCORING = "scores"
 
 
 class Sam2SgpApp(MONAILabelApp):
@@ -48,6 +52,7 @@ class Sam2SgpApp(MONAILabelApp):
             self.audit = Audit(self.settings.audit_file)
             self.usage = Usage(self.settings.state_dir / "usage.sqlite")
             self.weights = Weights(self.settings.state_dir / "weights", self.settings.start_weights)
+            self.scores = Scores(self.settings.state_dir / "scores.sqlite")
             super().__init__(
                 app_dir,
                 studies,
@@ -84,6 +89,12 @@ class Sam2SgpApp(MONAILabelApp):
                 self.audit.write,
             )
         }
+
+    def init_scoring_methods(self):
+        return {SCORING: Scoring(self.segmenter, self.scores)}
+
+    def init_strategies(self):
+        return strategies(self.scores)
 
     def init_batch_infer(self):
         return BatchInference()
@@ -186,6 +197,12 @@ class Sam2SgpApp(MONAILabelApp):
             return super().train(confine(dict(request), self.settings))
         except Exception as error:
             raise refuse(error) from error
+
+    def async_scoring(self, method: str | None, params=None) -> dict[str, Any]:
+        """MONAI Label's, which wants it after every offer of an image: one that waits for its turn is enough."""
+        if any(task["status"] == "SUBMITTED" for task in tasks("scoring")):
+            return {}
+        return super().async_scoring(method, params)
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """Take an approved label into the support set at once; the answer to the client says how that went."""

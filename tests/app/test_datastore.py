@@ -1,4 +1,4 @@
-"""The confined datastore: names, links, checks of labels, replacing in one step, and what a kill or a full disk leaves."""
+"""The confined datastore: names, links, checks of labels, replacing in one step, what a kill or a full disk leaves."""
 
 import errno
 import gzip
@@ -37,7 +37,22 @@ from sam2sgp.errors import DataError
 
 LIMIT = 64 << 20
 SIZE = (12, 10, 4)
-ILL_IDS = ["../x", "/etc/passwd", "a/b", "a\\b", "..", ".", ".hidden", "", "a\0b", "a\nb", "\udcff", "x" * 181, " a", "a\x1b"]
+ILL_IDS = [
+    "../x",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    "..",
+    ".",
+    ".hidden",
+    "",
+    "a\0b",
+    "a\nb",
+    "\udcff",
+    "x" * 181,
+    " a",
+    "a\x1b",
+]
 
 
 def volume(path: Path, values: np.ndarray | None = None, size=SIZE) -> Path:
@@ -79,7 +94,11 @@ def uploads(tmp_path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 # Names
@@ -130,13 +149,13 @@ def test_links_out_of_the_folder_are_not_followed(store, studies, tmp_path, uplo
     (studies / "D.nii.gz").symlink_to(studies / "A.nii.gz")
     with caplog.at_level(logging.WARNING):
         assert store.list_images() == ["A", "B", "D"]
-    assert "C.nii.gz: expected a file in the datastore, found a link out of it" in caplog.text
+    assert "C.nii.gz: expected a file in the datastore, found a link that leads out" in caplog.text
     with pytest.raises(NotFound):
         store.get_image_uri("C")
     outside = tmp_path / "outside"
     outside.mkdir()
     (studies / "labels" / "mine").symlink_to(outside)
-    with pytest.raises(RequestError, match="link out"):
+    with pytest.raises(RequestError, match="link that leads out"):
         store.save_label("A", str(label(uploads / "l.nii.gz")), "mine", {})
     assert not list(outside.iterdir())
 
@@ -163,7 +182,7 @@ def test_labels_folder_that_leads_out_is_refused_at_the_start(tmp_path):
     studies, outside = tmp_path / "s", tmp_path / "o"
     studies.mkdir(), outside.mkdir()
     (studies / "labels").symlink_to(outside)
-    with pytest.raises(StorageError, match="labels leads out"):
+    with pytest.raises(StorageError, match="labels is a link out"):
         ConfinedDatastore(str(studies), tmp_path, LIMIT)
     assert not list(outside.iterdir())
 
@@ -221,7 +240,11 @@ def test_ten_thousand_images_have_a_cheap_status(tmp_path):
         (folder / f"i{number:05}.png").touch()
     store = ConfinedDatastore(str(folder), tmp_path, LIMIT)
     # Until the folder's time is old enough to be relied on, it is read at each call.
-    os.utime(folder, (1e9, 1e9)), os.utime(folder / "labels", (1e9, 1e9)), os.utime(folder / "labels" / "final", (1e9, 1e9))
+    (
+        os.utime(folder, (1e9, 1e9)),
+        os.utime(folder / "labels", (1e9, 1e9)),
+        os.utime(folder / "labels" / "final", (1e9, 1e9)),
+    )
     os.utime(folder / "labels" / "original", (1e9, 1e9))
     scans = []
     scan, lib.datastore._entries = lib.datastore._entries, lambda path: scans.append(path) or scan(path)
@@ -382,7 +405,9 @@ def huge_png() -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -469,7 +494,9 @@ for turn in range(10_000):
 """
 
 
-def test_a_kill_at_any_moment_of_saving_loses_no_approved_label_and_leaves_no_half_file(opened, studies, uploads, tmp_path):
+def test_a_kill_at_any_moment_of_saving_loses_no_approved_label_and_leaves_no_half_file(
+    opened, studies, uploads, tmp_path
+):
     sent = [label(uploads / f"{value}.nii.gz", value) for value in range(1, 5)]
     contents = [path.read_bytes() for path in sent]
     app = Path(lib.datastore.__file__).parents[1]

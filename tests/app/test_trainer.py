@@ -154,7 +154,8 @@ def test_options_that_cannot_work_are_refused_and_none_is_run_as_code(tmp_path, 
 
 def test_options_are_the_bundles_and_the_panels_lists_count_as_their_first_element(tmp_path, phantoms, cases):
     task, _, _ = a_task(tmp_path, cases, phantoms)
-    declared = json.loads((BUNDLE / "configs" / "finetune.json").read_text())
+    train, overlay = (json.loads((BUNDLE / "configs" / name).read_text()) for name in ("train.json", "finetune.json"))
+    declared = {**train, **overlay}
     config = task.info()["config"]
     assert config["max_epochs"] == declared["max_epochs"] and config["learning_rate"] == declared["learning_rate"]
     assert config["action"] == ["train", "roll_back"]

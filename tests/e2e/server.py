@@ -105,10 +105,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(folder: Path, studies: Path | str, conf: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    folder: Path,
+    studies: Path | str,
+    conf: dict[str, str] | None = None,
+    environment: dict[str, str] | None = None,
+) -> Iterator[Server]:
     """A server for the length of the block."""
     server = Server(folder, studies, conf)
     try:
-        yield server.start()
+        yield server.start(environment)
     finally:
         server.stop()

@@ -196,6 +196,8 @@ def _nifti_size(path: Path, name: str, suffix: str, limit: int) -> int:
             head, size = file.read(540), path.stat().st_size
     else:
         head, size = _inflated(path, name, limit)
+        if size > limit:
+            return size
     little = {348: b"n+1\0", 540: b"n+2\0"}
     for order in ("little", "big"):
         length = int.from_bytes(head[:4], order)

@@ -25,7 +25,6 @@ from monailabel.interfaces.exception import (
     MONAILabelException,
 )
 from starlette.datastructures import Headers, UploadFile
-from starlette.formparsers import MultiPartException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -277,13 +276,20 @@ class RequestGuard:
                         _check_client_parameters(_json(value, key))
                     else:
                         _check_text(value, key)
-        except (MultiPartException, HTTPException, ValueError, KeyError, ClientDisconnect) as error:
+        except RequestError:
+            raise
+        except Exception as error:
+            # The parser raises types of its own, and what its code runs into.
             raise RequestError(
                 "body: expected a whole multipart form, found another content; send it again."
             ) from error
 
     def _check_upload(self, path: str, key: str, upload: UploadFile) -> None:
-        name = check_file_name(upload.filename or "", f"file name of {key}")
+        # MONAI Label's client and 3D Slicer send the whole path on their machine, of which the last part counts.
+        *folders, last = (upload.filename or "").replace("\\", "/").split("/")
+        if ".." in folders:
+            raise RequestError(f"file name of {key}: expected one without '..'; send the name alone.")
+        name = check_file_name(last, f"file name of {key}")
         # Files of a session may lack a suffix or be an archive: the sessions themselves look into them.
         if path.startswith(("/session", "/model")):
             return

@@ -17,7 +17,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -162,23 +162,26 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
     left = limit
     files = 0
     try:
-        for members, (name, is_folder, source) in enumerate(_members(archive), 1):
-            if members > MOST_MEMBERS:
-                raise TooLarge(
-                    f"archive: expected at most {MOST_MEMBERS} members, found more; send one series at a time."
-                )
-            target = folder.joinpath(*_parts(name))
-            if is_folder:
-                target.mkdir(parents=True, exist_ok=True)
-                continue
-            files += 1
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with source as content, open(target, "xb") as file:
-                while data := content.read(CHUNK):
-                    left -= len(data)
-                    if left < 0:
-                        raise TooLarge(f"archive: expected at most {limit >> 20} MB unpacked, found more; send less.")
-                    file.write(data)
+        with closing(_members(archive)) as content:
+            for members, (name, is_folder, source) in enumerate(content, 1):
+                if members > MOST_MEMBERS:
+                    raise TooLarge(
+                        f"archive: expected at most {MOST_MEMBERS} members, found more; send one series at a time."
+                    )
+                target = folder.joinpath(*_parts(name))
+                if is_folder:
+                    target.mkdir(parents=True, exist_ok=True)
+                    continue
+                files += 1
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with source, open(target, "xb") as file:
+                    while data := source.read(CHUNK):
+                        left -= len(data)
+                        if left < 0:
+                            raise TooLarge(
+                                f"archive: expected at most {limit >> 20} MB unpacked, found more; send less."
+                            )
+                        file.write(data)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise UnsupportedFile("archive: expected each name once, found one twice; pack it again.") from error
     except DAMAGE as error:

@@ -1,0 +1,149 @@
+"""The guard in front of a small app: sizes, origins, users, parameters, errors and bodies handed on whole."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI, HTTPException, Request
+from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.testclient import TestClient
+
+from lib.audit import current_user
+from lib.checks import Conflict, RequestError
+from lib.guard import confine, install, refuse
+from sam2sgp.errors import ConfigError, DataError, WeightsError
+
+
+@dataclass
+class Given:
+    state_dir: Path
+    studies: str = "/studies"
+    max_upload_mb: float = 0.5
+    cors_origins: tuple[str, ...] = ()
+    allow_model_upload: bool = False
+    allow_overrides: bool = False
+    user_header: str | None = "X-Forwarded-User"
+
+
+@pytest.fixture
+def client(tmp_path):
+    def make(**given) -> TestClient:
+        open_to_all = Middleware(CORSMiddleware, allow_origins=["*"], allow_credentials=True)
+        app = FastAPI(middleware=[open_to_all])
+
+        @app.api_route("/{path:path}", methods=["GET", "PUT", "POST", "DELETE"])
+        async def echo(request: Request, path: str):
+            if path == "fails":
+                raise Conflict("a: expected b, found c.")
+            return {"size": len(await request.body()), "user": current_user.get()}
+
+        install(app, Given(tmp_path, **given))
+        return TestClient(app, base_url="http://server:8000")
+
+    return make
+
+
+def test_a_body_arrives_whole(client):
+    for size in (0, 1, 1 << 19):
+        content = {"files": {"file": ("a.png", bytes(size - 300 if size > 300 else size))}}
+        answer = client().put("/session/", **content)
+        assert answer.status_code == 200 and answer.json()["size"] == int(answer.request.headers["content-length"])
+
+
+def test_a_body_beyond_the_limit_is_refused_with_and_without_a_length(client):
+    content = b"--b\r\n" + bytes(600 << 10)
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    for body in (content, iter([content[:1000], content[1000:]])):
+        answer = client().put("/datastore/image", content=body, headers=headers)
+        assert answer.status_code == 413 and "at most 0.5 MB" in answer.json()["detail"]
+
+
+def test_other_origins_are_neither_invited_nor_let_in(client):
+    evil = {"origin": "https://evil.example"}
+    assert "access-control-allow-origin" not in client().get("/info/", headers=evil).headers
+    assert client().post("/train/x", headers=evil).status_code == 403
+    assert client().post("/train/x", headers={"origin": "null"}).status_code == 403
+    assert client().post("/train/x", headers={"origin": "http://server:8000"}).status_code == 200
+    friend = client(cors_origins=("https://viewer.example",))
+    answer = friend.post("/train/x", headers={"origin": "https://viewer.example"})
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://viewer.example"
+    assert "access-control-allow-origin" not in friend.get("/info/", headers=evil).headers
+    assert friend.post("/train/x", headers=evil).status_code == 403
+
+
+def test_the_user_is_the_proxys_header_only_where_it_is_named(client):
+    sent = {"x-forwarded-user": "anna"}
+    assert client().get("/info/", headers=sent).json()["user"] == "anna"
+    assert client(user_header=None).get("/info/", headers=sent).json()["user"] is None
+
+
+def test_a_training_is_noted_with_its_user(client, tmp_path):
+    client().post("/train/finetune", json={"max_epochs": 1}, headers={"x-forwarded-user": "anna"})
+    (entry,) = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert (entry["action"], entry["user"]) == ("train", "anna")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "status"),
+    [
+        ({"bundle_path": "/tmp/evil"}, 403),
+        ({"finetune": {"bundle_path": "/tmp/evil"}}, 403),
+        ({"session": {"path": "/etc"}}, 403),
+        ({"image": "/etc/passwd"}, 400),
+        ({"label_tag": "../../x"}, 400),
+        ({"result_extension": "/../../x.nii.gz"}, 400),
+        ({"device": "cuda; rm"}, 400),
+        ({"gpus": 3}, 400),
+        ([1], 400),
+        ({"device": "cpu", "gpus": "0,1", "label_tag": "final", "k": 4}, 200),
+    ],
+)
+def test_parameters_are_checked_in_bodies_and_in_forms(client, parameters, status):
+    assert client().post("/train/finetune", json=parameters).status_code == status
+    form = {"params": json.dumps(parameters)}
+    assert client().post("/infer/sam2sgp", data=form).status_code == status
+    assert client().post("/infer/sam2sgp", data=form, files={"x": ("a.dcm", b"")}).status_code in (status, 415)
+
+
+def test_models_are_changed_by_clients_only_where_allowed(client):
+    assert client().put("/model/sam2sgp", files={"file": ("m.pt", b"x")}).status_code == 403
+    assert client().delete("/model/sam2sgp").status_code == 403
+    assert client(allow_model_upload=True).put("/model/sam2sgp", files={"file": ("m.pt", b"x")}).status_code == 200
+
+
+def test_installing_twice_guards_once(client, tmp_path):
+    app = client().app
+    install(app, Given(tmp_path, max_upload_mb=2.0))
+    assert len(app.user_middleware) == 1
+    assert TestClient(app).put("/session/", files={"file": ("a.png", bytes(1 << 20))}).status_code == 200
+
+
+def test_errors_are_one_sentence_with_a_status_of_their_own(client):
+    answer = client().get("/fails")
+    assert answer.status_code == 409 and answer.json() == {"detail": "a: expected b, found c."}
+    wrapped = RuntimeError("wrapper")
+    wrapped.__cause__ = DataError("inner")
+    for error, status in (
+        (RequestError("x"), 400),
+        (DataError("x"), 422),
+        (wrapped, 422),
+        (ConfigError("x"), 400),
+        (WeightsError("x"), 409),
+        (ImageNotFoundException("x"), 404),
+        (MONAILabelException(MONAILabelError.INVALID_INPUT, "x"), 400),
+        (HTTPException(418, "x"), 418),
+        (OSError(28, "No space left on device"), 507),
+        (KeyError("/secret/path"), 500),
+    ):
+        answer = refuse(error)
+        assert answer.status_code == status and "/secret" not in str(answer.detail)
+
+
+def test_tasks_see_no_device_or_override_unless_allowed(tmp_path):
+    request = {"device": "cpu", "bundle_path": "/x", "config": {}, "k": 3, "image": "/tmp/upload.png"}
+    assert confine(request, Given(tmp_path)) == {"k": 3, "image": "/tmp/upload.png"}
+    allowed = confine(request, Given(tmp_path, allow_overrides=True))
+    assert allowed == {"device": "cpu", "config": {}, "k": 3, "image": "/tmp/upload.png"}

@@ -1,0 +1,295 @@
+"""Requests that try to get out of the datastore, sent to a real server: each is refused, and nothing anywhere changes.
+
+One server for all. The whole temporary folder, inside and outside the datastore, is hashed before and after each
+attack; afterwards the server still answers and the approved labels are as they were.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import socket
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import nibabel as nib
+import numpy as np
+import pytest
+import requests
+
+from tests.e2e.server import Server
+
+SIZE = (16, 16, 3)
+LIMIT_MB = 1
+TIMEOUT = 120
+# Written by the server while it runs, by design.
+ITS_OWN = ("server.log", "logs", ".lock", "__pycache__", "support", "state", "model")
+
+
+def nifti(array: np.ndarray) -> bytes:
+    return gzip.compress(nib.Nifti1Image(array, np.eye(4)).to_bytes())
+
+
+IMAGE = nifti(np.random.default_rng(0).normal(size=SIZE).astype(np.float32))
+LABEL = nifti((np.indices(SIZE)[0] > 8).astype(np.uint8))
+SECRET = nifti(np.full(SIZE, 77, np.float32))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attacked")
+    studies = folder / "studies"
+    (studies / "labels" / "final").mkdir(parents=True)
+    for name in ("A", "B", "C"):
+        (studies / f"{name}.nii.gz").write_bytes(IMAGE)
+    for name in ("A", "B"):
+        (studies / "labels" / "final" / f"{name}.nii.gz").write_bytes(LABEL)
+    (folder / "secret.nii.gz").write_bytes(SECRET)
+    (folder / "tmp").mkdir()
+    (studies / "linked.nii.gz").symlink_to(folder / "secret.nii.gz")
+    conf = {"max_upload_mb": str(LIMIT_MB), "image_size": "64", "support_max_items": "2"}
+    with_tmp = {"TMPDIR": str(folder / "tmp"), "MONAI_LABEL_AUTO_UPDATE_SCORING": "false"}
+    server = Server(folder, studies, conf)
+    try:
+        yield server.start(with_tmp)
+    finally:
+        server.stop()
+
+
+def state(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not set(path.relative_to(folder).parts) & set(ITS_OWN):
+            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def put_label(image: str = "A", tag: str = "final", name: str = "l.nii.gz", content: bytes = LABEL, **more):
+    return dict(
+        method="PUT",
+        path="/datastore/label",
+        params={"image": image, "tag": tag},
+        files={"label": (name, content)},
+        **more,
+    )
+
+
+def put_image(image: str = "new", name: str = "i.nii.gz", content: bytes = IMAGE, **more):
+    return dict(method="PUT", path="/datastore/image", params={"image": image}, files={"file": (name, content)}, **more)
+
+
+def infer(image: str = "", parameters: dict | None = None, **more):
+    data = {"params": json.dumps(parameters or {})}
+    return dict(method="POST", path="/infer/sam2sgp", params={"image": image, "output": "image"}, data=data, **more)
+
+
+def get(path: str, **params):
+    return dict(method="GET", path=path, params=params)
+
+
+def delete(path: str, **params):
+    return dict(method="DELETE", path=path, params=params)
+
+
+def archive(name: str, content: bytes = b"x", kind: bytes | None = None) -> bytes:
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w:gz") as packed:
+        member = tarfile.TarInfo(name)
+        member.size = 0 if kind else len(content)
+        if kind:
+            member.type, member.linkname = kind, "/etc/passwd"
+        packed.addfile(member, io.BytesIO(content))
+    return target.getvalue()
+
+
+def zipped(name: str) -> bytes:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as packed:
+        packed.writestr(name, "x")
+    return target.getvalue()
+
+
+def session(content: bytes, name: str = "a.tar.gz"):
+    return dict(method="PUT", path="/session/", params={"uncompress": "true"}, files={"files": (name, content)})
+
+
+OTHER_SIZE = nifti(np.zeros((4, 4, 4), np.uint8))
+FRACTIONS = nifti(np.full(SIZE, 0.5, np.float32))
+BOMB = gzip.compress(bytes(LIMIT_MB * 9 << 20))
+PICKLE = b"\x80\x04\x95\x1e\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x8c\x06system\x93\x8c\x05touch\x85R."
+NRRD = b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 4 4 4\nencoding: raw\ndata file: /etc/passwd\n\n"
+EVIL = {"Origin": "https://evil.example"}
+
+ATTACKS = {
+    "label id up": put_label("../../secret"),
+    "label id absolute": put_label("/tmp/evil"),
+    "label id backslash": put_label("..\\secret"),
+    "label id NUL": put_label("A\0"),
+    "label id newline": put_label("A\nB"),
+    "label id long": put_label("A" * 5000),
+    "label id dots": put_label(".."),
+    "label id hidden": put_label(".lock"),
+    "label id unknown": put_label("nobody"),
+    "label of linked image": put_label("linked"),
+    "tag up": put_label(tag="../.."),
+    "tag up to another name": put_label(tag="../../../evil"),
+    "tag absolute": put_label(tag="/tmp"),
+    "tag NUL": put_label(tag="final\0"),
+    "tag long": put_label(tag="t" * 300),
+    "label name of another kind": put_label(name="l.py"),
+    "label name long": put_label(name="l" * 400 + ".nii.gz"),
+    "label that is a pickle": put_label(name="l.pkl", content=PICKLE),
+    "label that is a pickle named otherwise": put_label(content=PICKLE),
+    "label truncated": put_label(content=LABEL[:-30]),
+    "label of another size": put_label(content=OTHER_SIZE),
+    "label of fractions": put_label(content=FRACTIONS),
+    "label that unpacks to too much": put_label(content=BOMB),
+    "label with ill JSON": put_label(data={"params": "{"}),
+    "label with JSON too deep": put_label(data={"params": "[" * 100_000}),
+    "image id up": put_image("../evil"),
+    "image id absolute": put_image("/tmp/evil"),
+    "image over another": put_image("A", content=SECRET),
+    "image under another kind": put_image("A", name="i.nii", content=gzip.decompress(SECRET)),
+    "image name of another kind": put_image(name="evil.so"),
+    "image that is none": put_image(content=b"#!/bin/sh"),
+    "image that reads elsewhere": put_image(name="i.nrrd", content=NRRD),
+    "image of another content": put_image(name="i.png", content=IMAGE),
+    "upload too large": put_image(content=bytes(2 << 20)),
+    "get image up": get("/datastore/image", image="../secret"),
+    "get image absolute": get("/datastore/image", image="/etc/passwd"),
+    "get image linked": get("/datastore/image", image="linked"),
+    "get label up": get("/datastore/label", label="../../secret", tag="final"),
+    "get label tag up": get("/datastore/label", label="secret", tag="../.."),
+    "get image info up": get("/datastore/image/info", image="../secret"),
+    "get not UTF-8": get("/datastore/image?image=%ff%fe"),
+    "delete image up": delete("/datastore/image", id="../secret"),
+    "delete image absolute": delete("/datastore/image", id="/etc/passwd"),
+    "delete label up": delete("/datastore/label", id="../../secret", tag="final"),
+    "delete label tag up": delete("/datastore/label", id="secret", tag="../.."),
+    "image info up": dict(method="PUT", path="/datastore/image/info", params={"image": "../A"}, data={"info": "{}"}),
+    "image info no object": dict(
+        method="PUT", path="/datastore/image/info", params={"image": "A"}, data={"info": "[]"}
+    ),
+    "infer absolute": infer("/etc/passwd"),
+    "infer up": infer("../secret"),
+    "infer unknown": infer("nobody"),
+    "infer a file beside the server": infer("server.log"),
+    "infer image in parameters": infer("A", {"image": "/etc/passwd"}),
+    "infer tag up": infer("A", {"save_label": True, "label_tag": "../../x"}),
+    "infer extension up": infer("A", {"result_extension": "/../../evil.nii.gz"}),
+    "infer session in parameters": infer("A", {"session": {"path": "/etc"}}),
+    "infer bomb": infer("A", files={"file": ("i.nii.gz", BOMB)}),
+    "infer pickle": infer("A", files={"file": ("i.pt", PICKLE)}),
+    "session id up": get("/session/%2e%2e", image="true"),
+    "session delete up": delete("/session/%2e%2e"),
+    "session id no id": delete("/session/studies"),
+    "infer session up": dict(infer(), params={"session_id": "../studies"}),
+    "archive up": session(archive("../../evil")),
+    "archive absolute": session(archive("/tmp/evil")),
+    "archive link": session(archive("a", kind=tarfile.SYMTYPE)),
+    "archive device": session(archive("a", kind=tarfile.CHRTYPE)),
+    "archive bomb": session(archive("a", bytes(LIMIT_MB * 9 << 20))),
+    "archive zip up": session(zipped("../evil"), "a.zip"),
+    "archive none": session(b"x" * 100),
+    "model upload": dict(method="PUT", path="/model/sam2sgp", files={"file": ("m.pt", PICKLE)}),
+    "model delete": delete("/model/sam2sgp"),
+    "reload": dict(method="POST", path="/reload"),
+    "train with a path": dict(method="POST", path="/train/finetune", json={"bundle_path": "/tmp"}),
+    "batch with a path": dict(method="POST", path="/batch/infer/sam2sgp", json={"bundle_path": "/tmp"}),
+    "train with an ill device": dict(method="POST", path="/train/finetune", json={"device": "cuda:$(id)"}),
+    "train from another site": dict(method="POST", path="/train/finetune", headers=EVIL),
+    "upload from another site": put_label("C", headers=EVIL),
+    "whole slide": dict(method="POST", path="/infer/wsi/sam2sgp", json={"params": {"image": "/etc/passwd"}}),
+    "proxy up": get("/proxy/dicom/%2e%2e/%2e%2e/etc/passwd"),
+    "proxy of a folder": get("/proxy/dicom/studies"),
+    "path up": get("/static/%2e%2e/%2e%2e/main.py"),
+    "wrong content type": dict(
+        method="PUT", path="/datastore/label", params={"image": "C"}, data=LABEL, headers={"Content-Type": "text/plain"}
+    ),
+    "form without a boundary": dict(
+        method="PUT",
+        path="/datastore/label",
+        params={"image": "C"},
+        data=b"--x",
+        headers={"Content-Type": "multipart/form-data"},
+    ),
+}
+
+
+def send(server, request: dict) -> requests.Response:
+    request = dict(request)
+    return requests.request(request.pop("method"), server.url + request.pop("path"), timeout=TIMEOUT, **request)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_is_refused_and_nothing_changes(server, name):
+    before = state(server.folder)
+    try:
+        answer = send(server, ATTACKS[name])
+    except requests.ConnectionError:
+        # The server may close an upload that is too large before its end.
+        assert name == "upload too large"
+    else:
+        assert 400 <= answer.status_code < 500, answer.text
+        assert b"root:" not in answer.content and SECRET not in answer.content
+        if "json" in answer.headers.get("content-type", ""):
+            assert str(server.folder) not in answer.text
+    assert state(server.folder) == before
+
+
+def raw(server, content: bytes) -> bytes:
+    parts = urlsplit(server.url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=TIMEOUT) as connection:
+        try:
+            connection.sendall(content)
+            connection.shutdown(socket.SHUT_WR)
+            return connection.recv(1 << 16)
+        except ConnectionError:
+            return b""
+
+
+def test_uploads_without_a_length_or_cut_short_are_refused(server):
+    head = b"PUT /datastore/label?image=C HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    part = b'--b\r\nContent-Disposition: form-data; name="label"; filename="l.nii.gz"\r\n\r\n'
+    before = state(server.folder)
+    chunk = b"10000\r\n" + bytes(1 << 16) + b"\r\n"
+    answer = raw(server, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 32 + b"0\r\n\r\n")
+    assert not answer or b" 413 " in answer.splitlines()[0]
+    body = part + LABEL
+    raw(server, head + b"Content-Length: %d\r\n\r\n" % (len(body) + 500) + body)
+    raw(server, head + b"Content-Length: -5\r\n\r\n" + body)
+    assert requests.get(f"{server.url}/info/", timeout=TIMEOUT).ok
+    assert state(server.folder) == before
+
+
+def test_conflicting_saves_at_once_leave_one_whole_label_each(server):
+    labels = [nifti(((np.indices(SIZE)[0] > value) * 1).astype(np.uint8)) for value in range(3, 9)]
+    answers = []
+
+    def save(content: bytes) -> None:
+        answers.append(send(server, put_label("C", content=content)).status_code)
+
+    threads = [threading.Thread(target=save, args=(content,)) for content in labels]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * len(labels)
+    saved = requests.get(f"{server.url}/datastore/label", {"label": "C", "tag": "final"}, timeout=TIMEOUT).content
+    assert saved in labels
+    noted = [json.loads(line) for line in (server.state / "audit.jsonl").read_text().splitlines()]
+    assert [entry["action"] for entry in noted if entry.get("image") == "C"] == ["approve"] * len(labels)
+
+
+def test_afterwards_the_server_is_up_and_the_approved_labels_are_intact(server):
+    status = requests.get(f"{server.url}/datastore/", timeout=TIMEOUT).json()
+    assert status["total"] == 3 and status["completed"] >= 2
+    for name in ("A", "B"):
+        answer = requests.get(f"{server.url}/datastore/label", {"label": name, "tag": "final"}, timeout=TIMEOUT)
+        assert answer.content == LABEL
+    assert (server.folder / "secret.nii.gz").read_bytes() == SECRET
+    answer = requests.get(f"{server.url}/info/", headers=EVIL, timeout=TIMEOUT)
+    assert answer.ok and "access-control-allow-origin" not in answer.headers
