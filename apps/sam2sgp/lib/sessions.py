@@ -16,8 +16,9 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -174,8 +175,8 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
                     continue
                 files += 1
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with source, open(target, "xb") as file:
-                    while data := source.read(CHUNK):
+                with source() as member, open(target, "xb") as file:
+                    while data := member.read(CHUNK):
                         left -= len(data)
                         if left < 0:
                             raise TooLarge(
@@ -195,21 +196,21 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
         raise UnsupportedFile("archive: expected files in it, found none; pack it again.")
 
 
-def _members(archive: Path) -> Iterator[tuple[str, bool, IO[bytes] | None]]:
-    """Name, whether it is a folder, and the opened content of each member, in turn."""
+def _members(archive: Path) -> Iterator[tuple[str, bool, Callable[[], IO[bytes]]]]:
+    """Name, whether it is a folder, and what opens its content, of each member in turn."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as content:
             for member in content.infolist():
                 kind = (member.external_attr >> 16) & 0o170000
                 if kind not in (0, 0o100000, 0o040000):
                     raise _not_a_file(member.filename)
-                yield member.filename, member.is_dir(), None if member.is_dir() else content.open(member)
+                yield member.filename, member.is_dir(), partial(content.open, member)
         return
     with _tar(archive) as content:
         for member in content:
             if not (member.isfile() or member.isdir()) or member.issparse():
                 raise _not_a_file(member.name)
-            yield member.name, member.isdir(), None if member.isdir() else content.extractfile(member)
+            yield member.name, member.isdir(), partial(content.extractfile, member)
 
 
 @contextmanager
