@@ -124,3 +124,17 @@ def test_a_volume_is_uploaded_and_its_label_submitted(slicer, server, known, tmp
     assert info["support"]["cases"] == 3 and info["datastore"]["total"] == 4
     lines = [json.loads(line) for line in (server.state / "audit.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines if line["action"] == "approve"] == ["mr_000", "mr_001", "mr_003"]
+
+
+def test_segments_that_slicer_numbers_anew_keep_their_class(slicer, server, known, tmp_path):
+    label = SimpleITK.ReadImage(known["mr_002"]["label"])
+    values = SimpleITK.GetArrayFromImage(label)
+    # Without the first class the others come as 1 and 2.
+    renumbered = SimpleITK.GetImageFromArray(np.where(values > 1, values - 1, 0).astype(np.uint8))
+    renumbered.CopyInformation(label)
+    info = [{"name": CLASS_NAMES[value], "idx": value - 1} for value in segments(label) if value > 1]
+    slicer.save_label("mr_002", saved(renumbered, tmp_path, ".nrrd"), params={"label_info": info})
+    found = SimpleITK.ReadImage(slicer.download_label("mr_002", "final"))
+    assert np.array_equal(SimpleITK.GetArrayFromImage(found), np.where(values > 1, values, 0))
+    models = slicer.info()["models"]
+    assert models[MODEL]["labels"] == {name: value for value, name in CLASS_NAMES.items()}

@@ -55,6 +55,7 @@ from lib.checks import (
     check_uid,
     suffix_of,
 )
+from lib.naming import declared, renumber, renumbering
 from sam2sgp.data import read_dicom_seg, read_image, read_label, write_dicom_seg, write_label, write_map
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing, write_text
@@ -363,7 +364,10 @@ class DicomWebDatastore(Datastore):
         except DataError as error:
             text = str(error).replace(str(label_filename), name).replace(folder, f"series {image_id}")
             raise BadLabel(text) from error
-        names = self._names(np.unique(labels[labels > 0]).tolist(), info)
+        changes = renumbering(np.unique(labels).tolist(), declared(info), self._known_names())
+        labels = renumber(labels, changes) if changes else labels
+        sent = {changes.get(value, value): text for value, text in declared(info).items()}
+        names = self._names(np.unique(labels[labels > 0]).tolist(), sent)
         info["label_info"] = [{"name": text, "idx": value} for value, text in names.items()]
         info.update(ts=int(time.time()), name=name, SeriesInstanceUID=image_id)
         path = self._label_path(image_id, tag)
@@ -549,28 +553,26 @@ class DicomWebDatastore(Datastore):
 
     # Names
 
+    def _known_names(self) -> dict[str, int]:
+        """Values of class names: those given to names without one, and those of the labels here."""
+        known = {str(text): int(value) for text, value in _read_json(self._folder / "classes.json").items()}
+        for facts in sorted((self._folder / "labels").glob("*/*.json")):
+            for value, text in declared(_read_json(facts)).items():
+                known.setdefault(text, value)
+        return known
+
     def _value_of(self, name: str) -> int:
         """The value of a class by its name, for segments that don't say theirs; kept once it is given."""
-        path = self._folder / "classes.json"
         with self._lock:
-            known = {str(text): int(value) for text, value in _read_json(path).items()}
-            for facts in sorted((self._folder / "labels").glob("*/*.json")):
-                for entry in _read_json(facts).get("label_info") or []:
-                    known.setdefault(str(entry["name"]), int(entry["idx"]))
+            known = self._known_names()
             if name not in known:
                 known[name] = max(known.values(), default=0) + 1
-            write_text(path, json.dumps(known))
+            write_text(self._folder / "classes.json", json.dumps(known))
             return known[name]
 
-    def _names(self, values: list[int], info: dict[str, Any]) -> dict[int, str]:
+    def _names(self, values: list[int], sent: dict[int, str]) -> dict[int, str]:
         """Names for the values of a label: as sent with it, else as of other labels, else `class_<value>`."""
-        given = info.get("label_info")
-        entries = [entry for entry in given if isinstance(entry, dict)] if isinstance(given, list) else []
-        sent = {entry["idx"]: str(entry["name"]) for entry in entries if _names_a_class(entry)}
-        known: dict[int, str] = {}
-        for facts in sorted((self._folder / "labels").glob("*/*.json")):
-            for entry in _read_json(facts).get("label_info") or []:
-                known.setdefault(entry.get("idx"), str(entry.get("name")))
+        known = {value: text for text, value in self._known_names().items()}
         return {value: sent.get(value) or known.get(value) or f"class_{value}" for value in values}
 
     # Files
@@ -633,10 +635,6 @@ def _approved(segmentation: Dataset) -> Segmentation | None:
         return None
     when = f"{segmentation.get('ContentDate') or ''}{segmentation.get('ContentTime') or ''}"
     return Segmentation(uid, series, study, image, (when, uid))
-
-
-def _names_a_class(entry: dict) -> bool:
-    return isinstance(entry.get("idx"), int) and entry["idx"] > 0 and bool(entry.get("name"))
 
 
 def _facts_of(label: Path) -> Path:
