@@ -145,6 +145,10 @@ def read_dicom_seg(
     sources = [header.SOPInstanceUID for header in dicom_headers(source)]
     try:
         segmentation = highdicom.seg.segread(path)
+        # Slices without a frame are empty, so those of another series would all be.
+        strangers = {uid for _, _, uid in segmentation.get_source_image_uids()} - set(sources)
+        if strangers:
+            raise ValueError(f"it refers to {len(strangers)} other images")
         numbers = list(segmentation.segment_numbers)
         frames = segmentation.get_pixels_by_source_instance(sources, numbers, assert_missing_frames_are_empty=True)
     except Exception as error:
