@@ -22,6 +22,7 @@ from lib.audit import Audit
 from lib.batch import BatchInference
 from lib.checks import NotFound
 from lib.datastore import open_datastore
+from lib.dicomweb import DicomWebDatastore, image_routes
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
 from lib.page import SupportPage
@@ -119,6 +120,9 @@ class Sam2SgpApp(MONAILabelApp):
         from monailabel.app import app
 
         install(app, self.settings)
+        if isinstance(self.datastore(), DicomWebDatastore):
+            # Before MONAI Label's own.
+            app.router.routes[:0] = image_routes(self.datastore()).routes
         page = SupportPage(
             self.datastore(),
             self.segmenter,

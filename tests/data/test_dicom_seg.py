@@ -17,7 +17,7 @@ import SimpleITK
 import torch
 from pydicom.uid import RLELossless, generate_uid
 
-from sam2sgp.data import read_image, write_dicom_seg, write_label
+from sam2sgp.data import read_dicom_seg, read_image, write_dicom_seg, write_label
 from sam2sgp.data.dicom_seg import DicomSourceError
 from sam2sgp.data.folders import load_datalist
 from sam2sgp.errors import DataError
@@ -93,6 +93,31 @@ def test_each_frame_lies_on_its_source_slice(tmp_path, name):
     for header, frame in zip(headers, frames, strict=True):
         assert np.array_equal(values[frame], classes_on(header, label)), header.filename
     assert set(np.unique(frames)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_it_is_read_back_to_the_voxel_with_its_values_and_names(tmp_path, name):
+    source = series(tmp_path / "series", **SERIES[name])
+    path, _ = segment(tmp_path, source)
+    geometry = read_image(source).geometry
+    labels, names = read_dicom_seg(path, geometry, source)
+    assert np.array_equal(labels, blobs(geometry.shape)) and names == {1: "liver", 3: "Läsion", 7: "tumour"}
+
+
+def test_segments_of_other_programs_get_their_values_by_name(tmp_path):
+    source = series(tmp_path / "series")
+    path, _ = segment(tmp_path, source)
+    foreign = pydicom.dcmread(path)
+    for item in foreign.SegmentSequence:
+        del item.SegmentDescription
+    foreign.save_as(path)
+    geometry = read_image(source).geometry
+    expected = blobs(geometry.shape)
+    labels, names = read_dicom_seg(path, geometry, source, {"liver": 4, "Läsion": 9, "tumour": 2}.__getitem__)
+    assert np.array_equal(labels, np.array([0, 4, 0, 9, 0, 0, 0, 2])[expected])
+    assert names == {4: "liver", 9: "Läsion", 2: "tumour"}
+    with pytest.raises(DataError, match="slices of its series"):
+        read_dicom_seg(path, geometry, series(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("slice_axis", [0, 1, 2])

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
-from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from pydantic import ValidationError
 
 from lib.audit import Audit, content_hash
@@ -41,9 +41,11 @@ from lib.checks import (
     check_tag,
     suffix_of,
 )
+from lib.dicomweb import DicomWebDatastore
+from lib.naming import declared, renumber, renumbering
 from sam2sgp.data.folders import check_label_values, class_names
-from sam2sgp.data.io import SUFFIXES, read_image, read_label
-from sam2sgp.errors import ConfigError, DataError
+from sam2sgp.data.io import SUFFIXES, output_suffix, read_image, read_label, write_label
+from sam2sgp.errors import DataError
 from sam2sgp.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
@@ -262,8 +264,14 @@ class ConfinedDatastore(LocalDatastore):
         name = image_id + suffix
         info = dict(label_info or {})
         check_content(label_filename, self._max_unpacked, name)
-        if tag == FINAL:
-            self._check_label(image, label_filename, name, info)
+        with tempfile.TemporaryDirectory() as scratch:
+            if tag == FINAL:
+                label_filename = self._checked_label(image, label_filename, name, info, Path(scratch))
+                suffix = suffix_of(label_filename)
+            return self._put_label(image_id, label_filename, tag, image_id + suffix, info)
+
+    def _put_label(self, image_id: str, label_filename: str, tag: str, name: str, info: dict[str, Any]) -> str:
+        suffix = suffix_of(name)
         with self._changing() as objects:
             entry = objects.get(image_id)
             if entry is None:
@@ -362,15 +370,40 @@ class ConfinedDatastore(LocalDatastore):
         if self._audit:
             self._audit.write(action, **facts)
 
-    def _check_label(self, image: str, label: str, name: str, info: Mapping[str, Any]) -> None:
+    def _checked_label(self, image: str, label: str, name: str, info: dict[str, Any], scratch: Path) -> str:
+        """The label's file, or one in `scratch` with the values that other labels have for its names.
+
+        `info` then gets these values. Raises BadLabel.
+        """
         try:
             with _naming(label, name):
-                values = np.unique(read_label(label, read_image(image).geometry))
+                geometry = read_image(image).geometry
+                labels = read_label(label, geometry)
                 names = class_names(self._root)
+                sent = declared(info)
+                changes = renumbering(np.unique(labels).tolist(), sent, self._known_names(names))
+                if changes:
+                    labels = renumber(labels, changes)
+                    sent = {changes.get(value, value): text for value, text in sent.items()}
+                    info["label_info"] = [{"name": text, "idx": value} for value, text in sorted(sent.items())]
                 if names:
-                    check_label_values(label, values, {**names, **_declared(info)})
+                    check_label_values(label, np.unique(labels), {**names, **sent})
+                if not changes:
+                    return label
+                path = scratch / f"label{output_suffix(geometry)}"
+                write_label(path, labels, geometry)
+                return str(path)
         except DataError as error:
             raise BadLabel(str(error)) from error
+
+    def _known_names(self, names: Mapping[int, str]) -> dict[str, int]:
+        """Values of the class names of the folder, and of other labels."""
+        known = {text: value for value, text in names.items()}
+        for entry in self._objects().values():
+            if FINAL in entry.labels:
+                for value, text in declared(entry.labels[FINAL].info).items():
+                    known.setdefault(text, value)
+        return known
 
     def _remove_leftovers(self) -> None:
         folders = [self._root, *(entry.path for entry in _entries(self._datastore.label_path(None)) if entry.is_dir())]
@@ -541,18 +574,18 @@ class ConfinedDatastore(LocalDatastore):
         self.refresh()
 
 
-def open_datastore(settings) -> LocalDatastore:
-    """The confined datastore of the folder `settings.studies`.
+def open_datastore(settings) -> Datastore:
+    """The confined datastore of `settings.studies`: a folder, or a DICOMweb archive by its address.
 
     Raises:
-        ConfigError: the address of a server instead of a folder.
         StorageError: the folder can't be opened.
     """
-    if settings.is_remote:
-        # MONAI Label's own datastore for it takes any text for an id and reads and writes where that leads.
-        raise ConfigError(f"studies: expected a folder of images, found the address {settings.studies}; give a folder.")
     audit = Audit(settings.state_dir / "audit.jsonl")
     limit = int(settings.max_upload_mb * UNPACKED_PER_UPLOAD) << 20
+    if settings.is_remote:
+        folder = settings.state_dir / "archive"
+        wanted, expiry = settings.dicomweb_filter, settings.dicomweb_expiry
+        return DicomWebDatastore(settings.studies, folder, limit, audit, wanted, expiry)
     return ConfinedDatastore(settings.studies, settings.state_dir, limit, audit)
 
 
@@ -573,13 +606,6 @@ def _foremost(files: dict[str, os.DirEntry]) -> str:
 
 def _first_info(name: str) -> dict[str, Any]:
     return {"ts": int(time.time()), "name": name}
-
-
-def _declared(info: Mapping[str, Any]) -> dict[int, str]:
-    """Classes that a client declares with its label: {value: name}."""
-    declared = info.get("label_info")
-    entries = [entry for entry in declared if isinstance(entry, dict)] if isinstance(declared, list) else []
-    return {entry["idx"]: str(entry.get("name")) for entry in entries if isinstance(entry.get("idx"), int)}
 
 
 @contextmanager

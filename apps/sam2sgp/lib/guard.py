@@ -223,6 +223,10 @@ class RequestGuard:
             raise Forbidden("reload: expected a restart of the server instead; this would forget what is being done.")
         if first == "proxy" and not self._is_remote:
             raise NotFound("proxy: expected a DICOMweb server as studies, found a folder; there is nothing to pass to.")
+        if first == "proxy" and method not in ("GET", "HEAD"):
+            raise Forbidden(
+                "proxy: expected to read from the archive, found a request to write; approve labels instead."
+            )
         if first == "infer" and rest.startswith(("wsi/", "wsi_v2/")):
             raise NotFound("infer: expected /infer/<model>, found whole-slide inference; this app has none.")
         if first == "session" and rest:

@@ -46,6 +46,7 @@ METHOD_KEYS = (
 PATH_KEYS = ("bundle_root", "state_dir", "support_dir", "model_file")
 # MONAI Label's own, which it puts among them.
 FOREIGN_KEYS = ("server_mode",)
+NUMBERS = {"max_upload_mb": "MiB", "query_cache_mb": "MiB", "dicomweb_expiry": "seconds"}
 CODE_MARKS = ("$", "@", "%")
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -68,6 +69,9 @@ class Settings:
         max_upload_mb: MiB that a request may hold.
         cors_origins: other sites whose pages may use the server from a browser; none by default.
         user_header: HTTP header with the user's name, which a reverse proxy sets; None for none.
+        dicomweb_filter: what series of a DICOMweb archive must match to be listed, such as {"Modality": "CT"}. MONAI
+            Label's own variable for this is not heeded: its default hides all that isn't CT.
+        dicomweb_expiry: seconds for which the archive's lists are kept.
         allow_model_upload: whether clients may replace model files.
         allow_overrides: whether clients may choose devices and override settings in requests.
 
@@ -87,6 +91,8 @@ class Settings:
     max_upload_mb: float = 2048.0
     cors_origins: tuple[str, ...] = ()
     user_header: str | None = None
+    dicomweb_filter: Mapping[str, Any] = field(default_factory=dict)
+    dicomweb_expiry: float = 10.0
     allow_model_upload: bool = False
     allow_overrides: bool = False
 
@@ -174,13 +180,23 @@ def _own_value(key: str, text: Any) -> Any:
         if value is None:
             raise ConfigError(f"--conf {key}: expected true or false, found {text!r}.")
         return value
-    if key in ("max_upload_mb", "query_cache_mb"):
+    if key == "dicomweb_filter":
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f'--conf {key}: expected attributes as JSON such as {{"Modality": "CT"}}, found {text!r}.'
+            )
+        return value
+    if key in NUMBERS:
         try:
             value = float(text)
         except ValueError:
             value = -1.0
         if not 0 <= value < float("inf") or (key == "max_upload_mb" and value == 0):
-            raise ConfigError(f"--conf {key}: expected a number of MiB, found {text!r}.")
+            raise ConfigError(f"--conf {key}: expected a number of {NUMBERS[key]}, found {text!r}.")
         return value
     if key == "cors_origins":
         origins = tuple(part.strip().rstrip("/") for part in str(text).split(",") if part.strip())

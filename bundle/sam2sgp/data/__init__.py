@@ -1,6 +1,6 @@
 """Data: reading and writing files, data folders, training episodes."""
 
-from sam2sgp.data.dicom_seg import write_dicom_seg
+from sam2sgp.data.dicom_seg import read_dicom_seg, write_dicom_seg
 from sam2sgp.data.folders import (
     DEFAULT_PATIENT_PATTERN,
     check_label_values,
@@ -49,6 +49,7 @@ __all__ = [
     "load_collection",
     "load_datalist",
     "output_suffix",
+    "read_dicom_seg",
     "read_image",
     "read_label",
     "subset",

@@ -1,11 +1,13 @@
-"""DICOM Segmentation objects (SEG) of predicted class maps.
+"""DICOM Segmentation objects (SEG) of class maps.
 
-In: a class map (Z, H, W) in display orientation and the DICOM series or file that it was predicted for. Out: one file
-with a binary segment per class found, which refers to the source's own slices, so that viewers and archives show it
-in place. Objects are built by highdicom.
+In: a class map (Z, H, W) in display orientation and the DICOM series or file that it belongs to. Out: one file with a
+binary segment per class found, which refers to the source's own slices, so that viewers and archives show it in place;
+and back again, to the voxel. Objects are built and read by highdicom.
 """
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import highdicom
@@ -25,6 +27,9 @@ PRODUCT = "SAM2-SGP for MONAI"
 SERIES_NUMBER = 300
 # Value representation LO.
 LONGEST_LABEL = 64
+# Segments are numbered without gaps; their description holds the class value.
+CLASS_VALUE = "class {value}"
+CLASS_VALUE_FOUND = re.compile(r"class ([1-9][0-9]{0,4})")
 # Attributes that the standard wants present and lets be empty; anonymised files often lack them altogether.
 MAY_BE_EMPTY = (
     "PatientID",
@@ -48,6 +53,7 @@ def write_dicom_seg(
     geometry: Geometry,
     source: str | os.PathLike,
     class_names: dict[int, str],
+    approved: bool = False,
 ) -> bool:
     """Write a class map as a DICOM Segmentation object, whole or not at all.
 
@@ -60,6 +66,8 @@ def write_dicom_seg(
         geometry: of the source, as `read_image` gave it.
         source: a DICOM series folder, or the file of a single slice; compressed or not.
         class_names: by value.
+        approved: whether a person has approved the class map: its segments are then called semi-automatic, else
+            automatic.
 
     Returns:
         Whether there was a class to write. If not, a segmentation that an earlier run left at `path` is removed.
@@ -80,7 +88,7 @@ def write_dicom_seg(
     numbers[values] = np.arange(1, len(values) + 1)
     # A file's grid is (column, row, slice), with slices in the order of its headers.
     segments = numbers[native.transpose(2, 1, 0)]
-    descriptions = [_description(number, class_names[value]) for number, value in enumerate(values, 1)]
+    descriptions = [_description(number, class_names[value], approved) for number, value in enumerate(values, 1)]
     headers = _source_images(source, geometry)
     try:
         segmentation = highdicom.seg.Segmentation(
@@ -96,7 +104,7 @@ def write_dicom_seg(
             manufacturer_model_name=sam2sgp.__name__,
             software_versions=sam2sgp.__version__,
             device_serial_number=sam2sgp.__version__,
-            series_description=f"{PRODUCT} segmentation",
+            series_description=f"{PRODUCT} {'approved label' if approved else 'segmentation'}",
             content_description="Research only, not for diagnosis",
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -104,11 +112,65 @@ def write_dicom_seg(
             f"{source}: expected DICOM that a segmentation can refer to, found that it can't ({error}); use the "
             "series as the scanner or archive gives it, or the class map."
         ) from error
+    for value, segment in zip(values, segmentation.SegmentSequence, strict=True):
+        segment.SegmentDescription = CLASS_VALUE.format(value=value)
     # Class names may hold any letter.
     segmentation.SpecificCharacterSet = "ISO_IR 192"
     with writing(path, "a DICOM segmentation") as part:
         segmentation.save_as(part)
     return True
+
+
+def read_dicom_seg(
+    path: str | os.PathLike,
+    geometry: Geometry,
+    source: str | os.PathLike,
+    value_of: Callable[[str], int] | None = None,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Read a DICOM Segmentation object as the class map of the series that it refers to.
+
+    Args:
+        path: of the object.
+        geometry: of the series, as `read_image` gave it.
+        source: the series' folder or file.
+        value_of: class value (1..65535) for the name of a segment that doesn't say its own, as those of other
+            programs don't; without it they are numbered as in the file.
+
+    Returns:
+        labels: (Z, H, W) int64 in display orientation; slices without a frame are empty. names: by class value.
+
+    Raises:
+        DataError: the object can't be read, refers to other slices, or its segments overlap.
+    """
+    sources = [header.SOPInstanceUID for header in dicom_headers(source)]
+    try:
+        segmentation = highdicom.seg.segread(path)
+        # Slices without a frame are empty, so those of another series would all be.
+        strangers = {uid for _, _, uid in segmentation.get_source_image_uids()} - set(sources)
+        if strangers:
+            raise ValueError(f"it refers to {len(strangers)} other images")
+        numbers = list(segmentation.segment_numbers)
+        frames = segmentation.get_pixels_by_source_instance(sources, numbers, assert_missing_frames_are_empty=True)
+    except Exception as error:
+        # Whatever is wrong with a file of another program: highdicom and pydicom raise types of all kinds for it.
+        raise DataError(
+            f"{path}: expected a DICOM segmentation of the slices of its series, found that it can't be read as one "
+            f"({error}); export it again."
+        ) from error
+    masks = frames > 0.5
+    if int(masks.sum(axis=3, dtype=np.uint16).max(initial=0)) > 1:
+        raise DataError(f"{path}: expected one class per voxel, found segments that overlap; correct the label.")
+    labels = np.zeros(masks.shape[:3], dtype=np.int64)
+    names: dict[int, str] = {}
+    for column, number in enumerate(numbers):
+        segment = segmentation.get_segment_description(number)
+        found = CLASS_VALUE_FOUND.fullmatch(str(segment.get("SegmentDescription") or ""))
+        name = str(segment.segment_label)
+        value = int(found[1]) if found else value_of(name) if value_of else number
+        names[value] = name
+        labels[masks[..., column]] = value
+    native = labels.transpose(2, 1, 0).reshape(geometry.native_shape)
+    return geometry.from_native(native), names
 
 
 def _source_images(source: str | os.PathLike, geometry: Geometry) -> list[Dataset]:
@@ -141,7 +203,7 @@ def _source_images(source: str | os.PathLike, geometry: Geometry) -> list[Datase
     return headers
 
 
-def _description(number: int, name: str) -> SegmentDescription:
+def _description(number: int, name: str, approved: bool) -> SegmentDescription:
     category, kind = _property_codes(name)
     return SegmentDescription(
         segment_number=number,
@@ -149,7 +211,7 @@ def _description(number: int, name: str) -> SegmentDescription:
         segment_label=name.replace("\\", "/")[:LONGEST_LABEL],
         segmented_property_category=category,
         segmented_property_type=kind,
-        algorithm_type="AUTOMATIC",
+        algorithm_type="SEMIAUTOMATIC" if approved else "AUTOMATIC",
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             sam2sgp.__name__, codes.cid7162.ArtificialIntelligence, sam2sgp.__version__
         ),

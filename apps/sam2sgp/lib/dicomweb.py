@@ -1,0 +1,688 @@
+"""Images and labels of a DICOMweb archive: series in, approved labels back as DICOM Segmentation objects (SEG).
+
+In: image ids, which are SeriesInstanceUIDs, label tags and uploaded label files. Out: a folder with a series' files, a
+label as NIfTI on exactly its grid, or an error of one sentence with its HTTP status.
+
+    archive ── QIDO: series and SEGs ── lists (kept for a few seconds)
+            ── WADO: a series ── work folder/images/<series>/
+            ── WADO: its latest SEG ── work folder/labels/final/<series>.nii.gz
+            ── STOW: a label approved here, as a SEG that refers to the series' slices
+
+The archive is the truth about approved labels (tag `final`): those of before a restart, of other servers and of other
+programs count, the latest of a series wins, and one that is deleted there is gone. A segmentation that no person has
+looked at, as its segments are called automatic, is no approved label. An approved label that is removed here stays in
+the archive, whose records are not this program's to delete; it is only not used any more. Labels with other tags are
+kept in the work folder alone.
+
+Any number of threads and processes may use one work folder: every file and series is put in place in one step, and
+what two of them put there at once is the same. Nothing in it is needed after a restart but removals and other tags.
+"""
+
+import json
+import logging
+import os
+import re
+import tempfile
+import threading
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+from fastapi import APIRouter
+from fastapi.responses import FileResponse
+from monailabel.config import settings as server_settings
+from monailabel.datastore.dicom import DICOMwebClientX
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from pydicom import Dataset, dcmread
+from pydicom.uid import SegmentationStorage
+
+from lib.audit import Audit, content_hash
+from lib.checks import (
+    BadLabel,
+    Forbidden,
+    NotFound,
+    RequestError,
+    StorageError,
+    check_content,
+    check_tag,
+    check_uid,
+    suffix_of,
+)
+from lib.naming import declared, renumber, renumbering
+from sam2sgp.data import read_dicom_seg, read_image, read_label, write_dicom_seg, write_label, write_map
+from sam2sgp.errors import DataError
+from sam2sgp.files import replacing, write_text
+
+logger = logging.getLogger(__name__)
+
+FINAL = DefaultLabelTag.FINAL.value
+# What holds pixels that can be segmented; an archive holds reports and the like as well.
+MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "XC", "ES", "OP", "DM")
+FIELDS = (
+    "PatientID",
+    "StudyInstanceUID",
+    "StudyDate",
+    "StudyTime",
+    "SeriesDescription",
+    "NumberOfSeriesRelatedInstances",
+)
+INFO = ("Modality", "PatientID", "StudyInstanceUID", "StudyDate", "StudyTime", "SeriesDescription")
+SHARE_OF_TIME = 20
+CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 120.0
+SUFFIX = ".nii.gz"
+
+
+class ArchiveError(RequestError):
+    """The archive gives no answer, or one that can't be used."""
+
+    status = 502
+
+
+@dataclass(frozen=True)
+class Series:
+    """An image series as the archive lists it."""
+
+    uid: str
+    study: str
+    instances: int
+    info: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """An approved label in the archive: one SEG instance. `when` orders those of one series."""
+
+    uid: str
+    series: str
+    study: str
+    image: str
+    when: tuple[str, str]
+
+
+class _Session(requests.Session):
+    """Waits for no answer forever."""
+
+    def request(self, method, url, **options):
+        options.setdefault("timeout", (CONNECT_TIMEOUT, READ_TIMEOUT))
+        return super().request(method, url, **options)
+
+
+class DicomWebDatastore(Datastore):
+    """The image series of a DICOMweb archive with their labels.
+
+    MONAI Label's environment variables for user and password and for address prefixes (`MONAI_LABEL_DICOMWEB_USERNAME`
+    and so on) are heeded.
+
+    Args:
+        address: of the archive, such as `http://127.0.0.1:8042/dicom-web`.
+        work_folder: for downloaded series, labels and what is known about them.
+        max_unpacked: how many bytes the voxels of an uploaded label may take.
+        audit: where approvals and removals are noted; None for nowhere.
+        wanted: attributes that a series must match to be listed, by keyword.
+        expiry: seconds for which lists are kept. They are never asked for in more than one part in `SHARE_OF_TIME` of
+            the time, unless it is 0.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        work_folder: Path,
+        max_unpacked: int,
+        audit: Audit | None = None,
+        wanted: Mapping[str, Any] | None = None,
+        expiry: float = 10.0,
+    ) -> None:
+        self._address = address.rstrip("/")
+        self._folder = Path(work_folder).resolve()
+        self._max_unpacked = max_unpacked
+        self._audit = audit
+        session = _Session()
+        if server_settings.MONAI_LABEL_DICOMWEB_USERNAME and server_settings.MONAI_LABEL_DICOMWEB_PASSWORD:
+            session.auth = (
+                server_settings.MONAI_LABEL_DICOMWEB_USERNAME,
+                server_settings.MONAI_LABEL_DICOMWEB_PASSWORD,
+            )
+        self._client = DICOMwebClientX(
+            self._address,
+            session=session,
+            qido_url_prefix=server_settings.MONAI_LABEL_QIDO_PREFIX,
+            wado_url_prefix=server_settings.MONAI_LABEL_WADO_PREFIX,
+            stow_url_prefix=server_settings.MONAI_LABEL_STOW_PREFIX,
+        )
+        self._client.set_http_retry_params(max_attempts=2)
+        self._wanted = dict(wanted or {})
+        self._expiry = expiry
+        self._lock = threading.RLock()
+        self._until = 0.0
+        self._listed = False
+        self._images: dict[str, Series] = {}
+        self._labels: dict[str, list[Segmentation]] = {}
+        # By the UID of a SEG series, whose content never changes; () for what is no approved label.
+        self._known: dict[tuple[str, str], tuple[Segmentation, ...]] = {}
+        self._unusable: set[str] = set()
+
+    # What is there
+
+    def name(self) -> str:
+        return self._address
+
+    def set_name(self, name: str) -> None:
+        raise Forbidden("datastore: expected no name for an archive, which has its address.")
+
+    def description(self) -> str:
+        return "Series of a DICOMweb archive"
+
+    def set_description(self, description: str) -> None:
+        raise Forbidden("datastore: expected no description for an archive.")
+
+    def list_images(self) -> list[str]:
+        self._look()
+        return list(self._images)
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Ids of the series with an approved label."""
+        self._look()
+        return [image_id for image_id in self._images if self._latest(image_id)]
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Ids of the series without an approved label."""
+        self._look()
+        return [image_id for image_id in self._images if not self._latest(image_id)]
+
+    def status(self) -> dict[str, Any]:
+        images = self.list_images()
+        tags = Counter(tag for image_id in images for tag in self.get_labels_by_image_id(image_id))
+        return {"total": len(images), "completed": tags.get(FINAL, 0), "label_tags": dict(tags)}
+
+    def json(self) -> dict[str, Any]:
+        """In the form of MONAI Label's local datastore."""
+        objects = {
+            image_id: {
+                "image": {"ext": "", "info": self._image_facts(image_id)},
+                "labels": {
+                    tag: {"ext": SUFFIX, "info": self.get_label_info(image_id, tag)}
+                    for tag in self.get_labels_by_image_id(image_id)
+                },
+            }
+            for image_id in self.list_images()
+        }
+        return {"name": self.name(), "description": self.description(), "objects": objects}
+
+    def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
+        """[{"image": folder, "label": path}] of the approved labels; relative to the work folder if not `full_path`."""
+        pairs = []
+        for image_id in self.get_labeled_images():
+            label = self.get_label_uri(image_id, FINAL)
+            if label:
+                pairs.append({"image": self.get_image_uri(image_id), "label": label})
+        if full_path:
+            return pairs
+        return [{key: os.path.relpath(path, self._folder) for key, path in pair.items()} for pair in pairs]
+
+    def get_image_uri(self, image_id: str) -> str:
+        """The folder with the series' files, fetched if need be.
+
+        Raises RequestError for an id that isn't a UID, NotFound for an unknown one, ArchiveError.
+        """
+        series = self._series(image_id)
+        folder = self._folder / "images" / series.uid
+        # A series that was still on its way to the archive has grown since.
+        if not folder.is_dir() or (series.instances and len(list(folder.iterdir())) != series.instances):
+            self._fetch(series, folder)
+        return str(folder)
+
+    def get_image(self, image_id: str, params: Any = None) -> Any:
+        raise NotFound("image: expected to be asked for its path; a series is no single file.")
+
+    def get_image_info(self, image_id: str) -> dict[str, Any]:
+        self._series(image_id)
+        return self._image_facts(image_id)
+
+    def image_file(self, image_id: str) -> Path:
+        """A series as one file, for clients that don't speak DICOM: NIfTI, float32, on the series' own grid."""
+        folder = Path(self.get_image_uri(image_id))
+        path = self._folder / "files" / f"{image_id}{SUFFIX}"
+        if not path.exists() or path.stat().st_mtime_ns < folder.stat().st_mtime_ns:
+            image = read_image(folder)
+            write_map(path, image.slices if image.is_rgb else image.slices[:, 0], image.geometry)
+        return path
+
+    def get_label_uri(self, label_id: str, label_tag: str) -> str:
+        """The label's path, a NIfTI file on its series' grid, or "" if there is none that can be used.
+
+        Raises RequestError for an ill id or tag, ArchiveError.
+        """
+        check_uid(label_id, "label id")
+        path = self._label_path(label_id, check_tag(label_tag))
+        if label_tag != FINAL:
+            return str(path) if path.exists() else ""
+        self._look()
+        while latest := self._latest(label_id):
+            try:
+                self._fetch_label(latest, path)
+                return str(path)
+            except ArchiveError:
+                raise
+            except DataError as error:
+                # An older one of the same series may do; this one is not asked for again.
+                logger.warning("series %s: its segmentation %s is left out: %s", label_id, latest.uid, error)
+                self._unusable.add(latest.uid)
+        return ""
+
+    def get_label(self, label_id: str, label_tag: str, params: Any = None) -> Any:
+        raise NotFound("label: expected to be asked for its path.")
+
+    def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
+        """What was sent with the label, or is written in its SEG; {} if there is no such label."""
+        check_uid(label_id, "label id")
+        return _read_json(_facts_of(self._label_path(label_id, check_tag(label_tag))))
+
+    def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
+        check_uid(image_id)
+        self._look()
+        tags = [FINAL] if self._latest(image_id) else []
+        tags += [
+            folder.name
+            for folder in _folders(self._folder / "labels")
+            if folder.name != FINAL and (folder / f"{image_id}{SUFFIX}").exists()
+        ]
+        return dict.fromkeys(tags, image_id)
+
+    def get_label_by_image_id(self, image_id: str, tag: str) -> str:
+        return self.get_labels_by_image_id(image_id).get(check_tag(tag), "")
+
+    def get_dataset_archive(self, limit_cases: int | None) -> str:
+        """The path of a ZIP file with the approved pairs; the next call replaces it. Raises NotFound without pairs."""
+        ids = self.get_labeled_images()[: max(limit_cases, 1) if limit_cases else None]
+        pairs = [(self.image_file(image_id), self.get_label_uri(image_id, FINAL)) for image_id in ids]
+        if not pairs:
+            raise NotFound("data set: expected approved labels to put in an archive, found none; approve some first.")
+        archive = self._folder / "dataset.zip"
+        with _storing("to write an archive"), replacing(archive) as part, zipfile.ZipFile(part, "w") as file:
+            for image, label in pairs:
+                if label:
+                    file.write(image, f"image/{image.name}")
+                    file.write(label, f"label/{image.name}")
+            file.writestr("metadata.json", json.dumps(self.json(), default=str))
+        return str(archive)
+
+    def refresh(self) -> None:
+        """Ask the archive for its lists now."""
+        self._until = 0.0
+        self._look()
+
+    # What changes
+
+    def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        """Nothing: images come into an archive from scanners. Raises Forbidden."""
+        raise Forbidden(
+            "image: expected the archive to get its images itself, found an upload; send it to the archive."
+        )
+
+    def remove_image(self, image_id: str) -> None:
+        """Nothing: an archive's records are not deleted from here. Raises Forbidden."""
+        raise Forbidden("image: expected the archive to keep its records, found a request to delete; delete it there.")
+
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+        """Keep a label of a series; with the tag `final` it is stored in the archive.
+
+        Args:
+            image_id: the series.
+            label_filename: of a file of a supported kind, on the series' grid.
+            label_tag: `final` approves the label.
+            label_info: what is to be known about it; its `label_info` names classes by `idx` and `name`.
+
+        Returns:
+            The label's id, which is its image's.
+
+        Raises:
+            RequestError: an ill id or tag, an unknown series, a file of another kind or too large, a full disk.
+            BadLabel: the label doesn't fit its series, or is empty and to be approved.
+            ArchiveError: the archive doesn't take it; the label approved before stays.
+        """
+        try:
+            return self._save_label(image_id, label_filename, check_tag(label_tag), dict(label_info or {}))
+        except DataError:
+            if os.path.dirname(os.path.abspath(label_filename)) == os.path.abspath(tempfile.gettempdir()):
+                Path(label_filename).unlink(missing_ok=True)
+            raise
+
+    def _save_label(self, image_id: str, label_filename: str, tag: str, info: dict[str, Any]) -> str:
+        folder = self.get_image_uri(image_id)
+        name = image_id + suffix_of(label_filename)
+        check_content(label_filename, self._max_unpacked, name)
+        try:
+            geometry = read_image(folder).geometry
+            labels = read_label(label_filename, geometry)
+        except DataError as error:
+            text = str(error).replace(str(label_filename), name).replace(folder, f"series {image_id}")
+            raise BadLabel(text) from error
+        changes = renumbering(np.unique(labels).tolist(), declared(info), self._known_names())
+        labels = renumber(labels, changes) if changes else labels
+        sent = {changes.get(value, value): text for value, text in declared(info).items()}
+        names = self._names(np.unique(labels[labels > 0]).tolist(), sent)
+        info["label_info"] = [{"name": text, "idx": value} for value, text in names.items()]
+        info.update(ts=int(time.time()), name=name, SeriesInstanceUID=image_id)
+        path = self._label_path(image_id, tag)
+        if tag == FINAL:
+            self._approve(self._series(image_id), folder, labels, geometry, names, info)
+        with _storing("to save the label"):
+            write_label(path, labels, geometry)
+            write_text(_facts_of(path), json.dumps(info, default=str))
+        return image_id
+
+    def _approve(self, series: Series, folder: str, labels, geometry, names: dict[int, str], info: dict) -> None:
+        """Store a label in the archive and note it. `info` gets the UID of the SEG."""
+        if not names:
+            raise BadLabel(
+                f"label of series {series.uid}: expected a class in it, found none, and DICOM has no empty "
+                "segmentations; leave an image without classes unlabelled."
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, "label.dcm")
+            write_dicom_seg(path, labels, geometry, folder, names, approved=True)
+            segmentation = dcmread(path)
+            with _asking("to take the label"):
+                answer = self._client.store_instances([segmentation])
+            failed = answer.get("FailedSOPSequence")
+            if failed:
+                raise ArchiveError(
+                    f"archive: expected it to take the label, found that it doesn't (reason "
+                    f"{failed[0].get('FailureReason')}); see its log."
+                )
+            if self._audit:
+                facts = {"image": series.uid, "tag": FINAL, "segmentation": segmentation.SOPInstanceUID}
+                self._audit.write("approve", **facts, sha256=content_hash(path))
+        info["segmentation"] = str(segmentation.SOPInstanceUID)
+        stored = _approved(segmentation)
+        with self._lock:
+            self._known[(stored.series, "1")] = (stored,)
+            self._labels.setdefault(series.uid, []).append(stored)
+
+    def remove_label(self, label_id: str, label_tag: str) -> None:
+        """Delete one label; an approved one is not used any more, but stays in the archive. Raises NotFound."""
+        check_uid(label_id, "label id")
+        tag = check_tag(label_tag)
+        path = self._label_path(label_id, tag)
+        if tag not in self.get_labels_by_image_id(label_id):
+            raise NotFound(f"label {label_id}: expected a label with tag {tag}, found none; look at the list.")
+        if self._audit:
+            latest = self._latest(label_id)
+            facts = {"segmentation": latest.uid} if tag == FINAL and latest else {}
+            self._audit.write("remove label", image=label_id, tag=tag, **facts)
+        with _storing("to remove the label"):
+            if tag == FINAL:
+                gone = {entry.uid for entry in self._labels.get(label_id, [])} | self._removed(label_id)
+                write_text(self._removals(label_id), json.dumps(sorted(gone)))
+            path.unlink(missing_ok=True)
+            _facts_of(path).unlink(missing_ok=True)
+
+    def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
+        """Add to what is known about a series; the archive isn't told. Raises NotFound for an unknown id."""
+        self._series(image_id)
+        path = self._folder / "facts" / f"{image_id}.json"
+        with _storing("to save what is known about the image"):
+            write_text(path, json.dumps({**_read_json(path), **info}, default=str))
+
+    def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
+        """Add to what is known about a label; the archive isn't told. Raises NotFound where there is none."""
+        check_uid(label_id, "label id")
+        path = self._label_path(label_id, check_tag(label_tag))
+        if not path.exists():
+            raise NotFound(f"label {label_id}: expected a label with tag {label_tag}, found none; look at the list.")
+        with _storing("to save what is known about the label"):
+            write_text(_facts_of(path), json.dumps({**_read_json(_facts_of(path)), **info}, default=str))
+
+    # The archive
+
+    def _look(self) -> None:
+        """Bring the lists up to date if they are old. Old lists serve on while the archive doesn't answer."""
+        with self._lock:
+            started = time.monotonic()
+            if started < self._until:
+                return
+            try:
+                self._list()
+                self._listed = True
+            except ArchiveError as error:
+                if not self._listed:
+                    raise
+                logger.warning("The lists of before are used: %s", error)
+            now = time.monotonic()
+            self._until = now + (max(self._expiry, SHARE_OF_TIME * (now - started)) if self._expiry else 0.0)
+
+    def _list(self) -> None:
+        with _asking("a list of series"):
+            found = self._search(self._wanted)
+            # A filter is for images.
+            segmentations = self._search({"Modality": "SEG"})
+        images = {}
+        for entry in found:
+            series = _series(entry)
+            if series and series.info.get("Modality") in MODALITIES:
+                images[series.uid] = series
+        known, labels = {}, {}
+        for entry in segmentations:
+            series = _series(entry)
+            if series is None:
+                continue
+            key = series.uid, str(series.instances)
+            known[key] = self._known[key] if key in self._known else self._examine(series)
+            for segmentation in known[key]:
+                if segmentation.image in images:
+                    labels.setdefault(segmentation.image, []).append(segmentation)
+        self._images = dict(sorted(images.items()))
+        self._known, self._labels = known, labels
+
+    def _search(self, wanted: dict[str, Any]) -> list[Dataset]:
+        entries = self._client.search_for_series(search_filters=wanted, fields=FIELDS, get_remaining=True)
+        return [Dataset.from_json(entry) for entry in entries]
+
+    def _examine(self, series: Series) -> tuple[Segmentation, ...]:
+        """The approved labels in a SEG series."""
+        with _asking("what a segmentation refers to"):
+            entries = self._client.retrieve_series_metadata(series.study, series.uid)
+        found = [_approved(Dataset.from_json(entry, bulk_data_uri_handler=lambda uri: None)) for entry in entries]
+        return tuple(entry for entry in found if entry)
+
+    def _series(self, image_id: str) -> Series:
+        check_uid(image_id)
+        self._look()
+        series = self._images.get(image_id)
+        if series is None:
+            raise NotFound(f"image {image_id}: expected a series of the archive, found none; take an id from the list.")
+        return series
+
+    def _latest(self, image_id: str) -> Segmentation | None:
+        entries = self._labels.get(image_id)
+        if not entries:
+            return None
+        gone = self._unusable | self._removed(image_id)
+        return max((entry for entry in entries if entry.uid not in gone), key=lambda entry: entry.when, default=None)
+
+    def _fetch(self, series: Series, folder: Path) -> None:
+        """Download a series; it is put in place whole."""
+        with _storing("to keep a series"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".series.", dir=folder.parent) as scratch:
+                part = Path(scratch, "series")
+                part.mkdir()
+                with _asking("the files of a series"):
+                    for instance in self._client.iter_series(series.study, series.uid):
+                        uid = check_uid(str(instance.SOPInstanceUID), "instance")
+                        instance.save_as(part / f"{uid}.dcm", write_like_original=False)
+                if not any(part.iterdir()):
+                    raise ArchiveError(f"series {series.uid}: expected files from the archive, found none.")
+                if folder.exists():
+                    os.replace(folder, Path(scratch, "old"))
+                try:
+                    os.replace(part, folder)
+                except OSError:
+                    # Another process has put the same there.
+                    if not folder.is_dir():
+                        raise
+
+    def _fetch_label(self, segmentation: Segmentation, path: Path) -> None:
+        """Bring the file of an approved label in line with the archive."""
+        if path.exists() and _read_json(_facts_of(path)).get("segmentation") == segmentation.uid:
+            return
+        folder = self.get_image_uri(segmentation.image)
+        with tempfile.TemporaryDirectory() as scratch, _storing("to keep a label"):
+            file = Path(scratch, "label.dcm")
+            with _asking("an approved label"):
+                instance = self._client.retrieve_instance(segmentation.study, segmentation.series, segmentation.uid)
+            instance.save_as(file, write_like_original=False)
+            geometry = read_image(folder).geometry
+            labels, names = read_dicom_seg(file, geometry, folder, self._value_of)
+            info = {
+                "segmentation": segmentation.uid,
+                "SeriesInstanceUID": segmentation.image,
+                "label_info": [{"name": name, "idx": value} for value, name in sorted(names.items())],
+                "ts": int(re.sub(r"\D", "", segmentation.when[0])[:14] or 0),
+                "name": path.name,
+            }
+            write_label(path, labels, geometry)
+            write_text(_facts_of(path), json.dumps(info))
+
+    # Names
+
+    def _known_names(self) -> dict[str, int]:
+        """Values of class names: those given to names without one, and those of the labels here."""
+        known = {str(text): int(value) for text, value in _read_json(self._folder / "classes.json").items()}
+        for facts in sorted((self._folder / "labels").glob("*/*.json")):
+            for value, text in declared(_read_json(facts)).items():
+                known.setdefault(text, value)
+        return known
+
+    def _value_of(self, name: str) -> int:
+        """The value of a class by its name, for segments that don't say theirs; kept once it is given."""
+        with self._lock:
+            known = self._known_names()
+            if name not in known:
+                known[name] = max(known.values(), default=0) + 1
+            write_text(self._folder / "classes.json", json.dumps(known))
+            return known[name]
+
+    def _names(self, values: list[int], sent: dict[int, str]) -> dict[int, str]:
+        """Names for the values of a label: as sent with it, else as of other labels, else `class_<value>`."""
+        known = {value: text for text, value in self._known_names().items()}
+        return {value: sent.get(value) or known.get(value) or f"class_{value}" for value in values}
+
+    # Files
+
+    def _label_path(self, image_id: str, tag: str) -> Path:
+        return self._folder / "labels" / tag / f"{image_id}{SUFFIX}"
+
+    def _removals(self, image_id: str) -> Path:
+        return self._folder / "removed" / f"{image_id}.json"
+
+    def _removed(self, image_id: str) -> set[str]:
+        """UIDs of the SEGs of a series that are not used any more."""
+        path = self._removals(image_id)
+        return set(_read_json(path)) if path.exists() else set()
+
+    def _image_facts(self, image_id: str) -> dict[str, Any]:
+        series = self._images[image_id]
+        return {**series.info, "SeriesInstanceUID": image_id, **_read_json(self._folder / "facts" / f"{image_id}.json")}
+
+
+def image_routes(datastore: DicomWebDatastore) -> APIRouter:
+    """MONAI Label's routes that give an image to clients; its own know no folders. To be put before those."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/datastore/image")
+    @router.head("/datastore/image")
+    def download(image: str) -> FileResponse:
+        path = datastore.image_file(image)
+        return FileResponse(path, media_type="application/gzip", filename=path.name)
+
+    return router
+
+
+def _series(entry: Dataset) -> Series | None:
+    """From an archive's list; None if it lacks what is needed or has ill UIDs, which become file names."""
+    try:
+        uid = check_uid(str(entry.get("SeriesInstanceUID")))
+        study = check_uid(str(entry.get("StudyInstanceUID")))
+    except RequestError:
+        logger.warning("A series without proper UIDs is left out")
+        return None
+    info = {name: str(entry.get(name)) for name in INFO if entry.get(name) not in (None, "")}
+    return Series(uid, study, int(entry.get("NumberOfSeriesRelatedInstances") or 0), info)
+
+
+def _approved(segmentation: Dataset) -> Segmentation | None:
+    """What a SEG's header says, if a person has approved it."""
+    segments = segmentation.get("SegmentSequence") or []
+    references = segmentation.get("ReferencedSeriesSequence") or []
+    if segmentation.get("SOPClassUID") != SegmentationStorage or not references:
+        return None
+    if not segments or all(segment.get("SegmentAlgorithmType") == "AUTOMATIC" for segment in segments):
+        return None
+    try:
+        uids = [segmentation.SOPInstanceUID, segmentation.SeriesInstanceUID, segmentation.StudyInstanceUID]
+        uid, series, study = (check_uid(str(value)) for value in uids)
+        image = check_uid(str(references[0].get("SeriesInstanceUID")))
+    except (AttributeError, RequestError):
+        logger.warning("A segmentation without proper UIDs is left out")
+        return None
+    when = f"{segmentation.get('ContentDate') or ''}{segmentation.get('ContentTime') or ''}"
+    return Segmentation(uid, series, study, image, (when, uid))
+
+
+def _facts_of(label: Path) -> Path:
+    return label.with_name(label.name.removesuffix(SUFFIX) + ".json")
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file; {} if there is none or it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        logger.warning("%s: expected JSON, found it damaged; it is left aside.", path.name)
+        return {}
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+
+
+@contextmanager
+def _asking(what: str) -> Iterator[None]:
+    """Errors on the way to the archive."""
+    try:
+        yield
+    except DataError:
+        raise
+    except requests.HTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        raise ArchiveError(f"archive: expected {what}, found HTTP status {status}; see the archive's log.") from error
+    except (requests.RequestException, OSError) as error:
+        raise ArchiveError(
+            f"archive: expected {what}, found no answer ({type(error).__name__}); see whether it runs."
+        ) from error
+    except Exception as error:
+        # dicomweb-client and pydicom raise types of all kinds for answers that aren't DICOM.
+        raise ArchiveError(
+            f"archive: expected {what}, found an answer that isn't DICOM ({error}); see its log."
+        ) from error
+
+
+@contextmanager
+def _storing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"datastore: expected {what}, found {error.strerror or error}; nothing that was there is lost: free some "
+            "space or correct the folder's permissions, then try again."
+        ) from error

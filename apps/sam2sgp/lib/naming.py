@@ -1,0 +1,57 @@
+"""Class values by class names: viewers number the segments of each label anew.
+
+3D Slicer submits the segments of a label as 1, 2, 3 in the order in which they are listed, so that of an image without
+the second class the third comes as 2. The names that come along tell which is meant.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+def declared(info: Mapping[str, Any]) -> dict[int, str]:
+    """Classes that come with a label as its `label_info`: {value: name}."""
+    given = info.get("label_info")
+    entries = [entry for entry in given if isinstance(entry, dict)] if isinstance(given, list) else []
+    return {
+        entry["idx"]: str(entry["name"])
+        for entry in entries
+        if isinstance(entry.get("idx"), int) and entry["idx"] > 0 and entry.get("name")
+    }
+
+
+def renumbering(values: Iterable[int], sent: Mapping[int, str], known: Mapping[str, int]) -> dict[int, int]:
+    """Which values of a label must change so that each class keeps the value that its name has in other labels.
+
+    Args:
+        values: in the label.
+        sent: names that came with it, by value.
+        known: values of the names of other labels.
+
+    Returns:
+        {value: new value}; {} where nothing has to change, or where names don't tell: one is sent for several values,
+        or a value has none. A new name under a value that another name has gets the next free value.
+    """
+    values = sorted(int(value) for value in values if value)
+    names = [sent.get(value) for value in values]
+    if None in names or len(set(names)) < len(names):
+        return {}
+    taken = set(known.values())
+    free = max([*taken, *values], default=0) + 1
+    changes = {}
+    for value, name in zip(values, names, strict=True):
+        wanted = known.get(name)
+        if wanted is None and value in taken:
+            wanted, free = free, free + 1
+        if wanted not in (None, value):
+            changes[value] = wanted
+    return changes
+
+
+def renumber(labels: np.ndarray, changes: Mapping[int, int]) -> np.ndarray:
+    """A class map with other values, all changed at once."""
+    table = np.arange(max([int(labels.max(initial=0)), *changes]) + 1)
+    for value, wanted in changes.items():
+        table[value] = wanted
+    return table[labels]
