@@ -6,7 +6,6 @@ The app and the bundle are used from a copy, because MONAI Label makes folders i
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import requests
+
+from tests.e2e.programs import free_port
 
 REPO = Path(__file__).parents[2]
 START_SECONDS = 180
@@ -95,13 +96,6 @@ def copied_app(folder: Path) -> Path:
         shutil.copytree(REPO / "apps" / "sam2sgp", app, ignore=skip)
         shutil.copytree(REPO / "bundle", folder / "bundle", ignore=skip)
     return app
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -1,15 +1,19 @@
 """The support page in a real browser, on a real server."""
 
+import json
 import re
 import shutil
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 import requests
+from monailabel.client import MONAILabelClient
 from playwright.sync_api import expect
 
 from sam2sgp.data import load_datalist
 from tests.e2e.browsers import keep, page
+from tests.e2e.proxies import PASSWORD, USER, nginx
 from tests.e2e.server import serving
 
 
@@ -26,7 +30,7 @@ def server(phantoms, tmp_path_factory):
         if place < 5:
             tag = "final" if place < 3 else "original"
             shutil.copy(case["label"], studies / "labels" / tag / f"{case['name']}.png")
-    with serving(folder, studies) as found:
+    with serving(folder, studies, {"user_header": "X-Remote-User"}) as found:
         yield found
 
 
@@ -133,3 +137,23 @@ def test_an_approved_label_is_not_deleted_by_rejecting(server):
     answer = requests.post(f"{server.url}/sam2sgp/reject", json={"image": image, "label_tag": "final"})
     assert answer.status_code == 422 and "only a prediction" in answer.json()["detail"]
     assert image in ids(server, "final")
+
+
+def test_through_the_proxy_everything_works_and_the_audit_log_says_who_it_was(server, tmp_path):
+    image = next(iter(ids(server, "final")))
+    with nginx(tmp_path, int(server.url.rpartition(":")[2])) as proxy, requests.Session() as session:
+        session.trust_env, session.verify = False, str(proxy.certificate)
+        assert session.get(f"{proxy.url}/sam2sgp/").status_code == 401
+        session.auth = USER, PASSWORD
+        assert "Support set" in session.get(f"{proxy.url}/sam2sgp/").text
+        assert "OHIF" in session.get(f"{proxy.url}/ohif/").text
+        for action, tag in (("remove", "final"), ("restore", "removed")):
+            decision = {"image": image, "label_tag": tag}
+            headers = {"Origin": proxy.url, "X-Remote-User": "somebody else"}
+            assert session.post(f"{proxy.url}/sam2sgp/{action}", json=decision, headers=headers).status_code == 200
+        client = MONAILabelClient(proxy.url)
+        token = b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        client.update_auth({"token_type": "Basic", "access_token": token})
+        assert client.info()["name"] == "SAM2-SGP"
+    lines = [json.loads(line) for line in (server.state / "audit.jsonl").read_text().splitlines()]
+    assert {line["user"] for line in lines if line["image"] == image and line["tag"] == "removed"} == {USER}
