@@ -516,3 +516,13 @@ def test_a_kill_at_any_moment_of_saving_loses_no_approved_label(opened, studies,
                 assert Path(store.get_label_uri(image, "final")).read_bytes() in contents
             assert store.list_images() == ["A", "B"]
     assert approved == {"A", "B"}
+
+
+def test_offering_an_image_does_not_write_the_index(store, studies):
+    store.update_image_info("A", {"known": 1})
+    before = tree(studies)
+    store.update_image_info("A", {"strategy": {"random": {"ts": 1}}})
+    assert tree(studies) == before
+    assert store.get_image_info("A")["known"] == 1
+    with pytest.raises(RequestError):
+        store.update_image_info("nobody", {"strategy": {}})

@@ -301,7 +301,15 @@ class ConfinedDatastore(LocalDatastore):
             objects[label_id] = ImageLabelModel(image=entry.image, labels=labels)
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
-        """Add to what is known about an image. Raises NotFound for an unknown id."""
+        """Add to what is known about an image. Raises NotFound for an unknown id.
+
+        That an image was offered (`strategy`) is not kept here, because the index of all images would be written for
+        it: `lib.strategies` keeps offers in a file of their own.
+        """
+        info = {key: value for key, value in info.items() if key != "strategy"}
+        if not info:
+            self._entry(check_id(image_id))
+            return
         with self._changing() as objects:
             entry = objects.get(check_id(image_id))
             if entry is None:
