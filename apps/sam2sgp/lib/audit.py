@@ -1,10 +1,10 @@
 """The audit log: one JSON line for each approval, removal, training and publication, appended and never rewritten.
 
 In: an action and its facts. Out: a line with the time (UTC), the user and the facts. Several processes and threads may
-write to one file at once: each line is a single append to a file opened for appending, and on the disk when `write`
-returns.
+write to one file at once: each line is a single append under a lock of the file, and on the disk when `write` returns.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -45,6 +45,8 @@ class Audit:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o640)
             try:
+                # Another process may be in the middle of its line.
+                fcntl.flock(file, fcntl.LOCK_EX)
                 # A process that was killed, or a disk that was full, may have left a line without its end.
                 size = os.fstat(file).st_size
                 if size and os.pread(file, 1, size - 1) != b"\n":
