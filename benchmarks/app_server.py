@@ -33,7 +33,7 @@ from sam2sgp.data.phantom import make_phantoms  # noqa: E402
 from tests.e2e.server import Server, serving  # noqa: E402
 
 PATIENTS = 64
-REPEATS = 15
+REPEATS = 9
 BUDGETS = {
     "info": 50.0,
     "next sample, random": 1000.0,
