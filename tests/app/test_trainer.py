@@ -36,14 +36,6 @@ REQUEST = {"model": "finetune", "device": "cpu", "max_epochs": 1, "episodes_per_
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def own_hook(monkeypatch):
     """The bundle's `initialize` replaces the hook that prints uncaught exceptions."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)

@@ -5,8 +5,12 @@ here touches the datastore. All functions may be called from several threads at 
 """
 
 import gzip
+import os
 import re
+import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
@@ -152,6 +156,17 @@ def check_content(path: str | Path, limit: int, name: str | None = None) -> None
         size = _dicom_size(path, name)
     if size > limit:
         raise TooLarge(f"{name}: expected at most {limit >> 20} MB of voxels, found {size >> 20} MB; crop the image.")
+
+
+@contextmanager
+def discarding_if_refused(path: str) -> Iterator[None]:
+    """Delete a temporary file if it is refused: MONAI Label's handlers remove an upload only where all went well."""
+    try:
+        yield
+    except DataError:
+        if os.path.dirname(os.path.abspath(path)) == os.path.abspath(tempfile.gettempdir()):
+            Path(path).unlink(missing_ok=True)
+        raise
 
 
 def is_dicom_name(name: str) -> bool:

@@ -39,6 +39,7 @@ from lib.checks import (
     check_content,
     check_id,
     check_tag,
+    discarding_if_refused,
     suffix_of,
 )
 from lib.dicomweb import DicomWebDatastore
@@ -201,7 +202,7 @@ class ConfinedDatastore(LocalDatastore):
             RequestError: an ill id, a file of another kind or too large, another image under this id, a full disk.
             DataError: the image can't be read.
         """
-        with _discarding_if_refused(image_filename):
+        with discarding_if_refused(image_filename):
             return self._add_image(image_id, image_filename, image_info)
 
     def _add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
@@ -254,7 +255,7 @@ class ConfinedDatastore(LocalDatastore):
             RequestError: an ill id or tag, an unknown image, a file of another kind or too large, a full disk.
             BadLabel: a label to approve that can't be read, has another size than its image or undeclared values.
         """
-        with _discarding_if_refused(label_filename):
+        with discarding_if_refused(label_filename):
             return self._save_label(image_id, label_filename, label_tag, label_info)
 
     def _save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
@@ -292,10 +293,7 @@ class ConfinedDatastore(LocalDatastore):
         """Delete one label. Raises NotFound where there is none."""
         tag = check_tag(label_tag)
         with self._changing() as objects:
-            entry = objects.get(check_id(label_id, "label id"))
-            label = entry.labels.get(tag) if entry else None
-            if label is None:
-                raise NotFound(f"label {label_id}: expected a label with tag {tag}, found none; look at the list.")
+            entry, label = _labelled(objects, label_id, tag)
             self._delete_label(label_id, tag, label)
             labels = {other: kept for other, kept in entry.labels.items() if other != tag}
             objects[label_id] = ImageLabelModel(image=entry.image, labels=labels)
@@ -321,10 +319,7 @@ class ConfinedDatastore(LocalDatastore):
         """Add to what is known about a label. Raises NotFound where there is none."""
         tag = check_tag(label_tag)
         with self._changing() as objects:
-            entry = objects.get(check_id(label_id, "label id"))
-            label = entry.labels.get(tag) if entry else None
-            if label is None:
-                raise NotFound(f"label {label_id}: expected a label with tag {tag}, found none; look at the list.")
+            entry, label = _labelled(objects, label_id, tag)
             changed = DataModel(info={**label.info, **info}, ext=label.ext)
             objects[label_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: changed})
 
@@ -617,23 +612,21 @@ def _first_info(name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _discarding_if_refused(path: str) -> Iterator[None]:
-    """Delete a temporary file if it is refused: MONAI Label's handlers remove an upload only where all went well."""
-    try:
-        yield
-    except DataError:
-        if os.path.dirname(os.path.abspath(path)) == os.path.abspath(tempfile.gettempdir()):
-            Path(path).unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
 def _naming(path: str, name: str) -> Iterator[None]:
     """Errors that name a temporary path name the file as the client knows it."""
     try:
         yield
     except DataError as error:
         raise DataError(str(error).replace(str(path), name)) from error
+
+
+def _labelled(objects: dict[str, ImageLabelModel], label_id: str, tag: str) -> tuple[ImageLabelModel, DataModel]:
+    """The entry that a label belongs to, and the label. Raises NotFound where there is none."""
+    entry = objects.get(check_id(label_id, "label id"))
+    label = entry.labels.get(tag) if entry else None
+    if label is None:
+        raise NotFound(f"label {label_id}: expected a label with tag {tag}, found none; look at the list.")
+    return entry, label
 
 
 def _no_image(image_id: str) -> NotFound:

@@ -53,6 +53,7 @@ from lib.checks import (
     check_content,
     check_tag,
     check_uid,
+    discarding_if_refused,
     suffix_of,
 )
 from lib.naming import declared, renumber, renumbering
@@ -347,12 +348,8 @@ class DicomWebDatastore(Datastore):
             BadLabel: the label doesn't fit its series, or is empty and to be approved.
             ArchiveError: the archive doesn't take it; the label approved before stays.
         """
-        try:
+        with discarding_if_refused(label_filename):
             return self._save_label(image_id, label_filename, check_tag(label_tag), dict(label_info or {}))
-        except DataError:
-            if os.path.dirname(os.path.abspath(label_filename)) == os.path.abspath(tempfile.gettempdir()):
-                Path(label_filename).unlink(missing_ok=True)
-            raise
 
     def _save_label(self, image_id: str, label_filename: str, tag: str, info: dict[str, Any]) -> str:
         folder = self.get_image_uri(image_id)

@@ -16,6 +16,7 @@ from typing import Any
 
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
+from lib.naming import declared
 from lib.settings import Settings
 from sam2sgp.data import class_names, load_datalist
 
@@ -149,9 +150,5 @@ def _names_of(infos: list[dict[str, Any]]) -> dict[int, str]:
     """Class names that clients sent with labels, as `label_info`; of several for one value the newest counts."""
     names: dict[int, str] = {}
     for info in sorted(infos, key=lambda info: info.get("ts") or 0):
-        given = info.get("label_info")
-        for entry in given if isinstance(given, list) else []:
-            value = entry.get("idx") if isinstance(entry, dict) else None
-            if isinstance(value, int) and value > 0 and entry.get("name"):
-                names[value] = str(entry["name"])
+        names |= declared(info)
     return names
