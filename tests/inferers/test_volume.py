@@ -40,7 +40,7 @@ class Stub(StubNetwork):
         rows = support.tokens[0, :, 0, 0].unflatten(-1, (SIZE, SIZE)).any(-1)
         image = features.embedding[:, rows.int().argmax(1) - 1]
         found = (image > CLEAR) | ((image > FAINT) & (near > 0))
-        logits = found.float() * 10 - 5
+        logits = found.float() * 10 - 3
         rest = torch.zeros(batch, classes)
         return SGPOutput(logits, logits, torch.zeros(batch, classes, 4), rest, rest)
 
@@ -93,6 +93,12 @@ def test_it_goes_both_ways_from_where_the_support_explains_the_volume():
     assert alone.tolist() == [value > CLEAR for value in FAINT_AT_BOTH_ENDS]
     both = found(images, Stub(), VolumeMemory())[:, 0]
     assert both.tolist() == [value > 0 for value in FAINT_AT_BOTH_ENDS]
+
+
+def test_a_slice_is_the_mean_of_what_it_is_alone_and_with_memory():
+    inferer = SupportSetInferer(support(), SupportSampler(k=2), volume_memory=VolumeMemory())
+    logits = inferer(volume([0.5, 0.9, 0]), Stub(), volume=True)[:, 0, 3, 3]
+    assert logits.tolist() == [(-3 + 7) / 2, 7, -3]
 
 
 def test_forward_from_the_first_slice_alone_would_miss_what_lies_before(monkeypatch):

@@ -198,7 +198,9 @@ class SupportSetInferer(Inferer):
     ) -> Iterator[Chunk]:
         """The chunks of a volume, window by window."""
         segment = partial(self._segment, network)
-        propagation = Propagation(self.volume_memory, network, segment, self.bank.class_values, thresholds)
+        propagation = Propagation(
+            self.volume_memory, network, segment, self.bank.class_values, thresholds, self.batch_size
+        )
         held: list[tuple[Tensor, ImageFeatures]] = []
         begin, window = 0, 0
 

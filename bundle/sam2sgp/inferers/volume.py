@@ -1,15 +1,18 @@
 """3DM: what was found on one slice of a volume guides its neighbours.
 
-    window of slices ─ encode once ─┬─ probe every few slices ─ anchors ─┐
-                                    └─ from each anchor up and down, guided by support and neighbours ─ slices
+    window of slices ─ encode once ─ segment each alone ─ anchors ─ from each anchor up and down, guided by support and
+    neighbours ─ mean of both
 
-The volume passes in windows of a bounded number of slices, so memory does not grow with its length. In a window some
+The volume passes in windows of a bounded number of slices, so memory does not grow with its length. In a window all
 slices are segmented with the support set alone; per class and extent, the one that the support set explains best is an
-anchor. Where the support set has taught how an image without the class looks (`sam2sgp.inferers.presence`), that is
-done with all slices, and empty ones stay empty. From the anchors it goes on in both directions: each slice is guided by
-its support and by the last slices segmented on the way, which enter as memory with SAM2's temporal encoding, as a
-support item would. A slice is reached from its nearest anchor, and the end of the window before is an anchor too.
-Slices that no anchor reaches are segmented with the support set alone.
+anchor. Where the support set has taught how an image without the class looks (`sam2sgp.inferers.presence`), slices
+that look so stay empty. From the anchors it goes on in both directions: each slice is guided by its support and by the
+last slices segmented on the way, which enter as memory with SAM2's temporal encoding, as a support item would. A slice
+is reached from its nearest anchor, and the end of the window before is an anchor too.
+
+A slice's logits are the mean of those with the support set alone and those with memory. Memory alone carries a mistake
+on from slice to slice; the support set alone does not know the neighbours. On volumes that served for the choice, the
+mean was better than either (`benchmarks/volumes.py`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +23,17 @@ import torch
 from torch import Tensor
 
 from sam2sgp.errors import ConfigError
-from sam2sgp.inferers.presence import ABSENT_LOGIT, without_absent
+from sam2sgp.inferers.presence import without_absent
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support.bank import Retrieved
 from sam2sgp.transforms.array import label_map
 
 MIN_WINDOW, MAX_WINDOW = 8, 64
 WINDOW_BYTES = 512 * 2**20
-# Slices probed in a window at most, and the least distance between two.
-PROBES = 16
-PROBE_STRIDE = 2
 # An extent whose anchor is worth less than this share of the best one's has none.
 MIN_ANCHOR = 0.25
+# Share of what memory makes of a slice; the rest is what was known of it before.
+MEMORY_SHARE = 0.5
 
 Segment = Callable[[ImageFeatures, Tensor, list[Retrieved], "dict[int, SupportMemory]"], SGPOutput]
 
@@ -84,6 +86,7 @@ class Propagation:
             all C classes; logits of classes without support are far below 0.
         class_values: of the C classes.
         thresholds: (C,) object score up to which a class is absent from a slice, by what the support set alone says.
+        batch_size: slices segmented at a time where they don't depend on each other; bounds memory.
     """
 
     def __init__(
@@ -93,12 +96,14 @@ class Propagation:
         segment: Segment,
         class_values: Sequence[int],
         thresholds: Tensor,
+        batch_size: int,
     ) -> None:
         self.settings = settings
         self.network = network
         self.segment = segment
         self.class_values = list(class_values)
         self.thresholds = thresholds
+        self.batch_size = batch_size
         self.start = 0
         # Per class number, the last slices segmented on the way up.
         self.carried: dict[int, list[Frame]] = {}
@@ -115,9 +120,9 @@ class Propagation:
 class _Window:
     """Slices [start, start + W) of a volume while they are segmented.
 
-    output: (W, C, ...), filled slice by slice. entries: {class number: its support}. anchors: {class number: where it
-    starts}. upward: {class number: (W,) whether a slice is reached going up}. absent: {class number: slices without
-    it}.
+    output: (W, C, ...), at first of the support set alone. entries: {class number: its support}. anchors: {class
+    number: where it starts}. upward: {class number: (W,) whether a slice is reached going up}. absent: {class number:
+    slices without it}.
     """
 
     def __init__(
@@ -128,46 +133,32 @@ class _Window:
         self.features, self.images = features, images
         self.entries = {propagation.class_values.index(entry.value): entry for entry in retrieved}
         count = len(features)
-        thresholds = propagation.thresholds
-        # Where slices may be empty, each is looked at alone first.
-        each = bool((thresholds[list(self.entries)] > -torch.inf).any())
-        stride = 1 if each else max(PROBE_STRIDE, -(-count // PROBES))
-        probes = torch.arange(min(stride // 2, count - 1), count, stride)
-        probed = SGPOutput.concatenate(
+        self.output = SGPOutput.concatenate(
             [
                 self.segment(features[rows], images[rows], [entry.rows(rows) for entry in retrieved], {})
-                for rows in probes.split(PROBES)
+                for rows in torch.arange(count).split(propagation.batch_size)
             ]
         )
-        absent = probed.object_score <= thresholds
-        probed.logits = without_absent(probed.logits, absent)
-        # Classes without support have the same output on every slice.
-        self.output = SGPOutput(*(_repeated(values, count) for values in vars(probed).values()))
-        self.output.logits[:, list(self.entries)] = ABSENT_LOGIT
+        absent = self.output.object_score <= propagation.thresholds
+        self.output.logits = without_absent(self.output.logits, absent)
         self.anchors: dict[int, list[int]] = {}
         self.upward: dict[int, list[bool]] = {}
         self.absent: dict[int, set[int]] = {}
+        shown = label_map(self.output.logits)
         for column in self.entries:
-            empty = torch.nonzero(absent[:, column].cpu())[:, 0]
-            self.absent[column] = set(probes[empty].tolist())
-            for number in empty.tolist():
-                _copy(probed, number, self.output, int(probes[number]), [column])
-            numbers = self._explained_best(column, probes, probed)
-            self.anchors[column] = probes[numbers].tolist()
+            self.absent[column] = set(torch.nonzero(absent[:, column].cpu())[:, 0].tolist())
+            self.anchors[column] = self._explained_best(column, shown == column + 1)
             before = _shows(propagation.carried.get(column, []))
             self.upward[column] = _upward([-1] * before + self.anchors[column], count)
-            for number in numbers:
-                _copy(probed, number, self.output, int(probes[number]), [column])
 
-    def _explained_best(self, column: int, probes: Tensor, probed: SGPOutput) -> list[int]:
-        """Numbers of the probes to start from: of each run of probes that show the class, the best one.
+    def _explained_best(self, column: int, shown: Tensor) -> list[int]:
+        """Slices to start from: of each run of slices that show the class, (W, S, S) bool, the best one.
 
         The best one has the most pixels of the class, each counted by its certainty, times the similarity of the
         support.
         """
-        shown = label_map(probed.logits) == column + 1
-        certainty = (2 * probed.logits[:, column].sigmoid() - 1) * shown
-        similarity = self.entries[column].similarity[probes.to(shown.device)].mean(1).clamp(min=0)
+        certainty = (2 * self.output.logits[:, column].sigmoid() - 1) * shown
+        similarity = self.entries[column].similarity.to(shown.device).mean(1).clamp(min=0)
         worth = (certainty.flatten(1).sum(1) * similarity).tolist()
         tops = [max(run, key=worth.__getitem__) for run in _runs([value > 0 for value in worth])]
         return [top for top in tops if worth[top] >= MIN_ANCHOR * max(worth)]
@@ -181,13 +172,10 @@ class _Window:
         places = range(len(self.features))
         for index in places if up else reversed(places):
             due = [column for column in self.entries if self._is_due(column, index, up, trails)]
-            if due:
-                frames = {column: self._memory(trails[column], index) for column in due if column in trails}
-                row = torch.tensor([index])
-                entries = [self.entries[column].rows(row) for column in due]
-                found = self.segment(self.features[row], self.images[row], entries, frames)
-                _copy(found, 0, self.output, index, due)
             starting = [column for column in self.entries if index in self.anchors[column]]
+            guided = [column for column in due if column in trails]
+            if guided:
+                self._guide(guided, index, trails)
             for column in starting:
                 trails.pop(column, None)
             unknown = [column for column in due if not _shows(trails.get(column, []))]
@@ -198,6 +186,17 @@ class _Window:
                     if _shows(trails.get(column, [])):
                         self.anchors[column].append(index)
         return trails
+
+    def _guide(self, columns: list[int], index: int, trails: dict[int, list[Frame]]) -> None:
+        """Segment some classes of a slice once more, with the slices on their trails as memory."""
+        row = torch.tensor([index])
+        frames = {column: self._memory(trails[column], index) for column in columns}
+        entries = [self.entries[column].rows(row) for column in columns]
+        found = self.segment(self.features[row], self.images[row], entries, frames)
+        known = self.output.logits[index, columns]
+        found.logits[0, columns] = torch.lerp(known, found.logits[0, columns], MEMORY_SHARE)
+        for field in fields(SGPOutput):
+            getattr(self.output, field.name)[index, columns] = getattr(found, field.name)[0, columns]
 
     def _is_due(self, column: int, index: int, up: bool, trails: dict[int, list[Frame]]) -> bool:
         if index in self.anchors[column] or index in self.absent[column]:
@@ -246,12 +245,3 @@ def _runs(found: Sequence[bool]) -> Iterator[list[int]]:
         elif run:
             yield run
             run = []
-
-
-def _repeated(values: Tensor, count: int) -> Tensor:
-    return values[:1].expand(count, *values.shape[1:]).clone()
-
-
-def _copy(source: SGPOutput, row: int, target: SGPOutput, place: int, columns: list[int]) -> None:
-    for field in fields(SGPOutput):
-        getattr(target, field.name)[place, columns] = getattr(source, field.name)[row, columns]
