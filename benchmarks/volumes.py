@@ -2,6 +2,7 @@
 
     python benchmarks/volumes.py acdc=DIR hippocampus=DIR
     python benchmarks/volumes.py --cost
+    python benchmarks/volumes.py --memory
 
 Accuracy: each data set goes through the bundle's evaluation with the same weights and support set, once for each number
 of neighbouring slices (0: slice by slice). The split is that of `pretrain.json`, so the embedded weights never saw the
@@ -10,6 +11,9 @@ paired over cases, with 95 % bootstrap intervals over patients. Without data set
 
 Cost (`--cost`): seconds of a slice in a volume over those of the same image as a 2D query of its own, and peak memory
 of a process beyond its input, for volumes of 100 and 1000 slices.
+
+Memory (`--memory`): peak memory of the command `inferring` itself, file to file, on a CT of so many slices of 512 px.
+`tiny` has random weights in both: what they find differs from trained ones, what they take does not.
 """
 
 import argparse
@@ -24,15 +28,16 @@ from collections import defaultdict
 from datetime import date
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 
 from sam2sgp.data import load_datalist
-from sam2sgp.data.phantom import make_phantoms
+from sam2sgp.data.phantom import make_phantoms, phantom_volume
 from sam2sgp.inferers import SupportSetInferer, VolumeMemory
-from sam2sgp.networks import SAM2SGP, load_weights
+from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 from sam2sgp.support import SupportBank, SupportSampler
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
@@ -167,6 +172,43 @@ def cost(options: argparse.Namespace) -> None:
             print("|", " | ".join([*cells, f"{ratio:.2f}", f"{found['mebibytes']:.0f}"]), "|", flush=True)
 
 
+def long_ct(folder: Path, slices: int) -> Path:
+    """A folder with a CT of 512 px: a phantom's volume, over and over."""
+    image, _, affine = phantom_volume("ct", np.random.default_rng(0), (512, 512), num_slices=20)
+    folder.mkdir(parents=True, exist_ok=True)
+    tiled = np.resize(image.transpose(2, 0, 1), (slices, *image.shape[:2])).transpose(1, 2, 0)
+    nib.save(nib.Nifti1Image(tiled, affine), folder / f"ct_{slices}.nii.gz")
+    return folder
+
+
+def memory(options: argparse.Namespace) -> None:
+    support = make_phantoms(options.output / "support", 4, modalities=["ct"], progress=False) / "support" / "ct"
+    print("| backbone | slices of 512 px | s per slice | peak memory, MiB |")
+    print("| --- | --- | --- | --- |")
+    for backbone in options.backbones:
+        configs = ["configs/inference.json", f"configs/backbones/{backbone}.json"]
+        model_file = options.model_file
+        if backbone != "nano":
+            parser = ConfigParser()
+            parser.read_config([str(BUNDLE / name) for name in configs])
+            parser["bundle_root"] = str(BUNDLE)
+            model_file = options.output / f"{backbone}_random.pt"
+            save_weights(parser.get_parsed_content("network_def"), model_file)
+        for slices in options.lengths:
+            queries = long_ct(options.output / f"ct_{slices}", slices)
+            command = [sys.executable, "-m", "monai.bundle", "run", "inferring", "--config_file", str(configs)]
+            command += ["--support_dir", str(support), "--dataset_dir", str(queries), "--model_file", str(model_file)]
+            command += ["--output_dir", str(options.output / f"{backbone}_{slices}"), "--progress", "False"]
+            with open(options.output / f"{backbone}_{slices}.log", "w") as log:
+                started = time.perf_counter()
+                child = subprocess.Popen(command, cwd=BUNDLE, stdout=log, stderr=log)
+                _, status, usage = os.wait4(child.pid, 0)
+            if status:
+                raise SystemExit(f"inferring failed, see {log.name}")
+            seconds = (time.perf_counter() - started) / slices
+            print(f"| {backbone} | {slices} | {seconds:.2f} | {usage.ru_maxrss / 1024:.0f} |", flush=True)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("datasets", nargs="*", help="name=folder")
@@ -176,6 +218,9 @@ def main() -> None:
     arguments.add_argument("--figures", type=int, default=4, help="cases with pictures in each report")
     arguments.add_argument("--output", type=Path, default=Path("out/volumes"))
     arguments.add_argument("--cost", action="store_true", help="measure cost in place of accuracy")
+    arguments.add_argument(
+        "--memory", action="store_true", help="measure the memory of whole runs"
+    )
     arguments.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
     arguments.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     arguments.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -184,10 +229,13 @@ def main() -> None:
         print(json.dumps(timed(options.child[0], int(options.child[1]))))
         return
     print(f"\n{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n", flush=True)
+    options.output = options.output.resolve()
     if options.cost:
         cost(options)
         return
-    options.output = options.output.resolve()
+    if options.memory:
+        memory(options)
+        return
     folders = {name: Path(folder).resolve() for name, folder in (entry.split("=", 1) for entry in options.datasets)}
     if not folders:
         folder = options.output / "phantoms"
