@@ -28,6 +28,7 @@ class Backbone:
 
     feature_norm: normalise each channel of the encoder's levels over the image. Without it, training from scratch lets
     the levels drift to large constant vectors, in which what differs between pixels drowns.
+    memory_pool: side of the square of places whose memory tokens are averaged into one.
     """
 
     package: str
@@ -37,11 +38,19 @@ class Backbone:
     prior_dim: int = 64
     normalization: str = "imagenet"
     feature_norm: bool = False
+    memory_pool: int = 2
 
 
 BACKBONES = {
     "nano": Backbone(
-        "sam2sgp.networks", "nano.yaml", None, prior_levels=2, prior_dim=32, normalization="instance", feature_norm=True
+        "sam2sgp.networks",
+        "nano.yaml",
+        None,
+        prior_levels=2,
+        prior_dim=32,
+        normalization="instance",
+        feature_norm=True,
+        memory_pool=1,
     ),
     "tiny": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_t.yaml", "sam2.1_hiera_tiny.pt"),
     "small": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_s.yaml", "sam2.1_hiera_small.pt"),

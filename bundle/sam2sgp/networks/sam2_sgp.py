@@ -22,6 +22,7 @@ from sam2sgp.networks.backbones import backbone as backbone_definition
 from sam2sgp.networks.backbones import build_sam2
 from sam2sgp.networks.lora import add_lora, split_qkv
 from sam2sgp.networks.mask_decoder import GuidedMaskDecoder
+from sam2sgp.networks.memory_attention import attend_to_memory, check_layout
 from sam2sgp.networks.refinement import Refinement
 from sam2sgp.networks.support_prior import SupportPrior
 from sam2sgp.networks.support_regression import SupportRegression
@@ -75,7 +76,7 @@ class ImageFeatures:
 class SupportMemory:
     """What the network needs of support items; leading dimensions (N, C) for a pool, (B, C, K) once selected.
 
-    tokens: (..., M, T) memory tokens, T = g * g.
+    tokens: (..., M, T / memory_pool^2) memory tokens, T = g * g.
     distance: (B, C, K) int64, how many slices away an item is in the query's own volume, 0 for items of the support
         set; None: all are of the support set.
     prior_key: (..., T, d), without the class dimension in a pool. prior_mask: (..., 16 T) in [0, 1].
@@ -192,9 +193,11 @@ class SAM2SGP(nn.Module):
         normalization: "imagenet" (fixed mean and deviation, which SAM2's weights expect), "instance" (each image to
             mean 0 and deviation 1) or "none"; None is the backbone's own.
         pma: pseudo-mask attention; switches `box`, `attention`, `dense`. With all off there is no second decoder.
+        memory_pool: side of the square of places whose memory tokens are averaged into one; 1 keeps all, as SAM2 does.
+            None is the backbone's own.
 
     Raises:
-        ConfigError: an unknown backbone or switch, or an impossible size.
+        ConfigError: an unknown backbone or switch, or an impossible size or pool.
         WeightsError: the checkpoint does not fit.
 
     Example:
@@ -215,6 +218,7 @@ class SAM2SGP(nn.Module):
         pma: dict | None = None,
         refinement: bool = True,
         normalization: str | None = None,
+        memory_pool: int | None = None,
     ) -> None:
         super().__init__()
         definition = backbone_definition(backbone)
@@ -229,6 +233,7 @@ class SAM2SGP(nn.Module):
             raise ConfigError(f"normalization is {normalization!r}: expected one of {', '.join(NORMALIZATIONS)}.")
 
         sam2 = build_sam2(backbone, image_size)
+        self.memory_pool = _pool_size(memory_pool or definition.memory_pool, image_size // sam2.backbone_stride)
         if checkpoint is not None:
             load_sam2_checkpoint(sam2, checkpoint, backbone)
         self.image_encoder = sam2.image_encoder
@@ -240,6 +245,7 @@ class SAM2SGP(nn.Module):
         self.prompt_encoder = sam2.sam_prompt_encoder
         self.memory_encoder = sam2.memory_encoder
         self.memory_attention = sam2.memory_attention
+        check_layout(self.memory_attention)
         # Support items are to the query what SAM2's conditioning frames are: temporal encoding number zero.
         self.memory_tpos = nn.Parameter(sam2.maskmem_tpos_enc.detach()[-1, 0, 0].clone())
         # Of slices of the same volume, by their distance: those of SAM2's earlier frames. Where they are not trained,
@@ -325,7 +331,7 @@ class SAM2SGP(nn.Module):
         image = features.embedding.repeat_interleave(classes, 0)
         tokens = self.memory_encoder(image, logits, skip_mask_sigmoid=True)["vision_features"]
         absent = (flat.flatten(1).amax(1) <= 0).to(tokens.dtype)[:, None, None, None]
-        tokens = tokens + absent * self.no_obj_embed[..., None, None]
+        tokens = F.avg_pool2d(tokens + absent * self.no_obj_embed[..., None, None], self.memory_pool)
         tokens = tokens.reshape(count, classes, tokens.shape[1], -1)
         if self.prior is None:
             return SupportMemory(tokens, None, None, None, None)
@@ -473,30 +479,24 @@ class SAM2SGP(nn.Module):
 
     def _condition(self, features: ImageFeatures, support: SupportMemory | None, classes: int) -> Tensor:
         """Embedding of every image and class (B * C, D, g, g) after memory attention over its support."""
-        embedding = features.embedding.repeat_interleave(classes, 0)
         if support is None:
+            embedding = features.embedding.repeat_interleave(classes, 0)
             return embedding + self.no_mem_embed.reshape(1, -1, 1, 1)
-        batch, _, items, width, count = support.tokens.shape
-        rows = batch * classes
-        memory = support.tokens.reshape(rows, items, width, count).permute(1, 3, 0, 2).flatten(0, 1)
         side = features.embedding.shape[-1]
-        grid = torch.empty(1, width, side, side, device=memory.device)
-        encoding = self.memory_encoder.position_encoding(grid).flatten(2).permute(2, 0, 1).to(memory.dtype)
-        memory_pos = encoding + self._temporal(support, rows)
-        memory_pos = memory_pos.flatten(0, 1)
-        current = embedding.flatten(2).permute(2, 0, 1)
-        current_pos = features.position.repeat_interleave(classes, 0).flatten(2).permute(2, 0, 1)
-        attended = self.memory_attention(current, memory, current_pos, memory_pos)
-        return attended.permute(1, 2, 0).reshape(embedding.shape)
+        grid = torch.empty(1, support.tokens.shape[3], side, side, device=support.tokens.device)
+        encoding = F.avg_pool2d(self.memory_encoder.position_encoding(grid), self.memory_pool).flatten(2)
+        position = encoding.to(support.tokens.dtype) + self._temporal(support)
+        return attend_to_memory(
+            self.memory_attention, features.embedding, features.position, support.tokens, position, self.memory_pool
+        )
 
-    def _temporal(self, support: SupportMemory, rows: int) -> Tensor:
-        """Temporal encoding (K, 1, rows, M) of each item; the farthest that SAM2 knows for what is farther."""
+    def _temporal(self, support: SupportMemory) -> Tensor:
+        """Temporal encoding (B, C, K, M, 1) of each item; the farthest that SAM2 knows for what is farther."""
         table = torch.cat([self.memory_tpos[None], self.frame_tpos])
-        items = support.tokens.shape[2]
-        if support.distance is None:
-            return table[0].expand(items, 1, rows, -1)
-        distance = support.distance.reshape(rows, items).T.clamp(max=len(self.frame_tpos))
-        return table[distance][:, None]
+        distance = support.distance
+        if distance is None:
+            distance = torch.zeros(support.tokens.shape[:3], dtype=torch.int64, device=table.device)
+        return table[distance.clamp(max=len(self.frame_tpos))][..., None]
 
     def _support_maps(self, features: ImageFeatures, support: SupportMemory | None) -> Tensor | None:
         """What the support says at the finest grid, (B * C, M, 4g, 4g); None without support or prior."""
@@ -544,6 +544,14 @@ def _square(values: Tensor) -> Tensor:
     """(N, M, P) on a square grid -> (N, M, p, p)."""
     side = round(values.shape[-1] ** 0.5)
     return values.unflatten(-1, (side, side))
+
+
+def _pool_size(pool: int, side: int) -> int:
+    if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1 or side % pool:
+        raise ConfigError(
+            f"memory_pool is {pool!r}: expected a number of places that divides the {side} along the memory's side."
+        )
+    return pool
 
 
 def _settings(name: str, defaults: dict, given: dict | None) -> dict:
