@@ -11,10 +11,11 @@ from inspect import signature
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from sam2.modeling.backbones.hieradet import Hiera
+from sam2.modeling.backbones.hieradet import Hiera, MultiScaleBlock
 from sam2.modeling.backbones.utils import PatchEmbed
 from sam2.modeling.sam2_base import SAM2Base
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sam2sgp.errors import ConfigError
 
@@ -65,6 +66,25 @@ class NanoHiera(Hiera):
     def __init__(self, embed_dim: int, **kwargs) -> None:
         super().__init__(embed_dim=embed_dim, **kwargs)
         self.patch_embed = PatchEmbed(kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), embed_dim=embed_dim)
+
+
+class CheckpointedBlock(MultiScaleBlock):
+    """A Hiera block of which the backward pass finds only the input, and computes the rest again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            return checkpoint(super().forward, x, use_reentrant=False)
+        return super().forward(x)
+
+
+def checkpoint_blocks(trunk: nn.Module) -> None:
+    """Make each block of a Hiera trunk, with LoRA or without, a `CheckpointedBlock`, in place.
+
+    Only the class of the blocks changes: a wrapper would change the names of all weights.
+    """
+    for module in trunk.modules():
+        if type(module) is MultiScaleBlock:
+            module.__class__ = CheckpointedBlock
 
 
 def backbone(name: str) -> Backbone:

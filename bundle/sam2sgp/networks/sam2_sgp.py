@@ -9,6 +9,7 @@ own, so that callers can cache it. Classes are a batch dimension from the suppor
 image whatever their number.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sam2sgp.errors import ConfigError
 from sam2sgp.networks.backbones import backbone as backbone_definition
-from sam2sgp.networks.backbones import build_sam2
+from sam2sgp.networks.backbones import build_sam2, checkpoint_blocks
 from sam2sgp.networks.lora import add_lora, split_qkv
 from sam2sgp.networks.mask_decoder import GuidedMaskDecoder
 from sam2sgp.networks.memory_attention import attend_to_memory, check_layout
@@ -195,6 +197,12 @@ class SAM2SGP(nn.Module):
         pma: pseudo-mask attention; switches `box`, `attention`, `dense`. With all off there is no second decoder.
         memory_pool: side of the square of places whose memory tokens are averaged into one; 1 keeps all, as SAM2 does.
             None is the backbone's own.
+        gradient_checkpointing: in training keep little of each image for the backward pass and compute the rest again,
+            image by image and block by block: about a third more time, a fraction of the memory, the same gradients.
+
+    Attributes:
+        trunk_cache: in training, (normalised images, trunk) -> the trunk's levels, instead of calling the trunk; only
+            for a trunk that is not trained, see `sam2sgp.engines.CachedFeatures`. None: none.
 
     Raises:
         ConfigError: an unknown backbone or switch, or an impossible size or pool.
@@ -219,6 +227,7 @@ class SAM2SGP(nn.Module):
         refinement: bool = True,
         normalization: str | None = None,
         memory_pool: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         definition = backbone_definition(backbone)
@@ -226,6 +235,8 @@ class SAM2SGP(nn.Module):
         pma = _settings("pma", PMA_DEFAULTS, pma)
         self.backbone = backbone
         self.image_size = image_size
+        self.gradient_checkpointing = gradient_checkpointing
+        self.trunk_cache: Callable[[Tensor, nn.Module], list[Tensor]] | None = None
         self.uses_box, self.uses_attention, self.uses_dense = pma["box"], pma["attention"], pma["dense"]
         has_pma = any(pma.values())
         self.normalization = normalization or definition.normalization
@@ -273,6 +284,8 @@ class SAM2SGP(nn.Module):
         self._freeze(freeze_encoder)
         if lora:
             self.image_encoder.trunk = add_lora(self.image_encoder.trunk, **lora)
+        if gradient_checkpointing:
+            checkpoint_blocks(self.image_encoder.trunk)
 
     def _freeze(self, freeze_encoder: bool) -> None:
         """Leave `requires_grad` only on what a training step reaches."""
@@ -294,15 +307,24 @@ class SAM2SGP(nn.Module):
                 f"The network expects images (B, 3, {self.image_size}, {self.image_size}), found "
                 f"{tuple(image.shape)}; resize them, or set `image_size`."
             )
-        out = self.image_encoder(self._normalize(image))
-        levels = out["backbone_fpn"][-3:]
+        levels, position = self._encoded(self._normalize(image))
         if self.feature_norms is not None:
             levels = [norm(level) for norm, level in zip(self.feature_norms, levels, strict=True)]
         fine, middle, embedding = levels
         levels = [embedding, middle, fine]
         key = None if self.prior is None else self.prior.keys(levels)
         pixels = None if self.regression is None else self.regression.features(levels)
-        return ImageFeatures(embedding, out["vision_pos_enc"][-1], (fine, middle), key, pixels)
+        return ImageFeatures(embedding, position, (fine, middle), key, pixels)
+
+    def _encoded(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The encoder's three levels of normalised images, the finest first, and the coarsest one's position."""
+        encoder = self.image_encoder
+        if self.trunk_cache is None or not self.training:
+            out = encoder(image)
+            return out["backbone_fpn"][-3:], out["vision_pos_enc"][-1]
+        levels, positions = encoder.neck(self.trunk_cache(image, encoder.trunk))
+        last = len(levels) - encoder.scalp
+        return levels[last - 3 : last], positions[last - 1]
 
     def _normalize(self, image: Tensor) -> Tensor:
         if self.normalization == "imagenet":
@@ -428,19 +450,39 @@ class SAM2SGP(nn.Module):
         Returns:
             Logits (B, C, S, S) in evaluation; in training a dict of `SGPOutput`'s fields for the loss.
         """
-        features = self.encode(image)
+        features = self._encode_all(image)
         support = None
         if support_label is not None:
             support_label, support_index = self._pool(support_label, support_index, len(image))
-            pool = features if support_image is None else self.encode(support_image.flatten(0, -4))
+            pool = features if support_image is None else self._encode_all(support_image.flatten(0, -4))
             support = self.encode_support(pool, support_label).select(support_index)
         if frame_index is None:
-            output = self.segment(features, support)
+            output = self._segment_all(features, support)
         else:
             output = self._segment_clips(features, support, frame_index, frame_distance)
         if self.training:
             return {field.name: getattr(output, field.name) for field in fields(output)}
         return output.logits
+
+    @property
+    def _checkpoints(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def _encode_all(self, image: Tensor) -> ImageFeatures:
+        """`encode`; with checkpoints, image by image."""
+        if not self._checkpoints:
+            return self.encode(image)
+        return ImageFeatures.concatenate([self.encode(one) for one in image.split(1)])
+
+    def _segment_all(self, features: ImageFeatures, support: SupportMemory | None) -> SGPOutput:
+        """`segment`; with checkpoints, image by image, of which the backward pass finds only the inputs."""
+        if not self._checkpoints:
+            return self.segment(features, support)
+        parts = []
+        for row in torch.arange(len(features), device=features.embedding.device).split(1):
+            own = None if support is None else support.rows(row)
+            parts.append(checkpoint(self.segment, features[row], own, use_reentrant=False))
+        return SGPOutput.concatenate(parts)
 
     def _segment_clips(
         self, features: ImageFeatures, support: SupportMemory, index: Tensor, distance: Tensor
@@ -450,7 +492,7 @@ class SAM2SGP(nn.Module):
         singles, clips = (torch.nonzero(rows)[:, 0] for rows in (~of_clip, of_clip))
         parts, order = [], []
         if len(singles):
-            parts.append(self.segment(features[singles], support.rows(singles)))
+            parts.append(self._segment_all(features[singles], support.rows(singles)))
             order.append(singles)
         if len(clips):
             own, own_support = features[clips], support.rows(clips)
@@ -462,7 +504,7 @@ class SAM2SGP(nn.Module):
             number[clips] = torch.arange(len(clips), device=index.device)
             frames = memory.select(number[index[clips]][:, None].expand(-1, classes, -1))
             frames = replace(frames, distance=distance[clips][:, None].expand(-1, classes, -1))
-            parts.append(self.segment(own, own_support.beside(frames)))
+            parts.append(self._segment_all(own, own_support.beside(frames)))
             order.append(clips)
         return SGPOutput.concatenate(parts).rows(torch.argsort(torch.cat(order)))
 
