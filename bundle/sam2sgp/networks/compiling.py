@@ -20,7 +20,9 @@ def compile_encoder(network: SAM2SGP) -> SAM2SGP:
     device = next(network.parameters()).device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        raise ConfigError(f"compile is set, but {device} has compute capability {found}: expected 7.0; set it to False.")
+        raise ConfigError(
+            f"compile is set, but {device} has compute capability {found}: expected 7.0; set it to False."
+        )
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise ConfigError("compile is set, which needs a C++ compiler on a CPU: install g++, or set it to False.")
     network.image_encoder.compile(dynamic=False)

@@ -4,9 +4,9 @@
 
 The layers and weights are SAM2's own, and with memory on the embedding's grid so is the result. What differs:
 
-- The memory may be on a coarser grid than the embedding (`SAM2SGP`'s `memory_pool`): a token then stands for a square of
-  places, and its rotary position is the square's centre. Attention to memory is the largest part of a query at 1024 px,
-  and falls with the square of the factor. Pooling it is EfficientTAM's idea (arXiv 2411.18933).
+- The memory may be on a coarser grid than the embedding (`SAM2SGP`'s `memory_pool`): a token then stands for a square
+  of places, and its rotary position is the square's centre. Attention to memory is the largest part of a query at
+  1024 px, and falls with the square of the factor. Pooling it is EfficientTAM's idea (arXiv 2411.18933).
 - Before the first attention to memory all classes of an image are the same, so that is computed once per image.
 - Rotations are real, not complex: exporters and compilers have no complex numbers.
 """
