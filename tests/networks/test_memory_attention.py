@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sam2sgp.errors import ConfigError
-from sam2sgp.networks import SAM2SGP
+from sam2sgp.networks import SAM2SGP, memory_attention
 from sam2sgp.networks.memory_attention import attend_to_memory, rotation
 
 SIZE = 64
@@ -75,3 +75,23 @@ def test_pooled_memory_is_read_at_its_places():
 def test_a_pool_that_does_not_divide_the_grid_is_an_error(pool):
     with pytest.raises(ConfigError, match="memory_pool"):
         network(memory_pool=pool)
+
+
+@torch.no_grad()
+def test_averaging_narrow_memory_first_changes_nothing(monkeypatch):
+    torch.manual_seed(0)
+    net = SAM2SGP("tiny", SIZE).eval()
+    side = SIZE // 16
+    embedding, position = torch.randn(2, 256, side, side), torch.randn(2, 256, side, side)
+    tokens, encoding = (torch.randn(2, 3, 4, 64, side**2) for _ in range(2))
+    averaged = []
+    own = memory_attention._average_first
+    monkeypatch.setattr(memory_attention, "_average_first", lambda *args: averaged.append(1) or own(*args))
+    monkeypatch.setattr(memory_attention, "WEIGHT_BYTES", 6 * 4 * 64 * 5)  # five queries at a time
+    arguments = (net.memory_attention, embedding, position, tokens, encoding)
+    found = attend_to_memory(*arguments)
+    assert len(averaged) == len(net.memory_attention.layers)
+    with torch.enable_grad():
+        expected = attend_to_memory(*arguments)
+    assert len(averaged) == len(net.memory_attention.layers)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

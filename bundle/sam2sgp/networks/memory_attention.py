@@ -8,6 +8,8 @@ The layers and weights are SAM2's own, and with memory on the embedding's grid s
   of places, and its rotary position is the square's centre. Attention to memory is the largest part of a query at
   1024 px, and falls with the square of the factor. Pooling it is EfficientTAM's idea (arXiv 2411.18933).
 - Before the first attention to memory all classes of an image are the same, so that is computed once per image.
+- Memory tokens are narrower than the values made of them, so on a CPU, where no gradient is needed, attention averages
+  the tokens and makes a value of the average: softmax(A) (m W + b) = (softmax(A) m) W + b.
 - Rotations are real, not complex: exporters and compilers have no complex numbers.
 """
 
@@ -21,6 +23,8 @@ from sam2sgp.errors import ConfigError
 
 # Of the positional encoding that SAM2 adds to the embedding.
 INPUT_ENCODING = 0.1
+# Of attention weights held at a time where they are held at all; what fits into a cache is fastest.
+WEIGHT_BYTES = 4 * 2**20
 
 
 def attend_to_memory(
@@ -65,10 +69,11 @@ def attend_to_memory(
 
 
 def check_layout(attention: MemoryAttention) -> None:
-    """Raise `ConfigError` unless positions enter a memory attention as in all of SAM 2.1's models."""
+    """Raise `ConfigError` unless a memory attention is put together as in all of SAM 2.1's models."""
     for layer in attention.layers:
-        if layer.pos_enc_at_attn or layer.pos_enc_at_cross_attn_queries or not layer.pos_enc_at_cross_attn_keys:
-            raise ConfigError("The backbone's memory attention adds positions where no model of SAM 2.1 does.")
+        positions = layer.pos_enc_at_attn, layer.pos_enc_at_cross_attn_queries, layer.pos_enc_at_cross_attn_keys
+        if positions != (False, False, True) or layer.activation_str != "relu":
+            raise ConfigError("The backbone's memory attention adds positions, or activates, as no model of SAM 2.1.")
 
 
 def rotation(side: int, pool: int, attention: RoPEAttention, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -105,10 +110,29 @@ def _attend(
     heads = attention.num_heads
     query = _rotated(_paired(attention.q_proj, query, heads), *at_query)
     key = _rotated(_paired(attention.k_proj, key, heads), *at_key)
+    if _averages_first(query, value):
+        return attention.out_proj(_average_first(attention, query, key, value).transpose(1, 2).flatten(2))
     value = attention.v_proj(value).unflatten(-1, (heads, -1)).transpose(1, 2)
     dropout = attention.dropout_p if attention.training else 0.0
     attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     return attention.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+def _averages_first(query: Tensor, memory: Tensor) -> bool:
+    """Whether that is exact and faster than PyTorch's fused attention, which takes values as wide as keys alone."""
+    if query.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return memory.shape[-1] < query.shape[-1]
+
+
+def _average_first(attention: RoPEAttention, query: Tensor, key: Tensor, memory: Tensor) -> Tensor:
+    """Attention of heads (R, h, T, d) to memory (R, L, M) through keys (R, h, L, d): (R, h, T, d)."""
+    rows, heads, length, dim = key.shape
+    count = max(1, WEIGHT_BYTES // (4 * rows * heads * length))
+    tokens, transposed = memory[:, None].expand(-1, heads, -1, -1), key.transpose(2, 3)
+    parts = [torch.softmax(part @ transposed, -1) @ tokens for part in (query * dim**-0.5).split(count, 2)]
+    weight, bias = (part.unflatten(0, (heads, -1)) for part in (attention.v_proj.weight, attention.v_proj.bias))
+    return torch.cat(parts, 2) @ weight.transpose(1, 2) + bias[:, None]
 
 
 def _paired(projection: torch.nn.Linear, values: Tensor, heads: int) -> Tensor:
@@ -131,4 +155,5 @@ def _rotated(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def _mlp(layer: MemoryAttentionLayer, values: Tensor) -> Tensor:
-    return layer.linear2(layer.dropout(layer.activation(layer.linear1(values))))
+    hidden = F.relu(layer.linear1(values), inplace=not torch.is_grad_enabled())
+    return layer.linear2(layer.dropout(hidden))
