@@ -1,23 +1,31 @@
 """What a query costs, stage by stage: time and peak memory over backbones, sizes, N, K and C, and the budgets.
 
-    python benchmarks/latency.py                      # the budgets' cases, then the budgets
-    python benchmarks/latency.py --backbones nano --sizes 128 --n 4 256 --k 4 --c 1 8 --threads 1
+    python benchmarks/latency.py                          # every budget
+    python benchmarks/latency.py --budgets encoder_512    # one of them, with the cases that it needs
+    python benchmarks/latency.py --backbones nano tiny small --sizes 256 512 1024 --n 4 256 --k 4 --c 1 8 --plot out.png
 
 N support images, K of them used per query, C classes. Each case runs in a process of its own, with a bank on disk that
 is warm: everything is encoded, as when a server has been running. A query is a new image each time; the figures are
-medians over the queries. Stages: `encode` (the image encoder), `retrieve` (similarities and choice), `read` (memory of
-the chosen items), `attention` (memory attention), `prior` (support prior and regression), `pseudo-mask` (the first
-decoder), `PMA` (the second one), `refinement`, `restore` (back to the image's own grid and class map), `second pass`
-(an object of 0.4 of the image's side is segmented again, with an encoder pass of its own). `query` is all but the last.
+medians over the queries. Stages: `load` (a PNG from disk to the network's grid), `encode` (the image encoder),
+`retrieve` (similarities and choice), `read` (memory of the chosen items), `attention` (memory attention), `prior`
+(support prior and regression), `pseudo-mask` (the first decoder), `PMA` (the second one), `refinement`, `restore` (back
+to the image's own grid and class map), `second pass` (an object of 0.4 of the image's side is segmented again, with an
+encoder pass of its own). `query` is all but the first and the last.
 
 `authors` is the design of the paper's code, from our own parts: support images and masks are encoded anew for every
-query, all N of them guide it, and nothing is kept. Next to the times stands what the machine can do: the encoder's
-multiplications and additions, counted by PyTorch, over the rate of a large matrix product of the same threads.
+query, all N of them guide it, memory is not pooled, and nothing is kept.
 
-Nano has the embedded weights, the others random ones: a time does not depend on them.
+Next to the times stands what the machine can do: the encoder's multiplications and additions, counted by PyTorch, over
+the rate of a large matrix product of the same threads; and the bytes of weights and support memory that a query reads,
+over the rate of a large copy.
+
+`--cpu_time` counts the processor's seconds instead of the clock's, for a machine that other jobs share; with one thread
+the two are the same on an idle one. Nano at 128 px has the embedded weights, all else random ones: a time does not
+depend on them.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -28,51 +36,122 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import asdict, astuple, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.transforms import Compose
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.support import SupportBank, SupportSampler
-from sam2sgp.transforms import Fit, label_map, to_three_channels
+from sam2sgp.transforms import (
+    Fit,
+    FitToSquared,
+    LoadCased,
+    ScaleIntensityByModalityd,
+    label_map,
+    to_three_channels,
+)
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "bundle" / "models" / "model.pt"
 EMBEDDED = "nano", 128
 OURS, AUTHORS = "ours", "authors"
-STAGES = ("encode", "retrieve", "read", "attention", "prior", "pseudo-mask", "PMA", "refinement", "restore")
+STAGES = ("load", "encode", "retrieve", "read", "attention", "prior", "pseudo-mask", "PMA", "refinement", "restore")
 SECOND = "second pass"
-# Backbone, size, N, K, C and design of the cases that the budgets need.
-BUDGET_CASES = (
-    ("nano", 128, 4, 4, 1, OURS),
-    ("nano", 128, 256, 4, 1, OURS),
-    ("nano", 128, 1024, 4, 1, OURS),
-    ("nano", 128, 4, 4, 8, OURS),
-    ("tiny", 512, 4, 4, 1, OURS),
-    ("tiny", 512, 32, 4, 1, OURS),
-    ("tiny", 512, 4, 4, 8, OURS),
-    ("tiny", 512, 4, 4, 1, AUTHORS),
-    ("tiny", 512, 32, 32, 1, AUTHORS),
-    ("tiny", 1024, 4, 4, 1, OURS),
-    ("tiny", 1024, 32, 4, 1, OURS),
-)
+BANK = "bank"
 MATRIX = 2048
+COPY_BYTES = 2**28
 REPEATS = 5
 # Share of the image's side that the object measures.
 OBJECT = 0.4
 # Side of an image before it was fitted to the network, over the network's.
 OWN_SIDE = 1.5
+# Items of the banks that are built and interrupted.
+BANKS = (64, 256)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured in a process of its own."""
+
+    backbone: str
+    size: int
+    n: int
+    k: int = 4
+    c: int = 1
+    design: str = OURS
+
+    def __str__(self) -> str:
+        return f"{self.backbone}, {self.size} px, N = {self.n}, K = {self.k}, C = {self.c}, {self.design}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A figure: `of` the first case `over` one of the second; without a second, the first case's alone in `unit`."""
+
+    what: str
+    limit: str
+    upper: Case
+    lower: Case | None = None
+    of: str = "query"
+    over: str = "query"
+    unit: float = 1.0
+
+    def value(self, results: "Results") -> float:
+        return results[self.upper][self.of] / (results[self.lower][self.over] if self.lower else self.unit)
+
+
+Results = dict[Case, dict[str, float]]
+
+
+def _against_the_authors(size: int, n: int, limit: str) -> Budget:
+    what = f"tiny, {size} px: the authors' design over ours, N = {n}"
+    return Budget(what, limit, Case("tiny", size, n, n, design=AUTHORS), Case("tiny", size, n))
+
+
+def _over_encoder(backbone: str, size: int, limit: str) -> Budget:
+    case = Case(backbone, size, 4)
+    return Budget(f"{backbone}, {size} px: query over its encoder pass, K = 4, C = 1", limit, case, case, over="encode")
+
+
+def _eight_classes(backbone: str, size: int) -> Budget:
+    one, eight = Case(backbone, size, 4), Case(backbone, size, 4, c=8)
+    return Budget(f"{backbone}, {size} px: eight classes over one", "<= 3", eight, one)
+
+
+def _flat(n: int) -> Budget:
+    return Budget(f"nano, 128 px: query at N = {n} over N = 4", "<= 1.05", Case("nano", 128, n), Case("nano", 128, 4))
+
+
+MEMORY_CASE = Case("tiny", 1024, 32)
+BUDGETS = {
+    "flat_256": _flat(256),
+    "flat_1024": _flat(1024),
+    "encoder_512": _over_encoder("tiny", 512, "<= 1.4"),
+    "encoder_1024": _over_encoder("tiny", 1024, "<= 1.7"),
+    "classes_512": _eight_classes("tiny", 512),
+    "classes_nano": _eight_classes("nano", 128),
+    "authors_512_4": _against_the_authors(512, 4, ">= 3"),
+    "authors_512_32": _against_the_authors(512, 32, ">= 20"),
+    "authors_1024_4": _against_the_authors(1024, 4, ">= 3"),
+    "authors_1024_32": _against_the_authors(1024, 32, ">= 20"),
+    "memory": Budget("tiny, 1024 px, N = 32: peak memory, GB", "<= 2.5", MEMORY_CASE, of="peak", unit=1e9 / 2**20),
+    "nano": Budget("nano, 128 px: query on one core, s", "<= 0.15", Case("nano", 128, 4)),
+}
 
 
 class Stopwatch:
     """Seconds spent in watched methods, by stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.seconds: dict[str, float] = defaultdict(float)
 
     def watch(self, owner: Any, name: str, stage: str) -> None:
@@ -80,11 +159,11 @@ class Stopwatch:
         method = getattr(owner, name)
 
         def timed(*args, **kwargs):
-            started = time.perf_counter()
+            started = self.clock()
             try:
                 return method(*args, **kwargs)
             finally:
-                self.seconds[stage] += time.perf_counter() - started
+                self.seconds[stage] += self.clock() - started
 
         setattr(owner, name, timed)
 
@@ -110,30 +189,45 @@ def labelled_image(size: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def support_case(number: int, size: int, classes: int) -> dict:
+    """What preprocessing makes of a support pair; made when it is asked for, so that N of them take no memory."""
+    torch.manual_seed(number)
     image, label = labelled_image(size, classes)
     own = {"name": str(number), "patient": str(number), "group": "", "label": label, "label_full": label}
     return {**own, "image": image, "image_full": image, "geometry": argparse.Namespace(spacing=None)}
 
 
-def build(backbone: str, size: int) -> SAM2SGP:
+def support_bank(n: int, size: int, classes: int, folder: str) -> SupportBank:
+    cases = [{"name": str(number), "patient": str(number), "group": "", "label": str(number)} for number in range(n)]
+    return SupportBank(
+        cases, lambda case: support_case(int(case["name"]), size, classes), progress=False, cache_dir=folder
+    )
+
+
+def build(backbone: str, size: int, memory_pool: int | None = None) -> SAM2SGP:
     torch.manual_seed(0)
-    network = SAM2SGP(backbone, size)
+    network = SAM2SGP(backbone, size, memory_pool=memory_pool)
     if (backbone, size) == EMBEDDED:
         load_weights(network, WEIGHTS)
     return network.eval()
 
 
-def ours(network: SAM2SGP, n: int, k: int, c: int, folder: str) -> tuple[Callable, dict[str, float]]:
+def own_grid(size: int, classes: int) -> tuple[Fit, Tensor, Tensor]:
+    """How an image of its own size fits the network; logits (1, C, H, W) of a disc there, and the image."""
+    own = int(OWN_SIDE * size)
+    found = (10 * disc(own) - 5).expand(1, classes, own, own)
+    return Fit.of((own, own), size), found, labelled_image(own, classes)[0]
+
+
+def ours(network: SAM2SGP, case: Case, folder: str, clock: Callable) -> tuple[Callable, dict[str, float]]:
     """A function that segments one image and gives the seconds of its stages, and what building the bank took."""
     size = network.image_size
-    cases = [support_case(number, size, c) for number in range(n)]
-    started = time.perf_counter()
-    bank = SupportBank(cases, lambda case: case, progress=False, cache_dir=folder)
+    started = clock()
+    bank = support_bank(case.n, size, case.c, f"{folder}/bank")
     with torch.no_grad():
         bank.encode(network)
-    built = {"build": (time.perf_counter() - started) / n}
-    inferer = SupportSetInferer(bank, SupportSampler(k=k), batch_size=1, region_below=0.7, object_gate=False)
-    watch = Stopwatch()
+    built = {"build": (clock() - started) / case.n}
+    inferer = SupportSetInferer(bank, SupportSampler(k=case.k), batch_size=1, region_below=0.7, object_gate=False)
+    watch = Stopwatch(clock)
     watch.watch(network, "encode", "encode")
     watch.watch(bank, "retrieve", "retrieve")
     watch.watch(bank, "select", "read")
@@ -142,157 +236,212 @@ def ours(network: SAM2SGP, n: int, k: int, c: int, folder: str) -> tuple[Callabl
     watch.watch(network.pmg_decoder, "forward", "pseudo-mask")
     watch.watch(network, "guide", "PMA")
     watch.watch(network.refinement, "forward", "refinement")
-    own = int(OWN_SIDE * size)
-    fit = Fit.of((own, own), size)
-    found = (10 * disc(own) - 5).expand(1, c, own, own)
-    full = labelled_image(own, c)[0]
+    fit, found, full = own_grid(size, case.c)
+    path = Path(folder, "query.png")
+    load = Compose([LoadCased("image"), ScaleIntensityByModalityd("image"), FitToSquared("image", size)])
 
-    def query(image: Tensor) -> dict[str, float]:
+    def query() -> dict[str, float]:
+        Image.fromarray((255 * labelled_image(full.shape[-1], 1)[0][0, 0]).byte().numpy()).save(path)
         watch.take()
-        started = time.perf_counter()
+        begun = clock()
+        image = load({"image": str(path), "group": ""})["image"][:, :1]
+        started = clock()
         (chunk,) = inferer.chunks(image, network)
-        segmented = time.perf_counter()
+        segmented = clock()
         label_map(fit.restore(chunk.output.logits))
-        seconds = {"query": time.perf_counter() - started, "restore": time.perf_counter() - segmented, **watch.take()}
-        started = time.perf_counter()
+        ended = clock()
+        seconds = {"load": started - begun, "query": ended - started, "restore": ended - segmented, **watch.take()}
+        started = clock()
         inferer.second_pass(found, full, network)
-        return {**seconds, SECOND: time.perf_counter() - started}
+        return {**seconds, SECOND: clock() - started}
 
     return query, built
 
 
-def authors(network: SAM2SGP, n: int, c: int) -> Callable:
+def authors(network: SAM2SGP, case: Case, clock: Callable) -> Callable:
     """Support images and masks go through the network with every query, and all of them guide it."""
     size = network.image_size
-    cases = [support_case(number, size, c) for number in range(n)]
-    images = to_three_channels(torch.cat([case["image"] for case in cases]))
-    labels = torch.cat([case["label"] for case in cases])
-    masks = torch.stack([labels == value for value in range(1, c + 1)], 1).float()
-    own = int(OWN_SIDE * size)
-    fit = Fit.of((own, own), size)
+    cases = [support_case(number, size, case.c) for number in range(case.n)]
+    images = to_three_channels(torch.cat([entry["image"] for entry in cases]))
+    labels = torch.cat([entry["label"] for entry in cases])
+    masks = torch.stack([labels == value for value in range(1, case.c + 1)], 1).float()
+    fit = own_grid(size, 1)[0]
 
-    def query(image: Tensor) -> dict[str, float]:
-        started = time.perf_counter()
+    def query() -> dict[str, float]:
+        image = labelled_image(size, case.c)[0]
+        started = clock()
         logits = network(to_three_channels(image), images, masks)
         label_map(fit.restore(logits))
-        return {"query": time.perf_counter() - started}
+        return {"query": clock() - started}
 
     return query
 
 
-def encoder_floor(network: SAM2SGP) -> dict[str, float]:
-    """Operations of an encoder pass, and the seconds they take at the rate of a large matrix product."""
+def machine_limits(network: SAM2SGP, case: Case, clock: Callable) -> dict[str, float]:
+    """Operations of an encoder pass and bytes that a query reads; the seconds of both at the machine's own rates."""
     image = torch.rand(1, 3, network.image_size, network.image_size)
     with FlopCounterMode(display=False) as counter:
-        network.encode(image)
+        features = network.encode(image)
+    memory = network.encode_support(features, torch.zeros(1, case.c, *image.shape[-2:]))
+    support = sum(value.nbytes for value in vars(memory).values() if value is not None) * case.k
+    read = support + sum(parameter.nbytes for parameter in network.parameters())
     left, right = torch.rand(2, MATRIX, MATRIX)
-    seconds = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - started)
+    source = torch.zeros(COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    product, copy = (
+        min(timed(work, clock) for _ in range(REPEATS)) for work in (lambda: left @ right, lambda: target.copy_(source))
+    )
     operations = counter.get_total_flops()
-    return {"operations": operations, "floor": operations * min(seconds) / (2 * MATRIX**3)}
+    return {
+        "operations": operations,
+        "floor": operations * product / (2 * MATRIX**3),
+        "read_floor": read * copy / (2 * COPY_BYTES),
+    }
+
+
+def timed(work: Callable, clock: Callable) -> float:
+    started = clock()
+    work()
+    return clock() - started
 
 
 @torch.inference_mode()
-def measure(backbone: str, size: int, n: int, k: int, c: int, design: str, queries: int) -> dict[str, float]:
-    """Medians in seconds by stage, `peak` in MiB and the encoder's floor; for a process of its own."""
-    network = build(backbone, size)
-    floor = encoder_floor(network)
+def measure(case: Case, queries: int, memory_pool: int | None = None, cpu_time: bool = False) -> dict[str, float]:
+    """Medians in seconds by stage, `peak` in MiB and the machine's limits; for a process of its own."""
+    clock = time.process_time if cpu_time else time.perf_counter
+    network = build(case.backbone, case.size, 1 if case.design == AUTHORS else memory_pool)
     with tempfile.TemporaryDirectory() as folder:
-        if design == OURS:
-            query, built = ours(network, n, k, c, folder)
+        if case.design == OURS:
+            query, built = ours(network, case, folder, clock)
         else:
-            query, built = authors(network, n, c), {}
-        query(labelled_image(size, c)[0])
-        taken = [query(labelled_image(size, c)[0]) for _ in range(queries)]
+            query, built = authors(network, case, clock), {}
+        if queries > 1:
+            query()
+        taken = [query() for _ in range(queries)]
     medians = {stage: statistics.median(entry.get(stage, 0.0) for entry in taken) for stage in taken[0]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {**medians, **floor, **built, "peak": peak}
+    return {**medians, **built, "peak": peak, **machine_limits(network, case, clock)}
 
 
-def in_a_process(case: Sequence, options: argparse.Namespace) -> dict[str, float]:
-    settings = json.dumps([*case, options.queries])
+@torch.no_grad()
+def build_banks(clock: Callable) -> None:
+    """Print what banks cost per item, and the encoder passes of one whose building is interrupted half-way."""
+    print("| items | s per item | encoder passes, in one go | interrupted at the half, and resumed |")
+    print("| --- | --- | --- | --- |")
+    for n in BANKS:
+        with tempfile.TemporaryDirectory() as folder:
+            passes, seconds = [], 0.0
+            for limits in ((n,), (n // 2, n)):
+                network = build(*EMBEDDED)
+                encode, done = network.encode, [0]
+                for limit in limits:
+
+                    def counted(image: Tensor, encode=encode, done=done, limit=limit):
+                        if done[0] == limit:
+                            raise KeyboardInterrupt
+                        done[0] += len(image)
+                        return encode(image)
+
+                    network.encode = counted
+                    started = clock()
+                    try:
+                        support_bank(n, network.image_size, 1, f"{folder}/{len(limits)}").encode(network)
+                    except KeyboardInterrupt:
+                        continue
+                    seconds = seconds or clock() - started
+                passes.append(done[0])
+        print(f"| {n} | {seconds / n:.4f} | {passes[0]} | {passes[1]} |", flush=True)
+
+
+def in_a_process(case: Case, options: argparse.Namespace) -> dict[str, float]:
+    # The authors' design takes minutes a query.
+    queries = 1 if case.design == AUTHORS and case.n > 4 else options.queries
+    settings = json.dumps([asdict(case), queries, options.memory_pool, options.cpu_time])
     child = [sys.executable, __file__, "--child", settings, "--threads", str(options.threads)]
     return json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def table(results: dict[tuple, dict[str, float]]) -> None:
+def table(results: Results) -> None:
     stages = ["query", *STAGES, SECOND]
     print("| backbone | px | N | K | C | design | " + " | ".join(f"{stage}, ms" for stage in stages), end="")
-    print(" | encoder floor, ms | bank, ms per item | peak, MiB |")
-    print("|" + " --- |" * (9 + len(stages)))
+    print(" | encoder's operations, G | their floor, ms | reading floor, ms | bank, ms per item | peak, MiB |")
+    print("|" + " --- |" * (11 + len(stages)))
     for case, found in results.items():
         cells = [f"{1000 * found[stage]:.1f}" if stage in found else "" for stage in stages]
-        cells += [f"{1000 * found['floor']:.1f}", f"{1000 * found['build']:.1f}" if "build" in found else ""]
-        print("|", " | ".join([*map(str, case), *cells, f"{found['peak']:.0f}"]), "|")
+        cells += [f"{found['operations'] / 1e9:.1f}", *(f"{1000 * found[key]:.1f}" for key in ("floor", "read_floor"))]
+        cells.append(f"{1000 * found['build']:.1f}" if "build" in found else "")
+        print("|", " | ".join([*map(str, astuple(case)), *cells, f"{found['peak']:.0f}"]), "|")
 
 
-def budgets(results: dict[tuple, dict[str, float]]) -> list[tuple[str, float, str]]:
-    """What is budgeted, the figure, and the budget; those whose cases were measured."""
-    rows = []
+def plot(results: Results, path: Path) -> None:
+    """Bars of the stages, a row per case."""
+    import matplotlib
 
-    def ratio(name: str, upper: tuple, lower: tuple, budget: str, of: str = "query", over: str = "query") -> None:
-        if upper in results and lower in results:
-            rows.append((name, results[upper][of] / results[lower][over], budget))
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-    nano, tiny, large = ("nano", 128), ("tiny", 512), ("tiny", 1024)
-    for n in (256, 1024):
-        ratio(f"nano: query at N = {n} over N = 4", (*nano, n, 4, 1, OURS), (*nano, 4, 4, 1, OURS), "<= 1.05")
-    for shape, budget in ((nano, "none"), (tiny, "<= 1.4"), (large, "<= 1.7")):
-        case = (*shape, 4, 4, 1, OURS)
-        name = f"{shape[0]} at {shape[1]} px: query over its encoder pass, K = 4, C = 1"
-        ratio(name, case, case, budget, over="encode")
-    for shape in (nano, tiny):
-        name = f"{shape[0]} at {shape[1]} px: eight classes over one"
-        ratio(name, (*shape, 4, 4, 8, OURS), (*shape, 4, 4, 1, OURS), "<= 3")
-    for shape in (tiny, large):
-        for n, budget in ((4, ">= 3"), (32, ">= 20")):
-            name = f"{shape[0]} at {shape[1]} px: the authors' design over ours at N = {n}"
-            ratio(name, (*shape, n, n, 1, AUTHORS), (*shape, n, 4, 1, OURS), budget)
-    case = (*large, 32, 4, 1, OURS)
-    if case in results:
-        rows.append(("tiny at 1024 px, N = 32: peak memory, GiB", results[case]["peak"] / 1024, "<= 2.5"))
-    case = (*nano, 4, 4, 1, OURS)
-    if case in results:
-        rows.append(("nano at 128 px: query at K = 4, s", results[case]["query"], "<= 0.15 on one core"))
-        whole = results[case]["query"] + results[case][SECOND]
-        rows.append(("nano at 128 px: query at K = 4 with second pass, s", whole, "<= 0.15 on one core"))
-    return rows
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(results) + 1.5), layout="constrained")
+    names = [str(case) for case in results]
+    left = [0.0] * len(results)
+    for stage in STAGES:
+        values = [1000 * found.get(stage, 0.0) for found in results.values()]
+        axes.barh(names, values, left=left, label=stage)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    whole = [1000 * found["query"] if "encode" not in found else 0.0 for found in results.values()]
+    axes.barh(names, whole, left=left, color="0.6", label="all (authors)")
+    axes.invert_yaxis()
+    axes.set_xscale("symlog", linthresh=10)
+    axes.set_xlabel("ms per query")
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--backbones", nargs="+", help="instead of the budgets' cases: all combinations of these")
+    arguments.add_argument("--budgets", nargs="*", choices=[*BUDGETS, BANK], help="only these; none: all")
+    arguments.add_argument("--backbones", nargs="+", help="instead of budgets: all combinations of these")
     arguments.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
     arguments.add_argument("--n", type=int, nargs="+", default=[4])
     arguments.add_argument("--k", type=int, nargs="+", default=[4])
     arguments.add_argument("--c", type=int, nargs="+", default=[1])
     arguments.add_argument("--designs", nargs="+", default=[OURS], choices=[OURS, AUTHORS])
+    arguments.add_argument("--memory_pool", type=int, help="of our design; none: the backbone's own")
     arguments.add_argument("--queries", type=int, default=7, help="timed queries of each case")
+    arguments.add_argument("--cpu_time", action="store_true")
+    arguments.add_argument("--plot", type=Path, help="where to draw the stages")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--child", help=argparse.SUPPRESS)
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     if options.child:
-        print(json.dumps(measure(*json.loads(options.child))))
+        case, *settings = json.loads(options.child)
+        print(json.dumps(measure(Case(**case), *settings)))
         return
-    cases = list(BUDGET_CASES)
-    if options.backbones:
-        shapes = [(b, s) for b in options.backbones for s in options.sizes]
-        loads = [(n, k, c) for n in options.n for k in options.k for c in options.c if k <= n]
-        cases = [(*shape, *load, design) for shape in shapes for load in loads for design in options.designs]
+    chosen = [] if options.backbones else options.budgets or [*BUDGETS, BANK]
+    budgets = [BUDGETS[name] for name in chosen if name != BANK]
+    cases = dict.fromkeys(case for budget in budgets for case in (budget.lower, budget.upper) if case is not None)
+    for backbone, size, n, k, c, design in itertools.product(
+        options.backbones or [], options.sizes, options.n, options.k, options.c, options.designs
+    ):
+        if k <= n:
+            cases[Case(backbone, size, n, n if design == AUTHORS else k, c, design)] = None
     print(f"\n{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", end="")
-    print(f", {options.threads} threads\n", flush=True)
-    results = {}
+    print(f", {options.threads} threads, {'processor' if options.cpu_time else 'clock'} time\n", flush=True)
+    results: Results = {}
     for case in cases:
         results[case] = in_a_process(case, options)
         print(f"{case}: {results[case]['query']:.3f} s", file=sys.stderr, flush=True)
-    table(results)
-    print("\n| what | measured | budget |\n| --- | --- | --- |")
-    for name, value, budget in budgets(results):
-        print(f"| {name} | {value:.3f} | {budget} |")
+    if results:
+        table(results)
+    if budgets:
+        print("\n| what | measured | budget |\n| --- | --- | --- |")
+    for budget in budgets:
+        print(f"| {budget.what} | {budget.value(results):.3f} | {budget.limit} |")
+    if BANK in chosen:
+        print()
+        build_banks(time.process_time if options.cpu_time else time.perf_counter)
+    if options.plot:
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

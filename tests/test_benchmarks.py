@@ -163,19 +163,68 @@ def test_the_cost_of_a_slice_is_measured(script):
 
 def test_latency_measures_every_stage_and_both_designs(script, monkeypatch):
     latency = script("latency")
+    monkeypatch.setattr(latency, "COPY_BYTES", 2**20)
     encoded = []
     encode = SAM2SGP.encode
     monkeypatch.setattr(SAM2SGP, "encode", lambda network, image: encoded.append(len(image)) or encode(network, image))
     found = {}
     for design in (latency.OURS, latency.AUTHORS):
         encoded.clear()
-        found[design] = latency.measure("nano", 64, 4, 2, 1, design, queries=2)
+        found[design] = latency.measure(latency.Case("nano", 64, 4, 2, 1, design), queries=2)
         # One pass measures the encoder's operations. Ours then encodes the support set once, and per query the image
         # and the region of its second pass, after four regions once; theirs the support set with every query.
         expected = {latency.OURS: 1 + 4 + 3 * 2 + 4, latency.AUTHORS: 1 + 3 * (1 + 4)}
         assert sum(encoded) == expected[design]
     assert all(found[latency.OURS][stage] > 0 for stage in (*latency.STAGES, latency.SECOND))
     assert found[latency.AUTHORS].keys() & set(latency.STAGES) == set()
+
+
+def test_a_budget_is_a_ratio_of_its_two_cases(script, capsys, tmp_path):
+    latency = script("latency")
+    results = {}
+    for number, budget in enumerate(latency.BUDGETS.values()):
+        for case in (budget.upper, budget.lower):
+            if case is not None:
+                stages = {stage: 0.25 for stage in latency.STAGES}
+                shown = stages if case.design == latency.OURS else {}
+                limits = {"operations": 1e9, "floor": 0.1, "read_floor": 0.1}
+                results[case] = {**shown, **limits, "query": number + 1.0, "peak": 2**20 / 1e3}
+    memory, encoder = latency.BUDGETS["memory"], latency.BUDGETS["encoder_512"]
+    assert memory.value(results) == pytest.approx(2**40 / 1e12)
+    assert encoder.value(results) == results[encoder.upper]["query"] / 0.25
+    latency.table(results)
+    assert capsys.readouterr().out.count("\n") == 2 + len(results)
+    latency.plot(results, tmp_path / "stages.png")
+    assert (tmp_path / "stages.png").stat().st_size > 1000
+
+
+def test_an_interrupted_bank_encodes_each_item_once(script, monkeypatch, capsys):
+    latency = script("latency")
+    monkeypatch.setattr(latency, "EMBEDDED", ("nano", 64))
+    monkeypatch.setattr(latency, "WEIGHTS", None)
+    monkeypatch.setattr(latency, "load_weights", lambda *_: None)
+    monkeypatch.setattr(latency, "BANKS", (4,))
+    latency.build_banks(lambda: 0.0)
+    assert capsys.readouterr().out.splitlines()[-1] == "| 4 | 0.0000 | 4 | 4 |"
+
+
+def test_without_a_gpu_its_benchmark_says_so_and_succeeds(script, monkeypatch, capsys):
+    gpu = script("gpu")
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    gpu.main()
+    assert capsys.readouterr().out == "PyTorch sees no GPU here, so there is nothing to measure.\n"
+
+
+def test_our_attention_agrees_with_sam2s_module_and_pooled_memory_does_not(script, data, monkeypatch, capsys):
+    agreement = script("agreement")
+    command = ["agreement.py", f"pictures={data / 'pictures'}", "--image_size", "64", "--queries", "2", "--k", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--variants", "attention", "memory_pool 2"])
+    monkeypatch.setattr(agreement, "SUPPORT_PATIENTS", 2)
+    agreement.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[2] for row in rows] == ["attention", "memory_pool 2"]
+    assert float(rows[0][4]) > 0.999 > float(rows[1][4])
 
 
 def test_strategies_are_compared_and_not_repeated(script, data, tmp_path, monkeypatch, capsys):

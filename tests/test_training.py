@@ -116,3 +116,17 @@ def test_switches_that_are_no_booleans_are_refused(phantoms, tmp_path, setting):
         train(phantoms, tmp_path, **setting)
     cause = cause_of(caught.value)
     assert isinstance(cause, ConfigError) and "capital letter" in str(cause)
+
+
+def test_cached_features_and_checkpoints_leave_the_losses_as_they_are(phantoms, tmp_path):
+    frozen = {"freeze_encoder": True, "augmentation_variants": 1, "max_epochs": 1}
+    train(phantoms, tmp_path / "plain", **frozen)
+    train(phantoms, tmp_path / "cached", **frozen, feature_cache=True, gradient_checkpointing=True)
+    found, expected = losses(tmp_path / "cached"), losses(tmp_path / "plain")
+    assert found.keys() == expected.keys()
+    assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-4)
+    assert list((tmp_path / "cached" / "cache" / "features" / "trunk").iterdir())
+    assert not (tmp_path / "plain" / "cache" / "features").exists()
+    with pytest.raises(Exception) as caught:
+        train(phantoms, tmp_path / "refused", **{**frozen, "augmentation_variants": None}, feature_cache=True)
+    assert isinstance(cause_of(caught.value), ConfigError) and "augmentation_variants" in str(cause_of(caught.value))

@@ -278,3 +278,34 @@ def test_a_clip_trains_the_temporal_encoding_of_its_distance(images):
     net(images, **arguments, frame_index=frames, frame_distance=2 * frames.new_ones(5, 1))["logits"].sum().backward()
     moved = net.frame_tpos.grad.abs().amax(1) > 0
     assert moved.tolist() == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": {"r": 2, "alpha": 4}, "freeze_encoder": True}])
+def test_checkpoints_keep_the_gradients_and_little_of_each_image(images, settings, monkeypatch):
+    frames = torch.tensor([[1], [0], [-1], [-1], [-1]])
+    arguments = {**episode(images), "frame_index": frames, "frame_distance": frames.new_ones(5, 1)}
+    plain = network(**settings)
+    nets = [network(gradient_checkpointing=True, **settings) for _ in range(2)]
+    kept, gradients = [], []
+    for net, without in ((plain, False), (nets[0], False), (nets[1], True)):
+        if without:  # the same computation, image by image, with all of it kept
+            for module in ("sam2_sgp", "backbones"):
+                monkeypatch.setattr(f"sam2sgp.networks.{module}.checkpoint", lambda f, *args, use_reentrant: f(*args))
+        weights = {parameter.data_ptr() for parameter in net.parameters()}
+        saved: dict[int, int] = {}
+
+        def keep(tensor, saved=saved, weights=weights):
+            if tensor.data_ptr() not in weights:
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = SGPLoss()(net.train()(images, **arguments), arguments["support_label"])
+        kept.append(sum(saved.values()))
+        loss.backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    assert len(gradients[1]) > 50
+    torch.testing.assert_close(gradients[1], gradients[2], rtol=0, atol=0)
+    assert gradients[0].keys() == gradients[1].keys()
+    assert kept[1] < 0.5 * kept[0], kept
+    torch.testing.assert_close(nets[0].eval()(images, **arguments), plain.eval()(images, **arguments))

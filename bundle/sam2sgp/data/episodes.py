@@ -51,11 +51,13 @@ class EpisodeDataset(Dataset):
         clip_probability: share of episodes whose images are clips, where volumes are long enough.
         clip_length: slices L of a clip, at least 2; an episode holds G // L clips, and single slices for the rest.
         clip_stride: distance between two slices of a clip.
+        augmentation_variants: every slice comes in only so many forms, each drawn once for all epochs; None: in a new
+            one each time.
         seed: of all random choices.
         progress: show a bar while cases are prepared.
 
     Raises:
-        ConfigError: fewer than two clips fit into an episode.
+        ConfigError: fewer than two clips fit into an episode, or the number of variants is below 1.
         DataError: no class is present in images of two patients, so that no query could have a support.
     """
 
@@ -74,6 +76,7 @@ class EpisodeDataset(Dataset):
         clip_probability: float = 0.0,
         clip_length: int = 3,
         clip_stride: int = 1,
+        augmentation_variants: int | None = None,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
@@ -82,6 +85,8 @@ class EpisodeDataset(Dataset):
                 f"clip_length, clip_stride are {clip_length}, {clip_stride}: expected two clips to fit into the "
                 f"{group_size} images of an episode, each of at least two slices; or set clip_probability to 0."
             )
+        if augmentation_variants is not None and augmentation_variants < 1:
+            raise ConfigError(f"augmentation_variants is {augmentation_variants}: expected at least 1, or None.")
         self.data = data
         self.transform = transform
         self.cache = CaseCache(cache_dir, transform)
@@ -95,6 +100,7 @@ class EpisodeDataset(Dataset):
         self.clip_probability = clip_probability
         self.clip_length = clip_length
         self.clip_stride = clip_stride
+        self.augmentation_variants = augmentation_variants
         self.seed = seed
         # tasks[group][class value][patient] lists (case, slice); slices[group][patient] lists all with their classes.
         self.tasks: dict[str, dict[int, dict[str, list]]] = {}
@@ -137,6 +143,11 @@ class EpisodeDataset(Dataset):
     def __len__(self) -> int:
         return self.episodes
 
+    @property
+    def images_repeat(self) -> bool:
+        """Whether the same slice comes again as the very same image."""
+        return self.augmentation_variants is not None or not (self.task_augmentation or self.augmentation)
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Episode `index` (any non-negative number, see `EpisodeSampler`).
 
@@ -151,6 +162,11 @@ class EpisodeDataset(Dataset):
         pairs, patients, places = self._pairs(rng, index)
         # The slices of a clip are changed alike.
         own_seeds = [int(rng.integers(2**31)) for _ in pairs]
+        if self.augmentation_variants is not None:
+            # Patients still differ within a variant, as images do in an episode without variants.
+            task_seed %= self.augmentation_variants
+            generators = [np.random.default_rng([self.seed, task_seed, patient]) for patient in patients]
+            own_seeds = [int(generator.integers(2**31)) for generator in generators]
         images, labels = [], []
         for (image, label), (clip, _) in zip(pairs, places, strict=True):
             sample = {"image": image, "label": label}

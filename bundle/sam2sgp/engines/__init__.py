@@ -1,6 +1,7 @@
 """Training and evaluation engines' parts: loss, batch preparation, evaluator and handlers."""
 
 from sam2sgp.engines.evaluator import EpisodeDice, QueryDataset, QueryEvaluator, class_maps, first
+from sam2sgp.engines.features import CachedFeatures, TrunkCache
 from sam2sgp.engines.handlers import (
     EpochStart,
     GradientClipping,
@@ -15,6 +16,7 @@ from sam2sgp.engines.prepare import PrepareEpisodes
 from sam2sgp.engines.results import ResultWriter
 
 __all__ = [
+    "CachedFeatures",
     "EpisodeDice",
     "EpochStart",
     "GradientClipping",
@@ -27,6 +29,7 @@ __all__ = [
     "ResumableCheckpoint",
     "SGPLoss",
     "TrainingProgress",
+    "TrunkCache",
     "class_maps",
     "first",
     "growing_average",

@@ -1,6 +1,7 @@
 """The SAM2-SGP network, its parts and its weights."""
 
 from sam2sgp.networks.backbones import BACKBONES, build_sam2
+from sam2sgp.networks.compiling import compile_encoder
 from sam2sgp.networks.lora import load_lora
 from sam2sgp.networks.sam2_sgp import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.networks.weights import (
@@ -20,6 +21,7 @@ __all__ = [
     "SGPOutput",
     "SupportMemory",
     "build_sam2",
+    "compile_encoder",
     "fetch_checkpoint",
     "identify_backbone",
     "load_lora",

@@ -11,10 +11,11 @@ from inspect import signature
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from sam2.modeling.backbones.hieradet import Hiera
+from sam2.modeling.backbones.hieradet import Hiera, MultiScaleBlock
 from sam2.modeling.backbones.utils import PatchEmbed
 from sam2.modeling.sam2_base import SAM2Base
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sam2sgp.errors import ConfigError
 
@@ -28,6 +29,7 @@ class Backbone:
 
     feature_norm: normalise each channel of the encoder's levels over the image. Without it, training from scratch lets
     the levels drift to large constant vectors, in which what differs between pixels drowns.
+    memory_pool: side of the square of places whose memory tokens are averaged into one.
     """
 
     package: str
@@ -37,11 +39,19 @@ class Backbone:
     prior_dim: int = 64
     normalization: str = "imagenet"
     feature_norm: bool = False
+    memory_pool: int = 2
 
 
 BACKBONES = {
     "nano": Backbone(
-        "sam2sgp.networks", "nano.yaml", None, prior_levels=2, prior_dim=32, normalization="instance", feature_norm=True
+        "sam2sgp.networks",
+        "nano.yaml",
+        None,
+        prior_levels=2,
+        prior_dim=32,
+        normalization="instance",
+        feature_norm=True,
+        memory_pool=1,
     ),
     "tiny": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_t.yaml", "sam2.1_hiera_tiny.pt"),
     "small": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_s.yaml", "sam2.1_hiera_small.pt"),
@@ -56,6 +66,25 @@ class NanoHiera(Hiera):
     def __init__(self, embed_dim: int, **kwargs) -> None:
         super().__init__(embed_dim=embed_dim, **kwargs)
         self.patch_embed = PatchEmbed(kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), embed_dim=embed_dim)
+
+
+class CheckpointedBlock(MultiScaleBlock):
+    """A Hiera block of which the backward pass finds only the input, and computes the rest again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            return checkpoint(super().forward, x, use_reentrant=False)
+        return super().forward(x)
+
+
+def checkpoint_blocks(trunk: nn.Module) -> None:
+    """Make each block of a Hiera trunk, with LoRA or without, a `CheckpointedBlock`, in place.
+
+    Only the class of the blocks changes: a wrapper would change the names of all weights.
+    """
+    for module in trunk.modules():
+        if type(module) is MultiScaleBlock:
+            module.__class__ = CheckpointedBlock
 
 
 def backbone(name: str) -> Backbone:

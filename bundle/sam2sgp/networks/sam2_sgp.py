@@ -9,6 +9,7 @@ own, so that callers can cache it. Classes are a batch dimension from the suppor
 image whatever their number.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sam2sgp.errors import ConfigError
 from sam2sgp.networks.backbones import backbone as backbone_definition
-from sam2sgp.networks.backbones import build_sam2
+from sam2sgp.networks.backbones import build_sam2, checkpoint_blocks
 from sam2sgp.networks.lora import add_lora, split_qkv
 from sam2sgp.networks.mask_decoder import GuidedMaskDecoder
+from sam2sgp.networks.memory_attention import attend_to_memory, check_layout
 from sam2sgp.networks.refinement import Refinement
 from sam2sgp.networks.support_prior import SupportPrior
 from sam2sgp.networks.support_regression import SupportRegression
@@ -75,7 +78,7 @@ class ImageFeatures:
 class SupportMemory:
     """What the network needs of support items; leading dimensions (N, C) for a pool, (B, C, K) once selected.
 
-    tokens: (..., M, T) memory tokens, T = g * g.
+    tokens: (..., M, T / memory_pool^2) memory tokens, T = g * g.
     distance: (B, C, K) int64, how many slices away an item is in the query's own volume, 0 for items of the support
         set; None: all are of the support set.
     prior_key: (..., T, d), without the class dimension in a pool. prior_mask: (..., 16 T) in [0, 1].
@@ -192,9 +195,17 @@ class SAM2SGP(nn.Module):
         normalization: "imagenet" (fixed mean and deviation, which SAM2's weights expect), "instance" (each image to
             mean 0 and deviation 1) or "none"; None is the backbone's own.
         pma: pseudo-mask attention; switches `box`, `attention`, `dense`. With all off there is no second decoder.
+        memory_pool: side of the square of places whose memory tokens are averaged into one; 1 keeps all, as SAM2 does.
+            None is the backbone's own.
+        gradient_checkpointing: in training keep little of each image for the backward pass and compute the rest again,
+            image by image and block by block: about a third more time, a fraction of the memory, the same gradients.
+
+    Attributes:
+        trunk_cache: in training, (normalised images, trunk) -> the trunk's levels, instead of calling the trunk; only
+            for a trunk that is not trained, see `sam2sgp.engines.CachedFeatures`. None: none.
 
     Raises:
-        ConfigError: an unknown backbone or switch, or an impossible size.
+        ConfigError: an unknown backbone or switch, or an impossible size or pool.
         WeightsError: the checkpoint does not fit.
 
     Example:
@@ -215,6 +226,8 @@ class SAM2SGP(nn.Module):
         pma: dict | None = None,
         refinement: bool = True,
         normalization: str | None = None,
+        memory_pool: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         definition = backbone_definition(backbone)
@@ -222,6 +235,8 @@ class SAM2SGP(nn.Module):
         pma = _settings("pma", PMA_DEFAULTS, pma)
         self.backbone = backbone
         self.image_size = image_size
+        self.gradient_checkpointing = gradient_checkpointing
+        self.trunk_cache: Callable[[Tensor, nn.Module], list[Tensor]] | None = None
         self.uses_box, self.uses_attention, self.uses_dense = pma["box"], pma["attention"], pma["dense"]
         has_pma = any(pma.values())
         self.normalization = normalization or definition.normalization
@@ -229,6 +244,7 @@ class SAM2SGP(nn.Module):
             raise ConfigError(f"normalization is {normalization!r}: expected one of {', '.join(NORMALIZATIONS)}.")
 
         sam2 = build_sam2(backbone, image_size)
+        self.memory_pool = _pool_size(memory_pool or definition.memory_pool, image_size // sam2.backbone_stride)
         if checkpoint is not None:
             load_sam2_checkpoint(sam2, checkpoint, backbone)
         self.image_encoder = sam2.image_encoder
@@ -240,6 +256,7 @@ class SAM2SGP(nn.Module):
         self.prompt_encoder = sam2.sam_prompt_encoder
         self.memory_encoder = sam2.memory_encoder
         self.memory_attention = sam2.memory_attention
+        check_layout(self.memory_attention)
         # Support items are to the query what SAM2's conditioning frames are: temporal encoding number zero.
         self.memory_tpos = nn.Parameter(sam2.maskmem_tpos_enc.detach()[-1, 0, 0].clone())
         # Of slices of the same volume, by their distance: those of SAM2's earlier frames. Where they are not trained,
@@ -267,6 +284,8 @@ class SAM2SGP(nn.Module):
         self._freeze(freeze_encoder)
         if lora:
             self.image_encoder.trunk = add_lora(self.image_encoder.trunk, **lora)
+        if gradient_checkpointing:
+            checkpoint_blocks(self.image_encoder.trunk)
 
     def _freeze(self, freeze_encoder: bool) -> None:
         """Leave `requires_grad` only on what a training step reaches."""
@@ -288,15 +307,24 @@ class SAM2SGP(nn.Module):
                 f"The network expects images (B, 3, {self.image_size}, {self.image_size}), found "
                 f"{tuple(image.shape)}; resize them, or set `image_size`."
             )
-        out = self.image_encoder(self._normalize(image))
-        levels = out["backbone_fpn"][-3:]
+        levels, position = self._encoded(self._normalize(image))
         if self.feature_norms is not None:
             levels = [norm(level) for norm, level in zip(self.feature_norms, levels, strict=True)]
         fine, middle, embedding = levels
         levels = [embedding, middle, fine]
         key = None if self.prior is None else self.prior.keys(levels)
         pixels = None if self.regression is None else self.regression.features(levels)
-        return ImageFeatures(embedding, out["vision_pos_enc"][-1], (fine, middle), key, pixels)
+        return ImageFeatures(embedding, position, (fine, middle), key, pixels)
+
+    def _encoded(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The encoder's three levels of normalised images, the finest first, and the coarsest one's position."""
+        encoder = self.image_encoder
+        if self.trunk_cache is None or not self.training:
+            out = encoder(image)
+            return out["backbone_fpn"][-3:], out["vision_pos_enc"][-1]
+        levels, positions = encoder.neck(self.trunk_cache(image, encoder.trunk))
+        last = len(levels) - encoder.scalp
+        return levels[last - 3 : last], positions[last - 1]
 
     def _normalize(self, image: Tensor) -> Tensor:
         if self.normalization == "imagenet":
@@ -325,7 +353,7 @@ class SAM2SGP(nn.Module):
         image = features.embedding.repeat_interleave(classes, 0)
         tokens = self.memory_encoder(image, logits, skip_mask_sigmoid=True)["vision_features"]
         absent = (flat.flatten(1).amax(1) <= 0).to(tokens.dtype)[:, None, None, None]
-        tokens = tokens + absent * self.no_obj_embed[..., None, None]
+        tokens = F.avg_pool2d(tokens + absent * self.no_obj_embed[..., None, None], self.memory_pool)
         tokens = tokens.reshape(count, classes, tokens.shape[1], -1)
         if self.prior is None:
             return SupportMemory(tokens, None, None, None, None)
@@ -422,19 +450,39 @@ class SAM2SGP(nn.Module):
         Returns:
             Logits (B, C, S, S) in evaluation; in training a dict of `SGPOutput`'s fields for the loss.
         """
-        features = self.encode(image)
+        features = self._encode_all(image)
         support = None
         if support_label is not None:
             support_label, support_index = self._pool(support_label, support_index, len(image))
-            pool = features if support_image is None else self.encode(support_image.flatten(0, -4))
+            pool = features if support_image is None else self._encode_all(support_image.flatten(0, -4))
             support = self.encode_support(pool, support_label).select(support_index)
         if frame_index is None:
-            output = self.segment(features, support)
+            output = self._segment_all(features, support)
         else:
             output = self._segment_clips(features, support, frame_index, frame_distance)
         if self.training:
             return {field.name: getattr(output, field.name) for field in fields(output)}
         return output.logits
+
+    @property
+    def _checkpoints(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def _encode_all(self, image: Tensor) -> ImageFeatures:
+        """`encode`; with checkpoints, image by image."""
+        if not self._checkpoints:
+            return self.encode(image)
+        return ImageFeatures.concatenate([self.encode(one) for one in image.split(1)])
+
+    def _segment_all(self, features: ImageFeatures, support: SupportMemory | None) -> SGPOutput:
+        """`segment`; with checkpoints, image by image, of which the backward pass finds only the inputs."""
+        if not self._checkpoints:
+            return self.segment(features, support)
+        parts = []
+        for row in torch.arange(len(features), device=features.embedding.device).split(1):
+            own = None if support is None else support.rows(row)
+            parts.append(checkpoint(self.segment, features[row], own, use_reentrant=False))
+        return SGPOutput.concatenate(parts)
 
     def _segment_clips(
         self, features: ImageFeatures, support: SupportMemory, index: Tensor, distance: Tensor
@@ -444,7 +492,7 @@ class SAM2SGP(nn.Module):
         singles, clips = (torch.nonzero(rows)[:, 0] for rows in (~of_clip, of_clip))
         parts, order = [], []
         if len(singles):
-            parts.append(self.segment(features[singles], support.rows(singles)))
+            parts.append(self._segment_all(features[singles], support.rows(singles)))
             order.append(singles)
         if len(clips):
             own, own_support = features[clips], support.rows(clips)
@@ -456,7 +504,7 @@ class SAM2SGP(nn.Module):
             number[clips] = torch.arange(len(clips), device=index.device)
             frames = memory.select(number[index[clips]][:, None].expand(-1, classes, -1))
             frames = replace(frames, distance=distance[clips][:, None].expand(-1, classes, -1))
-            parts.append(self.segment(own, own_support.beside(frames)))
+            parts.append(self._segment_all(own, own_support.beside(frames)))
             order.append(clips)
         return SGPOutput.concatenate(parts).rows(torch.argsort(torch.cat(order)))
 
@@ -473,30 +521,24 @@ class SAM2SGP(nn.Module):
 
     def _condition(self, features: ImageFeatures, support: SupportMemory | None, classes: int) -> Tensor:
         """Embedding of every image and class (B * C, D, g, g) after memory attention over its support."""
-        embedding = features.embedding.repeat_interleave(classes, 0)
         if support is None:
+            embedding = features.embedding.repeat_interleave(classes, 0)
             return embedding + self.no_mem_embed.reshape(1, -1, 1, 1)
-        batch, _, items, width, count = support.tokens.shape
-        rows = batch * classes
-        memory = support.tokens.reshape(rows, items, width, count).permute(1, 3, 0, 2).flatten(0, 1)
         side = features.embedding.shape[-1]
-        grid = torch.empty(1, width, side, side, device=memory.device)
-        encoding = self.memory_encoder.position_encoding(grid).flatten(2).permute(2, 0, 1).to(memory.dtype)
-        memory_pos = encoding + self._temporal(support, rows)
-        memory_pos = memory_pos.flatten(0, 1)
-        current = embedding.flatten(2).permute(2, 0, 1)
-        current_pos = features.position.repeat_interleave(classes, 0).flatten(2).permute(2, 0, 1)
-        attended = self.memory_attention(current, memory, current_pos, memory_pos)
-        return attended.permute(1, 2, 0).reshape(embedding.shape)
+        grid = torch.empty(1, support.tokens.shape[3], side, side, device=support.tokens.device)
+        encoding = F.avg_pool2d(self.memory_encoder.position_encoding(grid), self.memory_pool).flatten(2)
+        position = encoding.to(support.tokens.dtype) + self._temporal(support)
+        return attend_to_memory(
+            self.memory_attention, features.embedding, features.position, support.tokens, position, self.memory_pool
+        )
 
-    def _temporal(self, support: SupportMemory, rows: int) -> Tensor:
-        """Temporal encoding (K, 1, rows, M) of each item; the farthest that SAM2 knows for what is farther."""
+    def _temporal(self, support: SupportMemory) -> Tensor:
+        """Temporal encoding (B, C, K, M, 1) of each item; the farthest that SAM2 knows for what is farther."""
         table = torch.cat([self.memory_tpos[None], self.frame_tpos])
-        items = support.tokens.shape[2]
-        if support.distance is None:
-            return table[0].expand(items, 1, rows, -1)
-        distance = support.distance.reshape(rows, items).T.clamp(max=len(self.frame_tpos))
-        return table[distance][:, None]
+        distance = support.distance
+        if distance is None:
+            distance = torch.zeros(support.tokens.shape[:3], dtype=torch.int64, device=table.device)
+        return table[distance.clamp(max=len(self.frame_tpos))][..., None]
 
     def _support_maps(self, features: ImageFeatures, support: SupportMemory | None) -> Tensor | None:
         """What the support says at the finest grid, (B * C, M, 4g, 4g); None without support or prior."""
@@ -544,6 +586,14 @@ def _square(values: Tensor) -> Tensor:
     """(N, M, P) on a square grid -> (N, M, p, p)."""
     side = round(values.shape[-1] ** 0.5)
     return values.unflatten(-1, (side, side))
+
+
+def _pool_size(pool: int, side: int) -> int:
+    if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1 or side % pool:
+        raise ConfigError(
+            f"memory_pool is {pool!r}: expected a number of places that divides the {side} along the memory's side."
+        )
+    return pool
 
 
 def _settings(name: str, defaults: dict, given: dict | None) -> dict:

@@ -77,7 +77,8 @@ class SupportPrior(nn.Module):
     def keys(self, levels: list[Tensor]) -> Tensor:
         """L2-normalised features (B, P, d) of images whose feature levels are (B, D, g, g), (B, D, 2g, 2g), …"""
         total = self.projections(levels)
-        return F.normalize(total.flatten(2).transpose(1, 2), dim=-1)
+        # Contiguous, as PyTorch's fused attention needs it.
+        return F.normalize(total.flatten(2).transpose(1, 2).contiguous(), dim=-1)
 
     def support_keys(self, keys: Tensor) -> Tensor:
         """Keys (N, P, d) of support images pooled to the embedding's grid, (N, T, d): a quarter (or a 16th) as many.

@@ -67,9 +67,12 @@ class SupportRegression(nn.Module):
             (N, d, d) and (N, C, d, d).
         """
         count = features.shape[1]
-        whole = features.transpose(1, 2) @ features / count
-        weighted = masks[..., None] * features[:, None]
-        return whole, weighted.transpose(2, 3) @ features[:, None] / count
+        # Rounded to half precision, sums over thousands of pixels no longer tell foreground from background.
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            whole = features.transpose(1, 2) @ features / count
+            weighted = masks[..., None] * features[:, None]
+            return whole, weighted.transpose(2, 3) @ features[:, None] / count
 
     def forward(self, query: Tensor, whole: Tensor, foreground: Tensor) -> Tensor:
         """Scores of query pixels.

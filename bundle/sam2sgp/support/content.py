@@ -153,7 +153,7 @@ def network_fingerprint(network: SAM2SGP, device: torch.device) -> str:
         for name, layer in network.named_modules()
         if isinstance(layer, BaseTunerLayer)
     }
-    switches = [getattr(network, name, None) for name in ("backbone", "image_size", "normalization")]
+    switches = [getattr(network, name, None) for name in ("backbone", "image_size", "normalization", "memory_pool")]
     return digest_of(checksum(network.state_dict()), switches, layers, precision(device))
 
 
