@@ -72,7 +72,7 @@ class SupportSetInferer(Inferer):
         feature_cache: FeatureCache | None = None,
         runtime: "GraphRuntime | None" = None,
     ) -> None:
-        if runtime is not None and adapter:
+        if runtime is not None and adapter is not None and adapter.active:
             raise ConfigError(
                 f"runtime is {runtime.name!r} and an adaptation is asked for: the exported graphs are of the weights "
                 "before it; set `runtime` to 'eager', or leave `adapt_seconds` and `adapt_steps` out."

@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -94,9 +96,7 @@ def export_graphs(network: SAM2SGP, folder: str | Path) -> None:
 def _program(stage: Stage) -> Any:
     """The ONNX program of a stage."""
     shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in axes} for axes in stage.dynamic)
-    with warnings.catch_warnings():
-        # What the exporter says of its own inner workings helps nobody who exports a network.
-        warnings.simplefilter("ignore")
+    with _exporter_silenced():
         return torch.onnx.export(
             stage.eval(),
             tuple(stage.sample.values()),
@@ -105,6 +105,22 @@ def _program(stage: Stage) -> Any:
             dynamic_shapes={"tensors": shapes},
             verbose=False,
         )
+
+
+@contextmanager
+def _exporter_silenced() -> Iterator[None]:
+    """Without the hundreds of lines that the exporter says of its own inner workings."""
+    inner = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx", "torch.__trace")]
+    levels = [each.level for each in inner]
+    try:
+        for each in inner:
+            each.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for each, level in zip(inner, levels, strict=True):
+            each.setLevel(level)
 
 
 def checked_files(network: SAM2SGP, folder: str | Path) -> dict[str, Path]:
