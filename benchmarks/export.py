@@ -143,7 +143,9 @@ def masks(task: Task, support: Path, settings: dict, output: Path) -> np.ndarray
     return np.concatenate([(read_label(output / f"{stem}.png")[0] > 0).ravel() for stem in task.queries])
 
 
-def agreement(tasks: Sequence[Task], names: Sequence[str], folder: Path, output: Path) -> dict[str, dict[str, float]]:
+def agreement(
+    tasks: Sequence[Task], names: Sequence[str], folder: Path, output: Path, overrides: dict
+) -> dict[str, dict[str, float]]:
     """Dice with PyTorch's masks by task and runtime, and of each runtime with the truth."""
     graphs = {name: quantised(folder) if name == INT8 else folder for name in names}
     rows: dict[str, dict[str, float]] = {}
@@ -156,7 +158,7 @@ def agreement(tasks: Sequence[Task], names: Sequence[str], folder: Path, output:
         plain = None
         for name in names:
             runtime = {EAGER: EAGER, INT8: "onnxruntime"}.get(name, name)
-            settings = {"runtime": runtime, "graphs_dir": str(graphs[name])}
+            settings = {**overrides, "runtime": runtime, "graphs_dir": str(graphs[name])}
             found = masks(task, support, settings, output / "masks")
             plain = found if name == EAGER else plain
             rows[task.name][name] = dice(found, plain) if plain.any() or found.any() else 1.0
@@ -206,7 +208,7 @@ def main() -> None:
     if options.data:
         folder = exported(build("nano", 128), output / "nano_128.graphs")
         tasks = make_tasks(options.data, output / "tasks", options.queries, options.held_out, options.seed)
-        rows = agreement(chosen_tasks(tasks, options.tasks), names, folder, output)
+        rows = agreement(chosen_tasks(tasks, options.tasks), names, folder, output, {})
         print("\n".join(["", f"{len(rows)} tasks, {WEIGHTS.name}", "", *agreement_table(rows, names)]))
 
 

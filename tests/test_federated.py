@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:executing the bundle config:User
 def client(name: str, data, output, weight_diff: bool = False) -> MonaiAlgo:
     settings = {key: value for key, value in SMALL.items() if key != "weights"}
     settings |= {"dataset_dir": str(data), "output_dir": str(output), "bundle_root": str(BUNDLE)}
-    settings |= {"learning_rate": 1e-3, "federated_rounds": ROUNDS, "region_below": 0, "three_d_memory": False}
+    settings |= {"learning_rate": 1e-3, "federated_rounds": ROUNDS, "val_interval": ROUNDS + 1}
     algo = MonaiAlgo(
         bundle_root=str(BUNDLE),
         local_epochs=1,

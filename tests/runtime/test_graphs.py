@@ -1,5 +1,6 @@
 """Exported graphs compute what the network does, and graphs of another network are refused."""
 
+import importlib
 import json
 import shutil
 from dataclasses import fields, replace
@@ -13,6 +14,7 @@ from monai.metrics import compute_dice
 from PIL import Image
 
 from sam2sgp.adaptation import Adapter
+from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.errors import ConfigError, WeightsError, cause_of
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory, load_weights, save_weights
@@ -225,3 +227,24 @@ def test_what_can_not_work_is_refused_with_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="run `pip install onnx`"):
         export_graphs(SAM2SGP("nano", SIZE), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_every_runtime(model, network, phantoms, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BUNDLE.parent / "benchmarks"))
+    benchmark, tasks = (importlib.import_module(name) for name in ("export", "_tasks"))
+    monkeypatch.setattr(benchmark, "build", lambda backbone, size: network)
+    folder = shutil.copytree(graphs(model), tmp_path / "nano_64.graphs")
+    names = [benchmark.EAGER, *RUNTIMES, benchmark.INT8]
+    found = benchmark.times("nano:64:2", names, tmp_path, queries=2)
+    for name, values in found.items():
+        assert all(values[stage] > 0 for stage in benchmark.STAGES), name
+        assert values["query"] > values["encode"] + values["segment"], name
+    assert len(benchmark.time_table({"nano:64:2": found})) == 2 + len(names)
+
+    make_phantoms(tmp_path / "data" / "pictures", 4, (64, 64), 6, seed=2, modalities=["us"], progress=False)
+    task = tasks.make_tasks(tmp_path / "data", tmp_path / "tasks", queries=2)[:1]
+    rows = benchmark.agreement(task, [benchmark.EAGER, "onnxruntime"], folder, tmp_path, settings(model))
+    (row,) = rows.values()
+    assert row["eager"] == 1 and row["onnxruntime"] >= 0.999 and 0 <= row["eager truth"] <= 1
+    assert abs(row["onnxruntime truth"] - row["eager truth"]) < 0.01
