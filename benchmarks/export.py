@@ -12,6 +12,9 @@ the image at the network's size to the class map at its own), `second pass` (an 
 with an encoder pass of its own). `ready` is the time until the graphs are read. Nano has the embedded weights, the
 others random ones: a time does not depend on them.
 
+`--cpu_time` counts the processor's seconds instead of the clock's, for a machine that other jobs share; with one thread
+both mean the same.
+
 `int8` are the graphs with the weights of linear layers as 8-bit integers and activations quantised while running
 (`quantize_dynamic` of ONNX Runtime), by ONNX Runtime. With `--data`, the embedded network segments the query slices of
 the tasks of `_tasks.py`, each with 16 support pairs, through the bundle's inference config with nothing but `runtime`
@@ -26,14 +29,15 @@ import shutil
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from _tasks import Task, add_task_arguments, make_tasks, write_pairs
 from fewshot import bundle_config, chosen_tasks, dice, machine
-from latency import OWN_SIDE, WEIGHTS, Stopwatch, build, labelled_image, support_case
+from latency import OWN_SIDE, WEIGHTS, build, labelled_image, support_case
 from tqdm import tqdm
 
 from sam2sgp.data import read_label
@@ -78,6 +82,20 @@ def quantised(folder: Path) -> Path:
     return target
 
 
+def count_time(owner: Any, name: str, seconds: dict[str, float], clock: Callable[[], float]) -> None:
+    """From now on add the time of the method `owner.name` to `seconds`."""
+    method = getattr(owner, name)
+
+    def timed(*args):
+        started = clock()
+        try:
+            return method(*args)
+        finally:
+            seconds[name] += clock() - started
+
+    setattr(owner, name, timed)
+
+
 def runtimes(folder: Path, names: Sequence[str]) -> dict[str, GraphRuntime | None]:
     """What runs a network, by name; None is PyTorch."""
     found: dict[str, GraphRuntime | None] = {}
@@ -88,8 +106,10 @@ def runtimes(folder: Path, names: Sequence[str]) -> dict[str, GraphRuntime | Non
 
 
 @torch.inference_mode()
-def times(case: str, names: Sequence[str], output: Path, queries: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds by stage of each runtime, and the seconds until its graphs are `ready`."""
+def times(
+    case: str, names: Sequence[str], output: Path, queries: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds by stage of each runtime, and those until its graphs are `ready`."""
     backbone, size, classes = case.split(":")
     size, classes = int(size), int(classes)
     network = build(backbone, size)
@@ -103,30 +123,30 @@ def times(case: str, names: Sequence[str], output: Path, queries: int) -> dict[s
     for name, runtime in runtimes(folder, names).items():
         # PyTorch's is a network of its own, since the others' graphs leave some of their work to the one they hold.
         own_network = build(backbone, size) if runtime is None else network
-        started = time.perf_counter()
+        started = clock()
         runs = own_network if runtime is None else runtime(network)
-        taken[name]["ready"].append(1000 * (time.perf_counter() - started))
+        taken[name]["ready"].append(1000 * (clock() - started))
         bank = SupportBank(cases, lambda case: case, progress=False)
         sampler = SupportSampler(k=K)
         inferer = SupportSetInferer(bank, sampler, 1, region_below=0.7, object_gate=False, runtime=runtime)
-        watch = Stopwatch()
+        watched: dict[str, float] = defaultdict(float)
         for stage in ("encode", "segment"):
-            watch.watch(runs, stage, stage)
-        parts[name] = own_network, inferer, watch
+            count_time(runs, stage, watched, clock)
+        parts[name] = own_network, inferer, watched
     for number in range(queries + 1):
         image, label = labelled_image(size, classes)
         full = labelled_image(own, classes)[0]
         found = torch.stack([10.0 * (label[0] == value) - 5 for value in range(1, classes + 1)])[None]
         found = torch.nn.functional.interpolate(found, size=(own, own))
-        for name, (own_network, inferer, watch) in parts.items():
-            watch.take()
-            started = time.perf_counter()
+        for name, (own_network, inferer, watched) in parts.items():
+            watched.clear()
+            started = clock()
             (chunk,) = inferer.chunks(image, own_network)
             label_map(fit.restore(chunk.output.logits))
-            seconds = {"query": time.perf_counter() - started, **watch.take()}
-            started = time.perf_counter()
+            seconds = {"query": clock() - started, **watched}
+            started = clock()
             inferer.second_pass(found, full, own_network)
-            seconds["second pass"] = time.perf_counter() - started
+            seconds["second pass"] = clock() - started
             if number:
                 # The first query encodes the bank and its regions.
                 for stage in STAGES:
@@ -196,13 +216,17 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=9, help="timed queries of each case")
     arguments.add_argument("--tasks", nargs="*", default=["*"], help="names or patterns, such as 'acdc_*'")
     arguments.add_argument("--output", type=Path, default=Path("out/export"))
+    arguments.add_argument("--cpu_time", action="store_true", help="processor instead of clock time, see above")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     names = [EAGER, *options.runtimes]
     output = options.output.resolve()
-    results = {case: times(case, names, output, options.repeats) for case in options.cases}
-    print(f"\n{machine()}\n")
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    results = {}
+    for case in tqdm(options.cases, desc="Times", unit="case"):
+        results[case] = times(case, names, output, options.repeats, clock)
+    print(f"\n{machine()}, {'processor' if options.cpu_time else 'clock'} time\n")
     if results:
         print("\n".join(time_table(results)))
     if options.data:
