@@ -146,7 +146,8 @@ def test_run_ids(name, ids):
 def test_inference_has_the_settings_of_training():
     """Both files state them because each must work alone; they may not drift apart."""
     train, inference = config("train.json"), config("inference.json")
-    own = {"imports", "dataset_dir", "support_dir", "support_max_items", "report_figures", "initialize", "run", "network"}
+    own = {"dataset_dir", "support_dir", "support_max_items", "report_figures", "imports", "initialize", "run"}
+    own |= {"network"}
     shared = (set(train) & set(inference)) - own
     assert {"backbone", "image_size", "pmg", "pma", "k", "ct_window", "slice_axis", "retrieval"} <= shared
     for key in shared - {"class_names", "support_data", "support_bank", "network_def"}:
