@@ -41,7 +41,7 @@ setup: $(INSTALLED) ## make .venv and install everything (first time: several mi
 
 # torch comes first because sam2's build imports it: with --no-build-isolation it takes the torch that is there
 # instead of a second copy in a temporary folder. That build needs setuptools < 80, which constraints.txt pins.
-$(INSTALLED): requirements.txt requirements-dev.txt constraints.txt pyproject.toml
+$(INSTALLED): requirements.txt requirements-onnx.txt requirements-dev.txt constraints.txt pyproject.toml
 	@"$(PYTHON)" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || { \
 	  echo 'Python 3.11 or 3.12 with its venv module is needed, and "$(PYTHON)" is not that: install it (Debian: python3-venv) or name one, as in "make setup PYTHON=python3.11".' >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { echo '[1/5] making .venv'; "$(PYTHON)" -m venv .venv; }

@@ -136,7 +136,9 @@ def test_required_and_optional_properties_are_there(name, kind, phantoms, tmp_pa
     assert not workflow.check_properties()
 
 
-@pytest.mark.parametrize("name, ids", [("train.json", ["training", "run"]), ("inference.json", ["inferring", "run"])])
+@pytest.mark.parametrize(
+    "name, ids", [("train.json", ["training", "run"]), ("inference.json", ["inferring", "exporting_onnx", "run"])]
+)
 def test_run_ids(name, ids):
     assert set(ids) <= set(config(name))
 
@@ -144,7 +146,8 @@ def test_run_ids(name, ids):
 def test_inference_has_the_settings_of_training():
     """Both files state them because each must work alone; they may not drift apart."""
     train, inference = config("train.json"), config("inference.json")
-    own = {"dataset_dir", "support_dir", "support_max_items", "report_figures", "initialize", "run", "network"}
+    own = {"dataset_dir", "support_dir", "support_max_items", "report_figures", "imports", "initialize", "run"}
+    own |= {"network"}
     shared = (set(train) & set(inference)) - own
     assert {"backbone", "image_size", "pmg", "pma", "k", "ct_window", "slice_axis", "retrieval"} <= shared
     for key in shared - {"class_names", "support_data", "support_bank", "network_def"}:
@@ -156,7 +159,7 @@ def test_inference_has_the_settings_of_training():
 @pytest.mark.parametrize(
     "overlay",
     [
-        *("evaluate.json", "finetune.json", "multi_gpu_train.json", "pretrain.json"),
+        *("evaluate.json", "federated.json", "finetune.json", "multi_gpu_train.json", "pretrain.json"),
         *(f"backbones/{b}.json" for b in BACKBONES),
     ],
 )
@@ -164,6 +167,7 @@ def test_overlays_only_set_ids_that_train_json_has_or_that_they_add_on_purpose(o
     parser = ConfigParser(config("train.json"))
     added = {
         "evaluate.json": EVALUATION | ADAPTATION,
+        "federated.json": {"federated_rounds", "post_weight_filters"},
         "finetune.json": {"model_file"},
         "pretrain.json": PRETRAINING,
         "multi_gpu_train.json": {"validate::sampler", "validate::dataloader::sampler", "finalize"},

@@ -11,6 +11,7 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor
 
+from sam2sgp.errors import ConfigError
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.inferers.presence import ABSENT_LOGIT, MAX_JUDGED, MIN_ABSENT, presence_threshold, without_absent
@@ -23,6 +24,7 @@ from sam2sgp.transforms.array import to_three_channels
 
 if TYPE_CHECKING:
     from sam2sgp.adaptation import Adapter
+    from sam2sgp.runtime import GraphNetwork, GraphRuntime
 
 
 @dataclass
@@ -49,6 +51,10 @@ class SupportSetInferer(Inferer):
         object_gate: an image in which a class is absent by its object score gets nothing of it, where the support set
             teaches a threshold; see `sam2sgp.inferers.presence`.
         feature_cache: features of queries that may come again; None: each is encoded whenever it comes.
+        runtime: runs the network by exported graphs, which is faster on a CPU; None: PyTorch does.
+
+    Raises:
+        ConfigError: both `adapter` and `runtime` are given: the graphs are of the weights before the adaptation.
 
     Classes without an eligible support item get `ABSENT_LOGIT` everywhere: they are not segmented.
     """
@@ -64,7 +70,13 @@ class SupportSetInferer(Inferer):
         volume_memory: VolumeMemory | None = None,
         object_gate: bool = True,
         feature_cache: FeatureCache | None = None,
+        runtime: "GraphRuntime | None" = None,
     ) -> None:
+        if runtime is not None and adapter is not None and adapter.active:
+            raise ConfigError(
+                f"runtime is {runtime.name!r} and an adaptation is asked for: the exported graphs are of the weights "
+                "before it; set `runtime` to 'eager', or leave `adapt_seconds` and `adapt_steps` out."
+            )
         self.bank = bank
         self.sampler = sampler
         self.batch_size = batch_size
@@ -74,6 +86,7 @@ class SupportSetInferer(Inferer):
         self.volume_memory = volume_memory
         self.object_gate = object_gate
         self.feature_cache = feature_cache
+        self.runtime = runtime
         self.region_pass = RegionPass(bank, sampler, region_below, batch_size, feature_cache)
         self._along: dict[int, SupportSetInferer] = {}
         # Thresholds (C,) of the object score, and the table of the bank that they were learned from.
@@ -82,6 +95,8 @@ class SupportSetInferer(Inferer):
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
         self.bank.forget()
+        if self.runtime is not None:
+            self.runtime.forget()
         self._along.clear()
         self._thresholds = None
 
@@ -134,6 +149,7 @@ class SupportSetInferer(Inferer):
         if self.adaptation is not None:
             self.adaptation.refuse(patient, self.bank)
             network = self.adaptation.network
+        network = self._run_by(network)
         with autocast(device.type, self.precision):
             if self.bank.embedding is None:
                 self.bank.encode(network, device)
@@ -147,6 +163,10 @@ class SupportSetInferer(Inferer):
                 output = self._segment(network, features, image, retrieved)
                 output.logits = without_absent(output.logits, output.object_score <= thresholds)
                 yield Chunk(start, output, retrieved)
+
+    def _run_by(self, network: SAM2SGP) -> "SAM2SGP | GraphNetwork":
+        """What computes as the network does."""
+        return network if self.runtime is None else self.runtime(network)
 
     def thresholds(self, network: SAM2SGP, device: torch.device) -> Tensor:
         """Object scores (C,) up to which each class counts as absent, learned once from the encoded bank."""
@@ -235,6 +255,7 @@ class SupportSetInferer(Inferer):
         if self.adaptation is not None:
             network = self.adaptation.network
             weight *= self.adaptation.network_share
+        network = self._run_by(network)
         with autocast(logits.device.type, self.precision):
             return self.region_pass(logits, images, network, pixel, patient, group, weight)
 

@@ -10,6 +10,8 @@ from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor, nn
 
+from sam2sgp.networks.rows import for_each_class
+
 
 class GuidedMaskDecoder(nn.Module):
     """A mask decoder of SAM2 that accepts an additive attention bias and returns its single-mask output.
@@ -71,8 +73,8 @@ class GuidedMaskDecoder(nn.Module):
         up1, norm, act1, up2, act2 = decoder.output_upscaling
         fine, middle = decoder.conv_s0(high_res[0]), decoder.conv_s1(high_res[1])
         repeats = rows // fine.shape[0]
-        image = act1(norm(up1(image) + middle.repeat_interleave(repeats, 0)))
-        image = act2(up2(image) + fine.repeat_interleave(repeats, 0))
+        image = act1(norm(up1(image) + for_each_class(middle, repeats)))
+        image = act2(up2(image) + for_each_class(fine, repeats))
         weights = decoder.output_hypernetworks_mlps[0](hidden[:, 2])
         mask = torch.einsum("nc,nchw->nhw", weights, image)[:, None]
         if not self.scores:

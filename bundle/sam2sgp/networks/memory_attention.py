@@ -20,6 +20,7 @@ from sam2.modeling.sam.transformer import RoPEAttention
 from torch import Tensor
 
 from sam2sgp.errors import ConfigError
+from sam2sgp.networks.rows import for_each_class
 
 # Of the positional encoding that SAM2 adds to the embedding.
 INPUT_ENCODING = 0.1
@@ -47,7 +48,7 @@ def attend_to_memory(
     Returns:
         (B * C, D, g, g).
     """
-    batch, classes = memory.shape[:2]
+    classes = memory.shape[1]
     side = embedding.shape[-1]
     tokens, position = (values.flatten(2).transpose(1, 2).contiguous() for values in (embedding, position))
     values = _in_sequence(memory)
@@ -61,7 +62,7 @@ def attend_to_memory(
         normed = layer.norm1(tokens)
         tokens = tokens + layer.dropout1(_attend(layer.self_attn, normed, normed, normed, at_query, at_query))
         if number == 0:
-            tokens = tokens[:, None].expand(-1, classes, -1, -1).flatten(0, 1)
+            tokens = for_each_class(tokens, classes)
         attended = _attend(layer.cross_attn_image, layer.norm2(tokens), keys, values, at_query, at_memory)
         tokens = tokens + layer.dropout2(attended)
         tokens = tokens + layer.dropout3(_mlp(layer, layer.norm3(tokens)))

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from monai.networks.blocks.dynunet_block import UnetResBlock
 from torch import Tensor, nn
 
+from sam2sgp.networks.rows import for_each_class
+
 LOGIT_SCALE = 0.2
 NORM = ("GROUP", {"num_groups": 4})
 ACTIVATION = ("LEAKYRELU", {"inplace": True, "negative_slope": 0.01})
@@ -62,11 +64,10 @@ class Refinement(nn.Module):
         Returns:
             (N, 1, 4g, 4g), to be added to `logits`.
         """
-        repeats = len(maps) // len(levels[-1])
+        repeats = maps.shape[0] // levels[-1].shape[0]
         embedding, middle, fine = levels
         fine, middle = (
-            skip(level).repeat_interleave(repeats, 0)
-            for skip, level in zip(self.skips[:2], (fine, middle), strict=True)
+            for_each_class(skip(level), repeats) for skip, level in zip(self.skips[:2], (fine, middle), strict=True)
         )
         coarse = self.skips[2](embedding)
         so_far = (LOGIT_SCALE * torch.cat([pseudo, logits], 1)).clamp(-2, 2)

@@ -26,6 +26,7 @@ from sam2sgp.networks.lora import add_lora, split_qkv
 from sam2sgp.networks.mask_decoder import GuidedMaskDecoder
 from sam2sgp.networks.memory_attention import attend_to_memory, check_layout
 from sam2sgp.networks.refinement import Refinement
+from sam2sgp.networks.rows import for_each_class
 from sam2sgp.networks.support_prior import SupportPrior
 from sam2sgp.networks.support_regression import SupportRegression
 from sam2sgp.networks.weights import load_sam2_checkpoint
@@ -302,11 +303,7 @@ class SAM2SGP(nn.Module):
 
     def encode(self, image: Tensor) -> ImageFeatures:
         """Features of images (B, 3, S, S) in [0, 1]. Raises `ConfigError` for another size."""
-        if image.ndim != 4 or tuple(image.shape[1:]) != (3, self.image_size, self.image_size):
-            raise ConfigError(
-                f"The network expects images (B, 3, {self.image_size}, {self.image_size}), found "
-                f"{tuple(image.shape)}; resize them, or set `image_size`."
-            )
+        self.check_size(image)
         levels, position = self._encoded(self._normalize(image))
         if self.feature_norms is not None:
             levels = [norm(level) for norm, level in zip(self.feature_norms, levels, strict=True)]
@@ -325,6 +322,14 @@ class SAM2SGP(nn.Module):
         levels, positions = encoder.neck(self.trunk_cache(image, encoder.trunk))
         last = len(levels) - encoder.scalp
         return levels[last - 3 : last], positions[last - 1]
+
+    def check_size(self, image: Tensor) -> None:
+        """Raise `ConfigError` unless images are (B, 3, S, S)."""
+        if image.ndim != 4 or tuple(image.shape[1:]) != (3, self.image_size, self.image_size):
+            raise ConfigError(
+                f"The network expects images (B, 3, {self.image_size}, {self.image_size}), found "
+                f"{tuple(image.shape)}; resize them, or set `image_size`."
+            )
 
     def _normalize(self, image: Tensor) -> Tensor:
         if self.normalization == "imagenet":
@@ -350,7 +355,7 @@ class SAM2SGP(nn.Module):
         count, classes = masks.shape[:2]
         flat = masks.reshape(-1, 1, *masks.shape[-2:]).to(features.embedding.dtype)
         logits = (2 * flat - 1) * MASK_LOGIT
-        image = features.embedding.repeat_interleave(classes, 0)
+        image = for_each_class(features.embedding, classes)
         tokens = self.memory_encoder(image, logits, skip_mask_sigmoid=True)["vision_features"]
         absent = (flat.flatten(1).amax(1) <= 0).to(tokens.dtype)[:, None, None, None]
         tokens = F.avg_pool2d(tokens + absent * self.no_obj_embed[..., None, None], self.memory_pool)
@@ -373,14 +378,31 @@ class SAM2SGP(nn.Module):
         """
         if support is not None and support.tokens.shape[2] == 0:
             support = None
-        batch = len(features)
+        return self.decode(features, support, self.fit(support))
+
+    def fit(self, support: SupportMemory | None) -> Tensor | None:
+        """Weights (B, C, 2, d) of the support regression; None where there is none."""
+        if self.regression is None or support is None:
+            return None
+        with torch.autocast(support.gram.device.type, enabled=False):
+            return self.regression.fit(support.gram, support.gram_foreground)
+
+    def decode(
+        self, features: ImageFeatures, support: SupportMemory | None, regression_weights: Tensor | None
+    ) -> SGPOutput:
+        """What `segment` does with at least one support item per class, or None, once the regression is fitted.
+
+        It is one graph of tensor operations of any B, C and K, which `sam2sgp.runtime` exports; of `support` it does
+        not need the Gram matrices.
+        """
+        batch = features.embedding.shape[0]
         classes = 1 if support is None else support.tokens.shape[1]
         conditioned = self._condition(features, support, classes)
-        maps = self._support_maps(features, support)
-        dense = self._no_mask(conditioned.shape[-1]).expand(len(conditioned), -1, -1, -1)
+        maps = self._support_maps(features, support, regression_weights)
+        dense = self._no_mask(conditioned.shape[-1]).expand(conditioned.shape[0], -1, -1, -1)
         if maps is not None:
             dense = dense + self.prior.dense(maps, conditioned.shape[-1])
-        sparse = self._sparse(None, len(conditioned))
+        sparse = self._sparse(None, conditioned.shape[0])
         position = self.prompt_encoder.get_dense_pe()
         pseudo, iou, score = self.pmg_decoder(conditioned, position, sparse, dense, features.high_res)
         if maps is not None:
@@ -417,7 +439,7 @@ class SAM2SGP(nn.Module):
         """
         side = conditioned.shape[-1]
         guidance = F.adaptive_avg_pool2d(pseudo.sigmoid(), side)
-        sparse = self._sparse(box if self.uses_box else None, len(conditioned))
+        sparse = self._sparse(box if self.uses_box else None, conditioned.shape[0])
         if self.uses_dense:
             dense = dense - self._no_mask(dense.shape[-1])
             dense = dense + self.prompt_encoder.mask_downscaling(pseudo.clamp(-MASK_LOGIT, MASK_LOGIT))
@@ -522,8 +544,7 @@ class SAM2SGP(nn.Module):
     def _condition(self, features: ImageFeatures, support: SupportMemory | None, classes: int) -> Tensor:
         """Embedding of every image and class (B * C, D, g, g) after memory attention over its support."""
         if support is None:
-            embedding = features.embedding.repeat_interleave(classes, 0)
-            return embedding + self.no_mem_embed.reshape(1, -1, 1, 1)
+            return for_each_class(features.embedding, classes) + self.no_mem_embed.reshape(1, -1, 1, 1)
         side = features.embedding.shape[-1]
         grid = torch.empty(1, support.tokens.shape[3], side, side, device=support.tokens.device)
         encoding = F.avg_pool2d(self.memory_encoder.position_encoding(grid), self.memory_pool).flatten(2)
@@ -540,7 +561,9 @@ class SAM2SGP(nn.Module):
             distance = torch.zeros(support.tokens.shape[:3], dtype=torch.int64, device=table.device)
         return table[distance.clamp(max=len(self.frame_tpos))][..., None]
 
-    def _support_maps(self, features: ImageFeatures, support: SupportMemory | None) -> Tensor | None:
+    def _support_maps(
+        self, features: ImageFeatures, support: SupportMemory | None, regression_weights: Tensor | None
+    ) -> Tensor | None:
         """What the support says at the finest grid, (B * C, M, 4g, 4g); None without support or prior."""
         if self.prior is None or support is None:
             return None
@@ -548,9 +571,9 @@ class SAM2SGP(nn.Module):
         match = _square(match.flatten(0, 1)[:, None])
         position = _square(support.prior_mask.mean(2).flatten(0, 1)[:, None])
         scores = None
-        if self.regression is not None:
+        if regression_weights is not None:
             with torch.autocast(match.device.type, enabled=False):
-                scores = self.regression(features.pixels, support.gram, support.gram_foreground)
+                scores = self.regression.score(features.pixels, regression_weights)
             scores = _square(scores.flatten(0, 1))
         return self.prior.maps(match, position, scores)
 

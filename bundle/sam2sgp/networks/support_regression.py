@@ -47,7 +47,7 @@ class SupportRegression(nn.Module):
         """Pixel features (B, P, d) float32 of levels (B, D, g, g), (B, D, 2g, 2g) and (B, D, 4g, 4g); P = (4g)^2."""
         total = self.projections(levels)
         learned = F.gelu(F.instance_norm(total.float())).flatten(2).transpose(1, 2)
-        fixed = self._fixed(total.shape[-2:], learned.device).expand(len(learned), -1, -1)
+        fixed = self._fixed(total.shape[-2:], learned.device).expand(learned.shape[0], -1, -1)
         return torch.cat([learned, fixed], dim=-1)
 
     @staticmethod
@@ -74,16 +74,8 @@ class SupportRegression(nn.Module):
             weighted = masks[..., None] * features[:, None]
             return whole, weighted.transpose(2, 3) @ features[:, None] / count
 
-    def forward(self, query: Tensor, whole: Tensor, foreground: Tensor) -> Tensor:
-        """Scores of query pixels.
-
-        Args:
-            query: (B, P, d) features of the queries.
-            whole, foreground: (B, C, K, d, d) Gram matrices of the support items of each query and class.
-
-        Returns:
-            (B, C, 2, P): scores around -1 in background and 1 in foreground, of the uniform and the balanced fit.
-        """
+    def fit(self, whole: Tensor, foreground: Tensor) -> Tensor:
+        """Weights w (B, C, 2, d) of the uniform and the balanced fit; arguments as of `forward`."""
         whole, foreground = whole.float().mean(2), foreground.float().mean(2)
         background = whole - foreground
         # The last feature is 1, so the last element of a Gram matrix is the share of pixels it was summed over.
@@ -97,5 +89,21 @@ class SupportRegression(nn.Module):
         target = (positive - negative)[..., -1:]
         # An absent or all-covering mask leaves its share empty; a trace of ridge on the constant keeps that solvable.
         matrix = matrix + EPS * torch.eye(whole.shape[-1], device=whole.device)
-        weights = torch.linalg.solve(matrix, target)[..., 0]
+        return torch.linalg.solve(matrix, target)[..., 0]
+
+    @staticmethod
+    def score(query: Tensor, weights: Tensor) -> Tensor:
+        """Scores (B, C, 2, P) of query pixels (B, P, d) with the weights (B, C, 2, d) of `fit`."""
         return torch.einsum("bpd,bcwd->bcwp", query.float(), weights)
+
+    def forward(self, query: Tensor, whole: Tensor, foreground: Tensor) -> Tensor:
+        """Scores of query pixels.
+
+        Args:
+            query: (B, P, d) features of the queries.
+            whole, foreground: (B, C, K, d, d) Gram matrices of the support items of each query and class.
+
+        Returns:
+            (B, C, 2, P): scores around -1 in background and 1 in foreground, of the uniform and the balanced fit.
+        """
+        return self.score(query, self.fit(whole, foreground))

@@ -147,13 +147,14 @@ def settings_fingerprint(transform: Callable, *more: object) -> str:
 
 
 def network_fingerprint(network: SAM2SGP, device: torch.device) -> str:
-    """Hash of all that what a network encodes depends on: weights, LoRA, switches, device type and precision."""
+    """Hash of all that what a network encodes depends on: weights, LoRA, switches, runtime, device type, precision."""
     layers = {
         name: [layer.active_adapters, layer.merged_adapters, layer.disable_adapters, getattr(layer, "scaling", {})]
         for name, layer in network.named_modules()
         if isinstance(layer, BaseTunerLayer)
     }
-    switches = [getattr(network, name, None) for name in ("backbone", "image_size", "normalization", "memory_pool")]
+    names = ("backbone", "image_size", "normalization", "memory_pool", "runtime")
+    switches = [getattr(network, name, None) for name in names]
     return digest_of(checksum(network.state_dict()), switches, layers, precision(device))
 
 
