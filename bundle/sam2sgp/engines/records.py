@@ -18,18 +18,21 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from monai.engines import SupervisedEvaluator
 
 import sam2sgp
-from sam2sgp.adaptation import Adaptation
 from sam2sgp.data.io import writing
 from sam2sgp.errors import DataError
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.content import FileHashes, digest_of, network_fingerprint, settings_fingerprint, signature_of
 from sam2sgp.support.store import checksum
+
+if TYPE_CHECKING:
+    from sam2sgp.adaptation import Adaptation
 
 # Part of every key: to be raised when the same cases and settings give another result by the code.
 VERSION = 1
@@ -220,7 +223,7 @@ def _network_content(network: torch.nn.Module) -> list:
     return [type(network).__qualname__, network_fingerprint(network, torch.device("cpu")), switches]
 
 
-def _adaptation_content(adaptation: Adaptation | None) -> list | None:
+def _adaptation_content(adaptation: "Adaptation | None") -> list | None:
     if adaptation is None:
         return None
     parts = (adaptation.network, adaptation.unet)
