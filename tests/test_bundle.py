@@ -12,6 +12,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_n
 
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 from tests.bundle_runs import BUNDLE, CONFIGS, SMALL, run
+from tests.support.pairs import write_set
 from tests.torchrun import TORCHRUN, bundle_command, finish
 
 BACKBONES = ["nano", "tiny", "small", "base_plus", "large"]
@@ -231,11 +232,12 @@ def test_a_copy_of_the_bundle_runs_by_itself(phantoms, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_over_two_processes_has_the_gradients_of_one_that_accumulates(phantoms, tmp_path):
+def test_training_over_two_processes_has_the_gradients_of_one_that_accumulates(tmp_path):
     """Five episodes, two in a step and process: a whole step, and one with an episode for one process alone."""
     torch.manual_seed(0)
     save_weights(SAM2SGP("nano", 64), tmp_path / "start.pt")
-    settings = {**SMALL, "max_epochs": 1, "episodes_per_epoch": 5, "dataset_dir": str(phantoms)}
+    data = write_set(tmp_path / "set", 8)
+    settings = {**SMALL, "max_epochs": 1, "episodes_per_epoch": 5, "dataset_dir": str(data)}
     settings |= {"weights": str(tmp_path / "start.pt"), "warmup_steps": 0}
     # Of a plain gradient step, what the weights change by is the gradient.
     settings["optimizer"] = {"_target_": "torch.optim.SGD", "params": "@trainable", "lr": 1.0}

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,11 +17,22 @@ import torch
 from PIL import Image
 
 from sam2sgp.networks import SAM2SGP, save_weights
+from tests.bundle_runs import BUNDLE, run
 from tests.support.pairs import write_set
 from tests.torchrun import TORCHRUN, bundle_command, finish, start
 
-FAST = {"image_size": 64, "k": 2, "slices_per_class": 1, "region_below": 0.5, "report_figures": 3}
-EVALUATION = {"image_size": 64, "num_workers": 0, "region_below": 0, "three_d_memory": False, "report_figures": 2}
+EXAMPLES = BUNDLE.parent / "docs" / "slurm"
+FAST = {"image_size": 64, "k": 2, "region_below": 0.5, "report_figures": 3}
+EVALUATION = {"image_size": 64, "num_workers": 0, "region_below": 0, "report_figures": 2, "split": [0.4, 0.0, 0.6]}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes: with more threads, results differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +78,11 @@ def queries(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_killed_process_costs_nothing_but_its_case_and_the_results_are_those_of_one(phantoms, model, tmp_path):
-    folder = queries(tmp_path / "queries")
-    settings = {"support_dir": phantoms / "support" / "rgb", "dataset_dir": folder, "model_file": model, **FAST}
-    alone = bundle_command("inferring", "inference.json", output_dir=tmp_path / "one", **settings)
-    process = start([sys.executable, *alone])
-    output, _ = process.communicate()
-    assert process.returncode == 1 and "1 of 10 images failed, first broken" in output
+def test_a_killed_process_costs_nothing_but_its_case_and_the_results_are_those_of_one(model, tmp_path):
+    folder, support = queries(tmp_path / "queries"), write_set(tmp_path / "support", 3)
+    settings = {"support_dir": str(support), "dataset_dir": str(folder), "model_file": str(model), **FAST}
+    with pytest.raises(SystemExit, match="1 of 10 images failed, first broken"):
+        run("inferring", "inference.json", output_dir=str(tmp_path / "one"), progress=False, **settings)
 
     # Whoever reads this query stops there.
     stuck, two = folder / "q2.png", tmp_path / "two"
@@ -107,21 +118,17 @@ def test_a_killed_process_costs_nothing_but_its_case_and_the_results_are_those_o
     assert len({again[name] for name in again.keys() - first.keys()}) == 1
     assert content(two) == content(tmp_path / "one") and len(content(two)) == 9
     assert table(two / "summary.csv") == table(tmp_path / "one" / "summary.csv")
-    assert len(table(two / "summary.csv")) == 1 + 9 * 3
+    assert len(table(two / "summary.csv")) == 1 + 9 * 2
     assert not list(two.glob(".*"))
     pages = [(path / "report.html").read_text() for path in (two, tmp_path / "one")]
     assert pages[0].count("data:image/") == pages[1].count("data:image/") > 0
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(phantoms, model, tmp_path):
-    settings = {"dataset_dir": phantoms, "model_file": model, **EVALUATION}
-    finish(
-        [
-            sys.executable,
-            *bundle_command("evaluating", "train.json", "evaluate.json", output_dir=tmp_path / "one", **settings),
-        ]
-    )
+def test_two_processes_measure_what_one_does(model, tmp_path):
+    data = write_set(tmp_path / "set", 6)
+    settings = {"dataset_dir": str(data), "model_file": str(model), **EVALUATION}
+    run("evaluating", "train.json", "evaluate.json", output_dir=str(tmp_path / "one"), progress=False, **settings)
     configs = ("train.json", "evaluate.json", "multi_gpu_evaluate.json")
     finish([*TORCHRUN, *bundle_command("evaluating", *configs, output_dir=tmp_path / "two", **settings)])
     one, two = (tmp_path / name / "evaluation" for name in ("one", "two"))
@@ -138,3 +145,51 @@ def test_two_processes_read_and_encode_each_support_item_once(tmp_path):
     assert sorted(process["read"] for process in found) == [2, 3]
     assert sorted(process["encoded"] for process in found) == [2, 3]
     assert found[0]["embedding"] == found[1]["embedding"] and len(found[0]["embedding"]) == 5
+
+
+SRUN = """#!/bin/bash
+# Two machines: what srun is given, twice at once.
+while [[ $1 == --* ]]; do shift; done
+"$@" & first=$!
+"$@" & second=$!
+wait $first && wait $second
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_example_segments_an_archive_on_two_machines(model, tmp_path):
+    """Slurm's commands are stood in for; `torchrun` is started twice and finds itself as on two machines."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\necho 127.0.0.2\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    support = write_set(tmp_path / "support", 3)
+    variables = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "VENV": sys.prefix,
+        "BUNDLE": BUNDLE,
+        "PORT": port,
+        "SUPPORT": support,
+        "QUERIES": support / "images",
+        "OUTPUT": tmp_path / "out",
+        "ARGS": f"--model_file {model} --image_size 64 --region_below 0 --report_figures 0",
+        "TMPDIR": tmp_path,
+        **{"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": 2, "SLURM_JOB_ID": 7, "SLURM_SUBMIT_DIR": tmp_path},
+        **{"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", "PROCESSES": 1},
+    }
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / "inference.sbatch")],
+        env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {row["case"] for row in table(tmp_path / "out" / "summary.csv")} == {"case0", "case1", "case2"}
+    made = records(tmp_path / "out")
+    assert len(made) == 3 and len({record["run"] for record in made.values()}) == 1
+    # The images of the support set stay on no machine.
+    assert not list(tmp_path.glob("sam2sgp-*"))

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from sam2sgp.engines.records import settings_of_run
 from sam2sgp.errors import ConfigError, cause_of
 from sam2sgp.networks import SAM2SGP, save_weights
 from tests.bundle_runs import BUNDLE, CONFIGS, run
-from tests.support.pairs import age
+from tests.support.pairs import age, write_case, write_set
 
 FAST = {"image_size": 64, "k": 2, "region_below": 0, "report_figures": 1, "progress": False}
 
@@ -47,6 +46,7 @@ OTHER = {
     "save_uncertainty": True,
     "image_size": 96,
 }
+OF_NETWORK = {"lora", "pmg", "refinement", "pma", "image_size"}
 # Folders, and what acts through the content of something: the support set, the weights, an adaptation.
 NOT_DECIDING = {
     *("bundle_root", "dataset_dir", "support_dir", "output_dir", "model_file", "device", "progress", "resume"),
@@ -72,10 +72,9 @@ def picture(path: Path, seed: int) -> None:
 class Archive:
     """Three queries and a support set of pictures, and what is segmented in a run over them."""
 
-    def __init__(self, folder: Path, support: Path, model: Path, monkeypatch) -> None:
-        self.folder, self.support, self.model = folder, folder / "support", model
+    def __init__(self, folder: Path, model: Path, monkeypatch) -> None:
+        self.folder, self.support, self.model = folder, write_set(folder / "support", 3), model
         self.queries, self.output = folder / "queries", folder / "out"
-        shutil.copytree(support, self.support)
         self.queries.mkdir()
         for number, name in enumerate("abc"):
             picture(self.queries / f"{name}.png", number)
@@ -103,8 +102,8 @@ class Archive:
 
 
 @pytest.fixture
-def archive(tmp_path, phantoms, model, monkeypatch) -> Archive:
-    return Archive(tmp_path, phantoms / "support" / "rgb", model, monkeypatch)
+def archive(tmp_path, model, monkeypatch) -> Archive:
+    return Archive(tmp_path, model, monkeypatch)
 
 
 def test_what_is_whole_is_left_alone_and_told_all_the_same(archive):
@@ -130,16 +129,13 @@ def test_a_change_of_a_query_or_a_result_costs_that_query(archive):
     assert archive() == "ac"
     next((archive.output / "records").glob("*.json")).write_text("{")
     assert len(archive()) == 1 and archive() == ""
-    assert [row["case"] for row in archive.table()] == list("aaabbbcccddd")
+    assert [row["case"] for row in archive.table()] == list("aabbccdd")
 
 
 def test_a_change_of_support_set_weights_or_settings_costs_all(archive, tmp_path):
     archive()
     assert archive(k=1) == "abc"
-    label = next((archive.support / "labels").iterdir())
-    pixels = np.asarray(Image.open(label)).copy()
-    pixels[:3] = 1
-    Image.fromarray(pixels).save(label)
+    write_case(archive.support, "case0", 0, shift=3)
     assert archive(k=1) == "abc"
     torch.manual_seed(1)
     save_weights(SAM2SGP("nano", 64), tmp_path / "other.pt")
@@ -197,17 +193,23 @@ def test_an_adaptation_counts_by_its_result(archive):
 
 
 @pytest.fixture(scope="module")
-def key_of(phantoms, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("keys")
+def key_of(tmp_path_factory):
+    """The hash of what decides the results of a run with some settings."""
+    folder = write_set(tmp_path_factory.mktemp("keys") / "set", 3)
+    known = {}
 
     def key(**settings) -> str:
         parser = ConfigParser()
         parser.read_config(str(CONFIGS / "inference.json"))
-        folders = {"support_dir": phantoms / "support" / "mr", "dataset_dir": phantoms / "queries" / "mr"}
+        folders = {"support_dir": folder, "dataset_dir": folder, "output_dir": folder.parent}
+        parser.update({"bundle_root": str(BUNDLE), **FAST} | {name: str(path) for name, path in folders.items()})
+        parser.update(settings)
+        if not OF_NETWORK & settings.keys():
+            parser["network"] = known.get("network") or parser["network"]
         torch.manual_seed(0)
-        parser.update({"bundle_root": str(BUNDLE), "output_dir": str(folder), **FAST})
-        parser.update({name: str(path) for name, path in folders.items()} | settings)
-        return settings_of_run(parser.get_parsed_content("evaluator"))
+        evaluator = parser.get_parsed_content("evaluator")
+        known.setdefault("network", evaluator.network)
+        return settings_of_run(evaluator)
 
     return key
 
