@@ -11,9 +11,10 @@ import torch
 from monai.bundle import ConfigParser
 from PIL import Image
 
+from sam2sgp import distributed
 from sam2sgp.engines import QueryEvaluator
-from sam2sgp.engines.records import settings_of_run
-from sam2sgp.errors import ConfigError, cause_of
+from sam2sgp.engines.records import CaseRecords, settings_of_run
+from sam2sgp.errors import ConfigError, DataError, cause_of
 from sam2sgp.networks import SAM2SGP, save_weights
 from tests.bundle_runs import BUNDLE, CONFIGS, run
 from tests.support.pairs import age, write_case, write_set
@@ -190,6 +191,26 @@ def test_an_adaptation_counts_by_its_result(archive):
     assert archive(adapt_steps=2) == "abc"
     assert archive(adapt_steps=2) == ""
     assert archive() == "abc"
+
+
+def test_processes_that_differ_are_refused(archive, monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, ("of other weights", *value[1:])])
+    with pytest.raises(Exception) as caught:
+        archive()
+    assert isinstance(cause_of(caught.value), ConfigError) and "differ" in str(cause_of(caught.value))
+    assert archive.segmented == []
+
+
+def test_waiting_for_another_process_has_an_end_and_older_results_do_not_count(tmp_path):
+    case = {"name": "case7", "image": str(tmp_path / "case7.png")}
+    records = CaseRecords(tmp_path)
+    records.run = "before"
+    records.save_error(case, "old")
+    records.run = "now"
+    with pytest.raises(DataError, match="case7"):
+        records.wait(case, 0)
+    records.save_error(case, "new")
+    assert records.wait(case, 0)["error"] == "new"
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ processes talk to each other before the first case alone; a slow one holds up no
 
 import logging
 import math
+import time
 from collections import Counter
 from pathlib import Path
 from uuid import uuid4
@@ -27,12 +28,14 @@ from sam2sgp.files import remove_parts
 from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
 from sam2sgp.report.overlays import draw_overlay, montage, spread_slices, to_display
 from sam2sgp.support.bank import SupportBank
+from sam2sgp.support.content import digest_of
 from sam2sgp.transforms import OutputNames
 from sam2sgp.transforms.array import is_ct, scale_intensity
 
 logger = logging.getLogger(__name__)
 
-WRITE_EVERY = 20
+# Between two writings of the table during a run.
+TABLE_SECONDS = 10.0
 
 
 class ResultWriter:
@@ -59,7 +62,7 @@ class ResultWriter:
         results: {number of a case: its record}; in rank 0 at the end those of all cases.
 
     Raises:
-        ConfigError: `resume` is no bool; or, as a run starts, its processes differ in weights, support set or settings.
+        ConfigError: `resume` is no bool; or, as a run starts, its processes differ in images, support set, weights or settings.
         DataError: a record or table can't be written; another process has no result in time.
     """
 
@@ -98,6 +101,7 @@ class ResultWriter:
         self._due: list[int] = []
         # Of scored cases of this process that may be shown, see `_ranking`.
         self._ranked: list[tuple[bool, float, int]] = []
+        self._written = 0.0
 
     @property
     def rows(self) -> list[dict]:
@@ -138,11 +142,12 @@ class ResultWriter:
         rank, count = distributed.rank(), distributed.world_size()
         own = range(rank, len(self.cases), count)
         whole = [number for number in own if self._is_whole(number)] if self.resume else []
-        shared = distributed.gather((self.records.settings, uuid4().hex, whole))
-        if len({settings for settings, _, _ in shared}) > 1:
+        work = digest_of(self.records.settings, [case["name"] for case in self.cases])
+        shared = distributed.gather((work, uuid4().hex, whole))
+        if len({work for work, _, _ in shared}) > 1:
             raise ConfigError(
-                "The processes of this run differ: expected the same weights, support set and settings in each; give "
-                "all machines the same files and options, and with `adapt_seconds` an `adapt_dir` that all see."
+                "The processes of this run differ: expected the same images, support set, weights and settings in each; "
+                "give all machines the same files and options, and with `adapt_seconds` an `adapt_dir` that all see."
             )
         self.records.run = shared[0][1]
         done = {number for _, _, numbers in shared for number in numbers}
@@ -154,8 +159,7 @@ class ResultWriter:
         self._ranked = [_ranking(number, self.records.load(self.cases[number])) for number in drawn]
         if done and not rank:
             logger.info("%d of %d images are done already, in %s.", len(done), len(self.cases), self.output_dir)
-        if not rank:
-            write_csv(self._table(), self.rows)
+        self._write_table()
         if self._due and count > 1:
             with engine.mode(engine.network):
                 inferer.encode(engine.network)
@@ -168,8 +172,8 @@ class ResultWriter:
         if not self.scored and number < self.max_figures and not self.records.has_figure(case):
             return False
         # Another query may have got the name that was this one's.
-        names = self.names.taken if self.names else {}
-        return all(names.get(self.output_dir / name) == case["image"] for name in record["files"])
+        taken = self.names and self.names.taken
+        return not taken or all(taken.get(self.output_dir / name) == case["image"] for name in record["files"])
 
     def _rows_of(self, number: int) -> list[dict]:
         """The rows of a case; names and paths are the present ones, which may not be those of the record."""
@@ -194,7 +198,7 @@ class ResultWriter:
             self.records.save_error(self.cases[number], engine.state.batch[0]["error"])
             self.results[number] = {"error": engine.state.batch[0]["error"]}
         self.bar.update()
-        if engine.state.iteration % WRITE_EVERY == 0:
+        if time.monotonic() - self._written > TABLE_SECONDS:
             self._write_table()
 
     def _fail(self, engine: Engine, error: BaseException) -> None:
@@ -206,6 +210,7 @@ class ResultWriter:
     def _write_table(self) -> None:
         if not distributed.rank():
             write_csv(self._table(), self.rows)
+        self._written = time.monotonic()
 
     def _complete(self, engine: Engine) -> None:
         if self.bar is not None:
@@ -217,8 +222,8 @@ class ResultWriter:
             logger.info("Waiting for the other processes: %d images.", len(missing))
         for number in missing:
             self.results[number] = self.records.wait(self.cases[number], self.max_wait)
+        self._write_table()
         rows, errors = self.rows, self.errors
-        write_csv(self._table(), rows)
         summary = []
         if self.scored:
             summary = summarise([row for row in rows if "dice" in row])
