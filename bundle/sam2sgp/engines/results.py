@@ -62,7 +62,8 @@ class ResultWriter:
         results: {number of a case: its record}; in rank 0 at the end those of all cases.
 
     Raises:
-        ConfigError: `resume` is no bool; or, as a run starts, its processes differ in images, support set, weights or settings.
+        ConfigError: `resume` is no bool; or, as a run starts, its processes differ in images, support set, weights or
+            settings.
         DataError: a record or table can't be written; another process has no result in time.
     """
 
@@ -146,7 +147,7 @@ class ResultWriter:
         shared = distributed.gather((work, uuid4().hex, whole))
         if len({work for work, _, _ in shared}) > 1:
             raise ConfigError(
-                "The processes of this run differ: expected the same images, support set, weights and settings in each; "
+                "The processes of this run differ: expected the same images, support set, weights and settings in all; "
                 "give all machines the same files and options, and with `adapt_seconds` an `adapt_dir` that all see."
             )
         self.records.run = shared[0][1]
