@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -216,7 +217,9 @@ def test_waiting_for_another_process_has_an_end_and_older_results_do_not_count(t
 @pytest.fixture(scope="module")
 def key_of(tmp_path_factory):
     """The hash of what decides the results of a run with some settings."""
-    folder = write_set(tmp_path_factory.mktemp("keys") / "set", 3)
+    folder = write_set(tmp_path_factory.mktemp("keys") / "set", 2)
+    for kind in ("images", "labels"):
+        nib.save(nib.Nifti1Image(np.ones((16, 16, 4), np.uint8), np.diag([1, 1, 5, 1])), folder / kind / "volume.nii")
     known = {}
 
     def key(**settings) -> str:
