@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,9 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
-from tests.bundle_runs import BUNDLE, CONFIGS, SMALL
+from tests.bundle_runs import BUNDLE, CONFIGS, SMALL, run
+from tests.support.pairs import write_set
+from tests.torchrun import TORCHRUN, bundle_command, finish
 
 BACKBONES = ["nano", "tiny", "small", "base_plus", "large"]
 
@@ -170,10 +171,20 @@ def test_overlays_only_set_ids_that_train_json_has_or_that_they_add_on_purpose(o
         "federated.json": {"federated_rounds", "post_weight_filters"},
         "finetune.json": {"model_file"},
         "pretrain.json": PRETRAINING,
-        "multi_gpu_train.json": {"validate::sampler", "validate::dataloader::sampler", "finalize"},
+        "multi_gpu_train.json": {
+            *("train::padded_steps", "validate::sampler", "validate::dataloader::sampler", "finalize"),
+        },
     }.get(overlay, set())
     for key in config(overlay):
         assert key in added or key in parser, key
+
+
+@pytest.mark.parametrize("name, base", [("inference", "inference"), ("evaluate", "train")])
+def test_overlays_for_several_processes_set_ids_that_are_there_and_are_alike(name, base):
+    overlay, parser = config(f"multi_gpu_{name}.json"), ConfigParser(config(f"{base}.json"))
+    assert overlay.pop("finalize") and all(key in parser for key in overlay)
+    other = config("multi_gpu_inference.json")
+    assert {key: overlay[key] for key in other if key not in ("initialize", "finalize")}.items() <= other.items()
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -224,18 +235,25 @@ def test_a_copy_of_the_bundle_runs_by_itself(phantoms, tmp_path):
     assert (copy / "eval" / "summary.csv").is_file() and (copy / "eval" / "report.html").is_file()
 
 
-def test_training_over_two_processes_shares_the_episodes(phantoms, tmp_path):
-    settings = {**SMALL, "max_epochs": 1, "episodes_per_epoch": 8, "dataset_dir": phantoms, "output_dir": tmp_path}
-    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value) if key != "progress"]
-    configs = "['configs/train.json','configs/multi_gpu_train.json']"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    subprocess.run(
-        [*command, "-m", "monai.bundle", "run", "training", "--config_file", configs, *words],
-        cwd=BUNDLE,
-        check=True,
-        capture_output=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )
-    saved = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert saved["iteration"] == 2, "8 episodes, 2 in a step, on 2 processes"
-    load_weights(SAM2SGP("nano", 64), tmp_path / "model.pt")
+@pytest.mark.slow
+def test_training_over_two_processes_has_the_gradients_of_one_that_accumulates(tmp_path):
+    """Five episodes, two in a step and process: a whole step, and one with an episode for one process alone."""
+    torch.manual_seed(0)
+    save_weights(SAM2SGP("nano", 64), tmp_path / "start.pt")
+    data = write_set(tmp_path / "set", 8)
+    settings = {**SMALL, "max_epochs": 1, "episodes_per_epoch": 5, "dataset_dir": str(data)}
+    settings |= {"weights": str(tmp_path / "start.pt"), "warmup_steps": 0}
+    # Of a plain gradient step, what the weights change by is the gradient.
+    settings["optimizer"] = {"_target_": "torch.optim.SGD", "params": "@trainable", "lr": 1.0}
+    two, one = tmp_path / "two", tmp_path / "one"
+    words = {key: value for key, value in settings.items() if key != "progress"}
+    finish([*TORCHRUN, *bundle_command("training", "train.json", "multi_gpu_train.json", output_dir=two, **words)])
+    run("training", "train.json", output_dir=str(one), accumulation_steps=2, **settings)
+    start = torch.load(tmp_path / "start.pt", weights_only=True)
+    saved = [torch.load(folder / "last.pt", weights_only=True) for folder in (one, two)]
+    assert [part["iteration"] for part in saved] == [3, 2]
+    alone, shared = ({name: value - start[name] for name, value in part["network"].items()} for part in saved)
+    total = torch.cat([value.flatten() for value in alone.values()]).norm()
+    difference = torch.cat([(alone[name] - shared[name]).flatten() for name in alone]).norm()
+    assert total > 1e-2 and difference < 1e-4 * total, f"{difference / total:.2e} of {total:.2e}"
+    load_weights(SAM2SGP("nano", 64), two / "model.pt")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sam2sgp.files import replacing, write_text
+from sam2sgp.files import remove_parts, replacing, write_text
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -21,3 +21,13 @@ def test_a_complete_write_replaces_and_makes_folders(tmp_path):
     write_text(path, "three\r\n")
     assert path.read_bytes() == b"three\r\n"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_killed_processes_leave_is_removed_and_nothing_else(tmp_path):
+    with replacing(tmp_path / "a.png") as part:
+        folder = part.parent.name
+        part.write_bytes(b"whole")
+    for name in (folder, ".b.png.abcd1234", ".a.png.other", "a.png.abcd1234"):
+        (tmp_path / name).mkdir()
+    remove_parts(tmp_path, {"a.png"})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", ".b.png.abcd1234", ".a.png.other", "a.png.abcd1234"}

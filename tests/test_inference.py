@@ -179,7 +179,7 @@ def test_a_result_that_can_not_be_written_ends_the_run_with_the_rows_so_far(phan
     save = SaveLabeld.__call__
 
     def full_disk(self, data):
-        if self.names.taken:
+        if any(tmp_path.glob("*.png")):
             raise DataError("disk full")
         return save(self, data)
 
@@ -265,7 +265,7 @@ def test_dicom_queries_get_segmentations_and_without_the_settings_nothing_more_i
     write_series(queries / "scan", np.random.default_rng(0).integers(-1000, 1000, (3, 24, 30)).astype(np.int16), **tags)
     picture(queries / "colour.png", (30, 40, 3))
     support = phantoms / "support" / "rgb"
-    plain = {"scan.nii.gz", "colour.png", "summary.csv", "report.html"}
+    plain = {"scan.nii.gz", "colour.png", "summary.csv", "report.html", "records"}
     infer(model, support, queries, tmp_path / "off", **FAST)
     assert {path.name for path in (tmp_path / "off").iterdir()} == plain
     # Into a folder of the queries' own: a second run must not take the results for queries.
@@ -285,9 +285,12 @@ def test_dicom_queries_get_segmentations_and_without_the_settings_nothing_more_i
 
 
 def test_names_of_results_are_never_shared(tmp_path):
-    names = OutputNames(tmp_path)
     sources = ["a/x.nii.gz", "a/x_probability.nii.gz", "b/x.nii.gz", "c/x.nii.gz", "c/x.nrrd"]
     endings = (".nii.gz", "_probability.nii.gz", "_uncertainty.nii.gz")
-    claimed = [names.claim(source, ending) for source in sources for ending in endings]
-    assert len(set(claimed)) == len(claimed)
-    assert claimed[0] == tmp_path / "x.nii.gz" == names.claim("a/x.nii.gz", ".nii.gz")
+    names = OutputNames(tmp_path)
+    claimed = {(source, ending): names.claim(source, ending) for source in sources for ending in endings}
+    assert len(set(claimed.values())) == len(claimed) == 15
+    assert claimed["a/x.nii.gz", ".nii.gz"] == tmp_path / "x.nii.gz" == names.claim("a/x.nii.gz", ".nii.gz")
+    # Whoever comes first, as the processes of a run do in any order.
+    told = OutputNames(tmp_path, sources, ["probability", "uncertainty"])
+    assert {pair: told.claim(*pair) for pair in reversed(claimed)} == claimed

@@ -1,10 +1,15 @@
 """Files that are either whole or not there."""
 
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+# The folders of `replacing`: "." and the file's name, then "." and what `tempfile` adds.
+PART_FOLDER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}")
 
 
 @contextmanager
@@ -29,3 +34,12 @@ def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text, with its line ends as given, in one atomic step; what UTF-8 can't hold is written escaped."""
     with replacing(path) as part:
         part.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def remove_parts(directory: str | Path, names: Collection[str]) -> None:
+    """Delete what killed processes left half written of the files of these names; nobody may be writing them now."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            match = PART_FOLDER.fullmatch(entry.name)
+            if match and match["name"] in names and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 from PIL import Image
+from torch.utils.data import BatchSampler
 
+from sam2sgp import distributed
 from sam2sgp.data import EpisodeDataset, EpisodeSampler, load_datalist
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
@@ -135,6 +137,23 @@ def test_every_epoch_has_episodes_of_its_own_whoever_asks(folder, tmp_path):
     resumed = EpisodeSampler(dataset)
     resumed.set_epoch(2)
     assert list(resumed) == list(range(40, 60))
+
+
+@pytest.mark.parametrize("count, last", [(20, [[16, 17], [18, 19]]), (15, [[12, 13], [14]]), (17, [[16], [16]])])
+def test_processes_share_the_episodes_of_a_step_as_one_would_accumulate_them(monkeypatch, count, last):
+    steps = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        sampler = EpisodeSampler(range(count), batch_size=2)
+        steps.append(list(BatchSampler(sampler, 2, drop_last=False)))
+        assert len(list(sampler)) == len(sampler)
+        # An episode of another process counts for nothing here.
+        assert [bool(sampler.own(step)) for step in range(sampler.steps)][-1] == (rank == 0 or count != 17)
+    assert len(steps[0]) == len(steps[1]) and [steps[0][-1], steps[1][-1]] == last
+    assert [number for pair in zip(*steps, strict=True) for batch in pair for number in batch][:count] == list(
+        range(count)
+    )
 
 
 @pytest.fixture(scope="module")

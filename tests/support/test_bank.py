@@ -719,6 +719,20 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(folder, cache, net, ex
     assert torch.equal(segment(support, net), expected)
 
 
+def test_shares_are_encoded_once_and_together_are_the_whole(folder, cache, net, encoder):
+    shutil.copy(folder / "images" / "case0.nii", folder / "images" / "again.nii")
+    shutil.copy(folder / "labels" / "case0.nii", folder / "labels" / "again.nii")
+    for number in (1, 0):
+        bank(folder, cache).encode_share(net, "cpu", number, 2)
+        assert encoder.calls == {1: COUNT // 2, 0: COUNT}[number]
+    support = bank(folder, cache)
+    support.encode(net)
+    assert encoder.calls == COUNT and len(support) == COUNT + 1
+    alone = bank(folder)
+    alone.encode(net)
+    assert torch.equal(support.embedding, alone.embedding)
+
+
 def test_what_another_process_has_encoded_meanwhile_is_taken(folder, cache, net, encoder):
     """As under torch.distributed, where the processes start at different items."""
     first, second = bank(folder, cache), bank(folder, cache)

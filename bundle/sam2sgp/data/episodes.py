@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from tqdm import tqdm
 
+from sam2sgp import distributed
 from sam2sgp.data.cache import CaseCache
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.transforms.array import to_three_channels
@@ -279,20 +280,39 @@ class EpisodeSampler(DistributedSampler):
 
     MONAI's engines tell a `DistributedSampler` the epoch, so that every epoch has new episodes and a resumed training
     goes on with those it would have had. The worker processes hold no state.
+
+    In a step each of W processes gets the next `batch_size` episodes, as if one process accumulated W batches. In the
+    last step there may be fewer. A process for which there are none then gets one that another has too, because all
+    must take part; `PaddedSteps` sees to it that it doesn't count.
+
+    Args:
+        dataset: gives the number of episodes in an epoch.
+        batch_size: of the loader that uses this.
     """
 
-    def __init__(self, dataset: EpisodeDataset) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        super().__init__(
-            dataset,
-            num_replicas=None if distributed else 1,
-            rank=None if distributed else 0,
-            shuffle=False,
-        )
+    def __init__(self, dataset: EpisodeDataset, batch_size: int = 1) -> None:
+        super().__init__(dataset, num_replicas=distributed.world_size(), rank=distributed.rank(), shuffle=False)
+        self.batch_size = batch_size
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return -(-len(self.dataset) // (self.num_replicas * self.batch_size))
+
+    def own(self, step: int) -> range:
+        """Episodes of this process in a step; none for some processes in the last one."""
+        start = (step * self.num_replicas + self.rank) * self.batch_size
+        count = len(self.dataset)
+        return range(min(start, count), min(start + self.batch_size, count))
 
     def __iter__(self):
         offset = self.epoch * len(self.dataset)
-        return (offset + index for index in super().__iter__())
+        for step in range(self.steps):
+            padding = step * self.num_replicas * self.batch_size
+            yield from (offset + index for index in self.own(step) or [padding])
+
+    def __len__(self) -> int:
+        return sum(len(self.own(step)) or 1 for step in range(self.steps))
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import re
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -35,6 +35,9 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 ITK_SUFFIXES = (".seg.nrrd", ".nrrd", ".mha", ".mhd")
 DICOM_SUFFIXES = (".dcm",)
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+# Of results, for volumes and for pictures.
+OUTPUT_SUFFIX = {False: ".nii.gz", True: ".png"}
+MAP_SUFFIX = {False: ".nii.gz", True: ".tif"}
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + DICOM_SUFFIXES + PICTURE_SUFFIXES
 
 # An axis this much coarser than the other two is the one that was scanned in slices.
@@ -326,12 +329,25 @@ def writing(path: str | os.PathLike, what: str) -> Iterator[Path]:
 
 def output_suffix(geometry: Geometry) -> str:
     """The suffix of a label written for an image of this geometry: ".png" for pictures, ".nii.gz" for volumes."""
-    return ".png" if geometry.is_picture else ".nii.gz"
+    return OUTPUT_SUFFIX[geometry.is_picture]
 
 
 def map_suffix(geometry: Geometry) -> str:
     """The suffix of a map of real values: ".tif" for pictures, ".nii.gz" for volumes."""
-    return ".tif" if geometry.is_picture else ".nii.gz"
+    return MAP_SUFFIX[geometry.is_picture]
+
+
+def result_endings(path: str | os.PathLike, maps: Sequence[str] = (), dicom_seg: bool = False) -> list[str]:
+    """What is added to a query's stem to name its results: its label, `maps` by name, and a DICOM segmentation."""
+    picture = is_picture(path)
+    endings = [OUTPUT_SUFFIX[picture], *(f"_{name}{MAP_SUFFIX[picture]}" for name in maps)]
+    return endings + [".dcm"] * dicom_seg
+
+
+def is_picture(path: str | os.PathLike) -> bool:
+    """Whether an image is a picture, not a volume, by its name."""
+    path = Path(path)
+    return _suffix(path) in PICTURE_SUFFIXES and not path.is_dir()
 
 
 def image_stem(path: str | os.PathLike) -> str:

@@ -1,12 +1,13 @@
 """Training and evaluation engines' parts: loss, batch preparation, evaluator and handlers."""
 
-from sam2sgp.engines.evaluator import EpisodeDice, QueryDataset, QueryEvaluator, class_maps, first
+from sam2sgp.engines.evaluator import EpisodeDice, QueryDataset, QueryEvaluator, QueryEvents, class_maps, first
 from sam2sgp.engines.features import CachedFeatures, TrunkCache
 from sam2sgp.engines.handlers import (
     EpochStart,
     GradientClipping,
     LearningRateSchedule,
     MovingAverage,
+    PaddedSteps,
     ResumableCheckpoint,
     TrainingProgress,
     growing_average,
@@ -22,9 +23,11 @@ __all__ = [
     "GradientClipping",
     "LearningRateSchedule",
     "MovingAverage",
+    "PaddedSteps",
     "PrepareEpisodes",
     "QueryDataset",
     "QueryEvaluator",
+    "QueryEvents",
     "ResultWriter",
     "ResumableCheckpoint",
     "SGPLoss",

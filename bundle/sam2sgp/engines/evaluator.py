@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import ignite.distributed as idist
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, EventEnum, Events
 from ignite.metrics import Metric
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
@@ -32,34 +32,43 @@ AXES = (0, 1, 2)
 
 
 class QueryDataset(Dataset):
-    """Cases, prepared one at a time; a case that can't be prepared becomes {"name", "source", "error"}.
+    """Cases, prepared one at a time; a case that can't be prepared becomes {"name", "source", "number", "error"}.
 
     Args:
         data: the cases.
         transform: preprocessing of a case.
         fuse_axes: an isotropic volume is also prepared along its other two axes, at `views`; `transform` must be a
             `Compose` then.
+
+    Attributes:
+        chosen: numbers in `data` of the cases to go through; None: all.
+        stamp: what it makes of a case before the case is read is put at `stamp`.
     """
 
     def __init__(self, data: list[dict], transform: Callable, fuse_axes: bool = False) -> None:
         self.data = data
         self.transform = transform
         self.fuse_axes = fuse_axes
+        self.chosen: Sequence[int] | None = None
+        self.stamp: Callable[[dict], object] | None = None
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.data if self.chosen is None else self.chosen)
 
     def __getitem__(self, index: int) -> dict:
-        case = self.data[index]
+        number = index if self.chosen is None else self.chosen[index]
+        case = self.data[number]
         try:
-            prepared = self.transform(case)
+            stamp = self.stamp(case) if self.stamp else None
+            prepared = {**self.transform(case), "number": number, "stamp": stamp}
             geometry = prepared["geometry"]
             if self.fuse_axes and geometry.is_isotropic:
                 others = [axis for axis in AXES if axis != geometry.slice_axis]
                 prepared["views"] = [along_axis(self.transform, axis)(case) for axis in others]
             return prepared
         except Exception as error:  # whatever a reader raises for one file must not end the run
-            return {"name": case["name"], "source": str(case["image"]), "error": str(cause_of(error))}
+            failed = {"name": case["name"], "source": str(case["image"]), "number": number}
+            return {**failed, "error": str(cause_of(error))}
 
 
 def first(batch: list) -> dict:
@@ -115,10 +124,17 @@ class EpisodeDice(Metric):
         return float(np.mean(result))
 
 
+class QueryEvents(EventEnum):
+    """Events of a `QueryEvaluator`: before a run, when the cases to go through may still be chosen."""
+
+    RUN_PREPARED = "run_prepared"
+
+
 class QueryEvaluator(SupervisedEvaluator):
     """MONAI's evaluator for batches of one case as `QueryDataset` gives them, with a `SupportSetInferer`.
 
-    The support set is encoded anew at the start of each run. After an iteration `state.output` is a list with one
+    The support set is encoded anew in each run. Before it starts, `QueryEvents.RUN_PREPARED` is fired; where no case is
+    left after that, `COMPLETED` alone follows. After an iteration `state.output` is a list with one
     dict, or an empty list for a case that failed (`state.batch` then holds the error):
 
         pred (Z, H, W) class values; pred_index, and truth_index if labelled, (Z, H, W) class numbers 0..C;
@@ -130,6 +146,7 @@ class QueryEvaluator(SupervisedEvaluator):
         exclude_own_patient: never guide a case by support of its own patient.
         probability: keep the probabilities of background and classes, see `class_probabilities`.
         uncertainty: keep their normalised entropy, see `sam2sgp.transforms.uncertainty`.
+        postprocessing: transform of the one output of an iteration.
     """
 
     def __init__(
@@ -138,13 +155,24 @@ class QueryEvaluator(SupervisedEvaluator):
         exclude_own_patient: bool = True,
         probability: bool = False,
         uncertainty: bool = False,
+        postprocessing: Callable | None = None,
         **kwargs,
     ) -> None:
-        super().__init__(*args, decollate=False, **kwargs)
+        super().__init__(*args, decollate=False, event_names=[QueryEvents], postprocessing=postprocessing, **kwargs)
         self.exclude_own_patient = exclude_own_patient
         self.probability = probability
         self.uncertainty = uncertainty
-        self.add_event_handler(Events.STARTED, lambda engine: engine.inferer.reset())
+        self.postprocessing = postprocessing
+
+    def run(self, global_epoch: int = 1) -> None:
+        """Go through the cases; `global_epoch` is that of a training which this is the validation of."""
+        self.inferer.reset()
+        self.fire_event(QueryEvents.RUN_PREPARED)
+        self.state.epoch_length = len(self.data_loader)
+        if self.state.epoch_length:
+            super().run(global_epoch)
+        else:
+            self.fire_event(Events.COMPLETED)
 
     def _iteration(self, engine, batchdata: dict) -> list[dict]:
         engine.state.batch, engine.state.output = [batchdata], []

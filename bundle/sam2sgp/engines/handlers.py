@@ -7,11 +7,14 @@ from pathlib import Path
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from sam2sgp import distributed
+from sam2sgp.data import EpisodeSampler
 from sam2sgp.engines.loss import SGPLoss
 from sam2sgp.errors import ConfigError, WeightsError
 from sam2sgp.files import replacing
@@ -65,6 +68,28 @@ class GradientClipping:
         if engine.scaler is not None:
             engine.scaler.unscale_(engine.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+
+
+class PaddedSteps:
+    """In distributed training: a step for which a process has no episodes of its own adds nothing to the gradients.
+
+    Processes average their gradients, so such a step is what an incomplete window of accumulated batches is for one
+    process.
+
+    Args:
+        sampler: gives each process its episodes.
+    """
+
+    def __init__(self, sampler: EpisodeSampler) -> None:
+        self.sampler = sampler
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        step = (engine.state.iteration - 1) % engine.state.epoch_length
+        if not self.sampler.own(step):
+            engine.state.output[CommonKeys.LOSS] = 0 * engine.state.output[CommonKeys.LOSS]
 
 
 def growing_average(decay: float = 0.998) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -227,7 +252,7 @@ class ResumableCheckpoint:
             logger.info("Going on from %s after epoch %d.", path, engine.state.epoch)
 
     def save(self, engine: Engine) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        if distributed.rank():
             return
         best_metric, best_epoch = None, engine.state.epoch
         if self.validator is not None:

@@ -1,56 +1,52 @@
 """What a run of `QueryEvaluator` leaves for people: CSV files and `report.html`.
 
-Rows are written as the run goes on, so that a killed run leaves what it had. Pictures are drawn at the end, from the
-case's own file, for the cases that are shown.
+Each finished case goes on record (`sam2sgp.engines.records`) with its rows and, for some, what is needed to draw it;
+tables and report are made from the records. So a run that was interrupted goes on with the cases that are missing, and
+several processes share the cases: each takes every n-th of those, and rank 0 waits for the records of the others. The
+processes talk to each other before the first case alone; a slow one holds up nobody until the end.
 """
 
 import logging
 import math
+import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from tqdm import tqdm
 
+from sam2sgp import distributed
 from sam2sgp.data.io import read_image
+from sam2sgp.engines.evaluator import QueryEvents
+from sam2sgp.engines.records import CaseRecords, settings_of_run
+from sam2sgp.errors import ConfigError
 from sam2sgp.evaluation import METRICS, case_metrics, class_sizes, summarise, write_csv
+from sam2sgp.files import remove_parts
 from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
 from sam2sgp.report.overlays import draw_overlay, montage, spread_slices, to_display
 from sam2sgp.support.bank import SupportBank
+from sam2sgp.support.content import digest_of
+from sam2sgp.transforms import OutputNames
 from sam2sgp.transforms.array import is_ct, scale_intensity
 
 logger = logging.getLogger(__name__)
 
-WRITE_EVERY = 20
-
-
-@dataclass
-class _Shown:
-    """What is kept of a case until the pictures are drawn: only the slices that are shown, on the case's own grid."""
-
-    case: dict
-    score: float
-    rows: list[dict]
-    slices: list[int]
-    main: int
-    pred: np.ndarray
-    truth: np.ndarray | None
-    pseudo: np.ndarray
-    box: dict[int, list[float]]
-    support: list[dict]
+# Between two writings of the table during a run.
+TABLE_SECONDS = 10.0
 
 
 class ResultWriter:
     """Handler that writes the results of an evaluation or inference.
 
     Scored against labels: `metrics.csv` (a row per case and class), `metrics_summary.csv` and a report of the worst and
-    best cases. Else: `summary.csv` and a report of the first queries. A failed case is a row with its error.
+    best cases. Else: `summary.csv` and a report of the first queries. A failed case is a row with its error; the next
+    run tries it again.
 
     Args:
-        output_dir: where the files go.
+        output_dir: where the files go, seen by all processes of a run.
         bank: the support bank that guided the run.
         title: of the report.
         facts: {name: value} of the run, shown in the report.
@@ -58,6 +54,17 @@ class ResultWriter:
         max_figures: cases shown with pictures.
         nsd_tolerance: of the surface Dice, in mm (pixels where the spacing is unknown).
         progress: show a bar.
+        names: of the files that are written for a case.
+        resume: leave cases alone whose results are whole and would be the same.
+        max_wait: seconds that rank 0 waits at the end for the next result of another process.
+
+    Attributes:
+        results: {number of a case: its record}; in rank 0 at the end those of all cases.
+
+    Raises:
+        ConfigError: `resume` is no bool; or, as a run starts, its processes differ in images, support set, weights or
+            settings.
+        DataError: a record or table can't be written; another process has no result in time.
     """
 
     def __init__(
@@ -70,7 +77,12 @@ class ResultWriter:
         max_figures: int = 12,
         nsd_tolerance: float = 2.0,
         progress: bool = True,
+        names: OutputNames | None = None,
+        resume: bool = True,
+        max_wait: float = 6 * 3600.0,
     ) -> None:
+        if not isinstance(resume, bool):
+            raise ConfigError(f"resume is {resume!r}: expected True or False, with a capital letter on a command line.")
         self.output_dir = Path(output_dir)
         self.bank = bank
         self.title = title
@@ -78,25 +90,101 @@ class ResultWriter:
         self.max_figures = max_figures
         self.nsd_tolerance = nsd_tolerance
         self.progress = progress
-        self.rows: list[dict] = []
-        self.errors: list[dict] = []
-        self.shown: list[_Shown] = []
         self.scored = scored
+        self.names = names
+        self.resume = resume
+        self.max_wait = max_wait
+        self.records = CaseRecords(output_dir, scored)
+        self.results: dict[int, dict] = {}
+        self.cases: list[dict] = []
         self.bar: tqdm | None = None
+        # Numbers of the cases to be done in this run, by all processes.
+        self._due: list[int] = []
+        # Of scored cases of this process that may be shown, see `_ranking`.
+        self._ranked: list[tuple[bool, float, int]] = []
+        self._written = 0.0
+
+    @property
+    def rows(self) -> list[dict]:
+        """The rows of the table so far, in the order of the cases."""
+        return [row for number in sorted(self.results) for row in self._rows_of(number)]
+
+    @property
+    def errors(self) -> list[dict]:
+        """The rows of the cases that failed."""
+        return [row for row in self.rows if "error" in row]
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(QueryEvents.RUN_PREPARED, self._choose)
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
         engine.add_event_handler(Events.COMPLETED, self._complete)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
     def finish(self) -> None:
-        """End the process with exit code 1 if a case failed; the message says how many and where they are listed."""
-        if self.errors:
+        """End the process with exit code 1 if a case failed; the message says how many and where they are listed.
+
+        Of several processes, rank 0 does so for all.
+        """
+        errors = self.errors
+        if errors and not distributed.rank():
             raise SystemExit(
-                f"error: {len(self.errors)} of {len(self.errors) + self._cases()} images failed, first "
-                f"{self.errors[0]['case']}: {self.errors[0]['error']} All are listed in {self._table()}."
+                f"error: {len(errors)} of {len(errors) + self._count()} images failed, first "
+                f"{errors[0]['case']}: {errors[0]['error']} All are listed in {self._table()}."
             )
+
+    def _choose(self, engine: Engine) -> None:
+        """Choose the cases of this process among those that are not done yet."""
+        dataset, inferer = engine.data_loader.dataset, engine.inferer
+        self.cases = dataset.data
+        with engine.mode(engine.network):
+            inferer.adapt(engine.network)
+        self.records.settings = settings_of_run(engine, self.scored, self.nsd_tolerance)
+        rank, count = distributed.rank(), distributed.world_size()
+        own = range(rank, len(self.cases), count)
+        whole = [number for number in own if self._is_whole(number)] if self.resume else []
+        work = digest_of(self.records.settings, [case["name"] for case in self.cases])
+        shared = distributed.gather((work, uuid4().hex, whole))
+        if len({work for work, _, _ in shared}) > 1:
+            raise ConfigError(
+                "The processes of this run differ: expected the same images, support set, weights and settings in all; "
+                "give all machines the same files and options, and with `adapt_seconds` an `adapt_dir` that all see."
+            )
+        self.records.run = shared[0][1]
+        done = {number for _, _, numbers in shared for number in numbers}
+        self._due = [number for number in range(len(self.cases)) if number not in done]
+        dataset.chosen = self._due[rank::count]
+        dataset.stamp = self.records.stamp
+        self.results = {} if rank else {number: self.records.load(self.cases[number]) for number in done}
+        drawn = [number for number in whole if self.scored and self.records.has_figure(self.cases[number])]
+        self._ranked = [_ranking(number, self.records.load(self.cases[number])) for number in drawn]
+        if done and not rank:
+            logger.info("%d of %d images are done already, in %s.", len(done), len(self.cases), self.output_dir)
+        self._write_table()
+        if self._due and count > 1:
+            with engine.mode(engine.network):
+                inferer.encode(engine.network)
+
+    def _is_whole(self, number: int) -> bool:
+        case = self.cases[number]
+        record = self.records.find(case)
+        if record is None:
+            return False
+        if not self.scored and number < self.max_figures and not self.records.has_figure(case):
+            return False
+        # Another query may have got the name that was this one's.
+        taken = self.names and self.names.taken
+        return not taken or all(taken.get(self.output_dir / name) == case["image"] for name in record["files"])
+
+    def _rows_of(self, number: int) -> list[dict]:
+        """The rows of a case; names and paths are the present ones, which may not be those of the record."""
+        case, record = self.cases[number], self.results[number]
+        known = {"case": case["name"], "source": str(case["image"])}
+        if "error" in record:
+            return [{**known, "error": record["error"]}]
+        if "output" in record:
+            known["output"] = str(self.output_dir / record["output"])
+        return [known | row for row in record["rows"]]
 
     def _start(self, engine: Engine) -> None:
         self.bar = tqdm(
@@ -104,29 +192,42 @@ class ResultWriter:
         )
 
     def _add(self, engine: Engine) -> None:
+        number = engine.state.batch[0]["number"]
         if engine.state.output:
             self._add_case(engine.state.output[0])
         else:
-            case = engine.state.batch[0]
-            error = {"case": case["name"], "source": case["source"], "error": case["error"]}
-            self.errors.append(error)
-            self.rows.append(error)
+            self.records.save_error(self.cases[number], engine.state.batch[0]["error"])
+            self.results[number] = {"error": engine.state.batch[0]["error"]}
         self.bar.update()
-        if engine.state.iteration % WRITE_EVERY == 0:
-            write_csv(self._table(), self.rows)
+        if time.monotonic() - self._written > TABLE_SECONDS:
+            self._write_table()
 
     def _fail(self, engine: Engine, error: BaseException) -> None:
         """Whatever ends the run, the rows so far stay."""
         self.bar.close()
-        write_csv(self._table(), self.rows)
+        self._write_table()
         raise error
 
+    def _write_table(self) -> None:
+        if not distributed.rank():
+            write_csv(self._table(), self.rows)
+        self._written = time.monotonic()
+
     def _complete(self, engine: Engine) -> None:
-        self.bar.close()
-        write_csv(self._table(), self.rows)
+        if self.bar is not None:
+            self.bar.close()
+        if distributed.rank():
+            return
+        missing = [number for number in self._due if number not in self.results]
+        if missing:
+            logger.info("Waiting for the other processes: %d images.", len(missing))
+        for number in missing:
+            self.results[number] = self.records.wait(self.cases[number], self.max_wait)
+        self._write_table()
+        rows, errors = self.rows, self.errors
         summary = []
         if self.scored:
-            summary = summarise([row for row in self.rows if "dice" in row])
+            summary = summarise([row for row in rows if "dice" in row])
             write_csv(self.output_dir / "metrics_summary.csv", summary)
             for row in summary:
                 logger.info(
@@ -136,28 +237,31 @@ class ResultWriter:
                     row["dice_n"],
                 )
         path = self.output_dir / "report.html"
-        support = {entry["id"]: self._thumb(entry["id"]) for shown in self.shown for entry in shown.support}
+        shown = self._shown()
+        used = {entry["id"] for number, _ in shown for entry in self.results[number]["shown"]["support"]}
         write_report(
             path,
             Report(
                 title=self.title,
-                subtitle=f"{self._cases()} images, {len(self.bank.class_names)} classes, {len(self.bank)} supports",
+                subtitle=f"{self._count()} images, {len(self.bank.class_names)} classes, {len(self.bank)} supports",
                 meta={name: str(value) for name, value in self.facts.items()},
                 classes=self.bank.class_names,
                 summary_rows=summary,
-                case_rows=self.rows,
-                figures=self._figures(),
-                support=support,
-                errors=self.errors,
+                case_rows=rows,
+                figures=self._figures(shown),
+                support={identifier: self._thumb(identifier) for identifier in used},
+                errors=errors,
             ),
         )
+        # All cases are done, so nobody is writing any more.
+        remove_parts(self.output_dir, {name for record in self.results.values() for name in record.get("files", {})})
         logger.info("Results: %s, report: %s", self._table(), path)
 
     def _table(self) -> Path:
         return self.output_dir / ("metrics.csv" if self.scored else "summary.csv")
 
-    def _cases(self) -> int:
-        return len({row["case"] for row in self.rows if "error" not in row})
+    def _count(self) -> int:
+        return sum("error" not in record for record in self.results.values())
 
     def _add_case(self, case: dict) -> None:
         names, spacing = self.bank.class_names, case["geometry"].spacing
@@ -168,9 +272,6 @@ class ResultWriter:
             measured = class_sizes(pred, names, spacing)
         rows = [
             {
-                "case": case["name"],
-                "source": case["source"],
-                **({"output": case["pred_path"]} if "pred_path" in case else {}),
                 **row,
                 "mean_confidence": case["confidence"][row["class"]],
                 "support_items": self._support_used(case, row["class"]),
@@ -178,9 +279,16 @@ class ResultWriter:
             }
             for row in measured
         ]
-        self.rows += rows
-        dice = [row["dice"] for row in rows if "dice" in row and not math.isnan(row["dice"])]
-        self._keep(case, rows, float(np.mean(dice)) if dice else math.nan)
+        number, record, arrays = case["number"], {"rows": rows}, None
+        if self.scored:
+            dice = [row["dice"] for row in rows if not math.isnan(row["dice"])]
+            record["score"] = float(np.mean(dice)) if dice else None
+        if "pred_path" in case:
+            record["output"] = str(Path(case["pred_path"]).relative_to(self.output_dir))
+        if self._is_shown(number, record):
+            record["shown"], arrays = self._show(case)
+        files = case.get("written", ())
+        self.results[number] = self.records.save(self.cases[number], case["stamp"], record, files, arrays)
 
     def _support_used(self, case: dict, value: int) -> str:
         """Items that guided the slices on which the class was found (all, if none), the most used first."""
@@ -191,95 +299,108 @@ class ResultWriter:
         counts = Counter((index[found] if found.any() else index).flatten().tolist())
         return "; ".join(self.bank.items[item].id for item, _ in counts.most_common(index.shape[1]))
 
-    def _keep(self, case: dict, rows: list[dict], score: float) -> None:
-        """Keep the first cases, or of scored ones the worst and the best."""
-        if not self.max_figures:
-            return
-        self.shown.append(self._show(case, rows, score))
-        if len(self.shown) <= self.max_figures:
-            return
-        if not self.scored:
-            self.shown.pop()
-            return
-        ranked = sorted(self.shown, key=lambda shown: (math.isnan(shown.score), shown.score))
-        worst = (self.max_figures + 1) // 2
-        self.shown = [*ranked[:worst], *ranked[worst + 1 :]]
+    def _is_shown(self, number: int, record: dict) -> bool:
+        """Whether a case may be in the report: the first ones, or of scored ones the worst and the best so far."""
+        if not self.scored or not self.max_figures:
+            return number < self.max_figures
+        self._ranked = sorted([*self._ranked, _ranking(number, record)])
+        if len(self._ranked) <= self.max_figures:
+            return True
+        dropped = self._ranked.pop((self.max_figures + 1) // 2)[-1]
+        self.records.drop_figure(self.cases[dropped])
+        return dropped != number
 
-    def _show(self, case: dict, rows: list[dict], score: float) -> _Shown:
+    def _show(self, case: dict) -> tuple[dict, dict[str, np.ndarray]]:
+        """What it takes to draw a case, as JSON types and arrays: the slices that are shown, on the case's own grid."""
         pred, truth = case["pred"].numpy(), case["label"].numpy() if self.scored else None
-        slices = spread_slices(pred, truth)
+        slices = [int(number) for number in spread_slices(pred, truth)]
         sizes = (pred > 0).reshape(len(pred), -1).sum(1)
         if truth is not None:
             sizes = sizes + (truth > 0).reshape(len(truth), -1).sum(1)
         main = int(sizes.argmax())
         fit, values = case["fit"], [0, *self.bank.class_values]
         pseudo = fit.restore_label(case["pseudo"][main : main + 1])[0].long()
-        boxes = dict(zip(self.bank.class_values, case["box"][main], strict=True))
+        boxes = zip(self.bank.class_values, case["box"][main], strict=True)
         support = [
             {"id": self.bank.items[item].id, "class_name": self.bank.class_names[value], "similarity": similarity}
             for value, (index, similarities) in case["support"].items()
             for item, similarity in zip(index[main].tolist(), similarities[main].tolist(), strict=True)
         ]
         kept = [main, *slices]
-        return _Shown(
-            case={key: case[key] for key in ("name", "source", "geometry", "modality", "is_rgb")},
-            score=score,
-            rows=rows,
-            slices=slices,
-            main=main,
-            pred=pred[kept],
-            truth=None if truth is None else truth[kept],
-            pseudo=np.asarray(values)[pseudo],
-            box={value: fit.restore_box(box.tolist()) for value, box in boxes.items() if box[0] >= 0},
-            support=support,
-        )
+        shown = {
+            "modality": case["modality"],
+            "slice_axis": case["geometry"].slice_axis,
+            "main": main,
+            "slices": slices,
+            "boxes": [[value, list(fit.restore_box(box.tolist()))] for value, box in boxes if box[0] >= 0],
+            "support": support,
+        }
+        arrays = {"pred": pred[kept], "pseudo": np.asarray(values)[pseudo]}
+        return shown, arrays if truth is None else {**arrays, "truth": truth[kept]}
 
-    def _figures(self) -> list[CaseFigure]:
-        shown = self.shown
+    def _shown(self) -> list[tuple[int, dict[str, np.ndarray]]]:
+        """Numbers and arrays of the cases in the report: the first ones, or the worst and the best, the worst first."""
+        numbers = [number for number in sorted(self.results) if "shown" in self.results[number]]
         if self.scored:
-            shown = sorted(shown, key=lambda entry: (math.isnan(entry.score), entry.score))
+            numbers = [number for number in numbers if self.records.has_figure(self.cases[number])]
+            numbers = [number for *_, number in sorted(_ranking(number, self.results[number]) for number in numbers)]
+            best = self.max_figures // 2
+            if len(numbers) > self.max_figures:
+                numbers = numbers[: self.max_figures - best] + numbers[len(numbers) - best :]
+        found = [(n, self.records.figure(self.cases[n], self.results[n])) for n in numbers[: self.max_figures]]
+        return [(number, arrays) for number, arrays in found if arrays is not None]
+
+    def _figures(self, shown: list[tuple[int, dict[str, np.ndarray]]]) -> list[CaseFigure]:
         worst = (len(shown) + 1) // 2
         figures = []
-        for place, entry in enumerate(tqdm(shown, desc="Drawing", unit="image", disable=not self.progress)):
+        bar = tqdm(shown, desc="Drawing", unit="image", disable=not self.progress)
+        for place, (number, arrays) in enumerate(bar):
             section = "Queries"
             if self.scored:
                 section = "Worst cases" if place < worst else "Best cases"
-            figures.append(self._figure(entry, section))
+            figures.append(self._figure(number, arrays, section))
         best = [figure for figure in figures if figure.section == "Best cases"]
         return [figure for figure in figures if figure.section != "Best cases"] + best[::-1]
 
-    def _figure(self, entry: _Shown, section: str) -> CaseFigure:
-        case = entry.case
-        image = read_image(case["source"], case["geometry"].slice_axis)
+    def _figure(self, number: int, arrays: dict[str, np.ndarray], section: str) -> CaseFigure:
+        case, shown = self.cases[number], self.results[number]["shown"]
+        image = read_image(case["image"], shown["slice_axis"])
         slices = torch.from_numpy(image.slices)
-        ct = is_ct(slices, case["modality"], image.geometry.is_picture)
+        ct = is_ct(slices, shown["modality"], image.geometry.is_picture)
         slices = scale_intensity(slices, ct, image.is_rgb)
-        picture = to_display(slices[entry.main])
-        truth = None if entry.truth is None else entry.truth[0]
+        picture = to_display(slices[shown["main"]])
+        truth = arrays["truth"][0] if "truth" in arrays else None
         panels = [("Query", picture)]
         if truth is not None:
             panels.append(("Truth", draw_overlay(picture, truth)))
-        panels.append(("Pseudo-mask and box", draw_overlay(picture, entry.pseudo, box=entry.box)))
-        panels.append(("Segmentation", draw_overlay(picture, entry.pred[0], truth=truth)))
+        boxes = {value: tuple(box) for value, box in shown["boxes"]}
+        panels.append(("Pseudo-mask and box", draw_overlay(picture, arrays["pseudo"], box=boxes)))
+        panels.append(("Segmentation", draw_overlay(picture, arrays["pred"][0], truth=truth)))
         volume = len(slices) > 1
         return CaseFigure(
             name=case["name"],
-            caption=f"Slice {entry.main + 1} of {len(slices)}" if volume else "",
+            caption=f"Slice {shown['main'] + 1} of {len(slices)}" if volume else "",
             panels=panels,
-            metrics=[{key: row[key] for key in row if key in SHOWN_COLUMNS} for row in entry.rows],
-            support=entry.support,
-            montage=self._montage(entry, slices) if volume else None,
+            metrics=[{key: row[key] for key in row if key in SHOWN_COLUMNS} for row in self._rows_of(number)],
+            support=shown["support"],
+            montage=self._montage(shown["slices"], arrays, slices) if volume else None,
             section=section,
         )
 
     @staticmethod
-    def _montage(entry: _Shown, slices: torch.Tensor) -> np.ndarray:
-        truth = None if entry.truth is None else entry.truth[1:]
-        return montage(slices[entry.slices], entry.pred[1:], truth, numbers=entry.slices, total=len(slices))
+    def _montage(numbers: list[int], arrays: dict[str, np.ndarray], slices: torch.Tensor) -> np.ndarray:
+        truth = arrays["truth"][1:] if "truth" in arrays else None
+        return montage(slices[numbers], arrays["pred"][1:], truth, numbers=numbers, total=len(slices))
 
     def _thumb(self, identifier: str) -> SupportThumb:
         item = next(item for item in self.bank.items if item.id == identifier)
         return SupportThumb(identifier, draw_overlay(to_display(item.image.float()), item.label.numpy()), identifier)
+
+
+def _ranking(number: int, record: dict) -> tuple[bool, float, int]:
+    """By which scored cases are ordered: the worst first, those without a score last."""
+    score = record["score"]
+    return score is None, score or 0.0, number
 
 
 SHOWN_COLUMNS = {

@@ -11,6 +11,7 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor
 
+from sam2sgp import distributed
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
@@ -87,6 +88,7 @@ class SupportSetInferer(Inferer):
         self.object_gate = object_gate
         self.feature_cache = feature_cache
         self.runtime = runtime
+        self.region_below = region_below
         self.region_pass = RegionPass(bank, sampler, region_below, batch_size, feature_cache)
         self._along: dict[int, SupportSetInferer] = {}
         # Thresholds (C,) of the object score, and the table of the bank that they were learned from.
@@ -97,8 +99,32 @@ class SupportSetInferer(Inferer):
         self.bank.forget()
         if self.runtime is not None:
             self.runtime.forget()
+        self.adaptation = None
         self._along.clear()
         self._thresholds = None
+
+    def adapt(self, network: SAM2SGP) -> None:
+        """Adapt the network now, not at the first image, if there is an adapter.
+
+        Of several processes the first one does it, and the others find the result in the adapter's folder.
+        """
+        if self.adapter:
+            with distributed.rank_0_first():
+                self._adapt(network)
+
+    def encode(self, network: SAM2SGP) -> None:
+        """Encode the support set now, not at the first image.
+
+        Several processes share the work where the bank has a folder; all of them must call this.
+        """
+        if self.adaptation is not None:
+            network = self.adaptation.network
+        device = next(network.parameters()).device
+        with torch.no_grad(), autocast(device.type, self.precision):
+            if distributed.is_active():
+                self.bank.encode_share(network, device, *distributed.place_on_machine())
+                distributed.barrier()
+            self.bank.encode(network, device)
 
     def along_axis(self, axis: int, network: SAM2SGP) -> "SupportSetInferer":
         """The same for volumes sliced along a canonical axis (0, 1, 2), with the support set sliced alike.
@@ -118,7 +144,7 @@ class SupportSetInferer(Inferer):
         return self._along[axis]
 
     def _adapt(self, network: SAM2SGP) -> None:
-        if self.bank.embedding is None and self.adapter:
+        if self.bank.embedding is None and self.adaptation is None and self.adapter:
             self.adaptation = self.adapter(network, self.bank, self.sampler)
 
     def __call__(self, inputs: Tensor, network: SAM2SGP, *args, **kwargs) -> Tensor:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sam2sgp import distributed
 from sam2sgp.data.folders import check_label_values, complete_class_names
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
@@ -254,11 +255,28 @@ class SupportBank:
         """Encode every item with the network as it is now; with a cache folder, every item that is not yet there.
 
         Under `torch.distributed` the processes start at different items, and each takes from the folder what another
-        one has written by then.
+        one has written by then. So that no item is encoded twice, let each call `encode_share` before.
         """
         self.forget()
         self._adopt(network, torch.device(device))
         self._pool(WHOLE)
+
+    def encode_share(self, network: SAM2SGP, device: torch.device | str, number: int, count: int) -> None:
+        """Encode the items of one of `count` processes that are not yet in the cache folder, for all of them.
+
+        Each item belongs to one process, whatever is there already. Without a folder nothing is done.
+        """
+        if self.store is None:
+            return
+        self.forget()
+        self._adopt(network, torch.device(device))
+        # Items of the same content are one.
+        first: dict[str, int] = {}
+        for n, item in enumerate(self.items):
+            first.setdefault(self._name(item, WHOLE), n)
+        own = dict(list(first.items())[number::count])
+        there = self._find(list(own))
+        self._encode_all([n for name, n in own.items() if name not in there], WHOLE)
 
     def retrieve(
         self,
@@ -599,9 +617,8 @@ class SupportBank:
         found: Tensors = {}
         unlisted: Tensors = {}
         batch = self.batch_size if self._device.type == "cuda" and part == WHOLE else 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            start = len(numbers) * torch.distributed.get_rank() // torch.distributed.get_world_size()
-            numbers = numbers[start:] + numbers[:start]
+        start = len(numbers) * distributed.rank() // distributed.world_size()
+        numbers = numbers[start:] + numbers[:start]
         silent = not self.progress or part != WHOLE or not numbers
         bar = tqdm(desc="Encoding the support set", total=len(numbers), unit="item", disable=silent)
         try:
@@ -715,6 +732,24 @@ class SupportBank:
                 stack = torch.stack([encoding[name][place, column] for encoding, place, column in chosen])
                 memory[name] = stack.to(index.device)[pair]
         return SupportMemory(**memory)
+
+
+def shared_support_bank(data: list[dict], cache_dir: str | Path | None = None, **settings) -> SupportBank:
+    """The support bank of each of several processes; the processes of a machine read the cases together.
+
+    With a cache folder, and without a limit of items, each process first prepares its share of the cases there. All
+    processes call this at the same time.
+
+    Args:
+        data, cache_dir, settings: of `SupportBank`.
+    """
+    number, count = distributed.place_on_machine()
+    if count > 1 and cache_dir is not None and settings.get("max_items") is None:
+        # What is wrong with a case, the whole bank will say.
+        share = settings | {"skip_errors": True, "allow_empty": True}
+        SupportBank(data[number::count], cache_dir=cache_dir, **share)
+    distributed.barrier()
+    return SupportBank(data, cache_dir=cache_dir, **settings)
 
 
 def _source(case: dict) -> str:

@@ -51,7 +51,7 @@ class FileHashes:
         for case in cases:
             try:
                 named = [os.path.abspath(case[key]) for key in ("image", "label")]
-                paths = [path for name in named if name not in self._known for path, _ in _files_of(name)]
+                paths = [path for name in named if name not in self._known for path, _ in files_of(name)]
             except (OSError, KeyError, TypeError):
                 continue
             keys |= {_key(path): path for path in paths if path not in self._known}
@@ -71,12 +71,20 @@ class FileHashes:
         paths = [case.get("image"), case.get("label")]
         if not all(isinstance(path, str | os.PathLike) for path in paths):
             return None
+        return digest_of(self.of_paths(paths), case.get("modality"))
+
+    def of_paths(self, paths: Iterable[str | os.PathLike]) -> list[str]:
+        """Hash of the content of each image or label.
+
+        Raises:
+            DataError: a file is missing or can't be read.
+        """
         try:
-            return digest_of([self._of_path(path) for path in paths], case.get("modality"))
+            return [self._of_path(path) for path in paths]
         except OSError as error:
             raise DataError(
-                f"{error.filename}: expected a support image and its label, found that one can't be read ({error}); "
-                "correct the file or remove the case."
+                f"{error.filename}: expected a finished image or label, found that it can't be read ({error}); correct "
+                "the file or remove the case."
             ) from error
 
     def flush(self) -> None:
@@ -87,7 +95,7 @@ class FileHashes:
 
     def _of_path(self, path: str | os.PathLike) -> str:
         """Of a file; of several files (a series, a header with its data) whatever their names."""
-        hashes = [self._of_file(file, status) for file, status in _files_of(path)]
+        hashes = [self._of_file(file, status) for file, status in files_of(path)]
         return hashes[0] if len(hashes) == 1 else digest_of(sorted(hashes))
 
     def _of_file(self, path: str, status: os.stat_result) -> str:
@@ -111,7 +119,7 @@ def _key(path: str) -> str:
     return hashlib.sha256(os.fsencode(path)).hexdigest()
 
 
-def _files_of(path: str | os.PathLike) -> list[tuple[str, os.stat_result]]:
+def files_of(path: str | os.PathLike) -> list[tuple[str, os.stat_result]]:
     """The files that an image consists of, with their state. Raises `OSError` if one is missing."""
     path = os.path.abspath(path)
     status = os.stat(path)
@@ -122,6 +130,18 @@ def _files_of(path: str | os.PathLike) -> list[tuple[str, os.stat_result]]:
     if path.lower().endswith(".mhd"):
         files += _data_of_metaimage(Path(path))
     return [(file, os.stat(file)) for file in files]
+
+
+def signature_of(paths: Iterable[str | os.PathLike]) -> str | None:
+    """Hash of names, sizes, times and inodes of the files of images and labels, by which to know them unchanged.
+
+    None where a file is so new that its time could stay the same in spite of a change. Raises `OSError` if one is
+    missing.
+    """
+    files = [entry for path in paths for entry in files_of(path)]
+    if any(time.time_ns() - status.st_mtime_ns <= TRUSTED_AGE for _, status in files):
+        return None
+    return digest_of([[path, status.st_size, status.st_mtime_ns, status.st_ino] for path, status in files])
 
 
 def _data_of_metaimage(header: Path) -> list[str]:

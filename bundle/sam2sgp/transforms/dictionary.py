@@ -6,7 +6,7 @@ A case is a dict. `LoadCased` turns the path at `image` into slices and adds wha
 """
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from sam2sgp.data.io import (
     output_suffix,
     read_image,
     read_label,
+    result_endings,
     write_label,
     write_map,
 )
@@ -114,11 +115,26 @@ class OutputNames:
 
     Args:
         output_dir: the folder.
+        sources: the queries, in order. Their names are given out at once, so that each query has the same ones whoever
+            segments it, and when.
+        maps, dicom_seg: what else than labels will be written, see `result_endings`.
     """
 
-    def __init__(self, output_dir: str) -> None:
+    def __init__(
+        self, output_dir: str, sources: Sequence[str] = (), maps: Sequence[str] = (), dicom_seg: bool = False
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.taken: dict[Path, str] = {}
+        for source in sources:
+            for ending in result_endings(source, maps, dicom_seg):
+                self._name(source, ending)
+
+    def _name(self, source: str, ending: str) -> Path:
+        name = Path(source).name
+        for stem in chain((image_stem(source), name), (f"{name}_{number}" for number in count(2))):
+            path = self.output_dir / (stem + ending)
+            if self.taken.setdefault(path, source) == source:
+                return path
 
     def claim(self, source: str, ending: str) -> Path:
         """`<output_dir>/<stem><ending>` for the query at `source`, always the same; where that is another's already,
@@ -127,11 +143,7 @@ class OutputNames:
         Raises:
             DataError: the query itself has that path.
         """
-        name = Path(source).name
-        for stem in chain((image_stem(source), name), (f"{name}_{number}" for number in count(2))):
-            path = self.output_dir / (stem + ending)
-            if self.taken.setdefault(path, source) == source:
-                break
+        path = self._name(source, ending)
         if path.exists() and path.samefile(source):
             raise DataError(f"{path}: expected a folder for results, found the query there; choose another output_dir.")
         return path
@@ -140,7 +152,7 @@ class OutputNames:
 class SaveLabeld(MapTransform):
     """Write predicted class maps (Z, H, W) to `<query stem><suffix>` on the query's own grid.
 
-    The written path is put at `<key>_path`.
+    The written path is put at `<key>_path`, and added to those at `written`, as by all that save results.
     """
 
     def __init__(self, keys: KeysCollection = "pred", *, names: OutputNames, binary_255: bool = False) -> None:
@@ -154,6 +166,7 @@ class SaveLabeld(MapTransform):
             path = self.names.claim(case["source"], output_suffix(case["geometry"]))
             write_label(path, case[key].numpy(), case["geometry"], self.binary_255)
             case[f"{key}_path"] = str(path)
+            case["written"] = [*case.get("written", ()), path]
         return case
 
 
@@ -172,6 +185,7 @@ class SaveMapsd(MapTransform):
         for key in self.key_iterator(case):
             path = self.names.claim(case["source"], f"_{key}{map_suffix(case['geometry'])}")
             write_map(path, case.pop(key).numpy(), case["geometry"])
+            case["written"] = [*case.get("written", ()), path]
         return case
 
 
@@ -201,10 +215,16 @@ class SaveDicomSegd(MapTransform):
             return case
         for key in self.key_iterator(case):
             path = self.names.claim(source, ".dcm")
+            written = False
             try:
-                if not write_dicom_seg(path, case[key].numpy(), case["geometry"], source, self.class_names):
+                written = write_dicom_seg(path, case[key].numpy(), case["geometry"], source, self.class_names)
+                if not written:
                     logger.warning("%s: nothing was found, so no DICOM segmentation is written.", source)
             except DicomSourceError as error:
                 # The class map is written, and other queries wait.
                 logger.error("%s", error)
+            if written:
+                case["written"] = [*case.get("written", ()), path]
+            else:
+                path.unlink(missing_ok=True)  # what an earlier run found
         return case
