@@ -8,6 +8,7 @@ that train, score and infer in batches; what they share is on the disk, in the d
 
 import logging
 import os
+import select
 import sys
 import threading
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from lib.datastore import open_datastore
 from lib.dicomweb import DicomWebDatastore, image_routes
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
+from lib.options import flag
 from lib.page import SupportPage
 from lib.scoring import Scores, Scoring
 from lib.segmenter import Segmenter
@@ -35,7 +37,7 @@ from lib.support import FINAL, LabelledCases
 from lib.trainers.finetune import FineTuning
 from lib.usage import Usage
 from lib.weights import Weights
-from sam2sgp.errors import Sam2SgpError
+from sam2sgp.errors import DataError, Sam2SgpError
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ MODEL = "sam2sgp"
 FINE_TUNING = "finetune"
 SCORING = "scores"
 DEFAULT_STRATEGY = "hybrid"
-# Module that MONAI Label runs for training, scoring and batch inference; the server's requests come before these.
+# Module that MONAI Label runs for training, scoring and batch inference. The server's requests come before these.
 BACKGROUND = "monailabel.interfaces.utils.app"
 NICENESS = 10
 
@@ -52,8 +54,10 @@ class Sam2SgpApp(MONAILabelApp):
     """See the module."""
 
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
-        if _started_as(BACKGROUND) and hasattr(os, "nice"):
+        self.in_background = _started_as(BACKGROUND)
+        if self.in_background:
             os.nice(NICENESS)
+            _end_with_server()
         try:
             self.settings = Settings.from_conf(app_dir, studies, conf)
             self.audit = Audit(self.settings.audit_file)
@@ -80,6 +84,8 @@ class Sam2SgpApp(MONAILabelApp):
 
     def init_infers(self):
         self.cases = LabelledCases(self.datastore(), self.settings)
+        if self.cases.problem and not self.in_background:
+            raise DataError(self.cases.problem)
         self.segmenter = Segmenter(self.settings, self.weights, self.cases)
         return {MODEL: Segmentation(self.segmenter)}
 
@@ -89,7 +95,7 @@ class Sam2SgpApp(MONAILabelApp):
                 self.settings.bundle_root,
                 self.settings.state_dir,
                 self.weights,
-                self.cases.cases,
+                self.segmenter.usable_cases,
                 self.cases.declared,
                 self.settings.overrides,
                 self.settings.overlays,
@@ -101,7 +107,7 @@ class Sam2SgpApp(MONAILabelApp):
         return {SCORING: Scoring(self.segmenter, self.scores)}
 
     def init_strategies(self):
-        self.choices = Choices(self.scores)
+        self.choices = Choices(self.scores, self.cases.seeds)
         return strategies(self.choices)
 
     def init_batch_infer(self):
@@ -187,7 +193,7 @@ class Sam2SgpApp(MONAILabelApp):
         self.usage.add(used["item"] for items in params["support"].values() for used in items)
         tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
         label_id = label
-        if image_id and _is_true(request.get("save_label")):
+        if image_id and flag(request, "save_label"):
             label_info = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
             kept = {key: value for key, value in params.items() if key != "uncertainty"}
             info = {"model": request["model"], "label_info": label_info, "params": kept}
@@ -229,6 +235,17 @@ def _started_as(module: str) -> bool:
     return spec is not None and spec.name == module
 
 
-def _is_true(value: Any) -> bool:
-    value = value[0] if isinstance(value, list | tuple) and value else value
-    return str(value).strip().lower() in ("true", "yes", "on", "1")
+def _end_with_server() -> None:
+    """From now on, end this process when the server that reads its output is gone: nobody could follow or stop it.
+
+    At once and without any clean-up, as if it were killed together with its server.
+    """
+
+    def watch() -> None:
+        output = select.poll()
+        # With nothing to wait for, only the end of the pipe's other side is told.
+        output.register(sys.__stdout__.fileno(), 0)
+        output.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="server-watch").start()

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from lib.checks import NotFound, RequestError
-from lib.segmenter import NoSupport, Options, OutOfMemory, attempts
+from lib.options import Options
+from lib.segmenter import NoSupport, OutOfMemory, attempts
 from lib.weights import Weights
 from sam2sgp.data.io import read_label
 from sam2sgp.errors import DataError
@@ -100,6 +101,21 @@ def test_a_label_that_cannot_be_used_leaves_the_others_at_work(studio):
     assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0"}
     (error,) = segmenter.facts()["errors"]
     assert error.startswith("labels/final/us_001_0.png: expected a label of its image's size") and "32" in error
+
+
+def test_a_training_gets_every_label_but_those_that_cannot_be_used_and_is_told_which(studio, monkeypatch):
+    made = studio(PICTURES, PICTURES)
+    made.label("us_001_0").write_bytes(_png(np.ones((32, 32), np.uint8)))
+    made.label("us_002_0").write_bytes(b"no picture")
+    (made.studies / "labels.json").write_text('{"1": "disc", "2": "ellipse", "3": "ring"}')
+    made.label("us_003_0").write_bytes(_png(np.full((64, 80), 7, np.uint8)))
+    segmenter = made.segmenter(support_max_items="1")
+    monkeypatch.setattr("lib.segmenter.load_weights", lambda *_: pytest.fail("a network is loaded"))
+    cases, left_out = segmenter.usable_cases()
+    assert [case["name"] for case in cases] == ["us_000_0"]
+    assert [reason.partition(":")[0] for reason in left_out] == [f"labels/final/us_00{n}_0.png" for n in (1, 2, 3)]
+    assert "its image's size" in left_out[0] and "value 7" in left_out[2]
+    assert not any(str(made.studies) in reason for reason in left_out)
 
 
 def test_the_result_comes_from_the_labels(studio):

@@ -58,11 +58,11 @@ class Events(list):
         self.append((action, facts))
 
 
-def a_task(tmp_path, cases, phantoms, start=BUNDLE / "models" / "model.pt", **overrides):
+def a_task(tmp_path, cases, phantoms, start=BUNDLE / "models" / "model.pt", left_out=()):
     weights = Weights(tmp_path / "weights", start)
     names = class_names(phantoms)
     events = Events()
-    task = FineTuning(BUNDLE, tmp_path, weights, lambda: cases, lambda: names, {**TINY, **overrides}, audit=events)
+    task = FineTuning(BUNDLE, tmp_path, weights, lambda: (cases, left_out), lambda: names, TINY, audit=events)
     return task, weights, events
 
 
@@ -80,10 +80,12 @@ def test_whole_patients_are_held_back_and_stay_so_as_labels_are_added():
 
 
 def test_too_few_patients_are_refused_in_one_sentence(tmp_path, phantoms):
-    task, weights, events = a_task(tmp_path, some(5, 3), phantoms)
+    why = "labels/final/x.png: expected a label, found none."
+    task, weights, events = a_task(tmp_path, some(5, 3), phantoms, left_out=[why])
     with pytest.raises(DataError, match="at least 4 patients, found 5 of 3"):
         task(REQUEST, None)
     assert task.stats()["state"] == "failed" and "at least 4 patients" in task.stats()["message"]
+    assert task.stats()["left_out"] == [why]
     assert weights.active().name == "embedded" and not events and not task.work.exists()
 
 

@@ -14,10 +14,7 @@ Concurrency: one training at a time, whatever the number of servers with the sam
 import json
 import logging
 import math
-import os
 import shutil
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -30,6 +27,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
 from lib.checks import Conflict, RequestError
+from lib.options import first
 from lib.trainers.data import digest, split, write_datalist
 from lib.trainers.status import Status, StatusHandler
 from lib.weights import LORA_FOLDER, MODEL_FILE, Weights
@@ -68,7 +66,8 @@ class FineTuning(TrainTask):
         bundle_root: the bundle's folder.
         state_dir: the app's; everything is written below `training/`.
         weights: where weights come from and go to.
-        cases: gives the labelled cases, dicts as `load_datalist` gives them.
+        cases: gives the labelled cases that can be used, dicts as `load_datalist` gives them, and a sentence on each
+            one that can't.
         class_names: gives the declared names of their classes.
         overrides: keys of inference.json with the app's values; those that training has too are used.
         overlays: config files, relative to the bundle's folder, between train.json and finetune.json: a backbone's.
@@ -80,7 +79,7 @@ class FineTuning(TrainTask):
         bundle_root: Path,
         state_dir: Path,
         weights: Weights,
-        cases: Callable[[], Sequence[Mapping]],
+        cases: Callable[[], tuple[Sequence[Mapping], Sequence[str]]],
         class_names: Callable[[], Mapping[int, str]],
         overrides: Mapping[str, Any] | None = None,
         overlays: Sequence[str] = (),
@@ -136,12 +135,9 @@ class FineTuning(TrainTask):
         Raises:
             Sam2SgpError: an option that can't work, too few labels, a training that runs already; the stats say so too.
         """
-        action = _first(request.get("action")) or TRAIN
+        action = first(request.get("action")) or TRAIN
         if action not in (TRAIN, ROLL_BACK):
             raise RequestError(f"action is {action!r}: expected {TRAIN!r} or {ROLL_BACK!r}.")
-        # MONAI Label's training process marks its requests so.
-        if "local_rank" in request:
-            _end_with_parent()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
@@ -159,7 +155,7 @@ class FineTuning(TrainTask):
         """The options of a request as config values. Nothing else of it reaches a config, whose strings are code."""
         options: dict[str, Any] = {}
         for name, kind in OPTIONS.items():
-            given = _first(request.get(name, self._config[name]))
+            given = first(request.get(name, self._config[name]))
             try:
                 value = kind(str(given))
                 if not (math.isfinite(value) and value > 0):
@@ -168,7 +164,7 @@ class FineTuning(TrainTask):
                 expected = "a whole number of at least 1" if kind is int else "a number above 0"
                 raise RequestError(f"{name} is {given!r}: expected {expected}.") from None
             options[name] = value
-        options["device"] = f"$torch.device({self._device(_first(request.get('device')))!r})"
+        options["device"] = f"$torch.device({self._device(first(request.get('device')))!r})"
         return options
 
     def _device(self, name: object) -> str:
@@ -199,7 +195,11 @@ class FineTuning(TrainTask):
             raise
 
     def _make_weights(self, options: Mapping[str, Any]) -> None:
-        sections = split(self.cases())
+        cases, left_out = self.cases()
+        if left_out:
+            self.status.update(left_out=list(left_out))
+            logger.warning("Left out of the training: %s", " ".join(left_out))
+        sections = split(cases)
         start = self.weights.active()
         facts = {name: len(cases) for name, cases in sections.items()} | {"start_weights": start.name}
         self.status.update(message="Preparing.", epoch=0, max_epochs=options["max_epochs"], **facts)
@@ -306,20 +306,3 @@ class FineTuning(TrainTask):
         version = self.weights.publish(merged, metrics, self.work / LORA_FOLDER)
         self.audit("publish", weights=version.name, replaced=start, **measured)
         self.status.finish(PUBLISHED, f"{compared} The new weights {version.name!r} are in use.", **measured)
-
-
-def _first(value: Any) -> Any:
-    """The first element of a list of choices; anything else as it is."""
-    return (value[0] if value else None) if isinstance(value, list | tuple) else value
-
-
-def _end_with_parent() -> None:
-    """From now on, end this process when the server that started it is gone: nobody could stop it any more."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
