@@ -59,7 +59,7 @@ PATIENTS = 8
 CONF = {"image_size": "64", "three_d_memory": "false", "region_below": "0", "k": "64"}
 TRAINING = {"max_epochs": 3, "episodes_per_epoch": 8, "learning_rate": 1e-3}
 # Seconds after the first sign of the work within which the server is killed.
-WINDOW = {"saving": 3.0, "scoring": 3.0, "training": 12.0, "tokens": 1.0}
+WINDOW = {"saving": 3.0, "scoring": 3.0, "training": 15.0, "tokens": 1.0}
 WAIT = 120.0
 TITLES = ("#", "while", "killed after", "found then", "labels", "items used", "tokens", "restart")
 

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi import Request
+from fastapi.responses import JSONResponse
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.utils.async_tasks.utils import tasks
@@ -125,6 +127,7 @@ class Sam2SgpApp(MONAILabelApp):
         # Only the server has this module, and its import would start to build one.
         from monailabel.app import app
 
+        app.add_exception_handler(OSError, _not_stored)
         install(app, self.settings)
         if isinstance(self.datastore(), DicomWebDatastore):
             # Before MONAI Label's own.
@@ -227,6 +230,13 @@ class Sam2SgpApp(MONAILabelApp):
             return {"warnings": [str(error)]}
         facts = self.segmenter.facts()
         return {"support_items": facts["items"], "warnings": facts["errors"]}
+
+
+async def _not_stored(request: Request, error: OSError) -> JSONResponse:
+    """The answer to a request in which a file could not be written, such as an upload on a full disk."""
+    answer = refuse(error)
+    logger.error("%s %s", request.method, request.url.path, exc_info=error)
+    return JSONResponse({"detail": answer.detail}, answer.status_code)
 
 
 def _started_as(module: str) -> bool:

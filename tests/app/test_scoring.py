@@ -81,7 +81,8 @@ def test_damaged_scores_are_made_anew_and_unusable_ones_are_named(tmp_path, capl
     score = ImageScore(torch.ones(4) / 2, 0.25, {"entropy": 0.25})
     scores.write("a", "s", "w", "b", score)
     # The first page tells that it is a database, the others hold the rows.
-    rows_lost = path.read_bytes()[:4096] + b"\xff" * 8192
+    whole = path.read_bytes()
+    rows_lost = whole[:4096] + b"\xff" * (len(whole) - 4096)
     path.write_bytes(b"no database at all, " * 100)
     assert scores.newer(0) == []
     path.write_bytes(rows_lost)

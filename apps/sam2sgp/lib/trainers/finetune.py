@@ -11,10 +11,12 @@ on with it if it has the same labels, options and weights to start from.
 Concurrency: one training at a time, whatever the number of servers with the same state folder; a lock file sees to it.
 """
 
+import errno
 import json
 import logging
 import math
 import shutil
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +28,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
-from lib.checks import Conflict, RequestError
+from lib.checks import Conflict, RequestError, StorageError
 from lib.options import first
 from lib.trainers.data import digest, split, write_datalist
 from lib.trainers.status import Status, StatusHandler
@@ -138,8 +140,8 @@ class FineTuning(TrainTask):
         action = first(request.get("action")) or TRAIN
         if action not in (TRAIN, ROLL_BACK):
             raise RequestError(f"action is {action!r}: expected {TRAIN!r} or {ROLL_BACK!r}.")
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock", timeout=0):
                 if action == ROLL_BACK:
                     self._roll_back()
@@ -149,6 +151,8 @@ class FineTuning(TrainTask):
             raise Conflict(
                 "A fine-tuning is running already: wait until it has ended, or stop it (DELETE /train), then try again."
             ) from None
+        except OSError as error:
+            raise _no_storage(error.strerror or str(error)) from error
         return self.stats()
 
     def _options(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +193,14 @@ class FineTuning(TrainTask):
             self._make_weights(self._options(request))
         except Exception as error:
             cause = cause_of(error)
-            self.status.finish(FAILED, str(cause).split("\n")[0] or type(cause).__name__)
+            if reason := _storage_problem(error):
+                cause = _no_storage(reason)
+                _close_files(error)
+            try:
+                self.status.finish(FAILED, str(cause).split("\n")[0] or type(cause).__name__)
+            except OSError:
+                # To other processes it reads as stopped when this one has ended, which is true as well.
+                logger.exception("The outcome of the training can't be written: %s", cause)
             if isinstance(cause, Sam2SgpError) and cause is not error:
                 raise cause from error
             raise
@@ -306,3 +317,29 @@ class FineTuning(TrainTask):
         version = self.weights.publish(merged, metrics, self.work / LORA_FOLDER)
         self.audit("publish", weights=version.name, replaced=start, **measured)
         self.status.finish(PUBLISHED, f"{compared} The new weights {version.name!r} are in use.", **measured)
+
+
+def _storage_problem(error: BaseException | None) -> str | None:
+    """Why a file could not be written, if that is among the causes of an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return error.strerror
+        # torch has no type for it.
+        if isinstance(error, RuntimeError) and "inline_container" in str(error):
+            return "that a file can't be written"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _close_files(error: BaseException | None) -> None:
+    """Let go of what the calls that failed hold: a half-written file takes its space for as long as it is open."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _no_storage(reason: str) -> StorageError:
+    return StorageError(
+        f"training: expected to write to the state folder, found {reason}; free some space or correct the permissions, "
+        "then train again. The weights stay as they are."
+    )

@@ -68,7 +68,9 @@ class Status:
                 self._read, self._stamp = json.loads(self.path.read_text(encoding="utf-8")), found
         except (OSError, ValueError):
             return {}
-        facts = {key: value for key, value in self._read.items() if key not in ("pid", "pid_created")}
+        # The process that trains may know more than it could write.
+        written = self.facts if self.facts and self.facts["pid"] == self._read.get("pid") else self._read
+        facts = {key: value for key, value in written.items() if key not in ("pid", "pid_created")}
         if facts.get("state") == RUNNING and not _is_alive(self._read.get("pid"), self._read.get("pid_created")):
             facts["state"] = STOPPED
             facts["message"] = (
