@@ -192,11 +192,12 @@ class Sam2SgpApp(MONAILabelApp):
             raise NotFound(
                 f"image {image_id or 'of the session'}: expected an image, found none; take one of the list."
             )
+        save_label = flag(request, "save_label")
         label, params = task({**request, "image": path, "image_id": image_id})
         self.usage.add(used["item"] for items in params["support"].values() for used in items)
         tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
         label_id = label
-        if image_id and flag(request, "save_label"):
+        if image_id and save_label:
             label_info = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
             kept = {key: value for key, value in params.items() if key != "uncertainty"}
             info = {"model": request["model"], "label_info": label_info, "params": kept}

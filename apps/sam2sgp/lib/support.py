@@ -4,7 +4,8 @@ In: a datastore, in which labels come, change and go in any way: by requests, or
 the list of cases that a `SupportBank` is brought in line with, and the names of their classes. Only labels with the tag
 `final` are approved; all others are left alone.
 
-For one thread at a time. `changed` costs two stats for each labelled case, so it may be asked before every request.
+For one thread at a time. `changed` costs two stats for each approved label, and if it is to be certain for each pair of
+the seed folder too, so it may be asked before every request.
 """
 
 import logging
@@ -57,16 +58,20 @@ class LabelledCases:
         self._seeds: list[dict] = []
         self._listing: tuple = ()
         self._listing_settled = False
+        self._seeds_seen: tuple = ()
         self._refresh_seeds()
 
     def changed(self, certain: bool = True) -> bool:
         """Whether `cases` may give another list, or files of other content, than when it was called last.
 
         Args:
-            certain: what changed so lately that it may have changed again unseen counts as changed.
+            certain: files of `support_dir` that were changed in place are noticed too, and what changed so lately that
+                it may have changed again unseen counts as changed.
         """
         state = self._state(list(self.datastore.get_labeled_images()))
-        return state != self._seen or (certain and not (self._settled and self.problem is None))
+        if state != self._seen:
+            return True
+        return certain and (not self._settled or self.problem is not None or self._seed_files() != self._seeds_seen)
 
     def seeds(self) -> list[str]:
         """Names of the cases of `support_dir`, as of the last `cases`."""
@@ -96,8 +101,10 @@ class LabelledCases:
         self._declared = self._read_declared()
         self._folders = self._folder_times()
         self._seen = self._state(ids)
+        self._seeds_seen = self._seed_files()
         folders, _, files = self._seen
-        self._settled = files is not None and _is_settled([*files, *(entry for _, entry in folders)], started)
+        found = [*(entry for _, entry in folders), *(files or ()), *self._seeds_seen]
+        self._settled = files is not None and _is_settled(found, started)
         return cases + self._seeds
 
     def patient_of(self, image_id: str, info: dict[str, Any] | None = None) -> str:
@@ -166,7 +173,7 @@ class LabelledCases:
         if folders != self._folders or set(ids) != self._paths.keys():
             return folders, tuple(sorted(ids)), None
         files = tuple(stamp(path) for pair in self._paths.values() for path in pair)
-        return folders, tuple(sorted(ids)), files + self._seed_listing() + self._seed_files()
+        return folders, tuple(sorted(ids)), files + self._seed_listing()
 
     def _folder_times(self) -> tuple[tuple[str, Stamp | None], ...]:
         """A file of another kind under the same id changes the folder that it is in."""
