@@ -41,6 +41,15 @@ def test_an_approved_label_guides_the_very_next_request_and_leaves_with_its_file
     assert used(result) == {"us_001_0"} and result["support_items"] == 1
 
 
+def test_seed_pairs_guide_together_with_approved_labels(studio, tmp_path):
+    made = studio(PICTURES, ["us_000_0"])
+    for kind in ("image", "label"):
+        (tmp_path / "seeds" / f"{kind}s").mkdir(parents=True)
+        shutil.copy(made.known["us_001_1"][kind], tmp_path / "seeds" / f"{kind}s")
+    segmenter = made.segmenter(support_dir=str(tmp_path / "seeds"))
+    assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0", "seeds/us_001_1"}
+
+
 def test_a_label_edited_in_place_changes_the_next_result(studio):
     made = studio(PICTURES, ["us_000_0"])
     segmenter = made.segmenter()

@@ -1,4 +1,4 @@
-"""Full and read-only disks and damaged files, over HTTP: a status, one sentence, and nothing lost."""
+"""Full and read-only disks, damaged files and seed pairs that come and go, over HTTP: nothing lost, nothing stale."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.e2e.disks import disk
 from tests.e2e.server import Server
 
 APPROVED = ["us_000_0", "us_001_0", "us_002_0", "us_003_0"]
-FRESH, QUERY = "us_000_1", "us_001_1"
+FRESH, QUERY, SEED = "us_000_1", "us_001_1", "us_002_1"
 SMALL = {"image_size": "64", "three_d_memory": "false", "region_below": "0"}
 TRAINING = {"max_epochs": 1, "episodes_per_epoch": 1}
 
@@ -35,7 +35,8 @@ def server(tmp_path_factory, known):
             shutil.copy(known[name]["image"], studies.folder)
         for name in APPROVED:
             shutil.copy(known[name]["label"], studies.folder / "labels" / "final")
-        running = Server(folder, studies.folder, SMALL)
+        add_seed(folder / "seeds", known, SEED)
+        running = Server(folder, studies.folder, {**SMALL, "support_dir": str(folder / "seeds")})
         running.disks = {"studies": studies, "state": state, "tmp": tmp}
         try:
             yield start(running)
@@ -45,6 +46,12 @@ def server(tmp_path_factory, known):
 
 def start(server: Server) -> Server:
     return server.start({"MONAI_LABEL_AUTO_UPDATE_SCORING": "false", "TMPDIR": str(server.folder / "tmp")})
+
+
+def add_seed(folder: Path, known, name: str) -> None:
+    for kind in ("image", "label"):
+        (folder / f"{kind}s").mkdir(parents=True, exist_ok=True)
+        shutil.copy(known[name][kind], folder / f"{kind}s")
 
 
 def put(server, known, name: str, of: str) -> requests.Response:
@@ -63,9 +70,15 @@ def infer(server, **params) -> requests.Response:
     return requests.post(url, data={"params": json.dumps(params)}, timeout=60)
 
 
-def used(answer: requests.Response) -> set[str]:
+def all_used(answer: requests.Response) -> set[str]:
     assert answer.ok, answer.text
     return {item["image"] for items in answer.json()["support"].values() for item in items}
+
+
+def used(answer: requests.Response) -> set[str]:
+    """The images of the datastore that guided an answer; the seed pair always does."""
+    assert f"seeds/{SEED}" in all_used(answer)
+    return {name for name in all_used(answer) if not name.startswith("seeds/")}
 
 
 def assert_refused(answer: requests.Response, *words: str) -> None:
@@ -119,7 +132,7 @@ def test_with_a_full_state_disk_requests_are_answered_from_memory_and_nothing_ha
         stats = requests.get(f"{server.url}/info/").json()["train_stats"]["finetune"]
         assert stats["weights"]["version"] == "embedded" and stats.get("state") != "running"
     assert_labels_are(server, labels)
-    assert post(server, "/scoring/scores?run_sync=true").json()["executed"] == 6
+    assert post(server, "/scoring/scores?run_sync=true").json()["executed"] == 7
     assert post(server, "/activelearning/hybrid").ok
 
 
@@ -142,6 +155,26 @@ def test_a_damaged_state_is_made_anew_while_the_server_runs(server):
     after = infer(server)
     assert used(after) == set(APPROVED) and after.json()["confidence"] == before["confidence"]
     assert requests.get(f"{server.url}/sam2sgp/").ok
+
+
+def test_seed_pairs_that_come_and_go_are_followed_by_the_next_request(server, known):
+    seeds = server.folder / "seeds"
+    everything = {*APPROVED, f"seeds/{SEED}"}
+    assert all_used(infer(server, k=16)) == everything
+    add_seed(seeds, known, "us_003_1")
+    assert all_used(infer(server, k=16)) == {*everything, "seeds/us_003_1"}
+    for path in seeds.rglob("us_003_1.png"):
+        path.unlink()
+    assert requests.get(f"{server.url}/info/").json()["support"]["items"] == len(everything)
+    assert all_used(infer(server, k=16)) == everything
+    label = seeds / "labels" / f"{SEED}.png"
+    content = label.read_bytes()
+    label.unlink()
+    answer = infer(server)
+    assert all_used(answer) == set(APPROVED)
+    assert any("support_dir is not used" in warning for warning in answer.json()["warnings"])
+    label.write_bytes(content)
+    assert all_used(infer(server, k=16)) == everything
 
 
 @pytest.mark.slow

@@ -143,7 +143,8 @@ class LabelledCases:
             return
         try:
             seeds = load_datalist(folder, patient_pattern=self.settings.value("patient_pattern"))
-            self._seeds = [{**case, "name": f"{folder.name}/{case['name']}"} for case in seeds]
+            # Of one group with the datastore's labels: queries are guided by their own group alone where it has items.
+            self._seeds = [{**case, "name": f"{folder.name}/{case['name']}", "group": None} for case in seeds]
         except DataError as error:
             self.problem = f"support_dir is not used: {error}"
             if self.problem != problem:
