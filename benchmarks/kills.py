@@ -58,8 +58,10 @@ from tests.e2e.server import Server  # noqa: E402
 PATIENTS = 8
 CONF = {"image_size": "64", "three_d_memory": "false", "region_below": "0", "k": "64"}
 TRAINING = {"max_epochs": 3, "episodes_per_epoch": 8, "learning_rate": 1e-3}
+# Of such a training: episodes are taken three at a time.
+STEPS = 9
 # Seconds after the first sign of the work within which the server is killed.
-WINDOW = {"saving": 3.0, "scoring": 3.0, "training": 15.0, "tokens": 1.0}
+WINDOW = {"saving": 3.0, "scoring": 3.0, "training": 3.0, "tokens": 1.0}
 WAIT = 120.0
 TITLES = ("#", "while", "killed after", "found then", "labels", "items used", "tokens", "restart")
 
@@ -153,9 +155,16 @@ class Trial:
         self.wait_for(lambda: self._serial() > rows, "a score")
 
     def training(self) -> None:
-        """A fine-tuning."""
+        """A fine-tuning, from its beginning to its end: up to some step of it."""
         self._approve_one()
         self._train()
+        step = int(self.rng.integers(STEPS + 1))
+
+        def reached() -> bool:
+            facts = self._status()
+            return facts.get("step", 0) >= step or facts["state"] != "running"
+
+        self.wait_for(reached, f"step {step} of the training")
 
     def tokens(self) -> None:
         """Other weights are put in use, and the support set is encoded with them."""
@@ -226,12 +235,15 @@ class Trial:
         labels = self.check_labels()
         items, tokens = self.check_support()
         self.check_files()
-        found += self.check_training(resumable)
+        found += self.check_training(resumable) if work == "training" else ""
         return [work, f"{delay:.2f} s", found, labels, str(items), str(tokens), f"{restart:.0f} s"]
 
     def _training_left(self) -> str:
-        facts = json.loads((self.server.state / "training" / "status.json").read_text())
+        facts = self._status()
         return f"epoch {facts.get('epoch', 0)}, step {facts.get('step', 0)} of {facts.get('steps', '?')}"
+
+    def _status(self) -> dict:
+        return json.loads((self.server.state / "training" / "status.json").read_text())
 
     def _encoded(self) -> int:
         folders = sorted((self.server.state / "support" / "encoded").iterdir(), key=lambda path: path.stat().st_mtime)
@@ -294,8 +306,8 @@ class Trial:
         """A killed training says that it was stopped, and goes on if there is something to go on with."""
         stats = self.info()["train_stats"]["finetune"]
         require(stats.get("state") != "running", "no training that runs, found one")
-        if stats.get("state") != "stopped":
-            return f", {stats['state']}" if resumable else ""
+        if stats["state"] != "stopped":
+            return f", {stats['state']}"
         require("was stopped after" in stats["message"], f"a training that says it was stopped, found {stats}")
         if not resumable:
             return ""
@@ -340,11 +352,12 @@ def run(folder: Path, works: Sequence[str], seed: int, show: Callable[[list[str]
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--kills", type=int, default=20, help="how many (default: %(default)s)")
+    arguments.add_argument("--works", nargs="+", choices=WINDOW, default=list(WINDOW), help="in turn (default: all)")
     arguments.add_argument("--seed", type=int, default=0, help="of moments and labels (default: %(default)s)")
     options = arguments.parse_args()
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, nano, seed {options.seed}\n")
     print(f"| {' | '.join(TITLES)} |\n|{' --- |' * len(TITLES)}", flush=True)
-    works = [list(WINDOW)[number % len(WINDOW)] for number in range(options.kills)]
+    works = [options.works[number % len(options.works)] for number in range(options.kills)]
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder), works, options.seed, lambda cells: print(f"| {' | '.join(cells)} |", flush=True))
     print(f"\n{len(works)} kills, nothing lost.")
