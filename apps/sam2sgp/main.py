@@ -11,7 +11,8 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Request
@@ -56,11 +57,11 @@ class Sam2SgpApp(MONAILabelApp):
     """See the module."""
 
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
-        self.in_background = _started_as(BACKGROUND)
-        if self.in_background:
+        self._in_background = _started_as(BACKGROUND)
+        if self._in_background:
             os.nice(NICENESS)
             _end_with_server()
-        try:
+        with _sentence_first():
             self.settings = Settings.from_conf(app_dir, studies, conf)
             self.audit = Audit(self.settings.audit_file)
             self.usage = Usage(self.settings.state_dir / "usage.sqlite")
@@ -74,10 +75,6 @@ class Sam2SgpApp(MONAILabelApp):
                 description="Segmentation guided by a support set of approved labels",
                 version=sam2sgp.__version__,
             )
-        except Sam2SgpError as error:
-            # Before the traceback, in which it is hard to find.
-            logger.error("%s", error)
-            raise
 
     # The parts
 
@@ -86,7 +83,7 @@ class Sam2SgpApp(MONAILabelApp):
 
     def init_infers(self):
         self.cases = LabelledCases(self.datastore(), self.settings)
-        if self.cases.problem and not self.in_background:
+        if self.cases.problem and not self._in_background:
             raise DataError(self.cases.problem)
         self.segmenter = Segmenter(self.settings, self.weights, self.cases)
         return {MODEL: Segmentation(self.segmenter)}
@@ -141,7 +138,8 @@ class Sam2SgpApp(MONAILabelApp):
             self.on_save_label,
         )
         app.include_router(page.router())
-        self.segmenter.refresh()
+        with _sentence_first():
+            self.segmenter.refresh()
         threading.Thread(target=self._warm_up, daemon=True, name="sam2sgp-warm-up").start()
         super().on_init_complete()
 
@@ -231,6 +229,16 @@ class Sam2SgpApp(MONAILabelApp):
             return {"warnings": [str(error)]}
         facts = self.segmenter.facts()
         return {"support_items": facts["items"], "warnings": facts["errors"]}
+
+
+@contextmanager
+def _sentence_first() -> Iterator[None]:
+    """What ends the start is said before the traceback, in which it is hard to find."""
+    try:
+        yield
+    except Sam2SgpError as error:
+        logger.error("%s", error)
+        raise
 
 
 async def _not_stored(request: Request, error: OSError) -> JSONResponse:

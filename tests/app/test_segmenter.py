@@ -1,6 +1,7 @@
 """The segmenter: the support set follows the labels, requests are honest, and weights are exchanged whole."""
 
 import io
+import os
 import shutil
 import threading
 
@@ -125,6 +126,17 @@ def test_a_training_gets_every_label_but_those_that_cannot_be_used_and_is_told_w
     assert [reason.partition(":")[0] for reason in left_out] == [f"labels/final/us_00{n}_0.png" for n in (1, 2, 3)]
     assert "its image's size" in left_out[0] and "value 7" in left_out[2]
     assert not any(str(made.studies) in reason for reason in left_out)
+
+
+def test_a_label_that_a_training_saw_first_guides_the_next_request(studio):
+    made = studio(PICTURES, ["us_000_0"])
+    segmenter = made.segmenter()
+    segmenter.segment(made.image(QUERY))
+    made.approve("us_001_0")
+    for path in [made.studies, *made.studies.rglob("*")]:
+        os.utime(path, (1e9, 1e9))
+    assert len(segmenter.usable_cases()[0]) == 2
+    assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0", "us_001_0"}
 
 
 def test_the_result_comes_from_the_labels(studio):

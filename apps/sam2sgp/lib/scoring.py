@@ -187,7 +187,7 @@ class Scoring(ScoringMethod):
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Returns how many images there are, were scored now, were up to date and can't be read."""
         self.segmenter.refresh()
-        labelled = {case["name"]: case["image"] for case in self.segmenter.cases.cases()}
+        labelled = {case["name"]: case["image"] for case in self.segmenter.bank.data}
         unlabelled = [name for name in datastore.get_unlabeled_images() if name not in labelled]
         self.scores.keep_only({*labelled, *unlabelled})
         origins = self.scores.origins()

@@ -107,6 +107,7 @@ class Segmenter:
         self._patients: dict[str, str] = {}
         self._rebuilt: threading.Thread | None = None
         self._failed: str | None = None
+        self._behind = False
 
     # What is served
 
@@ -161,12 +162,15 @@ class Segmenter:
 
         No network is loaded for it; what the support set's cache knows already is not read again.
         """
-        cases = self.cases.cases()
-        # With a limit of items it would not look at all cases.
         parser = self._parser()
+        # With a limit of items it would not look at all cases.
         parser["support_max_items"] = None
         bank = parser.get_parsed_content("support_bank")
-        bank.declared = self.cases.declared()
+        with self.lock:
+            cases = self.cases.cases()
+            # What is new to `cases` is not new any more, but the bank that serves does not know it yet.
+            self._behind = True
+            bank.declared = self.cases.declared()
         bank.reconcile(cases)
         left_out = {error["name"]: self._shown(error["error"]) for error in bank.errors}
         return [case for case in cases if case["name"] not in left_out], list(left_out.values())
@@ -193,7 +197,7 @@ class Segmenter:
             return
         try:
             serving = self._ready()
-            if self.cases.changed(certain=wait):
+            if self._behind or self.cases.changed(certain=wait):
                 self._reconcile(serving)
             self._look_for_weights(serving)
         finally:
@@ -223,6 +227,7 @@ class Segmenter:
         cases = self.cases.cases()
         errors = serving.bank.errors
         self._bring_in_line(serving, cases)
+        self._behind = False
         self._patients = {case["name"]: case["patient"] for case in cases}
         bank = serving.bank
         values = [value for column, value in enumerate(bank.class_values) if bank.holds[:, column].any()]
