@@ -8,11 +8,15 @@ that train, score and infer in batches; what they share is on the disk, in the d
 
 import logging
 import os
+import select
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from fastapi import Request
+from fastapi.responses import JSONResponse
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import DefaultLabelTag
 from monailabel.utils.async_tasks.utils import tasks
@@ -25,6 +29,7 @@ from lib.datastore import open_datastore
 from lib.dicomweb import DicomWebDatastore, image_routes
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
+from lib.options import flag
 from lib.page import SupportPage
 from lib.scoring import Scores, Scoring
 from lib.segmenter import Segmenter
@@ -35,7 +40,7 @@ from lib.support import FINAL, LabelledCases
 from lib.trainers.finetune import FineTuning
 from lib.usage import Usage
 from lib.weights import Weights
-from sam2sgp.errors import Sam2SgpError
+from sam2sgp.errors import DataError, Sam2SgpError
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +48,7 @@ MODEL = "sam2sgp"
 FINE_TUNING = "finetune"
 SCORING = "scores"
 DEFAULT_STRATEGY = "hybrid"
-# Module that MONAI Label runs for training, scoring and batch inference; the server's requests come before these.
+# Module that MONAI Label runs for training, scoring and batch inference. The server's requests come before these.
 BACKGROUND = "monailabel.interfaces.utils.app"
 NICENESS = 10
 
@@ -52,9 +57,11 @@ class Sam2SgpApp(MONAILabelApp):
     """See the module."""
 
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
-        if _started_as(BACKGROUND) and hasattr(os, "nice"):
+        self._in_background = _started_as(BACKGROUND)
+        if self._in_background:
             os.nice(NICENESS)
-        try:
+            _end_with_server()
+        with _sentence_first():
             self.settings = Settings.from_conf(app_dir, studies, conf)
             self.audit = Audit(self.settings.audit_file)
             self.usage = Usage(self.settings.state_dir / "usage.sqlite")
@@ -68,10 +75,6 @@ class Sam2SgpApp(MONAILabelApp):
                 description="Segmentation guided by a support set of approved labels",
                 version=sam2sgp.__version__,
             )
-        except Sam2SgpError as error:
-            # Before the traceback, in which it is hard to find.
-            logger.error("%s", error)
-            raise
 
     # The parts
 
@@ -80,6 +83,8 @@ class Sam2SgpApp(MONAILabelApp):
 
     def init_infers(self):
         self.cases = LabelledCases(self.datastore(), self.settings)
+        if self.cases.problem and not self._in_background:
+            raise DataError(self.cases.problem)
         self.segmenter = Segmenter(self.settings, self.weights, self.cases)
         return {MODEL: Segmentation(self.segmenter)}
 
@@ -89,7 +94,7 @@ class Sam2SgpApp(MONAILabelApp):
                 self.settings.bundle_root,
                 self.settings.state_dir,
                 self.weights,
-                self.cases.cases,
+                self.segmenter.usable_cases,
                 self.cases.declared,
                 self.settings.overrides,
                 self.settings.overlays,
@@ -101,7 +106,7 @@ class Sam2SgpApp(MONAILabelApp):
         return {SCORING: Scoring(self.segmenter, self.scores)}
 
     def init_strategies(self):
-        self.choices = Choices(self.scores)
+        self.choices = Choices(self.scores, self.cases.seeds)
         return strategies(self.choices)
 
     def init_batch_infer(self):
@@ -119,6 +124,7 @@ class Sam2SgpApp(MONAILabelApp):
         # Only the server has this module, and its import would start to build one.
         from monailabel.app import app
 
+        app.add_exception_handler(OSError, _not_stored)
         install(app, self.settings)
         if isinstance(self.datastore(), DicomWebDatastore):
             # Before MONAI Label's own.
@@ -132,7 +138,8 @@ class Sam2SgpApp(MONAILabelApp):
             self.on_save_label,
         )
         app.include_router(page.router())
-        self.segmenter.refresh()
+        with _sentence_first():
+            self.segmenter.refresh()
         threading.Thread(target=self._warm_up, daemon=True, name="sam2sgp-warm-up").start()
         super().on_init_complete()
 
@@ -183,11 +190,12 @@ class Sam2SgpApp(MONAILabelApp):
             raise NotFound(
                 f"image {image_id or 'of the session'}: expected an image, found none; take one of the list."
             )
+        save_label = flag(request, "save_label")
         label, params = task({**request, "image": path, "image_id": image_id})
         self.usage.add(used["item"] for items in params["support"].values() for used in items)
         tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
         label_id = label
-        if image_id and _is_true(request.get("save_label")):
+        if image_id and save_label:
             label_info = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
             kept = {key: value for key, value in params.items() if key != "uncertainty"}
             info = {"model": request["model"], "label_info": label_info, "params": kept}
@@ -223,12 +231,40 @@ class Sam2SgpApp(MONAILabelApp):
         return {"support_items": facts["items"], "warnings": facts["errors"]}
 
 
+@contextmanager
+def _sentence_first() -> Iterator[None]:
+    """What ends the start is said before the traceback, in which it is hard to find."""
+    try:
+        yield
+    except Sam2SgpError as error:
+        logger.error("%s", error)
+        raise
+
+
+async def _not_stored(request: Request, error: OSError) -> JSONResponse:
+    """The answer to a request in which a file could not be written, such as an upload on a full disk."""
+    answer = refuse(error)
+    logger.error("%s %s", request.method, request.url.path, exc_info=error)
+    return JSONResponse({"detail": answer.detail}, answer.status_code)
+
+
 def _started_as(module: str) -> bool:
     """Whether this process was started by `python -m module`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec is not None and spec.name == module
 
 
-def _is_true(value: Any) -> bool:
-    value = value[0] if isinstance(value, list | tuple) and value else value
-    return str(value).strip().lower() in ("true", "yes", "on", "1")
+def _end_with_server() -> None:
+    """From now on, end this process when the server that reads its output is gone: nobody could follow or stop it.
+
+    At once and without any clean-up, as if it were killed together with its server.
+    """
+
+    def watch() -> None:
+        output = select.poll()
+        # With nothing to wait for, only the end of the pipe's other side is told.
+        output.register(sys.__stdout__.fileno(), 0)
+        output.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="server-watch").start()

@@ -1,6 +1,7 @@
 """The segmenter: the support set follows the labels, requests are honest, and weights are exchanged whole."""
 
 import io
+import os
 import shutil
 import threading
 
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 
 from lib.checks import NotFound, RequestError
-from lib.segmenter import NoSupport, Options, OutOfMemory, attempts
+from lib.options import Options
+from lib.segmenter import NoSupport, OutOfMemory, attempts
 from lib.weights import Weights
 from sam2sgp.data.io import read_label
 from sam2sgp.errors import DataError
@@ -38,6 +40,15 @@ def test_an_approved_label_guides_the_very_next_request_and_leaves_with_its_file
     made.label("us_000_0").unlink()
     result = segmenter.segment(made.image(QUERY))
     assert used(result) == {"us_001_0"} and result["support_items"] == 1
+
+
+def test_seed_pairs_guide_together_with_approved_labels(studio, tmp_path):
+    made = studio(PICTURES, ["us_000_0"])
+    for kind in ("image", "label"):
+        (tmp_path / "seeds" / f"{kind}s").mkdir(parents=True)
+        shutil.copy(made.known["us_001_1"][kind], tmp_path / "seeds" / f"{kind}s")
+    segmenter = made.segmenter(support_dir=str(tmp_path / "seeds"))
+    assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0", "seeds/us_001_1"}
 
 
 def test_a_label_edited_in_place_changes_the_next_result(studio):
@@ -100,6 +111,32 @@ def test_a_label_that_cannot_be_used_leaves_the_others_at_work(studio):
     assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0"}
     (error,) = segmenter.facts()["errors"]
     assert error.startswith("labels/final/us_001_0.png: expected a label of its image's size") and "32" in error
+
+
+def test_a_training_gets_every_label_but_those_that_cannot_be_used_and_is_told_which(studio, monkeypatch):
+    made = studio(PICTURES, PICTURES)
+    made.label("us_001_0").write_bytes(_png(np.ones((32, 32), np.uint8)))
+    made.label("us_002_0").write_bytes(b"no picture")
+    (made.studies / "labels.json").write_text('{"1": "disc", "2": "ellipse", "3": "ring"}')
+    made.label("us_003_0").write_bytes(_png(np.full((64, 80), 7, np.uint8)))
+    segmenter = made.segmenter(support_max_items="1")
+    monkeypatch.setattr("lib.segmenter.load_weights", lambda *_: pytest.fail("a network is loaded"))
+    cases, left_out = segmenter.usable_cases()
+    assert [case["name"] for case in cases] == ["us_000_0"]
+    assert [reason.partition(":")[0] for reason in left_out] == [f"labels/final/us_00{n}_0.png" for n in (1, 2, 3)]
+    assert "its image's size" in left_out[0] and "value 7" in left_out[2]
+    assert not any(str(made.studies) in reason for reason in left_out)
+
+
+def test_a_label_that_a_training_saw_first_guides_the_next_request(studio):
+    made = studio(PICTURES, ["us_000_0"])
+    segmenter = made.segmenter()
+    segmenter.segment(made.image(QUERY))
+    made.approve("us_001_0")
+    for path in [made.studies, *made.studies.rglob("*")]:
+        os.utime(path, (1e9, 1e9))
+    assert len(segmenter.usable_cases()[0]) == 2
+    assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0", "us_001_0"}
 
 
 def test_the_result_comes_from_the_labels(studio):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -102,12 +103,91 @@ def test_an_images_patient_is_its_tags_or_what_its_id_says(studio, image_id, inf
     assert cases.patient_of(image_id, info) == patient
 
 
-def test_seed_pairs_come_with_the_datastores_labels(studio, tmp_path, phantom_cases):
-    seeds = tmp_path / "seeds"
-    for kind in ("image", "label"):
-        (seeds / f"{kind}s").mkdir(parents=True)
-        shutil.copy(phantom_cases["us_003_0"][kind], seeds / f"{kind}s")
-    (seeds / "labels.json").write_text(json.dumps({"1": "disc", "2": "ellipse", "3": "ring"}))
-    cases = studio(PICTURES, ["us_000_0"]).cases(support_dir=str(seeds))
-    assert names(cases) == ["us_000_0", "seeds/us_003_0"]
+@pytest.fixture
+def seeds(tmp_path, phantom_cases):
+    """A folder of labelled pairs, to which more can be copied."""
+
+    class Seeds:
+        folder = tmp_path / "seeds"
+
+        def add(self, *names: str) -> None:
+            for name in names:
+                for kind in ("image", "label"):
+                    target = self.folder / f"{kind}s"
+                    target.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(phantom_cases[name][kind], target)
+
+        def files(self, name: str) -> list:
+            return list(self.folder.rglob(f"{name}.*"))
+
+        def settle(self) -> None:
+            old = time.time() - 60
+            for path in [self.folder, *self.folder.rglob("*")]:
+                os.utime(path, (old, old))
+
+    made = Seeds()
+    made.add("us_003_0")
+    (made.folder / "labels.json").write_text(json.dumps({"1": "disc", "2": "ellipse", "3": "ring"}))
+    return made
+
+
+def test_seed_pairs_come_with_the_datastores_labels(studio, seeds):
+    cases = studio(PICTURES, ["us_000_0"]).cases(support_dir=str(seeds.folder))
+    assert names(cases) == ["us_000_0", "seeds/us_003_0"] and cases.seeds() == ["seeds/us_003_0"]
     assert cases.names([2]) == {2: "ellipse"}
+
+
+def test_seed_pairs_that_come_change_and_go_are_followed(studio, seeds, phantom_cases, monkeypatch):
+    made = studio(PICTURES, ["us_000_0"])
+    settle(made)
+    cases = made.cases(support_dir=str(seeds.folder))
+    seeds.settle()
+    assert cases.changed() and len(cases.cases()) == 2 and not cases.changed()
+    seeds.add("us_002_0")
+    assert cases.changed() and names(cases) == ["us_000_0", "seeds/us_002_0", "seeds/us_003_0"]
+    assert cases.changed(), "within the clock's resolution"
+    seeds.settle()
+    assert len(cases.cases()) == 3 and not cases.changed()
+    # Changed in place: the files are others, their list is the same and is not made again.
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.support.load_datalist", lambda *_, **__: pytest.fail("listed again"))
+        (seeds.folder / "labels" / "us_002_0.png").write_bytes(Path(phantom_cases["us_001_0"]["label"]).read_bytes())
+        assert cases.changed() and len(cases.cases()) == 3
+    for path in seeds.files("us_003_0"):
+        path.unlink()
+    assert cases.changed() and names(cases) == ["us_000_0", "seeds/us_002_0"]
+    (seeds.folder / "labels.json").write_text(json.dumps({"1": "circle"}))
+    assert cases.changed() and cases.cases() and cases.names([1]) == {1: "circle"}
+
+
+def test_a_seed_folder_that_cannot_be_listed_any_more_is_named_and_followed_again(studio, seeds):
+    made = studio(PICTURES, ["us_000_0"])
+    settle(made)
+    seeds.settle()
+    cases = made.cases(support_dir=str(seeds.folder))
+    cases.cases()
+    listing = {"training": [{"image": "images/us_003_0.png", "label": "labels/us_003_0.png"}]}
+    (seeds.folder / "dataset.json").write_text(json.dumps(listing))
+    assert cases.changed() and names(cases) == ["us_000_0", "seeds/us_003_0"] and cases.problem is None
+    label = seeds.folder / "labels" / "us_003_0.png"
+    content = label.read_bytes()
+    label.unlink()
+    assert cases.changed() and names(cases) == ["us_000_0"]
+    assert "support_dir is not used" in cases.problem and "found no such file" in cases.problem
+    label.write_bytes(content)
+    seeds.settle()
+    assert cases.changed() and names(cases) == ["us_000_0", "seeds/us_003_0"] and cases.problem is None
+
+
+def test_the_pairs_of_a_datalist_file_are_followed(studio, seeds):
+    seeds.add("us_002_0")
+    entries = [{"image": f"images/{name}.png", "label": f"labels/{name}.png"} for name in ("us_002_0", "us_003_0")]
+    listing = seeds.folder / "pairs.json"
+    listing.write_text(json.dumps({"training": entries[:1]}))
+    seeds.settle()
+    made = studio(PICTURES)
+    settle(made)
+    cases = made.cases(support_dir=str(listing))
+    assert names(cases) == ["pairs.json/us_002_0"] and not cases.changed()
+    listing.write_text(json.dumps({"training": entries}))
+    assert cases.changed() and names(cases) == ["pairs.json/us_002_0", "pairs.json/us_003_0"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lib.checks import Conflict, RequestError
+from lib.checks import Conflict, RequestError, StorageError
 from lib.trainers.data import digest, split
 from lib.trainers.finetune import FineTuning
 from lib.trainers.status import StatusHandler
@@ -18,6 +18,7 @@ from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.errors import DataError, WeightsError
 from sam2sgp.files import write_text
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
+from tests.e2e.disks import disk
 
 BUNDLE = Path(__file__).parents[2] / "bundle"
 TINY = {
@@ -58,11 +59,11 @@ class Events(list):
         self.append((action, facts))
 
 
-def a_task(tmp_path, cases, phantoms, start=BUNDLE / "models" / "model.pt", **overrides):
+def a_task(tmp_path, cases, phantoms, start=BUNDLE / "models" / "model.pt", left_out=()):
     weights = Weights(tmp_path / "weights", start)
     names = class_names(phantoms)
     events = Events()
-    task = FineTuning(BUNDLE, tmp_path, weights, lambda: cases, lambda: names, {**TINY, **overrides}, audit=events)
+    task = FineTuning(BUNDLE, tmp_path, weights, lambda: (cases, left_out), lambda: names, TINY, audit=events)
     return task, weights, events
 
 
@@ -80,10 +81,12 @@ def test_whole_patients_are_held_back_and_stay_so_as_labels_are_added():
 
 
 def test_too_few_patients_are_refused_in_one_sentence(tmp_path, phantoms):
-    task, weights, events = a_task(tmp_path, some(5, 3), phantoms)
+    why = "labels/final/x.png: expected a label, found none."
+    task, weights, events = a_task(tmp_path, some(5, 3), phantoms, left_out=[why])
     with pytest.raises(DataError, match="at least 4 patients, found 5 of 3"):
         task(REQUEST, None)
     assert task.stats()["state"] == "failed" and "at least 4 patients" in task.stats()["message"]
+    assert task.stats()["left_out"] == [why]
     assert weights.active().name == "embedded" and not events and not task.work.exists()
 
 
@@ -194,6 +197,21 @@ def test_a_killed_training_reads_as_stopped_and_the_next_one_goes_on_but_publish
     assert stats["state"] == "kept" and stats["epoch"] == 2 and "'embedded' stay in use" in stats["message"]
     assert [action for action, _ in events] == ["train", "train", "keep"] and events[1][1]["resumed"]
     assert weights.versions() == [weights.active()]
+
+
+def test_a_training_that_finds_no_space_says_so_and_goes_on_when_there_is_some(tmp_path, phantoms, cases):
+    # Enough to begin with, but too little for a checkpoint.
+    with disk(tmp_path / "state", 2) as state:
+        task, weights, events = a_task(state.folder, cases, phantoms)
+        with pytest.raises(StorageError, match="training: expected to write to the state folder.*free some space") as e:
+            task(REQUEST, None)
+        assert e.value.status == 507 and "\n" not in str(e.value)
+        assert task.stats()["state"] == "failed" and task.stats()["message"] == str(e.value)
+        assert weights.active().name == "embedded" and not list(task.work.glob("*.pt"))
+        state.resize(256)
+        assert task(REQUEST, None)["state"] in ("published", "kept")
+        with state.read_only(), pytest.raises(StorageError, match="Read-only file system.*permissions"):
+            task(REQUEST, None)
 
 
 def test_one_training_at_a_time(tmp_path, phantoms, cases):

@@ -12,6 +12,7 @@ import pytest
 import requests
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
+from PIL import Image
 
 from sam2sgp.data import load_datalist
 from sam2sgp.data.io import read_image, read_label
@@ -153,6 +154,7 @@ def test_an_image_sent_along_is_segmented_and_saved_nowhere(client, server, know
         ("image=nobody", {}, 404, "image nobody: expected an image of the datastore"),
         ("image=us_003_0", {"classes": ["liver"]}, 404, "classes: expected some of disc, ellipse, ring, found liver"),
         ("image=us_003_0", {"k": -1}, 400, "k: expected a whole number"),
+        ("image=us_003_0", {"save_label": "maybe"}, 400, "save_label: expected true or false, found 'maybe'"),
         ("image=mr_001", {"result_extension": ".png"}, 400, "expected a volume format for 6 slices"),
     ],
 )
@@ -175,6 +177,18 @@ def test_a_label_of_the_wrong_size_is_refused_and_the_old_one_stays(client, serv
     assert answer.status_code == 422 and "expected a label of its image's size" in answer.json()["detail"]
     assert (final / "us_000_0.png").read_bytes() == before
     assert used(client.infer(MODEL, "us_003_0", {})[1]) == set(APPROVED)
+
+
+def test_an_approved_label_without_an_object_is_a_label_but_guides_nothing(client, server, final, tmp_path):
+    Image.new("L", (80, 64)).save(tmp_path / "empty.png")
+    saved = client.save_label("us_002_0", str(tmp_path / "empty.png"), "final", {})
+    assert saved["support_items"] == 2 and saved["warnings"] == []
+    assert used(client.infer(MODEL, "us_003_0", {})[1]) == set(APPROVED)
+    assert client.info()["datastore"]["completed"] == 3
+    for name in APPROVED:
+        (final / f"{name}.png").unlink()
+    answer = requests.post(f"{server.url}/infer/{MODEL}?image=us_003_0")
+    assert answer.status_code == 409 and "No approved label shows an object" in answer.json()["detail"]
 
 
 def test_without_approved_labels_the_answer_says_what_to_do_first(client, server, final):

@@ -1,4 +1,7 @@
-"""Fine-tuning over HTTP: followed, killed with its server, gone on with, stopped, and undone."""
+"""Fine-tuning over HTTP: followed, killed with its server, gone on with, stopped, published, and undone.
+
+Meanwhile requests get the answers that they got before, until other weights serve with tokens of their own.
+"""
 
 import hashlib
 import json
@@ -11,27 +14,48 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+import torch
+from monailabel.client import MONAILabelClient
 
-from lib.weights import Weights
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
-from tests.e2e.server import serving
+from sam2sgp.networks import SAM2SGP, load_weights, save_weights
+from tests.e2e.server import REPO, serving
 
-REQUEST = {"max_epochs": 2, "episodes_per_epoch": 4, "learning_rate": 1e-3}
-SMALL = {"image_size": "64", "three_d_memory": "false", "region_below": "0", "k": "2"}
+REQUEST = {"max_epochs": 2, "episodes_per_epoch": 8, "learning_rate": 3e-3}
+SMALL = {"image_size": "64", "three_d_memory": "false", "region_below": "0", "k": "8"}
+QUERY, FRESH = "us_005_0", "us_004_0"
 
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory) -> Path:
-    """A picture of each of six patients, all with approved labels."""
+    """A picture of each of six patients, with approved labels, and two more without."""
     root = tmp_path_factory.mktemp("training")
     phantoms = make_phantoms(root / "set", 6, size=(64, 64), num_slices=6, modalities=("us",), progress=False)
     folder = root / "studies"
     (folder / "labels" / "final").mkdir(parents=True)
-    for case in {case["patient"]: case for case in load_datalist(phantoms)}.values():
+    cases = load_datalist(phantoms)
+    for case in {case["patient"]: case for case in cases}.values():
         shutil.copy(case["image"], folder)
         shutil.copy(case["label"], folder / "labels" / "final" / Path(case["image"]).name)
+    for case in cases:
+        if case["name"] in (QUERY, FRESH):
+            shutil.copy(case["image"], folder)
+            shutil.copy(case["label"], root / f"{case['name']}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory) -> Path:
+    """Weights that a few steps of training make better."""
+    torch.manual_seed(0)
+    network = SAM2SGP("nano", 64)
+    load_weights(network, REPO / "bundle" / "models" / "model.pt")
+    for parameter in network.refinement.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    path = tmp_path_factory.mktemp("spoilt") / "model.pt"
+    save_weights(network, path)
+    return path
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -62,6 +86,22 @@ def wait_for(server, condition) -> dict:
     return found
 
 
+def segment(server, folder: Path) -> tuple[str, set[str], bytes]:
+    """The weights that an answer names, the images that guided it, and the result, of one request."""
+    folder.mkdir(exist_ok=True)
+    label, params = MONAILabelClient(server.url, str(folder)).infer("sam2sgp", QUERY, {"result_extension": ".png"})
+    guides = {item["image"] for items in params["support"].values() for item in items}
+    return params["weights"], guides, Path(label).read_bytes()
+
+
+def wait_for_weights(server, folder: Path, name: str, until_then: tuple) -> tuple:
+    """The first answer with other weights; all before it are as they were until then."""
+    limit = time.monotonic() + 60
+    while (found := segment(server, folder))[0] != name:
+        assert found == until_then and time.monotonic() < limit
+    return found
+
+
 def wait_until_gone(pid: int) -> None:
     limit = time.monotonic() + 30
     # Where nobody collects the children of a killed process, a zombie is left.
@@ -70,9 +110,15 @@ def wait_until_gone(pid: int) -> None:
         time.sleep(0.2)
 
 
-def test_training_survives_the_kill_of_its_server_is_stopped_and_weights_are_undone(studies, tmp_path):
-    labels = content(studies)
-    with serving(tmp_path, studies, SMALL) as server:
+@pytest.mark.slow
+def test_training_survives_the_kill_of_its_server_is_stopped_and_its_weights_are_used_and_undone(
+    studies, spoilt, tmp_path
+):
+    labels, answers = content(studies), tmp_path / "answers"
+    approved = {path.stem for path in (studies / "labels" / "final").iterdir()}
+    with serving(tmp_path, studies, {**SMALL, "model_file": str(spoilt)}) as server:
+        before = segment(server, answers)
+        assert before[:2] == ("embedded", approved)
         assert "state" not in stats(server)
         assert get(server, "/info/")["trainers"]["finetune"]["config"]["action"] == ["train", "roll_back"]
         refused = post(server, {"action": "roll_back"}, sync=True)
@@ -81,6 +127,14 @@ def test_training_survives_the_kill_of_its_server_is_stopped_and_weights_are_und
         assert post(server, REQUEST).ok
         running = wait_for(server, lambda found: found.get("epoch") == 1)
         assert running["state"] == "running" and 0 < running["best_metric"] <= 1 and running["loss"] > 0
+        # Requests meanwhile: the same answer, and a label approved now counts now.
+        assert segment(server, answers) == before
+        with open(studies.parent / f"{FRESH}.png", "rb") as file:
+            url = f"{server.url}/datastore/label?image={FRESH}&tag=final"
+            assert requests.put(url, files={"label": file}, timeout=60).ok
+        assert segment(server, answers)[1] == {*approved, FRESH}
+        assert requests.delete(f"{server.url}/datastore/label?id={FRESH}&tag=final", timeout=60).ok
+        assert segment(server, answers) == before
         training = json.loads((server.state / "training" / "status.json").read_text())["pid"]
         os.kill(server.process.pid, signal.SIGKILL)
         wait_until_gone(training)
@@ -96,12 +150,19 @@ def test_training_survives_the_kill_of_its_server_is_stopped_and_weights_are_und
         stopped = wait_for(server, lambda found: found["state"] == "stopped")
         assert stopped["weights"]["version"] == "embedded"
 
-        weights = Weights(server.state / "weights", server.folder / "bundle" / "models" / "model.pt")
-        weights.publish(weights.start, {"dice": 0.5})
-        assert stats(server)["weights"]["metrics"] == {"dice": 0.5}
+        # To the end: the new weights serve as soon as their tokens are made, and the old ones until then.
+        assert post(server, REQUEST).ok
+        found = wait_for(server, lambda found: found["state"] in ("published", "kept"))
+        assert found["state"] == "published", found
+        assert found["weights"]["version"] == "1" and found["weights"]["metrics"]["dice"] == found["new_metric"]
+        after = wait_for_weights(server, answers, "1", before)
+        assert after[1] == approved and after[2] != before[2] and segment(server, answers) == after
+        assert get(server, "/info/")["support"]["rebuilding"] is None
+
         assert post(server, {"action": "roll_back"}, sync=True).json()["state"] == "rolled_back"
+        assert wait_for_weights(server, answers, "embedded", after) == before
         assert stats(server)["weights"]["version"] == "embedded"
         written = [json.loads(line) for line in (server.state / "audit.jsonl").read_text().splitlines()]
-        assert [line["resumed"] for line in written if "resumed" in line] == [False, True]
+        assert [line["resumed"] for line in written if "resumed" in line] == [False, True, True]
         assert sum(line["action"] == "roll_back" for line in written) == 1
     assert content(studies) == labels

@@ -4,6 +4,7 @@ In: class values (Z, H, W) in display orientation and the image's `Geometry`. Ou
 """
 
 import base64
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 from monailabel.transform.writer import write_itk
 
-from lib.checks import RequestError
-from sam2sgp.data.io import Geometry, output_suffix, write_label
+from lib.checks import RequestError, StorageError
+from sam2sgp.data.io import Geometry, output_suffix, read_label, write_label
+from sam2sgp.errors import DataError
 
 NIFTI = (".nii.gz",)
 NRRD = (".nrrd",)
@@ -33,6 +35,7 @@ def write_result(labels: np.ndarray, geometry: Geometry, extension: str | None =
 
     Raises:
         RequestError: the image can't be had in that format.
+        StorageError: the file can't be written.
     """
     extension = (extension or output_suffix(geometry)).lower()
     if extension not in EXTENSIONS:
@@ -42,14 +45,23 @@ def write_result(labels: np.ndarray, geometry: Geometry, extension: str | None =
             f"result_extension: expected a volume format for {labels.shape[0]} slices, found {extension!r}; ask for "
             ".nii.gz or .nrrd."
         )
-    handle, name = tempfile.mkstemp(suffix=extension)
-    os.close(handle)
-    path = Path(name)
     try:
-        _write(path, labels, geometry, extension)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        handle, name = tempfile.mkstemp(suffix=extension)
+        os.close(handle)
+        path = Path(name)
+        try:
+            _write(path, labels, geometry, extension)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    except (OSError, DataError) as error:
+        cause = error.__cause__ if isinstance(error, DataError) else error
+        if not isinstance(cause, OSError):
+            raise
+        raise StorageError(
+            f"result: expected to write it to a temporary file, found {cause.strerror or cause}; nothing was changed: "
+            "free some space in the server's folder of temporary files, then try again."
+        ) from error
     return path
 
 
@@ -62,10 +74,21 @@ def _write(path: Path, labels: np.ndarray, geometry: Geometry, extension: str) -
     if extension in NIFTI:
         write_label(path, labels, volume)
         return
+    _write_nrrd(path, labels, volume)
+
+
+def _write_nrrd(path: Path, labels: np.ndarray, volume: Geometry) -> None:
     native = volume.to_native(labels)
     native = native.reshape(native.shape + (1,) * (3 - native.ndim))
     kind = np.uint8 if native.max(initial=0) <= 255 else np.uint16
     write_itk(native, str(path), volume.affine, kind, True)
+    # ITK says nothing of a disk that got full.
+    try:
+        whole = np.array_equal(read_label(path, volume), labels)
+    except DataError:
+        whole = False
+    if not whole:
+        raise OSError(errno.EIO, "that the file is not what was written, as on a full disk")
 
 
 def uncertainty_map(values: np.ndarray, geometry: Geometry) -> dict[str, Any]:

@@ -14,23 +14,23 @@ what a row was computed from is held for all images.
 
 import json
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
+from lib.checks import StorageError
 from lib.segmenter import Segmenter
+from lib.stamps import image_stamp
 from sam2sgp.active import ImageScore, embed, examine
-from sam2sgp.errors import DataError, cause_of
+from sam2sgp.errors import cause_of
 from sam2sgp.support.content import digest_of
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,13 @@ class Row:
 
 
 class Scores:
-    """The file of scores.
+    """The file of scores, which may be deleted at any time. A damaged one is thrown away and made anew.
 
     Args:
         path: of the SQLite file; made at the first use.
+
+    Raises:
+        StorageError: by every method: the file can't be read or written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -70,15 +73,49 @@ class Scores:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            try:
+                connection = self._connect()
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError as error:
+                self._throw_away(error)
+                connection = self._connect()
+            with closing(connection):
+                yield connection
+        except sqlite3.OperationalError as error:
+            raise self._unusable(error) from error
+        except sqlite3.DatabaseError as error:
+            self._throw_away(error)
+            raise StorageError(
+                f"{self.path.name}: expected the scores of images, found them damaged; they are made anew: try again."
+            ) from error
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _connect(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self.path, timeout=SECONDS_OF_PATIENCE, isolation_level=None)
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
             connection.executescript(TABLES)
-            yield connection
-        finally:
+        except BaseException:
             connection.close()
+            raise
+        return connection
+
+    def _throw_away(self, error: sqlite3.Error) -> None:
+        logger.warning("%s: the scores are damaged (%s): they are deleted and made anew.", self.path, error)
+        # A log without its database is never applied to another one.
+        for suffix in ("-wal", "-shm", ""):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+
+    def _unusable(self, error: Exception) -> StorageError:
+        return StorageError(
+            f"{self.path.name}: expected to read and write the scores of images, found {error}; free some space or "
+            "correct the permissions of the state folder, or delete the file: it is made anew."
+        )
 
     def origins(self) -> dict[str, tuple[str, str, str | None]]:
         """What each row was computed from: signature of the image, weights, state of the support set."""
@@ -150,10 +187,7 @@ class Scoring(ScoringMethod):
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Returns how many images there are, were scored now, were up to date and can't be read."""
         self.segmenter.refresh()
-        parser = ConfigParser(self.segmenter.settings.config())
-        parser.update({"queries": []})
-        dataset = parser.get_parsed_content("dataset")
-        labelled = {case["name"]: case["image"] for case in self.segmenter.cases.cases()}
+        labelled = {case["name"]: case["image"] for case in self.segmenter.bank.data}
         unlabelled = [name for name in datastore.get_unlabeled_images() if name not in labelled]
         self.scores.keep_only({*labelled, *unlabelled})
         origins = self.scores.origins()
@@ -163,13 +197,13 @@ class Scoring(ScoringMethod):
         started = said = time.monotonic()
         for number, name in enumerate(names, 1):
             path = labelled.get(name) or datastore.get_image_uri(name)
-            done[self._score(dataset, name, path, name in labelled, origins.get(name))] += 1
+            done[self._score(name, path, name in labelled, origins.get(name))] += 1
             if time.monotonic() - said > SECONDS_BETWEEN_LINES or number == len(names):
                 said = time.monotonic()
                 logger.info("Scoring: %d of %d images, %.0f s", number, len(names), said - started)
         return done
 
-    def _score(self, dataset, name: str, path: str, labelled: bool, known: tuple | None) -> str:
+    def _score(self, name: str, path: str, labelled: bool, known: tuple | None) -> str:
         """Score an image unless that is done. Returns the entry under which to count it."""
         segmenter = self.segmenter
         with segmenter.lock:
@@ -177,18 +211,15 @@ class Scoring(ScoringMethod):
             weights = segmenter.version.name
             items = sorted(item.content for item in segmenter.bank.items)
             support = None if labelled else digest_of(items)
-            try:
-                signature = _signature(path)
-            except OSError:
+            found = image_stamp(path)
+            if found is None:
                 # Gone since it was listed.
                 return "failed"
+            signature = digest_of(found)
             if known is not None and known[:2] == (signature, weights) and (labelled or known[2] == support):
                 return "skipped"
             try:
-                dataset.data = [{"name": name, "image": path}]
-                case = dataset[0]
-                if "error" in case:
-                    raise DataError(case["error"])
+                case = segmenter.prepare(path, name)
                 inferer, network = segmenter.inferer, segmenter.network
                 if labelled:
                     embedding = embed(network, case["image"], inferer.batch_size, inferer.precision)
@@ -202,12 +233,3 @@ class Scoring(ScoringMethod):
                 return "failed"
             self.scores.write(name, signature, weights, support, score)
             return "executed"
-
-
-def _signature(path: str) -> str:
-    """Of an image's files: name, size, time. Raises OSError where there are none."""
-    found = [path]
-    if os.path.isdir(path):
-        found = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
-    states = [(os.path.basename(file), os.stat(file)) for file in found]
-    return digest_of([[name, state.st_size, state.st_mtime_ns] for name, state in states])

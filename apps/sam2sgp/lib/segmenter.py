@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -29,7 +29,9 @@ import torch
 from monai.bundle import ConfigParser
 
 from lib.checks import NotFound, RequestError
-from lib.settings import WORDS, Settings
+from lib.options import Options
+from lib.settings import Settings
+from lib.stamps import image_stamp
 from lib.support import LabelledCases
 from lib.weights import Version, Weights
 from sam2sgp.engines import QueryEvaluator
@@ -40,15 +42,11 @@ from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.support import SupportBank, SupportItem
 from sam2sgp.support.lru import ByteLRU
-from sam2sgp.support.sampler import MODES
 
 logger = logging.getLogger(__name__)
 
-# Of the option `classes`.
-ALL = "all"
 # Inferers for other options than the last ones, each with the thresholds it learned.
 INFERERS_KEPT = 8
-MAX_K = 64
 ITEMS_LISTED = 100
 NOTHING_APPROVED = (
     "No approved label shows an object, so nothing can be segmented yet: label an image by hand and save its label "
@@ -66,47 +64,6 @@ class OutOfMemory(RequestError):
     """The machine's memory is too small for the image."""
 
     status = 507
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a request may choose. None: as in inference.json.
-
-    Attributes:
-        k: support items per class, 1 to `MAX_K`.
-        classes: names or values of the classes wanted; () for all.
-        retrieval: "similarity" or "random".
-        three_d_memory: whether the slices of a volume guide each other.
-        uncertainty: whether the normalised entropy is put out too.
-    """
-
-    k: int | None = None
-    classes: tuple[str, ...] = ()
-    retrieval: str | None = None
-    three_d_memory: bool | None = None
-    uncertainty: bool = False
-
-    @classmethod
-    def of_request(cls, request: Mapping[str, Any]) -> "Options":
-        """From a request, in which a list of choices counts as its first. Raises RequestError for an ill value."""
-        k = _first(request.get("k"))
-        if k is not None:
-            try:
-                k = int(str(k))
-            except ValueError:
-                k = 0
-            if not 1 <= k <= MAX_K:
-                raise RequestError(f"k: expected a whole number from 1 to {MAX_K}, found {request['k']!r}.")
-        retrieval = _first(request.get("retrieval"))
-        if retrieval is not None and retrieval not in MODES:
-            raise RequestError(f"retrieval: expected one of {', '.join(MODES)}, found {retrieval!r}.")
-        return cls(
-            k,
-            _classes(request.get("classes")),
-            retrieval,
-            _flag(request, "three_d_memory"),
-            bool(_flag(request, "uncertainty")),
-        )
 
 
 @dataclass
@@ -150,6 +107,7 @@ class Segmenter:
         self._patients: dict[str, str] = {}
         self._rebuilt: threading.Thread | None = None
         self._failed: str | None = None
+        self._behind = False
 
     # What is served
 
@@ -188,14 +146,34 @@ class Segmenter:
         serving = self._serving
         if serving is None:
             return {"items": 0, "weights": self.weights.active().name, "rebuilding": None, "errors": []}
+        problems = [self.cases.problem] if self.cases.problem else []
+        errors = (error["error"] for error in serving.bank.errors)
         return {
             "items": len(serving.bank),
             "cases": len(serving.bank.data) - len(serving.bank.errors),
             "weights": serving.version.name,
             "rebuilding": self.rebuilding,
-            "errors": [self._shown(error["error"]) for error in serving.bank.errors[:ITEMS_LISTED]],
+            "errors": [self._shown(error) for error in (*problems, *errors)][:ITEMS_LISTED],
             "problem": self.problem,
         }
+
+    def usable_cases(self) -> tuple[list[dict], list[str]]:
+        """The labelled cases that the support set takes, and a sentence on each one that it can't.
+
+        No network is loaded for it; what the support set's cache knows already is not read again.
+        """
+        parser = self._parser()
+        # With a limit of items it would not look at all cases.
+        parser["support_max_items"] = None
+        bank = parser.get_parsed_content("support_bank")
+        with self.lock:
+            cases = self.cases.cases()
+            # What is new to `cases` is not new any more, but the bank that serves does not know it yet.
+            self._behind = True
+            bank.declared = self.cases.declared()
+        bank.reconcile(cases)
+        left_out = {error["name"]: self._shown(error["error"]) for error in bank.errors}
+        return [case for case in cases if case["name"] not in left_out], list(left_out.values())
 
     def _shown(self, message: str) -> str:
         """A message without the server's folders, which are no client's business."""
@@ -219,7 +197,7 @@ class Segmenter:
             return
         try:
             serving = self._ready()
-            if self.cases.changed(certain=wait):
+            if self._behind or self.cases.changed(certain=wait):
                 self._reconcile(serving)
             self._look_for_weights(serving)
         finally:
@@ -249,6 +227,7 @@ class Segmenter:
         cases = self.cases.cases()
         errors = serving.bank.errors
         self._bring_in_line(serving, cases)
+        self._behind = False
         self._patients = {case["name"]: case["patient"] for case in cases}
         bank = serving.bank
         values = [value for column, value in enumerate(bank.class_values) if bank.holds[:, column].any()]
@@ -312,9 +291,9 @@ class Segmenter:
 
     # Building
 
-    def _build(self, version: Version) -> _Serving:
+    def _parser(self) -> ConfigParser:
+        """The bundle's inference without data, and with a support set that leaves out what can't be used."""
         parser = ConfigParser(self.settings.config())
-        features = FeatureCache(self.settings.query_cache_mb)
         parser.update(
             {
                 "support_data": [],
@@ -323,20 +302,30 @@ class Segmenter:
                 "support_cache_dir": str(self.settings.state_dir / "support"),
                 "support_bank::skip_errors": True,
                 "support_bank::allow_empty": True,
-                "inferer::feature_cache": features,
+                "inferer::feature_cache": FeatureCache(self.settings.query_cache_mb),
                 "evaluator::val_data_loader": [],
                 "evaluator::epoch_length": 1,
                 "evaluator::postprocessing": None,
                 "evaluator::val_handlers": [],
             }
         )
+        return parser
+
+    def _build(self, version: Version) -> _Serving:
+        parser = self._parser()
         network = parser.get_parsed_content("network")
         load_weights(network, version.path)
         network.eval()
-        bank = parser.get_parsed_content("support_bank")
-        evaluator = parser.get_parsed_content("evaluator")
-        device = parser.get_parsed_content("device")
-        return _Serving(version, parser, network, bank, evaluator, features, device, OrderedDict())
+        return _Serving(
+            version,
+            parser,
+            network,
+            parser.get_parsed_content("support_bank"),
+            parser.get_parsed_content("evaluator"),
+            parser.get_parsed_content("inferer::feature_cache"),
+            parser.get_parsed_content("device"),
+            OrderedDict(),
+        )
 
     def _inferer(self, serving: _Serving, options: Options) -> SupportSetInferer:
         """One for these options; it keeps what it learned from the bank."""
@@ -391,9 +380,9 @@ class Segmenter:
                     f"image {image_id}: expected approved labels of other patients to guide it, found only its own; "
                     "approve the label of another image first."
                 )
-            warnings = [self.problem] if self.problem else []
+            warnings = [self._shown(problem) for problem in (self.problem, self.cases.problem) if problem]
             refreshed = time.perf_counter()
-            case = self._prepare(serving, Path(image), image_id)
+            case = self._prepare(image, image_id or "image")
             prepared = time.perf_counter()
             output = self._run(serving, {**case, "patient": own, "group": None}, options, warnings)
             done = time.perf_counter()
@@ -436,17 +425,24 @@ class Segmenter:
             )
         return sorted({by_name[name] for name in options.classes})
 
-    def _prepare(self, serving: _Serving, image: Path, image_id: str | None) -> dict:
-        """The preprocessed image, kept for the next request."""
-        key = _signature(image)
+    def prepare(self, image: str | Path, name: str) -> dict[str, Any]:
+        """An image, preprocessed as for a request. Raises DataError if it can't be used, which calls it `name`."""
+        with self.lock:
+            dataset = self._ready().parser.get_parsed_content("dataset")
+            dataset.data = [{"name": name, "image": str(image)}]
+            case = dataset[0]
+        if "error" in case:
+            # Clients know it by its id.
+            raise DataError(case["error"].replace(str(image), name))
+        return case
+
+    def _prepare(self, image: str | Path, name: str) -> dict[str, Any]:
+        """The same, kept for the next request."""
+        key = image_stamp(image)
+        key = key and (str(image), key)
         case = self._prepared.get(key) if key else None
         if case is None:
-            dataset = serving.parser.get_parsed_content("dataset")
-            dataset.data = [{"name": image.name, "image": str(image)}]
-            case = dataset[0]
-            if "error" in case:
-                # Clients know it by its id.
-                raise DataError(case["error"].replace(str(image), image_id or "image"))
+            case = self.prepare(image, name)
             if key:
                 tensors = [v for view in [case, *case.get("views", [])] for v in view.values() if torch.is_tensor(v)]
                 self._prepared.put(key, case, sum(tensor.nbytes for tensor in tensors))
@@ -553,38 +549,5 @@ def case_of(item: SupportItem) -> str:
     return item.id if item.slice is None else item.id.removesuffix(f"#{item.slice}")
 
 
-def _signature(path: Path) -> tuple | None:
-    """What tells that an image is the same as before; None if it can't be read."""
-    try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        found = [(str(file), file.stat()) for file in files]
-    except OSError:
-        return None
-    return tuple((name, status.st_mtime_ns, status.st_size, status.st_ino) for name, status in found)
-
-
 def _number(value: float) -> float | None:
     return round(value, 4) if value == value else None
-
-
-def _first(value: Any) -> Any:
-    """The first of a list of choices, which is how viewers show options; anything else as it is. "" is None."""
-    value = (value[0] if value else None) if isinstance(value, list | tuple) else value
-    return None if value == "" else value
-
-
-def _classes(value: Any) -> tuple[str, ...]:
-    """Class names from a list or a text with commas; () for all of them."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    names = tuple(str(part).strip() for part in parts if part is not None and str(part).strip())
-    return () if ALL in names else names
-
-
-def _flag(request: Mapping[str, Any], key: str) -> bool | None:
-    value = _first(request.get(key))
-    if value is None or isinstance(value, bool):
-        return value
-    known = WORDS.get(str(value).strip().lower(), {"0": False, "1": True}.get(str(value).strip()))
-    if known is None:
-        raise RequestError(f"{key}: expected true or false, found {value!r}.")
-    return known

@@ -4,6 +4,8 @@ In: the datastore's list of unlabelled images, and the scores that `Scoring` has
 and why. No network is used here. Embeddings are held in memory and only rows that are new are read, so an answer among
 10,000 images takes a fraction of a second.
 
+Cases of the seed folder, which are no images of the datastore, count as labelled too.
+
 An image that was offered lately counts as labelled: it is not offered again, and neither is one like it. When all have
 been offered, the one whose offer is the longest ago comes again. All strategies share one `Choices`, which several
 threads may ask: it takes them one by one.
@@ -12,6 +14,7 @@ threads may ask: it takes them one by one.
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,11 +42,13 @@ class Choices:
 
     Args:
         scores: the file of scores.
+        seeds: gives the names of labelled cases that are no images of the datastore.
         seed: of random choices.
     """
 
-    def __init__(self, scores: Scores, seed: int | None = None) -> None:
+    def __init__(self, scores: Scores, seeds: Callable[[], list[str]] = list, seed: int | None = None) -> None:
         self.scores = scores
+        self.seeds = seeds
         self.rng = np.random.default_rng(seed)
         self._rows: dict[str, Row] = {}
         self._serial = 0
@@ -64,10 +69,7 @@ class Choices:
             scored = [name for name in unlabelled if name in self._place]
             first = []
             if scored:
-                candidates = self._embedding[[self._place[name] for name in scored]]
-                covered = self._embedding[[self._place[name] for name in labelled if name in self._place]]
-                uncertainty = torch.tensor([_number(self._rows[name].uncertainty) for name in scored])
-                order, _ = choose(strategy, candidates, covered, uncertainty, FIRST)
+                order, _ = choose(strategy, *self._known(scored, labelled), FIRST)
                 first = [scored[number] for number in order.tolist()]
         return first + sorted(set(unlabelled) - set(first))
 
@@ -98,9 +100,7 @@ class Choices:
         if not scored:
             note = "No image is scored yet, so this one is drawn at random; run the scoring."
             return {**self._choose(RANDOM, free, labelled), "note": note}
-        candidates = self._embedding[[self._place[name] for name in scored]]
-        covered = self._embedding[[self._place[name] for name in labelled if name in self._place]]
-        uncertainty = torch.tensor([_number(self._rows[name].uncertainty) for name in scored])
+        candidates, covered, uncertainty = self._known(scored, labelled)
         order, distance = choose(strategy, candidates, covered, uncertainty)
         number = int(order[0])
         found: dict[str, Any] = {"id": scored[number], "distance": round(float(distance[number]), 4)}
@@ -109,6 +109,16 @@ class Choices:
         if missing:
             found["note"] = f"{missing} of {len(free)} images are not scored yet; run the scoring to consider them."
         return found
+
+    def _known(self, scored: list[str], labelled: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Embeddings of candidates (N, D) and of what is labelled (M, D); uncertainties of the candidates (N,)."""
+        covered = [name for name in (*labelled, *self.seeds()) if name in self._place]
+        uncertainty = torch.tensor([_number(self._rows[name].uncertainty) for name in scored])
+        return (
+            self._embedding[[self._place[name] for name in scored]],
+            self._embedding[[self._place[name] for name in covered]],
+            uncertainty,
+        )
 
     def _read(self) -> None:
         """Take in what was written since the last time."""

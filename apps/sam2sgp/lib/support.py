@@ -4,26 +4,33 @@ In: a datastore, in which labels come, change and go in any way: by requests, or
 the list of cases that a `SupportBank` is brought in line with, and the names of their classes. Only labels with the tag
 `final` are approved; all others are left alone.
 
-For one thread at a time. `changed` costs two stats for each approved label, so it may be asked before every request.
+For one thread at a time. `changed` costs two stats for each approved label, and if it is to be certain for each pair of
+the seed folder too, so it may be asked before every request.
 """
 
+import logging
 import os
 import re
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from lib.naming import declared
 from lib.settings import Settings
+from lib.stamps import Stamp, stamp
 from sam2sgp.data import class_names, load_datalist
+from sam2sgp.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 FINAL = DefaultLabelTag.FINAL.value
 # File times are as coarse as this on some file systems: what changed so lately may change again unseen.
 COARSEST_TIME = 2 * 10**9
 DECLARATIONS = ("dataset.json", "labels.json")
+# Of a data folder: what its list of pairs depends on.
+LISTINGS = (".", *DECLARATIONS, "images", "labels", "masks")
 
 
 class LabelledCases:
@@ -32,6 +39,9 @@ class LabelledCases:
     Args:
         datastore: of images and labels.
         settings: the app's.
+
+    Attributes:
+        problem: why no cases of `support_dir` are used; None if nothing is wrong.
     """
 
     def __init__(self, datastore: Datastore, settings: Settings) -> None:
@@ -40,24 +50,32 @@ class LabelledCases:
         self.pattern = re.compile(settings.value("patient_pattern"))
         self._seen: tuple | None = None
         self._settled = False
-        self._cases: list[dict] = []
         self._declared: dict[int, str] = {}
         self._given: dict[int, str] = {}
         self._folders: tuple | None = None
         self._paths: dict[str, tuple[str, str]] = {}
+        self.problem: str | None = None
         self._seeds: list[dict] = []
-        if settings.support_dir:
-            seeds = load_datalist(settings.support_dir, patient_pattern=settings.value("patient_pattern"))
-            self._seeds = [{**case, "name": f"{settings.support_dir.name}/{case['name']}"} for case in seeds]
+        self._listing: tuple = ()
+        self._listing_settled = False
+        self._seeds_seen: tuple = ()
+        self._refresh_seeds()
 
     def changed(self, certain: bool = True) -> bool:
         """Whether `cases` may give another list, or files of other content, than when it was called last.
 
         Args:
-            certain: what changed so lately that it may have changed again unseen counts as changed.
+            certain: files of `support_dir` that were changed in place are noticed too, and what changed so lately that
+                it may have changed again unseen counts as changed.
         """
         state = self._state(list(self.datastore.get_labeled_images()))
-        return state != self._seen or (certain and not self._settled)
+        if state != self._seen:
+            return True
+        return certain and (not self._settled or self.problem is not None or self._seed_files() != self._seeds_seen)
+
+    def seeds(self) -> list[str]:
+        """Names of the cases of `support_dir`, as of the last `cases`."""
+        return [case["name"] for case in self._seeds]
 
     def cases(self) -> list[dict]:
         """Dicts with `name` (the image's id), `image`, `label` (paths), `patient` and `group`, ordered by name."""
@@ -78,13 +96,16 @@ class LabelledCases:
             modality = info.get("Modality")
             cases.append({**case, "group": None, **({"modality": modality} if modality else {})})
             infos.append(self.datastore.get_label_info(label_id, FINAL))
-        self._cases = cases + self._seeds
+        self._refresh_seeds()
         self._given = _names_of(infos)
         self._declared = self._read_declared()
         self._folders = self._folder_times()
         self._seen = self._state(ids)
-        self._settled = _is_settled(self._seen, started)
-        return list(self._cases)
+        self._seeds_seen = self._seed_files()
+        folders, _, files = self._seen
+        found = [*(entry for _, entry in folders), *(files or ()), *self._seeds_seen]
+        self._settled = files is not None and _is_settled(found, started)
+        return cases + self._seeds
 
     def patient_of(self, image_id: str, info: dict[str, Any] | None = None) -> str:
         """Whose image it is: by its DICOM tag, else by what `patient_pattern` finds in its id, else the id."""
@@ -109,6 +130,40 @@ class LabelledCases:
             names[value] = f"{name} ({value})" if name in names.values() else name
         return names
 
+    def _refresh_seeds(self) -> None:
+        """List the pairs of `support_dir` anew, unless nothing came or went there since the last time."""
+        listing, started = self._seed_listing(), time.time_ns()
+        gone = None in self._seed_files()
+        if listing == self._listing and self._listing_settled and self.problem is None and not gone:
+            return
+        self._listing, self._listing_settled = listing, _is_settled(listing, started)
+        folder, problem = self.settings.support_dir, self.problem
+        self._seeds, self.problem = [], None
+        if folder is None:
+            return
+        try:
+            seeds = load_datalist(folder, patient_pattern=self.settings.value("patient_pattern"))
+            # Of one group with the datastore's labels: queries are guided by their own group alone where it has items.
+            self._seeds = [{**case, "name": f"{folder.name}/{case['name']}", "group": None} for case in seeds]
+        except DataError as error:
+            self.problem = f"support_dir is not used: {error}"
+            if self.problem != problem:
+                logger.error("%s", self.problem)
+
+    def _seed_listing(self) -> tuple[Stamp | None, ...]:
+        """Of what the list of pairs in `support_dir` depends on."""
+        root = self.settings.support_dir
+        if root is None:
+            return ()
+        # For a datalist file, names are declared next to it.
+        paths = (
+            [root / name for name in LISTINGS] if root.is_dir() else [root, *(root.parent / n for n in DECLARATIONS)]
+        )
+        return tuple(stamp(path) for path in paths)
+
+    def _seed_files(self) -> tuple[Stamp | None, ...]:
+        return tuple(stamp(case[key]) for case in self._seeds for key in ("image", "label"))
+
     def _read_declared(self) -> dict[int, str]:
         declared = class_names(self.settings.support_dir) if self.settings.support_dir else {}
         return {**declared, **({} if self.settings.is_remote else class_names(self.settings.studies))}
@@ -118,32 +173,21 @@ class LabelledCases:
         folders = self._folder_times()
         if folders != self._folders or set(ids) != self._paths.keys():
             return folders, tuple(sorted(ids)), None
-        files = tuple(_stamp(path) for pair in self._paths.values() for path in pair)
-        seeds = tuple(_stamp(case[key]) for case in self._seeds for key in ("image", "label"))
-        return folders, tuple(sorted(ids)), files + seeds
+        files = tuple(stamp(path) for pair in self._paths.values() for path in pair)
+        return folders, tuple(sorted(ids)), files + self._seed_listing()
 
-    def _folder_times(self) -> tuple:
+    def _folder_times(self) -> tuple[tuple[str, Stamp | None], ...]:
         """A file of another kind under the same id changes the folder that it is in."""
         folders = {os.path.dirname(path) for pair in self._paths.values() for path in pair}
         paths = sorted(folders)
         if not self.settings.is_remote:
             paths += [os.path.join(self.settings.studies, name) for name in DECLARATIONS]
-        return tuple((path, _stamp(path)) for path in paths)
+        return tuple((path, stamp(path)) for path in paths)
 
 
-def _stamp(path: str | Path) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def _is_settled(state: tuple, now: int) -> bool:
+def _is_settled(stamps: Iterable[Stamp | None], now: int) -> bool:
     """Whether all times are old enough to change if their files do."""
-    folders, _, files = state
-    stamps = [stamp for _, stamp in folders] + list(files or ())
-    return files is not None and not any(stamp and 0 <= now - stamp[0] < COARSEST_TIME for stamp in stamps)
+    return not any(entry and 0 <= now - entry[0] < COARSEST_TIME for entry in stamps)
 
 
 def _names_of(infos: list[dict[str, Any]]) -> dict[int, str]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from lib.stamps import Stamp, stamp
 from sam2sgp.errors import WeightsError
 from sam2sgp.files import write_text
 
@@ -57,7 +58,7 @@ class Weights:
     def __init__(self, folder: str | Path, start: str | Path) -> None:
         self.folder = Path(folder)
         self.start = Path(start)
-        self._stamp: tuple | None = None
+        self._stamp: Stamp | None = None
         self._active: Version | None = None
 
     def active(self) -> Version:
@@ -67,14 +68,10 @@ class Weights:
             WeightsError: `active.json` is damaged, or the version it names is not there any more.
         """
         path = self.folder / ACTIVE_FILE
-        try:
-            found = path.stat()
-            stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
-        except FileNotFoundError:
-            stamp = ()
-        if self._active is None or stamp != self._stamp:
-            self._active = self._version(self._read(path).get("version")) if stamp else self._embedded()
-            self._stamp = stamp
+        found = stamp(path)
+        if self._active is None or found != self._stamp:
+            self._active = self._version(self._read(path).get("version")) if found else self._embedded()
+            self._stamp = found
         return self._active
 
     def versions(self) -> list[Version]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
+from lib.options import ALL, Options
 from lib.results import uncertainty_map, write_result
-from lib.segmenter import ALL, Options, Segmenter
+from lib.segmenter import Segmenter
 from sam2sgp.support.sampler import MODES
 
 

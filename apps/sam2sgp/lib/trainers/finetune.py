@@ -11,13 +11,12 @@ on with it if it has the same labels, options and weights to start from.
 Concurrency: one training at a time, whatever the number of servers with the same state folder; a lock file sees to it.
 """
 
+import errno
 import json
 import logging
 import math
-import os
 import shutil
-import threading
-import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +28,8 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 
-from lib.checks import Conflict, RequestError
+from lib.checks import Conflict, RequestError, StorageError
+from lib.options import first
 from lib.trainers.data import digest, split, write_datalist
 from lib.trainers.status import Status, StatusHandler
 from lib.weights import LORA_FOLDER, MODEL_FILE, Weights
@@ -68,7 +68,8 @@ class FineTuning(TrainTask):
         bundle_root: the bundle's folder.
         state_dir: the app's; everything is written below `training/`.
         weights: where weights come from and go to.
-        cases: gives the labelled cases, dicts as `load_datalist` gives them.
+        cases: gives the labelled cases that can be used, dicts as `load_datalist` gives them, and a sentence on each
+            one that can't.
         class_names: gives the declared names of their classes.
         overrides: keys of inference.json with the app's values; those that training has too are used.
         overlays: config files, relative to the bundle's folder, between train.json and finetune.json: a backbone's.
@@ -80,7 +81,7 @@ class FineTuning(TrainTask):
         bundle_root: Path,
         state_dir: Path,
         weights: Weights,
-        cases: Callable[[], Sequence[Mapping]],
+        cases: Callable[[], tuple[Sequence[Mapping], Sequence[str]]],
         class_names: Callable[[], Mapping[int, str]],
         overrides: Mapping[str, Any] | None = None,
         overlays: Sequence[str] = (),
@@ -136,14 +137,11 @@ class FineTuning(TrainTask):
         Raises:
             Sam2SgpError: an option that can't work, too few labels, a training that runs already; the stats say so too.
         """
-        action = _first(request.get("action")) or TRAIN
+        action = first(request.get("action")) or TRAIN
         if action not in (TRAIN, ROLL_BACK):
             raise RequestError(f"action is {action!r}: expected {TRAIN!r} or {ROLL_BACK!r}.")
-        # MONAI Label's training process marks its requests so.
-        if "local_rank" in request:
-            _end_with_parent()
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock", timeout=0):
                 if action == ROLL_BACK:
                     self._roll_back()
@@ -153,13 +151,15 @@ class FineTuning(TrainTask):
             raise Conflict(
                 "A fine-tuning is running already: wait until it has ended, or stop it (DELETE /train), then try again."
             ) from None
+        except OSError as error:
+            raise _no_storage(error.strerror or str(error)) from error
         return self.stats()
 
     def _options(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a request as config values. Nothing else of it reaches a config, whose strings are code."""
         options: dict[str, Any] = {}
         for name, kind in OPTIONS.items():
-            given = _first(request.get(name, self._config[name]))
+            given = first(request.get(name, self._config[name]))
             try:
                 value = kind(str(given))
                 if not (math.isfinite(value) and value > 0):
@@ -168,7 +168,7 @@ class FineTuning(TrainTask):
                 expected = "a whole number of at least 1" if kind is int else "a number above 0"
                 raise RequestError(f"{name} is {given!r}: expected {expected}.") from None
             options[name] = value
-        options["device"] = f"$torch.device({self._device(_first(request.get('device')))!r})"
+        options["device"] = f"$torch.device({self._device(first(request.get('device')))!r})"
         return options
 
     def _device(self, name: object) -> str:
@@ -193,13 +193,24 @@ class FineTuning(TrainTask):
             self._make_weights(self._options(request))
         except Exception as error:
             cause = cause_of(error)
-            self.status.finish(FAILED, str(cause).split("\n")[0] or type(cause).__name__)
+            if reason := _storage_problem(error):
+                cause = _no_storage(reason)
+                _close_files(error)
+            try:
+                self.status.finish(FAILED, str(cause).split("\n")[0] or type(cause).__name__)
+            except OSError:
+                # To other processes it reads as stopped when this one has ended, which is true as well.
+                logger.exception("The outcome of the training can't be written: %s", cause)
             if isinstance(cause, Sam2SgpError) and cause is not error:
                 raise cause from error
             raise
 
     def _make_weights(self, options: Mapping[str, Any]) -> None:
-        sections = split(self.cases())
+        cases, left_out = self.cases()
+        if left_out:
+            self.status.update(left_out=list(left_out))
+            logger.warning("Left out of the training: %s", " ".join(left_out))
+        sections = split(cases)
         start = self.weights.active()
         facts = {name: len(cases) for name, cases in sections.items()} | {"start_weights": start.name}
         self.status.update(message="Preparing.", epoch=0, max_epochs=options["max_epochs"], **facts)
@@ -308,18 +319,27 @@ class FineTuning(TrainTask):
         self.status.finish(PUBLISHED, f"{compared} The new weights {version.name!r} are in use.", **measured)
 
 
-def _first(value: Any) -> Any:
-    """The first element of a list of choices; anything else as it is."""
-    return (value[0] if value else None) if isinstance(value, list | tuple) else value
+def _storage_problem(error: BaseException | None) -> str | None:
+    """Why a file could not be written, if that is among the causes of an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return error.strerror
+        # torch has no type for it.
+        if isinstance(error, RuntimeError) and "inline_container" in str(error):
+            return "that a file can't be written"
+        error = error.__cause__ or error.__context__
+    return None
 
 
-def _end_with_parent() -> None:
-    """From now on, end this process when the server that started it is gone: nobody could stop it any more."""
-    parent = os.getppid()
+def _close_files(error: BaseException | None) -> None:
+    """Let go of what the calls that failed hold: a half-written file takes its space for as long as it is open."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+def _no_storage(reason: str) -> StorageError:
+    return StorageError(
+        f"training: expected to write to the state folder, found {reason}; free some space or correct the permissions, "
+        "then train again. The weights stay as they are."
+    )

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 from ignite.engine import Engine, Events
 
+from lib.stamps import Stamp, stamp
 from sam2sgp.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Status:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.facts: dict[str, Any] = {}
-        self._stamp: tuple | None = None
+        self._stamp: Stamp | None = None
         self._read: dict[str, Any] = {}
 
     def start(self, **facts: Any) -> None:
@@ -61,14 +62,15 @@ class Status:
 
     def read(self) -> dict[str, Any]:
         """What was written last, by any process; {} before the first training. Costs a stat while nothing changes."""
+        found = stamp(self.path)
         try:
-            found = self.path.stat()
-            stamp = (found.st_mtime_ns, found.st_ino)
-            if stamp != self._stamp:
-                self._read, self._stamp = json.loads(self.path.read_text(encoding="utf-8")), stamp
+            if found != self._stamp:
+                self._read, self._stamp = json.loads(self.path.read_text(encoding="utf-8")), found
         except (OSError, ValueError):
             return {}
-        facts = {key: value for key, value in self._read.items() if key not in ("pid", "pid_created")}
+        # The process that trains may know more than it could write.
+        written = self.facts if self.facts and self.facts["pid"] == self._read.get("pid") else self._read
+        facts = {key: value for key, value in written.items() if key not in ("pid", "pid_created")}
         if facts.get("state") == RUNNING and not _is_alive(self._read.get("pid"), self._read.get("pid_created")):
             facts["state"] = STOPPED
             facts["message"] = (
