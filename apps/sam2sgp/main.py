@@ -22,7 +22,7 @@ from lib.audit import Audit
 from lib.batch import BatchInference
 from lib.checks import NotFound
 from lib.datastore import open_datastore
-from lib.dicomweb import DicomWebDatastore, image_routes
+from lib.endpoints import routes
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
 from lib.page import SupportPage
@@ -120,9 +120,8 @@ class Sam2SgpApp(MONAILabelApp):
         from monailabel.app import app
 
         install(app, self.settings)
-        if isinstance(self.datastore(), DicomWebDatastore):
-            # Before MONAI Label's own.
-            app.router.routes[:0] = image_routes(self.datastore()).routes
+        # Before MONAI Label's own.
+        app.router.routes[:0] = routes(self).routes
         page = SupportPage(
             self.datastore(),
             self.segmenter,
