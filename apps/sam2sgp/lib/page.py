@@ -23,9 +23,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from fastapi import APIRouter, Body, Query
+from fastapi import APIRouter, Body, Depends, Query
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from monailabel.config import settings as server_settings
+from monailabel.endpoints.user.auth import RBAC
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from PIL import Image
 
@@ -85,13 +87,18 @@ class SupportPage:
         self.template = environment.get_template("page.html.j2")
 
     def router(self) -> APIRouter:
-        router = APIRouter(prefix=PREFIX, include_in_schema=False)
+        # Where MONAI Label is set up to ask for a login, the page asks for the same.
+        user, annotator = (
+            Depends(RBAC(role))
+            for role in (server_settings.MONAI_LABEL_AUTH_ROLE_USER, server_settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR)
+        )
+        router = APIRouter(prefix=PREFIX, include_in_schema=False, dependencies=[user])
         router.add_api_route("/", self.show, methods=["GET"])
         router.add_api_route("/item", self.item, methods=["GET"])
         router.add_api_route("/picture", self.picture, methods=["GET"])
         router.add_api_route("/assets/{name}", self.asset, methods=["GET"])
         for name in ("approve", "reject", "remove", "restore"):
-            router.add_api_route(f"/{name}", getattr(self, name), methods=["POST"])
+            router.add_api_route(f"/{name}", getattr(self, name), methods=["POST"], dependencies=[annotator])
         return router
 
     # Pages and pictures
@@ -101,7 +108,9 @@ class SupportPage:
         with self.segmenter.lock:
             self.segmenter.refresh()
             bank = self.segmenter.bank
-            items, names, errors = list(bank.items), dict(bank.class_names), list(bank.errors)
+            # Those that came with labels are better than the bank's own.
+            names = {**bank.class_names, **self.segmenter.class_names()}
+            items, errors = list(bank.items), list(bank.errors)
         labels = self._labels()
         counts = self.usage.counts()
         images = {str(self.datastore.get_image_uri(image)): image for image in self.datastore.get_labeled_images()}
