@@ -381,6 +381,7 @@ def test_copies_of_series_go_when_the_disk_is_needed_unless_they_have_a_label(ho
     datastore.remove_label(third, "final")
     datastore.get_image_uri(third)
     assert [path.is_dir() for path in paths.values()] == [True, False, False]
+    assert [datastore.is_at_hand(uid) for uid in paths] == [True, False, False]
     monkeypatch.undo()
     assert {_instance(file) for file in Path(datastore.get_image_uri(first)).iterdir()} == {
         _instance(file) for file in hospital.patients["first"].folder.iterdir()

@@ -143,10 +143,11 @@ def test_segments_that_slicer_numbers_anew_keep_their_class(slicer, server, know
     assert models[MODEL]["labels"] == {name: value for value, name in CLASS_NAMES.items()}
 
 
-def test_through_the_proxy_the_client_works_with_a_password(server, known, tmp_path):
+def test_through_the_proxy_the_client_works_with_a_password(server, known, tmp_path, monkeypatch):
     image, label = (SimpleITK.ReadImage(known["mr_003"][key]) for key in ("image", "label"))
     (tmp_path / "nginx").mkdir()
     with nginx(tmp_path / "nginx", int(server.url.rpartition(":")[2])) as proxy:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(proxy.certificate))
         client = MONAILabelClient(proxy.url, str(tmp_path), client_id="user-xyz")
         with pytest.raises(MONAILabelClientException):
             client.info()

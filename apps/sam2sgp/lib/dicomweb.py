@@ -331,10 +331,9 @@ class DicomWebDatastore(Datastore):
         self._until = 0.0
         self._look()
 
-    def image_signature(self, image_id: str) -> str:
-        """What changes when a series does, without fetching it. Raises as `get_image_uri` does."""
-        series = self._series(image_id)
-        return f"{series.uid} {series.instances}"
+    def is_at_hand(self, image_id: str) -> bool:
+        """Whether a series needn't be fetched."""
+        return self._cache.folder_of(check_uid(image_id)).is_dir()
 
     def forward(self, path: str, query: str = "") -> requests.Response:
         """The archive's answer to a viewer that wants to read; its content is still to come.
