@@ -118,6 +118,26 @@ def test_a_decision_that_was_made_elsewhere_is_said_and_nothing_is_lost(server, 
     assert ids(server, "final") == before
 
 
+def test_a_prediction_that_changed_since_it_was_shown_is_not_approved(server, opened):
+    image, labels = min(ids(server, "final")), Path(server.studies) / "labels"
+    other = max({path.stem for path in Path(server.studies).glob("*.png")} - ids(server, "final"))
+    shutil.copy(labels / "final" / f"{image}.png", labels / "original" / f"{other}.png")
+    opened.reload(wait_until="networkidle")
+    button = opened.locator(f"button[data-action=approve][data-image='{other}']")
+    # A batch inference puts another prediction in its place.
+    with open(labels / "final" / f"{image}.png", "rb") as file:
+        query = {"image": other, "tag": "original"}
+        assert requests.put(f"{server.url}/datastore/label", params=query, files={"label": file}).ok
+    button.click()
+    expect(opened.locator("#message.error")).to_contain_text("expected the label that was shown, found a newer one")
+    assert other not in ids(server, "final")
+    opened.reload(wait_until="networkidle")
+    with opened.expect_response(lambda response: response.url.endswith("/sam2sgp/approve")) as answer:
+        button.click()
+    assert answer.value.status == 200 and other in ids(server, "final")
+    assert requests.delete(f"{server.url}/datastore/label", params={"id": other, "tag": "final"}).ok
+
+
 def test_other_sites_can_not_decide(server):
     image = next(iter(ids(server, "final")))
     decision = {"image": image, "label_tag": "final"}

@@ -58,7 +58,7 @@ from lib.checks import (
 )
 from lib.naming import declared, renumber, renumbering
 from lib.series_cache import SUFFIX, SeriesCache
-from sam2sgp.data import read_dicom_seg, read_image, read_label, write_dicom_seg, write_label, write_map
+from sam2sgp.data import Geometry, read_dicom_seg, read_image, read_label, write_dicom_seg, write_label, write_map
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing, write_text
 
@@ -413,8 +413,7 @@ class DicomWebDatastore(Datastore):
         if tag == FINAL:
             self._approve(self._series(image_id), folder, labels, geometry, names, info)
         with _storing("to save the label"):
-            write_label(path, labels, geometry)
-            write_text(_facts_of(path), json.dumps(info, default=str))
+            self._keep_label(path, labels, geometry, info)
         return image_id
 
     def _approve(self, series: Series, folder: str, labels, geometry, names: dict[int, str], info: dict) -> None:
@@ -571,6 +570,12 @@ class DicomWebDatastore(Datastore):
             with _storing("to delete copies of series"):
                 self._cache.clear(set(keep), set(self._images))
 
+    def _keep_label(self, path: Path, labels: np.ndarray, geometry: Geometry, info: dict[str, Any]) -> None:
+        """Write a label and what is known about it; of two at once the one does not get the facts of the other."""
+        with self._lock:
+            write_label(path, labels, geometry)
+            write_text(_facts_of(path), json.dumps(info, default=str))
+
     def _fetch_label(self, segmentation: Segmentation, path: Path) -> None:
         """Bring the file of an approved label in line with the archive."""
         if path.exists() and _read_json(_facts_of(path)).get("segmentation") == segmentation.uid:
@@ -591,8 +596,7 @@ class DicomWebDatastore(Datastore):
                 "ts": int(re.sub(r"\D", "", segmentation.when[0])[:14] or 0),
                 "name": path.name,
             }
-            write_label(path, labels, geometry)
-            write_text(_facts_of(path), json.dumps(info))
+            self._keep_label(path, labels, geometry, info)
 
     # Names
 

@@ -257,7 +257,7 @@ class RequestGuard:
     async def _take(self, scope, receive) -> tempfile.SpooledTemporaryFile:
         """The body, whole. Raises TooLarge, and ClientDisconnect where the client goes away before its end."""
         is_upload = Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
-        limit = self._limit if is_upload or scope["path"].startswith("/proxy/") else min(self._limit, LARGEST_TEXT)
+        limit = self._limit if is_upload else min(self._limit, LARGEST_TEXT)
         body = tempfile.SpooledTemporaryFile(KEPT_IN_MEMORY)
         size, more, started = 0, True, time.monotonic()
         try:
@@ -283,8 +283,6 @@ class RequestGuard:
         return body
 
     async def _check_body(self, scope, body) -> None:
-        if scope["path"].startswith("/proxy/"):
-            return
         kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
             await self._check_form(scope, body)
