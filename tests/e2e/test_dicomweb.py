@@ -251,6 +251,10 @@ def test_viewers_search_and_read_through_the_server(hospital):
     case = hospital.patients["mr"]
     studies = ask(hospital, "GET", "/proxy/dicom/qido/studies", params={"PatientID": "mr"}).json()
     assert [entry["0020000D"]["Value"] for entry in studies] == [[case.study]]
+    # As OHIF asks for its list of studies.
+    query = {"limit": 101, "offset": 0, "fuzzymatching": "true", "includefield": "00081030,00080060"}
+    found = ask(hospital, "GET", "/proxy/dicom/qido/studies", params=query).json()
+    assert {entry["0020000D"]["Value"][0] for entry in found} >= {other.study for other in hospital.patients.values()}
     path = f"/proxy/dicom/wado/studies/{case.study}/series/{case.uid}"
     headers = ask(hospital, "GET", f"{path}/metadata").json()
     assert len(headers) == case.truth.shape[2]

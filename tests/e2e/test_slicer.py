@@ -148,19 +148,24 @@ def test_through_the_proxy_the_client_works_with_a_password(server, known, tmp_p
     (tmp_path / "nginx").mkdir()
     with nginx(tmp_path / "nginx", int(server.url.rpartition(":")[2])) as proxy:
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(proxy.certificate))
-        client = MONAILabelClient(proxy.url, str(tmp_path), client_id="user-xyz")
-        with pytest.raises(MONAILabelClientException):
-            client.info()
         token = b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-        client.update_auth({"token_type": "Basic", "access_token": token})
-        assert client.info()["name"] == "SAM2-SGP"
-        file, params = client.infer(MODEL, "mr_003", dict(RESULT))
+
+        def client() -> MONAILabelClient:
+            # Once it has a password, it sends the headers of an upload with the requests after it.
+            made = MONAILabelClient(proxy.url, str(tmp_path), client_id="user-xyz")
+            made.update_auth({"token_type": "Basic", "access_token": token})
+            return made
+
+        with pytest.raises(MONAILabelClientException):
+            MONAILabelClient(proxy.url).info()
+        assert client().info()["name"] == "SAM2-SGP"
+        file, params = client().infer(MODEL, "mr_003", dict(RESULT))
         assert same_place(SimpleITK.ReadImage(file), image) and params["label_names"]
-        session = client.create_session(saved(image, tmp_path, ".nrrd"))["session_id"]
-        file, _ = client.infer(MODEL, "mr_003", dict(RESULT), session_id=session)
+        session = client().create_session(saved(image, tmp_path, ".nrrd"))["session_id"]
+        file, _ = client().infer(MODEL, "mr_003", dict(RESULT), session_id=session)
         assert same_place(SimpleITK.ReadImage(file), image)
-        client.remove_session(session)
+        client().remove_session(session)
         info = {"label_info": label_info(segments(label))}
-        assert not client.save_label("mr_003", saved(label, tmp_path, ".nrrd"), params=info)["warnings"]
+        assert not client().save_label("mr_003", saved(label, tmp_path, ".nrrd"), params=info)["warnings"]
     lines = [json.loads(line) for line in (server.state / "audit.jsonl").read_text().splitlines()]
     assert [line["user"] for line in lines if line["action"] == "approve"][-1] == USER

@@ -551,7 +551,8 @@ class DicomWebDatastore(Datastore):
     def _fetch(self, series: Series) -> None:
         """Download a series; it is put in place whole."""
         with _storing("to keep a series"), self._cache.adding(series.uid) as folder:
-            instances = self._client.iter_series(series.study, series.uid)
+            with _asking("the files of a series"):
+                instances = iter(self._client.iter_series(series.study, series.uid))
             while True:
                 with _asking("the files of a series"):
                     instance = next(instances, None)
@@ -567,8 +568,11 @@ class DicomWebDatastore(Datastore):
         self._cleared = time.monotonic()
         if self._answers:
             keep = [image_id for image_id in self._images if self._latest(image_id)]
-            with _storing("to delete copies of series"):
+            try:
                 self._cache.clear(set(keep), set(self._images))
+            except OSError as error:
+                # Which is no reason to refuse a request that got what it wanted.
+                logger.warning("Copies of series can't be deleted: %s", error)
 
     def _keep_label(self, path: Path, labels: np.ndarray, geometry: Geometry, info: dict[str, Any]) -> None:
         """Write a label and what is known about it; of two at once the one does not get the facts of the other."""
