@@ -97,10 +97,11 @@ def measure(images: int, labelled: int) -> dict[str, float]:
             found = {"start": 1000 * (time.perf_counter() - started)}
             found["first info"], _ = timed(lambda: requests.get(f"{server.url}/info/", timeout=600))
             found["info"] = median(lambda: requests.get(f"{server.url}/info/", timeout=600))
+            # An offer starts the scoring of all images in the background.
+            found |= measure_page(server, ids)
             for strategy in ("random", "hybrid"):
                 url = f"{server.url}/activelearning/{strategy}"
                 found[f"next sample, {strategy}"] = median(lambda url=url: requests.post(url, json={}, timeout=600))
-            found |= measure_page(server, ids)
             infer(server, ids[-1])
             queries = iter(ids[PATIENTS:])
             firsts, seconds, approvals = [], [], []
