@@ -8,12 +8,15 @@ milliseconds.
 
 `approve to in use`: from sending an approved label to the end of the answer that lists it among the support items used.
 `second request`: the same image asked for again, with another K, over the first time.
+`support page`: the page with its ranked list of images, as a browser gets it first and then again; `last page of the
+list`; and a picture that it shows, which is drawn for the first time.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import sys
@@ -94,6 +97,8 @@ def measure(images: int, labelled: int) -> dict[str, float]:
             found = {"start": 1000 * (time.perf_counter() - started)}
             found["first info"], _ = timed(lambda: requests.get(f"{server.url}/info/", timeout=600))
             found["info"] = median(lambda: requests.get(f"{server.url}/info/", timeout=600))
+            # An offer starts the scoring of all images in the background.
+            found |= measure_page(server, ids)
             for strategy in ("random", "hybrid"):
                 url = f"{server.url}/activelearning/{strategy}"
                 found[f"next sample, {strategy}"] = median(lambda url=url: requests.post(url, json={}, timeout=600))
@@ -117,6 +122,22 @@ def measure(images: int, labelled: int) -> dict[str, float]:
                     raise RuntimeError(f"{ids[number]} was approved, but the next answer does not list it.")
             found["approve to in use"] = statistics.median(approvals)
     return found
+
+
+def measure_page(server: Server, ids: list[str]) -> dict[str, float]:
+    """Milliseconds of the support page's parts."""
+    url = f"{server.url}/sam2sgp"
+    first, answer = timed(lambda: requests.get(f"{url}/", timeout=600))
+    last = int(re.findall(r"Page 1 of (\d+)", answer.text)[-1])
+    pictures = iter(ids[-REPEATS:])
+    return {
+        "support page, first": first,
+        "support page": median(lambda: requests.get(f"{url}/", timeout=600)),
+        "support page, last of the list": median(lambda: requests.get(f"{url}/?next={last}", timeout=600)),
+        "picture on the support page": median(
+            lambda: requests.get(f"{url}/picture?image={next(pictures)}", timeout=600)
+        ),
+    }
 
 
 def main() -> None:

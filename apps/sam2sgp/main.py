@@ -26,7 +26,7 @@ from lib.audit import Audit
 from lib.batch import BatchInference
 from lib.checks import NotFound
 from lib.datastore import open_datastore
-from lib.dicomweb import DicomWebDatastore, image_routes
+from lib.endpoints import routes
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
 from lib.options import flag
@@ -126,9 +126,8 @@ class Sam2SgpApp(MONAILabelApp):
 
         app.add_exception_handler(OSError, _not_stored)
         install(app, self.settings)
-        if isinstance(self.datastore(), DicomWebDatastore):
-            # Before MONAI Label's own.
-            app.router.routes[:0] = image_routes(self.datastore()).routes
+        # Before MONAI Label's own.
+        app.router.routes[:0] = routes(self).routes
         page = SupportPage(
             self.datastore(),
             self.segmenter,

@@ -23,6 +23,7 @@ class Given:
     studies: str = "/studies"
     max_upload_mb: float = 0.5
     cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ("server",)
     allow_model_upload: bool = False
     allow_overrides: bool = False
     user_header: str | None = "X-Forwarded-User"
@@ -70,7 +71,8 @@ def test_other_origins_are_neither_invited_nor_let_in(client):
     friend = client(cors_origins=("https://viewer.example",))
     answer = friend.post("/train/x", headers={"origin": "https://viewer.example"})
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://viewer.example"
-    assert "access-control-allow-origin" not in friend.get("/info/", headers=evil).headers
+    refused = friend.get("/info/", headers=evil)
+    assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
     assert friend.post("/train/x", headers=evil).status_code == 403
 
 
@@ -118,7 +120,8 @@ def test_installing_twice_guards_once(client, tmp_path):
     app = client().app
     install(app, Given(tmp_path, max_upload_mb=2.0))
     assert len(app.user_middleware) == 1
-    assert TestClient(app).put("/session/", files={"file": ("a.png", bytes(1 << 20))}).status_code == 200
+    client = TestClient(app, base_url="http://server:8000")
+    assert client.put("/session/", files={"file": ("a.png", bytes(1 << 20))}).status_code == 200
 
 
 def test_errors_are_one_sentence_with_a_status_of_their_own(client):

@@ -303,3 +303,23 @@ def test_output_that_would_replace_the_query_is_refused(tmp_path):
     source = write_dicom(tmp_path / "image.dcm", np.ones((6, 7), np.uint8), "DX")
     with pytest.raises(DataError, match="image.dcm.*output_dir"):
         OutputNames(tmp_path).claim(str(source), ".dcm")
+
+
+def test_an_image_without_a_class_becomes_a_segmentation_of_empty_segments(tmp_path):
+    source = series(tmp_path / "series")
+    geometry = read_image(source).geometry
+    nothing = np.zeros(geometry.shape, int)
+    path = tmp_path / "seg.dcm"
+    assert not write_dicom_seg(path, nothing, geometry, source, NAMES) and not path.exists()
+    assert write_dicom_seg(path, nothing, geometry, source, NAMES, approved=True, keep_empty=True)
+    found = highdicom.seg.segread(path)
+    assert [segment.SegmentLabel for segment in found.SegmentSequence] == list(NAMES.values())
+    # DICOM wants a frame for it; one for each segment is enough, and all slices are referred to.
+    assert found.NumberOfFrames == len(NAMES) and not found.pixel_array.any()
+    [referenced] = found.ReferencedSeriesSequence
+    assert len(referenced.ReferencedInstanceSequence) == SHAPE[0]
+    labels, names = read_dicom_seg(path, geometry, source)
+    assert not labels.any() and names == NAMES
+    # A map with classes is what it is without the switch.
+    write_dicom_seg(path, blobs(geometry.shape), geometry, source, NAMES, keep_empty=True)
+    assert len(highdicom.seg.segread(path).SegmentSequence) == 3

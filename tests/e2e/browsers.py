@@ -23,12 +23,12 @@ SCREENSHOTS = Path(__file__).parents[2] / "out" / "screenshots"
 
 
 @contextmanager
-def page(width: int = 1280, height: int = 900) -> Iterator[Page]:
-    """A page of a new browser."""
+def page(width: int = 1280, height: int = 900, **options) -> Iterator[Page]:
+    """A page of a new browser. `options`: of Playwright's `new_page`, such as `http_credentials`."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program("chromium", "chromium"), args=ARGUMENTS)
         try:
-            opened = browser.new_page(viewport={"width": width, "height": height})
+            opened = browser.new_page(viewport={"width": width, "height": height}, **options)
             opened.set_default_timeout(60_000)
             yield opened
         finally:

@@ -12,6 +12,7 @@ import socket
 import tarfile
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -94,6 +95,28 @@ def delete(path: str, **params):
     return dict(method="DELETE", path=path, params=params)
 
 
+def put_names(*entries: dict):
+    """A label with class names."""
+    return put_label("C", data={"params": json.dumps({"label_info": list(entries)})})
+
+
+def form(content: bytes, kind: str = "multipart/form-data; boundary=b", image: str = "C"):
+    """A label in a form as no well-behaved client writes it."""
+    params, headers = {"image": image, "tag": "final"}, {"Content-Type": kind}
+    return dict(method="PUT", path="/datastore/label", params=params, data=content, headers=headers)
+
+
+def part(name: bytes) -> bytes:
+    head = b'--b\r\nContent-Disposition: form-data; name="label"; filename="' + name + b'"\r\n\r\n'
+    return head + LABEL + b"\r\n--b--\r\n"
+
+
+def decide(action: str, headers: dict | None = None, **more):
+    """A click on the support page."""
+    decision = more or {"json": {"image": "A", "label_tag": "final"}}
+    return dict(method="POST", path=f"/sam2sgp/{action}", headers=headers or {}, **decision)
+
+
 def archive(name: str, content: bytes = b"x", kind: bytes | None = None) -> bytes:
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode="w:gz") as packed:
@@ -122,6 +145,10 @@ BOMB = gzip.compress(bytes(LIMIT_MB * 9 << 20))
 PICKLE = b"\x80\x04\x95\x1e\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x8c\x06system\x93\x8c\x05touch\x85R."
 NRRD = b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 4 4 4\nencoding: raw\ndata file: /etc/passwd\n\n"
 EVIL = {"Origin": "https://evil.example"}
+# What a browser adds by itself to what another site's page asks for: a picture, and a form.
+CROSS_SITE = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
+FORM_OF_ANOTHER = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+REBOUND = {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}
 
 ATTACKS = {
     "label id up": put_label("../../secret"),
@@ -206,16 +233,45 @@ ATTACKS = {
     "proxy up": get("/proxy/dicom/%2e%2e/%2e%2e/etc/passwd"),
     "proxy of a folder": get("/proxy/dicom/studies"),
     "path up": get("/static/%2e%2e/%2e%2e/main.py"),
-    "wrong content type": dict(
-        method="PUT", path="/datastore/label", params={"image": "C"}, data=LABEL, headers={"Content-Type": "text/plain"}
-    ),
-    "form without a boundary": dict(
+    "wrong content type": form(LABEL, "text/plain"),
+    "form without a boundary": form(b"--x", "multipart/form-data"),
+    "form without an end": form(part(b"l.nii.gz")[:-9]),
+    "form in another encoding": form(part(b"l.nii.gz"), "multipart/form-data; boundary=b; charset=utf-7"),
+    "label name not UTF-8": form(part(b"l\xff\xfe.nii.gz")),
+    "label name with a control character": form(part(b"l\x0b.nii.gz")),
+    "class name long": put_names({"idx": 1, "name": "x" * 300}),
+    "class name of control characters": put_names({"idx": 1, "name": "\x1b[2J\r\nliver"}),
+    "class name that reads backwards": put_names({"idx": 1, "name": "\u202erevil"}),
+    "class name no text": put_names({"idx": 1, "name": {"a": 1}}),
+    "class value huge": put_names({"idx": 10**15, "name": "liver"}),
+    "classes too many": put_names(*[{"idx": 1, "name": "liver"}] * 2000),
+    "class names afterwards": dict(
         method="PUT",
-        path="/datastore/label",
-        params={"image": "C"},
-        data=b"--x",
-        headers={"Content-Type": "multipart/form-data"},
+        path="/datastore/label/info",
+        params={"label": "A", "tag": "final"},
+        data={"info": json.dumps({"label_info": [{"idx": 1, "name": "a\tb"}]})},
     ),
+    "infer upload with an ill option": infer("", {"k": 0}, files={"file": ("i.nii.gz", IMAGE)}),
+    "infer upload cut short": infer("", files={"file": ("i.nii.gz", IMAGE[:-40])}),
+    "infer upload without voxels": infer("", files={"file": ("i.nii", gzip.decompress(IMAGE)[:400])}),
+    "infer as DICOM what is none": dict(infer("C"), params={"image": "C", "output": "dicom_seg"}),
+    "infer into nowhere": dict(infer("C"), params={"image": "C", "output": "/tmp/evil"}),
+    "infer an expired session": dict(infer("C"), params={"session_id": "12345678-1234-1234-1234-123456789abc"}),
+    "read under another site's name": dict(get("/datastore/image", image="A"), headers={"Host": "evil.example"}),
+    "decide under another site's name": decide("remove", REBOUND),
+    "read from another site": dict(get("/datastore/image", image="A"), headers=EVIL),
+    "picture in another site's page": dict(get("/sam2sgp/picture", image="A"), headers=CROSS_SITE),
+    "decide from another site": decide("remove", EVIL),
+    "decide from a page of no site": decide("remove", {"Origin": "null"}),
+    "decide from another port": decide("remove", {"Host": "localhost", "Origin": "http://localhost:9999"}),
+    "decide in another site's frame": decide("remove", FORM_OF_ANOTHER),
+    "decide by a form": decide("remove", data={"image": "A", "label_tag": "final"}),
+    "decide by plain text": decide(
+        "remove", {"Content-Type": "text/plain"}, data=json.dumps({"image": "A", "label_tag": "final"})
+    ),
+    "decide upwards": decide("approve", json={"image": "../../secret", "label_tag": "original"}),
+    "decide with a tag upwards": decide("remove", json={"image": "A", "label_tag": "../final"}),
+    "page files upwards": get("/sam2sgp/assets/..%2f..%2fmain.py"),
 }
 
 
@@ -252,7 +308,8 @@ def raw(server, content: bytes) -> bytes:
 
 
 def test_uploads_without_a_length_or_cut_short_are_refused(server):
-    head = b"PUT /datastore/label?image=C HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    head = b"PUT /datastore/label?image=C HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Content-Type: multipart/form-data; boundary=b\r\n"
     part = b'--b\r\nContent-Disposition: form-data; name="label"; filename="l.nii.gz"\r\n\r\n'
     before = state(server.folder)
     chunk = b"10000\r\n" + bytes(1 << 16) + b"\r\n"
@@ -284,6 +341,44 @@ def test_conflicting_saves_at_once_leave_one_whole_label_each(server):
     assert [entry["action"] for entry in noted if entry.get("image") == "C"] == ["approve"] * len(labels)
 
 
+def test_decisions_at_once_leave_a_whole_label_or_none(server):
+    at_once = [
+        put_label("C"),
+        delete("/datastore/label", id="C", tag="final"),
+        decide("remove", json={"image": "C", "label_tag": "final"}),
+        decide("restore", json={"image": "C", "label_tag": "removed"}),
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(lambda request: send(server, request).status_code, at_once * 6))
+    assert set(statuses) <= {200, 404, 422}, statuses
+    for tag in ("final", "removed"):
+        path = server.studies / "labels" / tag / "C.nii.gz"
+        assert not path.exists() or path.read_bytes() == LABEL
+    found = {path.name for path in (server.studies / "labels").rglob("*") if path.is_file()}
+    assert found <= {"A.nii.gz", "B.nii.gz", "C.nii.gz"}
+    assert send(server, put_label("C")).ok
+
+
+def test_no_address_that_a_client_names_is_asked(server):
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        trap.settimeout(0.5)
+        address = f"http://127.0.0.1:{trap.getsockname()[1]}/x.nii.gz"
+        for request in (
+            infer(address),
+            infer("C", {"image": address}),
+            infer("C", {"model_file": address, "support_dir": address, "k": 1}),
+            put_image(address),
+            put_label("C", data={"params": json.dumps({"url": address, "image": address})}),
+            get("/datastore/image", image=address),
+            get("/sam2sgp/picture", image=address),
+            get(f"/proxy/dicom/wado/{address}"),
+            dict(method="POST", path="/train/finetune", json={"dataset": address, "image": address}),
+        ):
+            assert send(server, request).status_code < 500, request
+        with pytest.raises(TimeoutError):
+            trap.accept()
+
+
 def test_afterwards_the_server_is_up_and_the_approved_labels_are_intact(server):
     status = requests.get(f"{server.url}/datastore/", timeout=TIMEOUT).json()
     assert status["total"] == 3 and status["completed"] >= 2
@@ -292,4 +387,5 @@ def test_afterwards_the_server_is_up_and_the_approved_labels_are_intact(server):
         assert answer.content == LABEL
     assert (server.folder / "secret.nii.gz").read_bytes() == SECRET
     answer = requests.get(f"{server.url}/info/", headers=EVIL, timeout=TIMEOUT)
-    assert answer.ok and "access-control-allow-origin" not in answer.headers
+    assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+    assert answer.headers["x-content-type-options"] == "nosniff"

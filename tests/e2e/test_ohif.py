@@ -14,9 +14,12 @@ from sam2sgp.data.phantom import CLASS_NAMES
 from tests.e2e import browsers
 from tests.e2e.hospital import LABEL_INFO, patient
 from tests.e2e.orthanc import orthanc
+from tests.e2e.proxies import PASSWORD, USER, nginx
 from tests.e2e.server import Server
 
 WAIT = 60
+# Of a browser's requests; OHIF's own page also looks for a font elsewhere.
+DATA = ("xhr", "fetch")
 CONF = {"image_size": "64", "k": "8", "slices_per_class": "2"}
 # What OHIF holds: values of its segments and their names, and the voxels of overlay and image, columns first.
 OVERLAY = """() => {
@@ -63,6 +66,25 @@ def hospital(tmp_path_factory):
             server.stop()
 
 
+def open_study(page, url: str, study: str) -> None:
+    """A study in OHIF's MONAI Label mode, connected to the server at an address."""
+    page.goto(f"{url}/ohif/monai-label?StudyInstanceUIDs={study}")
+    page.get_by_text("Confirm and Hide").click()
+    page.locator("#monailabelServerURL").fill(f"{url}/")
+    page.locator(".settingsTable .actionButton").click()
+    page.get_by_text("Auto-Segmentation").wait_for()
+    # The overlay's own volume comes a little later.
+    page.wait_for_function("() => services.segmentationService.getLabelmapVolume('1')")
+
+
+def run_segmentation(page):
+    """The server's answer to a run from the panel, when its overlay is there."""
+    with page.expect_response(lambda answer: "/infer/sam2sgp" in answer.url) as waited:
+        page.get_by_title("Run Segmentation", exact=True).click()
+    page.wait_for_function(f"() => ({OVERLAY})().voxels.some(value => value > 0)")
+    return waited.value
+
+
 @pytest.fixture(scope="module")
 def viewer(hospital):
     """The query's study in OHIF's MONAI Label mode, connected to the server."""
@@ -76,23 +98,15 @@ def viewer(hospital):
                 refused.append((answer.status, answer.url))
 
         page.on("response", look)
-        page.goto(f"{server.url}/ohif/monai-label?StudyInstanceUIDs={query.study}")
-        page.get_by_text("Confirm and Hide").click()
-        page.locator("#monailabelServerURL").fill(f"{server.url}/")
-        page.locator(".settingsTable .actionButton").click()
-        page.get_by_text("Auto-Segmentation").wait_for()
-        # The overlay's own volume comes a little later.
-        page.wait_for_function("() => services.segmentationService.getLabelmapVolume('1')")
+        open_study(page, server.url, query.study)
         yield page
         assert not refused, refused
 
 
 def test_the_model_is_run_from_the_panel_and_its_overlay_lies_on_the_image(hospital, viewer):
     server, query = hospital.server, hospital.patients["query"]
-    with viewer.expect_response(lambda answer: "/infer/sam2sgp" in answer.url) as waited:
-        viewer.get_by_title("Run Segmentation", exact=True).click()
-    assert waited.value.status == 200 and f"image={query.uid}" in waited.value.url
-    viewer.wait_for_function(f"() => ({OVERLAY})().voxels.some(value => value > 0)")
+    answer = run_segmentation(viewer)
+    assert answer.status == 200 and f"image={query.uid}" in answer.url
     # The message about the success goes away, and the views are drawn.
     viewer.wait_for_timeout(1500)
     browsers.keep(viewer, "ohif-overlay")
@@ -117,3 +131,26 @@ def test_the_next_sample_is_told(hospital, viewer):
     assert waited.value.json()["id"] == hospital.patients["query"].uid
     viewer.get_by_text(hospital.patients["query"].uid).first.wait_for()
     browsers.keep(viewer, "ohif-next-sample")
+
+
+def test_through_the_proxy_the_model_is_run_with_a_password_and_its_overlay_is_seen(hospital, tmp_path):
+    server, query = hospital.server, hospital.patients["query"]
+    login = {"username": USER, "password": PASSWORD}
+    with (
+        nginx(tmp_path, int(server.url.rpartition(":")[2])) as proxy,
+        browsers.page(1600, 1000, ignore_https_errors=True, http_credentials=login) as page,
+    ):
+        asked = []
+        page.on("request", lambda request: asked.append(request.url) if request.resource_type in DATA else None)
+        open_study(page, proxy.url, query.study)
+        answer = run_segmentation(page)
+        assert answer.status == 200 and answer.url.startswith(proxy.url)
+        browsers.keep(page, "ohif-proxy")
+        overlay = page.evaluate(OVERLAY)
+        # No data goes past the proxy.
+        assert asked and [url for url in asked if not url.startswith((proxy.url, "blob:", "data:"))] == []
+    result = requests.post(f"{server.url}/infer/sam2sgp?image={query.uid}&output=image", timeout=WAIT)
+    expected = np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(result.content)).dataobj)
+    found = np.reshape(overlay["voxels"], overlay["shape"], order="F")
+    for value, name in CLASS_NAMES.items():
+        assert np.array_equal(found == overlay["names"][name], expected == value), name

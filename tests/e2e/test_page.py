@@ -3,12 +3,10 @@
 import json
 import re
 import shutil
-from base64 import b64encode
 from pathlib import Path
 
 import pytest
 import requests
-from monailabel.client import MONAILabelClient
 from playwright.sync_api import expect
 
 from sam2sgp.data import load_datalist
@@ -120,6 +118,26 @@ def test_a_decision_that_was_made_elsewhere_is_said_and_nothing_is_lost(server, 
     assert ids(server, "final") == before
 
 
+def test_a_prediction_that_changed_since_it_was_shown_is_not_approved(server, opened):
+    image, labels = min(ids(server, "final")), Path(server.studies) / "labels"
+    other = max({path.stem for path in Path(server.studies).glob("*.png")} - ids(server, "final"))
+    shutil.copy(labels / "final" / f"{image}.png", labels / "original" / f"{other}.png")
+    opened.reload(wait_until="networkidle")
+    button = opened.locator(f"button[data-action=approve][data-image='{other}']")
+    # A batch inference puts another prediction in its place.
+    with open(labels / "final" / f"{image}.png", "rb") as file:
+        query = {"image": other, "tag": "original"}
+        assert requests.put(f"{server.url}/datastore/label", params=query, files={"label": file}).ok
+    button.click()
+    expect(opened.locator("#message.error")).to_contain_text("expected the label that was shown, found a newer one")
+    assert other not in ids(server, "final")
+    opened.reload(wait_until="networkidle")
+    with opened.expect_response(lambda response: response.url.endswith("/sam2sgp/approve")) as answer:
+        button.click()
+    assert answer.value.status == 200 and other in ids(server, "final")
+    assert requests.delete(f"{server.url}/datastore/label", params={"id": other, "tag": "final"}).ok
+
+
 def test_other_sites_can_not_decide(server):
     image = next(iter(ids(server, "final")))
     decision = {"image": image, "label_tag": "final"}
@@ -139,8 +157,85 @@ def test_an_approved_label_is_not_deleted_by_rejecting(server):
     assert image in ids(server, "final")
 
 
-def test_through_the_proxy_everything_works_and_the_audit_log_says_who_it_was(server, tmp_path):
-    image = next(iter(ids(server, "final")))
+MARKUP = "\"><img src=x onerror=hacked=1><script>hacked=1<script>'&amp;"
+
+
+def test_names_that_are_markup_are_shown_as_they_are_and_run_nothing(server, opened):
+    studies = Path(server.studies)
+    image, label = next((studies / "labels" / "final").glob("*.png")), "</span><script>hacked=1</script>"
+    shutil.copy(studies / image.name, studies / f"{MARKUP}.png")
+    query = {"image": MARKUP, "tag": "final"}
+    with open(image, "rb") as file:
+        names = {"label_info": [{"idx": value, "name": f"{value}{label}"} for value in range(1, 10)]}
+        data = {"params": json.dumps(names)}
+        answer = requests.put(f"{server.url}/datastore/label", params=query, data=data, files={"label": file})
+    assert answer.ok, answer.text
+    try:
+        opened.reload(wait_until="networkidle")
+        entry = opened.locator(f"#support li:has(b:text-is({json.dumps(MARKUP)}))")
+        expect(entry).to_have_count(1)
+        expect(opened.locator("#support .class").first).to_contain_text(label)
+        entry.get_by_role("button", name="Remove").click()
+        waiting = opened.locator(f"#support li:has(b:text-is({json.dumps(MARKUP)}))")
+        expect(waiting.get_by_role("button", name="Restore")).to_be_visible()
+        opened.wait_for_load_state("networkidle")
+        broken = "[...document.images].filter(image => image.complete && !image.naturalWidth).length"
+        assert opened.evaluate(broken) == 0 and opened.evaluate("typeof hacked") == "undefined"
+        assert opened.locator("main script, main img[onerror]").count() == 0 and opened.problems == []
+    finally:
+        assert requests.delete(f"{server.url}/datastore/image", params={"id": MARKUP}).ok
+
+
+def test_long_lists_are_turned_over_page_by_page_with_the_keys_alone(server, opened):
+    studies = Path(server.studies)
+    source = next(studies.glob("*.png"))
+    names = [f"zz_{number:03d}" for number in range(60)]
+    for name in names:
+        (studies / f"{name}.png").hardlink_to(source)
+    try:
+        opened.reload(wait_until="networkidle")
+        total = count(opened, "next")
+        seen = []
+        for page_number in range(1, -(-total // 24) + 1):
+            expect(opened.locator("#next .pages")).to_contain_text(f"Page {page_number} of {-(-total // 24)}")
+            seen += opened.locator("#next li b").all_inner_texts()
+            following = opened.locator("#next .pages a[rel=next]")
+            if not following.count():
+                break
+            # From the last picture's section the next stop of the Tab key.
+            opened.locator("#next h2").evaluate("heading => { heading.tabIndex = -1; heading.focus(); }")
+            for _ in range(3):
+                opened.keyboard.press("Tab")
+                if following.evaluate("link => link === document.activeElement"):
+                    break
+            with opened.expect_navigation(wait_until="networkidle"):
+                opened.keyboard.press("Enter")
+        assert len(seen) == total == len(set(seen)) and set(names) <= set(seen)
+        assert opened.problems == []
+    finally:
+        for name in names:
+            (studies / f"{name}.png").unlink()
+
+
+def test_every_button_is_reached_by_the_tab_key_and_shows_where_it_is(opened):
+    reached, order = [], opened.locator("a[href], button:visible").count()
+    for _ in range(order):
+        opened.keyboard.press("Tab")
+        reached.append(
+            opened.evaluate(
+                "[document.activeElement.outerHTML, getComputedStyle(document.activeElement).outlineStyle,"
+                " document.activeElement.getAttribute('aria-label') || document.activeElement.innerText]"
+            )
+        )
+    assert len({html for html, *_ in reached}) == order
+    assert all(outline != "none" and name.strip() for _, outline, name in reached)
+    assert {name.split()[0] for *_, name in reached} >= {"Waiting", "Support", "Training", "Remove"}
+
+
+def test_through_the_proxy_decisions_are_made_and_the_audit_log_says_who_made_them(server, tmp_path):
+    image = min(ids(server, "final"))
+    log = server.state / "audit.jsonl"
+    before = len(log.read_text().splitlines())
     with nginx(tmp_path, int(server.url.rpartition(":")[2])) as proxy, requests.Session() as session:
         session.trust_env, session.verify = False, str(proxy.certificate)
         assert session.get(f"{proxy.url}/sam2sgp/").status_code == 401
@@ -151,9 +246,6 @@ def test_through_the_proxy_everything_works_and_the_audit_log_says_who_it_was(se
             decision = {"image": image, "label_tag": tag}
             headers = {"Origin": proxy.url, "X-Remote-User": "somebody else"}
             assert session.post(f"{proxy.url}/sam2sgp/{action}", json=decision, headers=headers).status_code == 200
-        client = MONAILabelClient(proxy.url)
-        token = b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-        client.update_auth({"token_type": "Basic", "access_token": token})
-        assert client.info()["name"] == "SAM2-SGP"
-    lines = [json.loads(line) for line in (server.state / "audit.jsonl").read_text().splitlines()]
-    assert {line["user"] for line in lines if line["image"] == image and line["tag"] == "removed"} == {USER}
+    lines = [json.loads(line) for line in log.read_text().splitlines()[before:]]
+    assert {line["image"] for line in lines} == {image} and {line["user"] for line in lines} == {USER}
+    assert [line["action"] for line in lines].count("approve") == 1

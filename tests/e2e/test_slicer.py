@@ -5,6 +5,7 @@ Files are written and read with SimpleITK, as Slicer does with ITK. Labels come 
 
 import json
 import shutil
+from base64 import b64encode
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,17 @@ import pytest
 import requests
 import SimpleITK
 from monailabel.client import MONAILabelClient
+from monailabel.client.client import MONAILabelClientException
 
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import CLASS_NAMES, make_phantoms
+from tests.e2e.proxies import PASSWORD, USER, nginx
 from tests.e2e.server import serving
 
 MODEL = "sam2sgp"
 # As Slicer's module adds to each inference.
 RESULT = {"result_extension": ".nrrd", "result_dtype": "uint8"}
-CONF = {"image_size": "64", "k": "8", "slices_per_class": "2"}
+CONF = {"image_size": "64", "k": "8", "slices_per_class": "2", "user_header": "X-Remote-User"}
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +141,31 @@ def test_segments_that_slicer_numbers_anew_keep_their_class(slicer, server, know
     assert np.array_equal(SimpleITK.GetArrayFromImage(found), np.where(values > 1, values, 0))
     models = slicer.info()["models"]
     assert models[MODEL]["labels"] == {name: value for value, name in CLASS_NAMES.items()}
+
+
+def test_through_the_proxy_the_client_works_with_a_password(server, known, tmp_path, monkeypatch):
+    image, label = (SimpleITK.ReadImage(known["mr_003"][key]) for key in ("image", "label"))
+    (tmp_path / "nginx").mkdir()
+    with nginx(tmp_path / "nginx", int(server.url.rpartition(":")[2])) as proxy:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(proxy.certificate))
+        token = b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+
+        def client() -> MONAILabelClient:
+            # Once it has a password, it sends the headers of an upload with the requests after it.
+            made = MONAILabelClient(proxy.url, str(tmp_path), client_id="user-xyz")
+            made.update_auth({"token_type": "Basic", "access_token": token})
+            return made
+
+        with pytest.raises(MONAILabelClientException):
+            MONAILabelClient(proxy.url).info()
+        assert client().info()["name"] == "SAM2-SGP"
+        file, params = client().infer(MODEL, "mr_003", dict(RESULT))
+        assert same_place(SimpleITK.ReadImage(file), image) and params["label_names"]
+        session = client().create_session(saved(image, tmp_path, ".nrrd"))["session_id"]
+        file, _ = client().infer(MODEL, "mr_003", dict(RESULT), session_id=session)
+        assert same_place(SimpleITK.ReadImage(file), image)
+        client().remove_session(session)
+        info = {"label_info": label_info(segments(label))}
+        assert not client().save_label("mr_003", saved(label, tmp_path, ".nrrd"), params=info)["warnings"]
+    lines = [json.loads(line) for line in (server.state / "audit.jsonl").read_text().splitlines()]
+    assert [line["user"] for line in lines if line["action"] == "approve"][-1] == USER

@@ -19,7 +19,7 @@ import pydicom
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from sam2sgp.data.io import DICOM_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, SUFFIXES
+from sam2sgp.data.io import ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, SUFFIXES, is_dicom
 from sam2sgp.errors import DataError
 
 # File systems allow 255 bytes for a name, of which the suffix and the temporary folder's own letters take some.
@@ -28,6 +28,11 @@ LONGEST_FILE_NAME = 255
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,63}")
 UID = re.compile(r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))+")
 LONGEST_UID = 64
+# What names a segment in DICOM, where a backslash separates values and spaces at the ends are no part of them.
+LONGEST_CLASS_NAME = 64
+# Class maps are kept in files of 16 bits.
+LARGEST_CLASS = 65535
+MOST_CLASSES = 1024
 # An upload may unpack to this many times the limit of uploads: labels compress by far more than images.
 UNPACKED_PER_UPLOAD = 8
 CHUNK = 1 << 20
@@ -86,6 +91,12 @@ class BadLabel(RequestError):
     status = 422
 
 
+class Stalled(RequestError):
+    """A request's body comes too slowly or not at all."""
+
+    status = 408
+
+
 class StorageError(RequestError):
     """The disk is full or the folder can't be written."""
 
@@ -123,6 +134,36 @@ def check_uid(text: str, what: str = "image id") -> str:
     return text
 
 
+def check_label_info(entries: object) -> None:
+    """The classes that come with a label, `[{"idx": value, "name": text}]`, as far as they are read.
+
+    Raises RequestError for a value or a name that some file, archive or viewer can't hold.
+    """
+    if not isinstance(entries, list):
+        return
+    if len(entries) > MOST_CLASSES:
+        raise RequestError(f"label_info: expected at most {MOST_CLASSES} classes, found {len(entries)}; send fewer.")
+    for entry in entries:
+        if not isinstance(entry, dict):
+            continue
+        value, name = entry.get("idx"), entry.get("name")
+        if isinstance(value, int) and value > LARGEST_CLASS:
+            raise RequestError(f"label_info: expected values up to {LARGEST_CLASS}, found {_shown(value)}; correct it.")
+        if not name or isinstance(name, int | float):
+            continue
+        if not isinstance(name, str) or clean_class_name(name) != name:
+            raise RequestError(
+                f"label_info: expected class names of up to {LONGEST_CLASS_NAME} printable characters without "
+                f"backslashes and outer spaces, found {_shown(name)}; rename the class."
+            )
+
+
+def clean_class_name(text: str) -> str:
+    """A class name as close as possible to a text from elsewhere."""
+    kept = "".join(letter if letter.isprintable() else " " for letter in text.replace("\\", "/"))
+    return kept.strip()[:LONGEST_CLASS_NAME].strip()
+
+
 def suffix_of(name: str | Path) -> str:
     """The supported suffix that a file name ends in, in lower case. Raises UnsupportedFile if there is none."""
     lower = Path(name).name.lower()
@@ -145,7 +186,8 @@ def check_content(path: str | Path, limit: int, name: str | None = None) -> None
         TooLarge: more than `limit` bytes when unpacked.
     """
     path, name = Path(path), name or Path(path).name
-    suffix = suffix_of(name)
+    # The slices of a series often have names without a suffix.
+    suffix = "" if is_dicom(path) else suffix_of(name)
     if suffix in NIFTI_SUFFIXES:
         size = _nifti_size(path, name, suffix, limit)
     elif suffix in ITK_SUFFIXES:
@@ -158,6 +200,11 @@ def check_content(path: str | Path, limit: int, name: str | None = None) -> None
         raise TooLarge(f"{name}: expected at most {limit >> 20} MB of voxels, found {size >> 20} MB; crop the image.")
 
 
+def unpacked_limit(max_upload_mb: float) -> int:
+    """Bytes that an upload may unpack to."""
+    return int(max_upload_mb * UNPACKED_PER_UPLOAD * (1 << 20))
+
+
 @contextmanager
 def discarding_if_refused(path: str) -> Iterator[None]:
     """Delete a temporary file if it is refused: MONAI Label's handlers remove an upload only where all went well."""
@@ -167,11 +214,6 @@ def discarding_if_refused(path: str) -> Iterator[None]:
         if os.path.dirname(os.path.abspath(path)) == os.path.abspath(tempfile.gettempdir()):
             Path(path).unlink(missing_ok=True)
         raise
-
-
-def is_dicom_name(name: str) -> bool:
-    """Whether a name's suffix is DICOM's."""
-    return name.lower().endswith(DICOM_SUFFIXES)
 
 
 def _check_name(text: str, what: str, longest: int) -> str:

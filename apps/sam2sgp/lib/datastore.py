@@ -30,7 +30,6 @@ from pydantic import ValidationError
 
 from lib.audit import Audit, content_hash
 from lib.checks import (
-    UNPACKED_PER_UPLOAD,
     BadLabel,
     Conflict,
     NotFound,
@@ -41,6 +40,7 @@ from lib.checks import (
     check_tag,
     discarding_if_refused,
     suffix_of,
+    unpacked_limit,
 )
 from lib.dicomweb import DicomWebDatastore
 from lib.naming import declared, renumber, renumbering
@@ -584,11 +584,18 @@ def open_datastore(settings) -> Datastore:
         StorageError: the folder can't be opened.
     """
     audit = Audit(settings.state_dir / "audit.jsonl")
-    limit = int(settings.max_upload_mb * UNPACKED_PER_UPLOAD) << 20
+    limit = unpacked_limit(settings.max_upload_mb)
     if settings.is_remote:
-        folder = settings.state_dir / "archive"
-        wanted, expiry = settings.dicomweb_filter, settings.dicomweb_expiry
-        return DicomWebDatastore(settings.studies, folder, limit, audit, wanted, expiry)
+        return DicomWebDatastore(
+            settings.studies,
+            settings.state_dir / "archive",
+            limit,
+            audit,
+            settings.dicomweb_filter,
+            settings.dicomweb_expiry,
+            settings.dicomweb_cache_gb,
+            settings.dicomweb_cache_days,
+        )
     return ConfinedDatastore(settings.studies, settings.state_dir, limit, audit)
 
 

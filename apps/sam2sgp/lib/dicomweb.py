@@ -32,11 +32,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import requests
-from fastapi import APIRouter
-from fastapi.responses import FileResponse
 from monailabel.config import settings as server_settings
 from monailabel.datastore.dicom import DICOMwebClientX
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
@@ -53,11 +52,13 @@ from lib.checks import (
     check_content,
     check_tag,
     check_uid,
+    clean_class_name,
     discarding_if_refused,
     suffix_of,
 )
 from lib.naming import declared, renumber, renumbering
-from sam2sgp.data import read_dicom_seg, read_image, read_label, write_dicom_seg, write_label, write_map
+from lib.series_cache import SUFFIX, SeriesCache
+from sam2sgp.data import Geometry, read_dicom_seg, read_image, read_label, write_dicom_seg, write_label, write_map
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing, write_text
 
@@ -75,9 +76,12 @@ FIELDS = (
     "NumberOfSeriesRelatedInstances",
 )
 INFO = ("Modality", "PatientID", "StudyInstanceUID", "StudyDate", "StudyTime", "SeriesDescription")
+# What DICOMweb has addresses for.
+RESOURCES = ("studies", "series", "instances")
 SHARE_OF_TIME = 20
+# Seconds after which old copies are looked for, where none came that might take their place.
+CLEARED_EVERY = 3600.0
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 120.0
-SUFFIX = ".nii.gz"
 
 
 class ArchiveError(RequestError):
@@ -129,6 +133,8 @@ class DicomWebDatastore(Datastore):
         wanted: attributes that a series must match to be listed, by keyword.
         expiry: seconds for which lists are kept. They are never asked for in more than one part in `SHARE_OF_TIME` of
             the time, unless it is 0.
+        cache_gb: GiB that downloaded series may take, but for those with an approved label and those in use.
+        cache_days: days after which a downloaded series goes that nobody asked for, likewise.
     """
 
     def __init__(
@@ -139,9 +145,12 @@ class DicomWebDatastore(Datastore):
         audit: Audit | None = None,
         wanted: Mapping[str, Any] | None = None,
         expiry: float = 10.0,
+        cache_gb: float = float("inf"),
+        cache_days: float = float("inf"),
     ) -> None:
         self._address = address.rstrip("/")
         self._folder = Path(work_folder).resolve()
+        self._cache = SeriesCache(self._folder, cache_gb * (1 << 30), cache_days * 86400)
         self._max_unpacked = max_unpacked
         self._audit = audit
         session = _Session()
@@ -150,6 +159,7 @@ class DicomWebDatastore(Datastore):
                 server_settings.MONAI_LABEL_DICOMWEB_USERNAME,
                 server_settings.MONAI_LABEL_DICOMWEB_PASSWORD,
             )
+        self._session = session
         self._client = DICOMwebClientX(
             self._address,
             session=session,
@@ -162,7 +172,8 @@ class DicomWebDatastore(Datastore):
         self._expiry = expiry
         self._lock = threading.RLock()
         self._until = 0.0
-        self._listed = False
+        self._listed = self._answers = False
+        self._cleared = float("-inf")
         self._images: dict[str, Series] = {}
         self._labels: dict[str, list[Segmentation]] = {}
         # By the UID of a SEG series, whose content never changes; () for what is no approved label.
@@ -233,11 +244,12 @@ class DicomWebDatastore(Datastore):
         Raises RequestError for an id that isn't a UID, NotFound for an unknown one, ArchiveError.
         """
         series = self._series(image_id)
-        folder = self._folder / "images" / series.uid
-        # A series that was still on its way to the archive has grown since.
-        if not folder.is_dir() or (series.instances and len(list(folder.iterdir())) != series.instances):
-            self._fetch(series, folder)
-        return str(folder)
+        with _storing("to keep a series"):
+            found = self._cache.find(series.uid, series.instances)
+        if found is None:
+            self._fetch(series)
+            self._clear()
+        return str(self._cache.folder_of(series.uid))
 
     def get_image(self, image_id: str, params: Any = None) -> Any:
         raise NotFound("image: expected to be asked for its path; a series is no single file.")
@@ -249,7 +261,7 @@ class DicomWebDatastore(Datastore):
     def image_file(self, image_id: str) -> Path:
         """A series as one file, for clients that don't speak DICOM: NIfTI, float32, on the series' own grid."""
         folder = Path(self.get_image_uri(image_id))
-        path = self._folder / "files" / f"{image_id}{SUFFIX}"
+        path = self._cache.file_of(image_id)
         if not path.exists() or path.stat().st_mtime_ns < folder.stat().st_mtime_ns:
             image = read_image(folder)
             write_map(path, image.slices if image.is_rgb else image.slices[:, 0], image.geometry)
@@ -319,6 +331,32 @@ class DicomWebDatastore(Datastore):
         self._until = 0.0
         self._look()
 
+    def is_at_hand(self, image_id: str) -> bool:
+        """Whether a series needn't be fetched."""
+        return self._cache.folder_of(check_uid(image_id)).is_dir()
+
+    def forward(self, path: str, query: str = "") -> requests.Response:
+        """The archive's answer to a viewer that wants to read; its content is still to come.
+
+        Args:
+            path: below the archive's address, such as `studies/1.2.3/series`; before it may stand `qido/` to search or
+                `wado/` to fetch.
+            query: as it stands behind the question mark.
+
+        Raises NotFound for what isn't part of DICOMweb, ArchiveError.
+        """
+        service, _, rest = path.partition("/")
+        prefix = {"qido": server_settings.MONAI_LABEL_QIDO_PREFIX, "wado": server_settings.MONAI_LABEL_WADO_PREFIX}
+        path = rest if service in prefix else path
+        if path.partition("/")[0] not in RESOURCES:
+            raise NotFound(f"proxy: expected one of {', '.join(RESOURCES)}, found {ascii(path)[:80]}; correct it.")
+        # Viewers search for metadata, which is to be fetched.
+        service = "wado" if service in prefix and path.endswith("/metadata") else service
+        parts = [self._address, prefix.get(service), quote(path, safe="/,;=:")]
+        address = "/".join(part for part in parts if part) + (f"?{query}" if query else "")
+        with _asking("an answer for a viewer"):
+            return self._session.get(address, headers={"Accept-Encoding": "identity"}, stream=True)
+
     # What changes
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
@@ -345,7 +383,7 @@ class DicomWebDatastore(Datastore):
 
         Raises:
             RequestError: an ill id or tag, an unknown series, a file of another kind or too large, a full disk.
-            BadLabel: the label doesn't fit its series, or is empty and to be approved.
+            BadLabel: the label doesn't fit its series, or is empty, to be approved, and no class is known.
             ArchiveError: the archive doesn't take it; the label approved before stays.
         """
         with discarding_if_refused(label_filename):
@@ -361,30 +399,33 @@ class DicomWebDatastore(Datastore):
         except DataError as error:
             text = str(error).replace(str(label_filename), name).replace(folder, f"series {image_id}")
             raise BadLabel(text) from error
-        changes = renumbering(np.unique(labels).tolist(), declared(info), self._known_names())
+        known, sent = self._known_names(), declared(info)
+        # An empty label is about the classes that were looked for.
+        values = np.unique(labels[labels > 0]).tolist() or sorted(sent)
+        changes = renumbering(values, sent, known)
         labels = renumber(labels, changes) if changes else labels
-        sent = {changes.get(value, value): text for value, text in declared(info).items()}
-        names = self._names(np.unique(labels[labels > 0]).tolist(), sent)
+        sent = {changes.get(value, value): text for value, text in sent.items()}
+        names = self._names([changes.get(value, value) for value in values], sent)
+        names = names or {value: text for text, value in known.items()}
         info["label_info"] = [{"name": text, "idx": value} for value, text in names.items()]
         info.update(ts=int(time.time()), name=name, SeriesInstanceUID=image_id)
         path = self._label_path(image_id, tag)
         if tag == FINAL:
             self._approve(self._series(image_id), folder, labels, geometry, names, info)
         with _storing("to save the label"):
-            write_label(path, labels, geometry)
-            write_text(_facts_of(path), json.dumps(info, default=str))
+            self._keep_label(path, labels, geometry, info)
         return image_id
 
     def _approve(self, series: Series, folder: str, labels, geometry, names: dict[int, str], info: dict) -> None:
         """Store a label in the archive and note it. `info` gets the UID of the SEG."""
         if not names:
             raise BadLabel(
-                f"label of series {series.uid}: expected a class in it, found none, and DICOM has no empty "
-                "segmentations; leave an image without classes unlabelled."
+                f"label of series {series.uid}: expected the name of a class that was looked for, found an empty label "
+                "and no class; send the names as label_info, or approve a label with a class first."
             )
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, "label.dcm")
-            write_dicom_seg(path, labels, geometry, folder, names, approved=True)
+            write_dicom_seg(path, labels, geometry, folder, names, approved=True, keep_empty=True)
             segmentation = dcmread(path)
             with _asking("to take the label"):
                 answer = self._client.store_instances([segmentation])
@@ -447,13 +488,16 @@ class DicomWebDatastore(Datastore):
                 return
             try:
                 self._list()
-                self._listed = True
+                self._listed = self._answers = True
             except ArchiveError as error:
+                self._answers = False
                 if not self._listed:
                     raise
                 logger.warning("The lists of before are used: %s", error)
             now = time.monotonic()
             self._until = now + (max(self._expiry, SHARE_OF_TIME * (now - started)) if self._expiry else 0.0)
+            if now - self._cleared > CLEARED_EVERY:
+                self._clear()
 
     def _list(self) -> None:
         with _asking("a list of series"):
@@ -504,27 +548,37 @@ class DicomWebDatastore(Datastore):
         gone = self._unusable | self._removed(image_id)
         return max((entry for entry in entries if entry.uid not in gone), key=lambda entry: entry.when, default=None)
 
-    def _fetch(self, series: Series, folder: Path) -> None:
+    def _fetch(self, series: Series) -> None:
         """Download a series; it is put in place whole."""
-        with _storing("to keep a series"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".series.", dir=folder.parent) as scratch:
-                part = Path(scratch, "series")
-                part.mkdir()
+        with _storing("to keep a series"), self._cache.adding(series.uid) as folder:
+            with _asking("the files of a series"):
+                instances = iter(self._client.iter_series(series.study, series.uid))
+            while True:
                 with _asking("the files of a series"):
-                    for instance in self._client.iter_series(series.study, series.uid):
-                        uid = check_uid(str(instance.SOPInstanceUID), "instance")
-                        instance.save_as(part / f"{uid}.dcm", write_like_original=False)
-                if not any(part.iterdir()):
-                    raise ArchiveError(f"series {series.uid}: expected files from the archive, found none.")
-                if folder.exists():
-                    os.replace(folder, Path(scratch, "old"))
-                try:
-                    os.replace(part, folder)
-                except OSError:
-                    # Another process has put the same there.
-                    if not folder.is_dir():
-                        raise
+                    instance = next(instances, None)
+                    if instance is None:
+                        break
+                    uid = check_uid(str(instance.SOPInstanceUID), "instance")
+                instance.save_as(folder / f"{uid}.dcm", write_like_original=False)
+            if not any(folder.iterdir()):
+                raise ArchiveError(f"series {series.uid}: expected files from the archive, found none.")
+
+    def _clear(self) -> None:
+        """Delete copies of series that nobody needs, if the archive has them still."""
+        self._cleared = time.monotonic()
+        if self._answers:
+            keep = [image_id for image_id in self._images if self._latest(image_id)]
+            try:
+                self._cache.clear(set(keep), set(self._images))
+            except OSError as error:
+                # Which is no reason to refuse a request that got what it wanted.
+                logger.warning("Copies of series can't be deleted: %s", error)
+
+    def _keep_label(self, path: Path, labels: np.ndarray, geometry: Geometry, info: dict[str, Any]) -> None:
+        """Write a label and what is known about it; of two at once the one does not get the facts of the other."""
+        with self._lock:
+            write_label(path, labels, geometry)
+            write_text(_facts_of(path), json.dumps(info, default=str))
 
     def _fetch_label(self, segmentation: Segmentation, path: Path) -> None:
         """Bring the file of an approved label in line with the archive."""
@@ -537,7 +591,8 @@ class DicomWebDatastore(Datastore):
                 instance = self._client.retrieve_instance(segmentation.study, segmentation.series, segmentation.uid)
             instance.save_as(file, write_like_original=False)
             geometry = read_image(folder).geometry
-            labels, names = read_dicom_seg(file, geometry, folder, self._value_of)
+            labels, names = read_dicom_seg(file, geometry, folder, lambda text: self._value_of(clean_class_name(text)))
+            names = {value: clean_class_name(text) or f"class_{value}" for value, text in names.items()}
             info = {
                 "segmentation": segmentation.uid,
                 "SeriesInstanceUID": segmentation.image,
@@ -545,8 +600,7 @@ class DicomWebDatastore(Datastore):
                 "ts": int(re.sub(r"\D", "", segmentation.when[0])[:14] or 0),
                 "name": path.name,
             }
-            write_label(path, labels, geometry)
-            write_text(_facts_of(path), json.dumps(info))
+            self._keep_label(path, labels, geometry, info)
 
     # Names
 
@@ -588,19 +642,6 @@ class DicomWebDatastore(Datastore):
     def _image_facts(self, image_id: str) -> dict[str, Any]:
         series = self._images[image_id]
         return {**series.info, "SeriesInstanceUID": image_id, **_read_json(self._folder / "facts" / f"{image_id}.json")}
-
-
-def image_routes(datastore: DicomWebDatastore) -> APIRouter:
-    """MONAI Label's routes that give an image to clients; its own know no folders. To be put before those."""
-    router = APIRouter(include_in_schema=False)
-
-    @router.get("/datastore/image")
-    @router.head("/datastore/image")
-    def download(image: str) -> FileResponse:
-        path = datastore.image_file(image)
-        return FileResponse(path, media_type="application/gzip", filename=path.name)
-
-    return router
 
 
 def _series(entry: Dataset) -> Series | None:

@@ -7,12 +7,15 @@ handler never meets half an upload. The checks keep no state of their own and ho
 What it does not do: authentication and encryption, which are a reverse proxy's.
 """
 
+import asyncio
 import errno
+import ipaddress
 import json
 import logging
 import re
-import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable
 from typing import IO
 from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
@@ -24,7 +27,7 @@ from monailabel.interfaces.exception import (
     MONAILabelError,
     MONAILabelException,
 )
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -32,14 +35,14 @@ from starlette.responses import JSONResponse
 
 from lib.audit import Audit, current_user
 from lib.checks import (
-    UNPACKED_PER_UPLOAD,
     Forbidden,
     NotFound,
     RequestError,
+    Stalled,
     TooLarge,
-    check_content,
     check_file_name,
     check_id,
+    check_label_info,
     check_tag,
     suffix_of,
 )
@@ -66,6 +69,10 @@ GPUS = re.compile(r"(all|\d{1,2}(,\d{1,2})*)?")
 OVERRIDES = ("device", "gpus", "multi_gpu", "config", "conf", "overrides", "bundle_root", "model_dir", "state_dir")
 JSON_FIELDS = ("params", "info", "wsi")
 UNSAFE_METHODS = ("POST", "PUT", "DELETE", "PATCH")
+# A body may take this many seconds, and one more for as many bytes as the slowest lines carry in that time.
+PATIENCE = 60.0
+SLOWEST = 16 << 10
+SHORTEST_WAIT = 0.1
 
 
 def refuse(error: Exception) -> HTTPException:
@@ -100,7 +107,7 @@ def install(app: FastAPI, settings) -> None:
     Args:
         app: MONAI Label's FastAPI app.
         settings: the app's; reads `max_upload_mb`, `cors_origins`, `allow_model_upload`, `allow_overrides`,
-            `user_header`, `studies` and `state_dir`.
+            `hosts`, `user_header`, `studies` and `state_dir`.
     """
     kept = [entry for entry in app.user_middleware if entry.cls not in (CORSMiddleware, RequestGuard)]
     added = [Middleware(RequestGuard, settings=settings)]
@@ -139,6 +146,7 @@ class RequestGuard:
         self._app = app
         self._settings = settings
         self._limit = int(settings.max_upload_mb * (1 << 20))
+        self._hosts = {host.lower() for host in (*settings.hosts, *own_names())}
         self._audit = Audit(settings.state_dir / "audit.jsonl")
         self._is_remote = str(settings.studies).startswith(("http://", "https://"))
 
@@ -150,6 +158,7 @@ class RequestGuard:
             await self._app(scope, receive, send)
             return
         body = None
+        send = self._answering(scope, send)
         user = current_user.set(self._user(Headers(scope=scope)))
         try:
             try:
@@ -167,7 +176,7 @@ class RequestGuard:
                 response = JSONResponse({"detail": answer.detail}, answer.status_code, headers)
                 await response(scope, receive, send)
                 return
-            await self._app(scope, _replay(body, receive), self._noting(scope, send))
+            await self._app(scope, _replay(body, receive), send)
         finally:
             current_user.reset(user)
             if body is not None:
@@ -181,6 +190,7 @@ class RequestGuard:
     def _check_head(self, scope) -> None:
         method, path = scope["method"], scope["path"]
         headers = Headers(scope=scope)
+        self._check_host(headers)
         self._check_origin(method, headers)
         _decoded(unquote_to_bytes(scope.get("raw_path", b"")), "path")
         # Proxied addresses are decoded a second time on their way.
@@ -201,16 +211,28 @@ class RequestGuard:
         if not length.isdecimal() or int(length) > self._limit:
             raise self._too_large(self._limit)
 
+    def _check_host(self, headers: Headers) -> None:
+        """Other sites may give their name to this server's address, and their pages then pass for its own."""
+        name = _address(headers.get("host", ""))[0]
+        # A number can't be given to another address.
+        if name and name not in self._hosts and not _is_number(name):
+            raise Forbidden(
+                f"host: expected a name of this server, found {ascii(name)[:80]}; start it with "
+                "--conf hosts NAME if that is one."
+            )
+
     def _check_origin(self, method: str, headers: Headers) -> None:
         """Other sites' pages may not send requests through the browser of someone who may."""
         origin = headers.get("origin")
-        if origin is None or method not in UNSAFE_METHODS or origin in self._settings.cors_origins:
+        if origin in self._settings.cors_origins:
             return
-        host = headers.get("x-forwarded-host") or headers.get("host", "")
-        expected = urlsplit(f"//{host}")
-        found = urlsplit(origin)
-        same = found.hostname == expected.hostname and (expected.port is None or found.port in (None, expected.port))
-        if not found.hostname or not same:
+        if origin is None:
+            # Of pictures and the like browsers tell it in this way. Following a link is no request of the page's.
+            follows = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+            is_own = headers.get("sec-fetch-site") != "cross-site" or follows
+        else:
+            is_own = _is_same(origin, headers.get("x-forwarded-host") or headers.get("host", ""))
+        if not is_own:
             raise Forbidden("origin: expected a page of this server, found another; add its origin to cors_origins.")
 
     def _check_route(self, method: str, path: str) -> None:
@@ -235,12 +257,17 @@ class RequestGuard:
     async def _take(self, scope, receive) -> tempfile.SpooledTemporaryFile:
         """The body, whole. Raises TooLarge, and ClientDisconnect where the client goes away before its end."""
         is_upload = Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
-        limit = self._limit if is_upload or scope["path"].startswith("/proxy/") else min(self._limit, LARGEST_TEXT)
+        limit = self._limit if is_upload else min(self._limit, LARGEST_TEXT)
         body = tempfile.SpooledTemporaryFile(KEPT_IN_MEMORY)
-        size, more = 0, True
+        size, more, started = 0, True, time.monotonic()
         try:
             while more:
-                message = await receive()
+                left = PATIENCE + size / SLOWEST - (time.monotonic() - started)
+                try:
+                    # What has come already is taken, also by a server that was busy for long.
+                    message = await asyncio.wait_for(receive(), max(left, SHORTEST_WAIT))
+                except TimeoutError as error:
+                    raise Stalled(f"body: expected its end, found none after {size} bytes; send it again.") from error
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect()
                 data = message.get("body", b"")
@@ -256,8 +283,6 @@ class RequestGuard:
         return body
 
     async def _check_body(self, scope, body) -> None:
-        if scope["path"].startswith("/proxy/"):
-            return
         kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
             await self._check_form(scope, body)
@@ -266,6 +291,9 @@ class RequestGuard:
         body.seek(0)
 
     async def _check_form(self, scope, body) -> None:
+        charset = Headers(scope=scope).get("content-type", "").lower().partition("charset=")[2].strip(" \"';")
+        if charset not in ("", "utf-8"):
+            raise RequestError(f"body: expected UTF-8, found {ascii(charset)[:80]}; encode the form anew.")
         request = Request(scope, _replay(body, None))
         try:
             async with request.form(max_files=MOST_FILES) as form:
@@ -285,35 +313,29 @@ class RequestGuard:
             ) from error
 
     def _check_upload(self, path: str, key: str, upload: UploadFile) -> None:
+        for _, content in upload.headers.raw:
+            _decoded(content, f"file name of {key}")
         # MONAI Label's client and 3D Slicer send the whole path on their machine, of which the last part counts.
         *folders, last = (upload.filename or "").replace("\\", "/").split("/")
         if ".." in folders:
             raise RequestError(f"file name of {key}: expected one without '..'; send the name alone.")
         name = check_file_name(last, f"file name of {key}")
-        # Files of a session may lack a suffix or be an archive: the sessions themselves look into them.
-        if path.startswith(("/session", "/model")):
-            return
-        suffix = suffix_of(name)
-        if path.startswith("/infer"):
-            # The datastore checks what it is given; this goes to the task at once.
-            with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-                shutil.copyfileobj(upload.file, file)
-                file.flush()
-                check_content(file.name, self._limit * UNPACKED_PER_UPLOAD, name)
+        # Files of a session may lack a suffix or be an archive. What a file holds is looked at where it is taken in.
+        if not path.startswith(("/session", "/model")):
+            suffix_of(name)
 
-    def _noting(self, scope, send) -> Callable:
-        """`send`, which also notes a training that was started or stopped."""
-        first = scope["path"].strip("/").partition("/")[0]
-        if first != "train" or scope["method"] not in ("POST", "DELETE"):
-            return send
+    def _answering(self, scope, send) -> Callable:
+        """`send`, which lets no browser take an answer for anything else, and notes a training that begins or ends."""
+        trains = scope["path"].strip("/").partition("/")[0] == "train" and scope["method"] in ("POST", "DELETE")
 
-        async def noting(message) -> None:
-            if message["type"] == "http.response.start" and message["status"] < 400:
-                action = "train" if scope["method"] == "POST" else "stop training"
-                self._audit.write(action, path=scope["path"])
+        async def answering(message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-content-type-options"] = "nosniff"
+                if trains and message["status"] < 400:
+                    self._audit.write("train" if scope["method"] == "POST" else "stop training", path=scope["path"])
             await send(message)
 
-        return noting
+        return answering
 
     def _too_large(self, limit: int) -> TooLarge:
         advice = "send less, or raise max_upload_mb" if limit == self._limit else "send fewer parameters"
@@ -327,9 +349,41 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": answer.detail}, answer.status_code)
 
 
+def own_names() -> tuple[str, ...]:
+    """Names by which browsers on this machine and in its network reach it, as far as the machine knows."""
+    name = socket.gethostname()
+    return "localhost", name, f"{name.partition('.')[0]}.local"
+
+
+def _address(text: str, port: int | None = None) -> tuple[str, int | None]:
+    """Name, in lower case, and port of `name:port`, or the port given. Raises RequestError for another text."""
+    try:
+        parts = urlsplit(f"//{text}")
+        return (parts.hostname or "").rstrip("."), parts.port or port
+    except ValueError:
+        raise RequestError("host: expected a name and a port, found another text; correct the address.") from None
+
+
+def _is_same(origin: str, host: str) -> bool:
+    """Whether an origin is the server that a request went to."""
+    scheme, _, rest = origin.partition("://")
+    port = {"http": 80, "https": 443}.get(scheme)
+    # A proxy that ends TLS hands on the name with the port, or the name alone where it is the usual one.
+    return port is not None and _address(rest, port) == _address(host, port)
+
+
+def _is_number(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 def _check_client_parameters(parameters: dict) -> None:
     """Refuse what a client may not send at all, at any depth: handlers let parameters win over the request itself."""
     _check_parameters(parameters)
+    check_label_info(parameters.get("label_info"))
     for key in NOT_PARAMETERS:
         if key in parameters:
             raise Forbidden(f"{key}: expected the server's own, found one among the parameters; leave it out.")

@@ -3,12 +3,12 @@
     GET  /sam2sgp/                             support set, predictions waiting, next images, training
     GET  /sam2sgp/item?content=…               thumbnail of a support item
     GET  /sam2sgp/picture?image=…[&label_tag=…]  an image, with one of its labels drawn
-    POST /sam2sgp/{approve,reject,remove,restore}  {"image": …, "label_tag": …}, as JSON
+    POST /sam2sgp/{approve,reject,remove,restore}  {"image": …, "label_tag": …[, "seen": …]}, as JSON
 
-Approving a prediction saves it under the tag `final`, which is what joins the support set. Removing an approved label
-from the support set gives it the tag `removed`, restoring it the tag `final` again; the file itself stays. It is saved
-under the new tag before the old one is deleted, so a kill between the two loses nothing. Nothing is loaded from
-elsewhere.
+Approving a prediction saves it under the tag `final`, which is what joins the support set. `seen` names the state of
+the label that the page showed; a newer one is not approved in its place. Removing an approved label from the support
+set gives it the tag `removed`, restoring it the tag `final` again; the file itself stays. It is saved under the new tag
+before the old one is deleted, so a kill between the two loses nothing. Nothing is loaded from elsewhere.
 
 Handlers run in the server's threads, at the same time as requests to MONAI Label; the bank is only touched under the
 segmenter's lock.
@@ -16,6 +16,7 @@ segmenter's lock.
 
 import io
 import logging
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -23,12 +24,15 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from fastapi import APIRouter, Body, Query
+from fastapi import APIRouter, Body, Depends, Query
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from monailabel.config import settings as server_settings
+from monailabel.endpoints.user.auth import RBAC
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from PIL import Image
 
+from lib.checks import Conflict
 from lib.guard import refuse
 from lib.usage import Usage
 from sam2sgp.data import read_image, read_label
@@ -85,13 +89,18 @@ class SupportPage:
         self.template = environment.get_template("page.html.j2")
 
     def router(self) -> APIRouter:
-        router = APIRouter(prefix=PREFIX, include_in_schema=False)
+        # Where MONAI Label is set up to ask for a login, the page asks for the same.
+        user, annotator = (
+            Depends(RBAC(role))
+            for role in (server_settings.MONAI_LABEL_AUTH_ROLE_USER, server_settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR)
+        )
+        router = APIRouter(prefix=PREFIX, include_in_schema=False, dependencies=[user])
         router.add_api_route("/", self.show, methods=["GET"])
         router.add_api_route("/item", self.item, methods=["GET"])
         router.add_api_route("/picture", self.picture, methods=["GET"])
         router.add_api_route("/assets/{name}", self.asset, methods=["GET"])
         for name in ("approve", "reject", "remove", "restore"):
-            router.add_api_route(f"/{name}", getattr(self, name), methods=["POST"])
+            router.add_api_route(f"/{name}", getattr(self, name), methods=["POST"], dependencies=[annotator])
         return router
 
     # Pages and pictures
@@ -101,7 +110,9 @@ class SupportPage:
         with self.segmenter.lock:
             self.segmenter.refresh()
             bank = self.segmenter.bank
-            items, names, errors = list(bank.items), dict(bank.class_names), list(bank.errors)
+            # Those that came with labels are better than the bank's own.
+            names = {**bank.class_names, **self.segmenter.class_names()}
+            items, errors = list(bank.items), list(bank.errors)
         labels = self._labels()
         counts = self.usage.counts()
         images = {str(self.datastore.get_image_uri(image)): image for image in self.datastore.get_labeled_images()}
@@ -122,7 +133,7 @@ class SupportPage:
             colours={value: class_colour(value) for value in names},
             errors=errors,
             support=_paged("support", shown, len(items), support),
-            waiting=_paged("waiting", _part(labels["waiting"], waiting), len(labels["waiting"]), waiting),
+            waiting=_paged("waiting", self._shown(_part(labels["waiting"], waiting)), len(labels["waiting"]), waiting),
             removed=_paged("removed", _part(labels["removed"], removed), len(labels["removed"]), removed),
             unlabelled=_paged("next", _part(unlabelled, next), len(unlabelled), next),
             training=stats,
@@ -159,9 +170,11 @@ class SupportPage:
 
     # Decisions
 
-    def approve(self, image: Annotated[str, Body()], label_tag: Annotated[str, Body()]) -> dict:
+    def approve(
+        self, image: Annotated[str, Body()], label_tag: Annotated[str, Body()], seen: Annotated[str, Body()] = ""
+    ) -> dict:
         """A prediction joins the support set."""
-        return self._moved(image, label_tag, FINAL)
+        return self._moved(image, label_tag, FINAL, seen)
 
     def restore(self, image: Annotated[str, Body()], label_tag: Annotated[str, Body()] = REMOVED) -> dict:
         """A removed label joins the support set again."""
@@ -182,13 +195,17 @@ class SupportPage:
             raise refuse(error) from error
         return {"image": image, "label_tag": None}
 
-    def _moved(self, image: str, old: str, new: str) -> dict:
+    def _moved(self, image: str, old: str, new: str, seen: str = "") -> dict:
         try:
             if old == new:
                 raise DataError(f"{image}: its label has the tag {new!r} already; load the page again.")
             # Nobody takes the support set in between the two steps.
             with self.segmenter.lock:
                 path = self._label_path(image, old)
+                if seen and seen != _state(path):
+                    raise Conflict(
+                        f"{image}: expected the label that was shown, found a newer one; load the page and look at it."
+                    )
                 label = self.datastore.get_labels_by_image_id(image)[old]
                 saved = self.datastore.save_label(image, path, new, dict(self.datastore.get_label_info(label, old)))
                 self.datastore.remove_label(label, old)
@@ -196,6 +213,11 @@ class SupportPage:
         except Exception as error:
             raise refuse(error) from error
         return {"image": image, "label_tag": new}
+
+    def _shown(self, entries: list[dict]) -> list[dict]:
+        """With the state of each label, but for those that have gone since they were listed."""
+        paths = [(entry, self.datastore.get_label_uri(entry["image"], entry["tag"])) for entry in entries]
+        return [{**entry, "seen": _state(path)} for entry, path in paths if path and os.path.exists(path)]
 
     def _label_path(self, image: str, tag: str) -> str:
         label = self.datastore.get_labels_by_image_id(image).get(tag)
@@ -213,6 +235,12 @@ class SupportPage:
             found["waiting"] += [{"image": image, "tag": tag} for tag in tags if tag != REMOVED]
             found["removed"] += [{"image": image, "tag": tag} for tag in tags if tag == REMOVED]
         return found
+
+
+def _state(path: str) -> str:
+    """Changes with every save of a file."""
+    found = os.stat(path)
+    return f"{found.st_ino}-{found.st_mtime_ns}"
 
 
 def _part(values: list, page: int) -> list:

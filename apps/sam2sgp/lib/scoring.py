@@ -185,7 +185,10 @@ class Scoring(ScoringMethod):
         self.scores = scores
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
-        """Returns how many images there are, were scored now, were up to date and can't be read."""
+        """Returns how many images there are, were scored now, were up to date and can't be read.
+
+        An archive's image that has a score by the present weights is not fetched for a newer one.
+        """
         self.segmenter.refresh()
         labelled = {case["name"]: case["image"] for case in self.segmenter.bank.data}
         unlabelled = [name for name in datastore.get_unlabeled_images() if name not in labelled]
@@ -195,9 +198,15 @@ class Scoring(ScoringMethod):
         names = sorted([*labelled, *unlabelled], key=lambda name: (name in origins, name))
         done = {"total": len(names), "executed": 0, "skipped": 0, "failed": 0}
         started = said = time.monotonic()
+        # An archive's images come over the network, and not all of them stay here.
+        is_at_hand = getattr(datastore, "is_at_hand", lambda name: True)
         for number, name in enumerate(names, 1):
-            path = labelled.get(name) or datastore.get_image_uri(name)
-            done[self._score(name, path, name in labelled, origins.get(name))] += 1
+            known = origins.get(name)
+            if known and known[1] == self.segmenter.version.name and not is_at_hand(name):
+                done["skipped"] += 1
+            else:
+                path = labelled.get(name) or datastore.get_image_uri(name)
+                done[self._score(name, path, name in labelled, known)] += 1
             if time.monotonic() - said > SECONDS_BETWEEN_LINES or number == len(names):
                 said = time.monotonic()
                 logger.info("Scoring: %d of %d images, %.0f s", number, len(names), said - started)

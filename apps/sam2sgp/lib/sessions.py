@@ -17,7 +17,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -26,7 +26,6 @@ from monailabel.config import settings as server_settings
 from monailabel.utils.sessions import Sessions
 
 from lib.checks import (
-    UNPACKED_PER_UPLOAD,
     NotFound,
     RequestError,
     StorageError,
@@ -34,8 +33,9 @@ from lib.checks import (
     UnsupportedFile,
     check_content,
     check_file_name,
+    unpacked_limit,
 )
-from sam2sgp.data.io import SUFFIXES
+from sam2sgp.data.io import SUFFIXES, is_dicom
 from sam2sgp.errors import DataError
 
 # DICOM series of a long CT have a few thousand slices.
@@ -103,29 +103,30 @@ class ConfinedSessions(Sessions):
         """
         session_id = check_session_id(session_id) if session_id else str(uuid.uuid4())
         try:
-            if uncompress and not os.path.isdir(data_file):
-                with tempfile.TemporaryDirectory() as folder:
-                    content = Path(folder, "content")
-                    content.mkdir()
-                    unpack(Path(data_file), content, self._max_unpacked)
-                    self._check_files(content)
-                    return super().add_session(str(content), expiry, False, session_id)
-            self._check_files(Path(data_file))
-            return super().add_session(data_file, expiry, False, session_id)
-        except DataError:
-            # MONAI Label's handler removes the upload only where all went well.
-            shutil.rmtree(data_file) if os.path.isdir(data_file) else os.unlink(data_file)
-            raise
-        except OSError as error:
+            with tempfile.TemporaryDirectory() as folder:
+                source = Path(data_file)
+                if uncompress and not source.is_dir():
+                    source = Path(folder, "content")
+                    source.mkdir()
+                    unpack(Path(data_file), source, self._max_unpacked)
+                    # Packed as a folder of its own, or for a single file.
+                    while source.is_dir() and len(inside := list(source.iterdir())) == 1:
+                        [source] = inside
+                self._check_files(source)
+                return super().add_session(str(source), expiry, False, session_id)
+        except (DataError, OSError) as error:
             shutil.rmtree(os.path.join(self.store_path, session_id), ignore_errors=True)
+            _discard(Path(data_file))
+            if isinstance(error, DataError):
+                raise
             raise StorageError(
                 f"session: expected to store the upload, found {error.strerror or error}; free some space."
             ) from error
 
     def _check_files(self, path: Path) -> None:
-        """Compare what is named like an image with its content. Slices may have any name: reading them tells."""
+        """Compare the content of images with their names. What is no image by name or content is never read."""
         for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
-            if file.name.lower().endswith(SUFFIXES):
+            if file.name.lower().endswith(SUFFIXES) or is_dicom(file):
                 check_content(file, self._max_unpacked)
 
     def _is_own(self, session_id: str, path: str) -> bool:
@@ -137,8 +138,19 @@ def open_sessions(settings) -> ConfinedSessions | None:
     """The confined sessions, or None where MONAI Label's own settings switch sessions off."""
     if not server_settings.MONAI_LABEL_SESSIONS:
         return None
-    limit = int(settings.max_upload_mb * UNPACKED_PER_UPLOAD) << 20
+    limit = unpacked_limit(settings.max_upload_mb)
     return ConfinedSessions(server_settings.MONAI_LABEL_SESSION_PATH, server_settings.MONAI_LABEL_SESSION_EXPIRY, limit)
+
+
+def _discard(upload: Path) -> None:
+    """Delete an upload and its folder: MONAI Label's handler does so only where all went well."""
+    if upload.is_dir():
+        shutil.rmtree(upload, ignore_errors=True)
+        return
+    upload.unlink(missing_ok=True)
+    with suppress(OSError):
+        # There may be others in it.
+        upload.parent.rmdir()
 
 
 def check_session_id(text: str) -> str:
@@ -199,7 +211,7 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
 def _members(archive: Path) -> Iterator[tuple[str, bool, Callable[[], IO[bytes]]]]:
     """Name, whether it is a folder, and what opens its content, of each member in turn."""
     if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as content:
+        with open(archive, "rb") as file, zipfile.ZipFile(_Sparing(file)) as content:
             for member in content.infolist():
                 kind = (member.external_attr >> 16) & 0o170000
                 if kind not in (0, 0o100000, 0o040000):
@@ -228,16 +240,19 @@ def _tar(archive: Path) -> Iterator[tarfile.TarFile]:
 
 
 class _Sparing:
-    """A file that refuses to be read in large pieces: the extended headers of a TAR file are read in one."""
+    """A file that refuses to be read in large pieces: an extended header of a TAR file and the directory of a ZIP file
+    are read in one, and become objects of many times their size."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
-        self.seek, self.tell = file.seek, file.tell
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
-    def read(self, size: int) -> bytes:
-        if size > LARGEST_READ:
+    def read(self, size: int = -1) -> bytes:
+        # A header may claim what isn't there.
+        data = self._file.read(LARGEST_READ + 1 if size < 0 else min(size, LARGEST_READ + 1))
+        if max(size, len(data)) > LARGEST_READ:
             raise TooLarge("archive: expected short headers, found one of many megabytes; pack it again.")
-        return self._file.read(size)
+        return data
 
 
 def _parts(name: str) -> list[str]:

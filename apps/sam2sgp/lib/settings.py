@@ -7,6 +7,7 @@ config's own; only what the server alone needs is declared here.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -46,7 +47,14 @@ METHOD_KEYS = (
 PATH_KEYS = ("bundle_root", "state_dir", "support_dir", "model_file")
 # MONAI Label's own, which it puts among them.
 FOREIGN_KEYS = ("server_mode",)
-NUMBERS = {"max_upload_mb": "MiB", "query_cache_mb": "MiB", "dicomweb_expiry": "seconds"}
+NUMBERS = {
+    "max_upload_mb": "MiB",
+    "query_cache_mb": "MiB",
+    "dicomweb_expiry": "seconds",
+    "dicomweb_cache_gb": "GiB",
+    "dicomweb_cache_days": "days",
+}
+HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 CODE_MARKS = ("$", "@", "%")
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -68,10 +76,13 @@ class Settings:
         query_cache_mb: MiB of features, and of prepared images, of the queries used last.
         max_upload_mb: MiB that a request may hold.
         cors_origins: other sites whose pages may use the server from a browser; none by default.
+        hosts: names by which browsers reach the server, besides those that the machine knows of itself.
         user_header: HTTP header with the user's name, which a reverse proxy sets; None for none.
         dicomweb_filter: what series of a DICOMweb archive must match to be listed, such as {"Modality": "CT"}. MONAI
             Label's own variable for this is not heeded: its default hides all that isn't CT.
         dicomweb_expiry: seconds for which the archive's lists are kept.
+        dicomweb_cache_gb, dicomweb_cache_days: how much of the archive's series is kept on the disk, in GiB, and for
+            how many days after they were last asked for.
         allow_model_upload: whether clients may replace model files.
         allow_overrides: whether clients may choose devices and override settings in requests.
 
@@ -90,9 +101,12 @@ class Settings:
     query_cache_mb: float = 256.0
     max_upload_mb: float = 2048.0
     cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     user_header: str | None = None
     dicomweb_filter: Mapping[str, Any] = field(default_factory=dict)
     dicomweb_expiry: float = 10.0
+    dicomweb_cache_gb: float = 50.0
+    dicomweb_cache_days: float = 30.0
     allow_model_upload: bool = False
     allow_overrides: bool = False
 
@@ -198,6 +212,12 @@ def _own_value(key: str, text: Any) -> Any:
         if not 0 <= value < float("inf") or (key == "max_upload_mb" and value == 0):
             raise ConfigError(f"--conf {key}: expected a number of {NUMBERS[key]}, found {text!r}.")
         return value
+    if key == "hosts":
+        hosts = tuple(part.strip().lower() for part in str(text).split(",") if part.strip())
+        for host in hosts:
+            if not HOST.fullmatch(host):
+                raise ConfigError(f"--conf {key}: expected names such as viewer.example, found {host!r}.")
+        return hosts
     if key == "cors_origins":
         origins = tuple(part.strip().rstrip("/") for part in str(text).split(",") if part.strip())
         for origin in origins:

@@ -4,7 +4,7 @@
 const message = document.getElementById("message");
 
 async function decide(button) {
-  const { action, image, labelTag } = button.dataset;
+  const { action, image, labelTag, seen } = button.dataset;
   button.disabled = true;
   message.className = "";
   message.textContent = `${button.textContent} ${image} …`;
@@ -12,7 +12,7 @@ async function decide(button) {
     const answer = await fetch(action, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ image, label_tag: labelTag }),
+      body: JSON.stringify({ image, label_tag: labelTag, ...(seen && { seen }) }),
     });
     const { detail } = await answer.json().catch(() => ({ detail: answer.statusText }));
     if (!answer.ok) throw new Error(detail);

@@ -54,6 +54,7 @@ def write_dicom_seg(
     source: str | os.PathLike,
     class_names: dict[int, str],
     approved: bool = False,
+    keep_empty: bool = False,
 ) -> bool:
     """Write a class map as a DICOM Segmentation object, whole or not at all.
 
@@ -68,9 +69,11 @@ def write_dicom_seg(
         class_names: by value.
         approved: whether a person has approved the class map: its segments are then called semi-automatic, else
             automatic.
+        keep_empty: whether a map without a class is written too, as the statement that none of `class_names` is in the
+            image: each is a segment with one frame, without a voxel, since DICOM has no segmentation without frames.
 
     Returns:
-        Whether there was a class to write. If not, a segmentation that an earlier run left at `path` is removed.
+        Whether there was something to write. If not, a segmentation that an earlier run left at `path` is removed.
 
     Raises:
         DicomSourceError: the source is a film, lacks identifiers or its frame of reference, or is not one regular
@@ -79,7 +82,8 @@ def write_dicom_seg(
     """
     path = Path(path)
     native = geometry.to_native(labels)
-    values = [int(value) for value in np.unique(native) if value]
+    found = [int(value) for value in np.unique(native) if value]
+    values = found or (sorted(class_names) if keep_empty else [])
     if not values:
         if is_dicom_seg(path):
             path.unlink()
@@ -90,9 +94,11 @@ def write_dicom_seg(
     segments = numbers[native.transpose(2, 1, 0)]
     descriptions = [_description(number, class_names[value], approved) for number, value in enumerate(values, 1)]
     headers = _source_images(source, geometry)
+    if not found:
+        segments = segments[:1]
     try:
         segmentation = highdicom.seg.Segmentation(
-            source_images=headers,
+            source_images=headers[: len(segments)],
             pixel_array=segments,
             segmentation_type=SegmentationTypeValues.BINARY,
             segment_descriptions=descriptions,
@@ -112,6 +118,11 @@ def write_dicom_seg(
             f"{source}: expected DICOM that a segmentation can refer to, found that it can't ({error}); use the "
             "series as the scanner or archive gives it, or the class map."
         ) from error
+    references = segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    for header in headers[len(segments) :]:
+        reference = Dataset()
+        reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
+        references.append(reference)
     for value, segment in zip(values, segmentation.SegmentSequence, strict=True):
         segment.SegmentDescription = CLASS_VALUE.format(value=value)
     # Class names may hold any letter.

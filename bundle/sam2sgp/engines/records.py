@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 VERSION = 1
 FOLDER = "records"
 # Arguments that don't decide a result. The support set and the adaptation count by their content.
-NOT_DECIDING = {"bank", "adapter", "feature_cache", "names"}
+NOT_DECIDING = {"bank", "adapter", "feature_cache", "names", "folder"}
 POLL_SECONDS = 1.0
 
 

@@ -121,6 +121,7 @@ class GraphRuntime:
         need(name, f"runtime {name!r}")
         self.name = name
         self.folder = Path(folder)
+        self.precision = precision
         self._made: GraphNetwork | None = None
 
     def forget(self) -> None:
