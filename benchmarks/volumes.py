@@ -218,9 +218,7 @@ def main() -> None:
     arguments.add_argument("--figures", type=int, default=4, help="cases with pictures in each report")
     arguments.add_argument("--output", type=Path, default=Path("out/volumes"))
     arguments.add_argument("--cost", action="store_true", help="measure cost in place of accuracy")
-    arguments.add_argument(
-        "--memory", action="store_true", help="measure the memory of whole runs"
-    )
+    arguments.add_argument("--memory", action="store_true", help="measure the memory of whole runs")
     arguments.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
     arguments.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     arguments.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
