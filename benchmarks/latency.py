@@ -68,6 +68,8 @@ SECOND = "second pass"
 BANK = "bank"
 MATRIX = 2048
 COPY_BYTES = 2**28
+# Memory of support items held between queries; more than the K that a query uses.
+CACHE_MB = 64
 REPEATS = 5
 # Share of the image's side that the object measures.
 OBJECT = 0.4
@@ -199,7 +201,11 @@ def support_case(number: int, size: int, classes: int) -> dict:
 def support_bank(n: int, size: int, classes: int, folder: str) -> SupportBank:
     cases = [{"name": str(number), "patient": str(number), "group": "", "label": str(number)} for number in range(n)]
     return SupportBank(
-        cases, lambda case: support_case(int(case["name"]), size, classes), progress=False, cache_dir=folder
+        cases,
+        lambda case: support_case(int(case["name"]), size, classes),
+        progress=False,
+        cache_dir=folder,
+        cache_mb=CACHE_MB,
     )
 
 

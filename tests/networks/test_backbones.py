@@ -15,7 +15,7 @@ BOX_ONLY = {"pmg": {"prior": False}, "pma": {"box": True, "attention": False, "d
 @pytest.fixture(scope="module")
 def pair(tiny_checkpoint, sam2_reference):
     """Our network with a plain box-prompted second decoder, and the reference, at 128 px."""
-    return SAM2SGP("tiny", 128, tiny_checkpoint, **BOX_ONLY).eval(), sam2_reference(128)
+    return SAM2SGP("tiny", 128, tiny_checkpoint, **BOX_ONLY, memory_pool=1).eval(), sam2_reference(128)
 
 
 def images(count, size, seed=0):
