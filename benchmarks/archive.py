@@ -118,7 +118,7 @@ def run_with_kill(support: Path, queries: Path, output: Path, count: int) -> tup
     rows.append(measured("archive, started again", time.monotonic() - began, made))
     with open(output / "summary.csv", newline="") as file:
         lines = Counter(row["case"] for row in csv.DictReader(file))
-    names = [path.name.removesuffix(".nii.gz") for path in queries.iterdir()]
+    names = [path.name.removesuffix(".nii.gz") for path in queries.glob("volume_*.nii.gz")]
     return rows, {
         "cases": len(names),
         "done before the kill": len(first),
