@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.e2e.programs import program
 
@@ -18,6 +18,8 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+# A busy machine takes its time.
+PATIENCE_MS = 60_000
 # Kept by CI; git ignores it.
 SCREENSHOTS = Path(__file__).parents[2] / "out" / "screenshots"
 
@@ -29,7 +31,8 @@ def page(width: int = 1280, height: int = 900, **options) -> Iterator[Page]:
         browser = playwright.chromium.launch(executable_path=program("chromium", "chromium"), args=ARGUMENTS)
         try:
             opened = browser.new_page(viewport={"width": width, "height": height}, **options)
-            opened.set_default_timeout(60_000)
+            opened.set_default_timeout(PATIENCE_MS)
+            expect.set_options(timeout=PATIENCE_MS)
             yield opened
         finally:
             browser.close()
