@@ -303,7 +303,7 @@ def raw(server, content: bytes) -> bytes:
             connection.sendall(content)
             connection.shutdown(socket.SHUT_WR)
             return connection.recv(1 << 16)
-        except ConnectionError:
+        except OSError:
             return b""
 
 

@@ -103,6 +103,30 @@ def viewer(hospital):
         assert not refused, refused
 
 
+# Comes before the tests with a viewer, which keep one browser open: Playwright drives one at a time.
+def test_through_the_proxy_the_model_is_run_with_a_password_and_its_overlay_is_seen(hospital, tmp_path):
+    server, query = hospital.server, hospital.patients["query"]
+    login = {"username": USER, "password": PASSWORD}
+    with (
+        nginx(tmp_path, int(server.url.rpartition(":")[2])) as proxy,
+        browsers.page(1600, 1000, ignore_https_errors=True, http_credentials=login) as page,
+    ):
+        asked = []
+        page.on("request", lambda request: asked.append(request.url) if request.resource_type in DATA else None)
+        open_study(page, proxy.url, query.study)
+        answer = run_segmentation(page)
+        assert answer.status == 200 and answer.url.startswith(proxy.url)
+        browsers.keep(page, "ohif-proxy")
+        overlay = page.evaluate(OVERLAY)
+        # No data goes past the proxy.
+        assert asked and [url for url in asked if not url.startswith((proxy.url, "blob:", "data:"))] == []
+    result = requests.post(f"{server.url}/infer/sam2sgp?image={query.uid}&output=image", timeout=WAIT)
+    expected = np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(result.content)).dataobj)
+    found = np.reshape(overlay["voxels"], overlay["shape"], order="F")
+    for value, name in CLASS_NAMES.items():
+        assert np.array_equal(found == overlay["names"][name], expected == value), name
+
+
 def test_the_model_is_run_from_the_panel_and_its_overlay_lies_on_the_image(hospital, viewer):
     server, query = hospital.server, hospital.patients["query"]
     answer = run_segmentation(viewer)
@@ -131,26 +155,3 @@ def test_the_next_sample_is_told(hospital, viewer):
     assert waited.value.json()["id"] == hospital.patients["query"].uid
     viewer.get_by_text(hospital.patients["query"].uid).first.wait_for()
     browsers.keep(viewer, "ohif-next-sample")
-
-
-def test_through_the_proxy_the_model_is_run_with_a_password_and_its_overlay_is_seen(hospital, tmp_path):
-    server, query = hospital.server, hospital.patients["query"]
-    login = {"username": USER, "password": PASSWORD}
-    with (
-        nginx(tmp_path, int(server.url.rpartition(":")[2])) as proxy,
-        browsers.page(1600, 1000, ignore_https_errors=True, http_credentials=login) as page,
-    ):
-        asked = []
-        page.on("request", lambda request: asked.append(request.url) if request.resource_type in DATA else None)
-        open_study(page, proxy.url, query.study)
-        answer = run_segmentation(page)
-        assert answer.status == 200 and answer.url.startswith(proxy.url)
-        browsers.keep(page, "ohif-proxy")
-        overlay = page.evaluate(OVERLAY)
-        # No data goes past the proxy.
-        assert asked and [url for url in asked if not url.startswith((proxy.url, "blob:", "data:"))] == []
-    result = requests.post(f"{server.url}/infer/sam2sgp?image={query.uid}&output=image", timeout=WAIT)
-    expected = np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(result.content)).dataobj)
-    found = np.reshape(overlay["voxels"], overlay["shape"], order="F")
-    for value, name in CLASS_NAMES.items():
-        assert np.array_equal(found == overlay["names"][name], expected == value), name
