@@ -138,13 +138,16 @@ def test_two_processes_measure_what_one_does(model, tmp_path):
     assert shown[0] == shown[1] != []
 
 
-def test_two_processes_read_and_encode_each_support_item_once(tmp_path):
+@pytest.mark.slow
+def test_two_processes_read_and_encode_each_support_item_once_and_adapt_once(tmp_path):
     folder = write_set(tmp_path / "set", 5)
     finish([*TORCHRUN, "-m", "tests.support.sharing", str(folder), str(tmp_path / "cache"), str(tmp_path)])
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert sorted(process["read"] for process in found) == [2, 3]
     assert sorted(process["encoded"] for process in found) == [2, 3]
     assert found[0]["embedding"] == found[1]["embedding"] and len(found[0]["embedding"]) == 5
+    assert [process["adapted"] for process in found] == [1, 0]
+    assert {**found[0]["adaptation"], "files": {}} == {**found[1]["adaptation"], "files": {}}
 
 
 SRUN = """#!/bin/bash

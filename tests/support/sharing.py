@@ -1,6 +1,6 @@
-"""What each of several processes reads and encodes of one support set: started by `torchrun`.
+"""What each of several processes reads and encodes of one support set, and adapts to it: started by `torchrun`.
 
-Arguments: the folder of the support set, the cache folder, and the folder for `<rank>.json`.
+Arguments: the folder of the support set, the cache folder, and the folder for adaptations and `<rank>.json`.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from monai.transforms import Compose
 
+from sam2sgp.adaptation import adapter
 from sam2sgp.data import load_datalist
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.support import SupportSampler, shared_support_bank
@@ -37,8 +38,14 @@ def main(folder: str, cache: str, output: str) -> None:
         class_names=NAMES,
         progress=False,
     )
-    SupportSetInferer(bank, SupportSampler()).encode(net)
+    inferer = SupportSetInferer(bank, SupportSampler())
+    inferer.encode(net)
     found = {"read": CountedLoad.calls, "encoded": encoded.calls, "embedding": bank.embedding.tolist()}
+    inferer.reset()
+    adapter.Run = adapted = Counter(adapter.Run)
+    inferer.adapter = adapter.Adapter(0, max_steps=1, cache_dir=Path(output, "adaptation"), progress=False)
+    inferer.adapt(network())
+    found |= {"adapted": adapted.calls, "adaptation": inferer.adaptation.record}
     Path(output, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
