@@ -153,7 +153,8 @@ def test_inference_has_the_settings_of_training():
     assert {"backbone", "image_size", "pmg", "pma", "k", "ct_window", "slice_axis", "retrieval"} <= shared
     for key in shared - {"class_names", "support_data", "support_bank", "network_def"}:
         assert train[key] == inference[key], key
-    network = {key: value for key, value in train["network_def"].items() if key != "checkpoint"}
+    of_training = {"checkpoint", "gradient_checkpointing"}
+    network = {key: value for key, value in train["network_def"].items() if key not in of_training}
     assert network == inference["network_def"]
 
 

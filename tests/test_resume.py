@@ -28,6 +28,8 @@ OTHER = {
     "lora": {"r": 2, "alpha": 4},
     "pmg": {"prior": True, "regression": False},
     "refinement": False,
+    "memory_pool": 2,
+    "runtime": "onnxruntime",
     "pma": {"box": False, "attention": True, "dense": False},
     "retrieval": "random",
     "k": 1,
@@ -48,12 +50,12 @@ OTHER = {
     "save_uncertainty": True,
     "image_size": 96,
 }
-OF_NETWORK = {"lora", "pmg", "refinement", "pma", "image_size"}
+OF_NETWORK = {"lora", "pmg", "refinement", "pma", "image_size", "memory_pool"}
 # Folders, and what acts through the content of something: the support set, the weights, an adaptation.
 NOT_DECIDING = {
     *("bundle_root", "dataset_dir", "support_dir", "output_dir", "model_file", "device", "progress", "resume"),
     *("support_cache_dir", "support_cache_mb", "adapt_seconds", "adapt_steps", "adapt_seed", "adapt_dir"),
-    *("report_figures", "backbone", "freeze_encoder", "support_seed"),
+    *("report_figures", "backbone", "freeze_encoder", "support_seed", "compile"),
 }
 
 

@@ -382,7 +382,7 @@ class SAM2SGP(nn.Module):
 
     def fit(self, support: SupportMemory | None) -> Tensor | None:
         """Weights (B, C, 2, d) of the support regression; None where there is none."""
-        if self.regression is None or support is None:
+        if self.regression is None or support is None or support.gram is None:
             return None
         with torch.autocast(support.gram.device.type, enabled=False):
             return self.regression.fit(support.gram, support.gram_foreground)
