@@ -1,10 +1,14 @@
 """Running the bundle's configs as a user does, in this process."""
 
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import monai.bundle
+import torch
+
+from sam2sgp.networks import SAM2SGP, save_weights
 
 BUNDLE = Path(__file__).parents[1] / "bundle"
 CONFIGS = BUNDLE / "configs"
@@ -25,6 +29,22 @@ SMALL = {
     "num_workers": 0,
     "progress": False,
 }
+
+
+@contextmanager
+def computing_with_one_thread() -> Iterator[None]:
+    """With more threads, random weights and results differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def nano_weights(path: Path, seed: int = 0) -> Path:
+    """A file of random weights of `nano` at 64 px."""
+    torch.manual_seed(seed)
+    save_weights(SAM2SGP("nano", 64), path)
+    return path
 
 
 @contextmanager

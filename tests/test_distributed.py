@@ -13,11 +13,9 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
-import torch
 from PIL import Image
 
-from sam2sgp.networks import SAM2SGP, save_weights
-from tests.bundle_runs import BUNDLE, run
+from tests.bundle_runs import BUNDLE, computing_with_one_thread, nano_weights, run
 from tests.support.pairs import write_set
 from tests.torchrun import TORCHRUN, bundle_command, finish, start
 
@@ -29,18 +27,13 @@ EVALUATION = {"image_size": 64, "num_workers": 0, "region_below": 0, "report_fig
 @pytest.fixture(autouse=True)
 def one_thread():
     """As in the processes: with more threads, results differ in their last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with computing_with_one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    save_weights(SAM2SGP("nano", 64), path)
-    return path
+    return nano_weights(tmp_path_factory.mktemp("model") / "model.pt")
 
 
 def table(path: Path) -> list[dict]:

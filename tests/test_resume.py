@@ -16,8 +16,7 @@ from sam2sgp import distributed
 from sam2sgp.engines import QueryEvaluator
 from sam2sgp.engines.records import CaseRecords, settings_of_run
 from sam2sgp.errors import ConfigError, DataError, cause_of
-from sam2sgp.networks import SAM2SGP, save_weights
-from tests.bundle_runs import BUNDLE, CONFIGS, run
+from tests.bundle_runs import BUNDLE, CONFIGS, nano_weights, run
 from tests.support.pairs import age, write_case, write_set
 
 FAST = {"image_size": 64, "k": 2, "region_below": 0, "report_figures": 1, "progress": False}
@@ -61,10 +60,7 @@ NOT_DECIDING = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    save_weights(SAM2SGP("nano", 64), path)
-    return path
+    return nano_weights(tmp_path_factory.mktemp("model") / "model.pt")
 
 
 def picture(path: Path, seed: int) -> None:
@@ -141,8 +137,7 @@ def test_a_change_of_support_set_weights_or_settings_costs_all(archive, tmp_path
     assert archive(k=1) == "abc"
     write_case(archive.support, "case0", 0, shift=3)
     assert archive(k=1) == "abc"
-    torch.manual_seed(1)
-    save_weights(SAM2SGP("nano", 64), tmp_path / "other.pt")
+    nano_weights(tmp_path / "other.pt", seed=1)
     assert archive(k=1, model_file=tmp_path / "other.pt") == "abc"
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-import torch
 
 from lib.datastore import open_datastore
 from lib.segmenter import Segmenter
@@ -14,6 +13,7 @@ from lib.support import LabelledCases
 from lib.weights import Weights
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
+from tests.bundle_runs import computing_with_one_thread
 
 APP = Path(__file__).parents[2] / "apps" / "sam2sgp"
 SMALL = {"image_size": "64"}
@@ -21,10 +21,8 @@ SMALL = {"image_size": "64"}
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with computing_with_one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

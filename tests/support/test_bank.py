@@ -24,6 +24,7 @@ from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler, content, store
 from sam2sgp.support.lru import ByteLRU
+from tests.bundle_runs import computing_with_one_thread
 from tests.support import pairs
 from tests.support.pairs import Counter, age, bank, network, query, segment, write_case, write_set
 
@@ -34,10 +35,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """As in the processes of these tests: with more threads, random weights and results differ in their last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with computing_with_one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
