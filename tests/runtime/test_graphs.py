@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -248,3 +251,33 @@ def test_the_benchmark_measures_every_runtime(model, network, phantoms, tmp_path
     (row,) = rows.values()
     assert row["eager"] == 1 and row["onnxruntime"] >= 0.999 and 0 <= row["eager truth"] <= 1
     assert abs(row["onnxruntime truth"] - row["eager truth"]) < 0.01
+
+
+COME_AND_GO = """
+import gc, signal, subprocess, sys
+from pathlib import Path
+from sam2sgp.runtime.execution import RUNTIMES
+import faulthandler
+faulthandler.enable()
+signal.signal(signal.SIGCHLD, lambda *_: None)
+files = [Path(file) for file in sys.argv[1:]]
+graphs = [RUNTIMES["openvino"](file, 1) for file in 3 * files]
+while graphs:
+    graphs.pop(0)
+    gc.collect()
+spoiled = [bytearray(b"x" * 16880) for _ in range(10000)]
+subprocess.run(["true"], check=True)
+print("alive")
+"""
+
+
+def test_graphs_of_openvino_that_come_and_go_leave_the_process_able_to_take_signals(model):
+    files = sorted(map(str, graphs(model).glob("*.onnx")))
+    done = subprocess.run(
+        [sys.executable, "-c", COME_AND_GO, *files],
+        env={**os.environ, "PYTHONPATH": str(BUNDLE)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "alive" in done.stdout, done.stderr[-2000:]

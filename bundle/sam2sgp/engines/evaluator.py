@@ -135,9 +135,11 @@ class QueryEvaluator(SupervisedEvaluator):
 
     The support set is encoded anew in each run. Before it starts, `QueryEvents.RUN_PREPARED` is fired; where no case is
     left after that, `COMPLETED` alone follows. After an iteration `state.output` is a list with one
-    dict, or an empty list for a case that failed (`state.batch` then holds the error):
+    dict, or an empty list for a case that failed (`state.batch` then holds the error); both are let go before the next
+    case is read and at the end:
 
-        pred (Z, H, W) class values; pred_index, and truth_index if labelled, (Z, H, W) class numbers 0..C;
+        pred (Z, H, W) class values, uint8 or int32;
+        pred_index, and truth_index if labelled, (Z, H, W) class numbers 0..C;
         pseudo (Z, S, S) class numbers of the pseudo-masks; box (Z, C, 4); confidence {value: mean probability};
         support {value: (item numbers (Z, K), similarities (Z, K))}; seconds; and all entries of the case;
         where asked for, probability (Z, C + 1, H, W) and uncertainty (Z, H, W), float16 in [0, 1].
@@ -159,10 +161,15 @@ class QueryEvaluator(SupervisedEvaluator):
         **kwargs,
     ) -> None:
         super().__init__(*args, decollate=False, event_names=[QueryEvents], postprocessing=postprocessing, **kwargs)
+        self.add_event_handler(Events.GET_BATCH_STARTED | Events.EPOCH_COMPLETED, self._let_go)
         self.exclude_own_patient = exclude_own_patient
         self.probability = probability
         self.uncertainty = uncertainty
         self.postprocessing = postprocessing
+
+    def _let_go(self) -> None:
+        """A long volume and what was found in it are gigabytes: not beside the next one, nor beside a report."""
+        self.state.batch = self.state.output = None
 
     def run(self, global_epoch: int = 1) -> None:
         """Go through the cases; `global_epoch` is that of a training which this is the validation of."""
@@ -195,7 +202,10 @@ class QueryEvaluator(SupervisedEvaluator):
         bank = self.inferer.bank
         values = torch.tensor([0, *bank.class_values])
         slices = len(case["image"])
-        pred_index = torch.zeros(slices, *case["fit"].original, dtype=torch.uint8)
+        # As small as the values allow: of a long volume these arrays are gigabytes.
+        small = values.to(torch.uint8 if values.max() <= 255 else torch.int32)
+        pred = torch.zeros(slices, *case["fit"].original, dtype=small.dtype)
+        pred_index = torch.zeros(pred.shape, dtype=torch.uint8)
         pseudo = torch.zeros(slices, *case["image"].shape[-2:], dtype=torch.uint8)
         box = torch.zeros(slices, len(bank.class_values), 4)
         support: dict[int, list] = {}
@@ -215,6 +225,7 @@ class QueryEvaluator(SupervisedEvaluator):
                 logits = fused_logits(logits, others[part].to(logits.device), len(views))
             index = label_map(logits)
             pred_index[part] = index.cpu()
+            pred[part] = small[index.cpu().int()]
             for name, values_of in (("probability", class_probabilities), ("uncertainty", uncertainty)):
                 if name in maps:
                     maps[name][part] = values_of(logits).cpu()
@@ -227,7 +238,7 @@ class QueryEvaluator(SupervisedEvaluator):
                 support.setdefault(entry.value, []).append((entry.index.cpu(), entry.similarity.cpu()))
         result = {
             **{key: value for key, value in case.items() if key not in ("image_full", "views")},
-            "pred": values[pred_index.long()],
+            "pred": pred,
             "pred_index": pred_index,
             "pseudo": pseudo,
             "box": box,

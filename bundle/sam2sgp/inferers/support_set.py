@@ -253,6 +253,7 @@ class SupportSetInferer(Inferer):
         def flush() -> Iterator[Chunk]:
             images, features = torch.cat([image for image, _ in held]), [part for _, part in held]
             features = ImageFeatures.concatenate(features)
+            held.clear()
             retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
             output = propagation(features, images, retrieved)
             for start in range(0, len(images), self.batch_size):
@@ -263,7 +264,7 @@ class SupportSetInferer(Inferer):
             window = window or self.volume_memory.window(features)
             if held and start + len(image) - begin > window:
                 yield from flush()
-                held, begin = [], start
+                begin = start
             held.append((image, features))
         yield from flush()
 

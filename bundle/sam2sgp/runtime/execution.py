@@ -6,7 +6,9 @@ one thread at a time, as the inferer that holds it.
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +35,20 @@ def _onnxruntime(file: Path, threads: int) -> Graph:
     return run
 
 
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's core, one for the process and as long as it lives.
+
+    Each core's CPU plugin sets a stack for signal handlers and gives it back when the core goes. Cores that go in
+    another order than they came leave a freed stack behind, and the next signal kills the process.
+    """
+    return need("openvino", "runtime 'openvino'").Core()
+
+
 def _openvino(file: Path, threads: int) -> Graph:
-    openvino = need("openvino", "runtime 'openvino'")
     # Where a CPU has bfloat16, OpenVINO would use it unasked.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    model = openvino.Core().compile_model(str(file), "CPU", settings)
+    model = openvino_core().compile_model(str(file), "CPU", settings)
     request = model.create_infer_request()
     names = [output.get_any_name() for output in model.outputs]
 
