@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 
 import highdicom
 import itk
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion
 
+from sam2sgp.engines import QueryDataset, QueryEvaluator, results
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.networks import SAM2SGP, save_weights
 from sam2sgp.transforms import OutputNames
@@ -111,6 +113,32 @@ def test_a_broken_file_costs_its_row_and_the_exit_code_not_the_run(phantoms, mod
     assert {row["case"] for row in rows if not row["error"]} == {"good", "later"}
     assert (output / "good.png").is_file() and (output / "later.png").is_file()
     assert "broken.nii.gz" in (output / "report.html").read_text()
+
+
+def test_a_case_is_let_go_before_the_next_is_read_and_at_the_end(model, phantoms, tmp_path, monkeypatch):
+    """Two long volumes would be twice the memory."""
+    held, read = [], QueryDataset.__getitem__
+    segment = QueryEvaluator.segment
+
+    def reading(dataset, index):
+        held.append([reference() for reference in alive])
+        return read(dataset, index)
+
+    def segmenting(evaluator, case):
+        found = segment(evaluator, case)
+        assert found["pred"].dtype == torch.uint8
+        alive.extend(map(weakref.ref, (case["image_full"], found["pred"])))
+        return found
+
+    alive: list[weakref.ref] = []
+    monkeypatch.setattr(QueryDataset, "__getitem__", reading)
+    monkeypatch.setattr(QueryEvaluator, "segment", segmenting)
+    monkeypatch.setattr(results, "write_report", lambda *_: held.append([reference() for reference in alive]))
+    queries = tmp_path / "queries"
+    picture(queries / "first.png", (40, 40, 3))
+    picture(queries / "second.png", (40, 40, 3))
+    infer(model, phantoms / "support" / "rgb", queries, tmp_path / "out", **FAST)
+    assert held == [[], [None] * 2, [None] * 4]
 
 
 def test_summary_gives_sizes_confidence_and_support(phantoms, model, tmp_path):
