@@ -480,7 +480,6 @@ class Segmenter:
         if len(wanted) < len(self._names):
             other = ~torch.isin(output["pred"], torch.tensor([0, *wanted]))
             output["pred"] = output["pred"].masked_fill(other, 0)
-            output["pred_index"] = output["pred_index"].masked_fill(other, 0)
 
 
 def attempts(device: torch.device, batch_size: int) -> Iterator[tuple[torch.device, int]]:

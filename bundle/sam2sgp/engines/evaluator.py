@@ -139,7 +139,7 @@ class QueryEvaluator(SupervisedEvaluator):
     case is read and at the end:
 
         pred (Z, H, W) class values, uint8 or int32;
-        pred_index, and truth_index if labelled, (Z, H, W) class numbers 0..C;
+        pred_index and truth_index, if labelled, (Z, H, W) class numbers 0..C;
         pseudo (Z, S, S) class numbers of the pseudo-masks; box (Z, C, 4); confidence {value: mean probability};
         support {value: (item numbers (Z, K), similarities (Z, K))}; seconds; and all entries of the case;
         where asked for, probability (Z, C + 1, H, W) and uncertainty (Z, H, W), float16 in [0, 1].
@@ -205,7 +205,6 @@ class QueryEvaluator(SupervisedEvaluator):
         # As small as the values allow: of a long volume these arrays are gigabytes.
         small = values.to(torch.uint8 if values.max() <= 255 else torch.int32)
         pred = torch.zeros(slices, *case["fit"].original, dtype=small.dtype)
-        pred_index = torch.zeros(pred.shape, dtype=torch.uint8)
         pseudo = torch.zeros(slices, *case["image"].shape[-2:], dtype=torch.uint8)
         box = torch.zeros(slices, len(bank.class_values), 4)
         support: dict[int, list] = {}
@@ -224,7 +223,6 @@ class QueryEvaluator(SupervisedEvaluator):
             if views:
                 logits = fused_logits(logits, others[part].to(logits.device), len(views))
             index = label_map(logits)
-            pred_index[part] = index.cpu()
             pred[part] = small[index.cpu().int()]
             for name, values_of in (("probability", class_probabilities), ("uncertainty", uncertainty)):
                 if name in maps:
@@ -239,7 +237,6 @@ class QueryEvaluator(SupervisedEvaluator):
         result = {
             **{key: value for key, value in case.items() if key not in ("image_full", "views")},
             "pred": pred,
-            "pred_index": pred_index,
             "pseudo": pseudo,
             "box": box,
             **maps,
@@ -255,7 +252,8 @@ class QueryEvaluator(SupervisedEvaluator):
         if isinstance(truth, torch.Tensor):
             found = torch.unique(truth).tolist()
             check_label_values(case["source"], found, bank.class_names)
-            result["truth_index"] = torch.searchsorted(values, truth.contiguous()).to(torch.uint8)
+            for name, found in (("pred_index", pred), ("truth_index", truth)):
+                result[name] = torch.searchsorted(values, found.to(values.dtype).contiguous()).to(torch.uint8)
         result["seconds"] = time.perf_counter() - started
         return result
 

@@ -261,7 +261,7 @@ class SupportSetInferer(Inferer):
                 yield Chunk(begin + start, output.rows(rows), [entry.rows(rows) for entry in retrieved])
 
         for start, image, features in batches:
-            window = window or self.volume_memory.window(features)
+            window = window or self.volume_memory.window(features, len(thresholds), image.shape[-1])
             if held and start + len(image) - begin > window:
                 yield from flush()
                 begin = start

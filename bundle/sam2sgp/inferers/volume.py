@@ -68,11 +68,16 @@ class VolumeMemory:
         self.frames = frames
 
     @staticmethod
-    def window(features: ImageFeatures) -> int:
-        """Slices whose features are held at a time, from those of a few."""
+    def window(features: ImageFeatures, classes: int, size: int) -> int:
+        """Slices held at a time, with their features and results, from the features of a few.
+
+        classes: C; size: S, of the network.
+        """
         held = (value for field in fields(features) if (value := getattr(features, field.name)) is not None)
         tensors = [tensor for value in held for tensor in (value if isinstance(value, tuple) else (value,))]
         per_slice = sum(tensor.nbytes for tensor in tensors) // len(features)
+        # Logits of final and pseudo-mask, twice while batches are put together.
+        per_slice += 2 * 2 * classes * size**2 * torch.float32.itemsize
         return max(MIN_WINDOW, min(MAX_WINDOW, WINDOW_BYTES // per_slice))
 
 
