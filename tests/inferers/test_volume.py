@@ -142,6 +142,12 @@ def test_each_slice_is_encoded_once_and_few_are_held(monkeypatch):
         assert network.encoded == count + 3 and network.most <= 16
 
 
+def test_fewer_slices_are_held_where_there_is_more_to_hold_of_each():
+    features = Stub().encode(volume([0.9]))
+    held = [VolumeMemory.window(features, classes, size) for classes, size in ((1, 128), (3, 512), (200, 1024))]
+    assert held == [volume_module.MAX_WINDOW, 42, volume_module.MIN_WINDOW]
+
+
 def test_what_was_found_is_carried_into_the_next_window(monkeypatch):
     monkeypatch.setattr(volume_module, "MAX_WINDOW", 8)
     strength = [0, 0, 0, 0.9, 0.9, 0.5, 0.5, 0.5] + [0.5] * 6 + [0, 0]

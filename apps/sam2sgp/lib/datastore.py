@@ -345,7 +345,12 @@ class ConfinedDatastore(LocalDatastore):
         """Copy a file into the datastore; it takes its place when the block ends without an error."""
         target = self._writable(folder)
         with replacing(target / name) as part:
-            shutil.copyfile(source, part)
+            try:
+                shutil.copyfile(source, part)
+            except FileNotFoundError as error:
+                if os.path.exists(source):
+                    raise
+                raise DataError(f"{name}: expected the file to save, found that it has gone; load it again.") from error
             yield
         handle = os.open(target, os.O_RDONLY)
         try:

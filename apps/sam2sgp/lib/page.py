@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from fastapi import APIRouter, Body, Depends, Query
+from fastapi import APIRouter, Body, Depends, HTTPException, Query
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from monailabel.config import settings as server_settings
@@ -189,10 +189,9 @@ class SupportPage:
         try:
             if label_tag in (FINAL, REMOVED):
                 raise DataError(f"{image}: only a prediction can be rejected; an approved label can be removed.")
-            self._label_path(image, label_tag)
-            self.datastore.remove_label(self.datastore.get_labels_by_image_id(image)[label_tag], label_tag)
+            self.datastore.remove_label(self._label(image, label_tag), label_tag)
         except Exception as error:
-            raise refuse(error) from error
+            raise self._refused(error, image, label_tag) from error
         return {"image": image, "label_tag": None}
 
     def _moved(self, image: str, old: str, new: str, seen: str = "") -> dict:
@@ -206,12 +205,12 @@ class SupportPage:
                     raise Conflict(
                         f"{image}: expected the label that was shown, found a newer one; load the page and look at it."
                     )
-                label = self.datastore.get_labels_by_image_id(image)[old]
+                label = self._label(image, old)
                 saved = self.datastore.save_label(image, path, new, dict(self.datastore.get_label_info(label, old)))
                 self.datastore.remove_label(label, old)
                 self.saved(image, saved)
         except Exception as error:
-            raise refuse(error) from error
+            raise self._refused(error, image, old) from error
         return {"image": image, "label_tag": new}
 
     def _shown(self, entries: list[dict]) -> list[dict]:
@@ -219,11 +218,22 @@ class SupportPage:
         paths = [(entry, self.datastore.get_label_uri(entry["image"], entry["tag"])) for entry in entries]
         return [{**entry, "seen": _state(path)} for entry, path in paths if path and os.path.exists(path)]
 
-    def _label_path(self, image: str, tag: str) -> str:
+    def _label(self, image: str, tag: str) -> str:
         label = self.datastore.get_labels_by_image_id(image).get(tag)
         if label is None:
             raise DataError(f"{image}: expected a label with the tag {tag!r}, found none; load the page again.")
-        return self.datastore.get_label_uri(label, tag)
+        return label
+
+    def _label_path(self, image: str, tag: str) -> str:
+        return self.datastore.get_label_uri(self._label(image, tag), tag)
+
+    def _refused(self, error: Exception, image: str, tag: str) -> HTTPException:
+        """As `refuse`; whatever failed because somebody took the label away meanwhile says that."""
+        try:
+            self._label(image, tag)
+        except Exception as gone:
+            return refuse(gone)
+        return refuse(error)
 
     def _labels(self) -> dict[str, list[dict]]:
         """Images whose label waits for approval, and those whose label was removed from the support set."""
