@@ -195,6 +195,7 @@ class SupportPage:
         return {"image": image, "label_tag": None}
 
     def _moved(self, image: str, old: str, new: str, seen: str = "") -> dict:
+        place = old
         try:
             if old == new:
                 raise DataError(f"{image}: its label has the tag {new!r} already; load the page again.")
@@ -208,9 +209,10 @@ class SupportPage:
                 label = self._label(image, old)
                 saved = self.datastore.save_label(image, path, new, dict(self.datastore.get_label_info(label, old)))
                 self.datastore.remove_label(label, old)
+                place = new
                 self.saved(image, saved)
         except Exception as error:
-            raise self._refused(error, image, old) from error
+            raise self._refused(error, image, place) from error
         return {"image": image, "label_tag": new}
 
     def _shown(self, entries: list[dict]) -> list[dict]:
