@@ -201,12 +201,12 @@ class SupportPage:
                 raise DataError(f"{image}: its label has the tag {new!r} already; load the page again.")
             # Nobody takes the support set in between the two steps.
             with self.segmenter.lock:
-                path = self._label_path(image, old)
+                label = self._label(image, old)
+                path = self.datastore.get_label_uri(label, old)
                 if seen and seen != _state(path):
                     raise Conflict(
                         f"{image}: expected the label that was shown, found a newer one; load the page and look at it."
                     )
-                label = self._label(image, old)
                 saved = self.datastore.save_label(image, path, new, dict(self.datastore.get_label_info(label, old)))
                 self.datastore.remove_label(label, old)
                 place = new

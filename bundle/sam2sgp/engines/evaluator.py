@@ -222,16 +222,16 @@ class QueryEvaluator(SupervisedEvaluator):
         for part, logits, chunk in self._chunks(self.inferer, case, source):
             if views:
                 logits = fused_logits(logits, others[part].to(logits.device), len(views))
-            index = label_map(logits)
-            pred[part] = small[index.cpu().int()]
+            index = label_map(logits).cpu()
+            pred[part] = small[index.int()]
             for name, values_of in (("probability", class_probabilities), ("uncertainty", uncertainty)):
                 if name in maps:
                     maps[name][part] = values_of(logits).cpu()
             pseudo[part] = label_map(chunk.output.pseudo_logits).cpu()
             box[part] = chunk.output.box.cpu()
             winner = logits.max(1).values.sigmoid()
-            sums += np.bincount(index.flatten().cpu(), winner.flatten().cpu().double(), minlength=len(values))
-            counts += np.bincount(index.flatten().cpu(), minlength=len(values))
+            sums += np.bincount(index.flatten(), winner.flatten().cpu().double(), minlength=len(values))
+            counts += np.bincount(index.flatten(), minlength=len(values))
             for entry in chunk.retrieved:
                 support.setdefault(entry.value, []).append((entry.index.cpu(), entry.similarity.cpu()))
         result = {
