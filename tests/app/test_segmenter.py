@@ -206,23 +206,45 @@ def test_an_unreadable_image_is_named_by_its_id(studio):
     assert str(made.studies) not in str(caught.value)
 
 
-def test_a_second_request_on_an_image_neither_prepares_nor_encodes_it_again(studio, monkeypatch):
+def test_a_second_request_on_an_image_computes_only_what_is_new(studio, monkeypatch):
     made = studio(PICTURES, PICTURES[:2])
-    segmenter = made.segmenter()
+    # A second pass looks where the first one found something, which differs with K.
+    segmenter = made.segmenter(region_below="0")
     first = segmenter.segment(made.image(QUERY), Options(k=1))
-    encoded = []
-    encode = segmenter.network.encode
-    monkeypatch.setattr(segmenter.network, "encode", lambda image: encoded.append(len(image)) or encode(image))
+    encoded, segmented = [], []
+    network, encode, segment = segmenter.network, segmenter.network.encode, segmenter.network.segment
+    monkeypatch.setattr(network, "encode", lambda image: encoded.append(len(image)) or encode(image))
+    monkeypatch.setattr(network, "segment", lambda *args: segmented.append(len(args[0])) or segment(*args))
     second = segmenter.segment(made.image(QUERY), Options(k=1))
-    assert not encoded and torch.equal(first["pred"], second["pred"])
+    assert not encoded and not segmented and torch.equal(first["pred"], second["pred"])
+    assert {**first, "latencies": None, "seconds": None}.keys() == {**second, "latencies": None}.keys()
+    assert first["used"] == second["used"] and first["confidence"] == second["confidence"]
+    other = segmenter.segment(made.image(QUERY), Options(k=1, classes=("class_1",)))
+    assert not segmented and other["used"].keys() == {"class_1"}
+    assert torch.equal(other["pred"], first["pred"].where(first["pred"] == 1, 0))
+    assert torch.equal(segmenter.segment(made.image(QUERY), Options(k=1))["pred"], first["pred"])
+    more = segmenter.segment(made.image(QUERY), Options(k=2))
+    assert segmented and not encoded and not torch.equal(more["pred"], first["pred"])
     shutil.copy(made.known["us_003_1"]["image"], made.image(QUERY))
     assert not torch.equal(segmenter.segment(made.image(QUERY), Options(k=1))["pred"], first["pred"])
     assert encoded
 
 
+def test_a_kept_result_is_not_given_for_another_support_set_or_as_another_patient(studio):
+    made = studio(PICTURES, ["us_000_0"])
+    segmenter = made.segmenter()
+    segmenter.segment(made.image(QUERY))
+    made.approve("us_001_0")
+    assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0", "us_001_0"}
+    made.approve(QUERY)
+    assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0", "us_001_0", QUERY}
+    assert used(segmenter.segment(made.image(QUERY), image_id=QUERY)) == {"us_000_0", "us_001_0"}
+    assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0", "us_001_0", QUERY}
+
+
 def test_memory_running_out_is_answered_with_smaller_batches_and_a_warning(studio, monkeypatch):
     made = studio(["mr_000", "mr_001"], ["mr_000"])
-    segmenter = made.segmenter(three_d_memory="false", region_below="0")
+    segmenter = made.segmenter(three_d_memory="false", region_below="0", query_cache_mb="0")
     whole = segmenter.segment(made.image("mr_001"))
     assert whole["warnings"] == []
     network, segment = segmenter.network, segmenter.network.segment

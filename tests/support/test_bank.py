@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -846,10 +847,25 @@ def test_features_of_another_network_or_precision_are_not_used(folder):
             inferer(query(), network(seed)),
             SupportSetInferer(bank(folder), SupportSampler(k=2))(query(), network(seed)),
         )
-    assert len(feature_cache.recent) == 2
+    assert len(feature_cache.recent) == 2 * len(query())
     half = SupportSetInferer(support, SupportSampler(k=2), feature_cache=feature_cache, precision="bf16")
     half(query(), network(0))
-    assert len(feature_cache.recent) == 3
+    assert len(feature_cache.recent) == 3 * len(query())
+
+
+def test_only_the_images_that_are_new_are_encoded(net):
+    cache, encoded = FeatureCache(), []
+    images = query(count=4).expand(-1, 3, -1, -1)
+
+    def encode(image):
+        encoded.append(len(image))
+        return net.encode(image)
+
+    counting = SimpleNamespace(encode=encode)
+    cache(images[[1, 3]], counting, "")
+    features = cache(images[[0, 1, 0, 3]], counting, "")
+    assert encoded == [2, 1]
+    torch.testing.assert_close(features.embedding, net.encode(images[[0, 1, 0, 3]]).embedding)
 
 
 def test_cached_features_are_bounded(net, folder):

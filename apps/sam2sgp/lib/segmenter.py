@@ -2,7 +2,7 @@
 
     labelled cases ─ reconcile ─ bank ─┐
     weights in use ─ load ─ network ───┼─ inferer, evaluator ─ class map, confidence, support items used
-    image ─ prepare (kept) ────────────┘
+    image ─ prepare (kept) ────────────┘                  (kept until the support set or the weights change)
 
 Network, transforms, bank and inferer are built by MONAI's `ConfigParser` from the bundle's `configs/inference.json`;
 nothing of them is declared here.
@@ -18,10 +18,10 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class _Serving:
     bank: SupportBank
     evaluator: QueryEvaluator
     features: FeatureCache
+    results: ByteLRU
     device: torch.device
     inferers: "OrderedDict[tuple, SupportSetInferer]"
 
@@ -243,6 +244,7 @@ class Segmenter:
             logger.info("Support set: %d items in, %d out", len(changes.added), len(changes.removed))
             # They keep thresholds and further banks made from the support set as it was.
             serving.inferers.clear()
+            serving.results.clear()
 
     def _look_for_weights(self, serving: _Serving) -> None:
         try:
@@ -323,6 +325,7 @@ class Segmenter:
             parser.get_parsed_content("support_bank"),
             parser.get_parsed_content("evaluator"),
             parser.get_parsed_content("inferer::feature_cache"),
+            ByteLRU(self.settings.query_cache_mb),
             parser.get_parsed_content("device"),
             OrderedDict(),
         )
@@ -382,9 +385,10 @@ class Segmenter:
                 )
             warnings = [self._shown(problem) for problem in (self.problem, self.cases.problem) if problem]
             refreshed = time.perf_counter()
-            case = self._prepare(image, image_id or "image")
+            key = _key(image)
+            case = self._prepare(key, image, image_id or "image")
             prepared = time.perf_counter()
-            output = self._run(serving, {**case, "patient": own, "group": None}, options, warnings)
+            output = self._result(key, {**case, "patient": own, "group": None}, options, warnings)
             done = time.perf_counter()
             self._keep_only(output, wanted)
             names = {value: self._names[value] for value in wanted}
@@ -436,17 +440,28 @@ class Segmenter:
             raise DataError(case["error"].replace(str(image), name))
         return case
 
-    def _prepare(self, image: str | Path, name: str) -> dict[str, Any]:
+    def _prepare(self, key: Hashable | None, image: str | Path, name: str) -> dict[str, Any]:
         """The same, kept for the next request."""
-        key = image_stamp(image)
-        key = key and (str(image), key)
         case = self._prepared.get(key) if key else None
         if case is None:
             case = self.prepare(image, name)
             if key:
-                tensors = [v for view in [case, *case.get("views", [])] for v in view.values() if torch.is_tensor(v)]
-                self._prepared.put(key, case, sum(tensor.nbytes for tensor in tensors))
+                views = [case, *case.get("views", [])]
+                self._prepared.put(key, case, sum(_bytes(value) for view in views for value in view.values()))
         return case
+
+    def _result(self, key: Hashable | None, case: dict, options: Options, warnings: list[str]) -> dict:
+        """What was found in a case, kept for the next request, which may be for other classes of it."""
+        serving = self._serving
+        asked = key and (key, case["patient"], replace(options, classes=()))
+        found = serving.results.get(asked) if asked else None
+        if found is None:
+            told = len(warnings)
+            output = self._run(serving, case, options, warnings)
+            found = {name: value for name, value in output.items() if name not in case}
+            if asked and len(warnings) == told:
+                serving.results.put(asked, found, sum(map(_bytes, found.values())))
+        return {**case, **found}
 
     def _run(self, serving: _Serving, case: dict, options: Options, warnings: list[str]) -> dict:
         """Segment, in smaller batches and at last on the CPU if memory runs out."""
@@ -480,6 +495,20 @@ class Segmenter:
         if len(wanted) < len(self._names):
             other = ~torch.isin(output["pred"], torch.tensor([0, *wanted]))
             output["pred"] = output["pred"].masked_fill(other, 0)
+
+
+def _key(image: str | Path) -> Hashable | None:
+    """What tells an image's content from that of others; None where that can't be told."""
+    stamp = image_stamp(image)
+    return stamp and (str(image), stamp)
+
+
+def _bytes(value: Any) -> int:
+    """Size of the tensors in a value of a case or of a result."""
+    if torch.is_tensor(value):
+        return value.nbytes
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return sum(map(_bytes, parts)) if isinstance(parts, tuple | list) else 0
 
 
 def attempts(device: torch.device, batch_size: int) -> Iterator[tuple[torch.device, int]]:

@@ -73,7 +73,7 @@ class Settings:
         backbone: name of an overlay in the bundle's `configs/backbones`; None for what inference.json says.
         model_file: weights to start from; None for the bundle's own, which fit its default backbone alone.
         overrides: keys of inference.json with other values than the bundle's, see `METHOD_KEYS`.
-        query_cache_mb: MiB of features, and of prepared images, of the queries used last.
+        query_cache_mb: MiB of features, of prepared images, and of results, of the queries used last.
         max_upload_mb: MiB that a request may hold.
         cors_origins: other sites whose pages may use the server from a browser; none by default.
         hosts: names by which browsers reach the server, besides those that the machine knows of itself.

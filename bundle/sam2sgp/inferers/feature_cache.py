@@ -13,7 +13,7 @@ from sam2sgp.support.store import checksum
 
 
 class FeatureCache:
-    """Features of the batches used last, on the device they were computed on.
+    """Features of the images used last, on the device they were computed on.
 
     Args:
         megabytes: bound of all features together, in MiB.
@@ -32,12 +32,17 @@ class FeatureCache:
             network: in evaluation mode.
             fingerprint: of the network, see `SupportBank.fingerprint`.
         """
-        key = digest_of(checksum({"image": image}), fingerprint, precision(image.device))
-        features = self.recent.get(key)
-        if features is None:
-            features = network.encode(image)
-            self.recent.put(key, features, _size(features))
-        return features
+        where = fingerprint, precision(image.device)
+        keys = [digest_of(checksum({"image": row}), *where) for row in image]
+        rows = {key: self.recent.get(key) for key in keys}
+        new = {key: number for number, key in enumerate(keys) if rows[key] is None}
+        if new:
+            encoded = network.encode(image[list(new.values())])
+            for number, key in enumerate(new):
+                # A row that shared its storage with the batch would keep all of it.
+                rows[key] = encoded if len(new) == 1 else encoded[[number]]
+                self.recent.put(key, rows[key], _size(rows[key]))
+        return rows[keys[0]] if len(keys) == 1 else ImageFeatures.concatenate([rows[key] for key in keys])
 
 
 def _size(features: ImageFeatures) -> int:

@@ -7,6 +7,8 @@ seen in overlapping tiles instead. The mean of both passes' logits is the result
 where the first one is an average with another network's.
 """
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers.feature_cache import FeatureCache
-from sam2sgp.networks import SAM2SGP
+from sam2sgp.networks import SAM2SGP, SupportMemory
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.transforms.array import Region, to_three_channels
@@ -103,22 +105,33 @@ class RegionPass:
                 jobs += [_Job(row, column, region, images[row]) for region in regions]
         second = torch.zeros_like(logits)
         times = torch.zeros_like(logits)
-        for column in sorted({job.column for job in jobs}):
-            of_class = [job for job in jobs if job.column == column]
-            for start in range(0, len(of_class), self.batch_size):
-                batch = of_class[start : start + self.batch_size]
-                for job, values in zip(batch, self._segment(batch, network, patient, group), strict=False):
-                    place = (job.row, job.column, *job.region.place)
-                    second[place] += job.region.restore(values[None])[0, 0]
-                    times[place] += 1
+        for start in range(0, len(jobs), self.batch_size):
+            for job, values in self._segment(jobs[start : start + self.batch_size], network, patient, group):
+                place = (job.row, job.column, *job.region.place)
+                second[place] += job.region.restore(values[None])[0, 0]
+                times[place] += 1
         return torch.where(times > 0, torch.lerp(logits, second / times.clamp(min=1), weight), logits)
 
-    def _segment(self, jobs: list[_Job], network: SAM2SGP, patient: str | None, group: str | None) -> list[Tensor]:
-        """Logits (1, S, S) of each job, all of one class; none where no support may be used."""
+    def _segment(
+        self, jobs: list[_Job], network: SAM2SGP, patient: str | None, group: str | None
+    ) -> Iterator[tuple[_Job, Tensor]]:
+        """Jobs with their logits (1, S, S); without those of classes of which no support may be used."""
         device = next(network.parameters()).device
         cut = torch.cat([job.region.apply(job.image[None]) for job in jobs]).to(device, torch.float32)
         cut = to_three_channels(cut)
         cache = self.feature_cache
         features = network.encode(cut) if cache is None else cache(cut, network, self.bank.fingerprint)
-        support = self.bank.region_support(network, features, self.sampler, jobs[0].column, patient, group)
-        return [] if support is None else list(network.segment(features, support).logits.float())
+        by_class = defaultdict(list)
+        for number, job in enumerate(jobs):
+            by_class[job.column].append(number)
+        # Rows of whatever classes go through the network together where they have equally many support items.
+        by_count: dict[int, list[tuple[list[int], SupportMemory]]] = defaultdict(list)
+        for column, numbers in by_class.items():
+            support = self.bank.region_support(network, features[numbers], self.sampler, column, patient, group)
+            if support is not None:
+                by_count[support.tokens.shape[2]].append((numbers, support))
+        for parts in by_count.values():
+            numbers = [number for part, _ in parts for number in part]
+            support = SupportMemory.concatenate([memory for _, memory in parts])
+            logits = network.segment(features[numbers], support).logits.float()
+            yield from zip([jobs[number] for number in numbers], logits, strict=True)

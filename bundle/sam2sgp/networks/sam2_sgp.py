@@ -60,7 +60,7 @@ class ImageFeatures:
     def __len__(self) -> int:
         return len(self.embedding)
 
-    def __getitem__(self, rows: slice | Tensor) -> "ImageFeatures":
+    def __getitem__(self, rows: slice | Tensor | list[int]) -> "ImageFeatures":
         """Features of some of the images."""
         fine, middle = self.high_res
         key, pixels = (None if values is None else values[rows] for values in (self.prior_key, self.pixels))

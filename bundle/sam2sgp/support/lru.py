@@ -54,3 +54,8 @@ class ByteLRU:
     def discard(self, key: Hashable) -> None:
         """Forget a value, if it is kept."""
         self.bytes -= self._values.pop(key, (None, 0))[1]
+
+    def clear(self) -> None:
+        """Forget all values."""
+        self._values.clear()
+        self.bytes = 0
