@@ -5,7 +5,9 @@
 A simulated annotator: of each data set, patients are divided into a pool and a test set, two images of the pool are
 labelled, a strategy chooses further ones, and their true labels join the support set, with no training. The pool is
 scored again whenever Dice is measured (`--labels`), as the app's background task does, and in between each choice takes
-account of those before it. With `--finetune` the network is also adapted to the last support set for so many seconds.
+account of those before it. With `--finetune` the app's training also runs on the labels at each size, from the weights
+at the start, and Dice is measured with the weights that it leaves in use: its own, or the old ones where those are not
+worse on the labels it holds back. It takes four patients.
 
 Sets that pre-training may have used give their test section alone, so the embedded weights saw no image of pool or
 test. Every seed draws other first images (and, for `random`, others after them); the test set stays the same. Out: a
@@ -17,6 +19,8 @@ Without data sets it makes phantoms and uses those.
 
 import argparse
 import json
+import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import date
@@ -26,12 +30,16 @@ import matplotlib
 import numpy as np
 import torch
 from _tasks import HELD_OUT, PRETRAINING_SPLIT
-from fewshot import bundle_config, bundle_overrides, machine
+from fewshot import BUNDLE, bundle_config, bundle_overrides, machine
 from monai.metrics import compute_dice
 from tqdm import tqdm
 
+sys.path.insert(0, str(BUNDLE.parent / "apps" / "sam2sgp"))
+
+from lib.trainers.data import MIN_PATIENTS
+from lib.trainers.finetune import FineTuning
+from lib.weights import Weights
 from sam2sgp.active import STRATEGIES, choose, embed, examine
-from sam2sgp.adaptation import Adapter
 from sam2sgp.data import class_names, load_datalist
 from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.inferers.feature_cache import FeatureCache
@@ -87,7 +95,10 @@ class Simulation:
         config = bundle_config(settings)
         self.evaluator = config.get_parsed_content("evaluator")
         self.network = config.get_parsed_content("network").eval()
-        load_weights(self.network, config.get_parsed_content("model_file"))
+        self.weights = Path(config.get_parsed_content("model_file"))
+        load_weights(self.network, self.weights)
+        self.overrides = overrides
+        self.class_names = settings["class_names"]
         self.inferer = self.evaluator.inferer
         self.inferer.feature_cache = FeatureCache(MIB_OF_FEATURES)
         prepare = config.get_parsed_content("preprocessing")
@@ -98,12 +109,8 @@ class Simulation:
         """Make these images of the pool the support set."""
         self.inferer.bank.reconcile([self.pool[number] for number in chosen])
 
-    def dice(self, adapt: float = 0.0) -> float:
-        """Mean over the test images of the mean Dice of the classes that an image holds.
-
-        Args:
-            adapt: seconds of adaptation to the support set before.
-        """
+    def dice(self) -> float:
+        """Mean over the test images of the mean Dice of the classes that an image holds."""
         values: list[float] = []
 
         def measure(case: dict) -> None:
@@ -114,15 +121,29 @@ class Simulation:
             if score.isfinite().any():
                 values.append(float(score.nanmean()))
 
-        self.inferer.adapter = Adapter(adapt, progress=False) if adapt else None
         self.inferer.reset()
         with torch.no_grad():
             for case in self.evaluator.data_loader:
                 if "error" in case:
                     raise RuntimeError(case["error"])
                 measure(self.evaluator.segment(case))
-        self.inferer.adapter, self.inferer.adaptation = None, None
         return float(np.mean(values))
+
+    def finetuned_dice(self, chosen: Sequence[int]) -> float | None:
+        """Dice with what the app's training on these images leaves in use; None where they are of too few patients."""
+        cases = [self.pool[number] for number in chosen]
+        if len({case["patient"] for case in cases}) < MIN_PATIENTS:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Weights(Path(folder) / "weights", self.weights)
+            task = FineTuning(
+                BUNDLE, Path(folder), weights, lambda: (cases, []), lambda: self.class_names, self.overrides
+            )
+            task({"device": "cpu"}, None)
+            load_weights(self.network, weights.active().path)
+            dice = self.dice()
+        load_weights(self.network, self.weights)
+        return dice
 
     def next_images(self, strategy: str, labelled: list[int], count: int, rng: np.random.Generator) -> list[int]:
         """Images of the pool to label next."""
@@ -136,19 +157,20 @@ class Simulation:
         order, _ = choose(strategy, self.embedding[free], self.embedding[labelled], uncertainty, count)
         return [free[place] for place in order.tolist()]
 
-    def run(self, strategy: str, seed: int, sizes: Sequence[int], finetune: float) -> dict:
-        """Dice at each number of labels."""
+    def run(self, strategy: str, seed: int, sizes: Sequence[int], finetune: bool) -> dict:
+        """Dice at each number of labels; with `finetune` also after training, where that is possible."""
         first = np.random.default_rng(seed).permutation(len(self.pool))
         labelled = first[: sizes[0]].tolist()
         rng = np.random.default_rng([seed, 1])
-        curve = {}
+        curve, finetuned = {}, {}
         for size in sizes:
             if size > len(labelled):
                 labelled += self.next_images(strategy, labelled, size - len(labelled), rng)
             self.label(labelled)
             curve[size] = self.dice()
-        record = {"curve": curve, "chosen": [self.pool[number]["name"] for number in labelled]}
-        return record | ({"adapted": self.dice(finetune)} if finetune else {})
+            if finetune:
+                finetuned[size] = self.finetuned_dice(labelled)
+        return {"curve": curve, "finetuned": finetuned, "chosen": [self.pool[number]["name"] for number in labelled]}
 
 
 def read(path: Path) -> list[dict]:
@@ -159,7 +181,8 @@ def read(path: Path) -> list[dict]:
             record = json.loads(line)
         except ValueError:
             continue
-        record["curve"] = {int(size): dice for size, dice in record["curve"].items()}
+        for name in ("curve", "finetuned"):
+            record[name] = {int(size): dice for size, dice in record[name].items() if dice is not None}
         records.append(record)
     return records
 
@@ -181,18 +204,14 @@ def tables(records: list[dict]) -> str:
     for data in dict.fromkeys(record["data"] for record in records):
         of_data = [record for record in records if record["data"] == data]
         sizes = sorted(of_data[0]["curve"])
-        adapted = any("adapted" in record for record in of_data)
-        head = [f"{data}, Dice at labels", *map(str, sizes), *([f"{sizes[-1]}, adapted"] if adapted else [])]
-        head += ["mean over random", "labels for random's last Dice"]
+        head = [f"{data}, Dice at labels", *map(str, sizes), "mean over random", "labels for random's last Dice"]
         lines += ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
         baseline = {record["seed"]: record["curve"] for record in of_data if record["strategy"] == "random"}
         for strategy in ALL:
             rows = [record for record in of_data if record["strategy"] == strategy]
             if not rows:
                 continue
-            columns = [[row["curve"][size] for row in rows] for size in sizes]
-            columns += [[row["adapted"] for row in rows if "adapted" in row]] if adapted else []
-            cells = [f"{np.mean(values):.3f} ± {np.std(values):.3f}" if values else "" for values in columns]
+            cells = _cells([row["curve"] for row in rows], sizes)
             gains = [
                 np.mean([row["curve"][size] - baseline[row["seed"]][size] for size in sizes[1:]])
                 for row in rows
@@ -207,14 +226,23 @@ def tables(records: list[dict]) -> str:
             else:
                 cells.append("")
             lines.append("| " + " | ".join([strategy, *cells]) + " |")
+            if any(row["finetuned"] for row in rows):
+                cells = _cells([row["finetuned"] for row in rows], sizes)
+                lines.append("| " + " | ".join([f"{strategy}, fine-tuned", *cells, "", ""]) + " |")
         seeds = len({record["seed"] for record in of_data})
         facts = of_data[-1]["settings"]
         lines += ["", f"{facts['pool']} images in the pool, {facts['test']} in the test set, {seeds} seeds.", ""]
     return "\n".join(lines)
 
 
+def _cells(curves: Sequence[dict[int, float]], sizes: Sequence[int]) -> list[str]:
+    """Mean ± standard deviation at each size; "" where there is none."""
+    columns = [[curve[size] for curve in curves if size in curve] for size in sizes]
+    return [f"{np.mean(values):.3f} ± {np.std(values):.3f}" if values else "" for values in columns]
+
+
 def plot(records: list[dict], path: Path) -> None:
-    """Curves with bands of a standard deviation over seeds, one panel per data set."""
+    """Curves with bands of a standard deviation over seeds, one panel per data set; dashed: after fine-tuning."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -222,13 +250,18 @@ def plot(records: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), 3.6), squeeze=False)
     for axis, data in zip(axes[0], names, strict=True):
         for strategy in ALL:
-            curves = [r["curve"] for r in records if (r["data"], r["strategy"]) == (data, strategy)]
-            if curves:
-                sizes = sorted(curves[0])
-                values = np.array([[curve[size] for size in sizes] for curve in curves])
-                mean, std = values.mean(0), values.std(0)
-                (line,) = axis.plot(sizes, mean, marker="o", label=strategy)
-                axis.fill_between(sizes, mean - std, mean + std, color=line.get_color(), alpha=0.12)
+            rows = [row for row in records if (row["data"], row["strategy"]) == (data, strategy)]
+            color = None
+            for name, style, label in (("curve", "-", strategy), ("finetuned", "--", None)):
+                # Sizes that all seeds have.
+                sizes = sorted(set.intersection(*(set(row[name]) for row in rows))) if rows else []
+                if sizes:
+                    values = np.array([[row[name][size] for size in sizes] for row in rows])
+                    mean, std = values.mean(0), values.std(0)
+                    (line,) = axis.plot(sizes, mean, style, marker="o", label=label, color=color)
+                    color = line.get_color()
+                    axis.fill_between(sizes, mean - std, mean + std, color=color, alpha=0.12)
+        sizes = sorted({size for row in records if row["data"] == data for size in row["curve"]})
         axis.set(title=data, xlabel="labelled images", ylabel="Dice on unseen images", xscale="log")
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
@@ -247,7 +280,7 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--test", type=int, default=24, help="test images, at most")
     arguments.add_argument("--pool", type=int, default=60, help="images to choose from, at most")
-    arguments.add_argument("--finetune", type=float, default=0.0, metavar="SECONDS", help="also adapt at the end")
+    arguments.add_argument("--finetune", action="store_true", help="also measure after training on the labels")
     arguments.add_argument("--held_out", nargs="*", default=list(HELD_OUT), help="sets that pre-training has not used")
     arguments.add_argument("--weights", type=Path, help="default: the bundle's own")
     arguments.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the bundle's config")
