@@ -85,7 +85,13 @@ def test_the_user_is_the_proxys_header_only_where_it_is_named(client):
 def test_a_training_is_noted_with_its_user(client, tmp_path):
     client().post("/train/finetune", json={"max_epochs": 1}, headers={"x-forwarded-user": "anna"})
     (entry,) = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
-    assert (entry["action"], entry["user"]) == ("train", "anna")
+    assert (entry["action"], entry["user"]) == ("request training", "anna")
+
+
+def test_a_training_that_cannot_be_noted_is_refused_before_it_begins(client, tmp_path):
+    (tmp_path / "audit.jsonl").mkdir()
+    answer = client().post("/train/finetune", json={"max_epochs": 1})
+    assert answer.status_code == 507 and "audit log" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize(

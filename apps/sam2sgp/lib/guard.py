@@ -158,13 +158,14 @@ class RequestGuard:
             await self._app(scope, receive, send)
             return
         body = None
-        send = self._answering(scope, send)
+        send = _answering(send)
         user = current_user.set(self._user(Headers(scope=scope)))
         try:
             try:
                 self._check_head(scope)
                 body = await self._take(scope, receive)
                 await self._check_body(scope, body)
+                self._note(scope)
             except ClientDisconnect:
                 return
             except Exception as error:
@@ -324,22 +325,26 @@ class RequestGuard:
         if not path.startswith(("/session", "/model")):
             suffix_of(name)
 
-    def _answering(self, scope, send) -> Callable:
-        """`send`, which lets no browser take an answer for anything else, and notes a training that begins or ends."""
-        trains = scope["path"].strip("/").partition("/")[0] == "train" and scope["method"] in ("POST", "DELETE")
-
-        async def answering(message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-content-type-options"] = "nosniff"
-                if trains and message["status"] < 400:
-                    self._audit.write("train" if scope["method"] == "POST" else "stop training", path=scope["path"])
-            await send(message)
-
-        return answering
+    def _note(self, scope) -> None:
+        """Note who asks for a training or its end, before it happens: what can't be noted isn't done."""
+        action = {"POST": "request training", "DELETE": "stop training"}.get(scope["method"])
+        if action and scope["path"].strip("/").partition("/")[0] == "train":
+            self._audit.write(action, path=scope["path"])
 
     def _too_large(self, limit: int) -> TooLarge:
         advice = "send less, or raise max_upload_mb" if limit == self._limit else "send fewer parameters"
         return TooLarge(f"body: expected at most {limit / (1 << 20):g} MB, found more; {advice}.")
+
+
+def _answering(send) -> Callable:
+    """`send`, with which no browser takes an answer for anything else."""
+
+    async def answering(message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["x-content-type-options"] = "nosniff"
+        await send(message)
+
+    return answering
 
 
 async def _answer(request: Request, error: Exception) -> JSONResponse:
