@@ -145,7 +145,7 @@ def test_each_slice_is_encoded_once_and_few_are_held(monkeypatch):
 def test_fewer_slices_are_held_where_there_is_more_to_hold_of_each():
     features = Stub().encode(volume([0.9]))
     held = [VolumeMemory.window(features, classes, size) for classes, size in ((1, 128), (3, 512), (200, 1024))]
-    assert held == [volume_module.MAX_WINDOW, 42, volume_module.MIN_WINDOW]
+    assert held == [volume_module.MAX_WINDOW, 21, volume_module.MIN_WINDOW]
 
 
 def test_what_was_found_is_carried_into_the_next_window(monkeypatch):

@@ -256,6 +256,8 @@ class SupportSetInferer(Inferer):
             held.clear()
             retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
             output = propagation(features, images, retrieved)
+            # Not beside what the caller does with the results.
+            del features
             for start in range(0, len(images), self.batch_size):
                 rows = slice(start, start + self.batch_size)
                 yield Chunk(begin + start, output.rows(rows), [entry.rows(rows) for entry in retrieved])

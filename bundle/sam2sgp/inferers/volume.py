@@ -29,7 +29,7 @@ from sam2sgp.support.bank import Retrieved
 from sam2sgp.transforms.array import label_map
 
 MIN_WINDOW, MAX_WINDOW = 8, 64
-WINDOW_BYTES = 512 * 2**20
+WINDOW_BYTES = 256 * 2**20
 # An extent whose anchor is worth less than this share of the best one's has none.
 MIN_ANCHOR = 0.25
 # Share of what memory makes of a slice; the rest is what was known of it before.
