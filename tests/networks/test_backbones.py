@@ -59,8 +59,7 @@ def test_features_and_logits_equal_sam2s_own_when_sgp_is_off(tiny_checkpoint, sa
     torch.testing.assert_close(found.embedding, expected["vision_features"], rtol=0, atol=1e-5)
     torch.testing.assert_close(found.embedding, expected["backbone_fpn"][-1], rtol=0, atol=1e-5)
     torch.testing.assert_close(found.position, expected["vision_pos_enc"][-1], rtol=0, atol=1e-5)
-    decoder = network.pmg_decoder.decoder
-    projected = [decoder.conv_s0(found.high_res[0]), decoder.conv_s1(found.high_res[1])]
+    projected = network._share(found.high_res, "pmg")
     for ours, theirs in zip(projected, expected["backbone_fpn"][:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert expected["vision_features"].std() > 0.01

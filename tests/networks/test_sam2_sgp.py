@@ -237,10 +237,9 @@ def test_decoders_of_a_network_from_scratch_start_quiet(images):
     net = network()
     features = net.encode(images)
     position, sparse = net.prompt_encoder.get_dense_pe(), net._sparse(None, len(images))
-    for decoder in (net.pmg_decoder, net.pma_decoder):
-        logits = decoder(features.embedding, position, sparse, torch.zeros_like(features.embedding), features.high_res)[
-            0
-        ]
+    for name, decoder in (("pmg", net.pmg_decoder), ("pma", net.pma_decoder)):
+        high_res = net._share(features.high_res, name)
+        logits, *_ = decoder(features.embedding, position, sparse, torch.zeros_like(features.embedding), high_res)
         assert 0 < logits.std() < 1
 
 

@@ -140,7 +140,8 @@ class QueryEvaluator(SupervisedEvaluator):
 
         pred (Z, H, W) class values, uint8 or int32;
         pred_index and truth_index, if labelled, (Z, H, W) class numbers 0..C;
-        pseudo (Z, S, S) class numbers of the pseudo-masks; box (Z, C, 4); confidence {value: mean probability};
+        main, the slice with the most of all classes, labelled ones too; pseudo (S, S) class numbers of the pseudo-masks
+        there; box (Z, C, 4); confidence {value: mean probability};
         support {value: (item numbers (Z, K), similarities (Z, K))}; seconds; and all entries of the case;
         where asked for, probability (Z, C + 1, H, W) and uncertainty (Z, H, W), float16 in [0, 1].
 
@@ -205,7 +206,6 @@ class QueryEvaluator(SupervisedEvaluator):
         # As small as the values allow: of a long volume these arrays are gigabytes.
         small = values.to(torch.uint8 if values.max() <= 255 else torch.int32)
         pred = torch.zeros(slices, *case["fit"].original, dtype=small.dtype)
-        pseudo = torch.zeros(slices, *case["image"].shape[-2:], dtype=torch.uint8)
         box = torch.zeros(slices, len(bank.class_values), 4)
         support: dict[int, list] = {}
         # In half precision: of a long volume these are the largest arrays by far.
@@ -219,6 +219,8 @@ class QueryEvaluator(SupervisedEvaluator):
         source = patient, case.get("group")
         views = case.get("views", [])
         others = self._other_axes(case, views, len(values), source) if views else None
+        truth = case["label"] if isinstance(case.get("label"), torch.Tensor) else None
+        main, most = 0, -1
         for part, logits, chunk in self._chunks(self.inferer, case, source):
             if views:
                 logits = fused_logits(logits, others[part].to(logits.device), len(views))
@@ -227,7 +229,13 @@ class QueryEvaluator(SupervisedEvaluator):
             for name, values_of in (("probability", class_probabilities), ("uncertainty", uncertainty)):
                 if name in maps:
                     maps[name][part] = values_of(logits).cpu()
-            pseudo[part] = label_map(chunk.output.pseudo_logits).cpu()
+            shown = (index > 0).flatten(1).sum(1)
+            if truth is not None:
+                shown += (truth[part] > 0).flatten(1).sum(1)
+            if shown.max() > most:
+                row = int(shown.argmax())
+                main, most = part.start + row, int(shown[row])
+                pseudo = label_map(chunk.output.pseudo_logits[row, None])[0].cpu()
             box[part] = chunk.output.box.cpu()
             winner = logits.max(1).values.sigmoid()
             sums += np.bincount(index.flatten(), winner.flatten().cpu().double(), minlength=len(values))
@@ -237,6 +245,7 @@ class QueryEvaluator(SupervisedEvaluator):
         result = {
             **{key: value for key, value in case.items() if key not in ("image_full", "views")},
             "pred": pred,
+            "main": main,
             "pseudo": pseudo,
             "box": box,
             **maps,
@@ -248,8 +257,7 @@ class QueryEvaluator(SupervisedEvaluator):
                 value: tuple(torch.cat(part) for part in zip(*parts, strict=True)) for value, parts in support.items()
             },
         }
-        truth = case.get("label")
-        if isinstance(truth, torch.Tensor):
+        if truth is not None:
             found = torch.unique(truth).tolist()
             check_label_values(case["source"], found, bank.class_names)
             for name, found in (("pred_index", pred), ("truth_index", truth)):

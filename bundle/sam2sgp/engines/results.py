@@ -314,12 +314,8 @@ class ResultWriter:
         """What it takes to draw a case, as JSON types and arrays: the slices that are shown, on the case's own grid."""
         pred, truth = case["pred"].numpy(), case["label"].numpy() if self.scored else None
         slices = [int(number) for number in spread_slices(pred, truth)]
-        sizes = (pred > 0).reshape(len(pred), -1).sum(1)
-        if truth is not None:
-            sizes = sizes + (truth > 0).reshape(len(truth), -1).sum(1)
-        main = int(sizes.argmax())
-        fit, values = case["fit"], [0, *self.bank.class_values]
-        pseudo = fit.restore_label(case["pseudo"][main : main + 1])[0].long()
+        main, fit, values = case["main"], case["fit"], [0, *self.bank.class_values]
+        pseudo = fit.restore_label(case["pseudo"][None])[0].long()
         boxes = zip(self.bank.class_values, case["box"][main], strict=True)
         support = [
             {"id": self.bank.items[item].id, "class_name": self.bank.class_names[value], "similarity": similarity}

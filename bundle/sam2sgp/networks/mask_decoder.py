@@ -35,6 +35,11 @@ class GuidedMaskDecoder(nn.Module):
             decoder.iou_prediction_head.requires_grad_(False)
             decoder.pred_obj_score_head.requires_grad_(False)
 
+    @property
+    def skip_layers(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+        """Projections of the finest FPN level and the next one."""
+        return self.decoder.conv_s0, self.decoder.conv_s1
+
     def forward(
         self,
         embedding: Tensor,
@@ -51,7 +56,8 @@ class GuidedMaskDecoder(nn.Module):
             position: (1, D, g, g) positional encoding of the prompt encoder.
             sparse: (N, P, D) prompt tokens.
             dense: (N, D, g, g) dense prompt, added to the embedding.
-            high_res: FPN levels (B, D, 4g, 4g) and (B, D, 2g, 2g), N a multiple of B (rows of one image adjacent).
+            high_res: FPN levels (B, D / 8, 4g, 4g) and (B, D / 4, 2g, 2g) after `skip_layers`, N a multiple of B (rows
+                of one image adjacent).
             guidance: (N, 1, g, g) pseudo-mask probability in [0, 1]; ignored unless `guided`.
 
         Returns:
@@ -71,7 +77,7 @@ class GuidedMaskDecoder(nn.Module):
 
         image = image.transpose(1, 2).reshape(rows, -1, height, width)
         up1, norm, act1, up2, act2 = decoder.output_upscaling
-        fine, middle = decoder.conv_s0(high_res[0]), decoder.conv_s1(high_res[1])
+        fine, middle = high_res
         repeats = rows // fine.shape[0]
         image = act1(norm(up1(image) + for_each_class(middle, repeats)))
         image = act2(up2(image) + for_each_class(fine, repeats))

@@ -52,12 +52,18 @@ class Refinement(nn.Module):
     def _block(inputs: int, outputs: int) -> UnetResBlock:
         return UnetResBlock(2, inputs, outputs, 3, 1, norm_name=NORM, act_name=ACTIVATION)
 
+    @property
+    def skip_layers(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+        """Projections of the image's finest level and the next one."""
+        fine, middle, _ = self.skips
+        return fine, middle
+
     def forward(self, levels: list[Tensor], maps: Tensor, pseudo: Tensor, logits: Tensor) -> Tensor:
         """Correct.
 
         Args:
-            levels: embedding (N, D, g, g), conditioned on the support, and the image's levels (B, D, 2g, 2g) and
-                (B, D, 4g, 4g), N a multiple of B.
+            levels: embedding (N, D, g, g), conditioned on the support, and the image's levels after `skip_layers`,
+                (B, W, 2g, 2g) and (B, W', 4g, 4g), N a multiple of B.
             maps: (N, M, 4g, 4g) what the support says.
             pseudo, logits: (N, 1, 4g, 4g) mask logits.
 
@@ -66,9 +72,7 @@ class Refinement(nn.Module):
         """
         repeats = maps.shape[0] // levels[-1].shape[0]
         embedding, middle, fine = levels
-        fine, middle = (
-            for_each_class(skip(level), repeats) for skip, level in zip(self.skips[:2], (fine, middle), strict=True)
-        )
+        fine, middle = (for_each_class(level, repeats) for level in (fine, middle))
         coarse = self.skips[2](embedding)
         so_far = (LOGIT_SCALE * torch.cat([pseudo, logits], 1)).clamp(-2, 2)
         at_fine = self.down[0](torch.cat([fine, maps, so_far], 1))

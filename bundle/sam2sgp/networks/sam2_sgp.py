@@ -46,7 +46,8 @@ class ImageFeatures:
     """What the encoder makes of B images; g is the side of the embedding's grid, D its width.
 
     embedding: (B, D, g, g). position: its positional encoding, (B, D, g, g).
-    high_res: the two finer FPN levels, (B, D, 4g, 4g) and (B, D, 2g, 2g).
+    high_res: what the decoders and the refinement read of the two finer FPN levels, (B, D', 4g, 4g) and
+        (B, D'', 2g, 2g): the channels of each one's own projection, side by side.
     prior_key: (B, P, d) features for the support prior, or None where it is off.
     pixels: (B, 16 g^2, d') features for the support regression, or None where it is off.
     """
@@ -311,7 +312,30 @@ class SAM2SGP(nn.Module):
         levels = [embedding, middle, fine]
         key = None if self.prior is None else self.prior.keys(levels)
         pixels = None if self.regression is None else self.regression.features(levels)
-        return ImageFeatures(embedding, position, (fine, middle), key, pixels)
+        return ImageFeatures(embedding, position, self._projected(fine, middle), key, pixels)
+
+    @property
+    def _readers(self) -> dict[str, nn.Module]:
+        """What reads the finer levels."""
+        parts = {"pmg": self.pmg_decoder, "pma": self.pma_decoder, "refinement": self.refinement}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _projected(self, *levels: Tensor) -> tuple[Tensor, ...]:
+        """The finer levels as `ImageFeatures.high_res`: once per image, and fewer numbers to keep than the levels."""
+        found = []
+        columns = zip(*(part.skip_layers for part in self._readers.values()), strict=True)
+        for level, layers in zip(levels, columns, strict=True):
+            weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+            found.append(F.conv2d(level, weight, bias))
+        return tuple(found)
+
+    def _share(self, high_res: tuple[Tensor, Tensor], reader: str) -> tuple[Tensor, Tensor]:
+        """One reader's channels of `ImageFeatures.high_res`."""
+        number = list(self._readers).index(reader)
+        layers = zip(*(part.skip_layers for part in self._readers.values()), strict=True)
+        widths = ([layer.out_channels for layer in column] for column in layers)
+        fine, middle = (level.split(column, 1)[number] for level, column in zip(high_res, widths, strict=True))
+        return fine, middle
 
     def _encoded(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """The encoder's three levels of normalised images, the finest first, and the coarsest one's position."""
@@ -404,7 +428,8 @@ class SAM2SGP(nn.Module):
             dense = dense + self.prior.dense(maps, conditioned.shape[-1])
         sparse = self._sparse(None, conditioned.shape[0])
         position = self.prompt_encoder.get_dense_pe()
-        pseudo, iou, score = self.pmg_decoder(conditioned, position, sparse, dense, features.high_res)
+        high_res = self._share(features.high_res, "pmg")
+        pseudo, iou, score = self.pmg_decoder(conditioned, position, sparse, dense, high_res)
         if maps is not None:
             pseudo = pseudo + self.prior.logits(maps)
         box = self.box(pseudo)
@@ -412,7 +437,7 @@ class SAM2SGP(nn.Module):
         if self.pma_decoder is not None:
             logits, iou, score = self.guide(conditioned, dense, features.high_res, pseudo, box)
         if self.refinement is not None and maps is not None:
-            fine, middle = features.high_res
+            fine, middle = self._share(features.high_res, "refinement")
             logits = logits + self.refinement([conditioned, middle, fine], maps, pseudo, logits)
 
         def per_class(values: Tensor) -> Tensor:
@@ -431,6 +456,7 @@ class SAM2SGP(nn.Module):
 
         Args:
             conditioned: (N, D, g, g) memory-conditioned embedding. dense: (N, D, g, g) dense prompt of the PMG.
+            high_res: see `ImageFeatures`.
             pseudo: (N, 1, 4g, 4g) pseudo-mask logits. box: (N, 4) its box, see `SGPOutput`.
 
         Returns:
@@ -444,6 +470,7 @@ class SAM2SGP(nn.Module):
             dense = dense - self._no_mask(dense.shape[-1])
             dense = dense + self.prompt_encoder.mask_downscaling(pseudo.clamp(-MASK_LOGIT, MASK_LOGIT))
         position = self.prompt_encoder.get_dense_pe()
+        high_res = self._share(high_res, "pma")
         correction, iou, score = self.pma_decoder(conditioned, position, sparse, dense, high_res, guidance)
         return pseudo + correction, iou, score
 

@@ -128,7 +128,7 @@ class SupportBank:
         batch_size: int = 8,
         progress: bool = True,
         cache_dir: str | Path | None = None,
-        cache_mb: float = 256,
+        cache_mb: float = 128,
         skip_errors: bool = False,
         allow_empty: bool = False,
     ) -> None:
