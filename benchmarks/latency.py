@@ -69,7 +69,7 @@ BANK = "bank"
 MATRIX = 2048
 COPY_BYTES = 2**28
 # Memory of support items held between queries, as by default.
-CACHE_MB = 128
+CACHE_MB = 64
 REPEATS = 5
 # Share of the image's side that the object measures.
 OBJECT = 0.4

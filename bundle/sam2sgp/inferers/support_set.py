@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sam2sgp import distributed
 from sam2sgp.errors import ConfigError
+from sam2sgp.heap import give_back
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.inferers.presence import ABSENT_LOGIT, MAX_JUDGED, MIN_ABSENT, presence_threshold, without_absent
@@ -258,6 +259,7 @@ class SupportSetInferer(Inferer):
             output = propagation(features, images, retrieved)
             # Not beside what the caller does with the results.
             del features
+            give_back()
             for start in range(0, len(images), self.batch_size):
                 rows = slice(start, start + self.batch_size)
                 yield Chunk(begin + start, output.rows(rows), [entry.rows(rows) for entry in retrieved])

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from sam2sgp import distributed
 from sam2sgp.data.folders import check_label_values, complete_class_names
 from sam2sgp.errors import DataError, cause_of
+from sam2sgp.heap import give_back
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
 from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, network_fingerprint, settings_fingerprint
 from sam2sgp.support.items import VIEWS, Listing, Prepared, SupportItem, prepare_items
@@ -46,6 +47,8 @@ CASE, ENCODED = "case", "encoded"
 WHOLE = "item"
 CASES_PER_LOOKUP = 256
 NAMES_PER_COMMIT = 64
+# After how many batches memory that is not used goes back to the system.
+BATCHES_PER_TIDYING = 8
 MAX_VALUE = 255
 # Memory of an item by itself and by class; some are missing where the network has no prior.
 OF_ITEM, OF_CLASS = ("prior_key", "gram"), ("tokens", "prior_mask", "gram_foreground")
@@ -128,7 +131,7 @@ class SupportBank:
         batch_size: int = 8,
         progress: bool = True,
         cache_dir: str | Path | None = None,
-        cache_mb: float = 128,
+        cache_mb: float = 64,
         skip_errors: bool = False,
         allow_empty: bool = False,
     ) -> None:
@@ -630,9 +633,12 @@ class SupportBank:
                     if len(unlisted) >= NAMES_PER_COMMIT:
                         self._commit_embeddings(unlisted)
                         unlisted = {}
+                    if (start // batch + 1) % BATCHES_PER_TIDYING == 0:
+                        give_back()
                     bar.update(len(chosen))
         finally:
             self._commit_embeddings(unlisted)
+            give_back()
         return found
 
     def _encode(self, numbers: list[int], part: str) -> dict[str, Tensors]:
