@@ -168,8 +168,8 @@ class Simulation:
                 labelled += self.next_images(strategy, labelled, size - len(labelled), rng)
             self.label(labelled)
             curve[size] = self.dice()
-            if finetune:
-                finetuned[size] = self.finetuned_dice(labelled)
+            if finetune and (dice := self.finetuned_dice(labelled)) is not None:
+                finetuned[size] = dice
         return {"curve": curve, "finetuned": finetuned, "chosen": [self.pool[number]["name"] for number in labelled]}
 
 

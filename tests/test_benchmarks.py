@@ -244,6 +244,24 @@ def test_strategies_are_compared_and_not_repeated(script, data, tmp_path, monkey
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_the_apps_training_is_measured_where_there_are_patients_enough(script, data, tmp_path, monkeypatch, capsys):
+    active = script("active_learning")
+    # The pool is of three.
+    for module in (active, sys.modules["lib.trainers.data"]):
+        monkeypatch.setattr(module, "MIN_PATIENTS", 2)
+    monkeypatch.setattr(active.FineTuning, "_run", lambda self, settings: Path(settings["model_file"]))
+    dice = iter([0.2, 0.1])
+    monkeypatch.setattr(active.FineTuning, "_dice", lambda self, weights, settings: next(dice))
+    command = ["active_learning.py", f"pictures={data / 'pictures'}", "--output", str(tmp_path), "--labels", "1", "4"]
+    command += ["--seeds", "1", "--test", "2", "--pool", "6", "--held_out", "pictures", "--threads", "1", "--finetune"]
+    monkeypatch.setattr(sys, "argv", [*command, "--strategies", "random"])
+    active.main()
+    (record,) = active.read(tmp_path / "results.jsonl")
+    assert record["finetuned"] == {4: record["curve"][4]} and next(dice, None) is None
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| random, fine-tuned")]
+    assert f"|  | {record['finetuned'][4]:.3f} ± 0.000 |" in line
+
+
 def test_the_number_of_labels_needed_lies_between_those_measured(script):
     needed = script("active_learning").labels_needed
     curve = {2: 0.4, 4: 0.5, 8: 0.7}
