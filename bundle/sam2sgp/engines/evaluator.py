@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from sam2sgp.data.folders import check_label_values
 from sam2sgp.errors import DataError, cause_of
+from sam2sgp.heap import give_back
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.inferers.support_set import Chunk
 from sam2sgp.transforms import along_axis, class_probabilities, fused_logits, label_map, uncertainty
@@ -171,6 +172,7 @@ class QueryEvaluator(SupervisedEvaluator):
     def _let_go(self) -> None:
         """A long volume and what was found in it are gigabytes: not beside the next one, nor beside a report."""
         self.state.batch = self.state.output = None
+        give_back()
 
     def run(self, global_epoch: int = 1) -> None:
         """Go through the cases; `global_epoch` is that of a training which this is the validation of."""
