@@ -182,7 +182,7 @@ def read(path: Path) -> list[dict]:
         except ValueError:
             continue
         for name in ("curve", "finetuned"):
-            record[name] = {int(size): dice for size, dice in record[name].items() if dice is not None}
+            record[name] = {int(size): dice for size, dice in record[name].items()}
         records.append(record)
     return records
 

@@ -11,15 +11,13 @@ def resident():
     return int(open('/proc/self/statm').read().split()[1]) * 4096 / 2**20
 
 torch.set_num_threads(1)
-kept, before = [], resident()
-for _ in range(40):
-    # What is freed last of these is not at the end of the heap, where it would go back by itself.
-    large = [torch.ones(2**20) for _ in range(8)]
-    kept.append(torch.ones(2**10))
-    del large
-many = [torch.ones(2**18) for _ in range(200)]
-last = torch.ones(2**10)
-del many
+# 200 MiB in pieces small enough for the heap, and after each mebibyte something that stays: the end of the heap
+# is never free, so that nothing goes back by itself.
+gone, kept = [], []
+for _ in range(200):
+    gone += [torch.ones(2**14) for _ in range(16)]
+    kept.append(torch.ones(2**8))
+del gone
 held = resident()
 give_back()
 print(held - resident())

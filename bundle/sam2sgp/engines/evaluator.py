@@ -164,6 +164,8 @@ class QueryEvaluator(SupervisedEvaluator):
     ) -> None:
         super().__init__(*args, decollate=False, event_names=[QueryEvents], postprocessing=postprocessing, **kwargs)
         self.add_event_handler(Events.GET_BATCH_STARTED | Events.EPOCH_COMPLETED, self._let_go)
+        # A report reads volumes again.
+        self.add_event_handler(Events.EPOCH_COMPLETED, give_back)
         self.exclude_own_patient = exclude_own_patient
         self.probability = probability
         self.uncertainty = uncertainty
@@ -172,7 +174,6 @@ class QueryEvaluator(SupervisedEvaluator):
     def _let_go(self) -> None:
         """A long volume and what was found in it are gigabytes: not beside the next one, nor beside a report."""
         self.state.batch = self.state.output = None
-        give_back()
 
     def run(self, global_epoch: int = 1) -> None:
         """Go through the cases; `global_epoch` is that of a training which this is the validation of."""

@@ -42,6 +42,8 @@ class FeatureCache:
                 # A row that shared its storage with the batch would keep all of it.
                 rows[key] = encoded if len(new) == 1 else encoded[[number]]
                 self.recent.put(key, rows[key], _size(rows[key]))
+            if len(new) == len(keys):
+                return encoded
         return rows[keys[0]] if len(keys) == 1 else ImageFeatures.concatenate([rows[key] for key in keys])
 
 

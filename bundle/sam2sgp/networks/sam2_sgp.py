@@ -320,11 +320,15 @@ class SAM2SGP(nn.Module):
         parts = {"pmg": self.pmg_decoder, "pma": self.pma_decoder, "refinement": self.refinement}
         return {name: part for name, part in parts.items() if part is not None}
 
+    @property
+    def _skip_layers(self) -> list[tuple[nn.Conv2d, ...]]:
+        """For the finest level and the next one, the projections of all readers."""
+        return list(zip(*(part.skip_layers for part in self._readers.values()), strict=True))
+
     def _projected(self, *levels: Tensor) -> tuple[Tensor, ...]:
         """The finer levels as `ImageFeatures.high_res`: once per image, and fewer numbers to keep than the levels."""
         found = []
-        columns = zip(*(part.skip_layers for part in self._readers.values()), strict=True)
-        for level, layers in zip(levels, columns, strict=True):
+        for level, layers in zip(levels, self._skip_layers, strict=True):
             weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
             found.append(F.conv2d(level, weight, bias))
         return tuple(found)
@@ -332,8 +336,7 @@ class SAM2SGP(nn.Module):
     def _share(self, high_res: tuple[Tensor, Tensor], reader: str) -> tuple[Tensor, Tensor]:
         """One reader's channels of `ImageFeatures.high_res`."""
         number = list(self._readers).index(reader)
-        layers = zip(*(part.skip_layers for part in self._readers.values()), strict=True)
-        widths = ([layer.out_channels for layer in column] for column in layers)
+        widths = ([layer.out_channels for layer in layers] for layers in self._skip_layers)
         fine, middle = (level.split(column, 1)[number] for level, column in zip(high_res, widths, strict=True))
         return fine, middle
 
