@@ -30,6 +30,8 @@ from sam2sgp.transforms.array import pixel_size
 logger = logging.getLogger(__name__)
 
 AXES = (0, 1, 2)
+# Entries of a case that nobody needs after it is segmented; of a long volume they are gigabytes.
+IMAGES = ("image", "image_full", "views")
 
 
 class QueryDataset(Dataset):
@@ -143,7 +145,8 @@ class QueryEvaluator(SupervisedEvaluator):
         pred_index and truth_index, if labelled, (Z, H, W) class numbers 0..C;
         main, the slice with the most of all classes, labelled ones too; pseudo (S, S) class numbers of the pseudo-masks
         there; box (Z, C, 4); confidence {value: mean probability};
-        support {value: (item numbers (Z, K), similarities (Z, K))}; seconds; and all entries of the case;
+        support {value: (item numbers (Z, K), similarities (Z, K))}; seconds; and all entries of the case but its
+        images;
         where asked for, probability (Z, C + 1, H, W) and uncertainty (Z, H, W), float16 in [0, 1].
 
     Args:
@@ -193,6 +196,9 @@ class QueryEvaluator(SupervisedEvaluator):
                     engine.state.output = [self.segment(batchdata)]
             except DataError as error:
                 batchdata["error"] = str(error)
+            # Not beside what saving takes.
+            for name in IMAGES:
+                batchdata.pop(name, None)
         if engine.state.output:
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
@@ -246,7 +252,7 @@ class QueryEvaluator(SupervisedEvaluator):
             for entry in chunk.retrieved:
                 support.setdefault(entry.value, []).append((entry.index.cpu(), entry.similarity.cpu()))
         result = {
-            **{key: value for key, value in case.items() if key not in ("image_full", "views")},
+            **{key: value for key, value in case.items() if key not in IMAGES},
             "pred": pred,
             "main": main,
             "pseudo": pseudo,

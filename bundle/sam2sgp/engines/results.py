@@ -362,9 +362,13 @@ class ResultWriter:
         case, shown = self.cases[number], self.results[number]["shown"]
         image = read_image(case["image"], shown["slice_axis"])
         slices = torch.from_numpy(image.slices)
-        ct = is_ct(slices, shown["modality"], image.geometry.is_picture)
-        slices = scale_intensity(slices, ct, image.is_rgb)
-        picture = to_display(slices[shown["main"]])
+        total, kept = len(slices), [shown["main"], *shown["slices"]]
+        if is_ct(slices, shown["modality"], image.geometry.is_picture):
+            # A window needs no other slices, and a long CT is gigabytes.
+            slices = scale_intensity(slices[kept], ct=True)
+        else:
+            slices = scale_intensity(slices, rgb=image.is_rgb)[kept]
+        picture = to_display(slices[0])
         truth = arrays["truth"][0] if "truth" in arrays else None
         panels = [("Query", picture)]
         if truth is not None:
@@ -372,21 +376,23 @@ class ResultWriter:
         boxes = {value: tuple(box) for value, box in shown["boxes"]}
         panels.append(("Pseudo-mask and box", draw_overlay(picture, arrays["pseudo"], box=boxes)))
         panels.append(("Segmentation", draw_overlay(picture, arrays["pred"][0], truth=truth)))
-        volume = len(slices) > 1
+        volume = total > 1
         return CaseFigure(
             name=case["name"],
-            caption=f"Slice {shown['main'] + 1} of {len(slices)}" if volume else "",
+            caption=f"Slice {shown['main'] + 1} of {total}" if volume else "",
             panels=panels,
             metrics=[{key: row[key] for key in row if key in SHOWN_COLUMNS} for row in self._rows_of(number)],
             support=shown["support"],
-            montage=self._montage(shown["slices"], arrays, slices) if volume else None,
+            montage=self._montage(shown["slices"], arrays, slices[1:], total) if volume else None,
             section=section,
         )
 
     @staticmethod
-    def _montage(numbers: list[int], arrays: dict[str, np.ndarray], slices: torch.Tensor) -> np.ndarray:
+    def _montage(
+        numbers: list[int], arrays: dict[str, np.ndarray], slices: torch.Tensor, total: int
+    ) -> np.ndarray:
         truth = arrays["truth"][1:] if "truth" in arrays else None
-        return montage(slices[numbers], arrays["pred"][1:], truth, numbers=numbers, total=len(slices))
+        return montage(slices, arrays["pred"][1:], truth, numbers=numbers, total=total)
 
     def _thumb(self, identifier: str) -> SupportThumb:
         item = next(item for item in self.bank.items if item.id == identifier)
