@@ -229,8 +229,8 @@ class Trial:
             "training": self._training_left,
             "tokens": lambda: f"{self._encoded()} of {len(self.labels)} items encoded",
         }[work]()
-        left = self.server.state / "training" / "work" / "last.pt"
-        resumable = work == "training" and left.is_file() and left.stat().st_mtime > began
+        left = (self.server.state / "training" / "work").glob("*/last.pt")
+        resumable = work == "training" and any(path.stat().st_mtime > began for path in left)
         restart = self.start()
         labels = self.check_labels()
         items, tokens = self.check_support()

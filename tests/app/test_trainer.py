@@ -9,8 +9,9 @@ import torch
 from filelock import FileLock
 
 from lib.checks import Conflict, RequestError, StorageError
-from lib.trainers.data import digest, split
+from lib.trainers.data import digest, halve
 from lib.trainers.finetune import FineTuning
+from lib.trainers.judging import Comparison
 from lib.trainers.status import StatusHandler
 from lib.weights import Weights
 from sam2sgp.data import class_names, load_datalist
@@ -71,13 +72,34 @@ def some(count, patients):
     return [{"name": f"n{i}", "patient": f"p{i % patients}", "image": "i", "label": "l"} for i in range(count)]
 
 
-def test_whole_patients_are_held_back_and_stay_so_as_labels_are_added():
-    sections = split(some(24, 12))
-    patients = {name: {case["patient"] for case in cases} for name, cases in sections.items()}
-    assert len(patients["validation"]) == 3 and len(patients["training"]) == 9
-    assert not patients["validation"] & patients["training"]
-    grown = {case["patient"] for case in split(some(26, 13))["validation"]}
-    assert grown == patients["validation"] or len(grown & patients["validation"]) >= 2
+def test_patients_are_halved_and_stay_in_their_half_as_labels_come_and_go():
+    half_of = halve(some(24, 12), {})
+    assert len(half_of) == 12 and sum(half_of.values()) == 6
+    left = {patient: half for patient, half in half_of.items() if patient not in ("p1", "p2", "p3")}
+    grown = halve([case for case in some(30, 15) if case["patient"] not in ("p1", "p2", "p3")], half_of)
+    assert left.items() <= grown.items() and len(grown) == 12 and sum(grown.values()) == 6
+    assert halve(list(reversed(some(24, 12))), {}) == half_of
+    assert set(halve(some(4, 4), {}).values()) == {0, 1}
+
+
+def test_a_half_that_lost_its_labels_is_named_until_it_has_new_ones():
+    known = {"p0": 0, "p1": 0, "p2": 0, "p3": 0, "p4": 1, "p5": 1}
+    with pytest.raises(DataError, match="4 patients, 2 in each half of those .* trained on, found 5 of 5"):
+        halve(some(5, 5), known)
+    assert halve([*some(5, 5), {"patient": "new"}], known)["new"] == 1
+
+
+def test_a_gain_counts_that_exceeds_its_standard_error_over_the_patients_measured_with_both():
+    before, after = {"a": 0.5, "b": 0.4, "c": 0.6, "gone": 0.0}, {"a": 0.6, "b": 0.5, "c": 0.9, "new": 1.0}
+    found = Comparison.of(before, after)
+    assert found.patients == 3 and found.before == pytest.approx(0.5) and found.after == pytest.approx(2 / 3)
+    # Gains .1, .1, .3: standard deviation .1155.
+    assert found.error == pytest.approx(0.11547 / 3**0.5, abs=1e-5) and found.is_better
+    lucky = Comparison.of(before, {"a": 0.9, "b": 0.3, "c": 0.5})
+    assert lucky.after > lucky.before and not lucky.is_better
+    assert not Comparison.of(before, before).is_better
+    with pytest.raises(DataError, match="at least 2 patients to judge .* found 1"):
+        Comparison.of(before, {"a": 1.0})
 
 
 def test_too_few_patients_are_refused_in_one_sentence(tmp_path, phantoms):
@@ -91,43 +113,87 @@ def test_too_few_patients_are_refused_in_one_sentence(tmp_path, phantoms):
 
 
 def test_the_digest_follows_label_content_and_not_where_files_are(tmp_path):
-    def sections(folder, content):
+    def made(folder, content):
         folder.mkdir()
         (folder / "image").write_bytes(b"12")
         (folder / "label").write_bytes(content)
         case = {"name": "a", "patient": "p", "image": str(folder / "image"), "label": str(folder / "label")}
-        return {"training": [case], "validation": []}
+        return digest([case], {"p": 0}), digest([case], {"p": 1})
 
-    one, same, other = (
-        sections(tmp_path / name, content) for name, content in zip("abc", (b"x", b"x", b"y"), strict=True)
-    )
-    assert digest(one) == digest(same) != digest(other)
-    assert digest(one) != digest({"training": [], "validation": one["training"]})
+    one, same, other = (made(tmp_path / name, content) for name, content in zip("abc", (b"x", b"x", b"y"), strict=True))
+    assert one == same and one[0] != other[0] and one[0] != one[1]
 
 
-def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp_path, phantoms, cases):
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory):
+    """Weights that a few steps of training make better."""
     torch.manual_seed(0)
     start = SAM2SGP("nano", 64)
     load_weights(start, BUNDLE / "models" / "model.pt")
-    with torch.no_grad():  # spoilt, so that a few steps make it better
-        start.refinement.requires_grad_(True)
-        for parameter in start.refinement.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    save_weights(start, tmp_path / "spoilt.pt")
-    task, weights, events = a_task(tmp_path, cases, phantoms, tmp_path / "spoilt.pt")
-    stats = task({**REQUEST, "learning_rate": 3e-3, "episodes_per_epoch": 16}, None)
+    for parameter in start.refinement.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    path = tmp_path_factory.mktemp("spoilt") / "model.pt"
+    save_weights(start, path)
+    return path
+
+
+def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp_path, phantoms, cases, spoilt):
+    task, weights, events = a_task(tmp_path, cases, phantoms, spoilt)
+    request = {**REQUEST, "learning_rate": 3e-3, "episodes_per_epoch": 16}
+    stats = task(request, None)
     assert stats["state"] == "published", stats
-    assert stats["new_metric"] > stats["start_metric"] and stats["best_metric"] > 0
-    assert stats["epoch"] == stats["max_epochs"] == 1 and stats["step"] == stats["steps"] == 8
+    assert stats["new_metric"] - stats["start_metric"] > stats["gain_error"] > 0 and stats["best_metric"] > 0
+    assert stats["judged"] == 6, "every label is judged"
+    assert stats["epoch"] == stats["max_epochs"] == 2 and stats["step"] == stats["steps"] == 16
     assert stats["weights"]["version"] == "1" and stats["weights"]["before"] == "embedded"
-    assert stats["history"] == [{"epoch": 1, "metric": stats["metric"]}]
-    load_weights(SAM2SGP("nano", 64), weights.active().path)
-    assert (weights.active().path.parent / "lora" / "adapter_model.safetensors").is_file()
-    assert [path.name for path in task.work.iterdir()] == ["tensorboard"]
+    assert [row["epoch"] for row in stats["history"]] == [1, 2] and stats["history"][1]["metric"] == stats["metric"]
+    assert {str(path.relative_to(task.work)) for path in task.work.rglob("*") if path.is_dir()} >= {
+        "half_0/tensorboard",
+        "half_1/tensorboard",
+    }
+    assert not [path for path in task.work.rglob("*") if path.is_file() and "events" not in path.name]
     assert [action for action, _ in events] == ["train", "publish"]
+
+    # What serves is the mean of both halves' weights, and those were not trained alike.
+    folder = weights.active().path.parent
+    states = [torch.load(folder / f"half_{half}.pt", weights_only=True) for half in (0, 1)]
+    mean = torch.load(weights.active().path, weights_only=True)
+    changed = [name for name in mean if not torch.equal(states[0][name], states[1][name])]
+    assert changed
+    for name in changed:
+        assert torch.allclose(mean[name], (states[0][name] + states[1][name]) / 2, atol=1e-6)
+    half_of = json.loads((folder / "halves.json").read_text())
+    assert half_of.keys() == {case["patient"] for case in cases}
+
+    # The next training of a half starts from that half's own weights, which never saw the other's labels.
+    starts, run = [], FineTuning._run
+    task._run = lambda settings, half: starts.append(settings["model_file"]) or run(task, settings, half)
+    assert task({**request, "learning_rate": 1e-12}, None)["state"] == "kept"
+    assert starts == [str(folder / "half_0.pt"), str(folder / "half_1.pt")]
 
     assert task({"model": "finetune", "action": ["roll_back"]}, None)["state"] == "rolled_back"
     assert weights.active().name == "embedded" and events[-1][0] == "roll_back"
+
+
+def test_each_half_trains_on_its_own_patients_alone_and_is_judged_on_the_others(tmp_path, phantoms, cases, monkeypatch):
+    task, weights, _ = a_task(tmp_path, cases, phantoms)
+    listings = []
+
+    def run(settings, half):
+        listings.append(json.loads(Path(settings["dataset_dir"]).read_text()))
+        return weights.active().path
+
+    monkeypatch.setattr(task, "_run", run)
+    dice = iter([{"a": 0.5, "b": 0.5}, {"a": 0.9, "b": 0.7}, {"c": 0.5, "d": 0.5}, {"c": 0.1, "d": 0.4}])
+    monkeypatch.setattr(task, "_dice", lambda path, settings: next(dice))
+    stats = task(REQUEST, None)
+    assert stats["state"] == "kept", "one half's luck does not pay for the other's loss"
+    assert (stats["start_metric"], stats["new_metric"]) == (0.5, pytest.approx(0.525))
+    patients = [
+        [{case["patient"] for case in listing[name]} for name in ("training", "validation")] for listing in listings
+    ]
+    assert patients[0] == patients[1][::-1] and len(patients[0][0]) == len(patients[0][1]) == 3
+    assert not patients[0][0] & patients[0][1]
 
 
 @pytest.mark.parametrize(
@@ -190,11 +256,11 @@ def test_a_killed_training_reads_as_stopped_and_the_next_one_goes_on_but_publish
     written = json.loads(task.status.path.read_text())
     write_text(task.status.path, json.dumps({**written, "pid_created": 0.0}))
     stopped = task.stats()
-    assert stopped["state"] == "stopped" and "after 1 of 2 epochs" in stopped["message"]
+    assert stopped["state"] == "stopped" and "after 1 of 4 epochs" in stopped["message"]
     assert weights.active().name == "embedded" and not events[0][1]["resumed"]
 
     stats = task(request, None)
-    assert stats["state"] == "kept" and stats["epoch"] == 2 and "'embedded' stay in use" in stats["message"]
+    assert stats["state"] == "kept" and stats["epoch"] == 4 and "'embedded' stay in use" in stats["message"]
     assert [action for action, _ in events] == ["train", "train", "keep"] and events[1][1]["resumed"]
     assert weights.versions() == [weights.active()]
 
@@ -224,13 +290,15 @@ def test_one_training_at_a_time(tmp_path, phantoms, cases):
 
 
 def test_other_labels_or_options_begin_anew(tmp_path, phantoms, cases):
-    task, _, events = a_task(tmp_path, cases, phantoms)
-    sections = split(cases)
-    assert task._prepare(sections, ["a"]) is None
+    task, _, _ = a_task(tmp_path, cases, phantoms)
+    assert task._prepare("labels", ["a"]) == {}
     (task.work / "last.pt").touch()
-    task._remember(0.5)
-    assert task._prepare(sections, ["a"]) == 0.5 and (task.work / "last.pt").exists()
-    assert task._prepare(sections, ["b"]) is None and not (task.work / "last.pt").exists()
+    known = {"before_0": {"p": 0.5}}
+    task._remember(known)
+    assert task._prepare("labels", ["a"]) == known and (task.work / "last.pt").exists()
+    assert task._prepare("labels", ["b"]) == {} and not (task.work / "last.pt").exists()
+    task._remember(known)
+    assert task._prepare("others", ["b"]) == {}
 
 
 def test_rolling_back_where_there_is_nothing_before_says_so(tmp_path, phantoms, cases):

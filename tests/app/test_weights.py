@@ -37,13 +37,11 @@ def test_the_embedded_weights_serve_until_something_is_published(weights, start)
 def test_a_published_version_is_a_whole_copy_and_in_use_in_other_objects_too(weights, tmp_path, start):
     other = Weights(weights.folder, start)
     assert other.active().name == "embedded"
-    adapters = tmp_path / "adapters"
-    adapters.mkdir()
-    (adapters / "adapter_config.json").write_text("{}")
-    version = weights.publish(a_file(tmp_path, b"one"), {"dice": 0.5}, adapters)
+    (tmp_path / "more").write_text("{}")
+    version = weights.publish(a_file(tmp_path, b"one"), {"dice": 0.5}, {"halves.json": tmp_path / "more"})
     assert version == other.active() == weights.versions()[1]
     assert version.path.read_bytes() == b"one" and version.metrics == {"dice": 0.5} and version.published
-    assert (version.path.parent / "lora" / "adapter_config.json").read_text() == "{}"
+    assert version.path.with_name("halves.json").read_text() == "{}"
     assert not list(weights.folder.glob(".part.*"))
 
 

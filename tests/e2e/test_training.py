@@ -143,7 +143,7 @@ def test_training_survives_the_kill_of_its_server_is_stopped_and_its_weights_are
 
         server.start()
         stopped = stats(server)
-        assert "after 1 of 2 epochs" in stopped["message"] and stopped["weights"]["version"] == "embedded"
+        assert "after 1 of 4 epochs" in stopped["message"] and stopped["weights"]["version"] == "embedded"
         assert post(server, REQUEST).ok
         wait_for(server, lambda found: found["state"] == "running" and "goes on" in found.get("message", ""))
         assert requests.delete(f"{server.url}/train/", timeout=60).json()["status"] == "STOPPED"

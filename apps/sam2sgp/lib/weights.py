@@ -1,7 +1,7 @@
 """Published weights: which file serves, which came before, and how a better one takes its place.
 
-Layout of the folder: `<version>/` with `model.pt`, `version.json` and, where the weights came from LoRA, `lora/` in
-PEFT's format; and `active.json`, which names the version in use. Without `active.json` it is the bundle's own file,
+Layout of the folder: `<version>/` with `model.pt`, `version.json` and what else its publisher keeps with it; and
+`active.json`, which names the version in use. Without `active.json` it is the bundle's own file,
 the version "embedded". Versions are never changed; delete the folder of one that is not needed any more.
 
 Concurrency: any number of processes may read while one publishes or rolls back; writers exclude each other by a lock
@@ -27,7 +27,6 @@ from sam2sgp.files import write_text
 
 EMBEDDED = "embedded"
 MODEL_FILE = "model.pt"
-LORA_FOLDER = "lora"
 FACTS_FILE = "version.json"
 ACTIVE_FILE = "active.json"
 _PART = ".part."
@@ -79,16 +78,18 @@ class Weights:
         names = (path.parent.name for path in self.folder.glob(f"[0-9]*/{FACTS_FILE}"))
         return [self._embedded(), *(self._version(name) for name in sorted(names, key=_number))]
 
-    def publish(self, weights: str | Path, metrics: Mapping[str, Any], adapters: str | Path | None = None) -> Version:
-        """Copy a weights file, and the PEFT folder it was merged from, as a new version, and put that in use.
+    def publish(
+        self, weights: str | Path, metrics: Mapping[str, Any], more: Mapping[str, Path] | None = None
+    ) -> Version:
+        """Copy a weights file, and files to keep with it, as a new version, and put that in use.
 
         Args:
             weights: a file that the bundle's `inference.json` loads.
             metrics: what was measured, for people; JSON values.
-            adapters: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+            more: other files, by their names in the version's folder.
 
         Raises:
-            WeightsError: the folder can't be written, or `weights` can't be read; the old version stays in use.
+            WeightsError: the folder can't be written, or a file can't be read; the old version stays in use.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,10 +104,10 @@ class Weights:
                 }
                 with TemporaryDirectory(prefix=_PART, dir=self.folder) as part:
                     shutil.copyfile(weights, Path(part, MODEL_FILE))
-                    if adapters is not None:
-                        shutil.copytree(adapters, Path(part, LORA_FOLDER))
+                    for file, source in (more or {}).items():
+                        shutil.copyfile(source, Path(part, file))
                     Path(part, FACTS_FILE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
-                    for file in (path for path in Path(part).rglob("*") if path.is_file()):
+                    for file in Path(part).iterdir():
                         with open(file, "rb+") as opened:
                             os.fsync(opened.fileno())
                     Path(part).chmod(self.folder.stat().st_mode & 0o777)

@@ -388,9 +388,7 @@ class ResultWriter:
         )
 
     @staticmethod
-    def _montage(
-        numbers: list[int], arrays: dict[str, np.ndarray], slices: torch.Tensor, total: int
-    ) -> np.ndarray:
+    def _montage(numbers: list[int], arrays: dict[str, np.ndarray], slices: torch.Tensor, total: int) -> np.ndarray:
         truth = arrays["truth"][1:] if "truth" in arrays else None
         return montage(slices, arrays["pred"][1:], truth, numbers=numbers, total=total)
 

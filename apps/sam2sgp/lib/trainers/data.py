@@ -1,7 +1,7 @@
-"""The data of a fine-tuning: labelled cases as a MONAI datalist, some patients of which are held back.
+"""The data of a fine-tuning: labelled cases in two halves, each of which judges what the other has trained.
 
-In: the cases that also make the support set. Out: a datalist JSON with `training` and `validation`, which the bundle's
-`load_datalist` reads, and a digest that tells whether a stopped training can go on.
+In: the cases that also make the support set. Out: of each half a datalist JSON with `training` and `validation`, which
+the bundle's `load_datalist` reads, and a digest that tells whether a stopped training can go on.
 """
 
 import hashlib
@@ -12,31 +12,39 @@ from pathlib import Path
 from sam2sgp.errors import DataError
 from sam2sgp.files import write_text
 
-HELD_BACK_SHARE = 0.25
-MIN_PATIENTS = 4
-SECTIONS = ("training", "validation")
+HALVES = 2
+MIN_PATIENTS_OF_A_HALF = 2
+MIN_PATIENTS = HALVES * MIN_PATIENTS_OF_A_HALF
 
 
-def split(cases: Sequence[Mapping]) -> dict[str, list[Mapping]]:
-    """The cases as `training` and `validation`: a quarter of the patients, at least one, is held back for the latter.
+def halve(cases: Sequence[Mapping], known: Mapping[str, int]) -> dict[str, int]:
+    """The half, 0 or 1, of each patient.
 
-    Which patients those are depends on their names alone, so that they stay held back, but for a few at the border,
-    as labels are added: weights are not judged by what earlier ones were trained on.
+    Args:
+        cases: labelled ones.
+        known: halves of the patients that the weights to start from were trained on. They stay where they are, so that
+            no half judges weights that it has trained.
+
+    The others go, in an order that depends on their names alone, to the half with fewer patients.
 
     Raises:
-        DataError: there are too few patients.
+        DataError: there are too few patients, of all or (after labels were taken away) of a half.
     """
     patients = sorted({case["patient"] for case in cases}, key=_rank)
-    if len(patients) < MIN_PATIENTS:
+    half_of = {patient: known[patient] for patient in patients if patient in known}
+    for patient in patients:
+        if patient not in half_of:
+            half_of[patient] = min(range(HALVES), key=list(half_of.values()).count)
+    least = min(list(half_of.values()).count(half) for half in range(HALVES))
+    if least < MIN_PATIENTS_OF_A_HALF:
+        expected = f"approved labels of at least {MIN_PATIENTS} patients"
+        if len(patients) >= MIN_PATIENTS:
+            expected += f", {MIN_PATIENTS_OF_A_HALF} in each half of those that the weights in use were trained on"
         raise DataError(
-            f"Fine-tuning expected approved labels of at least {MIN_PATIENTS} patients, found {len(cases)} of "
-            f"{len(patients)}; approve labels of more patients, then train again. The weights stay as they are."
+            f"Fine-tuning expected {expected}, found {len(cases)} of {len(patients)}; approve labels of more "
+            "patients, then train again. The weights stay as they are."
         )
-    held_back = set(patients[: max(1, round(HELD_BACK_SHARE * len(patients)))])
-    sections: dict[str, list[Mapping]] = {name: [] for name in SECTIONS}
-    for case in cases:
-        sections[SECTIONS[case["patient"] in held_back]].append(case)
-    return sections
+    return half_of
 
 
 def write_datalist(path: Path, sections: Mapping[str, Sequence[Mapping]], class_names: Mapping[int, str]) -> None:
@@ -51,11 +59,16 @@ def write_datalist(path: Path, sections: Mapping[str, Sequence[Mapping]], class_
     write_text(path, json.dumps(content, indent=1))
 
 
-def digest(sections: Mapping[str, Sequence[Mapping]]) -> str:
-    """Equal for equal labels of equal images in equal sections, wherever the files are."""
+def digest(cases: Sequence[Mapping], half_of: Mapping[str, int]) -> str:
+    """Equal for equal labels of equal images in equal halves, wherever the files are."""
     rows = sorted(
-        (section, case["name"], case["patient"], _size(Path(case["image"])), _content(Path(case["label"])))
-        for section, cases in sections.items()
+        (
+            half_of[case["patient"]],
+            case["name"],
+            case["patient"],
+            _size(Path(case["image"])),
+            _content(Path(case["label"])),
+        )
         for case in cases
     )
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -1,8 +1,12 @@
 """LoRA fine-tuning on the approved labels, as a MONAI Label train task.
 
-    labelled cases ─ some patients held back ─ bundle: train.json + finetune.json ─ LoRA merged ─┐
-                                                                 active weights ─────────────────┤
-                         better ones are published, else the old stay ─ Dice on held-back labels ┘
+    labelled cases ─┬─ half 0 ── train.json + finetune.json ── weights 0 ── Dice on half 1 ─┐
+                    └─ half 1 ── train.json + finetune.json ── weights 1 ── Dice on half 0 ─┤
+                              clearly better than before on all labels? mean of both weights ─ published
+
+Both halves start from the weights in use, LoRA is merged after training, and every label is judged by weights that were
+not trained on it: few labels are a weak judge, and a part of few is a weaker one. With the mean of both weights, each
+half's own are kept, from which the next training of that half starts.
 
 MONAI Label runs the task in a process of its own. The weights in use change at the very end, in one step and only for
 better ones, so the task may be stopped or killed at any moment. What a stopped training had is kept; the next one goes
@@ -22,18 +26,22 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
+from torch.optim.swa_utils import AveragedModel
 
 from lib.checks import Conflict, RequestError, StorageError
 from lib.options import first
-from lib.trainers.data import digest, split, write_datalist
+from lib.trainers.data import HALVES, digest, halve, write_datalist
+from lib.trainers.judging import Comparison
 from lib.trainers.status import Status, StatusHandler
-from lib.weights import LORA_FOLDER, MODEL_FILE, Weights
-from sam2sgp.errors import DataError, Sam2SgpError, cause_of
+from lib.weights import MODEL_FILE, Version, Weights
+from sam2sgp.errors import Sam2SgpError, cause_of
 from sam2sgp.files import write_text
 from sam2sgp.networks import load_weights, merge_lora, save_weights
 
@@ -44,6 +52,8 @@ PUBLISHED, KEPT, FAILED, ROLLED_BACK = "published", "kept", "failed", "rolled_ba
 METRIC = "val_mean_dice"
 LAST_FILE = "last.pt"
 TENSORBOARD_FOLDER = "tensorboard"
+HALVES_FILE = "halves.json"
+HALF_FILES = tuple(f"half_{half}.pt" for half in range(HALVES))
 OPTIONS = {"max_epochs": int, "episodes_per_epoch": int, "learning_rate": float}
 # Keys that inference.json shares with train.json, but which a training sets itself.
 OWN_KEYS = (
@@ -88,7 +98,7 @@ class FineTuning(TrainTask):
         audit: Callable[..., None] = lambda action, **facts: None,
     ) -> None:
         super().__init__(
-            "LoRA fine-tuning on the approved labels; new weights are used only if better on held-back labels"
+            "LoRA fine-tuning on the approved labels; new weights are used only if better on labels they have not seen"
         )
         self.bundle_root = Path(bundle_root)
         self.folder = Path(state_dir) / "training"
@@ -210,84 +220,112 @@ class FineTuning(TrainTask):
         if left_out:
             self.status.update(left_out=list(left_out))
             logger.warning("Left out of the training: %s", " ".join(left_out))
-        sections = split(cases)
         start = self.weights.active()
-        facts = {name: len(cases) for name, cases in sections.items()} | {"start_weights": start.name}
-        self.status.update(message="Preparing.", epoch=0, max_epochs=options["max_epochs"], **facts)
-        datalist = self.work / "datalist.json"
+        half_of = halve(cases, _known_halves(start.path))
+        facts = {"labels": len(cases), "patients": len(half_of), "start_weights": start.name}
+        self.status.update(message="Preparing.", epoch=0, max_epochs=HALVES * options["max_epochs"], **facts)
         settings = {
             **self.overrides,
             "bundle_root": str(self.bundle_root),
-            "dataset_dir": str(datalist),
-            "output_dir": str(self.work),
             "device": options["device"],
             "progress": False,
-            # All that is not held back is trained on.
+            # All of a half is trained on, to the end: an epoch chosen by its Dice on the other half would flatter it.
             "split": [1.0, 0.0, 0.0],
+            "keep_best": False,
         }
-        before = self._prepare(sections, [start.name, settings, options])
-        resumed = (self.work / LAST_FILE).is_file()
-        write_datalist(datalist, sections, self.class_names())
+        measured = self._prepare(digest(cases, half_of), [start.name, settings, options])
+        resumed = any(self.work.glob(f"*/{LAST_FILE}"))
         self.audit("train", resumed=resumed, **facts, **options)
-        if before is None:
-            self.status.update(message="Measuring the weights in use.")
-            before = self._dice(start.path, settings)
-            self._remember(before)
-        logger.info("Mean Dice of the weights %r on %d held-back labels: %.4f", start.name, facts["validation"], before)
-        going_on = "Training goes on from where it was stopped." if resumed else "Training."
-        self.status.update(message=going_on, start_metric=before)
-        merged = self._run({**settings, **options, "model_file": str(start.path)})
-        self.status.update(message="Measuring the new weights.")
-        after = self._dice(merged, settings)
-        self._publish(start.name, merged, before, after, facts | options)
+        self.status.update(message="Training goes on from where it was stopped." if resumed else "Training.")
+        files = []
+        for half in range(HALVES):
+            folder = self.work / f"half_{half}"
+            sections = {"training": [], "validation": []}
+            for case in cases:
+                sections["training" if half_of[case["patient"]] == half else "validation"].append(case)
+            datalist = folder / "datalist.json"
+            write_datalist(datalist, sections, self.class_names())
+            own = {**settings, "dataset_dir": str(datalist), "output_dir": str(folder)}
+            before = start.path.with_name(HALF_FILES[half])
+            before = before if before.is_file() else start.path
+            self._measure(measured, f"before_{half}", before, own)
+            files.append(self._run({**own, **options, "model_file": str(before)}, half))
+            self._measure(measured, f"after_{half}", files[-1], own)
+        before, after = (
+            {patient: dice for half in range(HALVES) for patient, dice in measured[f"{when}_{half}"].items()}
+            for when in ("before", "after")
+        )
+        compared = Comparison.of(before, after)
+        if compared.is_better:
+            metrics = {"dice": compared.after, "dice_before": compared.before, "judged": compared.patients, **facts}
+            version = self._publish(files, half_of, own, metrics | options)
+            self.audit("publish", weights=version.name, replaced=start.name, **compared.facts)
+            state, verdict = PUBLISHED, f"The new weights {version.name!r} are in use."
+        else:
+            self.audit("keep", weights=start.name, **compared.facts)
+            state, verdict = KEPT, f"Not clearly better, so the weights {start.name!r} stay in use."
+        self.status.finish(state, f"{compared} {verdict}", **compared.facts)
         # Nothing to go on with any more; images don't stay longer than they are needed.
-        for path in self.work.iterdir():
+        for path in [*self.work.iterdir(), *self.work.glob("*/*")]:
             if path.is_file():
                 path.unlink()
-            elif path.name != TENSORBOARD_FOLDER:
+            elif path.parent != self.work and path.name != TENSORBOARD_FOLDER:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _prepare(self, sections: Mapping[str, Sequence[Mapping]], choices: Sequence) -> float | None:
+    def _prepare(self, content: str, choices: Sequence) -> dict[str, dict[str, float]]:
         """An empty work folder, or that of a stopped training of the same kind.
 
         Returns:
-            The Dice of the active weights, if that training had measured it.
+            What that training had measured, see `_measure`.
         """
         configs = [(self.bundle_root / name).read_text(encoding="utf-8") for name in self.train_files]
-        key = sha256(json.dumps([digest(sections), choices, configs], sort_keys=True).encode()).hexdigest()
+        self._key = sha256(json.dumps([content, choices, configs], sort_keys=True).encode()).hexdigest()
         try:
             known = json.loads((self.work / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             known = {}
-        self._key = key
-        if known.get("key") == key:
-            return known.get("dice")
+        if known.get("key") == self._key:
+            return known["dice"]
         shutil.rmtree(self.work, ignore_errors=True)
-        self._remember(None)
-        return None
+        self._remember({})
+        return {}
 
-    def _remember(self, dice: float | None) -> None:
-        write_text(self.work / "run.json", json.dumps({"key": self._key, "dice": dice}))
+    def _remember(self, measured: Mapping[str, Mapping[str, float]]) -> None:
+        write_text(self.work / "run.json", json.dumps({"key": self._key, "dice": measured}))
 
-    def _dice(self, weights: Path, settings: Mapping[str, Any]) -> float:
-        """Mean Dice of a weights file on the held-back labels, guided by the others, by the bundle's evaluation."""
-        parser = ConfigParser()
-        parser.read_config([str(self.bundle_root / name) for name in self.evaluate_files])
-        parser.update({**settings, "validate::dataset::data": "@val_data", "validate::handlers": []})
+    def _measure(self, measured: dict, name: str, weights: Path, settings: Mapping[str, Any]) -> None:
+        """Put the Dice by patient of a weights file at `measured[name]`, unless a stopped training had."""
+        if name not in measured:
+            measured[name] = self._dice(weights, settings)
+            self._remember(measured)
+
+    def _dice(self, weights: Path, settings: Mapping[str, Any]) -> dict[str, float]:
+        """Mean Dice by patient of a weights file on the other half, guided by its own, by the bundle's evaluation."""
+        parser = self._evaluation(settings)
         network = parser.get_parsed_content("network")
         load_weights(network, weights)
         evaluator = parser.get_parsed_content("validate::evaluator")
-        evaluator.run()
-        dice = evaluator.state.metrics.get(METRIC, math.nan)
-        if math.isnan(dice):
-            raise DataError(
-                "Fine-tuning expected an object in a label held back to judge it, found none that can be read; "
-                "approve labels with objects of more patients, then train again. The weights stay as they are."
-            )
-        return float(dice)
+        patients: list[str] = []
 
-    def _run(self, settings: Mapping[str, Any]) -> Path:
-        """Train through the bundle; the path of the best weights, LoRA merged."""
+        @evaluator.on(Events.ITERATION_COMPLETED)
+        def note() -> None:
+            patients.extend(case["patient"] for case in evaluator.state.output if "truth_index" in case)
+
+        evaluator.run()
+        of_patient: dict[str, list[float]] = {}
+        for patient, values in zip(patients, evaluator.state.metric_details[METRIC], strict=True):
+            # One value per class; none where there is no object.
+            of_patient.setdefault(patient, []).extend(values[values.isfinite()].tolist())
+        return {patient: float(np.mean(values)) for patient, values in of_patient.items() if values}
+
+    def _evaluation(self, settings: Mapping[str, Any]) -> ConfigParser:
+        parser = ConfigParser()
+        parser.read_config([str(self.bundle_root / name) for name in self.evaluate_files])
+        parser.update({**settings, "validate::dataset::data": "@val_data", "validate::handlers": []})
+        return parser
+
+    def _run(self, settings: Mapping[str, Any], half: int) -> Path:
+        """Train a half through the bundle; the path of its weights, LoRA merged."""
         workflow = ConfigWorkflow(
             config_file=[str(self.bundle_root / name) for name in self.train_files],
             meta_file=str(self.bundle_root / "configs" / "metadata.json"),
@@ -297,26 +335,40 @@ class FineTuning(TrainTask):
         )
         workflow.initialize()
         content = workflow.parser.get_parsed_content
-        StatusHandler(self.status, content("validate::evaluator"), METRIC).attach(content("train::trainer"))
+        handler = StatusHandler(self.status, content("validate::evaluator"), METRIC, half, HALVES)
+        handler.attach(content("train::trainer"))
         workflow.run()
         network = content("network_def")
-        load_weights(network, self.work / MODEL_FILE)
+        folder = Path(settings["output_dir"])
+        load_weights(network, folder / MODEL_FILE)
         merge_lora(network)
-        merged = self.work / "merged" / MODEL_FILE
+        merged = folder / "merged" / MODEL_FILE
         save_weights(network, merged)
         return merged
 
-    def _publish(self, start: str, merged: Path, before: float, after: float, facts: Mapping[str, Any]) -> None:
-        compared = f"Mean Dice on {facts['validation']} held-back labels: {before:.4f} before, {after:.4f} after."
-        measured = {"start_metric": before, "new_metric": after}
-        if not after > before:
-            self.audit("keep", weights=start, **measured)
-            self.status.finish(KEPT, f"{compared} Not better, so the weights {start!r} stay in use.", **measured)
-            return
-        metrics = {"dice": after, "dice_before": before, "held_back": facts["validation"], "labels": facts["training"]}
-        version = self.weights.publish(merged, metrics, self.work / LORA_FOLDER)
-        self.audit("publish", weights=version.name, replaced=start, **measured)
-        self.status.finish(PUBLISHED, f"{compared} The new weights {version.name!r} are in use.", **measured)
+    def _publish(
+        self, files: Sequence[Path], half_of: Mapping[str, int], settings: Mapping, metrics: Mapping
+    ) -> Version:
+        """Put the mean of both halves' weights in use; they themselves are kept with it."""
+        mean, halves = self.work / MODEL_FILE, self.work / HALVES_FILE
+        self._save_mean(files, mean, settings)
+        write_text(halves, json.dumps(half_of))
+        return self.weights.publish(mean, metrics, {HALVES_FILE: halves, **dict(zip(HALF_FILES, files, strict=True))})
+
+    def _save_mean(self, files: Sequence[Path], path: Path, settings: Mapping[str, Any]) -> None:
+        """Write the mean of weights that started from the same ones."""
+        network = self._evaluation(settings).get_parsed_content("network_def")
+        mean = AveragedModel(network)
+        for file in files:
+            load_weights(network, file)
+            mean.update_parameters(network)
+        save_weights(mean.module, path)
+
+
+def _known_halves(weights: Path) -> dict[str, int]:
+    """The half of each patient that published weights were trained on; {} for others."""
+    path = weights.with_name(HALVES_FILE)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _storage_problem(error: BaseException | None) -> str | None:

@@ -87,13 +87,18 @@ class StatusHandler:
         status: what to update.
         validator: the evaluator that runs after epochs.
         metric: name of its key metric.
+        part, parts: which one (from 0) of how many trainings of the same length this is; epochs and steps are counted
+            over all of them.
         seconds: time between two updates within an epoch.
     """
 
-    def __init__(self, status: Status, validator: Engine, metric: str, seconds: float = 2.0) -> None:
+    def __init__(
+        self, status: Status, validator: Engine, metric: str, part: int = 0, parts: int = 1, seconds: float = 2.0
+    ) -> None:
         self.status = status
         self.validator = validator
         self.metric = metric
+        self.part, self.parts = part, parts
         self.seconds = seconds
         self._last = -math.inf
 
@@ -108,20 +113,21 @@ class StatusHandler:
             self.status.update(**self._progress(engine))
 
     def _epoch(self, engine: Engine) -> None:
-        facts = {"epoch": engine.state.epoch, **self._progress(engine)}
-        state = self.validator.state
+        facts, state = self._progress(engine), self.validator.state
+        facts["epoch"] = epoch = self.part * engine.state.max_epochs + engine.state.epoch
         if state.best_metric_epoch > 0:
-            facts |= {"best_metric": float(state.best_metric), "best_epoch": state.best_metric_epoch}
+            best_epoch = self.part * engine.state.max_epochs + state.best_metric_epoch
+            facts |= {"best_metric": float(state.best_metric), "best_epoch": best_epoch}
         if self.metric in state.metrics:
             facts["metric"] = float(state.metrics[self.metric])
-            measured = {"epoch": engine.state.epoch, "metric": facts["metric"]}
+            measured = {"epoch": epoch, "metric": facts["metric"]}
             history = self.status.facts.get("history", [])
             if state.epoch == engine.state.epoch and measured not in history:
                 facts["history"] = [*history, measured]
             logger.info(
                 "Epoch %d of %d: loss %.3f, mean Dice %.4f (best %.4f, epoch %d)",
-                engine.state.epoch,
-                engine.state.max_epochs,
+                epoch,
+                facts["max_epochs"],
                 facts["loss"],
                 facts["metric"],
                 facts["best_metric"],
@@ -129,13 +135,13 @@ class StatusHandler:
             )
         self.status.update(**facts)
 
-    @staticmethod
-    def _progress(engine: Engine) -> dict[str, Any]:
+    def _progress(self, engine: Engine) -> dict[str, Any]:
         state = engine.state
+        steps = state.max_epochs * state.epoch_length
         facts = {
-            "max_epochs": state.max_epochs,
-            "step": state.iteration,
-            "steps": state.max_epochs * state.epoch_length,
+            "max_epochs": self.parts * state.max_epochs,
+            "step": self.part * steps + state.iteration,
+            "steps": self.parts * steps,
         }
         if state.output:
             facts["loss"] = float(state.output[0]["loss"])
