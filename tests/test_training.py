@@ -74,6 +74,11 @@ def test_training_stops_early_when_nothing_gets_better(phantoms, tmp_path):
     assert saved["epoch"] == 3 and saved["best_metric_epoch"] == 1
 
 
+def test_the_last_epoch_can_be_kept_whatever_validation_says(phantoms, tmp_path):
+    saved = train(phantoms, tmp_path, max_epochs=3, patience=1, keep_best=False, learning_rate=0.0)
+    assert saved["epoch"] == saved["best_metric_epoch"] == 3
+
+
 def test_accumulation_takes_one_step_for_several_batches(phantoms, tmp_path):
     saved = train(phantoms, tmp_path, max_epochs=1, episodes_per_step=1, accumulation_steps=4)
     steps = {int(state["step"]) for state in saved["state"]["optimizer"]["state"].values()}
