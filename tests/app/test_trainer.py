@@ -146,7 +146,8 @@ def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp
     assert stats["judged"] == 6, "every label is judged"
     assert stats["epoch"] == stats["max_epochs"] == 2 and stats["step"] == stats["steps"] == 16
     assert stats["weights"]["version"] == "1" and stats["weights"]["before"] == "embedded"
-    assert [row["epoch"] for row in stats["history"]] == [1, 2] and stats["history"][1]["metric"] == stats["metric"]
+    assert [(row["part"], row["epoch"]) for row in stats["history"]] == [(0, 1), (1, 2)]
+    assert stats["history"][1]["metric"] == stats["metric"]
     assert {str(path.relative_to(task.work)) for path in task.work.rglob("*") if path.is_dir()} >= {
         "half_0/tensorboard",
         "half_1/tensorboard",

@@ -6,6 +6,7 @@ Meanwhile requests get the answers that they got before, until other weights ser
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -155,6 +156,9 @@ def test_training_survives_the_kill_of_its_server_is_stopped_and_its_weights_are
         found = wait_for(server, lambda found: found["state"] in ("published", "kept"))
         assert found["state"] == "published", found
         assert found["weights"]["version"] == "1" and found["weights"]["metrics"]["dice"] == found["new_metric"]
+        page = requests.get(f"{server.url}/sam2sgp/", timeout=60).text
+        # A curve for each half, of two epochs.
+        assert [curve.count(",") for curve in re.findall('<polyline points="(.*?)"', page)] == [2, 2]
         after = wait_for_weights(server, answers, "1", before)
         assert after[1] == approved and after[2] != before[2] and segment(server, answers) == after
         assert get(server, "/info/")["support"]["rebuilding"] is None

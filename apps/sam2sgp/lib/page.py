@@ -17,6 +17,7 @@ segmenter's lock.
 import io
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -137,7 +138,7 @@ class SupportPage:
             removed=_paged("removed", _part(labels["removed"], removed), len(labels["removed"]), removed),
             unlabelled=_paged("next", _part(unlabelled, next), len(unlabelled), next),
             training=stats,
-            curve=_curve(stats.get("history", [])),
+            curves=_curves(stats.get("history", [])),
             curve_size=CURVE,
             final=FINAL,
             removed_tag=REMOVED,
@@ -272,12 +273,14 @@ def _paged(name: str, shown: list, total: int, page: int) -> dict:
     }
 
 
-def _curve(history: list[dict]) -> str:
-    """Points of an SVG polyline: Dice of 0 to 1 upwards over epochs."""
+def _curves(history: list[dict]) -> list[str]:
+    """Points of an SVG polyline for each part of a training: Dice of 0 to 1 upwards over all epochs."""
     width, height = CURVE
-    values = [entry["metric"] for entry in history if "metric" in entry]
-    step = width / max(len(values) - 1, 1)
-    return " ".join(f"{step * place:.1f},{height * (1 - value):.1f}" for place, value in enumerate(values))
+    step = width / max(len(history) - 1, 1)
+    points = defaultdict(list)
+    for place, entry in enumerate(history):
+        points[entry.get("part")].append(f"{step * place:.1f},{height * (1 - entry['metric']):.1f}")
+    return [" ".join(of_part) for of_part in points.values()]
 
 
 @lru_cache(maxsize=PICTURES_KEPT)

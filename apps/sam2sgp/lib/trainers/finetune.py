@@ -198,9 +198,10 @@ class FineTuning(TrainTask):
         self.status.finish(ROLLED_BACK, f"The weights {version.name!r} are in use again, in the place of {before!r}.")
 
     def _train(self, request: Mapping[str, Any]) -> None:
+        history = self.status.read().get("history", [])
         self.status.start()
         try:
-            self._make_weights(self._options(request))
+            self._make_weights(self._options(request), history)
         except Exception as error:
             cause = cause_of(error)
             if reason := _storage_problem(error):
@@ -215,7 +216,8 @@ class FineTuning(TrainTask):
                 raise cause from error
             raise
 
-    def _make_weights(self, options: Mapping[str, Any]) -> None:
+    def _make_weights(self, options: Mapping[str, Any], history: Sequence[Mapping]) -> None:
+        """Train, compare, publish or keep; `history` is that of the training before, with which this one may go on."""
         cases, left_out = self.cases()
         if left_out:
             self.status.update(left_out=list(left_out))
@@ -236,7 +238,10 @@ class FineTuning(TrainTask):
         measured = self._prepare(digest(cases, half_of), [start.name, settings, options])
         resumed = any(self.work.glob(f"*/{LAST_FILE}"))
         self.audit("train", resumed=resumed, **facts, **options)
-        self.status.update(message="Training goes on from where it was stopped." if resumed else "Training.")
+        if resumed:
+            self.status.update(message="Training goes on from where it was stopped.", history=list(history))
+        else:
+            self.status.update(message="Training.")
         files = []
         for half in range(HALVES):
             folder = self.work / f"half_{half}"

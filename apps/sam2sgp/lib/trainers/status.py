@@ -120,7 +120,7 @@ class StatusHandler:
             facts |= {"best_metric": float(state.best_metric), "best_epoch": best_epoch}
         if self.metric in state.metrics:
             facts["metric"] = float(state.metrics[self.metric])
-            measured = {"epoch": epoch, "metric": facts["metric"]}
+            measured = {"epoch": epoch, "part": self.part, "metric": facts["metric"]}
             history = self.status.facts.get("history", [])
             if state.epoch == engine.state.epoch and measured not in history:
                 facts["history"] = [*history, measured]
