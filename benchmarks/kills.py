@@ -61,7 +61,7 @@ TRAINING = {"max_epochs": 3, "episodes_per_epoch": 8, "learning_rate": 1e-3}
 # Of such a training: episodes are taken three at a time.
 STEPS = 9
 # Seconds after the first sign of the work within which the server is killed.
-WINDOW = {"saving": 3.0, "scoring": 3.0, "training": 3.0, "tokens": 1.0}
+WINDOW = {"saving": 3.0, "scoring": 3.0, "training": 20.0, "tokens": 1.0}
 WAIT = 120.0
 TITLES = ("#", "while", "killed after", "found then", "labels", "items used", "tokens", "restart")
 

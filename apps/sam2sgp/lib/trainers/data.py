@@ -47,12 +47,20 @@ def halve(cases: Sequence[Mapping], known: Mapping[str, int]) -> dict[str, int]:
     return half_of
 
 
-def write_datalist(path: Path, sections: Mapping[str, Sequence[Mapping]], class_names: Mapping[int, str]) -> None:
-    """Write the datalist, whole or not at all."""
+def sections(cases: Sequence[Mapping], half_of: Mapping[str, int], half: int) -> dict[str, list[Mapping]]:
+    """A half's cases as `training`, the others as `validation`."""
+    parts: dict[str, list[Mapping]] = {"training": [], "validation": []}
+    for case in cases:
+        parts["training" if half_of[case["patient"]] == half else "validation"].append(case)
+    return parts
+
+
+def write_datalist(path: Path, data: Mapping[str, Sequence[Mapping]], class_names: Mapping[int, str]) -> None:
+    """Write a datalist of sections, whole or not at all."""
     keys = ("image", "label", "patient", "modality")
     content: dict = {
         section: [{key: str(case[key]) for key in keys if case.get(key)} for case in cases]
-        for section, cases in sections.items()
+        for section, cases in data.items()
     }
     if class_names:
         content["labels"] = {str(value): name for value, name in class_names.items()}

@@ -16,6 +16,7 @@ Concurrency: one training at a time, whatever the number of servers with the sam
 """
 
 import errno
+import gc
 import json
 import logging
 import math
@@ -37,11 +38,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from lib.checks import Conflict, RequestError, StorageError
 from lib.options import first
-from lib.trainers.data import HALVES, digest, halve, write_datalist
+from lib.trainers.data import HALVES, digest, halve, sections, write_datalist
 from lib.trainers.judging import Comparison
 from lib.trainers.status import Status, StatusHandler
 from lib.weights import MODEL_FILE, Version, Weights
-from sam2sgp.errors import Sam2SgpError, cause_of
+from sam2sgp.errors import Sam2SgpError, WeightsError, cause_of
 from sam2sgp.files import write_text
 from sam2sgp.networks import load_weights, merge_lora, save_weights
 
@@ -242,28 +243,17 @@ class FineTuning(TrainTask):
             self.status.update(message="Training goes on from where it was stopped.", history=list(history))
         else:
             self.status.update(message="Training.")
-        files = []
-        for half in range(HALVES):
-            folder = self.work / f"half_{half}"
-            sections = {"training": [], "validation": []}
-            for case in cases:
-                sections["training" if half_of[case["patient"]] == half else "validation"].append(case)
-            datalist = folder / "datalist.json"
-            write_datalist(datalist, sections, self.class_names())
-            own = {**settings, "dataset_dir": str(datalist), "output_dir": str(folder)}
-            before = start.path.with_name(HALF_FILES[half])
-            before = before if before.is_file() else start.path
-            self._measure(measured, f"before_{half}", before, own)
-            files.append(self._run({**own, **options, "model_file": str(before)}, half))
-            self._measure(measured, f"after_{half}", files[-1], own)
+        files = [
+            self._train_half(half, sections(cases, half_of, half), start, settings, options, measured)
+            for half in range(HALVES)
+        ]
         before, after = (
             {patient: dice for half in range(HALVES) for patient, dice in measured[f"{when}_{half}"].items()}
             for when in ("before", "after")
         )
         compared = Comparison.of(before, after)
         if compared.is_better:
-            metrics = {"dice": compared.after, "dice_before": compared.before, "judged": compared.patients, **facts}
-            version = self._publish(files, half_of, own, metrics | options)
+            version = self._publish(files, half_of, {**settings, **self._folders(0)}, compared, facts)
             self.audit("publish", weights=version.name, replaced=start.name, **compared.facts)
             state, verdict = PUBLISHED, f"The new weights {version.name!r} are in use."
         else:
@@ -276,6 +266,32 @@ class FineTuning(TrainTask):
                 path.unlink()
             elif path.parent != self.work and path.name != TENSORBOARD_FOLDER:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _folders(self, half: int) -> dict[str, str]:
+        """The config values that say where a half's datalist and results are."""
+        folder = self.work / f"half_{half}"
+        return {"dataset_dir": str(folder / "datalist.json"), "output_dir": str(folder)}
+
+    def _train_half(
+        self,
+        half: int,
+        data: Mapping[str, Sequence[Mapping]],
+        start: Version,
+        settings: Mapping[str, Any],
+        options: Mapping[str, Any],
+        measured: dict[str, dict[str, float]],
+    ) -> Path:
+        """The weights file of a half; `measured` gets the Dice on the other half before and after."""
+        settings = {**settings, **self._folders(half)}
+        write_datalist(Path(settings["dataset_dir"]), data, self.class_names())
+        own = start.path.with_name(HALF_FILES[half])
+        before = own if own.is_file() else start.path
+        self._measure(measured, f"before_{half}", before, settings)
+        after = self._run({**settings, **options, "model_file": str(before)}, half)
+        # Ignite's engines hold each other: not beside the next half, on a GPU.
+        gc.collect()
+        self._measure(measured, f"after_{half}", after, settings)
+        return after
 
     def _prepare(self, content: str, choices: Sequence) -> dict[str, dict[str, float]]:
         """An empty work folder, or that of a stopped training of the same kind.
@@ -352,12 +368,18 @@ class FineTuning(TrainTask):
         return merged
 
     def _publish(
-        self, files: Sequence[Path], half_of: Mapping[str, int], settings: Mapping, metrics: Mapping
+        self,
+        files: Sequence[Path],
+        half_of: Mapping[str, int],
+        settings: Mapping[str, Any],
+        compared: Comparison,
+        facts: Mapping[str, Any],
     ) -> Version:
         """Put the mean of both halves' weights in use; they themselves are kept with it."""
         mean, halves = self.work / MODEL_FILE, self.work / HALVES_FILE
         self._save_mean(files, mean, settings)
         write_text(halves, json.dumps(half_of))
+        metrics = {"dice": compared.after, "dice_before": compared.before, "judged": compared.patients, **facts}
         return self.weights.publish(mean, metrics, {HALVES_FILE: halves, **dict(zip(HALF_FILES, files, strict=True))})
 
     def _save_mean(self, files: Sequence[Path], path: Path, settings: Mapping[str, Any]) -> None:
@@ -373,7 +395,13 @@ class FineTuning(TrainTask):
 def _known_halves(weights: Path) -> dict[str, int]:
     """The half of each patient that published weights were trained on; {} for others."""
     path = weights.with_name(HALVES_FILE)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: expected the halves of the patients, found a file that can't be read ({error}); restore it, or "
+            "roll back to other weights, then train again."
+        ) from error
 
 
 def _storage_problem(error: BaseException | None) -> str | None:
