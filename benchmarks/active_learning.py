@@ -6,8 +6,8 @@ A simulated annotator: of each data set, patients are divided into a pool and a 
 labelled, a strategy chooses further ones, and their true labels join the support set, with no training. The pool is
 scored again whenever Dice is measured (`--labels`), as the app's background task does, and in between each choice takes
 account of those before it. With `--finetune` the app's training also runs on the labels at each size, from the weights
-at the start, and Dice is measured with the weights that it leaves in use: its own, or the old ones where those are not
-worse on the labels it holds back. It takes four patients.
+at the start, and Dice is measured with the weights that it leaves in use: its own, or the old ones where its own are
+not clearly better on labels that they were not trained on. It takes four patients.
 
 Sets that pre-training may have used give their test section alone, so the embedded weights saw no image of pool or
 test. Every seed draws other first images (and, for `random`, others after them); the test set stays the same. Out: a
@@ -129,8 +129,11 @@ class Simulation:
                 measure(self.evaluator.segment(case))
         return float(np.mean(values))
 
-    def finetuned_dice(self, chosen: Sequence[int]) -> float | None:
-        """Dice with what the app's training on these images leaves in use; None where they are of too few patients."""
+    def finetuned(self, chosen: Sequence[int]) -> tuple[float, dict] | None:
+        """Dice with what the app's training on these images leaves in use, and what it found itself.
+
+        None where they are of too few patients.
+        """
         cases = [self.pool[number] for number in chosen]
         if len({case["patient"] for case in cases}) < MIN_PATIENTS:
             return None
@@ -139,11 +142,11 @@ class Simulation:
             task = FineTuning(
                 BUNDLE, Path(folder), weights, lambda: (cases, []), lambda: self.class_names, self.overrides
             )
-            task({"device": "cpu"}, None)
+            stats = task({"device": "cpu"}, None)
             load_weights(self.network, weights.active().path)
             dice = self.dice()
         load_weights(self.network, self.weights)
-        return dice
+        return dice, {name: stats[name] for name in ("state", "start_metric", "new_metric", "gain_error")}
 
     def next_images(self, strategy: str, labelled: list[int], count: int, rng: np.random.Generator) -> list[int]:
         """Images of the pool to label next."""
@@ -162,15 +165,16 @@ class Simulation:
         first = np.random.default_rng(seed).permutation(len(self.pool))
         labelled = first[: sizes[0]].tolist()
         rng = np.random.default_rng([seed, 1])
-        curve, finetuned = {}, {}
+        curve, finetuned, trainings = {}, {}, {}
         for size in sizes:
             if size > len(labelled):
                 labelled += self.next_images(strategy, labelled, size - len(labelled), rng)
             self.label(labelled)
             curve[size] = self.dice()
-            if finetune and (dice := self.finetuned_dice(labelled)) is not None:
-                finetuned[size] = dice
-        return {"curve": curve, "finetuned": finetuned, "chosen": [self.pool[number]["name"] for number in labelled]}
+            if finetune and (found := self.finetuned(labelled)) is not None:
+                finetuned[size], trainings[size] = found
+        chosen = [self.pool[number]["name"] for number in labelled]
+        return {"curve": curve, "finetuned": finetuned, "trainings": trainings, "chosen": chosen}
 
 
 def read(path: Path) -> list[dict]:

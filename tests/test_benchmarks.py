@@ -249,8 +249,9 @@ def test_the_apps_training_is_measured_where_there_are_patients_enough(script, d
     # The pool is of three.
     for module in (active, sys.modules["lib.trainers.data"]):
         monkeypatch.setattr(module, "MIN_PATIENTS", 2)
-    monkeypatch.setattr(active.FineTuning, "_run", lambda self, settings: Path(settings["model_file"]))
-    dice = iter([0.2, 0.1])
+    monkeypatch.setattr(sys.modules["lib.trainers.data"], "MIN_PATIENTS_OF_A_HALF", 1)
+    monkeypatch.setattr(active.FineTuning, "_run", lambda self, settings, half: Path(settings["model_file"]))
+    dice = iter([{"a": 0.2}, {"a": 0.1}, {"b": 0.4}, {"b": 0.3}])
     monkeypatch.setattr(active.FineTuning, "_dice", lambda self, weights, settings: next(dice))
     command = ["active_learning.py", f"pictures={data / 'pictures'}", "--output", str(tmp_path), "--labels", "1", "4"]
     command += ["--seeds", "1", "--test", "2", "--pool", "6", "--held_out", "pictures", "--threads", "1", "--finetune"]
@@ -258,6 +259,7 @@ def test_the_apps_training_is_measured_where_there_are_patients_enough(script, d
     active.main()
     (record,) = active.read(tmp_path / "results.jsonl")
     assert record["finetuned"] == {4: record["curve"][4]} and next(dice, None) is None
+    assert record["trainings"]["4"]["state"] == "kept" and record["trainings"]["4"]["new_metric"] == pytest.approx(0.2)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| random, fine-tuned")]
     assert f"|  | {record['finetuned'][4]:.3f} ± 0.000 |" in line
 
