@@ -19,16 +19,19 @@ BACKBONES = ["nano", "tiny", "small", "base_plus", "large"]
 
 EVALUATION = {"model_file", "report_figures", "evaluating", "fuse_axes", "validate::dataset::fuse_axes"}
 ADAPTATION = {"adapt_seconds", "adapt_steps", "adapt_seed", "adapt_dir", "adapter", "validate::inferer::adapter"}
-PRETRAINING = {
-    "held_out",
-    "related",
-    "collection_options",
+TASKS = {
     "synthetic_probability",
     "superpixel_probability",
     "threshold_probability",
     "label_operation_probability",
     "region_probability",
     "crop_probability",
+}
+REHEARSAL = TASKS | {f"train::dataset::{name}" for name in TASKS | {"size", "fewest_patients"}}
+PRETRAINING = TASKS | {
+    "held_out",
+    "related",
+    "collection_options",
     "val_episodes_per_group",
     "validate::prepare_batch",
     "export_file",
@@ -170,7 +173,7 @@ def test_overlays_only_set_ids_that_train_json_has_or_that_they_add_on_purpose(o
     added = {
         "evaluate.json": EVALUATION | ADAPTATION,
         "federated.json": {"federated_rounds", "post_weight_filters"},
-        "finetune.json": {"model_file"},
+        "finetune.json": {"model_file"} | REHEARSAL,
         "pretrain.json": PRETRAINING,
         "multi_gpu_train.json": {
             *("train::padded_steps", "validate::sampler", "validate::dataloader::sampler", "finalize"),

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
 import torch
+from monai.bundle import ConfigParser
 
+from sam2sgp.data import PretrainingDataset
 from sam2sgp.networks import SAM2SGP, load_weights, merge_lora
 from tests.bundle_runs import BUNDLE, CONFIGS, SMALL, run
 
@@ -37,6 +40,18 @@ def test_finetuning_changes_adapters_and_heads_and_leaves_the_encoder_as_it_is(p
         merge_lora(after)
         plain.load_state_dict(after.state_dict())
         assert torch.allclose(plain.eval()(image, support_image=image, support_label=mask), expected, atol=1e-3)
+
+
+def test_finetuning_rehearses_tasks_of_pretraining_and_leaves_the_support_set_as_it_is(phantoms, tmp_path):
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in ("train.json", "finetune.json")])
+    parser.update({**SMALL, "dataset_dir": str(phantoms), "output_dir": str(tmp_path), "model_file": str(EMBEDDED)})
+    data = parser.get_parsed_content("train::dataset")
+    assert isinstance(data, PretrainingDataset) and data.fewest_patients == 2
+    assert sum(data.shares[:3]) == pytest.approx(0.35) and data.region_probability == 0.25
+    side = parser.get_parsed_content("image_size")
+    assert data[0]["image"].shape[-2:] == (side, side)
+    assert parser.get_parsed_content("support_bank").items[0].image.shape[-2:] == (side, side)
 
 
 def test_finetuning_repeats_no_value_of_train_json():

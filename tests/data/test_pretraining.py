@@ -80,6 +80,12 @@ def test_balanced_episodes_go_through_the_groups(root, tmp_path):
     assert [int(train[i]["group"]) for i in range(len(train))] == [0, 1, 2, 0, 1, 2]
 
 
+def test_a_group_of_fewer_patients_than_asked_for_is_not_taken_by_patients(root, tmp_path):
+    assert dataset(root, tmp_path, "held_out", fewest_patients=6).groups == ["c"]
+    with pytest.raises(DataError, match="at least two patients"):
+        dataset(root, tmp_path, "held_out", fewest_patients=7)
+
+
 def test_a_region_makes_objects_larger(root, tmp_path):
     areas = []
     for probability in (0.0, 1.0):

@@ -21,7 +21,7 @@ from sam2sgp.data.synthetic import noise_task, superpixel_task, threshold_task
 from sam2sgp.errors import DataError
 
 FEWEST_TO_SPLIT = 4
-FEW_PATIENTS = 5
+FEWEST_PATIENTS = 5
 SLICES_OF_A_BLOCK = 3
 MANY_CLASSES = 6
 MIN_WINDOW = 0.2
@@ -99,10 +99,9 @@ class PretrainingDataset(EpisodeDataset):
         balanced: episode i is of group i modulo their number, and `episodes` counts those of each group; for
             validation. Else the group is drawn by the square root of its number
             of patients times classes (at most six).
+        fewest_patients: groups of fewer take each volume for a group and blocks of three of its slices for patients;
+            where `balanced`, groups of one.
         **settings: of `EpisodeDataset`.
-
-    Groups of fewer than five patients (two, where `balanced`) take each volume for a group and blocks of three of its
-    slices for patients.
     """
 
     def __init__(
@@ -115,6 +114,7 @@ class PretrainingDataset(EpisodeDataset):
         region_probability: float = 0.0,
         crop_probability: float = 0.0,
         balanced: bool = False,
+        fewest_patients: int = FEWEST_PATIENTS,
         **settings,
     ) -> None:
         self.size = size
@@ -125,6 +125,7 @@ class PretrainingDataset(EpisodeDataset):
         self.region_probability = region_probability
         self.crop_probability = crop_probability
         self.balanced = balanced
+        self.fewest_patients = 2 if balanced else fewest_patients
         super().__init__(**settings)
         self.patient_number = {patient: number for number, patient in enumerate(self.patients)}
         weights = [
@@ -147,8 +148,7 @@ class PretrainingDataset(EpisodeDataset):
         return {**episode, "group": torch.tensor(index % len(self.tasks))} if self.balanced else episode
 
     def _place(self, case: dict, index: int) -> tuple[str, str]:
-        enough = 2 if self.balanced else FEW_PATIENTS
-        if self._patients_of[case["group"]] >= enough:
+        if self._patients_of[case["group"]] >= self.fewest_patients:
             return case["group"], f"{case['group']}/{case['patient']}"
         name = f"{case['group']}/{case['name']}"
         return name, f"{name}#{index // SLICES_OF_A_BLOCK}"
