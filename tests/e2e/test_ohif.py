@@ -73,8 +73,10 @@ def open_study(page, url: str, study: str) -> None:
     page.locator("#monailabelServerURL").fill(f"{url}/")
     page.locator(".settingsTable .actionButton").click()
     page.get_by_text("Auto-Segmentation").wait_for()
-    # The overlay's own volume comes a little later.
-    page.wait_for_function("() => services.segmentationService.getLabelmapVolume('1')")
+    # The overlay comes a little later, and its own volume after that; until then OHIF throws an error.
+    page.wait_for_function(
+        "() => { try { return services.segmentationService.getLabelmapVolume('1'); } catch { return null; } }"
+    )
 
 
 def run_segmentation(page):

@@ -23,7 +23,7 @@ from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 from tests.e2e.server import REPO, serving
 
-REQUEST = {"max_epochs": 2, "episodes_per_epoch": 8, "learning_rate": 3e-3}
+REQUEST = {"max_epochs": 2, "episodes_per_epoch": 24, "learning_rate": 3e-3}
 SMALL = {"image_size": "64", "three_d_memory": "false", "region_below": "0", "k": "8"}
 QUERY, FRESH = "us_005_0", "us_004_0"
 
