@@ -1,4 +1,4 @@
-"""Whether new weights are better than old ones, by the Dice of patients whom neither were trained on.
+"""Whether new weights are better than old ones, by the Dice of patients on whom neither was trained.
 
 In: Dice by patient with both. Out: their means, the standard error of the gain, and a verdict: with few patients a gain
 is often luck, and weights that are only luckier can be much worse on the next images.
