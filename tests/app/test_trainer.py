@@ -18,8 +18,9 @@ from sam2sgp.data import class_names, load_datalist
 from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.errors import DataError, WeightsError
 from sam2sgp.files import write_text
-from sam2sgp.networks import SAM2SGP, load_weights, save_weights
+from sam2sgp.networks import SAM2SGP, load_weights
 from tests.e2e.disks import disk
+from tests.spoilt import save_spoilt_weights
 
 BUNDLE = Path(__file__).parents[2] / "bundle"
 TINY = {
@@ -124,20 +125,8 @@ def test_the_digest_follows_label_content_and_not_where_files_are(tmp_path):
     assert one == same and one[0] != other[0] and one[0] != one[1]
 
 
-@pytest.fixture(scope="module")
-def spoilt(tmp_path_factory):
-    """Weights that a few steps of training make better."""
-    torch.manual_seed(0)
-    start = SAM2SGP("nano", 64)
-    load_weights(start, BUNDLE / "models" / "model.pt")
-    for parameter in start.refinement.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    path = tmp_path_factory.mktemp("spoilt") / "model.pt"
-    save_weights(start, path)
-    return path
-
-
-def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp_path, phantoms, cases, spoilt):
+def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp_path, phantoms, cases):
+    spoilt = save_spoilt_weights(tmp_path / "spoilt.pt")
     task, weights, events = a_task(tmp_path, cases, phantoms, spoilt)
     request = {**REQUEST, "learning_rate": 3e-3, "episodes_per_epoch": 16}
     stats = task(request, None)
@@ -155,6 +144,7 @@ def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp
     assert not [path for path in task.work.rglob("*") if path.is_file() and "events" not in path.name]
     assert [action for action, _ in events] == ["train", "publish"]
 
+    load_weights(SAM2SGP("nano", 64), weights.active().path)
     # What serves is the mean of both halves' weights, and those were not trained alike.
     folder = weights.active().path.parent
     states = [torch.load(folder / f"half_{half}.pt", weights_only=True) for half in (0, 1)]

@@ -15,13 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-import torch
 from monailabel.client import MONAILabelClient
 
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
-from sam2sgp.networks import SAM2SGP, load_weights, save_weights
-from tests.e2e.server import REPO, serving
+from tests.e2e.server import serving
+from tests.spoilt import save_spoilt_weights
 
 REQUEST = {"max_epochs": 2, "episodes_per_epoch": 24, "learning_rate": 3e-3}
 SMALL = {"image_size": "64", "three_d_memory": "false", "region_below": "0", "k": "8"}
@@ -48,15 +47,7 @@ def studies(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def spoilt(tmp_path_factory) -> Path:
-    """Weights that a few steps of training make better."""
-    torch.manual_seed(0)
-    network = SAM2SGP("nano", 64)
-    load_weights(network, REPO / "bundle" / "models" / "model.pt")
-    for parameter in network.refinement.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    path = tmp_path_factory.mktemp("spoilt") / "model.pt"
-    save_weights(network, path)
-    return path
+    return save_spoilt_weights(tmp_path_factory.mktemp("spoilt") / "model.pt")
 
 
 def content(folder: Path) -> dict[str, str]:

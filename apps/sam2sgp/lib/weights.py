@@ -1,8 +1,8 @@
 """Published weights: which file serves, which came before, and how a better one takes its place.
 
 Layout of the folder: `<version>/` with `model.pt`, `version.json` and what else its publisher keeps with it; and
-`active.json`, which names the version in use. Without `active.json` it is the bundle's own file,
-the version "embedded". Versions are never changed; delete the folder of one that is not needed any more.
+`active.json`, which names the version in use. Without `active.json` it is the bundle's own file, the version
+"embedded". Versions are never changed; delete the folder of one that is not needed any more.
 
 Concurrency: any number of processes may read while one publishes or rolls back; writers exclude each other by a lock
 file. A version's folder appears whole, after its files are on the disk, and `active.json` is replaced in one step, so

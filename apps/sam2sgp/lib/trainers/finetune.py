@@ -253,7 +253,7 @@ class FineTuning(TrainTask):
         )
         compared = Comparison.of(before, after)
         if compared.is_better:
-            version = self._publish(files, half_of, {**settings, **self._folders(0)}, compared, facts)
+            version = self._publish(files, half_of, settings, compared, facts)
             self.audit("publish", weights=version.name, replaced=start.name, **compared.facts)
             state, verdict = PUBLISHED, f"The new weights {version.name!r} are in use."
         else:
@@ -267,11 +267,6 @@ class FineTuning(TrainTask):
             elif path.parent != self.work and path.name != TENSORBOARD_FOLDER:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _folders(self, half: int) -> dict[str, str]:
-        """The config values that say where a half's datalist and results are."""
-        folder = self.work / f"half_{half}"
-        return {"dataset_dir": str(folder / "datalist.json"), "output_dir": str(folder)}
-
     def _train_half(
         self,
         half: int,
@@ -282,8 +277,10 @@ class FineTuning(TrainTask):
         measured: dict[str, dict[str, float]],
     ) -> Path:
         """The weights file of a half; `measured` gets the Dice on the other half before and after."""
-        settings = {**settings, **self._folders(half)}
-        write_datalist(Path(settings["dataset_dir"]), data, self.class_names())
+        folder = self.work / f"half_{half}"
+        datalist = folder / "datalist.json"
+        write_datalist(datalist, data, self.class_names())
+        settings = {**settings, "dataset_dir": str(datalist), "output_dir": str(folder)}
         own = start.path.with_name(HALF_FILES[half])
         before = own if own.is_file() else start.path
         self._measure(measured, f"before_{half}", before, settings)
