@@ -76,7 +76,7 @@ def test_balanced_episodes_go_through_the_groups(root, tmp_path):
     data = dataset(root, tmp_path, "held_out", balanced=True, episodes=3)
     assert data.groups == ["c"] and len(data) == 3
     assert int(data[1]["group"]) == 0
-    train = dataset(root, tmp_path, balanced=True, episodes=2)
+    train = dataset(root, tmp_path, balanced=True, episodes=2, fewest_patients=2)
     assert [int(train[i]["group"]) for i in range(len(train))] == [0, 1, 2, 0, 1, 2]
 
 

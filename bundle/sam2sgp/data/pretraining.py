@@ -97,10 +97,9 @@ class PretrainingDataset(EpisodeDataset):
         region_probability: share of episodes that show a region around the target instead of the whole image.
         crop_probability: share of episodes that show one random part of the images.
         balanced: episode i is of group i modulo their number, and `episodes` counts those of each group; for
-            validation. Else the group is drawn by the square root of its number
-            of patients times classes (at most six).
-        fewest_patients: groups of fewer take each volume for a group and blocks of three of its slices for patients;
-            where `balanced`, groups of one.
+            validation. Else the group is drawn by the square root of its number of patients times classes (at most
+            six).
+        fewest_patients: groups of fewer take each volume for a group and blocks of three of its slices for patients.
         **settings: of `EpisodeDataset`.
     """
 
@@ -125,7 +124,7 @@ class PretrainingDataset(EpisodeDataset):
         self.region_probability = region_probability
         self.crop_probability = crop_probability
         self.balanced = balanced
-        self.fewest_patients = 2 if balanced else fewest_patients
+        self.fewest_patients = fewest_patients
         super().__init__(**settings)
         self.patient_number = {patient: number for number, patient in enumerate(self.patients)}
         weights = [
