@@ -1,13 +1,15 @@
-"""What 3D memory changes: whole-volume Dice, HD95 and NSD with it and slice by slice, and what a slice costs.
+"""What the slices of a volume tell each other: whole-volume Dice, HD95 and NSD, and what a slice costs.
 
     python benchmarks/volumes.py acdc=DIR hippocampus=DIR
     python benchmarks/volumes.py --cost
     python benchmarks/volumes.py --memory
 
-Accuracy: each data set goes through the bundle's evaluation with the same weights and support set, once for each number
-of neighbouring slices (0: slice by slice). The split is that of `pretrain.json`, so the embedded weights never saw the
-test patients, and the support set is the training patients. Every slice of every test volume counts. Differences are
-paired over cases, with 95 % bootstrap intervals over patients. Without data sets it makes phantoms and uses those.
+Accuracy: each data set goes through the bundle's evaluation with the same weights and support set: slice by slice, with
+3D memory of neighbouring slices, and with both memory and the object gate, which keeps slices without a class empty.
+The split is that of `pretrain.json`, so the embedded weights never saw the test patients, and the support set is the
+training patients, or `--support` volumes of them. Every slice of every test volume counts; `false slices` is the share
+of those without a class on which some of it is found. Differences are paired over cases, with 95 % bootstrap intervals
+over patients. Without data sets it makes phantoms and uses those.
 
 Cost (`--cost`): seconds of a slice in a volume over those of the same image as a 2D query of its own, and peak memory
 of a process beyond its input, for volumes of 100 and 1000 slices.
@@ -24,8 +26,10 @@ import resource
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 
 import nibabel as nib
@@ -48,39 +52,79 @@ BACKBONES = {"nano": 128, "tiny": 512}
 DRAWS = 2000
 
 
-def evaluate(folder: Path, frames: int, options: argparse.Namespace) -> tuple[list[dict], float]:
-    """Rows of `metrics.csv` and seconds per slice, of the test section of a folder."""
+@dataclass(frozen=True)
+class Variant:
+    """How many neighbouring slices guide a slice (0: slice by slice), and whether the object gate is on."""
+
+    frames: int
+    gate: bool
+
+    def __str__(self) -> str:
+        memory = f"{self.frames} neighbours" if self.frames else "slice by slice"
+        return f"{memory}, object gate" if self.gate else memory
+
+
+@dataclass
+class Found:
+    """Rows of `metrics.csv`; by class number, slices without the class, and those of them with some of it found."""
+
+    rows: list[dict]
+    seconds: float = 0.0
+    slices: int = 0
+    empty: Counter = field(default_factory=Counter)
+    false: Counter = field(default_factory=Counter)
+
+    @property
+    def per_slice(self) -> float:
+        return self.seconds / self.slices
+
+    def add(self, case: dict) -> None:
+        """Count a scored case in."""
+        self.seconds += case["seconds"]
+        self.slices += len(case["pred"])
+        truth, pred = case["truth_index"].flatten(1), case["pred_index"].flatten(1)
+        for number, value in enumerate(case["confidence"], 1):
+            absent = ~(truth == number).any(1)
+            self.empty[value] += int(absent.sum())
+            self.false[value] += int((absent & (pred == number).any(1)).sum())
+
+
+def evaluate(folder: Path, variant: Variant, options: argparse.Namespace) -> Found:
+    """The bundle's evaluation of the test section of a folder."""
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / name) for name in EVALUATE])
     with open(BUNDLE / "configs" / "pretrain.json") as file:
         split = json.load(file)["split"]
-    run = options.output / folder.name / f"frames_{frames}"
+    run = options.output / folder.name / str(variant).replace(" ", "_").replace(",", "")
     settings = {
         "bundle_root": str(BUNDLE),
         "dataset_dir": str(folder),
         "output_dir": str(run),
         "model_file": options.model_file,
         "split": split,
-        "three_d_memory": frames > 0,
-        "memory_frames": max(frames, 1),
+        "three_d_memory": variant.frames > 0,
+        "memory_frames": max(variant.frames, 1),
+        "object_gate": variant.gate,
         "report_figures": options.figures,
         "progress": False,
     }
     if options.cases:
         settings["validate::dataset::data"] = f"$sam2sgp.data.subset(@test_data, {options.cases}, @split_seed)"
+    if options.support:
+        settings["support_bank::data"] = f"$sam2sgp.data.subset(@train_data, {options.support}, @split_seed)"
     parser.update(settings)
     evaluator = parser.get_parsed_content("validate::evaluator")
     load_weights(parser.get_parsed_content("network"), options.model_file)
-    taken = [0.0, 0]
+    found = Found([])
 
     @evaluator.on(Events.ITERATION_COMPLETED)
     def add(engine) -> None:
         for case in engine.state.output:
-            taken[0] += case["seconds"]
-            taken[1] += len(case["pred"])
+            found.add(case)
 
     evaluator.run()
-    return parser.get_parsed_content("validate::handlers")[0].rows, taken[0] / taken[1]
+    found.rows = parser.get_parsed_content("validate::handlers")[0].rows
+    return found
 
 
 def difference(
@@ -101,28 +145,28 @@ def difference(
 
 
 def accuracy(folders: dict[str, Path], options: argparse.Namespace) -> None:
-    print("| data | class | neighbours | Dice | HD95 | NSD at 2 mm | volumes | s per slice | over slice by slice |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| data | class | slices | Dice | HD95 | NSD at 2 mm | false slices | volumes | s per slice | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    variants = [Variant(0, False), Variant(options.frames, False), Variant(options.frames, True)]
     changes = []
     for name, folder in folders.items():
         patient_of = {case["name"]: case["patient"] for case in load_datalist(folder)}
-        base, base_seconds = [], 0.0
-        for frames in [0, *options.frames]:
-            rows, seconds = evaluate(folder, frames, options)
-            if not frames:
-                base, base_seconds = rows, seconds
-            for value in sorted({row["class"] for row in rows}):
-                of_class = [row for row in rows if row["class"] == value]
+        results: dict[Variant, Found] = {}
+        for variant in variants:
+            found = results[variant] = evaluate(folder, variant, options)
+            for value in sorted({row["class"] for row in found.rows}):
+                of_class = [row for row in found.rows if row["class"] == value]
                 means = [np.nanmean([row[metric] for row in of_class]) for metric in METRICS]
-                cells = [name, of_class[0]["class_name"], str(frames), f"{means[0]:.3f}", f"{means[1]:.1f}"]
-                cells += [f"{means[2]:.3f}", str(len(of_class)), f"{seconds:.3f}", f"{seconds / base_seconds:.2f}"]
+                cells = [name, of_class[0]["class_name"], str(variant), f"{means[0]:.3f}", f"{means[1]:.1f}"]
+                cells += [f"{means[2]:.3f}", f"{found.false[value]} of {found.empty[value]}", str(len(of_class))]
+                cells += [f"{found.per_slice:.3f}", f"{found.per_slice / results[variants[0]].per_slice:.2f}"]
                 print("|", " | ".join(cells), "|", flush=True)
-            if frames:
-                parts = []
-                for metric in METRICS:
-                    mean, low, high = difference(rows, base, metric, patient_of)
-                    parts.append(f"{metric} {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-                changes.append(f"{name}, {frames} neighbours against none: {', '.join(parts)}")
+        for before, after in pairwise(variants):
+            parts = []
+            for metric in METRICS:
+                mean, low, high = difference(results[after].rows, results[before].rows, metric, patient_of)
+                parts.append(f"{metric} {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+            changes.append(f"{name}, {after} against {before}: {', '.join(parts)}")
     print("\n" + "\n".join(changes))
 
 
@@ -213,7 +257,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("datasets", nargs="*", help="name=folder")
     arguments.add_argument("--model_file", default=str(BUNDLE / "models" / "model.pt"))
-    arguments.add_argument("--frames", type=int, nargs="+", default=[2], help="neighbouring slices")
+    arguments.add_argument("--frames", type=int, default=2, help="neighbouring slices")
+    arguments.add_argument("--support", type=int, default=0, help="support volumes at most; 0 for all")
     arguments.add_argument("--cases", type=int, default=0, help="test volumes of each set at most; 0 for all")
     arguments.add_argument("--figures", type=int, default=4, help="cases with pictures in each report")
     arguments.add_argument("--output", type=Path, default=Path("out/volumes"))

@@ -138,7 +138,7 @@ def test_the_whole_comparison_runs_and_is_not_repeated(script, data, tmp_path, m
     assert [row["dice"] for row in full["rows"]] != [row["dice"] for row in bare["rows"]]
 
 
-def test_volumes_are_compared_with_and_without_3d_memory(script, data, tmp_path, monkeypatch, capsys):
+def test_volumes_are_compared_with_and_without_memory_and_gate(script, data, tmp_path, monkeypatch, capsys):
     command = [
         "volumes.py",
         f"phantoms={data / 'volumes'}",
@@ -152,8 +152,20 @@ def test_volumes_are_compared_with_and_without_3d_memory(script, data, tmp_path,
     monkeypatch.setattr(sys, "argv", command)
     script("volumes").main()
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| phantoms")]
-    assert {line[2] for line in lines} == {"0", "2"} and len(lines) == 2 * len({line[1] for line in lines})
-    assert all(0 <= float(line[3]) <= 1 and float(line[7]) > 0 for line in lines)
+    assert {line[2] for line in lines} == {"slice by slice", "2 neighbours", "2 neighbours, object gate"}
+    assert len(lines) == 3 * len({line[1] for line in lines})
+    assert all(0 <= float(line[3]) <= 1 and float(line[8]) > 0 for line in lines)
+    false, empty = zip(*(map(int, line[6].split(" of ")) for line in lines), strict=True)
+    assert sum(empty) > 0 and all(some <= all_ for some, all_ in zip(false, empty, strict=True))
+
+
+def test_slices_without_a_class_are_counted(script):
+    found = script("volumes").Found([])
+    truth, pred = torch.zeros(2, 4, 3, 3, dtype=torch.uint8)
+    truth[1:3, 0, 0] = 2
+    pred[:2, 1, 1] = 2
+    found.add({"truth_index": truth, "pred_index": pred, "pred": pred, "confidence": {3: 0.5, 7: 0.5}, "seconds": 2.0})
+    assert found.empty == {3: 4, 7: 2} and found.false == {3: 0, 7: 1} and found.per_slice == 0.5
 
 
 def test_the_cost_of_a_slice_is_measured(script):

@@ -1,4 +1,4 @@
-"""Whether a class is in an image at all, by the object score and what the support set teaches about it."""
+"""Whether a class is in an image at all, by the evidence for it and what the support set teaches about that."""
 
 from types import SimpleNamespace
 
@@ -6,22 +6,23 @@ import pytest
 import torch
 
 from sam2sgp.inferers import SupportSetInferer, VolumeMemory
-from sam2sgp.inferers.presence import presence_threshold
+from sam2sgp.inferers.presence import among_neighbours, learn, presence_threshold
+from sam2sgp.inferers.volume import MAX_WINDOW
 from sam2sgp.networks import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
 from tests.inferers.stubs import SIZE, StubNetwork
 
 
 class Eager(StubNetwork):
-    """Finds the class in every image; its object score is the brightness, far above 0. Counts what it segments."""
+    """Finds the class in every image; its predicted IoU rises with the brightness. Counts what it segments."""
 
     def segment(self, features: ImageFeatures, support: SupportMemory) -> SGPOutput:
         self.most = max(self.most, len(features))
         batch, classes = support.tokens.shape[:2]
         logits = torch.full((batch, classes, SIZE, SIZE), -5.0)
         logits[:, :, 2:6, 2:6] = 5.0
-        score = 3 + features.embedding.mean((1, 2, 3))[:, None].expand(-1, classes)
-        return SGPOutput(logits, logits, torch.zeros(batch, classes, 4), torch.zeros(batch, classes), score)
+        iou = 0.1 + 0.8 * features.embedding.mean((1, 2, 3))[:, None].expand(-1, classes)
+        return SGPOutput(logits, logits, torch.zeros(batch, classes, 4), iou, torch.full((batch, classes), 3.0))
 
 
 def bank(patients: int, slices: int, present: range) -> SupportBank:
@@ -38,11 +39,11 @@ def bank(patients: int, slices: int, present: range) -> SupportBank:
     return SupportBank([case(number) for number in range(patients)], lambda item: item, progress=False)
 
 
-def shown(support: SupportBank, bright: list[bool], **settings) -> list[bool]:
-    images = torch.zeros(len(bright), 3, SIZE, SIZE)
-    images[torch.tensor(bright)] = 1
+def shown(support: SupportBank, bright: list[bool] | list[float], volume: bool = True, **settings) -> list[bool]:
+    """On which slices of a volume of that brightness the class is found."""
+    images = torch.tensor(bright, dtype=torch.float32)[:, None, None, None].expand(-1, 3, SIZE, SIZE)
     inferer = SupportSetInferer(support, SupportSampler(k=2), **settings)
-    chunks = inferer.chunks(images, Eager(), volume=True)
+    chunks = inferer.chunks(images, Eager(), volume=volume)
     return (torch.cat([chunk.output.logits for chunk in chunks]) > 0).flatten(1).any(1).tolist()
 
 
@@ -59,6 +60,42 @@ def test_slices_without_the_class_stay_empty_by_what_the_support_set_teaches(mem
 def test_a_support_set_without_empty_slices_or_of_one_patient_teaches_nothing():
     assert all(shown(bank(3, 4, range(4)), BRIGHT))
     assert all(shown(bank(1, 40, range(3, 7)), BRIGHT))
+
+
+def test_a_faint_volume_keeps_what_stands_out_in_it():
+    support, faint = bank(3, 12, range(3, 7)), [0.45 * value for value in BRIGHT]
+    # Its best slices have less evidence than would separate the support set's own.
+    assert shown(support, faint, volume_memory=VolumeMemory()) == BRIGHT
+    assert shown(support, [0.45, 0.0], volume=False) == [True, False]
+
+
+def test_evidence_is_compared_with_the_most_in_the_volume_so_far():
+    support, before, after = bank(3, 12, range(3, 7)), [0.45] * 70, [0.45] * 80
+    found = shown(support, [*before, 1.0, 1.0, *after], volume_memory=VolumeMemory())
+    first = MAX_WINDOW
+    assert all(found[:first]) and found[first:] == [False] * (70 - first) + [True, True] + [False] * 80
+
+
+def test_a_gap_of_one_slice_counts_as_its_neighbours():
+    evidence = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.1, 0.1, 0.7]]).T
+    assert among_neighbours(evidence).flatten().tolist() == pytest.approx([0.1, 0.9, 0.8, 0.8, 0.1, 0.1, 0.7])
+    for count in (1, 2):
+        assert torch.equal(among_neighbours(evidence[:count]), evidence[:count])
+
+
+def test_slices_are_compared_within_their_volume_and_images_with_all():
+    """A bright patient's slices beyond the object have as much evidence as a faint patient's slices of it."""
+    evidence = torch.tensor([[0.8, 0.7, 0.2, 0.2, 0.2], [0.2, 0.15, 0.04, 0.04, 0.04], [0.3, 0.3, 0.3, 0.3, 0.3]])
+    absent = torch.tensor([[False, False, True, True, True]] * 2 + [[True] * 5])
+    right, wrong = 50 * ~absent, 50 * absent
+    volume = torch.arange(3)[:, None].expand(-1, 5)
+    columns = (values.flatten()[:, None] for values in (evidence, right, wrong, absent))
+    found = learn(*columns, volume.flatten())
+    assert found.alone.tolist() == [-torch.inf]
+    assert found.in_volume.tolist() == pytest.approx([(0.25 + 0.75) / 2])
+    one, most = torch.tensor([[0.1], [0.03], [0.0]]), torch.tensor([0.15])
+    assert found.absent(one).flatten().tolist() == [False] * 3
+    assert found.absent(one, most).flatten().tolist() == [False, True, True]
 
 
 def test_what_is_learned_follows_the_support_set():
@@ -81,18 +118,18 @@ def test_long_volumes_are_looked_at_in_batches():
     ("absent", "present", "expected"),
     [
         ([1.0] * 12, [3.0] * 12, 2.0),
-        ([1.0] * 9, [3.0] * 12, -torch.inf),
+        ([1.0] * 4, [3.0] * 12, -torch.inf),
         ([1.0] * 12, [1.0] * 12, -torch.inf),
         ([3.0] * 12, [1.0] * 12, -torch.inf),
         # One image with the class is lost for twelve without it.
         ([1.0] * 12, [0.5] + [3.0] * 11, 2.0),
         ([1.0] * 12, [0.5] * 5 + [3.0] * 7, -torch.inf),
-        # It pays here, but the score hardly tells the two apart.
-        ([1.0] * 18 + [3.0] * 2, [0.5] * 2 + [2.0] * 10, -torch.inf),
+        # It pays here, but evidence hardly tells the two apart.
+        ([1.0] * 15 + [3.0] * 5, [0.5] * 2 + [2.0] * 10, -torch.inf),
     ],
 )
 def test_a_threshold_is_kept_where_it_takes_away_more_than_it_costs(absent, present, expected):
-    score = torch.tensor([*absent, *present])
-    gone = torch.arange(len(score)) < len(absent)
-    pixels = torch.full((len(score),), 50)
-    assert presence_threshold(score, pixels * ~gone, pixels * gone, gone) == expected
+    evidence = torch.tensor([*absent, *present])
+    gone = torch.arange(len(evidence)) < len(absent)
+    pixels = torch.full((len(evidence),), 50)
+    assert presence_threshold(evidence, pixels * ~gone, pixels * gone, gone) == expected

@@ -1,26 +1,81 @@
-"""Whether a class is in an image at all: SAM2's object score, with a threshold that the support set itself teaches.
+"""Whether a class is in an image at all: the evidence for it, with thresholds that the support set itself teaches.
 
-The object score tells images with the class from those without, but where to cut differs from task to task. Support
-items without the class, such as the slices beyond its end, are segmented like queries, each guided by other patients,
-and so are items with the class. A threshold is kept where the score tells the two apart, and where cutting there pays:
-where it takes away more than it costs. Otherwise nothing is cut, because losing a structure is worse than finding it
-once too often.
+Evidence is SAM2's predicted IoU times the side of a square as large as what was found, each pixel counted by its
+certainty. It tells images with the class from those without better than SAM2's object score, but where to cut differs
+from task to task, and from patient to patient. So support items without the class, such as the slices beyond its end,
+are segmented like queries, each guided by other patients, and so are items with the class. They teach two thresholds:
+
+- of a slice's share of the most evidence in its volume: what is beyond an object's end is told from the end by the
+  object's middle, however faint a patient is as a whole. Between two slices with more, a slice counts as these;
+- of evidence itself, for images by themselves and volumes without the class. Because patients differ, it is set well
+  below where it would pay on the support set.
+
+A threshold is kept where evidence tells the two kinds of item apart, and where cutting there pays: where it takes away
+more than it costs. Otherwise nothing is cut, because losing a structure is worse than finding it once too often.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sam2sgp.networks import SGPOutput
+
 # Of what is not there: a probability of 0.00005.
 ABSENT_LOGIT = -10.0
-# Support items judged at most; and how many without the class it takes to learn a threshold.
+# Support items judged, about; and how many without the class it takes to learn a threshold.
 MAX_JUDGED = 64
-MIN_ABSENT = 10
-# Of pairs of an image with and one without the class, the share that the score must order rightly (area under the ROC
+MIN_ABSENT = 5
+# Of pairs of an image with and one without the class, the share that evidence must order rightly (area under the ROC
 # curve).
-MIN_SEPARATION = 0.9
+MIN_SEPARATION = 0.8
 # A pixel lost counts as much as this many found wrongly; the least gain, as a share of the pixels found rightly.
 LOSS_WEIGHT = 3.0
-MIN_GAIN = 0.02
+MIN_GAIN = 0.005
+# The threshold of evidence itself, as a share of where it would pay on the support set.
+CAUTION = 0.7
+
+
+@dataclass
+class Thresholds:
+    """Up to where each of C classes counts as absent; minus infinity where nothing is cut.
+
+    alone: (C,) evidence of an image. in_volume: (C,) share of the most evidence in its volume.
+    """
+
+    alone: Tensor
+    in_volume: Tensor
+
+    @classmethod
+    def none(cls, classes: int) -> "Thresholds":
+        """Nothing is cut."""
+        return cls(*torch.full((2, classes), -torch.inf))
+
+    def to(self, device: torch.device) -> "Thresholds":
+        return Thresholds(self.alone.to(device), self.in_volume.to(device))
+
+    def absent(self, evidence: Tensor, most: Tensor | None = None) -> Tensor:
+        """Whether classes are absent, (B, C) bool.
+
+        Args:
+            evidence: (B, C) of images. most: (C,) in their volume; None: they are images by themselves.
+        """
+        absent = evidence <= self.alone
+        if most is None:
+            return absent
+        return absent | (evidence <= self.in_volume * most.clamp(min=torch.finfo(most.dtype).tiny))
+
+
+def evidence_of(output: SGPOutput) -> Tensor:
+    """Evidence (B, C) for the classes, between 0 and 1."""
+    certainty = (2 * output.logits.float().sigmoid() - 1).clamp(min=0)
+    return output.iou.float() * certainty.flatten(2).mean(2).sqrt()
+
+
+def among_neighbours(evidence: Tensor) -> Tensor:
+    """Evidence (Z, C) of neighbouring slices where a slice has at least as much as both its neighbours."""
+    between = torch.minimum(evidence[:-2], evidence[2:])
+    return torch.cat([evidence[:1], torch.maximum(evidence[1:-1], between), evidence[1:][-1:]])
 
 
 def without_absent(logits: Tensor, absent: Tensor) -> Tensor:
@@ -28,25 +83,44 @@ def without_absent(logits: Tensor, absent: Tensor) -> Tensor:
     return torch.where(absent[..., None, None], logits.clamp(max=ABSENT_LOGIT), logits)
 
 
-def presence_threshold(score: Tensor, right: Tensor, wrong: Tensor, absent: Tensor) -> float:
-    """The object score up to which a class counts as absent; minus infinity where no threshold pays.
+def learn(evidence: Tensor, right: Tensor, wrong: Tensor, absent: Tensor, volume: Tensor) -> Thresholds:
+    """Learn thresholds from n images.
+
+    Args:
+        evidence: (n, C). right: (n, C) pixels found that are of the class. wrong: (n, C) pixels found in images without
+            the class, 0 for others. absent: (n, C) bool, images without the class.
+        volume: (n,) number of the volume that an image is a slice of, or of the image.
+    """
+    rows = volume[:, None].expand_as(evidence)
+    most = torch.zeros_like(evidence).scatter_reduce(0, rows, evidence, "amax")[volume]
+    has = torch.zeros_like(evidence).scatter_reduce(0, rows, (~absent).to(evidence.dtype), "amax")[volume] > 0
+    share = evidence / most.clamp(min=torch.finfo(evidence.dtype).tiny)
+    alone, in_volume = [], []
+    for column in range(evidence.shape[1]):
+        counts = right[:, column], wrong[:, column], absent[:, column]
+        alone.append(CAUTION * presence_threshold(evidence[:, column], *counts))
+        of_class = has[:, column]
+        in_volume.append(presence_threshold(share[of_class, column], *(values[of_class] for values in counts)))
+    return Thresholds(torch.tensor(alone), torch.tensor(in_volume))
+
+
+def presence_threshold(evidence: Tensor, right: Tensor, wrong: Tensor, absent: Tensor) -> float:
+    """The evidence up to which a class counts as absent; minus infinity where no threshold pays.
 
     It maximises sum(wrong) - 3 sum(right) over the images cut away.
 
     Args:
-        score: (n,) object scores of n images.
-        right: (n,) pixels found that are of the class.
-        wrong: (n,) pixels found in images without the class, 0 for others.
-        absent: (n,) bool, images without the class.
+        evidence: (n,) of n images, or their share of the most in their volume.
+        right, wrong, absent: (n,), see `learn`.
     """
     if int(absent.sum()) < MIN_ABSENT or bool(absent.all()):
         return -torch.inf
-    higher = score[~absent][:, None] > score[absent]
+    higher = evidence[~absent][:, None] > evidence[absent]
     if higher.float().mean() < MIN_SEPARATION:
         return -torch.inf
-    order = score.argsort()
+    order = evidence.argsort()
     gain = (wrong - LOSS_WEIGHT * right)[order].cumsum(0)
     best = int(gain.argmax())
     if gain[best] <= MIN_GAIN * right.sum() or best == len(order) - 1:
         return -torch.inf
-    return float(score[order[best : best + 2]].mean())
+    return float(evidence[order[best : best + 2]].mean())

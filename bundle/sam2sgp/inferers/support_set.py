@@ -16,7 +16,15 @@ from sam2sgp.errors import ConfigError
 from sam2sgp.heap import give_back
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
-from sam2sgp.inferers.presence import ABSENT_LOGIT, MAX_JUDGED, MIN_ABSENT, presence_threshold, without_absent
+from sam2sgp.inferers.presence import (
+    ABSENT_LOGIT,
+    MAX_JUDGED,
+    MIN_ABSENT,
+    Thresholds,
+    evidence_of,
+    learn,
+    without_absent,
+)
 from sam2sgp.inferers.region import SECOND_PASS_WEIGHT, RegionPass
 from sam2sgp.inferers.volume import Propagation, VolumeMemory
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
@@ -50,8 +58,8 @@ class SupportSetInferer(Inferer):
         region_below: objects of an extent below this share of the image are segmented a second time in a region of
             interest, see `RegionPass`; 0 for never.
         volume_memory: how the slices of a volume guide each other, see `sam2sgp.inferers.volume`; None: not at all.
-        object_gate: an image in which a class is absent by its object score gets nothing of it, where the support set
-            teaches a threshold; see `sam2sgp.inferers.presence`.
+        object_gate: an image with too little evidence of a class gets nothing of it, where the support set teaches how
+            little; see `sam2sgp.inferers.presence`.
         feature_cache: features of queries that may come again; None: each is encoded whenever it comes.
         runtime: runs the network by exported graphs, which is faster on a CPU; None: PyTorch does.
 
@@ -92,8 +100,8 @@ class SupportSetInferer(Inferer):
         self.region_below = region_below
         self.region_pass = RegionPass(bank, sampler, region_below, batch_size, feature_cache)
         self._along: dict[int, SupportSetInferer] = {}
-        # Thresholds (C,) of the object score, and the table of the bank that they were learned from.
-        self._thresholds: tuple[Tensor, Tensor] | None = None
+        # What was learned, and the table of the bank that it was learned from.
+        self._thresholds: tuple[Thresholds, Tensor] | None = None
 
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
@@ -188,41 +196,43 @@ class SupportSetInferer(Inferer):
             for start, image, features in batches:
                 retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
                 output = self._segment(network, features, image, retrieved)
-                output.logits = without_absent(output.logits, output.object_score <= thresholds)
+                output.logits = without_absent(output.logits, thresholds.absent(evidence_of(output)))
                 yield Chunk(start, output, retrieved)
 
     def _run_by(self, network: SAM2SGP) -> "SAM2SGP | GraphNetwork":
         """What computes as the network does."""
         return network if self.runtime is None else self.runtime(network)
 
-    def thresholds(self, network: SAM2SGP, device: torch.device) -> Tensor:
-        """Object scores (C,) up to which each class counts as absent, learned once from the encoded bank."""
+    def thresholds(self, network: SAM2SGP, device: torch.device) -> Thresholds:
+        """Up to which evidence each class counts as absent, learned once from the encoded bank."""
         bank = self.bank
         if self._thresholds is None or self._thresholds[1] is not bank.holds:
-            values = torch.full((len(bank.class_values),), -torch.inf)
+            found = Thresholds.none(len(bank.class_values))
             if self.object_gate and len(bank.patients) > 1 and int((~bank.holds).sum(0).max()) >= MIN_ABSENT:
-                values = self._learned_thresholds(network, device)
-            self._thresholds = values.to(device), bank.holds
+                found = self._learned_thresholds(network, device)
+            self._thresholds = found.to(device), bank.holds
         return self._thresholds[0]
 
-    def _learned_thresholds(self, network: SAM2SGP, device: torch.device) -> Tensor:
-        """Support items as queries, each guided by other patients."""
+    def _learned_thresholds(self, network: SAM2SGP, device: torch.device) -> Thresholds:
+        """Support items as queries, each guided by other patients; of a volume all items or none."""
         bank = self.bank
-        count = min(len(bank), MAX_JUDGED)
-        scores, right, wrong, absent = [], [], [], []
-        for number in torch.linspace(0, len(bank) - 1, count).round().long().tolist():
-            item = bank.items[number]
-            image = to_three_channels(item.image.to(device, torch.float32))[None]
-            features = network.encode(image)
-            retrieved = bank.retrieve(network, features, self.sampler, item.patient, item.group)
-            output = self._segment(network, features, image, retrieved)
-            found, truth = output.logits[0] > 0, bank.masks([item])[0].to(device) > 0
-            scores.append(output.object_score[0])
-            right.append((found & truth).flatten(1).sum(1))
-            wrong.append(found.flatten(1).sum(1) * ~truth.flatten(1).any(1))
-            absent.append(~truth.flatten(1).any(1))
-        columns = (torch.stack(rows).cpu().T for rows in (scores, right, wrong, absent))
-        return torch.tensor([presence_threshold(*column) for column in zip(*columns, strict=True)])
+        volumes = defaultdict(list)
+        for item in bank.items:
+            volumes[item.source].append(item)
+        volumes = list(volumes.values())
+        count = min(len(volumes), max(2, MAX_JUDGED * len(volumes) // len(bank)))
+        rows = []
+        for number in torch.linspace(0, len(volumes) - 1, count).round().long().tolist():
+            for item in volumes[number]:
+                image = to_three_channels(item.image.to(device, torch.float32))[None]
+                features = network.encode(image)
+                retrieved = bank.retrieve(network, features, self.sampler, item.patient, item.group)
+                output = self._segment(network, features, image, retrieved)
+                found, truth = output.logits[0] > 0, bank.masks([item])[0].to(device) > 0
+                absent = ~truth.flatten(1).any(1)
+                right, wrong = (found & truth).flatten(1).sum(1), found.flatten(1).sum(1) * absent
+                rows.append((evidence_of(output)[0], right, wrong, absent, torch.tensor(number)))
+        return learn(*(torch.stack(column).cpu() for column in zip(*rows, strict=True)))
 
     def _encoded(
         self, inputs: Tensor, network: SAM2SGP, device: torch.device
@@ -239,7 +249,7 @@ class SupportSetInferer(Inferer):
         self,
         batches: Iterator[tuple[int, Tensor, ImageFeatures]],
         network: SAM2SGP,
-        thresholds: Tensor,
+        thresholds: Thresholds,
         patient: str | None,
         group: str | None,
     ) -> Iterator[Chunk]:
@@ -265,7 +275,7 @@ class SupportSetInferer(Inferer):
                 yield Chunk(begin + start, output.rows(rows), [entry.rows(rows) for entry in retrieved])
 
         for start, image, features in batches:
-            window = window or self.volume_memory.window(features, len(thresholds), image.shape[-1])
+            window = window or self.volume_memory.window(features, len(self.bank.class_values), image.shape[-1])
             if held and start + len(image) - begin > window:
                 yield from flush()
                 begin = start

@@ -5,10 +5,10 @@
 
 The volume passes in windows of a bounded number of slices, so memory does not grow with its length. In a window all
 slices are segmented with the support set alone; per class and extent, the one that the support set explains best is an
-anchor. Where the support set has taught how an image without the class looks (`sam2sgp.inferers.presence`), slices
-that look so stay empty. From the anchors it goes on in both directions: each slice is guided by its support and by the
-last slices segmented on the way, which enter as memory with SAM2's temporal encoding, as a support item would. A slice
-is reached from its nearest anchor, and the end of the window before is an anchor too.
+anchor. Where the support set has taught how little evidence there is without the class (`sam2sgp.inferers.presence`),
+slices with no more stay empty. From the anchors it goes on in both directions: each slice is guided by its support and
+by the last slices segmented on the way, which enter as memory with SAM2's temporal encoding, as a support item would. A
+slice is reached from its nearest anchor, and the end of the window before is an anchor too.
 
 A slice's logits are the mean of those with the support set alone and those with memory. Memory alone carries a mistake
 on from slice to slice; the support set alone does not know the neighbours. On volumes that served for the choice, the
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.errors import ConfigError
-from sam2sgp.inferers.presence import without_absent
+from sam2sgp.inferers.presence import Thresholds, among_neighbours, evidence_of, without_absent
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support.bank import Retrieved
 from sam2sgp.transforms.array import label_map
@@ -90,7 +90,7 @@ class Propagation:
         segment: (features of B slices, images (B, 3, S, S), what was retrieved, frames by class number) -> output for
             all C classes; logits of classes without support are far below 0.
         class_values: of the C classes.
-        thresholds: (C,) object score up to which a class is absent from a slice, by what the support set alone says.
+        thresholds: evidence up to which a class is absent from a slice, by what the support set alone says.
         batch_size: slices segmented at a time where they don't depend on each other; bounds memory.
     """
 
@@ -100,7 +100,7 @@ class Propagation:
         network: SAM2SGP,
         segment: Segment,
         class_values: Sequence[int],
-        thresholds: Tensor,
+        thresholds: Thresholds,
         batch_size: int,
     ) -> None:
         self.settings = settings
@@ -110,6 +110,8 @@ class Propagation:
         self.thresholds = thresholds
         self.batch_size = batch_size
         self.start = 0
+        # The most evidence of each class so far, (C,).
+        self.most = torch.zeros_like(thresholds.alone)
         # Per class number, the last slices segmented on the way up.
         self.carried: dict[int, list[Frame]] = {}
 
@@ -144,7 +146,9 @@ class _Window:
                 for rows in torch.arange(count).split(propagation.batch_size)
             ]
         )
-        absent = self.output.object_score <= propagation.thresholds
+        evidence = among_neighbours(evidence_of(self.output))
+        propagation.most = torch.maximum(propagation.most, evidence.amax(0))
+        absent = propagation.thresholds.absent(evidence, propagation.most)
         self.output.logits = without_absent(self.output.logits, absent)
         self.anchors: dict[int, list[int]] = {}
         self.upward: dict[int, list[bool]] = {}
