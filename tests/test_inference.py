@@ -218,6 +218,29 @@ def test_a_result_that_can_not_be_written_ends_the_run_with_the_rows_so_far(phan
     assert len({row["case"] for row in table(tmp_path)}) == 1
 
 
+def test_the_report_shows_a_ct_through_the_window_of_the_run(phantoms, model, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(results, "write_report", lambda _, report: shown.append(report.figures[0].panels[0][1]))
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    # Air, water and, from left to right, what lies between -900 and -500 HU.
+    volume = np.full((64, 64, 3), -1000, np.int16)
+    volume[8:56, 8:56] = np.linspace(-900, -500, 48)[:, None, None]
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), queries / "lung.nii.gz")
+    for window in ([-160.0, 240.0], [-1000.0, 0.0]):
+        infer(
+            model,
+            phantoms / "support" / "ct",
+            queries,
+            tmp_path / str(window[0]),
+            ct_window=window,
+            **FAST | {"report_figures": 1},
+        )
+    soft, lung = shown
+    assert soft.max() == 0
+    assert np.unique(lung).size > 40 and abs(int(lung.max()) - 255 * 0.5) <= 3
+
+
 def test_adaptation_is_a_setting_of_the_run_and_told_in_report_log_and_cache(phantoms, model, tmp_path, capsys):
     support, queries = phantoms / "support" / "rgb", phantoms / "queries" / "rgb"
     rows = infer(model, support, queries, tmp_path / "out", adapt_steps=4, support_max_items=6)

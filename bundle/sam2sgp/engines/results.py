@@ -29,8 +29,8 @@ from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
 from sam2sgp.report.overlays import draw_overlay, montage, spread_slices, to_display
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.content import digest_of
-from sam2sgp.transforms import OutputNames
-from sam2sgp.transforms.array import is_ct, scale_intensity
+from sam2sgp.transforms import OutputNames, ScaleIntensityByModalityd
+from sam2sgp.transforms.array import is_ct
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class ResultWriter:
         names: of the files that are written for a case.
         resume: leave cases alone whose results are whole and would be the same.
         max_wait: seconds that rank 0 waits at the end for the next result of another process.
+        scale_intensity: how the report's pictures are scaled; None: as by default.
 
     Attributes:
         results: {number of a case: its record}; in rank 0 at the end those of all cases.
@@ -80,6 +81,7 @@ class ResultWriter:
         names: OutputNames | None = None,
         resume: bool = True,
         max_wait: float = 6 * 3600.0,
+        scale_intensity: ScaleIntensityByModalityd | None = None,
     ) -> None:
         if not isinstance(resume, bool):
             raise ConfigError(f"resume is {resume!r}: expected True or False, with a capital letter on a command line.")
@@ -94,6 +96,7 @@ class ResultWriter:
         self.names = names
         self.resume = resume
         self.max_wait = max_wait
+        self.scale_intensity = scale_intensity or ScaleIntensityByModalityd()
         self.records = CaseRecords(output_dir, scored)
         self.results: dict[int, dict] = {}
         self.cases: list[dict] = []
@@ -363,11 +366,16 @@ class ResultWriter:
         image = read_image(case["image"], shown["slice_axis"])
         slices = torch.from_numpy(image.slices)
         total, kept = len(slices), [shown["main"], *shown["slices"]]
-        if is_ct(slices, shown["modality"], image.geometry.is_picture):
+        ct = is_ct(slices, shown["modality"], image.geometry.is_picture)
+        raw = {
             # A window needs no other slices, and a long CT is gigabytes.
-            slices = scale_intensity(slices[kept], ct=True)
-        else:
-            slices = scale_intensity(slices, rgb=image.is_rgb)[kept]
+            "image": slices[kept] if ct else slices,
+            "modality": "CT" if ct else shown["modality"],
+            "geometry": image.geometry,
+            "is_rgb": image.is_rgb,
+        }
+        scaled = self.scale_intensity(raw)["image"]
+        slices = scaled if ct else scaled[kept]
         picture = to_display(slices[0])
         truth = arrays["truth"][0] if "truth" in arrays else None
         panels = [("Query", picture)]
