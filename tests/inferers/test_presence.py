@@ -30,7 +30,7 @@ def bank(patients: int, slices: int, present: range) -> SupportBank:
 
     def case(number: int) -> dict:
         image, label = torch.zeros(slices, 3, SIZE, SIZE), torch.zeros(slices, SIZE, SIZE, dtype=torch.long)
-        image[present.start : present.stop] = 1
+        image[present.start : present.stop] = 1 - 0.001 * number
         label[present.start : present.stop, 2:6, 2:6] = 1
         pixels = {"image": image, "image_full": image, "label": label, "label_full": label}
         own = {"name": f"case{number}", "patient": f"p{number}", "group": "a"}
@@ -105,6 +105,33 @@ def test_what_is_learned_follows_the_support_set():
     assert not (inferer(images, network) > 0).any()
     support.reconcile(support.data[:1])
     assert (inferer(images, network) > 0).flatten(1).any(1).all()
+
+
+def test_items_that_are_guided_as_before_are_not_judged_again():
+    support, network = bank(4, 12, range(3, 7)), Eager()
+    cases = list(support.data)
+    support.reconcile(cases[:3])
+    inferer = SupportSetInferer(support, SupportSampler(k=2))
+    inferer(torch.zeros(1, 3, SIZE, SIZE), network)
+    support.reconcile(cases)
+    support.encode(network, torch.device("cpu"))
+    before = network.encoded
+    again = inferer.thresholds(network, torch.device("cpu"))
+    # The first two items of other patients guide each item, so the new patient's guide none but its own are new.
+    assert network.encoded - before == len([item for item in support.items if item.patient == "p3"])
+    fresh = SupportSetInferer(support, SupportSampler(k=2)).thresholds(network, torch.device("cpu"))
+    assert torch.equal(again.alone, fresh.alone) and torch.equal(again.in_volume, fresh.in_volume)
+    assert again.in_volume.isfinite().all()
+
+
+def test_what_is_made_for_another_axis_follows_the_support_set(monkeypatch):
+    support = bank(3, 12, range(3, 7))
+    monkeypatch.setattr(support, "along_axis", lambda axis: support)
+    inferer = SupportSetInferer(support, SupportSampler(k=2))
+    other = inferer.along_axis(0, Eager())
+    assert inferer.along_axis(0, Eager()) is other
+    support.reconcile(support.data[:2])
+    assert inferer.along_axis(0, Eager()) is not other
 
 
 def test_long_volumes_are_looked_at_in_batches():

@@ -45,7 +45,7 @@ from sam2sgp.support.lru import ByteLRU
 
 logger = logging.getLogger(__name__)
 
-# Inferers for other options than the last ones, each with the thresholds it learned.
+# Inferers for other options than the last ones, each with what it learned from the support set.
 INFERERS_KEPT = 8
 ITEMS_LISTED = 100
 NOTHING_APPROVED = (
@@ -242,8 +242,6 @@ class Segmenter:
         changes = serving.bank.reconcile(cases)
         if changes.added or changes.removed:
             logger.info("Support set: %d items in, %d out", len(changes.added), len(changes.removed))
-            # They keep thresholds and further banks made from the support set as it was.
-            serving.inferers.clear()
             serving.results.clear()
 
     def _look_for_weights(self, serving: _Serving) -> None:

@@ -99,9 +99,11 @@ class SupportSetInferer(Inferer):
         self.runtime = runtime
         self.region_below = region_below
         self.region_pass = RegionPass(bank, sampler, region_below, batch_size, feature_cache)
-        self._along: dict[int, SupportSetInferer] = {}
-        # What was learned, and the table of the bank that it was learned from.
+        # For other axes, and what was learned, each with the table of the bank that it was made from.
+        self._along: dict[int, tuple[SupportSetInferer, Tensor]] = {}
         self._thresholds: tuple[Thresholds, Tensor] | None = None
+        # What was found in items as queries, by what it depends on.
+        self._judged: dict[tuple, list[Tensor]] = {}
 
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
@@ -111,6 +113,7 @@ class SupportSetInferer(Inferer):
         self.adaptation = None
         self._along.clear()
         self._thresholds = None
+        self._judged = {}
 
     def adapt(self, network: SAM2SGP) -> None:
         """Adapt the network now, not at the first image, if there is an adapter.
@@ -140,17 +143,18 @@ class SupportSetInferer(Inferer):
 
         What the network was adapted to stays the support set as it is sliced here.
         """
-        if axis not in self._along:
+        found = self._along.get(axis)
+        if found is None or found[1] is not self.bank.holds:
             other = copy(self)
-            other._along, other._thresholds = {}, None
+            other._along, other._thresholds, other._judged = {}, None, {}
             other.bank = self.bank.along_axis(axis)
             other.region_pass = RegionPass(
                 other.bank, self.sampler, self.region_pass.below, self.batch_size, self.feature_cache
             )
             self._adapt(network)
             other.adapter, other.adaptation = None, self.adaptation
-            self._along[axis] = other
-        return self._along[axis]
+            found = self._along[axis] = other, self.bank.holds
+        return found[0]
 
     def _adapt(self, network: SAM2SGP) -> None:
         if self.bank.embedding is None and self.adaptation is None and self.adapter:
@@ -214,25 +218,35 @@ class SupportSetInferer(Inferer):
         return self._thresholds[0]
 
     def _learned_thresholds(self, network: SAM2SGP, device: torch.device) -> Thresholds:
-        """Support items as queries, each guided by other patients; of a volume all items or none."""
+        """Support items as queries, each guided by other patients; of a volume all items or none.
+
+        Those that are guided by the same items as the last time are not segmented again.
+        """
         bank = self.bank
         volumes = defaultdict(list)
-        for item in bank.items:
-            volumes[item.source].append(item)
+        for number, item in enumerate(bank.items):
+            volumes[item.source].append(number)
         volumes = list(volumes.values())
         count = min(len(volumes), max(2, MAX_JUDGED * len(volumes) // len(bank)))
-        rows = []
-        for number in torch.linspace(0, len(volumes) - 1, count).round().long().tolist():
-            for item in volumes[number]:
-                image = to_three_channels(item.image.to(device, torch.float32))[None]
-                features = network.encode(image)
-                retrieved = bank.retrieve(network, features, self.sampler, item.patient, item.group)
-                output = self._segment(network, features, image, retrieved)
-                found, truth = output.logits[0] > 0, bank.masks([item])[0].to(device) > 0
-                absent = ~truth.flatten(1).any(1)
-                right, wrong = (found & truth).flatten(1).sum(1), found.flatten(1).sum(1) * absent
-                rows.append((evidence_of(output)[0], right, wrong, absent, torch.tensor(number)))
+        known, self._judged, rows = self._judged, {}, []
+        for place in torch.linspace(0, len(volumes) - 1, count).round().long().tolist():
+            for number in volumes[place]:
+                retrieved = bank.retrieve_for(number, self.sampler)
+                guides = ((entry.value, *(bank.items[i].content for i in entry.index[0])) for entry in retrieved)
+                key = bank.items[number].content, tuple(bank.class_values), *guides
+                self._judged[key] = known.get(key) or self._judge(network, device, number, retrieved)
+                rows.append([*self._judged[key], torch.tensor(place)])
         return learn(*(torch.stack(column).cpu() for column in zip(*rows, strict=True)))
+
+    def _judge(self, network: SAM2SGP, device: torch.device, number: int, retrieved: list[Retrieved]) -> list[Tensor]:
+        """An item as a query: evidence, pixels right, pixels wrong and absence, each (C,), see `learn`."""
+        item = self.bank.items[number]
+        image = to_three_channels(item.image.to(device, torch.float32))[None]
+        output = self._segment(network, network.encode(image), image, retrieved)
+        found, truth = output.logits[0] > 0, self.bank.masks([item])[0].to(device) > 0
+        absent = ~truth.flatten(1).any(1)
+        right, wrong = (found & truth).flatten(1).sum(1), found.flatten(1).sum(1) * absent
+        return [evidence_of(output)[0], right, wrong, absent]
 
     def _encoded(
         self, inputs: Tensor, network: SAM2SGP, device: torch.device

@@ -296,12 +296,23 @@ class SupportBank:
             patient: items of this patient are not used.
             group: where the bank holds items of this group, only those are used.
         """
+        return self._retrieve(network.retrieval_embedding(features), sampler, patient, group)
+
+    def retrieve_for(self, number: int, sampler: SupportSampler) -> list[Retrieved]:
+        """What `retrieve` would choose for an item as a query, of other patients."""
+        item = self.items[number]
+        embedding = None if self.embedding is None else self.embedding[number : number + 1]
+        return self._retrieve(embedding, sampler, item.patient, item.group)
+
+    def _retrieve(
+        self, embedding: Tensor | None, sampler: SupportSampler, patient: str | None, group: str | None
+    ) -> list[Retrieved]:
+        """By embeddings (B, D)."""
         if self.embedding is None:
             raise DataError("The support set is not encoded: call `encode` with the network first.")
         if not self.items:
             return []
-        pool = self._pool(WHOLE)
-        similarity = network.retrieval_embedding(features) @ pool.embedding.T
+        similarity = embedding @ self._pool(WHOLE).embedding.T
         allowed = self._allowed(patient, group)
         retrieved = []
         for column, value in enumerate(self.class_values):
