@@ -87,10 +87,9 @@ def test_slices_are_compared_within_their_volume_and_images_with_all():
     """A bright patient's slices beyond the object have as much evidence as a faint patient's slices of it."""
     evidence = torch.tensor([[0.8, 0.7, 0.2, 0.2, 0.2], [0.2, 0.15, 0.04, 0.04, 0.04], [0.3, 0.3, 0.3, 0.3, 0.3]])
     absent = torch.tensor([[False, False, True, True, True]] * 2 + [[True] * 5])
-    right, wrong = 50 * ~absent, 50 * absent
+    size, pixels = 50 * ~absent, torch.full((3, 5), 50)
     volume = torch.arange(3)[:, None].expand(-1, 5)
-    columns = (values.flatten()[:, None] for values in (evidence, right, wrong, absent))
-    found = learn(*columns, volume.flatten())
+    found = learn(*(values.flatten()[:, None] for values in (evidence, size, pixels)), volume.flatten())
     assert found.alone.tolist() == [-torch.inf]
     assert found.in_volume.tolist() == pytest.approx([(0.25 + 0.75) / 2])
     one, most = torch.tensor([[0.1], [0.03], [0.0]]), torch.tensor([0.15])
@@ -158,5 +157,4 @@ def test_long_volumes_are_looked_at_in_batches():
 def test_a_threshold_is_kept_where_it_takes_away_more_than_it_costs(absent, present, expected):
     evidence = torch.tensor([*absent, *present])
     gone = torch.arange(len(evidence)) < len(absent)
-    pixels = torch.full((len(evidence),), 50)
-    assert presence_threshold(evidence, pixels * ~gone, pixels * gone, gone) == expected
+    assert presence_threshold(evidence, 50 * ~gone, torch.full((len(evidence),), 50)) == expected

@@ -29,7 +29,7 @@ MIN_ABSENT = 5
 # Of pairs of an image with and one without the class, the share that evidence must order rightly (area under the ROC
 # curve).
 MIN_SEPARATION = 0.8
-# A pixel lost counts as much as this many found wrongly; the least gain, as a share of the pixels found rightly.
+# A pixel lost counts as much as this many found wrongly; the least gain, as a share of all pixels of the class.
 LOSS_WEIGHT = 3.0
 MIN_GAIN = 0.005
 # The threshold of evidence itself, as a share of where it would pay on the support set.
@@ -83,44 +83,45 @@ def without_absent(logits: Tensor, absent: Tensor) -> Tensor:
     return torch.where(absent[..., None, None], logits.clamp(max=ABSENT_LOGIT), logits)
 
 
-def learn(evidence: Tensor, right: Tensor, wrong: Tensor, absent: Tensor, volume: Tensor) -> Thresholds:
+def learn(evidence: Tensor, size: Tensor, found: Tensor, volume: Tensor) -> Thresholds:
     """Learn thresholds from n images.
 
     Args:
-        evidence: (n, C). right: (n, C) pixels found that are of the class. wrong: (n, C) pixels found in images without
-            the class, 0 for others. absent: (n, C) bool, images without the class.
+        evidence: (n, C). size: (n, C) pixels of the class in the image. found: (n, C) pixels found.
         volume: (n,) number of the volume that an image is a slice of, or of the image.
     """
     rows = volume[:, None].expand_as(evidence)
     most = torch.zeros_like(evidence).scatter_reduce(0, rows, evidence, "amax")[volume]
-    has = torch.zeros_like(evidence).scatter_reduce(0, rows, (~absent).to(evidence.dtype), "amax")[volume] > 0
+    of_volume = torch.zeros_like(size).scatter_add(0, rows, size)[volume]
     share = evidence / most.clamp(min=torch.finfo(evidence.dtype).tiny)
     alone, in_volume = [], []
     for column in range(evidence.shape[1]):
-        counts = right[:, column], wrong[:, column], absent[:, column]
-        alone.append(CAUTION * presence_threshold(evidence[:, column], *counts))
-        of_class = has[:, column]
-        in_volume.append(presence_threshold(share[of_class, column], *(values[of_class] for values in counts)))
+        pixels = torch.stack([size[:, column], found[:, column]])
+        alone.append(CAUTION * presence_threshold(evidence[:, column], *pixels))
+        with_class = of_volume[:, column] > 0
+        in_volume.append(presence_threshold(share[with_class, column], *pixels[:, with_class]))
     return Thresholds(torch.tensor(alone), torch.tensor(in_volume))
 
 
-def presence_threshold(evidence: Tensor, right: Tensor, wrong: Tensor, absent: Tensor) -> float:
+def presence_threshold(evidence: Tensor, size: Tensor, found: Tensor) -> float:
     """The evidence up to which a class counts as absent; minus infinity where no threshold pays.
 
-    It maximises sum(wrong) - 3 sum(right) over the images cut away.
+    It lies above those images of which those without the class have the most pixels found, less three times the size of
+    the class in the others: in full, because what is missed at first a later pass may find.
 
     Args:
         evidence: (n,) of n images, or their share of the most in their volume.
-        right, wrong, absent: (n,), see `learn`.
+        size, found: (n,), see `learn`.
     """
+    absent = size == 0
     if int(absent.sum()) < MIN_ABSENT or bool(absent.all()):
         return -torch.inf
     higher = evidence[~absent][:, None] > evidence[absent]
     if higher.float().mean() < MIN_SEPARATION:
         return -torch.inf
     order = evidence.argsort()
-    gain = (wrong - LOSS_WEIGHT * right)[order].cumsum(0)
+    gain = (found * absent - LOSS_WEIGHT * size)[order].cumsum(0)
     best = int(gain.argmax())
-    if gain[best] <= MIN_GAIN * right.sum() or best == len(order) - 1:
+    if gain[best] <= MIN_GAIN * size.sum() or best == len(order) - 1:
         return -torch.inf
     return float(evidence[order[best : best + 2]].mean())

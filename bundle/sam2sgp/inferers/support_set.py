@@ -236,17 +236,15 @@ class SupportSetInferer(Inferer):
                 key = bank.items[number].content, tuple(bank.class_values), *guides
                 self._judged[key] = known.get(key) or self._judge(network, device, number, retrieved)
                 rows.append([*self._judged[key], torch.tensor(place)])
-        return learn(*(torch.stack(column).cpu() for column in zip(*rows, strict=True)))
+        return learn(*(torch.stack([value.cpu() for value in column]) for column in zip(*rows, strict=True)))
 
     def _judge(self, network: SAM2SGP, device: torch.device, number: int, retrieved: list[Retrieved]) -> list[Tensor]:
-        """An item as a query: evidence, pixels right, pixels wrong and absence, each (C,), see `learn`."""
+        """An item as a query: evidence, pixels of the classes and pixels found, each (C,), see `learn`."""
         item = self.bank.items[number]
         image = to_three_channels(item.image.to(device, torch.float32))[None]
         output = self._segment(network, network.encode(image), image, retrieved)
-        found, truth = output.logits[0] > 0, self.bank.masks([item])[0].to(device) > 0
-        absent = ~truth.flatten(1).any(1)
-        right, wrong = (found & truth).flatten(1).sum(1), found.flatten(1).sum(1) * absent
-        return [evidence_of(output)[0], right, wrong, absent]
+        truth, found = self.bank.masks([item])[0] > 0, output.logits[0] > 0
+        return [evidence_of(output)[0], *(masks.flatten(1).sum(1) for masks in (truth, found))]
 
     def _encoded(
         self, inputs: Tensor, network: SAM2SGP, device: torch.device
