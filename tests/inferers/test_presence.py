@@ -123,6 +123,19 @@ def test_items_that_are_guided_as_before_are_not_judged_again():
     assert again.in_volume.isfinite().all()
 
 
+def test_each_group_teaches_its_own_thresholds():
+    support = bank(3, 12, range(3, 7))
+    everywhere = [
+        {**case, "name": f"b{case['name']}", "patient": f"b{case['patient']}", "group": "b"}
+        for case in bank(3, 4, range(4)).data
+    ]
+    support.reconcile([*support.data, *everywhere])
+    inferer, network, device = SupportSetInferer(support, SupportSampler(k=2)), Eager(), torch.device("cpu")
+    support.encode(network, device)
+    found = {group: inferer.thresholds(network, device, group).in_volume.item() for group in ("a", "b", "unknown")}
+    assert found["a"] == pytest.approx(found["unknown"]) and found["b"] == -torch.inf
+
+
 def test_what_is_made_for_another_axis_follows_the_support_set(monkeypatch):
     support = bank(3, 12, range(3, 7))
     monkeypatch.setattr(support, "along_axis", lambda axis: support)

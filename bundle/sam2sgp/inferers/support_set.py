@@ -18,11 +18,9 @@ from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.inferers.presence import (
     ABSENT_LOGIT,
-    MAX_JUDGED,
-    MIN_ABSENT,
+    ObjectGate,
     Thresholds,
     evidence_of,
-    learn,
     without_absent,
 )
 from sam2sgp.inferers.region import SECOND_PASS_WEIGHT, RegionPass
@@ -99,11 +97,9 @@ class SupportSetInferer(Inferer):
         self.runtime = runtime
         self.region_below = region_below
         self.region_pass = RegionPass(bank, sampler, region_below, batch_size, feature_cache)
-        # For other axes, and what was learned, each with the table of the bank that it was made from.
+        self.gate = ObjectGate(bank, sampler)
+        # For other axes, each with the table of the bank that it was made from.
         self._along: dict[int, tuple[SupportSetInferer, Tensor]] = {}
-        self._thresholds: tuple[Thresholds, Tensor] | None = None
-        # What was found in items as queries, by what it depends on.
-        self._judged: dict[tuple, list[Tensor]] = {}
 
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
@@ -112,8 +108,7 @@ class SupportSetInferer(Inferer):
             self.runtime.forget()
         self.adaptation = None
         self._along.clear()
-        self._thresholds = None
-        self._judged = {}
+        self.gate.forget()
 
     def adapt(self, network: SAM2SGP) -> None:
         """Adapt the network now, not at the first image, if there is an adapter.
@@ -146,8 +141,8 @@ class SupportSetInferer(Inferer):
         found = self._along.get(axis)
         if found is None or found[1] is not self.bank.holds:
             other = copy(self)
-            other._along, other._thresholds, other._judged = {}, None, {}
-            other.bank = self.bank.along_axis(axis)
+            other._along, other.bank = {}, self.bank.along_axis(axis)
+            other.gate = ObjectGate(other.bank, self.sampler)
             other.region_pass = RegionPass(
                 other.bank, self.sampler, self.region_pass.below, self.batch_size, self.feature_cache
             )
@@ -192,7 +187,7 @@ class SupportSetInferer(Inferer):
         with autocast(device.type, self.precision):
             if self.bank.embedding is None:
                 self.bank.encode(network, device)
-            thresholds = self.thresholds(network, device)
+            thresholds = self.thresholds(network, device, group)
             batches = self._encoded(inputs, network, device)
             if volume and self.volume_memory and len(inputs) > 1:
                 yield from self._propagated(batches, network, thresholds, patient, group)
@@ -207,36 +202,11 @@ class SupportSetInferer(Inferer):
         """What computes as the network does."""
         return network if self.runtime is None else self.runtime(network)
 
-    def thresholds(self, network: SAM2SGP, device: torch.device) -> Thresholds:
+    def thresholds(self, network: SAM2SGP, device: torch.device, group: str | None = None) -> Thresholds:
         """Up to which evidence each class counts as absent, learned once from the encoded bank."""
-        bank = self.bank
-        if self._thresholds is None or self._thresholds[1] is not bank.holds:
-            found = Thresholds.none(len(bank.class_values))
-            if self.object_gate and len(bank.patients) > 1 and int((~bank.holds).sum(0).max()) >= MIN_ABSENT:
-                found = self._learned_thresholds(network, device)
-            self._thresholds = found.to(device), bank.holds
-        return self._thresholds[0]
-
-    def _learned_thresholds(self, network: SAM2SGP, device: torch.device) -> Thresholds:
-        """Support items as queries, each guided by other patients; of a volume all items or none.
-
-        Those that are guided by the same items as the last time are not segmented again.
-        """
-        bank = self.bank
-        volumes = defaultdict(list)
-        for number, item in enumerate(bank.items):
-            volumes[item.source].append(number)
-        volumes = list(volumes.values())
-        count = min(len(volumes), max(2, MAX_JUDGED * len(volumes) // len(bank)))
-        known, self._judged, rows = self._judged, {}, []
-        for place in torch.linspace(0, len(volumes) - 1, count).round().long().tolist():
-            for number in volumes[place]:
-                retrieved = bank.retrieve_for(number, self.sampler)
-                guides = ((entry.value, *(bank.items[i].content for i in entry.index[0])) for entry in retrieved)
-                key = bank.items[number].content, tuple(bank.class_values), *guides
-                self._judged[key] = known.get(key) or self._judge(network, device, number, retrieved)
-                rows.append([*self._judged[key], torch.tensor(place)])
-        return learn(*(torch.stack([value.cpu() for value in column]) for column in zip(*rows, strict=True)))
+        if not self.object_gate or not self.bank.items:
+            return Thresholds.none(len(self.bank.class_values)).to(device)
+        return self.gate(partial(self._judge, network, device), group).to(device)
 
     def _judge(self, network: SAM2SGP, device: torch.device, number: int, retrieved: list[Retrieved]) -> list[Tensor]:
         """An item as a query: evidence, pixels of the classes and pixels found, each (C,), see `learn`."""

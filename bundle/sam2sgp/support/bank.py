@@ -112,7 +112,7 @@ class SupportBank:
         holds: (N, C) bool, which item holds which class.
         embedding: (N, D) L2-normalised embeddings; None where nothing is encoded.
         fingerprint: hash of network and preprocessing that the encoding is of; None where nothing is encoded.
-        patients: who has items here.
+        patients, groups: who has items here, and of which groups; numbers by name.
         errors: cases left out, dicts with `name`, `source` (path of the image) and `error`.
 
     Raises:
@@ -548,12 +548,12 @@ class SupportBank:
                 counts[kind, [columns[value] for value in values if value in columns]] += 1
         self._thin = (2 * counts[1] > counts[0]).tolist()
         self.patients, self._patient_of = _numbered([item.patient for item in items])
-        self._groups, self._group_of = _numbered([item.group for item in items])
+        self.groups, self._group_of = _numbered([item.group for item in items])
 
     def _allowed(self, patient: str | None, group: str | None) -> Tensor:
         """(N,) bool: items of other patients, and of the group where there are such."""
         allowed = self._patient_of != self.patients.get(patient, -1)
-        of_group = allowed & (self._group_of == self._groups.get(group, -1))
+        of_group = allowed & (self._group_of == self.groups.get(group, -1))
         return of_group if bool(of_group.any()) else allowed
 
     # Encoding
