@@ -18,6 +18,22 @@ NORM = ("GROUP", {"num_groups": 4})
 ACTIVATION = ("LEAKYRELU", {"inplace": True, "negative_slope": 0.01})
 
 
+class ClassesBlock(UnetResBlock):
+    """MONAI's residual block for several classes of an image at once.
+
+    A part of its inputs is the image's, the same for all of its classes; that part is convolved once.
+    """
+
+    def forward(self, image: Tensor, own: Tensor, image_first: bool) -> Tensor:
+        """Images (B, W, h, w) and rows of images and classes (N, W', h, w), N a multiple of B -> (N, W'', h, w).
+
+        image_first: which of them the first input channels are.
+        """
+        out = self.lrelu(self.norm1(_convolved(self.conv1.conv, image, own, image_first)))
+        out = self.norm2(self.conv2(out))
+        return self.lrelu(out + self.norm3(_convolved(self.conv3.conv, image, own, image_first)))
+
+
 class Refinement(nn.Module):
     """Correction of mask logits on the finest feature grid.
 
@@ -38,19 +54,18 @@ class Refinement(nn.Module):
         fine, middle, coarse = widths
         self.down = nn.ModuleList(
             [
-                self._block(fine + maps + 2, fine),
-                self._block(fine + middle, middle),
-                self._block(middle + coarse, coarse),
+                _block(ClassesBlock, fine + maps + 2, fine),
+                _block(ClassesBlock, fine + middle, middle),
+                _block(UnetResBlock, middle + coarse, coarse),
             ]
         )
-        self.up = nn.ModuleList([self._block(coarse + middle, middle), self._block(middle + fine, fine)])
+        up = [_block(UnetResBlock, coarse + middle, middle), _block(UnetResBlock, middle + fine, fine)]
+        self.up = nn.ModuleList(up)
         self.head = nn.Conv2d(fine, 1, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-
-    @staticmethod
-    def _block(inputs: int, outputs: int) -> UnetResBlock:
-        return UnetResBlock(2, inputs, outputs, 3, 1, norm_name=NORM, act_name=ACTIVATION)
+        # A convolution follows its weights' layout; with channels last it takes two thirds of the time on a CPU.
+        self.to(memory_format=torch.channels_last)
 
     @property
     def skip_layers(self) -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -70,17 +85,28 @@ class Refinement(nn.Module):
         Returns:
             (N, 1, 4g, 4g), to be added to `logits`.
         """
-        repeats = maps.shape[0] // levels[-1].shape[0]
         embedding, middle, fine = levels
-        fine, middle = (for_each_class(level, repeats) for level in (fine, middle))
         coarse = self.skips[2](embedding)
         so_far = (LOGIT_SCALE * torch.cat([pseudo, logits], 1)).clamp(-2, 2)
-        at_fine = self.down[0](torch.cat([fine, maps, so_far], 1))
-        at_middle = self.down[1](torch.cat([F.avg_pool2d(at_fine, 2), middle], 1))
+        at_fine = self.down[0](fine, torch.cat([maps, so_far], 1), image_first=True)
+        at_middle = self.down[1](middle, F.avg_pool2d(at_fine, 2), image_first=False)
         at_coarse = self.down[2](torch.cat([F.avg_pool2d(at_middle, 2), coarse], 1))
         at_middle = self.up[0](torch.cat([_double(at_coarse), at_middle], 1))
         at_fine = self.up[1](torch.cat([_double(at_middle), at_fine], 1))
         return self.head(at_fine)
+
+
+def _block(kind: type[UnetResBlock], inputs: int, outputs: int) -> UnetResBlock:
+    return kind(2, inputs, outputs, 3, 1, norm_name=NORM, act_name=ACTIVATION)
+
+
+def _convolved(layer: nn.Conv2d, image: Tensor, own: Tensor, image_first: bool) -> Tensor:
+    """What a layer without bias makes of the channels of both."""
+    widths = [values.shape[1] for values in ((image, own) if image_first else (own, image))]
+    parts = (part.contiguous(memory_format=torch.channels_last) for part in layer.weight.split(widths, 1))
+    of_image, of_own = parts if image_first else reversed(list(parts))
+    out = F.conv2d(own, of_own, padding=layer.padding)
+    return out + for_each_class(F.conv2d(image, of_image, padding=layer.padding), own.shape[0] // image.shape[0])
 
 
 def _double(values: Tensor) -> Tensor:
