@@ -121,6 +121,9 @@ def _attend(
 
 def _averages_first(query: Tensor, memory: Tensor) -> bool:
     """Whether that is exact and faster than PyTorch's fused attention, which takes values as wide as keys alone."""
+    if torch.compiler.is_exporting():
+        # Runtimes have no fused attention.
+        return memory.shape[-1] < query.shape[-1]
     if query.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return memory.shape[-1] < query.shape[-1]
@@ -129,7 +132,9 @@ def _averages_first(query: Tensor, memory: Tensor) -> bool:
 def _average_first(attention: RoPEAttention, query: Tensor, key: Tensor, memory: Tensor) -> Tensor:
     """Attention of heads (R, h, T, d) to memory (R, L, M) through keys (R, h, L, d): (R, h, T, d)."""
     rows, heads, length, dim = key.shape
-    count = max(1, WEIGHT_BYTES // (4 * rows * heads * length))
+    count = query.shape[2]
+    if not torch.compiler.is_exporting():
+        count = max(1, WEIGHT_BYTES // (4 * rows * heads * length))
     tokens, transposed = memory[:, None].expand(-1, heads, -1, -1), key.transpose(2, 3)
     parts = [torch.softmax(part @ transposed, -1) @ tokens for part in (query * dim**-0.5).split(count, 2)]
     weight, bias = (part.unflatten(0, (heads, -1)) for part in (attention.v_proj.weight, attention.v_proj.bias))
