@@ -37,7 +37,7 @@ MIN_SEPARATION = 0.8
 LOSS_WEIGHT = 3.0
 MIN_GAIN = 0.005
 # The threshold of evidence itself, as a share of where it would pay on the support set.
-CAUTION = 0.7
+CAUTION = 0.5
 
 
 @dataclass
