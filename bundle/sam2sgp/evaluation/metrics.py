@@ -129,8 +129,8 @@ def summarise(rows: Sequence[Mapping]) -> list[dict]:
 def write_csv(path: str | Path, rows: Sequence[Mapping]) -> None:
     """Write rows as CSV (RFC 4180, UTF-8, a header line) in one atomic step.
 
-    Columns are the rows' keys in order of first appearance. NaN, None and missing values become empty cells. No rows:
-    an empty file.
+    Columns are the rows' keys in order of first appearance. NaN, None and missing values become empty cells, and other
+    floats have eight significant digits. No rows: an empty file.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO(newline="")
@@ -138,7 +138,7 @@ def write_csv(path: str | Path, rows: Sequence[Mapping]) -> None:
     if columns:
         writer.writeheader()
     for row in rows:
-        writer.writerow({key: "" if _is_nan(value) else value for key, value in row.items()})
+        writer.writerow({key: _cell(value) for key, value in row.items()})
     write_text(path, text.getvalue())
 
 
@@ -197,6 +197,12 @@ def _summary(value: int | None, name: str, rows: Sequence[Mapping]) -> dict:
         summary[f"{metric}_median"] = float(np.median(values)) if len(values) else NAN
         summary[f"{metric}_n"] = len(values)
     return summary
+
+
+def _cell(value: object) -> object:
+    if _is_nan(value):
+        return ""
+    return float(f"{value:.8g}") if isinstance(value, float) else value
 
 
 def _is_nan(value: object) -> bool:
