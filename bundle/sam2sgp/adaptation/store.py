@@ -39,7 +39,7 @@ def key_of(network: SAM2SGP, bank: SupportBank, settings: dict) -> str:
     def add(name: str, tensor: Tensor) -> None:
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
-        digest.update(array.view(torch.uint8).numpy() if array.ndim else array.numpy().tobytes())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy())
 
     digest.update(json.dumps([settings, bank.class_values], sort_keys=True).encode())
     for item in bank.items:
