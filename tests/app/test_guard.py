@@ -156,3 +156,9 @@ def test_tasks_see_no_device_or_override_unless_allowed(tmp_path):
     assert confine(request, Given(tmp_path)) == {"k": 3, "image": "/tmp/upload.png"}
     allowed = confine(request, Given(tmp_path, allow_overrides=True))
     assert allowed == {"device": "cpu", "config": {}, "k": 3, "image": "/tmp/upload.png"}
+
+
+def test_the_log_says_what_the_answer_does_not(caplog):
+    answer = refuse(ZeroDivisionError("of a secret"))
+    assert answer.status_code == 500 and "secret" not in answer.detail
+    assert "ZeroDivisionError: of a secret" in caplog.text

@@ -325,6 +325,24 @@ def test_removed_cases_leave_at_once(folder, place, net, encoder):
     assert torch.equal(segment(support, net), fresh(folder, net))
 
 
+def test_an_item_finds_what_guides_it_in_the_table_as_it_is_now(folder, place, net):
+    support = bank(folder, place)
+    support.encode(net)
+    for kind in ("images", "labels"):
+        (folder / kind / "case0.nii").unlink()
+    write_case(folder, "new", 10)
+    support.reconcile(data(folder))
+    for number, name in ((0, "case1"), (len(support) - 1, "new")):
+        item = support.items[number]
+        found = support.retrieve_for(number, SupportSampler(k=2))
+        features = net.encode(item.image.float()[None].expand(-1, 3, -1, -1))
+        expected = support.retrieve(net, features, SupportSampler(k=2), item.patient, item.group)
+        assert item.id == name
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.index, other.index) and number not in one.index
+            torch.testing.assert_close(one.similarity, other.similarity)
+
+
 def test_a_file_changed_in_place_is_noticed_by_its_time_alone(folder, place, net, encoder, tmp_path):
     support = bank(folder, place)
     support.encode(net)

@@ -95,6 +95,7 @@ def refuse(error: Exception) -> HTTPException:
     for kind, status in ((DataError, 422), (WeightsError, 409), (ConfigError, 400), (Sam2SgpError, 400)):
         if isinstance(error, kind):
             return HTTPException(status, str(error))
+    logger.error("A request failed", exc_info=error)
     return HTTPException(500, "The server failed; its log says why.")
 
 

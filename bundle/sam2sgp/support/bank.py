@@ -301,18 +301,22 @@ class SupportBank:
     def retrieve_for(self, number: int, sampler: SupportSampler) -> list[Retrieved]:
         """What `retrieve` would choose for an item as a query, of other patients."""
         item = self.items[number]
-        embedding = None if self.embedding is None else self.embedding[number : number + 1]
-        return self._retrieve(embedding, sampler, item.patient, item.group)
+        return self._retrieve(self._encoded()[number : number + 1], sampler, item.patient, item.group)
 
-    def _retrieve(
-        self, embedding: Tensor | None, sampler: SupportSampler, patient: str | None, group: str | None
-    ) -> list[Retrieved]:
-        """By embeddings (B, D)."""
+    def _encoded(self) -> Tensor:
+        """Embeddings (N, D) of the items as they are now."""
         if self.embedding is None:
             raise DataError("The support set is not encoded: call `encode` with the network first.")
+        return self._pool(WHOLE).embedding
+
+    def _retrieve(
+        self, embedding: Tensor, sampler: SupportSampler, patient: str | None, group: str | None
+    ) -> list[Retrieved]:
+        """By embeddings (B, D)."""
+        encoded = self._encoded()
         if not self.items:
             return []
-        similarity = embedding @ self._pool(WHOLE).embedding.T
+        similarity = embedding @ encoded.T
         allowed = self._allowed(patient, group)
         retrieved = []
         for column, value in enumerate(self.class_values):
