@@ -16,13 +16,7 @@ from sam2sgp.errors import ConfigError
 from sam2sgp.heap import give_back
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
-from sam2sgp.inferers.presence import (
-    ABSENT_LOGIT,
-    ObjectGate,
-    Thresholds,
-    evidence_of,
-    without_absent,
-)
+from sam2sgp.inferers.presence import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
 from sam2sgp.inferers.region import SECOND_PASS_WEIGHT, RegionPass
 from sam2sgp.inferers.volume import Propagation, VolumeMemory
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory

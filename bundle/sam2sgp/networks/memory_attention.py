@@ -121,12 +121,11 @@ def _attend(
 
 def _averages_first(query: Tensor, memory: Tensor) -> bool:
     """Whether that is exact and faster than PyTorch's fused attention, which takes values as wide as keys alone."""
+    narrower = memory.shape[-1] < query.shape[-1]
     if torch.compiler.is_exporting():
         # Runtimes have no fused attention.
-        return memory.shape[-1] < query.shape[-1]
-    if query.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return memory.shape[-1] < query.shape[-1]
+        return narrower
+    return narrower and query.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def _average_first(attention: RoPEAttention, query: Tensor, key: Tensor, memory: Tensor) -> Tensor:

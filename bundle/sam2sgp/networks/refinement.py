@@ -103,8 +103,8 @@ def _block(kind: type[UnetResBlock], inputs: int, outputs: int) -> UnetResBlock:
 def _convolved(layer: nn.Conv2d, image: Tensor, own: Tensor, image_first: bool) -> Tensor:
     """What a layer without bias makes of the channels of both."""
     widths = [values.shape[1] for values in ((image, own) if image_first else (own, image))]
-    parts = (part.contiguous(memory_format=torch.channels_last) for part in layer.weight.split(widths, 1))
-    of_image, of_own = parts if image_first else reversed(list(parts))
+    parts = layer.weight.split(widths, 1)
+    of_image, of_own = parts if image_first else parts[::-1]
     out = F.conv2d(own, of_own, padding=layer.padding)
     return out + for_each_class(F.conv2d(image, of_image, padding=layer.padding), own.shape[0] // image.shape[0])
 
