@@ -1,0 +1,52 @@
+"""Reading images and labels of every supported format as slices, and writing labels back on the file's own grid.
+
+In: NIfTI, NRRD, MetaImage, DICOM series folders, single DICOM files and pictures (PNG, JPEG, TIFF, BMP).
+Out: slices (Z, C, H, W) or class maps (Z, H, W) in display orientation, with a `Geometry` that leads back exactly.
+Class maps and maps of probabilities or uncertainty are written on the file's own grid.
+Voxels are only permuted and flipped, never resampled. All functions may be called from several threads at once.
+"""
+
+from sam2sgp.data.io.dicom import dicom_headers
+from sam2sgp.data.io.formats import (
+    ITK_SUFFIXES,
+    NIFTI_SUFFIXES,
+    PICTURE_SUFFIXES,
+    SUFFIXES,
+    dicom_files,
+    image_stem,
+    is_dicom,
+    is_dicom_seg,
+    is_image,
+    is_picture,
+    map_suffix,
+    output_suffix,
+    result_endings,
+)
+from sam2sgp.data.io.geometry import Geometry
+from sam2sgp.data.io.images import MedicalImage, read_image
+from sam2sgp.data.io.labels import is_binary_255, read_label, write_label, write_map, writing
+
+__all__ = [
+    "ITK_SUFFIXES",
+    "NIFTI_SUFFIXES",
+    "PICTURE_SUFFIXES",
+    "SUFFIXES",
+    "Geometry",
+    "MedicalImage",
+    "dicom_files",
+    "dicom_headers",
+    "image_stem",
+    "is_binary_255",
+    "is_dicom",
+    "is_dicom_seg",
+    "is_image",
+    "is_picture",
+    "map_suffix",
+    "output_suffix",
+    "read_image",
+    "read_label",
+    "result_endings",
+    "write_label",
+    "write_map",
+    "writing",
+]

@@ -1,0 +1,123 @@
+"""Reading an image of any supported format as slices in display orientation."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sam2sgp.data.io.dicom import read_dicom
+from sam2sgp.data.io.formats import (
+    DICOM_SUFFIXES,
+    ITK_SUFFIXES,
+    NIFTI_SUFFIXES,
+    PICTURE_SUFFIXES,
+    dicom_files,
+    has_dicom_magic,
+    suffix_of,
+)
+from sam2sgp.data.io.geometry import Geometry, Grid, geometry_of, rounded
+from sam2sgp.data.io.itk import read_itk
+from sam2sgp.data.io.nifti import read_nifti
+from sam2sgp.data.io.pictures import read_picture
+from sam2sgp.errors import DataError
+
+
+@dataclass
+class MedicalImage:
+    """An image as read from disk.
+
+    Attributes:
+        slices: (Z, C, H, W) float32, the file's own finite intensities (HU for CT), in display orientation.
+        geometry: the way back to the file's grid.
+        modality: the DICOM tag's value ("CT", "MR", "PT", "US", "CR", "DX"); None if the file doesn't say.
+        is_rgb: a colour image, whose values lie in 0..255.
+        path: of the file or series folder.
+    """
+
+    slices: np.ndarray
+    geometry: Geometry
+    modality: str | None
+    is_rgb: bool
+    path: str
+
+
+def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> MedicalImage:
+    """Read an image in the orientation in which a radiologist looks at it.
+
+    Axial slices have rows running to posterior and columns to the patient's left, and go from inferior to superior.
+    Sagittal: rows to inferior, columns to posterior. Coronal: rows to inferior, columns to left. Pictures stay as
+    they are, with Z = 1. Oblique volumes are turned to the closest of these by permutations and flips alone.
+
+    Args:
+        path: a NIfTI, NRRD, MetaImage, DICOM or picture file, or the folder of one DICOM series.
+        slice_axis: canonical axis to slice along: 0 left (sagittal), 1 posterior (coronal), 2 superior (axial); or
+            "auto", the axis whose spacing is at least 1.5 times the others', else 2. A grid that is one voxel thick
+            along a single axis is always one slice.
+
+    NaN and infinite voxels become the smallest finite value, with a warning that names the file.
+
+    Raises:
+        DataError: the file is missing, damaged, empty, without a finite value, or a series that is not one regular
+            stack of slices.
+    """
+    grid = read_grid(path)
+    geometry = geometry_of(grid, slice_axis)
+    # Turned before it grows to 32 bits, and the file's own copy let go: a long CT is gigabytes.
+    stored, grid.array = geometry.display(grid.array), None
+    with np.errstate(over="ignore"):
+        array = stored.astype(np.float32)
+    del stored
+    finite = np.isfinite(array)
+    if not finite.all():
+        if not finite.any():
+            raise DataError(f"{path}: expected intensities, found no finite value; export the image again.")
+        warnings.warn(
+            f"{path}: {array.size - int(finite.sum())} of {array.size} values are NaN or infinite; they are read as "
+            "the smallest finite value.",
+            stacklevel=2,
+        )
+        array[~finite] = array[finite].min()
+    slices = np.ascontiguousarray(np.moveaxis(array, 3, 1))
+    return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path))
+
+
+def read_grid(path: str | os.PathLike, label: bool = False) -> Grid:
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: expected an image, found no such file or folder; check the path.")
+    suffix = suffix_of(path)
+    try:
+        if path.is_dir():
+            grid = read_dicom(path, dicom_files(path))
+        elif suffix in NIFTI_SUFFIXES:
+            grid = read_nifti(path)
+        elif suffix in ITK_SUFFIXES:
+            grid = read_itk(path)
+        elif suffix in PICTURE_SUFFIXES:
+            grid = read_picture(path, label)
+        elif suffix in DICOM_SUFFIXES or has_dicom_magic(path):
+            grid = read_dicom(path, [path])
+        else:
+            raise DataError(
+                f"{path}: expected NIfTI, NRRD, MetaImage, DICOM, PNG, JPEG, TIFF or BMP, found another kind of file; "
+                "convert it to one of these."
+            )
+    except DataError:
+        raise
+    except Exception as error:
+        # The libraries raise types of their own, and zlib's and struct's, for the same thing: a damaged file.
+        found = " ".join(str(error).split())[-300:] or type(error).__name__
+        raise DataError(
+            f"{path}: expected a readable image, found that reading fails ({found}); check the file's permissions, or "
+            "copy or export it again."
+        ) from error
+    if 0 in grid.array.shape:
+        raise DataError(f"{path}: expected an image, found an empty grid {grid.native_shape}; export it again.")
+    if not np.isfinite(grid.affine).all() or abs(np.linalg.det(grid.affine[:3, :3])) < 1e-12:
+        raise DataError(
+            f"{path}: expected an affine that gives each voxel a place and a size, found {rounded(grid.affine)}; "
+            "correct the file's header."
+        )
+    return grid

@@ -1,0 +1,227 @@
+"""Reading class maps on their image's grid, and writing class maps and maps of real values on it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import permutations, product
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.volumeutils import array_to_file
+from PIL import Image
+
+from sam2sgp.data.io.formats import PICTURE_SUFFIXES, map_suffix, output_suffix, suffix_of
+from sam2sgp.data.io.geometry import Geometry, Grid, geometry_of, rounded
+from sam2sgp.data.io.images import read_grid
+from sam2sgp.data.io.nifti import set_space
+from sam2sgp.errors import DataError
+from sam2sgp.files import replacing
+
+# Corners of image and label may differ by this part of a voxel: headers hold rounded numbers.
+GRID_TOLERANCE = 1e-2
+# A picture of this many values that reaches 255 is a resized (blurred) mask, not a class map with an ignore label.
+BLURRED_MASK_VALUES = 32
+
+
+def read_label(path: str | os.PathLike, geometry: Geometry | None = None, slice_axis: str | int = "auto") -> np.ndarray:
+    """Read a class map in its image's display orientation.
+
+    Args:
+        path: a label file of any format that `read_image` reads.
+        geometry: of the image. The label may have its axes in another order or direction, as long as its voxels are
+            the image's; for pictures only the size counts. Without it the label's own geometry is taken.
+        slice_axis: as for `read_image`; used only without `geometry`.
+
+    Returns:
+        (Z, H, W) int64, 0 is background. An 8-bit picture of 0 and 255 alone is read as 0 and 1; a palette picture
+        as its indices.
+
+    Raises:
+        DataError: the file can't be read, doesn't lie on the image's grid, or holds something else than class values.
+    """
+    grid = read_grid(path, label=True)
+    if grid.array.shape[3] != 1:
+        raise DataError(
+            f"{path}: expected a class map with one value per voxel, found {grid.array.shape[3]} channels; store the "
+            "label as a single map of class values."
+        )
+    values = _class_values(path, grid)
+    if geometry is None:
+        return geometry_of(grid, slice_axis).display(values)
+    return geometry.display(_align(path, values, grid, geometry))
+
+
+def is_binary_255(path: str | os.PathLike) -> bool:
+    """Whether a label is an 8-bit picture of 0 and 255 alone, so that outputs can be coded alike.
+
+    Raises DataError if the file can't be read.
+    """
+    if suffix_of(path) not in PICTURE_SUFFIXES:
+        return False
+    grid = read_grid(path, label=True)
+    return grid.is_8_bit and bool(np.isin(grid.array, (0, 255)).all() and (grid.array == 255).any())
+
+
+def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry, binary_255: bool = False) -> None:
+    """Write a class map on the grid of the image that `geometry` comes from; whole or not at all.
+
+    Args:
+        path: ends in `output_suffix(geometry)`. Its folder is made if missing.
+        labels: (Z, H, W) integers, 0..65535. Stored as 8 bits if they fit, else as 16.
+        geometry: the image's. A volume keeps its shape and affine (mm; sform and qform set).
+        binary_255: for pictures: store class 1 as 255.
+
+    Raises:
+        DataError: the shape is not the image's, a value doesn't fit, or the file can't be written.
+    """
+    path = Path(path)
+    if labels.shape != geometry.shape:
+        raise DataError(f"{path}: expected a class map of shape {geometry.shape}, found {labels.shape}.")
+    if labels.dtype.kind not in "iub":
+        raise DataError(f"{path}: expected integer class values, found {labels.dtype}.")
+    if not str(path).lower().endswith(output_suffix(geometry)):
+        raise DataError(f"{path}: expected a file name that ends in {output_suffix(geometry)}.")
+    lowest, highest = int(labels.min()), int(labels.max())
+    limit = 1 if binary_255 and geometry.is_picture else 65535
+    if lowest < 0 or highest > limit:
+        raise DataError(f"{path}: expected class values 0..{limit}, found {lowest}..{highest}.")
+    native = geometry.to_native(labels).astype(np.uint8 if highest <= 255 else np.uint16)
+    if not geometry.is_picture:
+        image = nib.Nifti1Image(native, geometry.affine)
+        set_space(image.header, geometry)
+    else:
+        image = Image.fromarray(native * 255 if binary_255 else native)
+    with writing(path, "a label") as part:
+        image.save(part, format="PNG") if geometry.is_picture else nib.save(image, part)
+
+
+def write_map(path: str | os.PathLike, values: np.ndarray, geometry: Geometry) -> None:
+    """Write a map of real values on the grid of the image that `geometry` comes from, as float32; whole or not at all.
+
+    Args:
+        path: ends in `map_suffix(geometry)`. Its folder is made if missing.
+        values: (Z, H, W) or, for several channels, (Z, C, H, W), of a floating-point type. Converted piece by piece, so
+            that a large float16 map never exists as float32.
+        geometry: the image's. A volume is written as NIfTI with its shape (X, Y, Z) or (X, Y, Z, C) and its affine; a
+            picture as a TIFF with one page a channel.
+
+    Raises:
+        DataError: the shape is not the image's, or the file can't be written.
+    """
+    path = Path(path)
+    if values.ndim not in (3, 4) or (values.shape[0], *values.shape[-2:]) != geometry.shape:
+        raise DataError(f"{path}: expected a map of slices of shape {geometry.shape}, found {values.shape}.")
+    if not str(path).lower().endswith(map_suffix(geometry)):
+        raise DataError(f"{path}: expected a file name that ends in {map_suffix(geometry)}.")
+    channels = [values] if values.ndim == 3 else list(values.swapaxes(0, 1))
+    with writing(path, "a map") as part:
+        if geometry.is_picture:
+            pages = [Image.fromarray(geometry.to_native(channel).astype(np.float32)) for channel in channels]
+            pages[0].save(part, format="TIFF", save_all=True, append_images=pages[1:], compression="tiff_deflate")
+            return
+        header = nib.Nifti1Header()
+        header.set_data_dtype(np.float32)
+        header.set_data_shape(geometry.native_shape if values.ndim == 3 else (*geometry.full_shape, len(channels)))
+        set_space(header, geometry)
+        with nib.openers.Opener(part, "wb") as file:
+            header.write_to(file)
+            for channel in channels:
+                array_to_file(geometry.to_native(channel), file, np.float32, offset=None)
+
+
+@contextmanager
+def writing(path: str | os.PathLike, what: str) -> Iterator[Path]:
+    """`sam2sgp.files.replacing` for a result, `what` ("a label"); raises DataError where it can't be written."""
+    try:
+        with replacing(path) as part:
+            yield part
+    except OSError as error:
+        raise DataError(
+            f"{path}: expected to write {what} there, found {error.strerror or error}; free some space or choose "
+            "another folder."
+        ) from error
+
+
+def _class_values(path: str | os.PathLike, grid: Grid) -> np.ndarray:
+    """(n0, n1, n2) int64 class values of a label's grid."""
+    values = grid.array[..., 0]
+    if values.dtype.kind == "f":
+        finite = np.isfinite(values)
+        whole = np.round(values)
+        if not finite.all() or (np.abs(values - whole) > 1e-3).any():
+            example = values[~finite | (np.abs(np.where(finite, values - whole, 0)) > 1e-3)].flat[0]
+            raise DataError(
+                f"{path}: expected whole class values, found {example:g}; a probability map or a lossy mask isn't a "
+                "class map: threshold it and store whole numbers."
+            )
+        values = whole
+    values = values.astype(np.int64)
+    if values.min() < 0:
+        raise DataError(f"{path}: expected class values from 0 (background) up, found {values.min()}; renumber them.")
+    if grid.is_8_bit:
+        found = np.unique(values)
+        if np.isin(found, (0, 255)).all():
+            return values // 255
+        if grid.is_jpeg:
+            raise DataError(
+                f"{path}: expected a class map, found a JPEG of {len(found)} values; lossy compression blurs class "
+                "values: threshold the mask and store it as PNG."
+            )
+        if found[-1] == 255 and len(found) >= BLURRED_MASK_VALUES:
+            raise DataError(
+                f"{path}: expected a class map, found {len(found)} values from {found[0]} to 255; this looks like a "
+                "blurred mask or a photograph: threshold it and store whole class values."
+            )
+    return values
+
+
+def _align(path: str | os.PathLike, values: np.ndarray, grid: Grid, geometry: Geometry) -> np.ndarray:
+    """A label's values (n0, n1, n2) on the image's own grid, found by permuting and flipping axes.
+
+    Raises DataError if no order of axes lays the label's voxels on the image's.
+    """
+    if grid.is_picture != geometry.is_picture:
+        same_view = geometry.axes == (2, 1, 0) and not any(geometry.flips) and geometry.shape[0] == 1
+        if grid.is_picture and not same_view:
+            raise DataError(
+                f"{path}: expected a label with the affine of its volume, found a picture; store the label as NIfTI."
+            )
+        # Both ITK and MONAI store a picture's columns as the first axis of a volume, whatever affine they give it.
+        values = values.transpose(1, 0, 2)
+    shape = geometry.full_shape
+    if grid.is_picture or geometry.is_picture:
+        if values.shape != shape:
+            raise _wrong_size(path, geometry, values.shape)
+        return values
+    # In image voxels: where do the label's corners lie?
+    to_voxel = np.linalg.inv(geometry.affine) @ grid.affine
+    corners = np.array(list(product(*((0, length - 1) for length in shape))), dtype=float)
+    best, best_offset = None, np.inf
+    for order in permutations(range(3)):
+        if tuple(values.shape[axis] for axis in order) != shape:
+            continue
+        for flips in product((False, True), repeat=3):
+            index = np.empty_like(corners)
+            index[:, order] = np.where(flips, np.array(shape) - 1 - corners, corners)
+            offset = np.abs(index @ to_voxel[:3, :3].T + to_voxel[:3, 3] - corners).max()
+            if offset < best_offset:
+                best, best_offset = (order, flips), offset
+    if best is None:
+        raise _wrong_size(path, geometry, grid.native_shape)
+    if best_offset > GRID_TOLERANCE:
+        raise DataError(
+            f"{path}: expected the label on its image's grid, found corners up to {best_offset:.2f} voxels away "
+            f"(affine of the label {rounded(grid.affine)}, of the image {rounded(geometry.affine)}); resample the "
+            "label to the image."
+        )
+    order, flips = best
+    return np.flip(values.transpose(order), [axis for axis in range(3) if flips[axis]])
+
+
+def _wrong_size(path: str | os.PathLike, geometry: Geometry, found: tuple[int, ...]) -> DataError:
+    expected, got = ("x".join(str(length) for length in shape) for shape in (geometry.full_shape, found))
+    return DataError(
+        f"{path}: expected a label of its image's size {expected}, found {got}; check that it belongs to this image, "
+        "or resample it."
+    )
