@@ -1,0 +1,167 @@
+"""Reading DICOM series and files: values and places, and what is refused."""
+
+import io
+import warnings
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
+
+from sam2sgp.data.io import (
+    image_stem,
+    is_image,
+    output_suffix,
+    read_image,
+    read_label,
+    write_label,
+)
+from sam2sgp.errors import DataError
+from tests.data.dicom_files import write_dicom, write_series
+
+RNG = np.random.default_rng(0)
+
+
+def test_series_is_a_volume_in_hu_in_the_order_of_its_positions(tmp_path):
+    volume = RNG.integers(0, 3000, (5, 6, 7)).astype(np.uint16)
+    folder = write_series(tmp_path / "ct", volume)
+    image = read_image(folder)
+    assert image.modality == "CT" and image_stem(folder) == "ct" and is_image(folder)
+    assert np.array_equal(image.slices[:, 0], volume.astype(np.float32) - 1024)
+    assert np.allclose(image.geometry.spacing, (2.5, 0.8, 0.7))
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    reference = reader.Execute()
+    write_label(tmp_path / "out.nii.gz", np.zeros(image.geometry.shape, np.uint8), image.geometry)
+    written = SimpleITK.ReadImage(str(tmp_path / "out.nii.gz"))
+    assert written.GetSize() == reference.GetSize()
+    for index in ((0, 0, 0), (6, 5, 4)):
+        expected = reference.TransformIndexToPhysicalPoint(index)
+        assert np.allclose(written.TransformIndexToPhysicalPoint(index), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "axis"), [((0, 1, 0, 0, 0, -1), 0), ((1, 0, 0, 0, 0, -1), 1), ((-1, 0, 0, 0, -1, 0), 2)]
+)
+def test_series_of_any_orientation_lies_where_itk_puts_it(tmp_path, orientation, axis):
+    volume = RNG.integers(0, 3000, (5, 6, 7)).astype(np.uint16)
+    image = read_image(write_series(tmp_path / "mr", volume, orientation=orientation, Modality="MR"))
+    assert image.geometry.slice_axis == axis and image.slices.shape == (5, 1, 6, 7)
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "mr")))
+    reference = reader.Execute()
+    native = image.geometry.to_native(image.slices[:, 0])
+    for index in ((0, 0, 0), (6, 2, 4)):
+        x, y, z = (image.geometry.affine @ [*index, 1])[:3]
+        # By position, because ITK may count slices from the other end.
+        assert native[index] == reference[reference.TransformPhysicalPointToIndex((-x, -y, z))]
+
+
+def test_each_slice_is_rescaled_by_its_own_slope(tmp_path):
+    volume = np.full((3, 4, 4), 1000, np.uint16)
+    folder = write_series(tmp_path / "pt", volume, slopes=[0.5, 0.00125, 2.0], intercept=0.0, Modality="PT")
+    assert np.allclose(read_image(folder).slices[:, 0, 0, 0], [500, 1.25, 2000])
+
+
+@pytest.mark.parametrize("skip", [(2,), (1, 2, 3)])
+def test_missing_slice_is_an_error(tmp_path, skip):
+    folder = write_series(tmp_path / "ct", np.zeros((8, 4, 4), np.uint16), skip=skip)
+    with pytest.raises(DataError, match=rf"ct: .*gap of {2.5 * (len(skip) + 1):.2f} mm.*missing"):
+        read_image(folder)
+
+
+@pytest.mark.parametrize("repeat", [(0,), (3,), (0, 1, 2, 3, 4)])
+def test_duplicate_slice_position_is_an_error(tmp_path, repeat):
+    folder = write_series(tmp_path / "ct", np.zeros((5, 4, 4), np.uint16), repeat=repeat)
+    with pytest.raises(DataError, match="each slice position once"):
+        read_image(folder)
+
+
+def test_folder_with_two_series_is_an_error_that_lists_them(tmp_path):
+    write_series(tmp_path / "ct", np.zeros((3, 4, 4), np.uint16), SeriesDescription="thin")
+    other = write_series(tmp_path / "other", np.zeros((2, 4, 4), np.uint16), SeriesDescription="thick")
+    for number, file in enumerate(sorted(other.iterdir())):
+        file.rename(tmp_path / "ct" / f"other{number}.dcm")
+    with pytest.raises(DataError, match=r"found 2: .*(thin, 3 files.*thick, 2 files|thick, 2 files.*thin, 3 files)"):
+        read_image(tmp_path / "ct")
+
+
+def test_slices_of_another_size_and_a_tilted_gantry_are_errors(tmp_path):
+    folder = write_series(tmp_path / "ct", np.zeros((4, 4, 4), np.uint16))
+    file = folder / "IM0000.dcm"
+    dataset = pydicom.dcmread(file)
+    dataset.Rows, dataset.PixelData = 2, dataset.PixelData[:16]
+    dataset.save_as(file)
+    with pytest.raises(DataError, match="one size"):
+        read_image(folder)
+    folder = write_series(tmp_path / "tilted", np.zeros((4, 4, 4), np.uint16))
+    for file in folder.iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.ImagePositionPatient[1] += 0.5 * dataset.InstanceNumber
+        dataset.save_as(file)
+    with pytest.raises(DataError, match="tilted"):
+        read_image(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+def test_monochrome1_is_inverted(tmp_path, dtype):
+    pixels = np.arange(12, dtype=dtype).reshape(3, 4)
+    tags = {"BitsStored": 12, "HighBit": 11, "ImagerPixelSpacing": [0.2, 0.1]}
+    path = write_dicom(tmp_path / "dx", pixels, "DX", PhotometricInterpretation="MONOCHROME1", **tags)
+    image = read_image(path)
+    view = image.slices[0, 0]
+    assert view[0, 0] == view.max() and np.array_equal(view[0, 0] - view, pixels)
+    assert image.modality == "DX" and np.allclose(image.geometry.spacing[1:], (0.2, 0.1))
+    assert output_suffix(image.geometry) == ".nii.gz" and image_stem(path) == "dx"
+
+
+def test_compressed_dicom_has_the_values_of_uncompressed(tmp_path):
+    pixels = (np.arange(64 * 64).reshape(64, 64) // 4).astype(np.uint16)
+    tags = {"RescaleSlope": 2, "RescaleIntercept": -1024}
+    expected = read_image(write_dicom(tmp_path / "a.dcm", pixels, **tags)).slices
+    for name, syntax in (("rle.dcm", RLELossless), ("j2k.dcm", JPEG2000Lossless)):
+        dataset = pydicom.dcmread(tmp_path / "a.dcm")
+        if syntax == RLELossless:
+            dataset.compress(RLELossless)
+        else:
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, "JPEG2000", no_jp2=True)
+            dataset.PixelData = encapsulate([stream.getvalue()])
+            dataset["PixelData"].is_undefined_length = True
+            dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.save_as(tmp_path / name)
+        assert np.array_equal(read_image(tmp_path / name).slices, expected), name
+
+
+def test_ultrasound_film_in_colour_has_its_frames_as_slices(tmp_path):
+    frames = RNG.integers(0, 255, (5, 6, 8, 3)).astype(np.uint8)
+    path = write_dicom(tmp_path / "us.dcm", frames[0], "US", NumberOfFrames=5, PixelData=frames.tobytes())
+    image = read_image(path)
+    assert image.is_rgb and np.array_equal(image.slices, frames.transpose(0, 3, 1, 2))
+    ramp = np.stack([np.tile(np.arange(64) * 4, (64, 1))] * 3, -1).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(ramp).save(stream, "JPEG", quality=95)
+    dataset = pydicom.dcmread(write_dicom(path, ramp, "US", PhotometricInterpretation="YBR_FULL_422"))
+    dataset.PixelData = encapsulate([stream.getvalue()])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    dataset.save_as(path)
+    assert np.abs(read_image(path).slices[0].transpose(1, 2, 0) - ramp).max() <= 4
+
+
+def test_multi_frame_volume_and_segmentation_objects_are_refused(tmp_path):
+    frames = np.zeros((4, 4, 4), np.uint16)
+    path = write_dicom(tmp_path / "mr.dcm", frames[0], "MR", NumberOfFrames=4, PixelData=frames.tobytes())
+    with pytest.raises(DataError, match="multi-frame object of 4 frames"):
+        read_image(path)
+    with pytest.raises(DataError, match="DICOM segmentation"):
+        read_label(write_dicom(tmp_path / "seg.dcm", frames[0].astype(np.uint8), "SEG"))
+
+
+def test_reading_gives_no_warnings_for_sound_files(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(write_series(tmp_path / "ct", np.zeros((3, 4, 4), np.uint16)))

@@ -1,0 +1,82 @@
+"""What holds for images of every format."""
+
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+from PIL import Image
+
+from sam2sgp.data.io import (
+    read_image,
+    read_label,
+)
+from sam2sgp.errors import DataError
+from tests.data.dicom_files import write_dicom
+from tests.data.io.nifti_files import save_nifti
+
+RNG = np.random.default_rng(0)
+
+
+def test_nan_and_infinite_voxels_become_the_minimum_with_a_warning(tmp_path):
+    array = RNG.normal(size=(4, 5, 6)).astype(np.float32)
+    array[0, 0, 0], array[1, 1, 1], array[2, 2, 2] = np.nan, np.inf, -np.inf
+    path = save_nifti(tmp_path / "holes.nii.gz", array)
+    with pytest.warns(UserWarning, match="holes.nii.gz: 3 of 120 values"):
+        image = read_image(path)
+    native = image.geometry.to_native(image.slices[:, 0])
+    assert native[0, 0, 0] == native[1, 1, 1] == native[2, 2, 2] == array[np.isfinite(array)].min()
+    with pytest.raises(DataError, match="no finite value"):
+        read_image(save_nifti(tmp_path / "b.nii.gz", np.full((3, 3, 3), np.nan, np.float32)))
+
+
+def test_constant_image_and_empty_label_are_read(tmp_path):
+    image = read_image(save_nifti(tmp_path / "a.nii.gz", np.full((4, 5, 6), 7.0)))
+    assert (image.slices == 7).all()
+    label = read_label(save_nifti(tmp_path / "b.nii.gz", np.zeros((4, 5, 6), np.uint8)), image.geometry)
+    assert label.dtype == np.int64 and not label.any()
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha", ".png", ".jpg", ".tif", ".bmp", ".dcm"])
+@pytest.mark.parametrize("keep", [0, 0.05, 0.6])
+def test_truncated_file_is_an_error_that_names_it(tmp_path, suffix, keep):
+    path = tmp_path / f"case{suffix}"
+    array = RNG.integers(0, 255, (40, 40)).astype(np.uint8)
+    if suffix.startswith(".nii"):
+        save_nifti(path, np.stack([array] * 5))
+    elif suffix in (".nrrd", ".mha"):
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.stack([array] * 5)), str(path))
+    elif suffix == ".dcm":
+        write_dicom(path, array)
+    else:
+        Image.fromarray(array).save(path)
+    assert read_image(path).slices.size
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    for read in (read_image, read_label):
+        with pytest.raises(DataError, match=f"case{suffix}: expected"):
+            read(path)
+
+
+def test_a_flipped_bit_in_a_compressed_volume_is_noticed(tmp_path):
+    path = save_nifti(tmp_path / "a.nii.gz", RNG.integers(0, 255, (20, 20, 20)).astype(np.uint8))
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    stored = bytearray(gzip.compress(bytes(content), 0))
+    stored[len(stored) // 2] ^= 1
+    path.write_bytes(stored)
+    with pytest.raises(DataError, match="a.nii.gz"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("name", ["missing.nii.gz", "notes.txt", "empty_folder", "zero.nii.gz", "singular.nii.gz"])
+def test_what_is_no_image_is_an_error(tmp_path, name):
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "empty_folder").mkdir()
+    save_nifti(tmp_path / "zero.nii.gz", np.zeros((4, 0, 4), np.uint8))
+    singular = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4))
+    singular.header["qform_code"], singular.header["sform_code"] = 0, 1
+    singular.header["srow_x"] = singular.header["srow_y"] = singular.header["srow_z"] = 0
+    (tmp_path / "singular.nii.gz").write_bytes(gzip.compress(singular.header.binaryblock + bytes(4 + 64)))
+    with pytest.raises(DataError, match=name):
+        read_image(tmp_path / name)
