@@ -9,6 +9,8 @@ PORT ?= 8000
 # More overrides for `make train` and `make evaluate`, as in ARGS="--max_epochs 5".
 ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the test files; each takes up to 5 GB.
+TEST_PROCESSES ?= 2
 BENCHMARKS ?= $(sort $(wildcard benchmarks/[!_]*.py))
 
 # The demo's folders, and what makes its training short.
@@ -83,7 +85,7 @@ serve: need-studies need-app $(INSTALLED) ## MONAI Label server for STUDIES=dir 
 	. .venv/bin/activate && exec python -m monailabel.main start_server --app apps/sam2sgp --studies "$(STUDIES)" --host "$(ADDRESS)" --port "$(PORT)"
 
 test: $(INSTALLED) ## the whole test suite (PYTEST_ARGS="-m 'not slow'" for a part)
-	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## ruff, rules and format
 	$(VENV_PYTHON) -m ruff check .
