@@ -6,6 +6,7 @@ It only wires the parts together: see `lib`. MONAI Label builds it once in the s
 that train, score and infer in batches; what they share is on the disk, in the datastore and in `Settings.state_dir`.
 """
 
+import asyncio
 import logging
 import os
 import select
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from monailabel.interfaces.app import MONAILabelApp
@@ -25,13 +27,16 @@ import sam2sgp
 from lib.audit import Audit
 from lib.batch import BatchInference
 from lib.checks import NotFound
+from lib.connections import ConnectionLimits, limit_connections
 from lib.datastore import open_datastore
 from lib.endpoints import routes
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
+from lib.logs import keep_logs, log_routes
 from lib.options import flag
 from lib.page import SupportPage
 from lib.scoring import Scores, Scoring
+from lib.scratch import own_temporary_folder
 from lib.segmenter import Segmenter
 from lib.sessions import open_sessions
 from lib.settings import Settings
@@ -51,6 +56,10 @@ DEFAULT_STRATEGY = "hybrid"
 # Module that MONAI Label runs for training, scoring and batch inference. The server's requests come before these.
 BACKGROUND = "monailabel.interfaces.utils.app"
 NICENESS = 10
+# Seconds that a start waits for an archive, and that background work does for the labels in it.
+START_WAIT, BACKGROUND_WAIT = 10.0, 600.0
+# Requests that are worked on at once: more than may wait for an archive.
+THREADS = 100
 
 
 class Sam2SgpApp(MONAILabelApp):
@@ -63,6 +72,9 @@ class Sam2SgpApp(MONAILabelApp):
             _end_with_server()
         with _sentence_first():
             self.settings = Settings.from_conf(app_dir, studies, conf)
+            if not self._in_background:
+                self.log_file = keep_logs(self.settings.state_dir / "logs", self.settings.app_dir)
+                own_temporary_folder(self.settings.state_dir)
             self.audit = Audit(self.settings.audit_file)
             self.usage = Usage(self.settings.state_dir / "usage.sqlite")
             self.weights = Weights(self.settings.state_dir / "weights", self.settings.start_weights)
@@ -85,6 +97,8 @@ class Sam2SgpApp(MONAILabelApp):
         self.cases = LabelledCases(self.datastore(), self.settings)
         if self.cases.problem and not self._in_background:
             raise DataError(self.cases.problem)
+        if self._in_background:
+            self.cases.prepare(BACKGROUND_WAIT)
         self.segmenter = Segmenter(self.settings, self.weights, self.cases)
         return {MODEL: Segmentation(self.segmenter)}
 
@@ -126,8 +140,11 @@ class Sam2SgpApp(MONAILabelApp):
 
         app.add_exception_handler(OSError, _not_stored)
         install(app, self.settings)
+        limits = ConnectionLimits(int(self.settings.max_connections), int(self.settings.max_connections_per_address))
+        limit_connections(asyncio.get_running_loop(), limits)
+        to_thread.current_default_thread_limiter().total_tokens = THREADS
         # Before MONAI Label's own.
-        app.router.routes[:0] = routes(self).routes
+        app.router.routes[:0] = [*routes(self).routes, *log_routes(self.log_file).routes]
         page = SupportPage(
             self.datastore(),
             self.segmenter,
@@ -137,6 +154,7 @@ class Sam2SgpApp(MONAILabelApp):
             self.on_save_label,
         )
         app.include_router(page.router())
+        self.cases.prepare(START_WAIT)
         with _sentence_first():
             self.segmenter.refresh()
         threading.Thread(target=self._warm_up, daemon=True, name="sam2sgp-warm-up").start()
@@ -156,13 +174,14 @@ class Sam2SgpApp(MONAILabelApp):
     # Requests
 
     def info(self) -> dict[str, Any]:
-        """MONAI Label's, with `support`: the state of the support set and of the weights."""
+        """MONAI Label's, with `support`: the state of the support set and of the weights, and `archive`: its state."""
         try:
             self.segmenter.refresh(wait=False)
         except Sam2SgpError as error:
             # Every request asks for this first; the one that it concerns tells its client.
             logger.error("%s", error)
-        return {**super().info(), "support": self.segmenter.facts()}
+        archive = {"archive": self.datastore().state()} if self.settings.is_remote else {}
+        return {**super().info(), "support": self.segmenter.facts(), **archive}
 
     def infer(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
         """Segment an image of the datastore, of a session, or sent along.

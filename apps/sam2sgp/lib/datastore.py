@@ -600,6 +600,7 @@ def open_datastore(settings) -> Datastore:
             settings.dicomweb_expiry,
             settings.dicomweb_cache_gb,
             settings.dicomweb_cache_days,
+            settings.dicomweb_timeout,
         )
     return ConfinedDatastore(settings.studies, settings.state_dir, limit, audit)
 

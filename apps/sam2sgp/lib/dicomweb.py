@@ -3,7 +3,7 @@
 In: image ids, which are SeriesInstanceUIDs, label tags and uploaded label files. Out: a folder with a series' files, a
 label as NIfTI on exactly its grid, or an error of one sentence with its HTTP status.
 
-    archive ── QIDO: series and SEGs ── lists (kept for a few seconds)
+    archive ── QIDO: series and SEGs ── lists (`ArchiveIndex`)
             ── WADO: a series ── work folder/images/<series>/
             ── WADO: its latest SEG ── work folder/labels/final/<series>.nii.gz
             ── STOW: a label approved here, as a SEG that refers to the series' slices
@@ -13,6 +13,9 @@ programs count, the latest of a series wins, and one that is deleted there is go
 looked at, as its segments are called automatic, is no approved label. An approved label that is removed here stays in
 the archive, whose records are not this program's to delete; it is only not used any more. Labels with other tags are
 kept in the work folder alone.
+
+Only the request that needs a file that isn't here waits for the archive. Lists are those of before where the archive is
+slow or silent; `prepare` fetches approved labels in the background, and `pairs_at_hand` gives those that have come.
 
 Any number of threads and processes may use one work folder: every file and series is put in place in one step, and
 what two of them put there at once is the same. Nothing in it is needed after a restart but removals and other tags.
@@ -27,27 +30,24 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
+import httpx
 import numpy as np
-import requests
 from monailabel.config import settings as server_settings
-from monailabel.datastore.dicom import DICOMwebClientX
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
-from pydicom import Dataset, dcmread
-from pydicom.uid import SegmentationStorage
+from pydicom import dcmread
 
+from lib.archive import SILENCE, Archive, ArchiveError, Busy, Unreachable
+from lib.archive_index import PATIENCE, ArchiveIndex, Background, Lists, Segmentation, Series, approved
 from lib.audit import Audit, content_hash
 from lib.checks import (
     BadLabel,
     Forbidden,
     NotFound,
-    RequestError,
     StorageError,
     check_content,
     check_tag,
@@ -65,58 +65,10 @@ from sam2sgp.files import replacing, write_text
 logger = logging.getLogger(__name__)
 
 FINAL = DefaultLabelTag.FINAL.value
-# What holds pixels that can be segmented; an archive holds reports and the like as well.
-MODALITIES = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "XC", "ES", "OP", "DM")
-FIELDS = (
-    "PatientID",
-    "StudyInstanceUID",
-    "StudyDate",
-    "StudyTime",
-    "SeriesDescription",
-    "NumberOfSeriesRelatedInstances",
-)
-INFO = ("Modality", "PatientID", "StudyInstanceUID", "StudyDate", "StudyTime", "SeriesDescription")
-# What DICOMweb has addresses for.
-RESOURCES = ("studies", "series", "instances")
-SHARE_OF_TIME = 20
 # Seconds after which old copies are looked for, where none came that might take their place.
 CLEARED_EVERY = 3600.0
-CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 120.0
-
-
-class ArchiveError(RequestError):
-    """The archive gives no answer, or one that can't be used."""
-
-    status = 502
-
-
-@dataclass(frozen=True)
-class Series:
-    """An image series as the archive lists it."""
-
-    uid: str
-    study: str
-    instances: int
-    info: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """An approved label in the archive: one SEG instance. `when` orders those of one series."""
-
-    uid: str
-    series: str
-    study: str
-    image: str
-    when: tuple[str, str]
-
-
-class _Session(requests.Session):
-    """Waits for no answer forever."""
-
-    def request(self, method, url, **options):
-        options.setdefault("timeout", (CONNECT_TIMEOUT, READ_TIMEOUT))
-        return super().request(method, url, **options)
+# A label that could not be fetched for a reason of its own is asked for again after as many seconds.
+FETCHED_AGAIN = 60.0
 
 
 class DicomWebDatastore(Datastore):
@@ -131,10 +83,11 @@ class DicomWebDatastore(Datastore):
         max_unpacked: how many bytes the voxels of an uploaded label may take.
         audit: where approvals and removals are noted; None for nowhere.
         wanted: attributes that a series must match to be listed, by keyword.
-        expiry: seconds for which lists are kept. They are never asked for in more than one part in `SHARE_OF_TIME` of
-            the time, unless it is 0.
+        expiry: seconds for which lists are kept; 0 to ask at every question.
         cache_gb: GiB that downloaded series may take, but for those with an approved label and those in use.
         cache_days: days after which a downloaded series goes that nobody asked for, likewise.
+        silence: seconds after which an archive that sends nothing is given up, see `Archive`.
+        patience: seconds for which questions about lists wait for newer ones.
     """
 
     def __init__(
@@ -147,38 +100,35 @@ class DicomWebDatastore(Datastore):
         expiry: float = 10.0,
         cache_gb: float = float("inf"),
         cache_days: float = float("inf"),
+        silence: float = SILENCE,
+        patience: float = PATIENCE,
     ) -> None:
         self._address = address.rstrip("/")
         self._folder = Path(work_folder).resolve()
         self._cache = SeriesCache(self._folder, cache_gb * (1 << 30), cache_days * 86400)
         self._max_unpacked = max_unpacked
         self._audit = audit
-        session = _Session()
-        if server_settings.MONAI_LABEL_DICOMWEB_USERNAME and server_settings.MONAI_LABEL_DICOMWEB_PASSWORD:
-            session.auth = (
-                server_settings.MONAI_LABEL_DICOMWEB_USERNAME,
-                server_settings.MONAI_LABEL_DICOMWEB_PASSWORD,
-            )
-        self._session = session
-        self._client = DICOMwebClientX(
+        user, password = server_settings.MONAI_LABEL_DICOMWEB_USERNAME, server_settings.MONAI_LABEL_DICOMWEB_PASSWORD
+        self._archive = Archive(
             self._address,
-            session=session,
-            qido_url_prefix=server_settings.MONAI_LABEL_QIDO_PREFIX,
-            wado_url_prefix=server_settings.MONAI_LABEL_WADO_PREFIX,
-            stow_url_prefix=server_settings.MONAI_LABEL_STOW_PREFIX,
+            (user, password) if user and password else None,
+            {
+                "qido": server_settings.MONAI_LABEL_QIDO_PREFIX,
+                "wado": server_settings.MONAI_LABEL_WADO_PREFIX,
+                "stow": server_settings.MONAI_LABEL_STOW_PREFIX,
+            },
+            silence,
+            largest_series=max_unpacked,
         )
-        self._client.set_http_retry_params(max_attempts=2)
-        self._wanted = dict(wanted or {})
-        self._expiry = expiry
+        self._index = ArchiveIndex(self._archive, wanted, expiry, patience)
+        self._fetching = Background(self._fetch_missing, "archive-labels")
+        self._clearing = Background(self._clear, "archive-cache")
         self._lock = threading.RLock()
-        self._until = 0.0
-        self._listed = self._answers = False
         self._cleared = float("-inf")
-        self._images: dict[str, Series] = {}
-        self._labels: dict[str, list[Segmentation]] = {}
-        # By the UID of a SEG series, whose content never changes; () for what is no approved label.
-        self._known: dict[tuple[str, str], tuple[Segmentation, ...]] = {}
         self._unusable: set[str] = set()
+        # By series: the UID of the SEG whose label is here, and when to ask again for one that could not be fetched.
+        self._at_hand: dict[str, str] = {}
+        self._later: dict[str, float] = {}
 
     # What is there
 
@@ -195,35 +145,44 @@ class DicomWebDatastore(Datastore):
         raise Forbidden("datastore: expected no description for an archive.")
 
     def list_images(self) -> list[str]:
-        self._look()
-        return list(self._images)
+        return list(self._lists().images)
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """Ids of the series with an approved label."""
-        self._look()
-        return [image_id for image_id in self._images if self._latest(image_id)]
+        lists = self._lists()
+        return [image_id for image_id in lists.images if self._latest(image_id, lists)]
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
         """Ids of the series without an approved label."""
-        self._look()
-        return [image_id for image_id in self._images if not self._latest(image_id)]
+        lists = self._lists()
+        return [image_id for image_id in lists.images if not self._latest(image_id, lists)]
 
     def status(self) -> dict[str, Any]:
         images = self.list_images()
         tags = Counter(tag for image_id in images for tag in self.get_labels_by_image_id(image_id))
         return {"total": len(images), "completed": tags.get(FINAL, 0), "label_tags": dict(tags)}
 
+    def state(self) -> dict[str, Any]:
+        """Whether the lists are up to date, since when and why not, and how many labels are still to be fetched."""
+        since = self._index.since
+        return {
+            "reachable": self._index.problem is None,
+            "since": since.isoformat(timespec="seconds") if since else None,
+            "problem": self._index.problem,
+            "labels_to_fetch": len(self._missing(self._lists())),
+        }
+
     def json(self) -> dict[str, Any]:
         """In the form of MONAI Label's local datastore."""
         objects = {
             image_id: {
-                "image": {"ext": "", "info": self._image_facts(image_id)},
+                "image": {"ext": "", "info": self._image_facts(series)},
                 "labels": {
                     tag: {"ext": SUFFIX, "info": self.get_label_info(image_id, tag)}
                     for tag in self.get_labels_by_image_id(image_id)
                 },
             }
-            for image_id in self.list_images()
+            for image_id, series in self._lists().images.items()
         }
         return {"name": self.name(), "description": self.description(), "objects": objects}
 
@@ -255,8 +214,7 @@ class DicomWebDatastore(Datastore):
         raise NotFound("image: expected to be asked for its path; a series is no single file.")
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
-        self._series(image_id)
-        return self._image_facts(image_id)
+        return self._image_facts(self._series(image_id))
 
     def image_file(self, image_id: str) -> Path:
         """A series as one file, for clients that don't speak DICOM: NIfTI, float32, on the series' own grid."""
@@ -276,18 +234,7 @@ class DicomWebDatastore(Datastore):
         path = self._label_path(label_id, check_tag(label_tag))
         if label_tag != FINAL:
             return str(path) if path.exists() else ""
-        self._look()
-        while latest := self._latest(label_id):
-            try:
-                self._fetch_label(latest, path)
-                return str(path)
-            except ArchiveError:
-                raise
-            except DataError as error:
-                # An older one of the same series may do; this one is not asked for again.
-                logger.warning("series %s: its segmentation %s is left out: %s", label_id, latest.uid, error)
-                self._unusable.add(latest.uid)
-        return ""
+        return str(path) if self._bring_label(label_id) else ""
 
     def get_label(self, label_id: str, label_tag: str, params: Any = None) -> Any:
         raise NotFound("label: expected to be asked for its path.")
@@ -299,8 +246,7 @@ class DicomWebDatastore(Datastore):
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
         check_uid(image_id)
-        self._look()
-        tags = [FINAL] if self._latest(image_id) else []
+        tags = [FINAL] if self._latest(image_id, self._lists()) else []
         tags += [
             folder.name
             for folder in _folders(self._folder / "labels")
@@ -328,42 +274,44 @@ class DicomWebDatastore(Datastore):
 
     def refresh(self) -> None:
         """Ask the archive for its lists now."""
-        self._until = 0.0
-        self._look()
+        self._index.expire()
+        self._lists()
+
+    def prepare(self, wait: float = PATIENCE) -> None:
+        """Look for approved labels in the archive, and fetch what is needed of them; that goes on in the background.
+
+        Args:
+            wait: seconds to wait for it at most.
+        """
+        end = time.monotonic() + wait
+        if self._missing(self._index.lists(wait)) and self._archive.breaker.since is None:
+            self._fetching.run(max(end - time.monotonic(), 0.0))
+
+    def pairs_at_hand(self) -> dict[str, tuple[str, str]]:
+        """Paths of image and label, by id, of the series with an approved label whose files have been fetched."""
+        lists = self._lists()
+        return {
+            image_id: (str(self._cache.folder_of(image_id)), str(self._label_path(image_id, FINAL)))
+            for image_id, uid in list(self._at_hand.items())
+            if (latest := self._latest(image_id, lists)) and latest.uid == uid
+        }
 
     def is_at_hand(self, image_id: str) -> bool:
         """Whether a series needn't be fetched."""
         return self._cache.folder_of(check_uid(image_id)).is_dir()
 
-    def forward(self, path: str, query: str = "") -> requests.Response:
-        """The archive's answer to a viewer that wants to read; its content is still to come.
-
-        Args:
-            path: below the archive's address, such as `studies/1.2.3/series`; before it may stand `qido/` to search or
-                `wado/` to fetch.
-            query: as it stands behind the question mark.
-
-        Raises NotFound for what isn't part of DICOMweb, ArchiveError.
-        """
-        service, _, rest = path.partition("/")
-        prefix = {"qido": server_settings.MONAI_LABEL_QIDO_PREFIX, "wado": server_settings.MONAI_LABEL_WADO_PREFIX}
-        path = rest if service in prefix else path
-        if path.partition("/")[0] not in RESOURCES:
-            raise NotFound(f"proxy: expected one of {', '.join(RESOURCES)}, found {ascii(path)[:80]}; correct it.")
-        # Viewers search for metadata, which is to be fetched.
-        service = "wado" if service in prefix and path.endswith("/metadata") else service
-        parts = [self._address, prefix.get(service), quote(path, safe="/,;=:")]
-        address = "/".join(part for part in parts if part) + (f"?{query}" if query else "")
-        with _asking("an answer for a viewer"):
-            return self._session.get(address, headers={"Accept-Encoding": "identity"}, stream=True)
+    async def forward(self, path: str, query: str = "") -> tuple[httpx.Response, AsyncIterator[bytes]]:
+        """The archive's answer to a viewer, see `Archive.forward`."""
+        return await self._archive.forward(path, query)
 
     # What changes
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Nothing: images come into an archive from scanners. Raises Forbidden."""
-        raise Forbidden(
-            "image: expected the archive to get its images itself, found an upload; send it to the archive."
-        )
+        with discarding_if_refused(image_filename):
+            raise Forbidden(
+                "image: expected the archive to get its images itself, found an upload; send it to the archive."
+            )
 
     def remove_image(self, image_id: str) -> None:
         """Nothing: an archive's records are not deleted from here. Raises Forbidden."""
@@ -414,6 +362,8 @@ class DicomWebDatastore(Datastore):
             self._approve(self._series(image_id), folder, labels, geometry, names, info)
         with _storing("to save the label"):
             self._keep_label(path, labels, geometry, info)
+        if tag == FINAL:
+            self._at_hand[image_id] = info["segmentation"]
         return image_id
 
     def _approve(self, series: Series, folder: str, labels, geometry, names: dict[int, str], info: dict) -> None:
@@ -426,23 +376,13 @@ class DicomWebDatastore(Datastore):
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, "label.dcm")
             write_dicom_seg(path, labels, geometry, folder, names, approved=True, keep_empty=True)
-            segmentation = dcmread(path)
-            with _asking("to take the label"):
-                answer = self._client.store_instances([segmentation])
-            failed = answer.get("FailedSOPSequence")
-            if failed:
-                raise ArchiveError(
-                    f"archive: expected it to take the label, found that it doesn't (reason "
-                    f"{failed[0].get('FailureReason')}); see its log."
-                )
+            segmentation = dcmread(path, stop_before_pixels=True)
+            self._archive.store(path)
             if self._audit:
                 facts = {"image": series.uid, "tag": FINAL, "segmentation": segmentation.SOPInstanceUID}
                 self._audit.write("approve", **facts, sha256=content_hash(path))
         info["segmentation"] = str(segmentation.SOPInstanceUID)
-        stored = _approved(segmentation)
-        with self._lock:
-            self._known[(stored.series, "1")] = (stored,)
-            self._labels.setdefault(series.uid, []).append(stored)
+        self._index.add(approved(segmentation))
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Delete one label; an approved one is not used any more, but stays in the archive. Raises NotFound."""
@@ -452,12 +392,12 @@ class DicomWebDatastore(Datastore):
         if tag not in self.get_labels_by_image_id(label_id):
             raise NotFound(f"label {label_id}: expected a label with tag {tag}, found none; look at the list.")
         if self._audit:
-            latest = self._latest(label_id)
+            latest = self._latest(label_id, self._lists())
             facts = {"segmentation": latest.uid} if tag == FINAL and latest else {}
             self._audit.write("remove label", image=label_id, tag=tag, **facts)
         with _storing("to remove the label"):
             if tag == FINAL:
-                gone = {entry.uid for entry in self._labels.get(label_id, [])} | self._removed(label_id)
+                gone = {entry.uid for entry in self._lists().labels.get(label_id, ())} | self._removed(label_id)
                 write_text(self._removals(label_id), json.dumps(sorted(gone)))
             path.unlink(missing_ok=True)
             _facts_of(path).unlink(missing_ok=True)
@@ -480,96 +420,101 @@ class DicomWebDatastore(Datastore):
 
     # The archive
 
-    def _look(self) -> None:
-        """Bring the lists up to date if they are old. Old lists serve on while the archive doesn't answer."""
-        with self._lock:
-            started = time.monotonic()
-            if started < self._until:
-                return
-            try:
-                self._list()
-                self._listed = self._answers = True
-            except ArchiveError as error:
-                self._answers = False
-                if not self._listed:
-                    raise
-                logger.warning("The lists of before are used: %s", error)
-            now = time.monotonic()
-            self._until = now + (max(self._expiry, SHARE_OF_TIME * (now - started)) if self._expiry else 0.0)
-            if now - self._cleared > CLEARED_EVERY:
-                self._clear()
-
-    def _list(self) -> None:
-        with _asking("a list of series"):
-            found = self._search(self._wanted)
-            # A filter is for images.
-            segmentations = self._search({"Modality": "SEG"})
-        images = {}
-        for entry in found:
-            series = _series(entry)
-            if series and series.info.get("Modality") in MODALITIES:
-                images[series.uid] = series
-        known, labels = {}, {}
-        for entry in segmentations:
-            series = _series(entry)
-            if series is None:
-                continue
-            key = series.uid, str(series.instances)
-            known[key] = self._known[key] if key in self._known else self._examine(series)
-            for segmentation in known[key]:
-                if segmentation.image in images:
-                    labels.setdefault(segmentation.image, []).append(segmentation)
-        self._images = dict(sorted(images.items()))
-        self._known, self._labels = known, labels
-
-    def _search(self, wanted: dict[str, Any]) -> list[Dataset]:
-        entries = self._client.search_for_series(search_filters=wanted, fields=FIELDS, get_remaining=True)
-        return [Dataset.from_json(entry) for entry in entries]
-
-    def _examine(self, series: Series) -> tuple[Segmentation, ...]:
-        """The approved labels in a SEG series."""
-        with _asking("what a segmentation refers to"):
-            entries = self._client.retrieve_series_metadata(series.study, series.uid)
-        found = [_approved(Dataset.from_json(entry, bulk_data_uri_handler=lambda uri: None)) for entry in entries]
-        return tuple(entry for entry in found if entry)
+    def _lists(self) -> Lists:
+        lists = self._index.lists()
+        if self._index.listed and time.monotonic() - self._cleared > CLEARED_EVERY:
+            self._cleared = time.monotonic()
+            self._clearing.run(0.0)
+        return lists
 
     def _series(self, image_id: str) -> Series:
         check_uid(image_id)
-        self._look()
-        series = self._images.get(image_id)
+        series = self._lists().images.get(image_id)
+        if series is None and (self._index.problem or not self._index.listed):
+            raise ArchiveError(
+                f"image {image_id}: expected it in the archive's lists, found that they are not up to date "
+                f"({self._index.problem or 'the archive has not answered yet'}); try again in a moment."
+            )
         if series is None:
             raise NotFound(f"image {image_id}: expected a series of the archive, found none; take an id from the list.")
         return series
 
-    def _latest(self, image_id: str) -> Segmentation | None:
-        entries = self._labels.get(image_id)
+    def _latest(self, image_id: str, lists: Lists) -> Segmentation | None:
+        entries = lists.labels.get(image_id)
         if not entries:
             return None
         gone = self._unusable | self._removed(image_id)
         return max((entry for entry in entries if entry.uid not in gone), key=lambda entry: entry.when, default=None)
 
+    def _missing(self, lists: Lists) -> list[str]:
+        """Series whose approved label is to be fetched."""
+        now = time.monotonic()
+        latest = ((image_id, self._latest(image_id, lists)) for image_id in lists.labels)
+        return [
+            image_id
+            for image_id, entry in latest
+            if entry and self._at_hand.get(image_id) != entry.uid and self._later.get(image_id, 0.0) <= now
+        ]
+
+    def _fetch_missing(self) -> None:
+        """Fetch approved labels, and their series, until all are here or the archive does not answer."""
+        for image_id in self._missing(self._lists()):
+            try:
+                self.get_image_uri(image_id)
+                self._bring_label(image_id)
+            except (Unreachable, Busy):
+                return
+            except Exception as error:
+                # Whatever one label does must not keep the others out.
+                known = isinstance(error, DataError)
+                logger.warning("series %s: its label can't be fetched: %s", image_id, error, exc_info=not known)
+                self._later[image_id] = time.monotonic() + FETCHED_AGAIN
+
+    def _bring_label(self, image_id: str) -> bool:
+        """Bring the file of the latest label that can be used in line with the archive; whether there is one."""
+        path = self._label_path(image_id, FINAL)
+        while latest := self._latest(image_id, self._lists()):
+            try:
+                self._fetch_label(latest, path)
+                if self.is_at_hand(image_id):
+                    self._at_hand[image_id] = latest.uid
+                return True
+            except (ArchiveError, Busy):
+                raise
+            except DataError as error:
+                # An older one of the same series may do; this one is not asked for again.
+                logger.warning("series %s: its segmentation %s is left out: %s", image_id, latest.uid, error)
+                self._unusable.add(latest.uid)
+        return False
+
     def _fetch(self, series: Series) -> None:
         """Download a series; it is put in place whole."""
         with _storing("to keep a series"), self._cache.adding(series.uid) as folder:
-            with _asking("the files of a series"):
-                instances = iter(self._client.iter_series(series.study, series.uid))
-            while True:
-                with _asking("the files of a series"):
-                    instance = next(instances, None)
-                    if instance is None:
-                        break
-                    uid = check_uid(str(instance.SOPInstanceUID), "instance")
-                instance.save_as(folder / f"{uid}.dcm", write_like_original=False)
-            if not any(folder.iterdir()):
+            files = self._archive.fetch_series(series.study, series.uid, folder)
+            if not files:
                 raise ArchiveError(f"series {series.uid}: expected files from the archive, found none.")
+            for file in files:
+                file.rename(folder / f"{self._checked(file, f'an instance of series {series.uid}')}.dcm")
+
+    def _checked(self, file: Path, what: str) -> str:
+        """The UID of an instance from the archive. Raises ArchiveError for a file that can't be one."""
+        try:
+            check_content(file, self._max_unpacked, what)
+            return check_uid(str(dcmread(file, stop_before_pixels=True).SOPInstanceUID), "instance")
+        except OSError:
+            raise
+        except Exception as error:
+            # pydicom raises types of all kinds for what isn't DICOM.
+            raise ArchiveError(f"archive: expected {what}, found another file ({error}); see its log.") from error
 
     def _clear(self) -> None:
         """Delete copies of series that nobody needs, if the archive has them still."""
         self._cleared = time.monotonic()
-        if self._answers:
-            keep = [image_id for image_id in self._images if self._latest(image_id)]
+        lists = self._index.lists()
+        if self._index.problem is None and self._index.listed:
+            keep = {image_id for image_id in lists.images if self._latest(image_id, lists)}
             try:
-                self._cache.clear(set(keep), set(self._images))
+                self._cache.clear(keep, set(lists.images))
             except OSError as error:
                 # Which is no reason to refuse a request that got what it wanted.
                 logger.warning("Copies of series can't be deleted: %s", error)
@@ -586,10 +531,10 @@ class DicomWebDatastore(Datastore):
             return
         folder = self.get_image_uri(segmentation.image)
         with tempfile.TemporaryDirectory() as scratch, _storing("to keep a label"):
-            file = Path(scratch, "label.dcm")
-            with _asking("an approved label"):
-                instance = self._client.retrieve_instance(segmentation.study, segmentation.series, segmentation.uid)
-            instance.save_as(file, write_like_original=False)
+            file = self._archive.fetch_instance(
+                segmentation.study, segmentation.series, segmentation.uid, Path(scratch)
+            )
+            self._checked(file, f"segmentation {segmentation.uid}")
             geometry = read_image(folder).geometry
             labels, names = read_dicom_seg(file, geometry, folder, lambda text: self._value_of(clean_class_name(text)))
             names = {value: clean_class_name(text) or f"class_{value}" for value, text in names.items()}
@@ -639,40 +584,9 @@ class DicomWebDatastore(Datastore):
         path = self._removals(image_id)
         return set(_read_json(path)) if path.exists() else set()
 
-    def _image_facts(self, image_id: str) -> dict[str, Any]:
-        series = self._images[image_id]
-        return {**series.info, "SeriesInstanceUID": image_id, **_read_json(self._folder / "facts" / f"{image_id}.json")}
-
-
-def _series(entry: Dataset) -> Series | None:
-    """From an archive's list; None if it lacks what is needed or has ill UIDs, which become file names."""
-    try:
-        uid = check_uid(str(entry.get("SeriesInstanceUID")))
-        study = check_uid(str(entry.get("StudyInstanceUID")))
-    except RequestError:
-        logger.warning("A series without proper UIDs is left out")
-        return None
-    info = {name: str(entry.get(name)) for name in INFO if entry.get(name) not in (None, "")}
-    return Series(uid, study, int(entry.get("NumberOfSeriesRelatedInstances") or 0), info)
-
-
-def _approved(segmentation: Dataset) -> Segmentation | None:
-    """What a SEG's header says, if a person has approved it."""
-    segments = segmentation.get("SegmentSequence") or []
-    references = segmentation.get("ReferencedSeriesSequence") or []
-    if segmentation.get("SOPClassUID") != SegmentationStorage or not references:
-        return None
-    if not segments or all(segment.get("SegmentAlgorithmType") == "AUTOMATIC" for segment in segments):
-        return None
-    try:
-        uids = [segmentation.SOPInstanceUID, segmentation.SeriesInstanceUID, segmentation.StudyInstanceUID]
-        uid, series, study = (check_uid(str(value)) for value in uids)
-        image = check_uid(str(references[0].get("SeriesInstanceUID")))
-    except (AttributeError, RequestError):
-        logger.warning("A segmentation without proper UIDs is left out")
-        return None
-    when = f"{segmentation.get('ContentDate') or ''}{segmentation.get('ContentTime') or ''}"
-    return Segmentation(uid, series, study, image, (when, uid))
+    def _image_facts(self, series: Series) -> dict[str, Any]:
+        facts = _read_json(self._folder / "facts" / f"{series.uid}.json")
+        return {**series.info, "SeriesInstanceUID": series.uid, **facts}
 
 
 def _facts_of(label: Path) -> Path:
@@ -692,27 +606,6 @@ def _read_json(path: Path) -> Any:
 
 def _folders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
-
-
-@contextmanager
-def _asking(what: str) -> Iterator[None]:
-    """Errors on the way to the archive."""
-    try:
-        yield
-    except DataError:
-        raise
-    except requests.HTTPError as error:
-        status = error.response.status_code if error.response is not None else "no status"
-        raise ArchiveError(f"archive: expected {what}, found HTTP status {status}; see the archive's log.") from error
-    except (requests.RequestException, OSError) as error:
-        raise ArchiveError(
-            f"archive: expected {what}, found no answer ({type(error).__name__}); see whether it runs."
-        ) from error
-    except Exception as error:
-        # dicomweb-client and pydicom raise types of all kinds for answers that aren't DICOM.
-        raise ArchiveError(
-            f"archive: expected {what}, found an answer that isn't DICOM ({error}); see its log."
-        ) from error
 
 
 @contextmanager

@@ -6,7 +6,8 @@
 
 MONAI Label answers these on its event loop, so that nobody else is answered until they are done, leaves refused uploads
 in the temporary folder, makes DICOM-SEG with another datastore than the app's alone, and waits for an archive forever.
-Here they run in the server's threads; segmentations still come one after the other.
+Here they run in the server's threads, and segmentations still come one after the other; what viewers read is handed
+through on the event loop without waiting for anything there.
 """
 
 import json
@@ -30,7 +31,6 @@ from lib.dicomweb import DicomWebDatastore
 from sam2sgp.data import read_image, read_label, write_dicom_seg
 from sam2sgp.data.io import is_dicom
 
-CHUNK = 1 << 20
 DICOM = "application/dicom"
 # Of the archive's answers; the others are about its connection, not about the content.
 HEADERS_KEPT = ("content-type", "content-length", "content-encoding", "etag", "warning")
@@ -83,11 +83,10 @@ def routes(app: MONAILabelApp) -> APIRouter:
             return FileResponse(path, media_type="application/gzip", filename=path.name)
 
         @router.get("/proxy/dicom/{path:path}")
-        def proxy(path: str, request: Request) -> StreamingResponse:
-            answer = datastore.forward(path, request.url.query)
+        async def proxy(path: str, request: Request) -> StreamingResponse:
+            answer, content = await datastore.forward(path, request.url.query)
             headers = {name: answer.headers[name] for name in HEADERS_KEPT if name in answer.headers}
-            content = answer.raw.stream(CHUNK, decode_content=False)
-            return StreamingResponse(content, answer.status_code, headers, background=BackgroundTask(answer.close))
+            return StreamingResponse(content, answer.status_code, headers, background=BackgroundTask(answer.aclose))
 
     return router
 

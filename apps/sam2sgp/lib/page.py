@@ -116,7 +116,7 @@ class SupportPage:
             items, errors = list(bank.items), list(bank.errors)
         labels = self._labels()
         counts = self.usage.counts()
-        images = {str(self.datastore.get_image_uri(image)): image for image in self.datastore.get_labeled_images()}
+        images = self.segmenter.cases.images()
         shown = [
             {
                 "id": item.id,

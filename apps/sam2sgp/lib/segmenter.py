@@ -194,6 +194,8 @@ class Segmenter:
         Raises:
             Sam2SgpError: at the first time: the weights can't be loaded.
         """
+        if wait:
+            self.cases.prepare()
         if not self.lock.acquire(blocking=wait):
             return
         try:
@@ -370,6 +372,7 @@ class Segmenter:
             OutOfMemory: it is too large even for the CPU, slice by slice.
         """
         options = options or Options()
+        self.cases.prepare()
         with self.lock:
             started = time.perf_counter()
             self.refresh()

@@ -53,7 +53,11 @@ NUMBERS = {
     "dicomweb_expiry": "seconds",
     "dicomweb_cache_gb": "GiB",
     "dicomweb_cache_days": "days",
+    "dicomweb_timeout": "seconds",
+    "max_connections": "connections",
+    "max_connections_per_address": "connections",
 }
+NOT_ZERO = ("max_upload_mb", "dicomweb_timeout", "max_connections", "max_connections_per_address")
 HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 CODE_MARKS = ("$", "@", "%")
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -83,6 +87,8 @@ class Settings:
         dicomweb_expiry: seconds for which the archive's lists are kept.
         dicomweb_cache_gb, dicomweb_cache_days: how much of the archive's series is kept on the disk, in GiB, and for
             how many days after they were last asked for.
+        dicomweb_timeout: seconds after which an archive that sends nothing is given up.
+        max_connections, max_connections_per_address: that the server keeps open at once, of all clients and of one.
         allow_model_upload: whether clients may replace model files.
         allow_overrides: whether clients may choose devices and override settings in requests.
 
@@ -107,6 +113,9 @@ class Settings:
     dicomweb_expiry: float = 10.0
     dicomweb_cache_gb: float = 50.0
     dicomweb_cache_days: float = 30.0
+    dicomweb_timeout: float = 20.0
+    max_connections: float = 1000.0
+    max_connections_per_address: float = 200.0
     allow_model_upload: bool = False
     allow_overrides: bool = False
 
@@ -209,7 +218,7 @@ def _own_value(key: str, text: Any) -> Any:
             value = float(text)
         except ValueError:
             value = -1.0
-        if not 0 <= value < float("inf") or (key == "max_upload_mb" and value == 0):
+        if not 0 <= value < float("inf") or (key in NOT_ZERO and value == 0):
             raise ConfigError(f"--conf {key}: expected a number of {NUMBERS[key]}, found {text!r}.")
         return value
     if key == "hosts":

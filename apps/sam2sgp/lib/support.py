@@ -17,6 +17,7 @@ from typing import Any
 
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
+from lib.checks import NotFound
 from lib.naming import declared
 from lib.settings import Settings
 from lib.stamps import Stamp, stamp
@@ -68,7 +69,7 @@ class LabelledCases:
             certain: files of `support_dir` that were changed in place are noticed too, and what changed so lately that
                 it may have changed again unseen counts as changed.
         """
-        state = self._state(list(self.datastore.get_labeled_images()))
+        state = self._state(self._ids())
         if state != self._seen:
             return True
         return certain and (not self._settled or self.problem is not None or self._seed_files() != self._seeds_seen)
@@ -77,25 +78,39 @@ class LabelledCases:
         """Names of the cases of `support_dir`, as of the last `cases`."""
         return [case["name"] for case in self._seeds]
 
+    def prepare(self, wait: float | None = None) -> None:
+        """Let approved labels come from an archive, for a moment, or for `wait` seconds at most; others come later.
+
+        Not to be called under a lock that others wait for.
+        """
+        if self.settings.is_remote:
+            self.datastore.prepare(*(() if wait is None else (wait,)))
+
+    def images(self) -> dict[str, str]:
+        """Ids of the labelled images of the datastore by their paths, as of the last `cases`."""
+        return {image: image_id for image_id, (image, _) in self._paths.items()}
+
     def cases(self) -> list[dict]:
         """Dicts with `name` (the image's id), `image`, `label` (paths), `patient` and `group`, ordered by name."""
         started = time.time_ns()
-        ids = sorted(self.datastore.get_labeled_images())
-        self._paths = {}
+        pairs = self._pairs()
+        ids = list(pairs)
+        paths = {}
         cases, infos = [], []
-        for image_id in ids:
-            label_id = self.datastore.get_label_by_image_id(image_id, FINAL)
-            label = self.datastore.get_label_uri(label_id, FINAL) if label_id else ""
-            image = self.datastore.get_image_uri(image_id) if label else ""
+        for image_id, (image, label) in pairs.items():
+            try:
+                info = self.datastore.get_image_info(image_id) if image else None
+            except NotFound:
+                info = None
             # Gone since it was listed.
-            if not image:
+            if info is None:
                 continue
-            self._paths[image_id] = image, label
-            info = self.datastore.get_image_info(image_id)
+            paths[image_id] = image, label
             case = {"name": image_id, "image": image, "label": label, "patient": self.patient_of(image_id, info)}
             modality = info.get("Modality")
             cases.append({**case, "group": None, **({"modality": modality} if modality else {})})
-            infos.append(self.datastore.get_label_info(label_id, FINAL))
+            infos.append(self.datastore.get_label_info(image_id, FINAL))
+        self._paths = paths
         self._refresh_seeds()
         self._given = _names_of(infos)
         self._declared = self._read_declared()
@@ -129,6 +144,22 @@ class LabelledCases:
             name = self._declared.get(value) or self._given.get(value) or f"class_{value}"
             names[value] = f"{name} ({value})" if name in names.values() else name
         return names
+
+    def _ids(self) -> list[str]:
+        """Ids of the labelled images that can be used now: an archive's are, when their files have been fetched."""
+        return list(self.datastore.pairs_at_hand() if self.settings.is_remote else self.datastore.get_labeled_images())
+
+    def _pairs(self) -> dict[str, tuple[str, str]]:
+        """Paths of image and label of each of them, ordered by id; "" for what has gone. Nothing is fetched."""
+        if self.settings.is_remote:
+            return dict(sorted(self.datastore.pairs_at_hand().items()))
+        pairs = {}
+        for image_id in sorted(self.datastore.get_labeled_images()):
+            label_id = self.datastore.get_label_by_image_id(image_id, FINAL)
+            label = self.datastore.get_label_uri(label_id, FINAL) if label_id else ""
+            image = self.datastore.get_image_uri(image_id) if label else ""
+            pairs[image_id] = image, label
+        return pairs
 
     def _refresh_seeds(self) -> None:
         """List the pairs of `support_dir` anew, unless nothing came or went there since the last time."""
