@@ -240,7 +240,7 @@ class Archive:
         url = f"{base}/{quote(path, safe='/,;=:')}" + (f"?{query}" if query else "")
         self.breaker.check()
         if self._viewers is None:
-            self._viewers = self._new_client(VIEWERS)
+            self._viewers = self._new_client(VIEWERS, kept=VIEWERS)
         what, end = "an answer for a viewer", asyncio.get_running_loop().time() + BULK * self._silence
         async with self._telling(what, asyncio.timeout_at(end), counts=False):
             answer = await self._send(self._viewers, "GET", url, headers={"Accept-Encoding": "identity"})
@@ -313,15 +313,16 @@ class Archive:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=self._loop.run_forever, daemon=True, name="archive").start()
-                self._client = self._new_client(TRANSFERS + 2)
+                self._client = self._new_client(TRANSFERS + 2, kept=0)
             return self._loop
 
-    def _new_client(self, connections: int) -> httpx.AsyncClient:
+    def _new_client(self, connections: int, kept: int) -> httpx.AsyncClient:
+        """`kept`: how many connections stay open for further requests; viewers send thousands."""
         return httpx.AsyncClient(
             auth=self._login,
             verify=self._tls,
             timeout=self._silence,
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=kept),
         )
 
     @asynccontextmanager

@@ -210,7 +210,7 @@ def discarding_if_refused(path: str) -> Iterator[None]:
     """Delete a temporary file if it is refused: MONAI Label's handlers remove an upload only where all went well."""
     try:
         yield
-    except DataError:
+    except BaseException:
         if os.path.dirname(os.path.abspath(path)) == os.path.abspath(tempfile.gettempdir()):
             Path(path).unlink(missing_ok=True)
         raise

@@ -3,11 +3,12 @@
 MONAI Label writes one log for all servers of an app's folder, `<app>/logs/app.log`, which everybody on the machine may
 read, and sends it to whoever reaches the port. Here each server has its own, which only its user may read (mode 0600);
 it is rotated at 10 MB, and ten old ones are kept. `GET /logs/` gives its end to administrators where MONAI Label is set
-up to ask for a login, and to nobody else: it tells of folders, of images and of who did what.
+up to ask for a login, else to this machine only: it tells of folders, of images and of who did what.
 
 What clients can cause at will in the event loop and in uvicorn is written a few times a minute.
 """
 
+import ipaddress
 import logging
 import os
 import time
@@ -17,7 +18,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Annotated, TextIO
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import PlainTextResponse
 from monailabel.config import settings as server_settings
 from monailabel.endpoints.user.auth import RBAC
@@ -110,21 +111,31 @@ def keep_logs(folder: Path, app_dir: Path) -> Path:
 
 
 def log_routes(path: Path) -> APIRouter:
-    """`GET /logs/`, in place of MONAI Label's: the last `lines` of the log as plain text."""
+    """`GET /logs/`, in place of MONAI Label's: the last `lines` of the log as plain text.
+
+    Behind a reverse proxy a client's address is what the proxy says (`X-Forwarded-For`).
+    """
     administrator = Depends(RBAC(server_settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
     router = APIRouter(include_in_schema=False, dependencies=[administrator])
 
     @router.get("/logs/")
-    def logs(lines: Annotated[int, Query(ge=1, le=MOST_LINES)] = 300) -> PlainTextResponse:
-        if not server_settings.MONAI_LABEL_AUTH_ENABLE:
+    def logs(request: Request, lines: Annotated[int, Query(ge=1, le=MOST_LINES)] = 300) -> PlainTextResponse:
+        if not server_settings.MONAI_LABEL_AUTH_ENABLE and not _is_here(request):
             raise Forbidden(
-                "logs: expected an administrator, found a server without a login; read logs/server.log in its state "
-                "folder."
+                "logs: expected a client on the server's own machine, found another; there, read logs/server.log in "
+                "the state folder."
             )
         with open(path, encoding="utf-8", errors="replace") as file:
             return PlainTextResponse("".join(deque(file, lines)), headers={"Cache-Control": "no-store"})
 
     return router
+
+
+def _is_here(request: Request) -> bool:
+    try:
+        return ipaddress.ip_address(request.client.host if request.client else "").is_loopback
+    except ValueError:
+        return False
 
 
 def _in_place_of(handler: logging.Handler, path: Path) -> PrivateLog:
