@@ -43,7 +43,8 @@ class FakeArchive:
 
     Attributes:
         address: what `--studies` gets.
-        series: QIDO entries, of images and SEGs. files: of every series. stored: bodies that were stored.
+        series: QIDO entries, of images and SEGs. files: of every series.
+        stored: bodies that were stored. told: the answer to that.
         asked: the paths that were asked for, with their queries.
         behave: called with the handler before each answer; True if it has answered itself.
         let_go: set at the end, for behaviours that wait.
@@ -54,6 +55,7 @@ class FakeArchive:
         self.series: list = []
         self.files: list[bytes] = []
         self.stored: list[bytes] = []
+        self.told = b"{}"
         self.asked: list[str] = []
         self.behave: Callable[[Handler], bool | None] = lambda handler: False
         self.let_go = threading.Event()
@@ -82,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         self.archive.asked.append(self.path)
         if not self.archive.behave(self):
             self.archive.stored.append(self.rfile.read(int(self.headers["content-length"])))
-            self.answer(b"{}")
+            self.answer(self.archive.told)
 
     def lists(self) -> None:
         is_seg = self.query.get("Modality") == "SEG"

@@ -202,6 +202,8 @@ def test_messages_that_are_cut_or_of_another_kind_are_refused(fake, archive, tmp
 def test_a_label_arrives_whole_and_a_refusal_is_told(fake, archive, tmp_path):
     content = bytes(range(256)) * 3000
     (tmp_path / "label.dcm").write_bytes(content)
+    nothing_failed = json.dumps({"00081198": {"vr": "SQ"}, "00081199": {"vr": "SQ", "Value": [{}]}}).encode()
+    fake.told = nothing_failed
     archive.store(tmp_path / "label.dcm")
     [stored] = fake.stored
     assert content in stored and stored.startswith(b"--")

@@ -434,8 +434,8 @@ class Archive:
         what = "to take the label"
         async with self._asked("POST", f"{self._url('stow')}/studies", what, **options) as answer:
             told = await self._content(answer, what)
-        # `FailedSOPSequence`, in JSON and in XML.
-        if b"00081198" in told or b"FailedSOPSequence" in told:
+        # `FailureReason`, which each entry of what could not be stored has, in JSON and in XML.
+        if b"00081197" in told:
             raise ArchiveError("archive: expected it to take the label, found that it doesn't; see the archive's log.")
 
 
