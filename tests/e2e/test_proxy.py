@@ -1,11 +1,16 @@
 """The example configuration of nginx, in front of a server that tells what reached it."""
 
+import http.client
 import json
 import ssl
 import threading
+import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -30,9 +35,14 @@ class Echo(BaseHTTPRequestHandler):
         pass
 
 
+class Upstream(ThreadingHTTPServer):
+    # As the app's: more connections at once than this class takes by itself.
+    request_queue_size = 128
+
+
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    server = Upstream(("127.0.0.1", 0), Echo)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with nginx(tmp_path_factory.mktemp("nginx"), server.server_port, upload_limit="1m") as found:
         yield found
@@ -82,3 +92,43 @@ def test_plain_http_leads_to_https(proxy):
     assert refused.value.code == 301
     assert refused.value.headers["location"].startswith("https://")
     refused.value.close()
+
+
+def test_a_viewer_gets_all_slices_of_a_large_series(proxy):
+    """As OHIF: a thousand requests, as many at once as a browser and its neighbours send."""
+    context = ssl.create_default_context(cafile=str(proxy.certificate))
+    token = b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    numbers = iter(range(1200))
+    lock, statuses = threading.Lock(), Counter()
+
+    def read() -> None:
+        connection = http.client.HTTPSConnection("localhost", proxy.port, context=context, timeout=60)
+        with closing(connection):
+            while True:
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                path = f"/proxy/dicom/wado/studies/1.2/series/1.3/instances/1.{number}/frames/1"
+                connection.request("GET", path, headers={"Authorization": f"Basic {token}"})
+                answer = connection.getresponse()
+                answer.read()
+                with lock:
+                    statuses[answer.status] += 1
+
+    with ThreadPoolExecutor(64) as threads:
+        for future in [threads.submit(read) for _ in range(64)]:
+            future.result()
+    assert statuses == {200: 1200}
+
+
+def test_changes_beyond_measure_are_told_to_try_again(proxy):
+    statuses = Counter(send(proxy, "/datastore/label", data=b"x")[0] for _ in range(200))
+    assert statuses[200] >= 100 and set(statuses) <= {200, 429}
+    assert send(proxy)[0] == 200
+
+
+def test_guessing_passwords_takes_time(proxy):
+    started = time.monotonic()
+    assert send(proxy, password="guess")[0] == 401
+    assert time.monotonic() - started > 1
