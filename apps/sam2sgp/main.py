@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import select
+import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -74,7 +75,7 @@ class Sam2SgpApp(MONAILabelApp):
             self.settings = Settings.from_conf(app_dir, studies, conf)
             if not self._in_background:
                 self.log_file = keep_logs(self.settings.state_dir / "logs", self.settings.app_dir)
-                own_temporary_folder(self.settings.state_dir)
+                self.temporary = own_temporary_folder(self.settings.state_dir)
             self.audit = Audit(self.settings.audit_file)
             self.usage = Usage(self.settings.state_dir / "usage.sqlite")
             self.weights = Weights(self.settings.state_dir / "weights", self.settings.start_weights)
@@ -140,6 +141,8 @@ class Sam2SgpApp(MONAILabelApp):
 
         app.add_exception_handler(OSError, _not_stored)
         install(app, self.settings)
+        # The server's task, which ends before uvicorn ends the process by the signal that it got.
+        asyncio.current_task().add_done_callback(lambda ended: shutil.rmtree(self.temporary, ignore_errors=True))
         limits = ConnectionLimits(int(self.settings.max_connections), int(self.settings.max_connections_per_address))
         limit_connections(asyncio.get_running_loop(), limits)
         to_thread.current_default_thread_limiter().total_tokens = THREADS

@@ -1,6 +1,8 @@
 """An Orthanc with DICOMweb on loopback, filled with series of phantoms."""
 
 import json
+import signal
+import subprocess
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +17,10 @@ PLUGINS = "/usr/share/orthanc/plugins"
 
 @dataclass
 class Orthanc:
-    """A running Orthanc: its HTTP port and its storage folder."""
+    """A running Orthanc: its HTTP port and its process."""
 
     port: int
+    process: subprocess.Popen | None = None
 
     @property
     def url(self) -> str:
@@ -42,6 +45,15 @@ class Orthanc:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.loads(answer.read())
 
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """For the length of the block it takes connections and requests, and answers none."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def file(self, instance: str) -> bytes:
         """An instance as a DICOM file."""
         with urllib.request.urlopen(f"{self.url}/instances/{instance}/file", timeout=20) as answer:
@@ -65,5 +77,6 @@ def orthanc(folder: Path) -> Iterator[Orthanc]:
         "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
     }
     (folder / "orthanc.json").write_text(json.dumps(configuration))
-    with running([binary, str(folder / "orthanc.json")], folder / "orthanc.log", lambda: listens(server.port)):
+    log = folder / "orthanc.log"
+    with running([binary, str(folder / "orthanc.json")], log, lambda: listens(server.port)) as server.process:
         yield server

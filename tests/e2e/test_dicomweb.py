@@ -7,8 +7,12 @@ import gzip
 import io
 import json
 import shutil
+import socket
+import threading
+import time
 import urllib.request
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,8 +33,17 @@ from tests.e2e.orthanc import orthanc
 from tests.e2e.server import Server
 
 WAIT = 60
+# Seconds for an answer that waits for nothing, on a machine that is busy with other things.
+QUICK = 3.0
 # Lists are asked for anew at each request.
-CONF = {"image_size": "64", "k": "8", "slices_per_class": "2", "dicomweb_expiry": "0"}
+CONF = {
+    "image_size": "64",
+    "k": "8",
+    "slices_per_class": "2",
+    "dicomweb_expiry": "0",
+    "dicomweb_timeout": "4",
+    "max_connections": "40",
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +67,12 @@ def hospital(tmp_path_factory):
         try:
             server.start()
             yield SimpleNamespace(
-                archive=archive, server=server, patients=patients, ultrasound=series_uid(ultrasound), root=root
+                archive=archive,
+                server=server,
+                patients=patients,
+                ultrasound=series_uid(ultrasound),
+                root=root,
+                temporary=root / "tmp",
             )
         finally:
             server.stop()
@@ -402,3 +420,76 @@ def test_requests_that_would_harm_the_archive_are_refused(hospital):
     for path in ("/proxy/dicom/stow/studies", "/proxy/dicom/wado/studies", "/proxy/dicom/studies"):
         assert ask(hospital, "POST", path, data=b"x").status_code == 403
     assert len(hospital.archive.series("SEG")) == count and len(hospital.archive.series("MR")) == 1
+
+
+def test_a_silent_archive_stops_only_who_needs_it_and_no_start(hospital):
+    case, before = hospital.patients["mr"], support(hospital)["cases"]
+    known = ask(hospital, "GET", "/datastore/").json()["total"]
+    with hospital.archive.silent():
+        viewer = threading.Thread(target=ask, args=(hospital, "GET", "/proxy/dicom/qido/studies"))
+        viewer.start()
+        for _ in range(3):
+            for path in ("/info/", "/datastore/", "/datastore/?output=all", "/sam2sgp/"):
+                started = time.monotonic()
+                answer = ask(hospital, "GET", path)
+                assert answer.status_code == 200 and time.monotonic() - started < QUICK, path
+        assert ask(hospital, "GET", "/datastore/").json()["total"] == known and support(hospital)["cases"] == before
+        # What is here needs no archive.
+        infer(hospital, "mr")
+        eventually(lambda: not archive_state(hospital)["reachable"])
+        assert "found no answer" in archive_state(hospital)["problem"]
+        answer = ask(hospital, "GET", "/proxy/dicom/qido/studies")
+        assert answer.status_code == 502 and "archive: expected" in answer.json()["detail"]
+        viewer.join()
+
+        hospital.server.stop()
+        hospital.temporary.mkdir()
+        hospital.server.start({"TMPDIR": str(hospital.temporary)})
+        assert not archive_state(hospital)["reachable"]
+        assert ask(hospital, "GET", "/datastore/").json()["total"] == 0
+        assert ask(hospital, "POST", "/infer/sam2sgp", params={"image": case.uid}).status_code in (502, 503)
+    eventually(lambda: support(hospital)["cases"] == before)
+    assert archive_state(hospital) == {"reachable": True, "since": None, "problem": None, "labels_to_fetch": 0}
+    assert ask(hospital, "GET", "/datastore/").json()["total"] == known
+    infer(hospital, "mr")
+
+
+def test_half_open_connections_lock_nobody_out(hospital):
+    address = "127.0.0.1", int(hospital.server.url.rpartition(":")[2])
+    with ExitStack() as stack:
+        for number in range(200):
+            connection = stack.enter_context(socket.create_connection(address))
+            connection.sendall(b"GET /info/ HTTP/1.1\r\n" if number % 2 else b"")
+        started = time.monotonic()
+        assert ask(hospital, "GET", "/info/").ok and time.monotonic() - started < QUICK
+    log = hospital.server.state / "logs" / "server.log"
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert log.read_text().count("Too many connections") == 10
+    assert ask(hospital, "GET", "/logs/", params={"lines": 5}).text.count("\n") == 5
+    shared = hospital.server.app / "logs" / "app.log"
+    assert not shared.exists() or shared.stat().st_mode & 0o077 == 0
+
+
+def test_nothing_is_left_of_refused_uploads_nor_of_the_server(hospital):
+    case = hospital.patients["mr"]
+    [temporary] = hospital.temporary.iterdir()
+    wrong = {"label": ("label.nii.gz", gzip.compress(nib.Nifti1Image(case.truth[:9], np.eye(4)).to_bytes()))}
+    for uid in (case.uid, "1.2.3", "../1.2"):
+        query = {"image": uid, "tag": "final"}
+        assert ask(hospital, "PUT", "/datastore/label", params=query, files=wrong).status_code in (400, 404, 422)
+    image = {"file": ("a.nii.gz", case.label.read_bytes())}
+    assert ask(hospital, "PUT", "/datastore/image", params={"image": "a"}, files=image).status_code == 403
+    assert [path.name for path in temporary.iterdir()] == [".lock"]
+    hospital.server.stop()
+    assert list(hospital.temporary.iterdir()) == []
+
+
+def archive_state(hospital) -> dict:
+    return ask(hospital, "GET", "/info/").json()["archive"]
+
+
+def eventually(condition) -> None:
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)

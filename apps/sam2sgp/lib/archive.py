@@ -22,7 +22,6 @@ import asyncio
 import json
 import logging
 import os
-import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -32,7 +31,6 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import quote, urlencode
 
-import certifi
 import httpx
 from python_multipart import MultipartParser
 from python_multipart.exceptions import MultipartParseError
@@ -155,8 +153,9 @@ class Archive:
         self._largest_json = largest_json
         self._largest_series = largest_series
         self._origin = _origin(httpx.URL(self.address))
-        self._tls = ssl.create_default_context()
-        self._tls.load_verify_locations(certifi.where())
+        # Authorities that the system trusts, such as a hospital's own, besides those that httpx brings.
+        self._tls = httpx.create_ssl_context()
+        self._tls.load_default_certs()
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: httpx.AsyncClient | None = None
@@ -333,13 +332,13 @@ class Archive:
                 yield
         except httpx.PoolTimeout as error:
             raise Busy(f"archive: expected {what}, found too many requests that wait for it; try again.") from error
+        except (MultipartParseError, httpx.DecodingError) as error:
+            raise ArchiveError(f"archive: expected {what}, found a damaged answer ({error}); see its log.") from error
         except (httpx.HTTPError, TimeoutError) as error:
             reason = "too slow" if isinstance(error, TimeoutError) else type(error).__name__
             if counts or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
                 self.breaker.failed(reason)
             raise Unreachable(f"archive: expected {what}, found no answer ({reason}); see whether it runs.") from error
-        except MultipartParseError as error:
-            raise ArchiveError(f"archive: expected {what}, found a damaged answer ({error}); see its log.") from error
         except httpx.InvalidURL as error:
             raise ArchiveError(f"archive: expected {what}, found a redirect to nowhere; see its settings.") from error
 

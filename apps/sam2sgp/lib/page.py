@@ -34,6 +34,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from PIL import Image
 
 from lib.checks import Conflict
+from lib.dicomweb import DicomWebDatastore
 from lib.guard import refuse
 from lib.usage import Usage
 from sam2sgp.data import read_image, read_label
@@ -137,6 +138,7 @@ class SupportPage:
             waiting=_paged("waiting", self._shown(_part(labels["waiting"], waiting)), len(labels["waiting"]), waiting),
             removed=_paged("removed", _part(labels["removed"], removed), len(labels["removed"]), removed),
             unlabelled=_paged("next", _part(unlabelled, next), len(unlabelled), next),
+            archive=self.datastore.state() if isinstance(self.datastore, DicomWebDatastore) else None,
             training=stats,
             curves=_curves(stats.get("history", [])),
             curve_size=CURVE,
