@@ -378,7 +378,7 @@ def test_an_image_without_any_class_is_approved_as_an_empty_segmentation(hospita
     assert not label_of(hospital, "mr").any()
     _, params = infer(hospital, "next")
     assert support(hospital)["cases"] == 3 and support(hospital)["errors"] == []
-    fresh = DicomWebDatastore(hospital.archive.dicomweb, hospital.root / "fresh", 1 << 30)
+    fresh = DicomWebDatastore(hospital.archive.dicomweb, hospital.root / "fresh", 1 << 30, patience=WAIT)
     assert not np.asarray(nib.load(fresh.get_label_uri(case.uid, "final")).dataobj).any()
     assert {entry["name"] for entry in fresh.get_label_info(case.uid, "final")["label_info"]} == set(
         CLASS_NAMES.values()
@@ -386,7 +386,9 @@ def test_an_image_without_any_class_is_approved_as_an_empty_segmentation(hospita
 
 
 def test_copies_of_series_go_when_the_disk_is_needed_unless_they_have_a_label(hospital, monkeypatch):
-    datastore = DicomWebDatastore(hospital.archive.dicomweb, hospital.root / "small", 1 << 30, cache_gb=0.0)
+    datastore = DicomWebDatastore(
+        hospital.archive.dicomweb, hospital.root / "small", 1 << 30, cache_gb=0.0, patience=WAIT
+    )
     labelled, first, second, third = (hospital.patients[name].uid for name in ("query", "first", "next", "mr"))
     paths = {uid: Path(datastore.get_image_uri(uid)) for uid in (labelled, first, second)}
     # In use until now.

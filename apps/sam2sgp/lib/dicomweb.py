@@ -67,6 +67,8 @@ logger = logging.getLogger(__name__)
 FINAL = DefaultLabelTag.FINAL.value
 # Seconds after which old copies are looked for, where none came that might take their place.
 CLEARED_EVERY = 3600.0
+# Seconds for which a request for a series that isn't listed waits for newer lists.
+NEEDED = 5.0
 # A label that could not be fetched for a reason of its own is asked for again after as many seconds.
 FETCHED_AGAIN = 60.0
 
@@ -429,7 +431,7 @@ class DicomWebDatastore(Datastore):
 
     def _series(self, image_id: str) -> Series:
         check_uid(image_id)
-        series = self._lists().images.get(image_id)
+        series = self._lists().images.get(image_id) or self._index.lists(NEEDED).images.get(image_id)
         if series is None and (self._index.problem or not self._index.listed):
             raise ArchiveError(
                 f"image {image_id}: expected it in the archive's lists, found that they are not up to date "
