@@ -56,6 +56,7 @@ SCORING = "scores"
 DEFAULT_STRATEGY = "hybrid"
 # Module that MONAI Label runs for training, scoring and batch inference. The server's requests come before these.
 BACKGROUND = "monailabel.interfaces.utils.app"
+SERVER = "monailabel.app"
 NICENESS = 10
 # Seconds that a start waits for an archive, and that background work does for the labels in it.
 START_WAIT, BACKGROUND_WAIT = 10.0, 600.0
@@ -73,7 +74,8 @@ class Sam2SgpApp(MONAILabelApp):
             _end_with_server()
         with _sentence_first():
             self.settings = Settings.from_conf(app_dir, studies, conf)
-            if not self._in_background:
+            # MONAI Label's server, and not a program that builds the app for itself.
+            if SERVER in sys.modules:
                 self.log_file = keep_logs(self.settings.state_dir / "logs", self.settings.app_dir)
                 self.temporary = own_temporary_folder(self.settings.state_dir)
             self.audit = Audit(self.settings.audit_file)

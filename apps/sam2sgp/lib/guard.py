@@ -351,7 +351,9 @@ def _answering(send) -> Callable:
 async def _answer(request: Request, error: Exception) -> JSONResponse:
     answer = refuse(error)
     if answer.status_code >= 500:
-        logger.error("%s %s", request.method, request.url.path, exc_info=error)
+        # Where the error is a sentence for the client, it says all.
+        traceback = None if isinstance(error, RequestError) else error
+        logger.error("%s %s: %s", request.method, request.url.path, answer.detail, exc_info=traceback)
     return JSONResponse({"detail": answer.detail}, answer.status_code)
 
 
