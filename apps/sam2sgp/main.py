@@ -33,7 +33,7 @@ from lib.datastore import open_datastore
 from lib.endpoints import routes
 from lib.guard import confine, install, refuse
 from lib.infers.segmentation import Segmentation
-from lib.logs import keep_logs, log_routes
+from lib.logs import keep_logs, log_routes, quiet_libraries
 from lib.options import flag
 from lib.page import SupportPage
 from lib.scoring import Scores, Scoring
@@ -72,6 +72,7 @@ class Sam2SgpApp(MONAILabelApp):
         if self._in_background:
             os.nice(NICENESS)
             _end_with_server()
+        quiet_libraries()
         with _sentence_first():
             self.settings = Settings.from_conf(app_dir, studies, conf)
             # MONAI Label's server, and not a program that builds the app for itself.

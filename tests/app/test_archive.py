@@ -72,6 +72,8 @@ def test_a_request_without_an_answer_ends_in_time(fake, archive, how):
     with pytest.raises(Unreachable, match="archive: expected a list of series, found no answer"):
         archive.search_series({}, ())
     assert time.monotonic() - started < module.LIST * SILENCE + SOON
+    with pytest.raises(Unreachable):
+        archive.search_series({}, ())
     assert archive.breaker.since is not None
 
 
@@ -219,12 +221,17 @@ def test_a_label_arrives_whole_and_a_refusal_is_told(fake, archive, tmp_path):
         archive.store(tmp_path / "label.dcm")
 
 
-def test_after_a_failure_one_request_in_a_while_is_let_through_until_one_is_answered(caplog):
+def test_after_two_failures_one_request_in_a_while_is_let_through_until_one_is_answered(caplog):
     now = [0.0]
     breaker = Breaker(retry=5.0, clock=lambda: now[0])
     breaker.check()
     with caplog.at_level(logging.INFO):
+        # One by itself is none.
         breaker.failed("silent")
+        breaker.check()
+        breaker.answered()
+        breaker.failed("silent")
+        breaker.check()
         breaker.failed("silent")
         for now[0], passes in ((0.1, False), (4.9, False), (5.1, True), (5.2, False), (10.2, True)):
             if passes:

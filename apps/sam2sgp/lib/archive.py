@@ -10,8 +10,8 @@ In: addresses below the archive's, by UIDs. Out: parsed JSON, files on the disk,
 The limits of the whole answer hold from the look-up of the name to the last byte, however slowly they drip. Redirects
 are followed on the archive's own scheme, host and port only, and never with a label.
 
-`Breaker`: after a request without an answer the others are refused at once, and one is let through every few seconds;
-the first answer lets all through again.
+`Breaker`: after two requests in a row without an answer the others are refused at once, and one is let through every few
+seconds; the first answer lets all through again.
 
 Concurrency: all methods may be called from any thread. Those that aren't coroutines hand their work to one thread with
 an event loop of its own. At most `TRANSFERS` are at work and `WAITING` wait; more are refused with 503, lest a silent
@@ -45,6 +45,8 @@ T = TypeVar("T")
 SILENCE = 20.0
 LIST, STORE, BULK = 3, 6, 30
 RETRY = 5.0
+# In a row: a single one may be this machine's own fault, which was too busy to listen.
+FAILURES = 2
 TRANSFERS, WAITING, VIEWERS = 16, 32, 64
 MOST_REDIRECTS = 3
 LARGEST_JSON = 64 << 20
@@ -84,7 +86,7 @@ class Breaker:
         clock: seconds, of any origin.
 
     Attributes:
-        since: when it gave no answer for the first time since its last one; None while it answers.
+        since: when the archive was given up; None while it answers.
     """
 
     def __init__(self, retry: float = RETRY, clock: Callable[[], float] = time.monotonic) -> None:
@@ -93,6 +95,7 @@ class Breaker:
         self._lock = threading.Lock()
         self._next = 0.0
         self._why = ""
+        self._failures = 0
         self.since: datetime | None = None
 
     def check(self) -> None:
@@ -110,6 +113,9 @@ class Breaker:
 
     def failed(self, why: str) -> None:
         with self._lock:
+            self._failures += 1
+            if self._failures < FAILURES:
+                return
             if self.since is None:
                 self.since = datetime.now(UTC)
                 logger.warning("The archive does not answer: %s", why)
@@ -121,6 +127,7 @@ class Breaker:
             if self.since is not None:
                 logger.info("The archive answers again")
             self.since = None
+            self._failures = 0
 
 
 class Archive:

@@ -89,7 +89,8 @@ class DicomWebDatastore(Datastore):
         cache_gb: GiB that downloaded series may take, but for those with an approved label and those in use.
         cache_days: days after which a downloaded series goes that nobody asked for, likewise.
         silence: seconds after which an archive that sends nothing is given up, see `Archive`.
-        patience: seconds for which questions about lists wait for newer ones.
+        patience: seconds for which questions about lists wait for newer ones; by default a moment, or `silence` where
+            `expiry` is 0.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class DicomWebDatastore(Datastore):
         cache_gb: float = float("inf"),
         cache_days: float = float("inf"),
         silence: float = SILENCE,
-        patience: float = PATIENCE,
+        patience: float | None = None,
     ) -> None:
         self._address = address.rstrip("/")
         self._folder = Path(work_folder).resolve()
@@ -122,6 +123,8 @@ class DicomWebDatastore(Datastore):
             silence,
             largest_series=max_unpacked,
         )
+        if patience is None:
+            patience = PATIENCE if expiry else silence
         self._index = ArchiveIndex(self._archive, wanted, expiry, patience)
         self._fetching = Background(self._fetch_missing, "archive-labels")
         self._clearing = Background(self._clear, "archive-cache")

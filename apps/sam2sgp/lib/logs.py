@@ -105,9 +105,13 @@ def keep_logs(folder: Path, app_dir: Path) -> Path:
             logging.getLogger(__name__).warning("%s can't be closed to other users; do it or delete it", shared)
     for name in BUSY_LOGGERS:
         logging.getLogger(name).addFilter(Seldom())
+    return path
+
+
+def quiet_libraries() -> None:
+    """Of libraries that say every step they take, only warnings are written."""
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    return path
 
 
 def log_routes(path: Path) -> APIRouter:
