@@ -10,8 +10,8 @@ In: addresses below the archive's, by UIDs. Out: parsed JSON, files on the disk,
 The limits of the whole answer hold from the look-up of the name to the last byte, however slowly they drip. Redirects
 are followed on the archive's own scheme, host and port only, and never with a label.
 
-`Breaker`: after two requests in a row without an answer the others are refused at once, and one is let through every few
-seconds; the first answer lets all through again.
+`Breaker`: after two requests in a row without an answer the others are refused at once, and one is let through every
+few seconds; the first answer lets all through again.
 
 Concurrency: all methods may be called from any thread. Those that aren't coroutines hand their work to one thread with
 an event loop of its own. At most `TRANSFERS` are at work and `WAITING` wait; more are refused with 503, lest a silent
