@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import select
-import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -78,7 +77,7 @@ class Sam2SgpApp(MONAILabelApp):
             # MONAI Label's server, and not a program that builds the app for itself.
             if SERVER in sys.modules:
                 self.log_file = keep_logs(self.settings.state_dir / "logs", self.settings.app_dir)
-                self.temporary = own_temporary_folder(self.settings.state_dir)
+                own_temporary_folder(self.settings.state_dir)
             self.audit = Audit(self.settings.audit_file)
             self.usage = Usage(self.settings.state_dir / "usage.sqlite")
             self.weights = Weights(self.settings.state_dir / "weights", self.settings.start_weights)
@@ -144,8 +143,6 @@ class Sam2SgpApp(MONAILabelApp):
 
         app.add_exception_handler(OSError, _not_stored)
         install(app, self.settings)
-        # The server's task, which ends before uvicorn ends the process by the signal that it got.
-        asyncio.current_task().add_done_callback(lambda ended: shutil.rmtree(self.temporary, ignore_errors=True))
         limits = ConnectionLimits(int(self.settings.max_connections), int(self.settings.max_connections_per_address))
         limit_connections(asyncio.get_running_loop(), limits)
         to_thread.current_default_thread_limiter().total_tokens = THREADS

@@ -2,10 +2,9 @@
 
 MONAI Label and the libraries put uploads, results and copies into the system's folder for temporary files, where those
 of a server that was killed would lie for ever. Here each server has a folder of its own in there, which only its user
-may read and which goes with it; those of servers that were killed go at the next start of one with the same state.
+may read; those of servers that were stopped or killed go at the next start of one with the same state.
 """
 
-import atexit
 import fcntl
 import hashlib
 import logging
@@ -26,10 +25,9 @@ def own_temporary_folder(state_dir: Path) -> Path:
     for left in root.glob(f"{prefix}*"):
         _delete_left(left)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
-    # Held for as long as this process lives, however it ends.
+    # Held for as long as this process lives, however it ends; uvicorn ends it by the signal that it got.
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tempfile.tempdir = str(folder)
     os.environ["TMPDIR"] = str(folder)
     return folder

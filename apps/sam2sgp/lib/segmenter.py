@@ -194,8 +194,7 @@ class Segmenter:
         Raises:
             Sam2SgpError: at the first time: the weights can't be loaded.
         """
-        if wait:
-            self.cases.prepare()
+        self.cases.prepare(None if wait else 0.0)
         if not self.lock.acquire(blocking=wait):
             return
         try:
