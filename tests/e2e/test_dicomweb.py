@@ -453,6 +453,7 @@ def test_a_start_needs_no_archive_and_a_silent_one_stops_only_who_needs_it(hospi
         assert "found no answer" in archive_state(hospital)["problem"]
         assert "The archive gives no lists" in ask(hospital, "GET", "/sam2sgp/").text
         assert viewer.result().status_code == 502 and "archive: expected" in viewer.result().json()["detail"]
+    eventually(lambda: archive_state(hospital)["reachable"])
 
 
 def test_half_open_connections_lock_nobody_out(hospital):
