@@ -256,6 +256,7 @@ class Archive:
                 async with self._telling(what, asyncio.timeout_at(end), counts=False):
                     async for data in answer.aiter_raw():
                         yield data
+                self.breaker.answered()
             finally:
                 await answer.aclose()
 
@@ -357,7 +358,6 @@ class Archive:
             if answer.status_code in DOWN:
                 await answer.aclose()
                 raise httpx.RemoteProtocolError(f"HTTP status {answer.status_code}")
-            self.breaker.answered()
             if answer.next_request is None:
                 return answer
             await answer.aclose()
@@ -373,6 +373,8 @@ class Archive:
     async def _asked(self, method: str, url: str, what: str, **options: Any) -> AsyncIterator[httpx.Response]:
         answer = await self._send(self._client, method, url, **options)
         try:
+            if answer.is_error:
+                self.breaker.answered()
             if answer.status_code in (401, 403):
                 raise ArchiveError(
                     f"archive: expected {what}, found that this needs another login (HTTP status "
@@ -383,6 +385,8 @@ class Archive:
                     f"archive: expected {what}, found HTTP status {answer.status_code}; see the archive's log."
                 )
             yield answer
+            # Not at its head: an answer of which the rest doesn't come is none.
+            self.breaker.answered()
         finally:
             await answer.aclose()
 
