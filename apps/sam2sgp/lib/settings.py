@@ -83,8 +83,7 @@ class Settings:
         dicomweb_expiry: seconds for which the archive's lists are kept.
         dicomweb_cache_gb, dicomweb_cache_days: how much of the archive's series is kept on the disk, in GiB, and for
             how many days after they were last asked for.
-        allow_model_upload: whether clients may replace model files.
-        allow_overrides: whether clients may choose devices and override settings in requests.
+        allow_overrides: whether clients may choose the device of a training.
 
     Raises:
         ConfigError: by `from_conf`, for an unknown key or a value that can't work.
@@ -107,7 +106,6 @@ class Settings:
     dicomweb_expiry: float = 10.0
     dicomweb_cache_gb: float = 50.0
     dicomweb_cache_days: float = 30.0
-    allow_model_upload: bool = False
     allow_overrides: bool = False
 
     @classmethod
@@ -189,7 +187,7 @@ def _state_dir(app_dir: Path, studies: str) -> Path:
 def _own_value(key: str, text: Any) -> Any:
     if key in PATH_KEYS:
         return Path(str(text)).expanduser().resolve()
-    if key in ("allow_model_upload", "allow_overrides"):
+    if key == "allow_overrides":
         value = WORDS.get(str(text).strip().lower())
         if value is None:
             raise ConfigError(f"--conf {key}: expected true or false, found {text!r}.")
