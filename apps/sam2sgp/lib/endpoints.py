@@ -244,7 +244,8 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
 
     # Images
 
-    @made.api_route("/datastore/image", methods=["GET", "HEAD"])
+    @made.head("/datastore/image", include_in_schema=False)
+    @made.get("/datastore/image")
     @in_threads(STORING)
     def image(query: Annotated[ImageQuery, fastapi.Query()]) -> FileResponse:
         is_remote = isinstance(datastore, DicomWebDatastore)
@@ -282,7 +283,8 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
 
     # Labels
 
-    @made.api_route("/datastore/label", methods=["GET", "HEAD"])
+    @made.head("/datastore/label", include_in_schema=False)
+    @made.get("/datastore/label")
     def label(query: Annotated[LabelQuery, fastapi.Query()]) -> FileResponse:
         return _file(datastore.get_label_uri(query.label, query.tag))
 

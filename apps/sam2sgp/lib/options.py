@@ -328,8 +328,10 @@ def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
 
 
 def in_form(text: Any) -> Any:
-    """For fields of forms that hold JSON."""
-    return parse_object(text, "params") if isinstance(text, str) else text
+    """For fields of forms that hold JSON. An upload is none, although it has attributes to read."""
+    if not isinstance(text, str):
+        raise ValueError("expected JSON, found a file; send it as text.")
+    return parse_object(text, "params")
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
