@@ -42,7 +42,7 @@ def test_a_long_request_arrives_whole_and_nothing_of_it_by_the_command_line_or_t
     assert task["status"] == "DONE" and seen["length"] == len(json.dumps(request))
     assert seen["arguments"] == ["scoring"] and "/tmp/evil" not in seen["path"]
     known = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    assert seen["path"].split(os.pathsep) == [*known, str(tmp_path)]
+    assert seen["path"].split(os.pathsep) == [str(tmp_path), *known]
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,28 @@ def test_no_shape_of_a_request_brings_a_foreign_option_to_a_segmentation(client,
     assert app.asked == []
 
 
+def test_decisions_on_the_support_page_are_declared_too(app, tmp_path):
+    server = FastAPI()
+    install(server, Given(tmp_path))
+    serve_only(server, [SupportPage(app.datastore(), None, None, sorted, dict).router()])
+    client = TestClient(server, base_url="http://server:8000")
+    whole = {"image": "a", "label_tag": "original"}
+    for action in ("approve", "reject", "remove", "restore"):
+        for body in (
+            {**whole, "path": "/etc/passwd"},
+            {**whole, "label_tag": "../x"},
+            {**whole, "image": ["a"]},
+            {**whole, "image": "../a"},
+            [["image", "a"], ["label_tag", "original"]],
+            [whole],
+            {"label_tag": "original"},
+        ):
+            assert_refused(client.post(f"/sam2sgp/{action}", json=body))
+    for query in ("?next=0", "?next=x", "?other=1", f"?next={10**30}"):
+        assert_refused(client.get(f"/sam2sgp/{query}"))
+    assert_refused(client.get("/sam2sgp/picture?image=a&path=/etc/passwd"))
+
+
 def test_long_work_is_never_done_while_the_client_waits(client, app):
     for path in TASK_PATHS:
         assert_refused(client.post(path, params={"run_sync": "true"}, json={}))

@@ -196,9 +196,9 @@ class BackgroundTasks:
 
 
 def _search_path(app_dir: Path) -> list[str]:
-    """Where the process looks for modules: where the server does, and in the app's folder."""
+    """Where the process looks for modules: in the app's folder, then where the server does."""
     known = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    return [*known, *([] if str(app_dir) in known else [str(app_dir)])]
+    return [str(app_dir), *(entry for entry in known if entry != str(app_dir))]
 
 
 def _kill(process: subprocess.Popen | None) -> None:
