@@ -127,10 +127,12 @@ def test_with_a_full_state_disk_requests_are_answered_from_memory_and_nothing_ha
         (server.studies / "labels" / "final" / f"{FRESH}.png").unlink()
         assert infer(server).json()["confidence"] == before["confidence"]
         assert_refused(post(server, "/activelearning/hybrid"), "scores.sqlite", "delete the file")
-        assert post(server, "/scoring/scores").ok and post(server, "/train/finetune", **TRAINING).ok
-        for path, word in (("/scoring/", "scores.sqlite"), ("/train/", "space")):
-            failed = server.finished(path)
-            assert failed["status"] == "ERROR" and word in failed["details"][-1], failed
+        assert post(server, "/scoring/scores").ok
+        answer = post(server, "/train/finetune", **TRAINING)
+        failed = server.finished("/scoring/")
+        assert failed["status"] == "ERROR" and "scores.sqlite" in failed["details"][-1], failed
+        # There may be room for the line in the audit log that comes first.
+        assert "space" in (server.finished("/train/")["details"][-1] if answer.ok else answer.json()["detail"])
         stats = requests.get(f"{server.url}/info/").json()["train_stats"]["finetune"]
         assert stats["weights"]["version"] == "embedded" and stats.get("state") != "running"
     assert_labels_are(server, labels)

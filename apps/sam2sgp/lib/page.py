@@ -250,6 +250,8 @@ class SupportPage:
             with self.segmenter.lock:
                 label = self._label(image, old)
                 path = self.datastore.get_label_uri(label, old)
+                if not path:
+                    raise DataError(f"{image}: expected a label with the tag {old!r}, found none; load the page again.")
                 if seen and seen != _state(path):
                     raise Conflict(
                         f"{image}: expected the label that was shown, found a newer one; load the page and look at it."
