@@ -51,3 +51,15 @@ def test_embedded_weights_are_those_of_the_model_card_and_small():
 def test_embedded_weights_are_declared_non_commercial():
     for path in ("README.md", "bundle/docs/README.md", "bundle/docs/data_license.txt"):
         assert "non-commercial" in (ROOT / path).read_text().lower(), path
+
+
+def test_the_tests_that_the_page_on_security_names_exist():
+    page = (ROOT / "docs" / "security.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) >= 10
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), name
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page):
+        assert (ROOT / "docs" / target).exists(), target
+    for module in re.findall(r"`(lib/\w+\.py)`", page):
+        assert (ROOT / "apps" / "sam2sgp" / module).exists(), module

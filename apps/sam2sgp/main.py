@@ -14,26 +14,29 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from monailabel.config import settings as server_settings
+from monailabel.endpoints import login
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import DefaultLabelTag
-from monailabel.utils.async_tasks.utils import tasks
 
 import sam2sgp
 from lib.audit import Audit
+from lib.background import DONE, BackgroundTasks
 from lib.batch import BatchInference
 from lib.checks import NotFound
 from lib.connections import ConnectionLimits, limit_connections
 from lib.datastore import open_datastore
-from lib.endpoints import routes
-from lib.guard import confine, install, refuse
+from lib.endpoints import routes, without_path
+from lib.guard import install, refuse, serve_only
 from lib.infers.segmentation import Segmentation
 from lib.logs import keep_logs, log_routes, quiet_libraries
-from lib.options import flag
+from lib.options import BatchParams, Declared, InferParams, TrainParams
 from lib.page import SupportPage
 from lib.scoring import Scores, Scoring
 from lib.scratch import own_temporary_folder
@@ -42,8 +45,10 @@ from lib.sessions import open_sessions
 from lib.settings import Settings
 from lib.strategies import Choices, strategies
 from lib.support import FINAL, LabelledCases
+from lib.task_endpoints import task_routes
 from lib.trainers.finetune import FineTuning
 from lib.usage import Usage
+from lib.viewers import viewer_routes
 from lib.weights import Weights
 from sam2sgp.errors import DataError, Sam2SgpError
 
@@ -53,8 +58,8 @@ MODEL = "sam2sgp"
 FINE_TUNING = "finetune"
 SCORING = "scores"
 DEFAULT_STRATEGY = "hybrid"
-# Module that MONAI Label runs for training, scoring and batch inference. The server's requests come before these.
-BACKGROUND = "monailabel.interfaces.utils.app"
+# Module of the processes that train, score and infer in batches. The server's requests come before these.
+BACKGROUND = "lib.worker"
 SERVER = "monailabel.app"
 NICENESS = 10
 # Seconds that a start waits for an archive, and that background work does for the labels in it.
@@ -68,6 +73,7 @@ class Sam2SgpApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
         self._in_background = _started_as(BACKGROUND)
+        self._tasks: BackgroundTasks | None = None
         if self._in_background:
             os.nice(NICENESS)
             _end_with_server()
@@ -133,7 +139,7 @@ class Sam2SgpApp(MONAILabelApp):
         return open_sessions(self.settings)
 
     def bundle_path(self, model: str) -> None:
-        """None: MONAI Label would put a client's folder on the path of the processes it starts."""
+        """None: no folder joins the search path of a process."""
         return None
 
     def on_init_complete(self) -> None:
@@ -146,8 +152,7 @@ class Sam2SgpApp(MONAILabelApp):
         limits = ConnectionLimits(int(self.settings.max_connections), int(self.settings.max_connections_per_address))
         limit_connections(asyncio.get_running_loop(), limits)
         to_thread.current_default_thread_limiter().total_tokens = THREADS
-        # Before MONAI Label's own.
-        app.router.routes[:0] = [*routes(self).routes, *log_routes(self.log_file).routes]
+        self._tasks = BackgroundTasks(Path(self.app_dir).resolve(), self._task_ended)
         page = SupportPage(
             self.datastore(),
             self.segmenter,
@@ -156,7 +161,17 @@ class Sam2SgpApp(MONAILabelApp):
             self._trainers[FINE_TUNING].stats,
             self.on_save_label,
         )
-        app.include_router(page.router())
+        # In place of MONAI Label's own, of which none but its login is left.
+        answered = [
+            routes(self),
+            task_routes(self, self._tasks),
+            viewer_routes(self),
+            log_routes(self.log_file),
+            page.router(),
+        ]
+        if server_settings.MONAI_LABEL_AUTH_ENABLE:
+            answered.append(login.router)
+        serve_only(app, answered)
         self.cases.prepare(START_WAIT)
         with _sentence_first():
             self.segmenter.refresh()
@@ -193,7 +208,7 @@ class Sam2SgpApp(MONAILabelApp):
         """
         datastore = datastore or self.datastore()
         try:
-            return self._infer(confine(dict(request), self.settings), datastore)
+            return self._infer(dict(request), datastore)
         except Exception as error:
             raise refuse(error) from error
 
@@ -202,44 +217,67 @@ class Sam2SgpApp(MONAILabelApp):
         if task is None:
             raise NotFound(f"model: expected one of {', '.join(self._infers)}, found {request.get('model')!r}.")
         image = request.get("image")
-        if not isinstance(image, str) or not image:
+        # Only the server makes paths: of an upload, or of a session's image. Requests of clients hold text.
+        image_id = None if isinstance(image, Path) else image
+        if not image or not isinstance(image, str | Path):
             raise NotFound("image: expected the id of an image or of a session, found none; choose an image first.")
-        # Only the server makes absolute paths: of an upload, or of a session's image.
-        image_id = None if os.path.isabs(image) else image
         path = datastore.get_image_uri(image) if image_id else image
         if not path or not os.path.exists(path):
             raise NotFound(
                 f"image {image_id or 'of the session'}: expected an image, found none; take one of the list."
             )
-        save_label = flag(request, "save_label")
-        label, params = task({**request, "image": path, "image_id": image_id})
-        self.usage.add(used["item"] for items in params["support"].values() for used in items)
-        tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
+        params = InferParams.of_request(request)
+        label, result = task({**params.given(), "image": str(path), "image_id": image_id})
+        self.usage.add(used["item"] for items in result["support"].values() for used in items)
+        tag = params.label_tag or DefaultLabelTag.ORIGINAL.value
         label_id = label
-        if image_id and save_label:
-            label_info = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
-            kept = {key: value for key, value in params.items() if key != "uncertainty"}
+        if image_id and params.save_label:
+            label_info = [{"name": name, "idx": value} for name, value in result["label_names"].items()]
+            kept = {key: value for key, value in result.items() if key != "uncertainty"}
             info = {"model": request["model"], "label_info": label_info, "params": kept}
             label_id = datastore.save_label(image_id, label, tag, info)
             if tag == FINAL:
                 self.on_save_label(image_id, label_id)
-        return {"label": label_id, "tag": tag, "file": label, "params": params}
+        return {"label": label_id, "tag": tag, "file": label, "params": result}
 
     def batch_infer(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
-        return super().batch_infer(confine(dict(request), self.settings), datastore)
+        return super().batch_infer(_declared(request, BatchParams, "model"), datastore)
 
     def train(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Fine-tune, or roll the weights back: see `FineTuning`."""
         try:
-            return super().train(confine(dict(request), self.settings))
+            declared = _declared(request, TrainParams, "model")
+            if not self.settings.allow_overrides:
+                declared.pop("device", None)
+            return super().train(declared)
         except Exception as error:
             raise refuse(error) from error
 
-    def async_scoring(self, method: str | None, params=None) -> dict[str, Any]:
-        """MONAI Label's, which wants it after every offer of an image: one that waits for its turn is enough."""
-        if any(task["status"] == "SUBMITTED" for task in tasks("scoring")):
+    def scoring(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
+        return super().scoring({"method": request.get("method")}, datastore)
+
+    def next_sample(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The image to label next and what is known about it; {} if all are labelled."""
+        strategy = self._strategies.get(request["strategy"])
+        if strategy is None:
+            names = ", ".join(self._strategies)
+            raise NotFound(f"strategy: expected one of {names}, found {ascii(request['strategy'])[:80]}.")
+        found = strategy(request, self.datastore())
+        if not found:
             return {}
-        return super().async_scoring(method, params)
+        if self._auto_update_scoring:
+            self.async_scoring(None)
+        return {**without_path(self.datastore().get_image_info(found["id"])), **found}
+
+    def async_scoring(self, method: str | None, params=None) -> dict[str, Any]:
+        """Have the server score in the background, unless a scoring waits for its turn already."""
+        if self._tasks is None or self._tasks.waiting("scoring"):
+            return {}
+        return {name: self._tasks.start("scoring", {"method": name}, enqueue=True) for name in self._scoring_methods}
+
+    def _task_ended(self, method: str, status: str) -> None:
+        if method == "train" and status == DONE and self._auto_update_scoring:
+            self.async_scoring(None)
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
         """Take an approved label into the support set at once; the answer to the client says how that went."""
@@ -260,6 +298,11 @@ def _sentence_first() -> Iterator[None]:
     except Sam2SgpError as error:
         logger.error("%s", error)
         raise
+
+
+def _declared(request: Mapping[str, Any], options: type[Declared], *names: str) -> dict[str, Any]:
+    """What a task may see of its request: declared options with checked values, and the names given."""
+    return {**{name: request[name] for name in names if name in request}, **options.of_request(request).given()}
 
 
 async def _not_stored(request: Request, error: OSError) -> JSONResponse:

@@ -1,7 +1,12 @@
 """The app as MONAI Label builds it."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+from fastapi import HTTPException
+from monailabel.interfaces.app import MONAILabelApp
+
+from lib.checks import NotFound
 from main import Sam2SgpApp
 from sam2sgp.errors import DataError
 from tests.app.conftest import APP
@@ -15,3 +20,51 @@ def test_a_seed_folder_without_pairs_ends_the_start_with_one_sentence(studio, tm
         Sam2SgpApp(str(APP), str(made.studies), conf)
     assert "\n" not in str(caught.value)
     assert str(caught.value) in [record.message for record in caplog.records]
+
+
+@pytest.fixture
+def app(monkeypatch):
+    """An app without its parts, whose tasks give back the request that they got."""
+    for method in ("train", "scoring", "batch_infer"):
+        monkeypatch.setattr(MONAILabelApp, method, lambda self, request, datastore=None: dict(request))
+    made = object.__new__(Sam2SgpApp)
+    made.settings = SimpleNamespace(allow_overrides=False)
+    return made
+
+
+def test_a_task_sees_only_declared_options_however_its_request_came(app):
+    """The last line: in the process of the task, after the routes and the pipe."""
+    evil = {"bundle_path": "/tmp/evil", "session": {"path": "/"}, "gpus": "0", "tracking": "/tmp/x", "local_rank": 0}
+    assert app.train({"model": "finetune", "max_epochs": 1, "device": "cpu", **evil}) == {
+        "model": "finetune",
+        "max_epochs": 1,
+    }
+    assert app.scoring({"method": "scores", **evil}) == {"method": "scores"}
+    request = {"model": "sam2sgp", "images": ["a"], "k": "2", **evil}
+    assert app.batch_infer(request) == {"model": "sam2sgp", "images": ["a"], "k": 2}
+    with pytest.raises(HTTPException, match="max_epochs: expected a whole number"):
+        app.train({"model": "finetune", "max_epochs": "$1"})
+    app.settings = SimpleNamespace(allow_overrides=True)
+    assert app.train({"model": "finetune", "device": "cpu"})["device"] == "cpu"
+
+
+def test_only_paths_that_the_server_made_are_taken_for_paths(app, tmp_path):
+    (tmp_path / "image.png").write_bytes(b"x")
+    asked = []
+
+    def task(request):
+        asked.append(request)
+        raise DataError("far enough")
+
+    def unknown(image):
+        raise NotFound(f"image {image}: expected one of the datastore.")
+
+    app._infers = {"sam2sgp": task}
+    datastore = SimpleNamespace(get_image_uri=unknown)
+    for image in (str(tmp_path / "image.png"), "", None, 7, ["a"], {"path": "/"}, True):
+        with pytest.raises(HTTPException) as refused:
+            app.infer({"model": "sam2sgp", "image": image}, datastore)
+        assert refused.value.status_code == 404
+    with pytest.raises(HTTPException, match="far enough"):
+        app.infer({"model": "sam2sgp", "image": tmp_path / "image.png", "bundle_path": "/"}, datastore)
+    assert asked == [{"image": str(tmp_path / "image.png"), "image_id": None}]

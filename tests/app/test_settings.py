@@ -77,6 +77,6 @@ def test_each_studies_folder_has_a_state_of_its_own(tmp_path):
 
 
 def test_origins_and_flags_are_read():
-    made = settings(cors_origins="https://a.example/, http://b:3000", allow_model_upload="yes", max_upload_mb="10")
+    made = settings(cors_origins="https://a.example/, http://b:3000", allow_overrides="yes", max_upload_mb="10")
     assert made.cors_origins == ("https://a.example", "http://b:3000")
-    assert made.allow_model_upload and made.max_upload_mb == 10 and not made.allow_overrides
+    assert made.allow_overrides and made.max_upload_mb == 10

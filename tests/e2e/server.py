@@ -72,6 +72,15 @@ class Server:
         """The last lines that it wrote."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LINES_SHOWN:])
 
+    def finished(self, path: str) -> dict:
+        """The last task of a kind, such as `/train/`, when it has ended."""
+        end = time.monotonic() + START_SECONDS
+        while (task := requests.get(self.url + path, timeout=60).json())["status"] in ("SUBMITTED", "RUNNING"):
+            if time.monotonic() > end:
+                raise RuntimeError(f"The task did not end: {task}")
+            time.sleep(0.2)
+        return task
+
     def stop(self, how: int = signal.SIGTERM) -> None:
         """End it and all processes that it started."""
         if self.process is None:

@@ -150,6 +150,17 @@ CROSS_SITE = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Sec-
 FORM_OF_ANOTHER = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
 REBOUND = {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"}
 
+# Shapes in which MONAI Label's handlers find a folder that joins the search path of the process they start.
+FOLDERS = {
+    "an option": {"bundle_path": "/tmp"},
+    "pairs": [["bundle_path", "/tmp"]],
+    "pairs of a model": {"finetune": [["bundle_path", "/tmp"]]},
+    "pairs of a method": {"scores": [["bundle_path", "/tmp"]]},
+    "an object of a model": {"finetune": {"bundle_path": "/tmp"}},
+    "an object of a method": {"scores": {"bundle_path": "/tmp"}},
+    "nested pairs": {"finetune": [[["bundle_path", "/tmp"]]], "scores": [[["bundle_path", "/tmp"]]]},
+}
+
 ATTACKS = {
     "label id up": put_label("../../secret"),
     "label id absolute": put_label("/tmp/evil"),
@@ -224,8 +235,40 @@ ATTACKS = {
     "model upload": dict(method="PUT", path="/model/sam2sgp", files={"file": ("m.pt", PICKLE)}),
     "model delete": delete("/model/sam2sgp"),
     "reload": dict(method="POST", path="/reload"),
-    "train with a path": dict(method="POST", path="/train/finetune", json={"bundle_path": "/tmp"}),
-    "batch with a path": dict(method="POST", path="/batch/infer/sam2sgp", json={"bundle_path": "/tmp"}),
+    **{
+        f"{path} with a folder as {shape}": dict(method="POST", path=path, json=body)
+        for path in ("/train/", "/train/finetune", "/scoring/", "/scoring/scores", "/batch/infer/sam2sgp")
+        for shape, body in FOLDERS.items()
+    },
+    "infer with a folder": infer("A", {"bundle_path": "/tmp"}),
+    "infer with pairs": infer("A", [["bundle_path", "/tmp"], ["image", "/etc/passwd"]]),
+    "infer with an option twice": dict(infer("A"), data={"params": '{"k": 1, "k": 2}'}),
+    "infer with an option that is none": dict(infer("A"), data={"params": '{"k": NaN}'}),
+    "infer with another field": dict(infer("A"), data={"params": "{}", "bundle_path": "/tmp"}),
+    "infer with another query": dict(infer("A"), params={"image": "A", "bundle_path": "/tmp"}),
+    "batch of paths": dict(method="POST", path="/batch/infer/sam2sgp", json={"images": ["/etc/passwd"]}),
+    "batch of a way up": dict(method="POST", path="/batch/infer/sam2sgp", json={"images": ["A", "../secret"]}),
+    "batch of a linked image": dict(method="POST", path="/batch/infer/sam2sgp", json={"images": ["linked"]}),
+    "train while all wait": dict(method="POST", path="/train/finetune", params={"run_sync": "true"}),
+    "score while all wait": dict(method="POST", path="/scoring/scores", params={"run_sync": "1"}),
+    "batch while all wait": dict(method="POST", path="/batch/infer/sam2sgp", params={"run_sync": "yes"}),
+    "unknown trainer": dict(method="POST", path="/train/other"),
+    "unknown strategy": dict(method="POST", path="/activelearning/other", json={}),
+    "next image with pairs": dict(method="POST", path="/activelearning/random", json=[["strategy", "random"]]),
+    "image info that passes for a path": dict(
+        method="PUT", path="/datastore/image/info", params={"image": "A"}, data={"info": '{"path": "/etc/passwd"}'}
+    ),
+    "label info that passes for the server's": dict(
+        method="PUT", path="/datastore/label/info", params={"label": "A", "tag": "final"}, data={"info": '{"ts": "x"}'}
+    ),
+    "image info too deep": dict(
+        method="PUT",
+        path="/datastore/image/info",
+        params={"image": "A"},
+        data={"info": '{"a":' * 197 + "1" + "}" * 197},
+    ),
+    "another site's page about the addresses": get("/docs"),
+    "GPU of the machine": get("/logs/gpu"),
     "train with an ill device": dict(method="POST", path="/train/finetune", json={"device": "cuda:$(id)"}),
     "train from another site": dict(method="POST", path="/train/finetune", headers=EVIL),
     "upload from another site": put_label("C", headers=EVIL),
@@ -290,6 +333,7 @@ def test_an_attack_is_refused_and_nothing_changes(server, name):
         assert name == "upload too large"
     else:
         assert 400 <= answer.status_code < 500, answer.text
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
         assert b"root:" not in answer.content and SECRET not in answer.content
         if "json" in answer.headers.get("content-type", ""):
             assert str(server.folder) not in answer.text
@@ -377,6 +421,53 @@ def test_no_address_that_a_client_names_is_asked(server):
             assert send(server, request).status_code < 500, request
         with pytest.raises(TimeoutError):
             trap.accept()
+
+
+MARK = "from pathlib import Path\nPath(__file__).with_name('ran').write_text('')\n"
+
+
+def test_a_module_that_a_client_brings_is_never_run(server):
+    """Two requests ran any code before: a session with a module, whose folder becomes the search path of a process."""
+    told = send(server, dict(method="PUT", path="/session/", files={"files": ("sitecustomize.py", MARK)}))
+    # In case that sessions take no modules: it lies where they are kept.
+    module = server.folder / "sessions" / "own"
+    module.mkdir(parents=True, exist_ok=True)
+    (module / "sitecustomize.py").write_text(MARK)
+    assert str(server.folder) not in told.text
+    for path in ("/train/", "/train/finetune", "/scoring/", "/scoring/scores"):
+        for body in (
+            {"finetune": [["bundle_path", str(module)]]},
+            {"scores": [["bundle_path", str(module)]]},
+            [["bundle_path", str(module)]],
+            {"bundle_path": str(module)},
+        ):
+            assert 400 <= send(server, dict(method="POST", path=path, json=body)).status_code < 500
+    # A process that is started now does not find it, and a long request reaches it.
+    many = {"images": ["C"] * 60_000, "max_batch_size": 1}
+    assert send(server, dict(method="POST", path="/batch/infer/sam2sgp", json=many)).ok
+    task = server.finished("/batch/infer")
+    assert task["status"] == "DONE", task["details"]
+    assert not list(server.folder.rglob("ran"))
+
+
+def test_what_people_and_programs_are_told_holds_no_path_of_the_server(server):
+    send(server, delete("/datastore/label", id="C", tag="final"))
+    session = send(server, dict(method="PUT", path="/session/", files={"files": ("i.nii.gz", IMAGE)}))
+    answers = [
+        session,
+        send(server, get(f"/session/{session.json()['session_id']}")),
+        send(server, get("/datastore/", output="all")),
+        send(server, get("/datastore/", output="train")),
+        send(server, get("/datastore/image/info", image="A")),
+        send(server, get("/datastore/label/info", label="A", tag="final")),
+        send(server, dict(method="POST", path="/activelearning/random", json={"client_id": "x"})),
+        send(server, get("/info/")),
+        send(server, get("/openapi.json")),
+    ]
+    for answer in answers:
+        assert answer.ok and str(server.folder) not in answer.text, answer.url
+    sample = answers[6].json()
+    assert (sample["id"], sample["name"]) == ("C", "C.nii.gz")
 
 
 def test_afterwards_the_server_is_up_and_the_approved_labels_are_intact(server):

@@ -153,8 +153,8 @@ def test_an_image_sent_along_is_segmented_and_saved_nowhere(client, server, know
     [
         ("image=nobody", {}, 404, "image nobody: expected an image of the datastore"),
         ("image=us_003_0", {"classes": ["liver"]}, 404, "classes: expected some of disc, ellipse, ring, found liver"),
-        ("image=us_003_0", {"k": -1}, 400, "k: expected a whole number"),
-        ("image=us_003_0", {"save_label": "maybe"}, 400, "save_label: expected true or false, found 'maybe'"),
+        ("image=us_003_0", {"k": -1}, 422, "k: expected at least 1, found -1"),
+        ("image=us_003_0", {"save_label": "maybe"}, 422, "save_label: expected true or false, found 'maybe'"),
         ("image=mr_001", {"result_extension": ".png"}, 400, "expected a volume format for 6 slices"),
     ],
 )

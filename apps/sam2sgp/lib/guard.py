@@ -1,8 +1,10 @@
-"""What stands between clients and MONAI Label's own HTTP server: it lets through only what the app means to answer.
+"""What stands between clients and the handlers: who may ask from where, and how a request must look as a whole.
 
-In: every HTTP request, before MONAI Label's handlers see it. Out: the request, whole and checked, or an answer of one
-sentence with a 4xx status. A request's body is taken in full before a handler runs, up to the limit of uploads, so a
-handler never meets half an upload. The checks keep no state of their own and hold for any number of requests at once.
+In: every HTTP request, before a handler sees it. Out: the request, whole and checked, or an answer of one sentence with
+a 4xx status. A request's body is taken in full before a handler runs, up to the limit of uploads, so a handler never
+meets half an upload. What a request may say is declared where it is answered: see `lib.endpoints` and `lib.options`.
+Every answer forbids browsers to load anything from elsewhere and to show it in another site's frame. The checks keep no
+state of their own and hold for any number of requests at once.
 
 What it does not do: authentication and encryption, which are a reverse proxy's.
 """
@@ -10,17 +12,16 @@ What it does not do: authentication and encryption, which are a reverse proxy's.
 import asyncio
 import errno
 import ipaddress
-import json
 import logging
-import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO
 from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
 
-from fastapi import FastAPI, HTTPException
+from fastapi import APIRouter, FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
 from monailabel.interfaces.exception import (
     ImageNotFoundException,
     LabelNotFoundException,
@@ -36,20 +37,14 @@ from starlette.responses import JSONResponse
 from lib.audit import Audit, current_user
 from lib.checks import (
     Forbidden,
-    NotFound,
     RequestError,
     Stalled,
     TooLarge,
     check_file_name,
-    check_id,
-    check_label_info,
-    check_tag,
     suffix_of,
 )
-from sam2sgp.data.io import SUFFIXES
+from lib.options import parse_object, sentence
 from sam2sgp.errors import ConfigError, DataError, Sam2SgpError, WeightsError, cause_of
-
-__all__ = ["check_id", "check_tag", "install", "refuse"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +55,15 @@ LARGEST_TEXT = 1 << 20
 MOST_FILES = 20_000
 LONGEST_QUERY = 8192
 CHUNK = 1 << 20
-IDS = ("image", "id", "label", "session_id")
-# What a request may not set from within its parameters: handlers let these win over what was checked.
-NOT_PARAMETERS = ("bundle_path", "session", "file", "result_path", "model_path")
-DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,2})?")
-GPUS = re.compile(r"(all|\d{1,2}(,\d{1,2})*)?")
-# Parameters that choose hardware or replace settings of the inference config.
-OVERRIDES = ("device", "gpus", "multi_gpu", "config", "conf", "overrides", "bundle_root", "model_dir", "state_dir")
-JSON_FIELDS = ("params", "info", "wsi")
-UNSAFE_METHODS = ("POST", "PUT", "DELETE", "PATCH")
+# Of a form, the only field that may come several times: a session's files.
+REPEATED = "files"
+# An answer may bring its own policy; these are for data, which needs nothing from anywhere.
+HEADERS = {
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "referrer-policy": "same-origin",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
 # A body may take this many seconds, and one more for as many bytes as the slowest lines carry in that time.
 PATIENCE = 60.0
 SLOWEST = 16 << 10
@@ -107,8 +102,7 @@ def install(app: FastAPI, settings) -> None:
 
     Args:
         app: MONAI Label's FastAPI app.
-        settings: the app's; reads `max_upload_mb`, `cors_origins`, `allow_model_upload`, `allow_overrides`,
-            `hosts`, `user_header`, `studies` and `state_dir`.
+        settings: the app's; reads `max_upload_mb`, `cors_origins`, `hosts`, `user_header` and `state_dir`.
     """
     kept = [entry for entry in app.user_middleware if entry.cls not in (CORSMiddleware, RequestGuard)]
     added = [Middleware(RequestGuard, settings=settings)]
@@ -126,18 +120,18 @@ def install(app: FastAPI, settings) -> None:
     app.user_middleware = added + kept
     for kind in (Sam2SgpError, MONAILabelException):
         app.add_exception_handler(kind, _answer)
+    app.add_exception_handler(RequestValidationError, _undeclared)
+    # Starlette's own answer to what nobody caught has none of the headers.
+    app.add_exception_handler(Exception, _answer)
     # Starlette builds this once, before the app's start.
     app.middleware_stack = app.build_middleware_stack()
 
 
-def confine(request: dict, settings) -> dict:
-    """A task's request without what only the server may choose: for `infer`, `batch_infer`, `scoring` and `train`.
-
-    Raises RequestError for a label tag, a device or a result extension that isn't one.
-    """
-    ignored = ("bundle_path",) if settings.allow_overrides else ("bundle_path", *OVERRIDES)
-    _check_parameters(request)
-    return {key: value for key, value in request.items() if key not in ignored}
+def serve_only(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Let an app answer these routes and the description of them, and nothing else that it had."""
+    app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) == app.openapi_url]
+    for router in routers:
+        app.include_router(router)
 
 
 class RequestGuard:
@@ -149,7 +143,6 @@ class RequestGuard:
         self._limit = int(settings.max_upload_mb * (1 << 20))
         self._hosts = {host.lower() for host in (*settings.hosts, *own_names())}
         self._audit = Audit(settings.state_dir / "audit.jsonl")
-        self._is_remote = str(settings.studies).startswith(("http://", "https://"))
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "websocket":
@@ -202,13 +195,9 @@ class RequestGuard:
                 raise RequestError("path: expected one without '.' and '..'; write it out.")
         if len(scope["query_string"]) > LONGEST_QUERY:
             raise TooLarge(f"query: expected at most {LONGEST_QUERY} bytes, found more; send parameters in the body.")
-        self._check_route(method, path)
-        for key, value in _query(scope["query_string"]):
-            # Clients send these empty where they have none to give.
-            if key in IDS and (value or key in ("id", "label")):
-                check_id(value, f"{key} in the query")
-            elif key == "tag" and value:
-                check_tag(value)
+        names = [name for name, _ in _query(scope["query_string"])]
+        if len(set(names)) < len(names):
+            raise RequestError("query: expected each name once, found one twice; correct the address.")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._limit:
             raise self._too_large(self._limit)
@@ -236,25 +225,6 @@ class RequestGuard:
             is_own = _is_same(origin, headers.get("x-forwarded-host") or headers.get("host", ""))
         if not is_own:
             raise Forbidden("origin: expected a page of this server, found another; add its origin to cors_origins.")
-
-    def _check_route(self, method: str, path: str) -> None:
-        first, _, rest = path.strip("/").partition("/")
-        if first == "model" and method in UNSAFE_METHODS and not self._settings.allow_model_upload:
-            raise Forbidden(
-                "model: expected training to change it, found an upload; set allow_model_upload to allow it."
-            )
-        if first == "reload":
-            raise Forbidden("reload: expected a restart of the server instead; this would forget what is being done.")
-        if first == "proxy" and not self._is_remote:
-            raise NotFound("proxy: expected a DICOMweb server as studies, found a folder; there is nothing to pass to.")
-        if first == "proxy" and method not in ("GET", "HEAD"):
-            raise Forbidden(
-                "proxy: expected to read from the archive, found a request to write; approve labels instead."
-            )
-        if first == "infer" and rest.startswith(("wsi/", "wsi_v2/")):
-            raise NotFound("infer: expected /infer/<model>, found whole-slide inference; this app has none.")
-        if first == "session" and rest:
-            check_id(rest, "session id")
 
     async def _take(self, scope, receive) -> tempfile.SpooledTemporaryFile:
         """The body, whole. Raises TooLarge, and ClientDisconnect where the client goes away before its end."""
@@ -289,7 +259,7 @@ class RequestGuard:
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
             await self._check_form(scope, body)
         elif text := body.read().strip():
-            _check_client_parameters(_json(text, "body"))
+            parse_object(text, "body")
         body.seek(0)
 
     async def _check_form(self, scope, body) -> None:
@@ -299,13 +269,15 @@ class RequestGuard:
         request = Request(scope, _replay(body, None))
         try:
             async with request.form(max_files=MOST_FILES) as form:
+                seen = set()
                 for key, value in form.multi_items():
+                    if key in seen and key != REPEATED:
+                        raise RequestError(f"{ascii(key)[:80]}: expected this field once, found it twice; correct it.")
+                    seen.add(key)
                     if isinstance(value, UploadFile):
                         self._check_upload(scope["path"], key, value)
-                    elif key in JSON_FIELDS:
-                        _check_client_parameters(_json(value, key))
                     else:
-                        _check_text(value, key)
+                        _check_text(value, ascii(key)[:80])
         except RequestError:
             raise
         except Exception as error:
@@ -323,7 +295,7 @@ class RequestGuard:
             raise RequestError(f"file name of {key}: expected one without '..'; send the name alone.")
         name = check_file_name(last, f"file name of {key}")
         # Files of a session may lack a suffix or be an archive. What a file holds is looked at where it is taken in.
-        if not path.startswith(("/session", "/model")):
+        if not path.startswith("/session"):
             suffix_of(name)
 
     def _note(self, scope) -> None:
@@ -338,11 +310,13 @@ class RequestGuard:
 
 
 def _answering(send) -> Callable:
-    """`send`, with which no browser takes an answer for anything else."""
+    """`send`, with what browsers must know about every answer."""
 
     async def answering(message) -> None:
         if message["type"] == "http.response.start":
-            MutableHeaders(scope=message)["x-content-type-options"] = "nosniff"
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
         await send(message)
 
     return answering
@@ -354,7 +328,11 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
         # Where the error is a sentence for the client, it says all.
         traceback = None if isinstance(error, RequestError) else error
         logger.error("%s %s: %s", request.method, request.url.path, answer.detail, exc_info=traceback)
-    return JSONResponse({"detail": answer.detail}, answer.status_code)
+    return JSONResponse({"detail": answer.detail}, answer.status_code, HEADERS)
+
+
+async def _undeclared(request: Request, error: RequestValidationError) -> JSONResponse:
+    return JSONResponse({"detail": sentence(error.errors())}, 422)
 
 
 def own_names() -> tuple[str, ...]:
@@ -386,46 +364,6 @@ def _is_number(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _check_client_parameters(parameters: dict) -> None:
-    """Refuse what a client may not send at all, at any depth: handlers let parameters win over the request itself."""
-    _check_parameters(parameters)
-    check_label_info(parameters.get("label_info"))
-    for key in NOT_PARAMETERS:
-        if key in parameters:
-            raise Forbidden(f"{key}: expected the server's own, found one among the parameters; leave it out.")
-    for key in ("image", "label"):
-        if isinstance(parameters.get(key), str):
-            check_id(parameters[key], f"{key} among the parameters")
-    for value in parameters.values():
-        if isinstance(value, dict):
-            _check_client_parameters(value)
-
-
-def _check_parameters(parameters: dict) -> None:
-    if parameters.get("label_tag"):
-        check_tag(parameters["label_tag"])
-    extension = parameters.get("result_extension")
-    if extension and extension not in (*SUFFIXES, ".json"):
-        raise RequestError(f"result_extension: expected one of {', '.join(SUFFIXES)}, found {ascii(extension)[:80]}.")
-    for key, pattern in (("device", DEVICE), ("gpus", GPUS)):
-        value = parameters.get(key)
-        if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
-            raise RequestError(f"{key}: expected a device such as 'cpu' or 'cuda', found {ascii(value)[:80]}.")
-
-
-def _json(text: str | bytes, what: str) -> dict:
-    def constant(name: str) -> None:
-        raise ValueError(name)
-
-    try:
-        content = json.loads(text, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{what}: expected a JSON object, found another content; correct it.") from error
-    if not isinstance(content, dict | None):
-        raise RequestError(f"{what}: expected a JSON object, found a {type(content).__name__}; correct it.")
-    return content or {}
 
 
 def _query(query: bytes) -> list[tuple[str, str]]:

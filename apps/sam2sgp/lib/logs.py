@@ -18,12 +18,14 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Annotated, TextIO
 
-from fastapi import APIRouter, Depends, Query, Request
+import fastapi
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 from monailabel.config import settings as server_settings
-from monailabel.endpoints.user.auth import RBAC
+from pydantic import Field
 
 from lib.checks import Forbidden
+from lib.routing import ADMIN, Query, router
 
 MODE = 0o600
 MOST_BYTES, KEPT = 10 << 20, 10
@@ -79,6 +81,15 @@ class Seldom(logging.Filter):
         return count < self._lines
 
 
+class LogQuery(Query):
+    """How many lines. The others are of no effect: MONAI Label's clients send them for its own log page."""
+
+    lines: Annotated[int, Field(ge=1, le=MOST_LINES)] = 300
+    html: bool = False
+    text: bool = True
+    refresh: int = 0
+
+
 def keep_logs(folder: Path, app_dir: Path) -> Path:
     """Write this process's log to a folder from now on, in place of MONAI Label's file in the app's folder.
 
@@ -119,20 +130,19 @@ def log_routes(path: Path) -> APIRouter:
 
     Behind a reverse proxy a client's address is what the proxy says (`X-Forwarded-For`).
     """
-    administrator = Depends(RBAC(server_settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
-    router = APIRouter(include_in_schema=False, dependencies=[administrator])
+    made = router()
 
-    @router.get("/logs/")
-    def logs(request: Request, lines: Annotated[int, Query(ge=1, le=MOST_LINES)] = 300) -> PlainTextResponse:
+    @made.get("/logs/", dependencies=[ADMIN])
+    def logs(request: Request, query: Annotated[LogQuery, fastapi.Query()]) -> PlainTextResponse:
         if not server_settings.MONAI_LABEL_AUTH_ENABLE and not _is_here(request):
             raise Forbidden(
                 "logs: expected a client on the server's own machine, found another; there, read logs/server.log in "
                 "the state folder."
             )
         with open(path, encoding="utf-8", errors="replace") as file:
-            return PlainTextResponse("".join(deque(file, lines)), headers={"Cache-Control": "no-store"})
+            return PlainTextResponse("".join(deque(file, query.lines)), headers={"Cache-Control": "no-store"})
 
-    return router
+    return made
 
 
 def _is_here(request: Request) -> bool:

@@ -23,19 +23,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
+import fastapi
 import numpy as np
 import torch
-from fastapi import APIRouter, Body, Depends, HTTPException, Query
+from fastapi import APIRouter, HTTPException
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from monailabel.config import settings as server_settings
-from monailabel.endpoints.user.auth import RBAC
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from PIL import Image
+from pydantic import Field
 
 from lib.checks import Conflict
 from lib.dicomweb import DicomWebDatastore
 from lib.guard import refuse
+from lib.options import Declared
+from lib.routing import ANNOTATOR, USER, Id, Query, Tag
 from lib.usage import Usage
 from sam2sgp.data import read_image, read_label
 from sam2sgp.errors import DataError
@@ -56,6 +58,46 @@ OWN = ("img-src", "style-src", "script-src", "connect-src")
 SECURITY = "; ".join(["default-src 'none'", *(f"{kind} 'self'" for kind in OWN), "frame-ancestors 'none'"])
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript"}
 CURVE = (360, 90)
+Part = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class PartsQuery(Query):
+    """Which part of each list of the page."""
+
+    support: Part = 1
+    waiting: Part = 1
+    removed: Part = 1
+    next: Part = 1
+
+
+class ItemQuery(Query):
+    """A support item by its content."""
+
+    content: Annotated[str, Field(max_length=256)]
+
+
+class PictureQuery(Query):
+    """An image, and one of its labels to draw over it."""
+
+    image: Id
+    label_tag: Annotated[str, Field(max_length=64)] = ""
+
+
+class Decision(Declared):
+    """A label by its image and its tag, of which removing and restoring have a default."""
+
+    image: Id
+    label_tag: Tag = ""
+
+
+class SeenDecision(Decision):
+    """`seen`: the state of the label that the page showed."""
+
+    label_tag: Tag
+    seen: Annotated[str, Field(max_length=256)] = ""
+
+
+DECISIONS = {"approve": SeenDecision, "reject": Decision, "remove": Decision, "restore": Decision}
 
 
 class SupportPage:
@@ -91,19 +133,25 @@ class SupportPage:
         self.template = environment.get_template("page.html.j2")
 
     def router(self) -> APIRouter:
-        # Where MONAI Label is set up to ask for a login, the page asks for the same.
-        user, annotator = (
-            Depends(RBAC(role))
-            for role in (server_settings.MONAI_LABEL_AUTH_ROLE_USER, server_settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR)
-        )
-        router = APIRouter(prefix=PREFIX, include_in_schema=False, dependencies=[user])
-        router.add_api_route("/", self.show, methods=["GET"])
-        router.add_api_route("/item", self.item, methods=["GET"])
-        router.add_api_route("/picture", self.picture, methods=["GET"])
-        router.add_api_route("/assets/{name}", self.asset, methods=["GET"])
-        for name in ("approve", "reject", "remove", "restore"):
-            router.add_api_route(f"/{name}", getattr(self, name), methods=["POST"], dependencies=[annotator])
-        return router
+        made = APIRouter(prefix=PREFIX, include_in_schema=False, dependencies=[USER])
+
+        @made.get("/")
+        def show(query: Annotated[PartsQuery, fastapi.Query()]) -> HTMLResponse:
+            return self.show(**query.model_dump())
+
+        @made.get("/item")
+        def item(query: Annotated[ItemQuery, fastapi.Query()]) -> Response:
+            return self.item(query.content)
+
+        @made.get("/picture")
+        def picture(query: Annotated[PictureQuery, fastapi.Query()]) -> Response:
+            return self.picture(query.image, query.label_tag)
+
+        made.add_api_route("/assets/{name}", self.asset, methods=["GET"])
+        for name, declared in DECISIONS.items():
+            decide = _declaring(getattr(self, name), declared)
+            made.add_api_route(f"/{name}", decide, methods=["POST"], dependencies=[ANNOTATOR])
+        return made
 
     # Pages and pictures
 
@@ -161,7 +209,7 @@ class SupportPage:
             thumbnail = found.thumbnail.numpy()
         return _png(thumbnail)
 
-    def picture(self, image: str, label_tag: Annotated[str, Query(max_length=64)] = "") -> Response:
+    def picture(self, image: str, label_tag: str = "") -> Response:
         """An image, and over it the label of a tag; of a volume the slice that shows most of it. PNG."""
         try:
             source = Path(self.datastore.get_image_uri(image))
@@ -173,21 +221,19 @@ class SupportPage:
 
     # Decisions
 
-    def approve(
-        self, image: Annotated[str, Body()], label_tag: Annotated[str, Body()], seen: Annotated[str, Body()] = ""
-    ) -> dict:
+    def approve(self, image: str, label_tag: str, seen: str = "") -> dict:
         """A prediction joins the support set."""
         return self._moved(image, label_tag, FINAL, seen)
 
-    def restore(self, image: Annotated[str, Body()], label_tag: Annotated[str, Body()] = REMOVED) -> dict:
+    def restore(self, image: str, label_tag: str = REMOVED) -> dict:
         """A removed label joins the support set again."""
         return self._moved(image, label_tag, FINAL)
 
-    def remove(self, image: Annotated[str, Body()], label_tag: Annotated[str, Body()] = FINAL) -> dict:
+    def remove(self, image: str, label_tag: str = FINAL) -> dict:
         """An approved label leaves the support set; it can be restored."""
         return self._moved(image, label_tag, REMOVED)
 
-    def reject(self, image: Annotated[str, Body()], label_tag: Annotated[str, Body()]) -> dict:
+    def reject(self, image: str, label_tag: str) -> dict:
         """A prediction is deleted. Approved labels are not deleted here."""
         try:
             if label_tag in (FINAL, REMOVED):
@@ -206,6 +252,8 @@ class SupportPage:
             with self.segmenter.lock:
                 label = self._label(image, old)
                 path = self.datastore.get_label_uri(label, old)
+                if not path:
+                    raise DataError(f"{image}: expected a label with the tag {old!r}, found none; load the page again.")
                 if seen and seen != _state(path):
                     raise Conflict(
                         f"{image}: expected the label that was shown, found a newer one; load the page and look at it."
@@ -250,6 +298,15 @@ class SupportPage:
             found["waiting"] += [{"image": image, "tag": tag} for tag in tags if tag != REMOVED]
             found["removed"] += [{"image": image, "tag": tag} for tag in tags if tag == REMOVED]
         return found
+
+
+def _declaring(decide: Callable[..., dict], declared: type[Decision]) -> Callable[..., dict]:
+    """A handler whose body is declared."""
+
+    def handle(decision: declared) -> dict:
+        return decide(**decision.model_dump(exclude_unset=True))
+
+    return handle
 
 
 def _state(path: str) -> str:

@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -453,7 +453,7 @@ class Segmenter:
     def _result(self, key: Hashable | None, case: dict, options: Options, warnings: list[str]) -> dict:
         """What was found in a case, kept for the next request, which may be for other classes of it."""
         serving = self._serving
-        asked = key and (key, case["patient"], replace(options, classes=()))
+        asked = key and (key, case["patient"], options.model_copy(update={"classes": ()}))
         found = serving.results.get(asked) if asked else None
         if found is None:
             told = len(warnings)

@@ -89,8 +89,7 @@ class Settings:
             how many days after they were last asked for.
         dicomweb_timeout: seconds after which an archive that sends nothing is given up.
         max_connections, max_connections_per_address: that the server keeps open at once, of all clients and of one.
-        allow_model_upload: whether clients may replace model files.
-        allow_overrides: whether clients may choose devices and override settings in requests.
+        allow_overrides: whether clients may choose the device of a training.
 
     Raises:
         ConfigError: by `from_conf`, for an unknown key or a value that can't work.
@@ -116,7 +115,6 @@ class Settings:
     dicomweb_timeout: float = 20.0
     max_connections: float = 1000.0
     max_connections_per_address: float = 200.0
-    allow_model_upload: bool = False
     allow_overrides: bool = False
 
     @classmethod
@@ -198,7 +196,7 @@ def _state_dir(app_dir: Path, studies: str) -> Path:
 def _own_value(key: str, text: Any) -> Any:
     if key in PATH_KEYS:
         return Path(str(text)).expanduser().resolve()
-    if key in ("allow_model_upload", "allow_overrides"):
+    if key == "allow_overrides":
         value = WORDS.get(str(text).strip().lower())
         if value is None:
             raise ConfigError(f"--conf {key}: expected true or false, found {text!r}.")

@@ -19,7 +19,6 @@ import errno
 import gc
 import json
 import logging
-import math
 import shutil
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ from monailabel.utils.others.generic import device_list, name_to_device
 from torch.optim.swa_utils import AveragedModel
 
 from lib.checks import Conflict, RequestError, StorageError
-from lib.options import first
+from lib.options import ROLL_BACK, TRAIN, TrainParams
 from lib.trainers.data import HALVES, digest, halve, sections, write_datalist
 from lib.trainers.judging import Comparison
 from lib.trainers.status import Status, StatusHandler
@@ -48,14 +47,13 @@ from sam2sgp.networks import load_weights, merge_lora, save_weights
 
 logger = logging.getLogger(__name__)
 
-TRAIN, ROLL_BACK = "train", "roll_back"
 PUBLISHED, KEPT, FAILED, ROLLED_BACK = "published", "kept", "failed", "rolled_back"
 METRIC = "val_mean_dice"
 LAST_FILE = "last.pt"
 TENSORBOARD_FOLDER = "tensorboard"
 HALVES_FILE = "halves.json"
 HALF_FILES = tuple(f"half_{half}.pt" for half in range(HALVES))
-OPTIONS = {"max_epochs": int, "episodes_per_epoch": int, "learning_rate": float}
+OPTIONS = ("max_epochs", "episodes_per_epoch", "learning_rate")
 # Keys that inference.json shares with train.json, but which a training sets itself.
 OWN_KEYS = (
     "bundle_root",
@@ -148,9 +146,7 @@ class FineTuning(TrainTask):
         Raises:
             Sam2SgpError: an option that can't work, too few labels, a training that runs already; the stats say so too.
         """
-        action = first(request.get("action")) or TRAIN
-        if action not in (TRAIN, ROLL_BACK):
-            raise RequestError(f"action is {action!r}: expected {TRAIN!r} or {ROLL_BACK!r}.")
+        action = TrainParams.of_request(request).action or TRAIN
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock", timeout=0):
@@ -168,19 +164,9 @@ class FineTuning(TrainTask):
 
     def _options(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a request as config values. Nothing else of it reaches a config, whose strings are code."""
-        options: dict[str, Any] = {}
-        for name, kind in OPTIONS.items():
-            given = first(request.get(name, self._config[name]))
-            try:
-                value = kind(str(given))
-                if not (math.isfinite(value) and value > 0):
-                    raise ValueError
-            except ValueError:
-                expected = "a whole number of at least 1" if kind is int else "a number above 0"
-                raise RequestError(f"{name} is {given!r}: expected {expected}.") from None
-            options[name] = value
-        options["device"] = f"$torch.device({self._device(first(request.get('device')))!r})"
-        return options
+        params = TrainParams.of_request(request)
+        options = {name: getattr(params, name) or self._config[name] for name in OPTIONS}
+        return {**options, "device": f"$torch.device({self._device(params.device)!r})"}
 
     def _device(self, name: object) -> str:
         if name is None or isinstance(name, str):

@@ -1,0 +1,76 @@
+"""What the app's routes have in common: the login they ask for, the threads they run in, the names they take.
+
+Handlers are plain functions. They run in the server's threads, so that nobody waits for another's image; those that may
+take long have threads of their own, so that a hundred of them leave the others' alone.
+"""
+
+import shutil
+from collections.abc import Callable
+from functools import partial, wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Depends, UploadFile
+from monailabel.config import settings as server_settings
+from monailabel.endpoints.user.auth import RBAC
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from lib.checks import check_id, check_tag, suffix_of
+
+# Where MONAI Label is set up to ask for a login, the app's routes ask for the same.
+USER, ANNOTATOR, ADMIN = (
+    Depends(RBAC(role))
+    for role in (
+        server_settings.MONAI_LABEL_AUTH_ROLE_USER,
+        server_settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR,
+        server_settings.MONAI_LABEL_AUTH_ROLE_ADMIN,
+    )
+)
+Id = Annotated[str, Field(max_length=1024), AfterValidator(check_id)]
+# Clients send it empty where they have none to give.
+OptionalId = Annotated[str, Field(max_length=1024), AfterValidator(lambda value: check_id(value) if value else value)]
+Tag = Annotated[str, AfterValidator(check_tag)]
+
+
+class Query(BaseModel):
+    """The query of a route; a name that is not declared is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Form(BaseModel):
+    """The form of a route; a field that is not declared is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def router() -> APIRouter:
+    """Routes that ask for a user's login; those that change something add a role."""
+    return APIRouter(dependencies=[USER])
+
+
+def in_threads(limit: int) -> Callable:
+    """Have a handler run in threads of its own, at most `limit` at once; further requests wait for their turn."""
+    limiter = CapacityLimiter(limit)
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        async def run(**arguments: Any) -> Any:
+            return await to_thread.run_sync(partial(function, **arguments), limiter=limiter)
+
+        return run
+
+    return decorate
+
+
+def taken(upload: UploadFile, folder: Path, stem: str) -> Path:
+    """An upload as a file in a folder, under a name of the server's with the upload's suffix.
+
+    Raises:
+        UnsupportedFile: a name that ends in no supported suffix.
+    """
+    path = folder / f"{stem}{suffix_of(upload.filename or '')}"
+    with open(path, "wb") as file:
+        shutil.copyfileobj(upload.file, file)
+    return path
