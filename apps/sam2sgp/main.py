@@ -35,6 +35,7 @@ from lib.infers.segmentation import Segmentation
 from lib.logs import keep_logs, log_routes, quiet_libraries
 from lib.options import flag
 from lib.page import SupportPage
+from lib.records import of_prediction
 from lib.scoring import Scores, Scoring
 from lib.scratch import own_temporary_folder
 from lib.segmenter import Segmenter
@@ -178,11 +179,7 @@ class Sam2SgpApp(MONAILabelApp):
 
     def info(self) -> dict[str, Any]:
         """MONAI Label's, with `support`: the state of the support set and of the weights, and `archive`: its state."""
-        try:
-            self.segmenter.refresh(wait=False)
-        except Sam2SgpError as error:
-            # Every request asks for this first; the one that it concerns tells its client.
-            logger.error("%s", error)
+        self.segmenter.keep_up(certain=False)
         archive = {"archive": self.datastore().state()} if self.settings.is_remote else {}
         return {**super().info(), "support": self.segmenter.facts(), **archive}
 
@@ -217,9 +214,7 @@ class Sam2SgpApp(MONAILabelApp):
         tag = request.get("label_tag") or DefaultLabelTag.ORIGINAL.value
         label_id = label
         if image_id and save_label:
-            label_info = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
-            kept = {key: value for key, value in params.items() if key != "uncertainty"}
-            info = {"model": request["model"], "label_info": label_info, "params": kept}
+            info = of_prediction(request["model"], params)
             label_id = datastore.save_label(image_id, label, tag, info)
             if tag == FINAL:
                 self.on_save_label(image_id, label_id)
@@ -242,14 +237,15 @@ class Sam2SgpApp(MONAILabelApp):
         return super().async_scoring(method, params)
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
-        """Take an approved label into the support set at once; the answer to the client says how that went."""
+        """Have a label that came or went taken into the support set; the answer to the client says how that went.
+
+        It is in use for the very next request. While an image is segmented, that can't be waited for: the answer then
+        says `pending`, and what it says of the support set is as of before.
+        """
         super().on_save_label(image_id, label_id)
-        try:
-            self.segmenter.refresh()
-        except Sam2SgpError as error:
-            return {"warnings": [str(error)]}
+        joined = self.segmenter.keep_up()
         facts = self.segmenter.facts()
-        return {"support_items": facts["items"], "warnings": facts["errors"]}
+        return {"support_items": facts["items"], "warnings": facts["errors"], "pending": not joined}
 
 
 @contextmanager
