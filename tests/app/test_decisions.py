@@ -227,6 +227,22 @@ def test_a_decision_waits_for_another_process_and_not_for_other_images(tmp_path,
             pass
 
 
+def test_without_a_disk_for_its_locks_a_server_still_decides_one_by_one(tmp_path, caplog):
+    (tmp_path / "locks").touch()
+    locks, order = ImageLocks(tmp_path / "locks"), []
+
+    def decide() -> None:
+        with locks.hold("A"):
+            order.append("second")
+
+    with ThreadPoolExecutor(1) as pool:
+        with locks.hold("A"):
+            waiting = pool.submit(decide)
+            order.append("first")
+        waiting.result(60)
+    assert order == ["first", "second"] and "aren't locked" in caplog.text
+
+
 # Beside a segmentation
 
 PICTURES = ["us_000_0", "us_001_0", "us_002_0", "us_003_0"]

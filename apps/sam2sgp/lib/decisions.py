@@ -12,6 +12,7 @@ was answered is what is stored. The lock holds between the threads of a server a
 lock of the segmenter is held.
 """
 
+import logging
 import os
 import threading
 import time
@@ -23,8 +24,10 @@ from zlib import crc32
 from filelock import FileLock, Timeout
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from lib.checks import Conflict, RequestError, StorageError, check_tag
+from lib.checks import Conflict, RequestError, check_tag
 from sam2sgp.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 FINAL, REMOVED = DefaultLabelTag.FINAL.value, "removed"
 # Images share this many locks, so that their files don't grow in number with the datastore.
@@ -55,31 +58,28 @@ class ImageLocks:
     def hold(self, image_id: str) -> Iterator[None]:
         """Hold the lock of an image for the block; a thread may hold one at a time.
 
+        Where the lock file can't be made, as on a read-only disk, only threads are kept apart; the datastore still
+        compares the label with the one that was checked before it changes it.
+
         Raises:
             Busy: another decision about the image takes longer than `PATIENCE`.
-            StorageError: the lock file can't be made.
         """
         number = crc32(image_id.encode("utf-8", "replace")) % LOCKS
         end = time.monotonic() + PATIENCE
         if not self._threads[number].acquire(timeout=PATIENCE):
             raise _busy(image_id)
+        file = FileLock(self._folder / f"{number:04}.lock")
         try:
-            file = FileLock(self._folder / f"{number:04}.lock")
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 file.acquire(timeout=max(end - time.monotonic(), 0), poll_interval=POLL)
             except Timeout as error:
                 raise _busy(image_id) from error
             except OSError as error:
-                raise StorageError(
-                    f"image {image_id}: expected to lock it for a decision, found {error.strerror or error}; nothing "
-                    "was changed: free some space or correct the permissions of the state folder."
-                ) from error
-            try:
-                yield
-            finally:
-                file.release()
+                logger.warning("Decisions aren't locked against other processes: %s", error)
+            yield
         finally:
+            file.release()
             self._threads[number].release()
 
 
