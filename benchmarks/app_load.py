@@ -75,6 +75,9 @@ class Load:
         try:
             answer = requests.request(method, f"{self.url}{path}", timeout=TIMEOUT, **options)
         except requests.RequestException as error:
+            if self.over.is_set():
+                # What the end of the server cuts off.
+                return None
             answer, failure = None, type(error).__name__
         else:
             failure = "" if answer.ok else f"{answer.status_code} {answer.text[:200]}"
@@ -111,8 +114,8 @@ class Load:
         elif kind == "submitted label":
             self.send(kind, "/datastore/label", {"image": name, "tag": "final"}, "label", case["label"])
         else:
-            # A tag of its own, so that nobody else decides about it.
-            tag = f"prediction{number}"
+            # Hardly anybody else decides about the same one meanwhile.
+            tag = f"prediction{number % 3}"
             self.send("saved prediction", "/datastore/label", {"image": name, "tag": tag}, "label", case["label"])
             decision = choices.choice(["approve", "reject"])
             self.ask(decision, "POST", f"/sam2sgp/{decision}", json={"image": name, "label_tag": tag})
@@ -161,9 +164,10 @@ def run(minutes: float, clients: int, size: int, slices: int) -> Load:
             print(f"training at the end: {running.text[:200] if running is not None else 'no answer'}")
             load.over.set()
             load.ask("(training, end)", "DELETE", "/train/")
-            for thread in threads:
+            for thread in threads[1:]:
                 thread.join()
-            return load
+        threads[0].join()
+        return load
 
 
 def main() -> None:

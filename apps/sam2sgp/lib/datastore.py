@@ -186,6 +186,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         entry = self._objects().get(check_id(image_id))
         return dict.fromkeys(entry.labels, image_id) if entry else {}
 
+    def tags(self) -> dict[str, list[str]]:
+        """The tags of each image's labels, by the image's id."""
+        return {image_id: list(entry.labels) for image_id, entry in self._objects().items()}
+
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """The path of a ZIP file with the approved pairs; the next call replaces it. Raises NotFound without pairs."""
         pairs = self.datalist()[: max(limit_cases, 1) if limit_cases else None]

@@ -96,6 +96,10 @@ class Decisions:
         """A block in which no other label of an image comes, goes or changes: see `ImageLocks.hold`."""
         return self._image_locks.hold(image_id)
 
+    def tags(self) -> dict[str, list[str]]:
+        """The tags of each image's labels, by the image's id."""
+        return {image_id: list(self.get_labels_by_image_id(image_id)) for image_id in self.list_images()}
+
     def approve(self, image_id: str, tag: str, seen: str = "") -> None:
         """Give a label the tag `final`, in place of an earlier label with that tag.
 

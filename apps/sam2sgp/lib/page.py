@@ -214,8 +214,7 @@ class SupportPage:
     def _labels(self) -> dict[str, list[dict]]:
         """Images whose label waits for approval, and those whose label was removed from the support set."""
         found: dict[str, list[dict]] = {"waiting": [], "removed": []}
-        for image in self.datastore.list_images():
-            tags = self.datastore.get_labels_by_image_id(image)
+        for image, tags in self.datastore.tags().items():
             if FINAL in tags:
                 continue
             found["waiting"] += [{"image": image, "tag": tag} for tag in tags if tag != REMOVED]
