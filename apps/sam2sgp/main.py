@@ -62,6 +62,8 @@ NICENESS = 10
 START_WAIT, BACKGROUND_WAIT = 10.0, 600.0
 # Requests that are worked on at once: more than may wait for an archive.
 THREADS = 100
+# Seconds after which a thread that computes lets those that answer requests go on; Python's default is ten times that.
+THREAD_SWITCH = 0.0005
 
 
 class Sam2SgpApp(MONAILabelApp):
@@ -142,6 +144,7 @@ class Sam2SgpApp(MONAILabelApp):
         # Only the server has this module, and its import would start to build one.
         from monailabel.app import app
 
+        sys.setswitchinterval(THREAD_SWITCH)
         app.add_exception_handler(OSError, _not_stored)
         install(app, self.settings)
         limits = ConnectionLimits(int(self.settings.max_connections), int(self.settings.max_connections_per_address))
