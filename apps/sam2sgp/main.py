@@ -38,6 +38,7 @@ from lib.infers.segmentation import Segmentation
 from lib.logs import keep_logs, log_routes, quiet_libraries
 from lib.options import BatchParams, Declared, InferParams, TrainParams
 from lib.page import SupportPage
+from lib.records import of_prediction
 from lib.scoring import Scores, Scoring
 from lib.scratch import own_temporary_folder
 from lib.segmenter import Segmenter
@@ -66,6 +67,8 @@ NICENESS = 10
 START_WAIT, BACKGROUND_WAIT = 10.0, 600.0
 # Requests that are worked on at once: more than may wait for an archive.
 THREADS = 100
+# Seconds after which a thread that computes lets those that answer requests go on; Python's default is ten times that.
+THREAD_SWITCH = 0.0005
 
 
 class Sam2SgpApp(MONAILabelApp):
@@ -147,6 +150,7 @@ class Sam2SgpApp(MONAILabelApp):
         # Only the server has this module, and its import would start to build one.
         from monailabel.app import app
 
+        sys.setswitchinterval(THREAD_SWITCH)
         app.add_exception_handler(OSError, _not_stored)
         install(app, self.settings)
         limits = ConnectionLimits(int(self.settings.max_connections), int(self.settings.max_connections_per_address))
@@ -193,11 +197,7 @@ class Sam2SgpApp(MONAILabelApp):
 
     def info(self) -> dict[str, Any]:
         """MONAI Label's, with `support`: the state of the support set and of the weights, and `archive`: its state."""
-        try:
-            self.segmenter.refresh(wait=False)
-        except Sam2SgpError as error:
-            # Every request asks for this first; the one that it concerns tells its client.
-            logger.error("%s", error)
+        self.segmenter.keep_up(certain=False)
         archive = {"archive": self.datastore().state()} if self.settings.is_remote else {}
         return {**super().info(), "support": self.segmenter.facts(), **archive}
 
@@ -232,9 +232,7 @@ class Sam2SgpApp(MONAILabelApp):
         tag = params.label_tag or DefaultLabelTag.ORIGINAL.value
         label_id = label
         if image_id and params.save_label:
-            label_info = [{"name": name, "idx": value} for name, value in result["label_names"].items()]
-            kept = {key: value for key, value in result.items() if key != "uncertainty"}
-            info = {"model": request["model"], "label_info": label_info, "params": kept}
+            info = of_prediction(request["model"], result)
             label_id = datastore.save_label(image_id, label, tag, info)
             if tag == FINAL:
                 self.on_save_label(image_id, label_id)
@@ -280,14 +278,15 @@ class Sam2SgpApp(MONAILabelApp):
             self.async_scoring(None)
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any]:
-        """Take an approved label into the support set at once; the answer to the client says how that went."""
+        """Have a label that came or went taken into the support set; the answer to the client says how that went.
+
+        It is in use for the very next request. While an image is segmented, that can't be waited for: the answer then
+        says `pending`, and what it says of the support set is as of before.
+        """
         super().on_save_label(image_id, label_id)
-        try:
-            self.segmenter.refresh()
-        except Sam2SgpError as error:
-            return {"warnings": [str(error)]}
+        joined = self.segmenter.keep_up()
         facts = self.segmenter.facts()
-        return {"support_items": facts["items"], "warnings": facts["errors"]}
+        return {"support_items": facts["items"], "warnings": facts["errors"], "pending": not joined}
 
 
 @contextmanager

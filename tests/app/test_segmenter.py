@@ -418,11 +418,11 @@ def test_asking_for_the_state_does_not_wait_for_a_request(studio):
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait(60)
-    segmenter.refresh(wait=False)
+    assert not segmenter.keep_up(wait=0)
     assert segmenter.facts()["items"] == 2
     release.set()
     thread.join()
-    segmenter.refresh(wait=False)
+    assert segmenter.keep_up(wait=60)
     assert segmenter.facts()["items"] == 3
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from sam2sgp.data import load_datalist
 from sam2sgp.data.io import read_image, read_label
 from sam2sgp.data.phantom import make_phantoms
+from tests.decisions import rounds, stored
 from tests.e2e.server import serving
 
 MODEL = "sam2sgp"
@@ -197,6 +198,33 @@ def test_without_approved_labels_the_answer_says_what_to_do_first(client, server
     answer = requests.post(f"{server.url}/infer/{MODEL}?image=us_003_0")
     assert answer.status_code == 409 and "label an image by hand" in answer.json()["detail"]
     assert client.info()["models"][MODEL]["labels"] == {}
+
+
+def test_of_decisions_at_once_what_was_answered_is_stored(server, final, known):
+    labels = (Path(known["us_002_0"]["label"]), Path(known["us_000_0"]["label"]))
+    counts = rounds(server.url, server.studies, "us_002_0", labels, count=8)
+    assert {status for _, status in counts} == {200, 422} and sum(counts.values()) == 8 * 4
+    for tag in stored(server.studies, "us_002_0"):
+        assert requests.delete(f"{server.url}/datastore/label", params={"id": "us_002_0", "tag": tag}).ok
+
+
+@pytest.mark.parametrize("info", ['{"ts": "x"}', '{"a": ' + "[" * 197 + "]" * 197 + "}"])
+def test_a_record_that_cannot_be_read_again_is_refused_and_all_goes_on(client, server, known, info):
+    classes = {"label_info": [{"name": "disc", "idx": 1}]}
+    client.save_label("us_002_0", known["us_002_0"]["label"], "final", classes)
+    query = {"label": "us_002_0", "tag": "final"}
+    sent = [
+        requests.put(f"{server.url}/datastore/label/info", params=query, data={"info": info}),
+        requests.put(f"{server.url}/datastore/image/info", params={"image": "us_002_0"}, data={"info": info}),
+    ]
+    assert [answer.status_code // 100 for answer in sent] == [4, 4]
+    for path in ("/info/", "/datastore/?output=all", "/sam2sgp/"):
+        assert requests.get(f"{server.url}{path}").status_code == 200
+    assert (
+        requests.get(f"{server.url}/datastore/label/info", params=query).json()["label_info"] == classes["label_info"]
+    )
+    assert used(client.infer(MODEL, "us_003_0", {})[1]) == {*APPROVED, "us_002_0"}
+    assert not list(server.studies.glob("*.damaged*"))
 
 
 def test_two_clients_at_once_get_what_one_alone_gets(client, server, tmp_path):

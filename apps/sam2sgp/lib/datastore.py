@@ -2,13 +2,19 @@
 
 In: image ids, label tags and uploaded files, as clients send them. Out: paths inside the folder, or an error of one
 sentence with its HTTP status. The files are the truth: `datastore_v2.json` only holds what is known about them and is
-rebuilt when it is damaged or gone. A label is checked against its image before it is approved (tag `final`).
+rebuilt when it is damaged or gone, from the files and from a copy in the work folder. A label is checked against its
+image before it is approved (tag `final`).
 
-Several threads and processes may use one folder at once. Every change is made under the folder's lock file, and each
-file is replaced in one step, so that a reader sees the old file or the new one and a process killed at any moment
-leaves no half file. Readers take no lock: they look at the folders' times, and read them again only when these changed.
+Several threads and processes may use one folder at once. A label is changed while its image is held
+(`lib.decisions`), because it takes a while to check it. The change itself is made under the folder's lock file: what is
+needed for it is prepared, the index is written, and then one file is put in place, renamed or deleted, which makes the
+change. So a change that fails leaves everything as it was, a reader sees the old file or the new one, and a process
+killed at any moment leaves no half file. Readers never wait for a change: they look at the folders' times, and read
+them again only when these changed.
 """
 
+import errno
+import json
 import logging
 import os
 import shutil
@@ -18,15 +24,15 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from filelock import FileLock, Timeout
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
-from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
-from pydantic import ValidationError
+from monailabel.interfaces.datastore import Datastore
 
 from lib.audit import Audit, content_hash
 from lib.checks import (
@@ -42,8 +48,10 @@ from lib.checks import (
     suffix_of,
     unpacked_limit,
 )
+from lib.decisions import FINAL, Decisions, ImageLocks, state_of
 from lib.dicomweb import DicomWebDatastore
 from lib.naming import declared, renumber, renumbering
+from lib.records import ImageRecord, LabelRecord, Record, checked, readable
 from sam2sgp.data.folders import check_label_values, class_names
 from sam2sgp.data.io import SUFFIXES, output_suffix, read_image, read_label, write_label
 from sam2sgp.errors import DataError
@@ -51,7 +59,6 @@ from sam2sgp.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
-FINAL = DefaultLabelTag.FINAL.value
 LABELS = "labels"
 # A folder changed less than this many seconds ago may change again without a new time: it is read again.
 COARSEST_CLOCK = 0.1
@@ -59,9 +66,12 @@ COARSEST_CLOCK = 0.1
 LOCK_TIMEOUT = 30.0
 # What a killed process left of a save, in seconds; younger ones may belong to a process at work.
 LEFTOVER_AGE = 3600.0
+# Damaged indexes that are kept, and sentences about bad entries that are told.
+MOST_SET_ASIDE = 1000
+PROBLEMS_TOLD = 20
 
 
-class ConfinedDatastore(LocalDatastore):
+class ConfinedDatastore(Decisions, LocalDatastore):
     """A folder of images with their labels in `labels/<tag>/`, confined to that folder.
 
     Links that lead out of the folder are not followed, names that could are refused, and files that a listing of the
@@ -69,7 +79,7 @@ class ConfinedDatastore(LocalDatastore):
 
     Args:
         datastore_path: the folder; made if missing.
-        work_folder: where archives for download are put.
+        work_folder: where archives for download, a copy of the index and the images' locks are put.
         max_unpacked: how many bytes the voxels of an uploaded file may take.
         audit: where approvals and removals are noted; None for nowhere.
 
@@ -82,7 +92,13 @@ class ConfinedDatastore(LocalDatastore):
         self._work_folder = Path(work_folder)
         self._max_unpacked = max_unpacked
         self._audit = audit
-        self._thread_lock = threading.RLock()
+        self._image_locks = ImageLocks(self._work_folder / "locks")
+        # Other folders may have had the same work folder before.
+        self._index_copy = self._work_folder / f"index-{crc32(self._root.encode()):08x}.json"
+        self._reading, self._writing = threading.RLock(), threading.Lock()
+        # Entries of the index as they were read last, with what was made of them.
+        self._parsed: dict[str, tuple[Any, ImageLabelModel, list[str]]] = {}
+        self._problems: list[str] = []
         self._seen: tuple | None = None
         self._tags: tuple[str, ...] = ()
         self._warned: set[str] = set()
@@ -107,12 +123,12 @@ class ConfinedDatastore(LocalDatastore):
         return self._model().description
 
     def set_name(self, name: str) -> None:
-        with self._changing():
-            self._datastore.name = str(name)
+        with self._changing() as change:
+            change.header["name"] = str(name)
 
     def set_description(self, description: str) -> None:
-        with self._changing():
-            self._datastore.description = str(description)
+        with self._changing() as change:
+            change.header["description"] = str(description)
 
     def list_images(self) -> list[str]:
         return list(self._objects())
@@ -126,11 +142,14 @@ class ConfinedDatastore(LocalDatastore):
         return [image_id for image_id, entry in self._objects().items() if FINAL not in entry.labels]
 
     def status(self) -> dict[str, Any]:
+        """Numbers of images and labels; with `problems`, sentences on bad entries of the index, where there are any."""
         objects = self._objects()
         if self._tag_counts is None or self._tag_counts[0] is not objects:
             self._tag_counts = objects, dict(Counter(tag for entry in objects.values() for tag in entry.labels))
         tags = self._tag_counts[1]
-        return {"total": len(objects), "completed": tags.get(FINAL, 0), "label_tags": dict(tags)}
+        found = {"total": len(objects), "completed": tags.get(FINAL, 0), "label_tags": dict(tags)}
+        problems = self._problems
+        return {**found, "problems": problems[:PROBLEMS_TOLD]} if problems else found
 
     def json(self) -> dict[str, Any]:
         return self._model().model_dump(exclude={"base_path"})
@@ -167,6 +186,10 @@ class ConfinedDatastore(LocalDatastore):
         entry = self._objects().get(check_id(image_id))
         return dict.fromkeys(entry.labels, image_id) if entry else {}
 
+    def tags(self) -> dict[str, list[str]]:
+        """The tags of each image's labels, by the image's id."""
+        return {image_id: list(entry.labels) for image_id, entry in self._objects().items()}
+
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """The path of a ZIP file with the approved pairs; the next call replaces it. Raises NotFound without pairs."""
         pairs = self.datalist()[: max(limit_cases, 1) if limit_cases else None]
@@ -199,7 +222,8 @@ class ConfinedDatastore(LocalDatastore):
             image_info: what is to be known about it.
 
         Raises:
-            RequestError: an ill id, a file of another kind or too large, another image under this id, a full disk.
+            RequestError: an ill id, a file of another kind or too large, another image under this id, a full disk, a
+                record that can't be stored.
             DataError: the image can't be read.
         """
         with discarding_if_refused(image_filename):
@@ -209,35 +233,40 @@ class ConfinedDatastore(LocalDatastore):
         suffix = suffix_of(image_filename)
         image_id = check_id(image_id or os.path.basename(image_filename)[: -len(suffix)])
         name = image_id + suffix
+        info = _without_stamp(checked(ImageRecord, image_info, f"image {image_id}"))
         check_content(image_filename, self._max_unpacked, name)
         with _naming(image_filename, name):
             read_image(image_filename)
-        with self._changing() as objects:
-            entry = objects.get(image_id)
+        target = self._writable(self._datastore.image_path()) / name
+        sha256 = content_hash(image_filename)
+        with self.deciding(image_id), _copied(image_filename, target) as part, self._changing() as change:
+            entry = change.objects.get(image_id)
             if entry:
                 there = self._inside(self._datastore.image_path(), image_id + entry.image.ext)
-                if entry.image.ext != suffix or content_hash(there) != content_hash(image_filename):
+                if entry.image.ext != suffix or content_hash(there) != sha256:
                     raise Conflict(
                         f"{name}: expected a new image id, found {os.path.basename(there)} under this id with another "
                         "content; choose another id, or remove that image first."
                     )
                 return image_id
-            with self._replacing(image_filename, self._datastore.image_path(), name):
-                self._note("add image", image=image_id, sha256=content_hash(image_filename))
-            info = {**(image_info or {}), "ts": int(time.time()), "name": name}
-            objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=suffix))
+            self._note("add image", image=image_id, sha256=sha256)
+            change.move(part, target)
+            image = DataModel(info={**info, **_first_info(name)}, ext=suffix)
+            change.objects[image_id] = ImageLabelModel(image=image)
         return image_id
 
     def remove_image(self, image_id: str) -> None:
         """Delete an image and all its labels. Raises NotFound for an unknown id."""
-        with self._changing() as objects:
-            entry = objects.get(check_id(image_id))
+        with self.deciding(check_id(image_id)), self._changing(needs_index=False) as change:
+            entry = change.objects.get(image_id)
             if entry is None:
                 raise _no_image(image_id)
             for tag, label in entry.labels.items():
-                self._delete_label(image_id, tag, label)
-            self._delete(self._datastore.image_path(), image_id + entry.image.ext, "remove image", image=image_id)
-            del objects[image_id]
+                self._take_label(change, image_id, tag, label)
+            folder, name = self._datastore.image_path(), image_id + entry.image.ext
+            self._note("remove image", image=image_id, sha256=content_hash(self._inside(folder, name)))
+            change.delete(self._writable(folder) / name)
+            del change.objects[image_id]
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """Copy a label into the folder, in place of an earlier one of the same image and tag.
@@ -252,18 +281,20 @@ class ConfinedDatastore(LocalDatastore):
             The label's id, which is its image's.
 
         Raises:
-            RequestError: an ill id or tag, an unknown image, a file of another kind or too large, a full disk.
+            RequestError: an ill id or tag, an unknown image, a file of another kind or too large, a full disk, a record
+                that can't be stored.
             BadLabel: a label to approve that can't be read, has another size than its image or undeclared values.
         """
         with discarding_if_refused(label_filename):
-            return self._save_label(image_id, label_filename, label_tag, label_info)
+            tag = check_tag(label_tag)
+            with self.deciding(check_id(image_id)):
+                return self._save_label(image_id, label_filename, tag, label_info)
 
-    def _save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
-        tag = check_tag(label_tag)
+    def _save_label(self, image_id: str, label_filename: str, tag: str, label_info: dict[str, Any]) -> str:
         image = self.get_image_uri(image_id)
         suffix = suffix_of(label_filename)
         name = image_id + suffix
-        info = dict(label_info or {})
+        info = _without_stamp(checked(LabelRecord, label_info, f"label of {image_id}"))
         check_content(label_filename, self._max_unpacked, name)
         with tempfile.TemporaryDirectory() as scratch:
             if tag == FINAL:
@@ -273,55 +304,111 @@ class ConfinedDatastore(LocalDatastore):
 
     def _put_label(self, image_id: str, label_filename: str, tag: str, name: str, info: dict[str, Any]) -> str:
         suffix = suffix_of(name)
-        with self._changing() as objects:
-            entry = objects.get(image_id)
+        target = self._writable(self._datastore.label_path(tag)) / name
+        with _copied(label_filename, target) as part, self._changing() as change:
+            entry = change.objects.get(image_id)
             if entry is None:
                 raise _no_image(image_id)
-            with self._replacing(label_filename, self._datastore.label_path(tag), name):
-                if tag == FINAL:
-                    self._note("approve", image=image_id, tag=tag, sha256=content_hash(label_filename))
-            info.update(ts=int(time.time()), name=name)
-            labels = {**entry.labels, tag: DataModel(info=info, ext=suffix)}
-            objects[image_id] = ImageLabelModel(image=entry.image, labels=labels)
+            if tag == FINAL:
+                self._note("approve", image=image_id, tag=tag, sha256=content_hash(part))
+            change.move(part, target)
+            label = DataModel(info={**info, **_first_info(name)}, ext=suffix)
+            change.objects[image_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: label})
             # Of files of several kinds the newest counts, so a process killed before this has replaced the label too.
-            for other in self._files(self._datastore.label_path(tag)).get(image_id, {}):
-                if other != suffix:
-                    self._unlink(self._datastore.label_path(tag), image_id + other)
+            self._leave_only(change, image_id, tag, suffix)
         return image_id
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Delete one label. Raises NotFound where there is none."""
         tag = check_tag(label_tag)
-        with self._changing() as objects:
-            entry, label = _labelled(objects, label_id, tag)
-            self._delete_label(label_id, tag, label)
+        with self.deciding(check_id(label_id, "label id")):
+            self._remove_label(label_id, tag)
+
+    def _remove_label(self, label_id: str, tag: str) -> None:
+        with self._changing(needs_index=False) as change:
+            entry, label = _labelled(change.objects, label_id, tag)
+            self._take_label(change, label_id, tag, label)
             labels = {other: kept for other, kept in entry.labels.items() if other != tag}
-            objects[label_id] = ImageLabelModel(image=entry.image, labels=labels)
+            change.objects[label_id] = ImageLabelModel(image=entry.image, labels=labels)
+
+    def _take_label(self, change: "_Change", image_id: str, tag: str, label: DataModel) -> None:
+        """Delete a label, noted beforehand: a line too many in the audit log is better than one too few."""
+        folder = self._datastore.label_path(tag)
+        sha256 = content_hash(self._inside(folder, image_id + label.ext))
+        self._note("remove label", image=image_id, tag=tag, sha256=sha256)
+        # An older label of another kind would come to light.
+        for suffix in sorted(self._files(folder).get(image_id, {}), key=label.ext.__eq__):
+            change.delete(self._writable(folder) / (image_id + suffix))
+
+    def _change_tag(self, image_id: str, old: str, new: str) -> None:
+        """Rename a label from the folder of one tag to that of another, in place of what is there."""
+        path = self.get_label_uri(image_id, old)
+        state = state_of(path)
+        if new == FINAL:
+            with tempfile.TemporaryDirectory() as scratch:
+                info = self.get_label_info(image_id, old)
+                sent = self._checked_label(self.get_image_uri(image_id), path, Path(path).name, info, Path(scratch))
+                if sent != path:
+                    # The same label, with the values that other labels have for its names.
+                    self._put_label(image_id, sent, old, image_id + suffix_of(sent), _without_stamp(info))
+                    path = self.get_label_uri(image_id, old)
+                    state = state_of(path)
+        sha256 = content_hash(path)
+        folder, other = (self._datastore.label_path(tag) for tag in (old, new))
+        with self._changing() as change:
+            entry, label = _labelled(change.objects, image_id, old)
+            name = image_id + label.ext
+            # Servers of other state folders, and people who copy files, hold no lock.
+            if state is None or state_of(self._inside(folder, name)) != state:
+                raise Conflict(f"{image_id}: expected the label that was checked, found a newer one; look at it again.")
+            action, tag = ("approve", new) if new == FINAL else ("remove label", old)
+            self._note(action, image=image_id, tag=tag, sha256=sha256)
+            change.move(self._writable(folder) / name, self._writable(other) / name)
+            for place in (old, new):
+                self._leave_only(change, image_id, place, label.ext)
+            moved = DataModel(info={**label.info, **_first_info(name)}, ext=label.ext)
+            # The entry of the old tag is left out once its file is gone, not before.
+            change.objects[image_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, new: moved})
+
+    def _leave_only(self, change: "_Change", image_id: str, tag: str, suffix: str) -> None:
+        """Once the change is made, delete an image's labels of other kinds."""
+        folder = self._datastore.label_path(tag)
+        for other in self._files(folder).get(image_id, {}):
+            if other != suffix:
+                change.tidy(self._writable(folder) / (image_id + other))
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
-        """Add to what is known about an image. Raises NotFound for an unknown id.
+        """Add to what is known about an image.
 
         That an image was offered (`strategy`) is not kept here, because the index of all images would be written for
         it: `lib.strategies` keeps offers in a file of their own.
+
+        Raises:
+            NotFound: an unknown id.
+            BadRecord: it can't be stored.
         """
-        info = {key: value for key, value in info.items() if key != "strategy"}
+        info = checked(ImageRecord, info, f"image {image_id}")
+        info.pop("strategy", None)
         if not info:
             self._entry(check_id(image_id))
             return
-        with self._changing() as objects:
-            entry = objects.get(check_id(image_id))
+        with self._changing() as change:
+            entry = change.objects.get(check_id(image_id))
             if entry is None:
                 raise _no_image(image_id)
-            image = DataModel(info={**entry.image.info, **info}, ext=entry.image.ext)
-            objects[image_id] = ImageLabelModel(image=image, labels=entry.labels)
+            known = checked(ImageRecord, {**entry.image.info, **info}, f"image {image_id}")
+            image = DataModel(info=known, ext=entry.image.ext)
+            change.objects[image_id] = ImageLabelModel(image=image, labels=entry.labels)
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
-        """Add to what is known about a label. Raises NotFound where there is none."""
+        """Add to what is known about a label. Raises NotFound where there is none, BadRecord if it can't be stored."""
         tag = check_tag(label_tag)
-        with self._changing() as objects:
-            entry, label = _labelled(objects, label_id, tag)
-            changed = DataModel(info={**label.info, **info}, ext=label.ext)
-            objects[label_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: changed})
+        info = checked(LabelRecord, info, f"label of {label_id}")
+        with self.deciding(check_id(label_id, "label id")), self._changing() as change:
+            entry, label = _labelled(change.objects, label_id, tag)
+            known = checked(LabelRecord, {**label.info, **info}, f"label of {label_id}")
+            changed = DataModel(info=known, ext=label.ext)
+            change.objects[label_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: changed})
 
     # Files
 
@@ -337,42 +424,9 @@ class ConfinedDatastore(LocalDatastore):
     def _writable(self, folder: str) -> Path:
         """A folder of the datastore, made if missing; RequestError if links lead it out of the datastore."""
         path = Path(self._inside(folder, ".")) if os.path.realpath(folder) != self._root else Path(self._root)
-        path.mkdir(parents=True, exist_ok=True)
+        with _storing():
+            path.mkdir(parents=True, exist_ok=True)
         return path
-
-    @contextmanager
-    def _replacing(self, source: str, folder: str, name: str) -> Iterator[None]:
-        """Copy a file into the datastore; it takes its place when the block ends without an error."""
-        target = self._writable(folder)
-        with replacing(target / name) as part:
-            try:
-                shutil.copyfile(source, part)
-            except FileNotFoundError as error:
-                if os.path.exists(source):
-                    raise
-                raise DataError(f"{name}: expected the file to save, found that it has gone; load it again.") from error
-            yield
-        handle = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def _unlink(self, folder: str, name: str) -> None:
-        """Delete a file, not what it links to."""
-        (self._writable(folder) / name).unlink(missing_ok=True)
-
-    def _delete(self, folder: str, name: str, action: str, **facts: object) -> None:
-        """Delete a file, noted beforehand: a line too many in the audit log is better than one too few."""
-        self._note(action, **facts, sha256=content_hash(self._inside(folder, name)))
-        self._unlink(folder, name)
-
-    def _delete_label(self, image_id: str, tag: str, label: DataModel) -> None:
-        folder = self._datastore.label_path(tag)
-        self._delete(folder, image_id + label.ext, "remove label", image=image_id, tag=tag)
-        # An older label of another kind would come to light.
-        for suffix in self._files(folder).get(image_id, {}):
-            self._unlink(folder, image_id + suffix)
 
     def _note(self, action: str, **facts: object) -> None:
         if self._audit:
@@ -425,9 +479,9 @@ class ConfinedDatastore(LocalDatastore):
     # The index
 
     def _model(self) -> LocalDatastoreModel:
-        """What is there now; never changed in place, but for name and description."""
+        """What is there now; never changed in place."""
         if self._times() != self._seen:
-            with self._thread_lock:
+            with self._reading:
                 if self._times() != self._seen:
                     self._read()
         return self._datastore
@@ -447,30 +501,50 @@ class ConfinedDatastore(LocalDatastore):
         return entry.labels.get(tag) if entry else None
 
     @contextmanager
-    def _changing(self) -> Iterator[dict[str, ImageLabelModel]]:
-        """The entries, to be changed in the block together with their files; then the index is written.
+    def _changing(self, needs_index: bool = True) -> Iterator["_Change"]:
+        """A change of entries and files, which the block prepares and which is made when it ends without an error.
 
-        Nothing of the index changes if the block fails.
+        Args:
+            needs_index: whether the change is one only if the index can be written; files that are deleted are gone
+                whatever the index says.
         """
-        try:
-            with self._thread_lock, FileLock(self._lock_file, timeout=LOCK_TIMEOUT):
+        with _storing(), self._writing, FileLock(self._lock_file, timeout=LOCK_TIMEOUT):
+            with self._reading:
                 self._read()
-                objects = dict(self._datastore.objects)
+                before = self._datastore
+            change = _Change(dict(before.objects))
+            try:
+                yield change
+                after = before.model_copy(update={**change.header, "objects": change.objects})
+                if needs_index:
+                    self._write_index(after)
                 try:
-                    yield objects
-                    self._datastore = self._datastore.model_copy(update={"objects": objects})
-                    text = self._datastore.model_dump_json(exclude={"base_path"}, fallback=str)
-                    write_text(self._datastore_config_path, text)
-                finally:
-                    # Whatever the block did to the files before it failed is found by reading them again.
-                    self._seen = None
-        except Timeout as error:
-            raise StorageError(
-                f"datastore: expected to lock it within {LOCK_TIMEOUT:.0f} s, found another process at work on it; try "
-                "again, or end that process."
-            ) from error
+                    change.make()
+                except BaseException:
+                    if needs_index:
+                        self._write_index(before)
+                    raise
+                if not needs_index:
+                    self._try_to_write_index(after)
+            finally:
+                # Whatever was made of the files is found by reading them again.
+                self._seen = None
+
+    def _write_index(self, model: LocalDatastoreModel) -> None:
+        text = model.model_dump_json(exclude={"base_path"}, fallback=str)
+        write_text(self._datastore_config_path, text)
+        try:
+            write_text(self._index_copy, text)
         except OSError as error:
-            raise _storage_error("datastore", "to save the change", error) from error
+            self._warn(
+                f"{self._index_copy.name}: expected to keep a copy of the index, found {error.strerror or error}."
+            )
+
+    def _try_to_write_index(self, model: LocalDatastoreModel) -> None:
+        try:
+            self._write_index(model)
+        except OSError as error:
+            logger.warning("The index still lists what was deleted, because it can't be written: %s", error)
 
     def _times(self) -> tuple | None:
         """Of the index and the folders: these change with every file made, removed or replaced."""
@@ -487,13 +561,13 @@ class ConfinedDatastore(LocalDatastore):
         return tuple(times)
 
     def _read(self) -> None:
-        """Read index and folders, and set what is known by what is there."""
+        """Read index and folders, and set what is known by what is there. For one thread at a time."""
         started = time.time()
         labels = self._datastore.label_path(None)
         tags = [entry.name for entry in _entries(labels) if entry.is_dir() and self._is_tag(labels, entry.name)]
         self._tags = tuple(sorted(tags))
         times = self._times()
-        known = self._load()
+        header, known = self._load()
         found: dict[str, dict[str, DataModel]] = {}
         for tag in self._tags:
             for image_id, files in self._files(self._datastore.label_path(tag)).items():
@@ -519,7 +593,8 @@ class ConfinedDatastore(LocalDatastore):
             if entry is None or entry.image is not image or entry.labels != labels_found:
                 entry = ImageLabelModel(image=image, labels=labels_found)
             objects[image_id] = entry
-        self._datastore = self._datastore.model_copy(update={"objects": objects})
+        # Folders come from the caller: those that the index names could lie anywhere.
+        self._datastore = self._datastore.model_copy(update={**header, "objects": objects})
         settled = all(time is None or time[0] < (started - COARSEST_CLOCK) * 1e9 for time in times)
         self._seen = times if settled else None
 
@@ -556,30 +631,156 @@ class ConfinedDatastore(LocalDatastore):
             self._warned.add(message)
             logger.warning(message)
 
-    def _load(self) -> dict[str, ImageLabelModel]:
-        """Entries as the index has them; {} without one. A damaged index is set aside and built anew."""
+    def _load(self) -> tuple[dict[str, str], dict[str, ImageLabelModel]]:
+        """Name and description, and the entries, as the index has them.
+
+        Of an entry that can't be used, only what is wrong is left out. An index that can't be read at all is set aside.
+        Its copy in the work folder then stands in until the next change, also for one that is gone.
+        """
         path = Path(self._datastore_config_path)
         try:
-            model = LocalDatastoreModel.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return {}
-        except ValidationError:
-            aside = path.with_name(f"{path.name}.damaged")
-            self._warn(f"{path.name}: expected an index, found it damaged; it is kept as {aside.name} and built anew.")
+            content = _parsed_index(path)
+        except (FileNotFoundError, ValueError) as error:
+            if isinstance(error, ValueError):
+                self._set_index_aside(path)
             try:
-                os.replace(path, aside)
+                content = _parsed_index(self._index_copy)
+            except (OSError, ValueError):
+                content = {"objects": {}}
+        parsed = {}
+        for image_id, raw in content["objects"].items():
+            known = self._parsed.get(image_id)
+            parsed[image_id] = known if known and known[0] == raw else (raw, *_entry_of(image_id, raw))
+        self._parsed = parsed
+        for _, _, problems in parsed.values():
+            for problem in problems:
+                self._tell(problem)
+        header = {key: content[key] for key in ("name", "description") if isinstance(content.get(key), str)}
+        return header, {image_id: entry for image_id, (_, entry, _) in parsed.items()}
+
+    def _set_index_aside(self, path: Path) -> None:
+        """Keep a damaged index under a name that no other one has."""
+        names = [f"{path.name}.damaged", *(f"{path.name}.damaged-{n}" for n in range(2, MOST_SET_ASIDE + 1))]
+        for name in names:
+            aside = path.with_name(name)
+            if aside.exists():
+                continue
+            try:
+                os.rename(path, aside)
             except OSError:
-                logger.warning("%s: can't be set aside.", path.name)
-            return {}
-        # Folders come from the caller: those that the file names could lie anywhere.
-        self._datastore = self._datastore.model_copy(update={"name": model.name, "description": model.description})
-        return model.objects
+                break
+            self._tell(f"{path.name}: expected an index, found it damaged; kept as {name} and rebuilt from the files.")
+            return
+        self._tell(f"{path.name}: expected an index, found it damaged; rebuilt from the files.")
+
+    def _tell(self, problem: str) -> None:
+        """Log a problem of the index and keep it for `status`, until the next start."""
+        if problem not in self._problems:
+            self._problems.append(problem)
+            logger.warning(problem)
 
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
         """Nothing: `_read` does it, once the folders are there."""
 
     def _reconcile_datastore(self) -> None:
         self.refresh()
+
+
+class _Change:
+    """A change of the datastore: entries of the index, and files.
+
+    One step makes it: a file is renamed, or the last of those to delete is deleted. The deletions before it are undone
+    where it fails; what there is to tidy after it can fail without harm.
+
+    Attributes:
+        objects: the entries as they are to be. header: name and description, if these change.
+    """
+
+    def __init__(self, objects: dict[str, ImageLabelModel]) -> None:
+        self.objects = objects
+        self.header: dict[str, str] = {}
+        self._move: tuple[Path, Path] | None = None
+        self._deletions: list[Path] = []
+        self._tidying: list[Path] = []
+
+    def move(self, source: Path, target: Path) -> None:
+        """Rename a file, in place of `target`."""
+        self._move = source, target
+
+    def delete(self, path: Path) -> None:
+        """Delete a file, not what it links to."""
+        self._deletions.append(path)
+
+    def tidy(self, path: Path) -> None:
+        """Delete a file after the change is made."""
+        self._tidying.append(path)
+
+    def make(self) -> None:
+        """Do it. Raises OSError with everything as it was."""
+        if self._move:
+            _rename(*self._move)
+        elif self._deletions:
+            self._delete()
+        for path in self._tidying:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s: can't be deleted, a newer file counts: %s", path.name, error)
+
+    def _delete(self) -> None:
+        *others, last = self._deletions
+        with ExitStack() as hidden:
+            moved: list[tuple[Path, Path]] = []
+            try:
+                for path in others:
+                    place = hidden.enter_context(_hidden_folder(path)) / path.name
+                    os.replace(path, place)
+                    moved.append((place, path))
+                # By itself it needs no space on the disk.
+                last.unlink(missing_ok=True)
+            except BaseException:
+                for place, path in moved:
+                    os.replace(place, path)
+                raise
+
+
+@contextmanager
+def _hidden_folder(path: Path) -> Iterator[Path]:
+    """A folder next to a file, which goes with the block or, after a kill, with the leftovers."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _copied(source: str | Path, target: Path) -> Iterator[Path]:
+    """A copy of a file next to `target`, on the disk, to be renamed in the block. Raises StorageError."""
+    with _storing(), _hidden_folder(target) as folder:
+        part = folder / target.name
+        try:
+            shutil.copyfile(source, part)
+        except FileNotFoundError as error:
+            if os.path.exists(source):
+                raise
+            raise DataError(
+                f"{target.name}: expected the file to save, found that it has gone; load it again."
+            ) from error
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        yield part
+
+
+def _rename(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # The folder of a tag may lie on a disk of its own.
+        with _copied(source, target) as part:
+            os.replace(part, target)
+        source.unlink()
+    for folder in {source.parent, target.parent}:
+        _sync_folder(folder)
 
 
 def open_datastore(settings) -> Datastore:
@@ -620,8 +821,69 @@ def _foremost(files: dict[str, os.DirEntry]) -> str:
     return min(files, key=lambda suffix: SUFFIXES.index(suffix.lower()))
 
 
+def _parsed_index(path: Path) -> dict[str, Any]:
+    """The content of an index file. Raises ValueError if it is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("too deep") from error
+    if not isinstance(content, dict) or not isinstance(content.get("objects"), dict):
+        raise ValueError("not an index")
+    return content
+
+
+def _entry_of(image_id: str, raw: Any) -> tuple[ImageLabelModel, list[str]]:
+    """What can be used of an entry of the index, and sentences on what can't."""
+    problems: list[str] = []
+
+    def part(kind: type[Record], value: Any, what: str) -> DataModel:
+        value = value if isinstance(value, dict) else {}
+        info, faults = readable(kind, value.get("info", {}))
+        problems.extend(f"{what}: {fault}; this is left out." for fault in faults)
+        suffix = value.get("ext")
+        return DataModel(info=info, ext=suffix if isinstance(suffix, str) else "")
+
+    raw = raw if isinstance(raw, dict) else {}
+    labels = raw.get("labels")
+    labels = labels if isinstance(labels, dict) else {}
+    image = part(ImageRecord, raw.get("image"), f"index, image {image_id}")
+    made = {tag: part(LabelRecord, label, f"index, label {tag} of {image_id}") for tag, label in labels.items()}
+    return ImageLabelModel(image=image, labels=made), problems
+
+
+def _without_stamp(info: dict[str, Any]) -> dict[str, Any]:
+    """Without what the datastore itself says of a file."""
+    return {key: value for key, value in info.items() if key not in ("ts", "name")}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have it on the disk which files are in a folder."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _first_info(name: str) -> dict[str, Any]:
     return {"ts": int(time.time()), "name": name}
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """Errors of a change as sentences."""
+    try:
+        yield
+    except Timeout as error:
+        raise StorageError(
+            f"datastore: expected to lock it within {LOCK_TIMEOUT:.0f} s, found another process at work on it; try "
+            "again, or end that process."
+        ) from error
+    except OSError as error:
+        raise _storage_error("datastore", "to save the change", error) from error
 
 
 @contextmanager

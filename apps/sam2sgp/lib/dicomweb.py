@@ -38,7 +38,7 @@ from typing import Any
 import httpx
 import numpy as np
 from monailabel.config import settings as server_settings
-from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore
 from pydicom import dcmread
 
 from lib.archive import SILENCE, Archive, ArchiveError, Busy, Unreachable
@@ -56,7 +56,9 @@ from lib.checks import (
     discarding_if_refused,
     suffix_of,
 )
+from lib.decisions import FINAL, Decisions, ImageLocks
 from lib.naming import declared, renumber, renumbering
+from lib.records import ImageRecord, LabelRecord, checked, readable
 from lib.series_cache import SUFFIX, SeriesCache
 from sam2sgp.data import Geometry, read_dicom_seg, read_image, read_label, write_dicom_seg, write_label, write_map
 from sam2sgp.errors import DataError
@@ -64,7 +66,6 @@ from sam2sgp.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
-FINAL = DefaultLabelTag.FINAL.value
 # Seconds after which old copies are looked for, where none came that might take their place.
 CLEARED_EVERY = 3600.0
 # Seconds for which a request for a series that isn't listed waits for newer lists.
@@ -73,7 +74,7 @@ NEEDED = 5.0
 FETCHED_AGAIN = 60.0
 
 
-class DicomWebDatastore(Datastore):
+class DicomWebDatastore(Decisions, Datastore):
     """The image series of a DICOMweb archive with their labels.
 
     MONAI Label's environment variables for user and password and for address prefixes (`MONAI_LABEL_DICOMWEB_USERNAME`
@@ -129,6 +130,7 @@ class DicomWebDatastore(Datastore):
         self._fetching = Background(self._fetch_missing, "archive-labels")
         self._clearing = Background(self._clear, "archive-cache")
         self._lock = threading.RLock()
+        self._image_locks = ImageLocks(self._folder / "locks")
         self._cleared = float("-inf")
         self._unusable: set[str] = set()
         # By series: the UID of the SEG whose label is here, and when to ask again for one that could not be fetched.
@@ -247,7 +249,7 @@ class DicomWebDatastore(Datastore):
     def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
         """What was sent with the label, or is written in its SEG; {} if there is no such label."""
         check_uid(label_id, "label id")
-        return _read_json(_facts_of(self._label_path(label_id, check_tag(label_tag))))
+        return self._label_record(self._label_path(label_id, check_tag(label_tag)))
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
         check_uid(image_id)
@@ -340,9 +342,12 @@ class DicomWebDatastore(Datastore):
             ArchiveError: the archive doesn't take it; the label approved before stays.
         """
         with discarding_if_refused(label_filename):
-            return self._save_label(image_id, label_filename, check_tag(label_tag), dict(label_info or {}))
+            tag = check_tag(label_tag)
+            with self.deciding(check_uid(image_id)):
+                return self._save_label(image_id, label_filename, tag, label_info)
 
-    def _save_label(self, image_id: str, label_filename: str, tag: str, info: dict[str, Any]) -> str:
+    def _save_label(self, image_id: str, label_filename: str, tag: str, label_info: dict[str, Any]) -> str:
+        info = checked(LabelRecord, label_info, f"label of series {image_id}")
         folder = self.get_image_uri(image_id)
         name = image_id + suffix_of(label_filename)
         check_content(label_filename, self._max_unpacked, name)
@@ -365,11 +370,36 @@ class DicomWebDatastore(Datastore):
         path = self._label_path(image_id, tag)
         if tag == FINAL:
             self._approve(self._series(image_id), folder, labels, geometry, names, info)
-        with _storing("to save the label"):
-            self._keep_label(path, labels, geometry, info)
-        if tag == FINAL:
-            self._at_hand[image_id] = info["segmentation"]
+        try:
+            with _storing("to save the label"):
+                self._keep_label(path, labels, geometry, info)
+        except StorageError as error:
+            if tag != FINAL:
+                raise
+            # It is approved, and fetched from the archive when it is needed.
+            logger.warning("%s", error)
+        else:
+            if tag == FINAL:
+                self._at_hand[image_id] = info["segmentation"]
         return image_id
+
+    def _change_tag(self, image_id: str, old: str, new: str) -> None:
+        """Save a label under another tag, then take it away under the old one.
+
+        An approval is made by the archive, which takes the label or not; what is left of the prediction can fail to be
+        deleted without harm. Any other change is undone where its second half fails.
+        """
+        path = self._label_path(image_id, old)
+        before = _files(self._label_path(image_id, new)) if new != FINAL else {}
+        self._save_label(image_id, str(path), new, _without_segmentation(self._label_record(path)))
+        try:
+            self._remove_label(image_id, old)
+        except (StorageError, OSError) as error:
+            if new == FINAL:
+                logger.warning("series %s: its prediction can't be deleted: %s", image_id, error)
+                return
+            _restore(self._label_path(image_id, new), before)
+            raise
 
     def _approve(self, series: Series, folder: str, labels, geometry, names: dict[int, str], info: dict) -> None:
         """Store a label in the archive and note it. `info` gets the UID of the SEG."""
@@ -391,8 +421,11 @@ class DicomWebDatastore(Datastore):
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Delete one label; an approved one is not used any more, but stays in the archive. Raises NotFound."""
-        check_uid(label_id, "label id")
         tag = check_tag(label_tag)
+        with self.deciding(check_uid(label_id, "label id")):
+            self._remove_label(label_id, tag)
+
+    def _remove_label(self, label_id: str, tag: str) -> None:
         path = self._label_path(label_id, tag)
         if tag not in self.get_labels_by_image_id(label_id):
             raise NotFound(f"label {label_id}: expected a label with tag {tag}, found none; look at the list.")
@@ -404,24 +437,33 @@ class DicomWebDatastore(Datastore):
             if tag == FINAL:
                 gone = {entry.uid for entry in self._lists().labels.get(label_id, ())} | self._removed(label_id)
                 write_text(self._removals(label_id), json.dumps(sorted(gone)))
-            path.unlink(missing_ok=True)
-            _facts_of(path).unlink(missing_ok=True)
+                # What is here is only a copy of what the archive has.
+                _discard(path)
+            else:
+                path.unlink(missing_ok=True)
+            _discard(_facts_of(path))
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Add to what is known about a series; the archive isn't told. Raises NotFound for an unknown id."""
         self._series(image_id)
         path = self._folder / "facts" / f"{image_id}.json"
-        with _storing("to save what is known about the image"):
-            write_text(path, json.dumps({**_read_json(path), **info}, default=str))
+        info = checked(ImageRecord, info, f"series {image_id}")
+        with self.deciding(image_id), _storing("to save what is known about the image"):
+            known = checked(ImageRecord, {**readable(ImageRecord, _read_json(path))[0], **info}, f"series {image_id}")
+            write_text(path, json.dumps(known))
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Add to what is known about a label; the archive isn't told. Raises NotFound where there is none."""
         check_uid(label_id, "label id")
         path = self._label_path(label_id, check_tag(label_tag))
-        if not path.exists():
-            raise NotFound(f"label {label_id}: expected a label with tag {label_tag}, found none; look at the list.")
-        with _storing("to save what is known about the label"):
-            write_text(_facts_of(path), json.dumps({**_read_json(_facts_of(path)), **info}, default=str))
+        info = checked(LabelRecord, info, f"label of series {label_id}")
+        with self.deciding(label_id), _storing("to save what is known about the label"):
+            if not path.exists():
+                raise NotFound(
+                    f"label {label_id}: expected a label with tag {label_tag}, found none; look at the list."
+                )
+            known = checked(LabelRecord, {**self._label_record(path), **info}, f"label of series {label_id}")
+            write_text(_facts_of(path), json.dumps(known))
 
     # The archive
 
@@ -532,7 +574,8 @@ class DicomWebDatastore(Datastore):
 
     def _fetch_label(self, segmentation: Segmentation, path: Path) -> None:
         """Bring the file of an approved label in line with the archive."""
-        if path.exists() and _read_json(_facts_of(path)).get("segmentation") == segmentation.uid:
+        known, _ = readable(LabelRecord, _read_json(_facts_of(path)))
+        if path.exists() and known.get("segmentation") == segmentation.uid:
             return
         folder = self.get_image_uri(segmentation.image)
         with tempfile.TemporaryDirectory() as scratch, _storing("to keep a label"):
@@ -552,13 +595,20 @@ class DicomWebDatastore(Datastore):
             }
             self._keep_label(path, labels, geometry, info)
 
+    def _label_record(self, path: Path) -> dict[str, Any]:
+        """What is known about a label, as far as it can be used."""
+        known, faults = readable(LabelRecord, _read_json(_facts_of(path)))
+        for fault in faults:
+            logger.warning("label of series %s: %s; this is left out.", path.name.removesuffix(SUFFIX), fault)
+        return known
+
     # Names
 
     def _known_names(self) -> dict[str, int]:
         """Values of class names: those given to names without one, and those of the labels here."""
         known = {str(text): int(value) for text, value in _read_json(self._folder / "classes.json").items()}
         for facts in sorted((self._folder / "labels").glob("*/*.json")):
-            for value, text in declared(_read_json(facts)).items():
+            for value, text in declared(readable(LabelRecord, _read_json(facts))[0]).items():
                 known.setdefault(text, value)
         return known
 
@@ -590,12 +640,40 @@ class DicomWebDatastore(Datastore):
         return set(_read_json(path)) if path.exists() else set()
 
     def _image_facts(self, series: Series) -> dict[str, Any]:
-        facts = _read_json(self._folder / "facts" / f"{series.uid}.json")
-        return {**series.info, "SeriesInstanceUID": series.uid, **facts}
+        known, _ = readable(ImageRecord, _read_json(self._folder / "facts" / f"{series.uid}.json"))
+        return {**series.info, "SeriesInstanceUID": series.uid, **known}
 
 
 def _facts_of(label: Path) -> Path:
     return label.with_name(label.name.removesuffix(SUFFIX) + ".json")
+
+
+def _without_segmentation(info: dict[str, Any]) -> dict[str, Any]:
+    """Without what tells which object of the archive a label is."""
+    return {key: value for key, value in info.items() if key != "segmentation"}
+
+
+def _files(label: Path) -> dict[Path, bytes]:
+    """The content of a label's files, as far as there are any."""
+    return {path: path.read_bytes() for path in (label, _facts_of(label)) if path.exists()}
+
+
+def _restore(label: Path, files: dict[Path, bytes]) -> None:
+    """Have a label's files as they were."""
+    for path in (label, _facts_of(label)):
+        if path in files:
+            with replacing(path) as part:
+                part.write_bytes(files[path])
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _discard(path: Path) -> None:
+    """Delete a file that nobody needs any more."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s: can't be deleted: %s", path.name, error)
 
 
 def _read_json(path: Path) -> Any:
@@ -604,7 +682,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, RecursionError):
         logger.warning("%s: expected JSON, found it damaged; it is left aside.", path.name)
         return {}
 

@@ -5,18 +5,17 @@
     GET  /sam2sgp/picture?image=…[&label_tag=…]  an image, with one of its labels drawn
     POST /sam2sgp/{approve,reject,remove,restore}  {"image": …, "label_tag": …[, "seen": …]}, as JSON
 
-Approving a prediction saves it under the tag `final`, which is what joins the support set. `seen` names the state of
-the label that the page showed; a newer one is not approved in its place. Removing an approved label from the support
-set gives it the tag `removed`, restoring it the tag `final` again; the file itself stays. It is saved under the new tag
-before the old one is deleted, so a kill between the two loses nothing. Nothing is loaded from elsewhere.
+Approving a prediction gives it the tag `final`, which is what joins the support set. `seen` names the state of the
+label that the page showed; a newer one is neither approved nor rejected in its place. Removing an approved label from
+the support set gives it the tag `removed`, restoring it the tag `final` again; the file itself stays. Nothing is loaded
+from elsewhere.
 
-Handlers run in the server's threads, at the same time as requests to MONAI Label; the bank is only touched under the
-segmenter's lock.
+Handlers run in the server's threads, at the same time as requests to MONAI Label. Decisions are the datastore's
+(`lib.decisions`); nothing here waits for an image that is being segmented.
 """
 
 import io
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache
@@ -26,14 +25,14 @@ from typing import Annotated, Any
 import fastapi
 import numpy as np
 import torch
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore
 from PIL import Image
 from pydantic import Field
 
-from lib.checks import Conflict
+from lib.decisions import FINAL, REMOVED, state_of
 from lib.dicomweb import DicomWebDatastore
 from lib.guard import refuse
 from lib.options import Declared
@@ -48,7 +47,6 @@ from sam2sgp.transforms.array import is_ct
 logger = logging.getLogger(__name__)
 
 PREFIX = "/sam2sgp"
-FINAL, REMOVED = DefaultLabelTag.FINAL.value, "removed"
 TEMPLATES = Path(__file__).parents[1] / "templates"
 PER_PAGE = 24
 EDGE = 256
@@ -97,7 +95,7 @@ class SeenDecision(Decision):
     seen: Annotated[str, Field(max_length=256)] = ""
 
 
-DECISIONS = {"approve": SeenDecision, "reject": Decision, "remove": Decision, "restore": Decision}
+DECISIONS = {"approve": SeenDecision, "reject": SeenDecision, "remove": Decision, "restore": Decision}
 
 
 class SupportPage:
@@ -157,22 +155,23 @@ class SupportPage:
 
     def show(self, support: int = 1, waiting: int = 1, removed: int = 1, next: int = 1) -> HTMLResponse:
         """The page; the numbers say which part of each list."""
-        with self.segmenter.lock:
-            self.segmenter.refresh()
-            bank = self.segmenter.bank
-            # Those that came with labels are better than the bank's own.
-            names = {**bank.class_names, **self.segmenter.class_names()}
-            items, errors = list(bank.items), list(bank.errors)
+        self.segmenter.keep_up()
+        state = self.segmenter.state()
+        # Those that came with labels are better than the bank's own.
+        names = {**state.class_names, **state.segmentable}
+        labelled = set(self.datastore.get_labeled_images())
+        known = {None, *labelled}
+        # Labels that came or went while an image is segmented are taken in or out afterwards.
+        items = [item for item in state.items if state.images.get(item.source) in known]
         labels = self._labels()
         counts = self.usage.counts()
-        images = self.segmenter.cases.images()
         shown = [
             {
                 "id": item.id,
                 "content": item.content,
                 "classes": ", ".join(names[value] for value in item.facts.holds) or "nothing of any class",
                 "used": counts.get(item.content, 0),
-                "image": images.get(item.source),
+                "image": state.images.get(item.source),
             }
             for item in _part(items, support)
         ]
@@ -181,7 +180,8 @@ class SupportPage:
         page = self.template.render(
             classes=names,
             colours={value: class_colour(value) for value in names},
-            errors=errors,
+            errors=state.errors,
+            joining=len(labelled - state.cases),
             support=_paged("support", shown, len(items), support),
             waiting=_paged("waiting", self._shown(_part(labels["waiting"], waiting)), len(labels["waiting"]), waiting),
             removed=_paged("removed", _part(labels["removed"], removed), len(labels["removed"]), removed),
@@ -202,11 +202,9 @@ class SupportPage:
 
     def item(self, content: str) -> Response:
         """A support item with its mask, PNG."""
-        with self.segmenter.lock:
-            found = next((item for item in self.segmenter.bank.items if item.content == content), None)
-            if found is None:
-                raise refuse(DataError("This support item has changed or gone; load the page again."))
-            thumbnail = found.thumbnail.numpy()
+        thumbnail = self.segmenter.thumbnail(content)
+        if thumbnail is None:
+            raise refuse(DataError("This support item has changed or gone; load the page again."))
         return _png(thumbnail)
 
     def picture(self, image: str, label_tag: str = "") -> Response:
@@ -223,76 +221,44 @@ class SupportPage:
 
     def approve(self, image: str, label_tag: str, seen: str = "") -> dict:
         """A prediction joins the support set."""
-        return self._moved(image, label_tag, FINAL, seen)
+        return self._decided(image, FINAL, lambda: self.datastore.approve(image, label_tag, seen))
 
     def restore(self, image: str, label_tag: str = REMOVED) -> dict:
         """A removed label joins the support set again."""
-        return self._moved(image, label_tag, FINAL)
+        return self._decided(image, FINAL, lambda: self.datastore.approve(image, label_tag))
 
     def remove(self, image: str, label_tag: str = FINAL) -> dict:
         """An approved label leaves the support set; it can be restored."""
-        return self._moved(image, label_tag, REMOVED)
+        return self._decided(image, REMOVED, lambda: self.datastore.remove(image, label_tag))
 
-    def reject(self, image: str, label_tag: str) -> dict:
+    def reject(self, image: str, label_tag: str, seen: str = "") -> dict:
         """A prediction is deleted. Approved labels are not deleted here."""
-        try:
-            if label_tag in (FINAL, REMOVED):
-                raise DataError(f"{image}: only a prediction can be rejected; an approved label can be removed.")
-            self.datastore.remove_label(self._label(image, label_tag), label_tag)
-        except Exception as error:
-            raise self._refused(error, image, label_tag) from error
-        return {"image": image, "label_tag": None}
+        return self._decided(image, None, lambda: self.datastore.reject(image, label_tag, seen))
 
-    def _moved(self, image: str, old: str, new: str, seen: str = "") -> dict:
-        place = old
+    def _decided(self, image: str, tag: str | None, decide: Callable[[], None]) -> dict:
         try:
-            if old == new:
-                raise DataError(f"{image}: its label has the tag {new!r} already; load the page again.")
-            # Nobody takes the support set in between the two steps.
-            with self.segmenter.lock:
-                label = self._label(image, old)
-                path = self.datastore.get_label_uri(label, old)
-                if not path:
-                    raise DataError(f"{image}: expected a label with the tag {old!r}, found none; load the page again.")
-                if seen and seen != _state(path):
-                    raise Conflict(
-                        f"{image}: expected the label that was shown, found a newer one; load the page and look at it."
-                    )
-                saved = self.datastore.save_label(image, path, new, dict(self.datastore.get_label_info(label, old)))
-                self.datastore.remove_label(label, old)
-                place = new
-                self.saved(image, saved)
+            decide()
         except Exception as error:
-            raise self._refused(error, image, place) from error
-        return {"image": image, "label_tag": new}
+            raise refuse(error) from error
+        if tag is not None:
+            self.saved(image, image)
+        return {"image": image, "label_tag": tag}
 
     def _shown(self, entries: list[dict]) -> list[dict]:
         """With the state of each label, but for those that have gone since they were listed."""
-        paths = [(entry, self.datastore.get_label_uri(entry["image"], entry["tag"])) for entry in entries]
-        return [{**entry, "seen": _state(path)} for entry, path in paths if path and os.path.exists(path)]
-
-    def _label(self, image: str, tag: str) -> str:
-        label = self.datastore.get_labels_by_image_id(image).get(tag)
-        if label is None:
-            raise DataError(f"{image}: expected a label with the tag {tag!r}, found none; load the page again.")
-        return label
+        states = [(entry, state_of(self.datastore.get_label_uri(entry["image"], entry["tag"]))) for entry in entries]
+        return [{**entry, "seen": state} for entry, state in states if state]
 
     def _label_path(self, image: str, tag: str) -> str:
-        return self.datastore.get_label_uri(self._label(image, tag), tag)
-
-    def _refused(self, error: Exception, image: str, tag: str) -> HTTPException:
-        """As `refuse`; whatever failed because somebody took the label away meanwhile says that."""
-        try:
-            self._label(image, tag)
-        except Exception as gone:
-            return refuse(gone)
-        return refuse(error)
+        path = self.datastore.get_label_uri(image, tag) if tag in self.datastore.get_labels_by_image_id(image) else ""
+        if not path:
+            raise DataError(f"{image}: expected a label with the tag {tag!r}, found none; load the page again.")
+        return path
 
     def _labels(self) -> dict[str, list[dict]]:
         """Images whose label waits for approval, and those whose label was removed from the support set."""
         found: dict[str, list[dict]] = {"waiting": [], "removed": []}
-        for image in self.datastore.list_images():
-            tags = self.datastore.get_labels_by_image_id(image)
+        for image, tags in self.datastore.tags().items():
             if FINAL in tags:
                 continue
             found["waiting"] += [{"image": image, "tag": tag} for tag in tags if tag != REMOVED]
@@ -307,12 +273,6 @@ def _declaring(decide: Callable[..., dict], declared: type[Decision]) -> Callabl
         return decide(**decision.model_dump(exclude_unset=True))
 
     return handle
-
-
-def _state(path: str) -> str:
-    """Changes with every save of a file."""
-    found = os.stat(path)
-    return f"{found.st_ino}-{found.st_mtime_ns}"
 
 
 def _part(values: list, page: int) -> list:

@@ -8,10 +8,13 @@ Network, transforms, bank and inferer are built by MONAI's `ConfigParser` from t
 nothing of them is declared here.
 
 Concurrency: `segment`, `refresh` and everything else that touches network or bank hold `lock`, so one request is worked
-on at a time, by whatever thread. When other weights are put in use, a thread of its own builds a second network and a
-second bank on the same cache folder and encodes the support set with them, while the old ones go on serving; then both
-are exchanged at once, under the lock. Tokens are stored under a fingerprint of the network, so a network never meets
-those of another. Several processes (server, batch inference, scoring) may share the cache folder.
+on at a time, by whatever thread. Whoever only looks (`state`, `facts`, `class_names`, `thumbnail`) waits for nobody:
+each change of the support set publishes a `SupportState`, which never changes. Whoever changed a label calls `keep_up`,
+which has a thread of its own take it in; a request that comes before that does it itself. When other weights are put in
+use, a thread of its own builds a second network and a second bank on the same cache folder and encodes the support set
+with them, while the old ones go on serving; then both are exchanged at once, under the lock. Tokens are stored under a
+fingerprint of the network, so a network never meets those of another. Several processes (server, batch inference,
+scoring) may share the cache folder.
 """
 
 import logging
@@ -21,15 +24,17 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
 from lib.checks import NotFound, RequestError
 from lib.options import Options
+from lib.refresher import Refresher
 from lib.settings import Settings
 from lib.stamps import image_stamp
 from lib.support import LabelledCases
@@ -48,6 +53,8 @@ logger = logging.getLogger(__name__)
 # Inferers for other options than the last ones, each with what it learned from the support set.
 INFERERS_KEPT = 8
 ITEMS_LISTED = 100
+# Seconds that a change of a label waits to be taken in, to tell what came of it, where no image is being segmented.
+PATIENCE = 0.5
 NOTHING_APPROVED = (
     "No approved label shows an object, so nothing can be segmented yet: label an image by hand and save its label "
     "with the tag 'final', or start the server with labelled pairs in `--conf support_dir`."
@@ -64,6 +71,28 @@ class OutOfMemory(RequestError):
     """The machine's memory is too small for the image."""
 
     status = 507
+
+
+@dataclass(frozen=True)
+class SupportState:
+    """The support set at a moment, for whoever only looks at it.
+
+    Attributes:
+        items: support items, of which only what needs no pixels may be asked for.
+        class_names: of all values that labels have; segmentable: of those that can be segmented. By value.
+        cases: names of the labelled cases that were looked at, usable or not.
+        images: ids of the datastore's images among them, by their paths.
+        errors: cases that can't be used, dicts with `name`, `source` and `error`.
+        weights: name of the version that serves.
+    """
+
+    items: tuple[SupportItem, ...]
+    class_names: dict[int, str]
+    segmentable: dict[int, str]
+    cases: frozenset[str]
+    images: dict[str, str]
+    errors: tuple[dict, ...]
+    weights: str
 
 
 @dataclass
@@ -106,6 +135,11 @@ class Segmenter:
         self._prepared = ByteLRU(settings.query_cache_mb)
         self._names: dict[int, str] = {}
         self._patients: dict[str, str] = {}
+        self._state: SupportState | None = None
+        self._trouble: str | None = None
+        # Whether the lock is held for long.
+        self._at_work = False
+        self._refresher = Refresher(self._refresh_in_background, "sam2sgp-refresh")
         self._rebuilt: threading.Thread | None = None
         self._failed: str | None = None
         self._behind = False
@@ -138,21 +172,37 @@ class Segmenter:
         """The weights that serve."""
         return self._ready().version
 
+    def state(self) -> SupportState:
+        """The support set as of the last `refresh`; empty before the first one. It waits for nobody."""
+        return self._state or SupportState((), {}, {}, frozenset(), {}, (), self.weights.active().name)
+
     def class_names(self) -> dict[int, str]:
         """Names of the classes that can be segmented now, by value, as of the last `refresh`."""
-        return dict(self._names)
+        return dict(self.state().segmentable)
+
+    def thumbnail(self, content: str) -> np.ndarray | None:
+        """Picture (H, W, 3) uint8 of a support item with its mask; None if there is no such item, or none right now."""
+        item = next((item for item in self.state().items if item.content == content), None)
+        if item is None:
+            return None
+        found = self._serving.bank.thumbnail(content)
+        if found is None and self.lock.acquire(blocking=False):
+            # Somebody deleted the cache; it is made anew.
+            try:
+                found = item.thumbnail
+            finally:
+                self.lock.release()
+        return None if found is None else found.numpy()
 
     def facts(self) -> dict[str, Any]:
         """The state of the support set and the weights, for people; it waits for nobody."""
-        serving = self._serving
-        if serving is None:
-            return {"items": 0, "weights": self.weights.active().name, "rebuilding": None, "errors": []}
-        problems = [self.cases.problem] if self.cases.problem else []
-        errors = (error["error"] for error in serving.bank.errors)
+        state = self.state()
+        problems = [problem for problem in (self._trouble, self.cases.problem) if problem]
+        errors = (error["error"] for error in state.errors)
         return {
-            "items": len(serving.bank),
-            "cases": len(serving.bank.data) - len(serving.bank.errors),
-            "weights": serving.version.name,
+            "items": len(state.items),
+            "cases": len(state.cases) - len(state.errors),
+            "weights": state.weights,
             "rebuilding": self.rebuilding,
             "errors": [self._shown(error) for error in (*problems, *errors)][:ITEMS_LISTED],
             "problem": self.problem,
@@ -182,32 +232,68 @@ class Segmenter:
 
     # Keeping up
 
-    def refresh(self, wait: bool = True) -> None:
+    def refresh(self) -> None:
         """Bring the support set in line with the approved labels, and see whether other weights are in use now.
 
         Cheap when nothing changed.
 
-        Args:
-            wait: if False, a look is enough: nothing is done while a request is worked on, which did it itself, and
-                files that changed a moment ago are not read again in case they changed once more.
-
         Raises:
-            Sam2SgpError: at the first time: the weights can't be loaded.
+            Sam2SgpError: at the first time: the weights can't be loaded; later: declared class names can't be read.
         """
-        self.cases.prepare(None if wait else 0.0)
-        if not self.lock.acquire(blocking=wait):
-            return
-        try:
+        self.cases.prepare()
+        with self.lock:
             serving = self._ready()
-            if self._behind or self.cases.changed(certain=wait):
+            if self._behind or self.cases.changed():
                 self._reconcile(serving)
             self._look_for_weights(serving)
-        finally:
-            self.lock.release()
+
+    def keep_up(self, wait: float = PATIENCE, certain: bool = True) -> bool:
+        """Have `refresh` done in the background if anything changed, at the latest when the present request is done.
+
+        Args:
+            wait: seconds to wait for it at most, where no request is worked on.
+            certain: as of `LabelledCases.changed`.
+
+        Returns:
+            Whether the support set is in line now.
+        """
+        self.cases.prepare(0.0)
+        if self.lock.acquire(blocking=False):
+            try:
+                if self._serving and not self._behind and not self._trouble and not self.cases.changed(certain):
+                    self._look_for_weights(self._serving)
+                    return True
+            except Sam2SgpError:
+                # Said by `refresh`, which comes to it too.
+                pass
+            finally:
+                self.lock.release()
+        return self._refresher.run(0.0 if self._at_work else wait)
+
+    def _refresh_in_background(self) -> None:
+        try:
+            self.refresh()
+        except Sam2SgpError as error:
+            # The request that needs it tells its client.
+            if str(error) != self._trouble:
+                logger.error("%s", error)
+            self._trouble = str(error)
+        else:
+            self._trouble = None
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Hold the lock for long."""
+        with self.lock:
+            self._at_work = True
+            try:
+                yield
+            finally:
+                self._at_work = False
 
     def encode(self) -> None:
         """Make all tokens that are not there yet, so that no request has to."""
-        with self.lock:
+        with self._working():
             self._encode(self._ready())
 
     def wait(self) -> None:
@@ -234,6 +320,16 @@ class Segmenter:
         bank = serving.bank
         values = [value for column, value in enumerate(bank.class_values) if bank.holds[:, column].any()]
         self._names = self.cases.names(values)
+        seeds = set(self.cases.seeds())
+        self._state = SupportState(
+            tuple(bank.items),
+            dict(bank.class_names),
+            self._names,
+            frozenset(case["name"] for case in cases),
+            {str(case["image"]): case["name"] for case in cases if case["name"] not in seeds},
+            tuple(bank.errors),
+            serving.version.name,
+        )
         for error in bank.errors:
             if error not in errors:
                 logger.warning("Not in the support set: %s", error["error"])
@@ -270,6 +366,7 @@ class Segmenter:
                 # What was approved meanwhile is encoded by the next request, as always.
                 self._bring_in_line(fresh, old.bank.data)
                 self._serving = fresh
+                self._state = replace(self.state(), weights=version.name)
                 self.problem = self._failed = None
                 fresh.bank.prune([old.bank.fingerprint] if old.bank.fingerprint else [])
             logger.info("The weights %r serve now, with tokens of %d support items", version.name, len(fresh.bank))
@@ -372,7 +469,7 @@ class Segmenter:
         """
         options = options or Options()
         self.cases.prepare()
-        with self.lock:
+        with self._working():
             started = time.perf_counter()
             self.refresh()
             serving = self._serving

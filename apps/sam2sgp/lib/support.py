@@ -224,6 +224,12 @@ def _is_settled(stamps: Iterable[Stamp | None], now: int) -> bool:
 def _names_of(infos: list[dict[str, Any]]) -> dict[int, str]:
     """Class names that clients sent with labels, as `label_info`; of several for one value the newest counts."""
     names: dict[int, str] = {}
-    for info in sorted(infos, key=lambda info: info.get("ts") or 0):
+    for info in sorted(infos, key=_made):
         names |= declared(info)
     return names
+
+
+def _made(info: dict[str, Any]) -> float:
+    """When a label was made, in seconds since 1970; 0 where nothing tells."""
+    when = info.get("ts")
+    return when if isinstance(when, int | float) and when == when else 0

@@ -11,9 +11,9 @@ With a cache folder both layers are on disk (`sam2sgp.support.store`), and a ban
 and its embedding; pixels and memory are read when they are asked for, through a cache of bounded size. Without a folder
 everything is held in memory. A query costs the same however large the bank is, but for the cosine similarities.
 
-A bank is for one thread at a time: `reconcile`, `encode` and `forget` renumber or drop items, so none of them may be
-called while a query that has retrieved is still being segmented. Any number of processes may share a cache folder; each
-has a bank of its own and encodes what it does not find there.
+A bank is for one thread at a time, but for `thumbnail`: `reconcile`, `encode` and `forget` renumber or drop items, so
+none of them may be called while a query that has retrieved is still being segmented. Any number of processes may share
+a cache folder; each has a bank of its own and encodes what it does not find there.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -253,6 +253,17 @@ class SupportBank:
         """Binary masks (len(items), C, S, S) float32 of all classes."""
         labels = torch.stack([item.label for item in items])
         return torch.stack([labels == value for value in self.class_values], 1).float()
+
+    def thumbnail(self, content: str) -> Tensor | None:
+        """The thumbnail (H, W, 3) uint8 of the item with this content, if it is at hand.
+
+        Any thread may ask for it while another one uses the bank.
+        """
+        if self.store is None:
+            prepared = self._pixels.get(content)
+            return None if prepared is None else prepared.drawn()
+        tensors = self.store.peek(self._prepared_name(content))
+        return None if tensors is None else tensors["thumbnail"]
 
     def encode(self, network: SAM2SGP, device: torch.device | str = "cpu") -> None:
         """Encode every item with the network as it is now; with a cache folder, every item that is not yet there.

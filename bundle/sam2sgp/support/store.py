@@ -9,7 +9,8 @@ whole or not at all, and a row that speaks of a file is added after it; a proces
 without a row, which is valid by itself. What is missing, truncated or damaged counts as absent. Where the folder can't
 be written (a full disk, missing rights), what was to be written is held in memory instead, with one warning.
 
-An instance is for one thread at a time. The folder should be on a local disk, as SQLite's write-ahead log needs.
+An instance is for one thread at a time, but for `peek`. The folder should be on a local disk, as SQLite's write-ahead
+log needs.
 """
 
 import hashlib
@@ -75,6 +76,10 @@ class Store:
             if tensors is not None:
                 self._keep(name, tensors)
         return tensors
+
+    def peek(self, name: str) -> Tensors | None:
+        """As `read`, for any thread beside the one that works with the store: nothing is kept in memory for it."""
+        return self._unsaved.get(name) or load(self._path(name), name)
 
     def write(self, name: str, tensors: Tensors) -> None:
         """Put tensors on disk, or hold them in memory where that fails."""

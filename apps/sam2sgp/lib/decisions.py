@@ -1,0 +1,160 @@
+"""Decisions about labels: one after the other for each image, and each of them whole or not at all.
+
+    approve, restore   a label gets the tag `final`
+    remove             an approved label gets the tag `removed`
+    reject             a prediction is deleted
+    submit, predict    a label is saved under a tag
+
+Datastores derive from `Decisions` and hold `deciding` for the image whenever one of its labels comes, goes or gets
+another tag, whoever asks for it. So what a decision was checked against is still there when it is carried out, and what
+was answered is what is stored. The lock holds between the threads of a server and between the processes of an app
+(server, batch inference); decisions about other images go on meanwhile. It is never taken by readers, and never while a
+lock of the segmenter is held.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from zlib import crc32
+
+from filelock import FileLock, Timeout
+from monailabel.interfaces.datastore import DefaultLabelTag
+
+from lib.checks import Conflict, RequestError, check_tag
+from sam2sgp.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+FINAL, REMOVED = DefaultLabelTag.FINAL.value, "removed"
+# Images share this many locks, so that their files don't grow in number with the datastore.
+LOCKS = 1024
+# Checking a label takes as long as reading its image; a lock held for longer belongs to a process that hangs.
+PATIENCE = 60.0
+POLL = 0.01
+
+
+class Busy(RequestError):
+    """Something else is being done that has to end first."""
+
+    status = 503
+
+
+class ImageLocks:
+    """One lock for each image, between threads and processes.
+
+    Args:
+        folder: of the lock files; made when first needed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._threads = [threading.Lock() for _ in range(LOCKS)]
+
+    @contextmanager
+    def hold(self, image_id: str) -> Iterator[None]:
+        """Hold the lock of an image for the block; a thread may hold one at a time.
+
+        Where the lock file can't be made, as on a read-only disk, only threads are kept apart; the datastore still
+        compares the label with the one that was checked before it changes it.
+
+        Raises:
+            Busy: another decision about the image takes longer than `PATIENCE`.
+        """
+        number = crc32(image_id.encode("utf-8", "replace")) % LOCKS
+        end = time.monotonic() + PATIENCE
+        if not self._threads[number].acquire(timeout=PATIENCE):
+            raise _busy(image_id)
+        file = FileLock(self._folder / f"{number:04}.lock")
+        try:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                file.acquire(timeout=max(end - time.monotonic(), 0), poll_interval=POLL)
+            except Timeout as error:
+                raise _busy(image_id) from error
+            except OSError as error:
+                logger.warning("Decisions aren't locked against other processes: %s", error)
+            yield
+        finally:
+            file.release()
+            self._threads[number].release()
+
+
+class Decisions:
+    """What a datastore derives from, before MONAI Label's interface, to carry out decisions.
+
+    It has to set `_image_locks`, and to define `_save_label`, `_remove_label` and `_change_tag`, which are called while
+    the image is held.
+    """
+
+    _image_locks: ImageLocks
+
+    def deciding(self, image_id: str):
+        """A block in which no other label of an image comes, goes or changes: see `ImageLocks.hold`."""
+        return self._image_locks.hold(image_id)
+
+    def tags(self) -> dict[str, list[str]]:
+        """The tags of each image's labels, by the image's id."""
+        return {image_id: list(self.get_labels_by_image_id(image_id)) for image_id in self.list_images()}
+
+    def approve(self, image_id: str, tag: str, seen: str = "") -> None:
+        """Give a label the tag `final`, in place of an earlier label with that tag.
+
+        Args:
+            image_id: of its image.
+            tag: that it has now.
+            seen: `state_of` the label that was decided about; "" for whatever is there.
+
+        Raises:
+            Conflict: the label is another one than was seen.
+            DataError: there is no such label, or it doesn't fit its image.
+        """
+        self._decide(image_id, tag, FINAL, seen)
+
+    def remove(self, image_id: str, tag: str = FINAL, seen: str = "") -> None:
+        """Give a label the tag `removed`; arguments and errors as of `approve`."""
+        self._decide(image_id, tag, REMOVED, seen)
+
+    def reject(self, image_id: str, tag: str, seen: str = "") -> None:
+        """Delete a prediction; arguments and errors as of `approve`, and DataError for a label that was approved."""
+        if check_tag(tag) in (FINAL, REMOVED):
+            raise DataError(f"{image_id}: only a prediction can be rejected; an approved label can be removed.")
+        with self.deciding(image_id):
+            self._check_seen(image_id, tag, seen)
+            self._remove_label(image_id, tag)
+
+    def _decide(self, image_id: str, tag: str, new: str, seen: str) -> None:
+        if check_tag(tag) == new:
+            raise DataError(f"{image_id}: its label has the tag {new!r} already; load the page again.")
+        with self.deciding(image_id):
+            self._check_seen(image_id, tag, seen)
+            self._change_tag(image_id, tag, new)
+
+    def _check_seen(self, image_id: str, tag: str, seen: str) -> None:
+        path = self.get_label_uri(image_id, tag) if tag in self.get_labels_by_image_id(image_id) else ""
+        state = state_of(path) if path else None
+        if state is None:
+            raise DataError(f"{image_id}: expected a label with the tag {tag!r}, found none; load the page again.")
+        if seen and seen != state:
+            raise Conflict(
+                f"{image_id}: expected the label that was shown, found a newer one; load the page and look at it."
+            )
+
+
+def state_of(path: str | Path) -> str | None:
+    """What changes with every save of a label's file; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return f"{found.st_ino}-{found.st_mtime_ns}"
+
+
+def _busy(image_id: str) -> Busy:
+    return Busy(
+        f"image {image_id}: expected to decide about it within {PATIENCE:.0f} s, found another decision at work; try "
+        "again in a minute."
+    )
