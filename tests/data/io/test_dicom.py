@@ -152,10 +152,10 @@ def test_ultrasound_film_in_colour_has_its_frames_as_slices(tmp_path):
     assert np.abs(read_image(path).slices[0].transpose(1, 2, 0) - ramp).max() <= 4
 
 
-def test_multi_frame_volume_and_segmentation_objects_are_refused(tmp_path):
+def test_multi_frame_object_without_positions_and_segmentation_objects_are_refused(tmp_path):
     frames = np.zeros((4, 4, 4), np.uint16)
     path = write_dicom(tmp_path / "mr.dcm", frames[0], "MR", NumberOfFrames=4, PixelData=frames.tobytes())
-    with pytest.raises(DataError, match="multi-frame object of 4 frames"):
+    with pytest.raises(DataError, match="position for each frame.* its 4 frames"):
         read_image(path)
     with pytest.raises(DataError, match="DICOM segmentation"):
         read_label(write_dicom(tmp_path / "seg.dcm", frames[0].astype(np.uint8), "SEG"))

@@ -10,6 +10,7 @@ from sam2sgp.data.io import (
     read_label,
     write_label,
 )
+from sam2sgp.errors import DataError
 from tests.data.io.nifti_files import save_nifti
 
 RNG = np.random.default_rng(0)
@@ -39,11 +40,13 @@ def test_one_slice_image_gives_one_slice_and_its_own_dimensions_back(tmp_path, s
     assert np.array_equal(read_label(tmp_path / "b.nii.gz", image.geometry), labels)
 
 
-def test_four_dimensional_nifti_has_channels(tmp_path):
-    array = RNG.normal(size=(4, 5, 6, 2)).astype(np.float32)
-    image = read_image(save_nifti(tmp_path / "a.nii.gz", array, np.diag([-1.0, -1.0, 1.0, 1.0])))
-    assert image.slices.shape == (6, 2, 5, 4) and image.geometry.native_shape == (4, 5, 6)
-    assert np.array_equal(image.slices[3, 1], array[:, :, 3, 1].T)
+@pytest.mark.parametrize("shape", [(4, 5, 6, 2), (4, 5, 6, 3), (4, 5, 6, 1, 3), (4, 5, 1, 7)])
+def test_time_points_and_channels_are_never_taken_for_colours(tmp_path, shape):
+    path = save_nifti(tmp_path / "a.nii.gz", np.zeros(shape, np.float32))
+    with pytest.raises(DataError, match=f"a.nii.gz.*found {shape[-1]} along further axes.*time points or channels"):
+        read_image(path)
+    image = read_image(save_nifti(tmp_path / "b.nii.gz", np.zeros((4, 5, 6, 1), np.float32)))
+    assert image.slices.shape == (6, 1, 5, 4) and image.geometry.native_shape == (4, 5, 6)
 
 
 def test_rgb_nifti_is_colour(tmp_path):

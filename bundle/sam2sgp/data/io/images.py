@@ -14,7 +14,7 @@ from sam2sgp.data.io.formats import (
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
     dicom_files,
-    has_dicom_magic,
+    has_dicom_content,
     suffix_of,
 )
 from sam2sgp.data.io.geometry import Geometry, Grid, geometry_of, rounded
@@ -94,10 +94,10 @@ def read_grid(path: str | os.PathLike, label: bool = False) -> Grid:
         elif suffix in NIFTI_SUFFIXES:
             grid = read_nifti(path)
         elif suffix in ITK_SUFFIXES:
-            grid = read_itk(path)
+            grid = read_itk(path, label)
         elif suffix in PICTURE_SUFFIXES:
             grid = read_picture(path, label)
-        elif suffix in DICOM_SUFFIXES or has_dicom_magic(path):
+        elif suffix in DICOM_SUFFIXES or has_dicom_content(path):
             grid = read_dicom(path, [path])
         else:
             raise DataError(
@@ -110,8 +110,8 @@ def read_grid(path: str | os.PathLike, label: bool = False) -> Grid:
         # The libraries raise types of their own, and zlib's and struct's, for the same thing: a damaged file.
         found = " ".join(str(error).split())[-300:] or type(error).__name__
         raise DataError(
-            f"{path}: expected a readable image, found that reading fails ({found}); check the file's permissions, or "
-            "copy or export it again."
+            f"{path}: expected a readable image, found that reading fails ({found}); "
+            + ("correct its permissions." if isinstance(error, PermissionError) else "copy or export it again.")
         ) from error
     if 0 in grid.array.shape:
         raise DataError(f"{path}: expected an image, found an empty grid {grid.native_shape}; export it again.")
