@@ -25,6 +25,7 @@ from sam2sgp.data.io.formats import (
 from sam2sgp.data.io.geometry import Geometry
 from sam2sgp.data.io.images import MedicalImage, read_image
 from sam2sgp.data.io.labels import is_binary_255, read_label, write_label, write_map, writing
+from sam2sgp.data.io.nifti import itk_affine
 
 __all__ = [
     "ITK_SUFFIXES",
@@ -41,6 +42,7 @@ __all__ = [
     "is_dicom_seg",
     "is_image",
     "is_picture",
+    "itk_affine",
     "map_suffix",
     "output_suffix",
     "read_image",

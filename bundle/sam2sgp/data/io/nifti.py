@@ -70,12 +70,23 @@ def _in_mm(affine: np.ndarray, scale: float) -> np.ndarray:
 def _other_affines(header: nib.Nifti1Header) -> list[np.ndarray]:
     """Affines by which other programs place the voxels than nibabel, which takes the sform if there are two forms.
 
-    ITK takes the qform then; without any form it takes the axes as left, posterior and superior, from the origin.
+    ITK mostly takes the qform then; without any form it takes the axes as left, posterior and superior, from the origin.
     """
     forms = [form for form, code in (header.get_sform(coded=True), header.get_qform(coded=True)) if code > 0]
     if forms:
         return forms[1:]
     return [np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.diag([*header["pixdim"][1:4], 1.0])]
+
+
+def itk_affine(geometry: Geometry) -> np.ndarray:
+    """(4, 4) voxel -> world in mm, RAS+, as ITK and so 3D Slicer place an image's voxels.
+
+    ITK takes the sform only where its code is 1 (scanner) or there is no qform.
+    """
+    if geometry.nifti is None or not geometry.affines:
+        return geometry.affine
+    is_sform_first = geometry.nifti["sform_code"] == 1
+    return geometry.affine if is_sform_first else geometry.affines[0]
 
 
 def result_header(geometry: Geometry) -> nib.Nifti1Header:
