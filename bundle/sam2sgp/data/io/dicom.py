@@ -285,7 +285,7 @@ def _stack(path: Path, slices: list[_Slice], normal: np.ndarray) -> tuple[list[_
     rounding = min(max(piece.precision for piece in slices), LARGEST_ROUNDING * usual)
     along = np.abs(strays @ normal)
     if along.max() > SLICE_GAP_TOLERANCE * usual + rounding:
-        raise _uneven(path, order, gaps, usual)
+        raise _uneven(path, order, gaps, usual, rounding)
     sideways = np.linalg.norm(strays - np.outer(strays @ normal, normal), axis=1).max()
     tilt = np.linalg.norm(step - (step @ normal) * normal)
     allowed = SHEAR_TOLERANCE * usual + rounding / (len(order) - 1)
@@ -297,14 +297,14 @@ def _stack(path: Path, slices: list[_Slice], normal: np.ndarray) -> tuple[list[_
     return order, step
 
 
-def _uneven(path: Path, order: list[_Slice], gaps: np.ndarray, usual: float) -> DataError:
+def _uneven(path: Path, order: list[_Slice], gaps: np.ndarray, usual: float, rounding: float) -> DataError:
     """The error for single gaps that are whole multiples of the others (slices are missing), or for uneven spacing."""
     index = int(np.argmax(np.abs(gaps - usual)))
     where = f"a gap of {gaps[index]:.2f} mm between {order[index].name} and {order[index + 1].name}"
-    odd = np.abs(gaps - usual) > SLICE_GAP_TOLERANCE * usual
-    multiples = gaps / usual
-    is_multiple = (np.abs(multiples - np.round(multiples)) <= 2 * SLICE_GAP_TOLERANCE).all()
-    if is_multiple and not (odd[1:] & odd[:-1]).any():
+    odd = np.abs(gaps - usual) > SLICE_GAP_TOLERANCE * usual + rounding
+    multiples = np.round(gaps / usual)
+    is_multiple = np.abs(gaps - multiples * usual) <= multiples * (SLICE_GAP_TOLERANCE * usual + rounding)
+    if is_multiple.all() and not (odd[1:] & odd[:-1]).any():
         return DataError(
             f"{path}: expected slices {usual:.2f} mm apart, found {where}; a slice is missing: get the whole series "
             "again."

@@ -182,7 +182,8 @@ def _decoded(file: Path, dataset: Dataset) -> np.ndarray:
             "export the image as Explicit VR Little Endian, or convert it with the vendor's or archive's software."
         )
     meta = FileMetaDataset()
-    meta.TransferSyntaxUID = syntax
+    # OpenJPEG tells High-Throughput JPEG 2000 by its code stream, and pydicom 2 can't write its UIDs.
+    meta.TransferSyntaxUID = JPEG2000 if syntax in HTJ2K_SYNTAXES else syntax
     meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
     meta.MediaStorageSOPInstanceUID = dataset.get("SOPInstanceUID") or "1.2.3"
     bare = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)

@@ -70,7 +70,7 @@ def _in_mm(affine: np.ndarray, scale: float) -> np.ndarray:
 def _other_affines(header: nib.Nifti1Header) -> list[np.ndarray]:
     """Affines by which other programs place the voxels than nibabel, which takes the sform if there are two forms.
 
-    ITK mostly takes the qform then; without any form it takes the axes as left, posterior and superior, from the origin.
+    ITK mostly takes the qform then; without any form it takes the axes as left, posterior and superior.
     """
     forms = [form for form, code in (header.get_sform(coded=True), header.get_qform(coded=True)) if code > 0]
     if forms:
