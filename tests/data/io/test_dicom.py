@@ -19,7 +19,6 @@ from sam2sgp.data.io import (
     is_image,
     output_suffix,
     read_image,
-    read_label,
     write_label,
 )
 from sam2sgp.errors import DataError
@@ -162,7 +161,7 @@ def test_multi_frame_object_without_positions_and_segmentation_objects_are_refus
     with pytest.raises(DataError, match="position for each frame.* its 4 frames"):
         read_image(path)
     with pytest.raises(DataError, match="DICOM segmentation"):
-        read_label(write_dicom(tmp_path / "seg.dcm", frames[0].astype(np.uint8), "SEG"))
+        read_image(write_dicom(tmp_path / "seg.dcm", frames[0].astype(np.uint8), "SEG"))
 
 
 def test_reading_gives_no_warnings_for_sound_files(tmp_path):

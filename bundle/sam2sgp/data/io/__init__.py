@@ -6,7 +6,7 @@ Class maps and maps of probabilities or uncertainty are written on the file's ow
 Voxels are only permuted and flipped, never resampled. All functions may be called from several threads at once.
 """
 
-from sam2sgp.data.io.dicom import dicom_headers
+from sam2sgp.data.io.dicom import dicom_headers, dicom_slices
 from sam2sgp.data.io.formats import (
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -36,6 +36,7 @@ __all__ = [
     "MedicalImage",
     "dicom_files",
     "dicom_headers",
+    "dicom_slices",
     "image_stem",
     "is_binary_255",
     "is_dicom",

@@ -84,9 +84,18 @@ def dicom_headers(path: str | os.PathLike) -> list[Dataset]:
     Raises:
         DataError: as `read_image` does for a series that is not one regular stack of slices.
     """
+    return list({id(header): header for header, _ in dicom_slices(path)}.values())
+
+
+def dicom_slices(path: str | os.PathLike) -> list[tuple[Dataset, int]]:
+    """Header of its file, and number of its frame (from 0), of each slice along the grid's third axis.
+
+    Raises:
+        DataError: as `dicom_headers`.
+    """
     path = Path(path)
     slices = _dicom_stack(path, dicom_files(path) if path.is_dir() else [path])[0]
-    return list({piece.file: piece.header for piece in slices}.values())
+    return [(piece.header, piece.frame) for piece in slices]
 
 
 def _pixels(slices: list[_Slice]) -> np.ndarray:

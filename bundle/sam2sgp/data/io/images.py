@@ -15,12 +15,14 @@ from sam2sgp.data.io.formats import (
     PICTURE_SUFFIXES,
     dicom_files,
     has_dicom_content,
+    is_dicom_seg,
     suffix_of,
 )
 from sam2sgp.data.io.geometry import Geometry, Grid, geometry_of, rounded
 from sam2sgp.data.io.itk import read_itk
 from sam2sgp.data.io.nifti import read_nifti
 from sam2sgp.data.io.pictures import read_picture
+from sam2sgp.data.io.segmentation import read_segmentation
 from sam2sgp.errors import DataError
 
 
@@ -98,7 +100,7 @@ def read_grid(path: str | os.PathLike, label: bool = False) -> Grid:
         elif suffix in PICTURE_SUFFIXES:
             grid = read_picture(path, label)
         elif suffix in DICOM_SUFFIXES or has_dicom_content(path):
-            grid = read_dicom(path, [path])
+            grid = read_segmentation(path) if label and is_dicom_seg(path) else read_dicom(path, [path])
         else:
             raise DataError(
                 f"{path}: expected NIfTI, NRRD, MetaImage, DICOM, PNG, JPEG, TIFF or BMP, found another kind of file; "
