@@ -195,7 +195,8 @@ def read_dicom_seg(
 def _source_images(source: str | os.PathLike, geometry: Geometry) -> tuple[list[Dataset], list[int]]:
     """Headers in the order of slices, and the frame of each slice.
 
-    Headers are completed with what highdicom relies on and files may lack. Raises DicomSourceError for a film, and for several multi-frame files.
+    Headers are completed with what highdicom relies on and files may lack. Raises DicomSourceError for a film, and for
+    several multi-frame files.
     """
     slices = dicom_slices(source)
     headers = list({id(header): header for header, _ in slices}.values())

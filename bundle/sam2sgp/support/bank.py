@@ -43,7 +43,7 @@ from sam2sgp.transforms.array import to_three_channels
 from sam2sgp.transforms.dictionary import along_axis
 
 # Part of the keys of both layers: counted up when what is prepared or encoded changes by the code.
-VERSION = 2
+VERSION = 3
 CASE, ENCODED = "case", "encoded"
 WHOLE = "item"
 CASES_PER_LOOKUP = 256
