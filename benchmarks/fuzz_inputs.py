@@ -17,6 +17,7 @@ Prints a row for each kind of file. `--keep FOLDER` keeps what failed.
 import argparse
 import io
 import multiprocessing
+import os
 import resource
 import shutil
 import sys
@@ -128,6 +129,8 @@ def read_files(pipe) -> None:
     from sam2sgp.errors import DataError
 
     warnings.simplefilter("ignore")
+    # Libraries print what they make of a damaged header.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     pipe.send("ready")
     while True:
         path, label = pipe.recv()
