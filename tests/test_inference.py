@@ -76,6 +76,7 @@ def test_every_format_comes_back_with_its_own_name_size_and_place(phantoms, mode
     image.SetOrigin([1.0, -2.0, 3.0])
     itk.imwrite(image, str(queries / "volume.nrrd"))
     itk.imwrite(image, str(queries / "meta.mha"))
+    nib.save(nib.Nifti1Image(np.ones((1, 1, 1), np.int16), np.diag([2.0, 2.0, 3.0, 1.0])), queries / "voxel.nii.gz")
     write_series(queries / "series", RNG.integers(-1000, 1000, (4, 24, 30)).astype(np.int16))
     rows = infer(model, phantoms / "support" / "rgb", queries, output)
 
@@ -83,7 +84,7 @@ def test_every_format_comes_back_with_its_own_name_size_and_place(phantoms, mode
         source = next(queries.glob(f"{name}.*"))
         with Image.open(source) as before, Image.open(output / f"{name}.png") as after:
             assert before.size == after.size, name
-    for name in ("oblique.nii.gz", "flat.nii"):
+    for name in ("oblique.nii.gz", "flat.nii", "voxel.nii.gz"):
         before, after = nib.load(queries / name), nib.load(output / f"{name.split('.')[0]}.nii.gz")
         assert before.shape == after.shape
         np.testing.assert_allclose(before.affine, after.affine, atol=1e-5)

@@ -11,7 +11,9 @@ import sys
 import threading
 from pathlib import Path
 
+import itk
 import nibabel as nib
+import nrrd
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,6 +32,7 @@ from lib.checks import (
     check_id,
 )
 from lib.datastore import ConfinedDatastore
+from sam2sgp.data.io import read_image, read_label
 from sam2sgp.errors import DataError
 
 LIMIT = 64 << 20
@@ -379,6 +382,32 @@ def test_a_label_that_does_not_fit_is_refused_and_the_approved_one_stays(store, 
         store.save_label("A", str(make(uploads / "bad.nii.gz")), "final", {})
     assert str(uploads) not in str(caught.value) and caught.value.status == 422
     assert tree(studies) == before
+
+
+def test_labels_of_other_programs_on_the_images_voxels_are_approved(store, studies, uploads):
+    """As ITK writes it for an image of two forms, and as 3D Slicer cuts it to its segment."""
+    image = nib.Nifti1Image(np.zeros(SIZE, np.int16), None)
+    image.header.set_qform(np.diag([-1.5, -1.5, 3.0, 1.0]), code=1)
+    image.header.set_sform(nib.affines.from_matvec(np.diag([-1.5, -1.5, 3.0]), [10, 20, 30]), code=2)
+    nib.save(image, studies / "A.nii.gz")
+    store.refresh()
+    array = np.zeros(SIZE, np.uint8)
+    array[2:5, 3:5, 1:3] = 1
+    placed = itk.imread(str(studies / "A.nii.gz"))
+    whole = itk.image_from_array(np.ascontiguousarray(array.T))
+    whole.CopyInformation(placed)
+    itk.imwrite(whole, str(uploads / "itk.nii.gz"))
+    header = {
+        "space": "left-posterior-superior",
+        "space directions": np.diag([1.5, 1.5, 3.0]),
+        "space origin": np.array(placed.TransformIndexToPhysicalPoint([2, 3, 1])),
+        "Segment0_LabelValue": "1",
+    }
+    nrrd.write(str(uploads / "slicer.seg.nrrd"), array[2:5, 3:5, 1:3], header)
+    geometry = read_image(studies / "A.nii.gz").geometry
+    for name in ("itk.nii.gz", "slicer.seg.nrrd"):
+        store.save_label("A", str(uploads / name), "final", {})
+        assert np.array_equal(geometry.to_native(read_label(store.get_label_uri("A", "final"), geometry)), array), name
 
 
 def test_a_class_declared_with_the_label_is_accepted(store, studies, uploads):

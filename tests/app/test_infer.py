@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from fastapi import HTTPException
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lib.batch import BatchInference
 from lib.checks import RequestError
@@ -74,6 +74,40 @@ def test_a_picture_result_lies_on_the_picture_in_every_format(tmp_path, written,
     seen, shown = itk.imread(str(path)), itk.imread(str(result))
     assert np.squeeze(itk.array_from_image(shown))[1, 6] == 2
     assert np.allclose(_place(seen), _place(shown))
+
+
+@pytest.mark.parametrize(("qform_code", "sform_code"), [(1, 2), (1, 1), (0, 0)])
+def test_a_result_lies_where_itk_puts_an_image_of_two_forms(tmp_path, written, qform_code, sform_code):
+    path = tmp_path / "image.nii.gz"
+    image = nib.Nifti1Image(np.zeros((6, 5, 4), np.int16), None)
+    image.header.set_qform(np.diag([-1.5, -1.5, 3.0, 1.0]), code=qform_code)
+    image.header.set_sform(nib.affines.from_matvec(np.diag([-1.5, -1.5, 3.0]), [10, 20, 30]), code=sform_code)
+    nib.save(image, path)
+    geometry = read_image(path).geometry
+    labels = np.random.default_rng(0).integers(0, 3, geometry.shape).astype(np.uint8)
+    for extension in (".nrrd", ".nii.gz"):
+        result = written(labels, geometry, extension)
+        seen, shown = itk.imread(str(path)), itk.imread(str(result))
+        assert np.allclose(seen.GetOrigin(), shown.GetOrigin()) and np.allclose(seen.GetSpacing(), shown.GetSpacing())
+        assert np.array_equal(itk.array_from_image(shown).T, geometry.to_native(labels))
+        assert np.array_equal(read_label(result, geometry), labels)
+
+
+def test_a_result_for_a_turned_photograph_lies_on_it_in_browsers_and_in_itk(tmp_path, written):
+    path = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.zeros((16, 24), np.uint8)).save(path, exif=exif)
+    geometry = read_image(path).geometry
+    labels = np.random.default_rng(0).integers(0, 3, (1, 24, 16)).astype(np.uint8)
+    with Image.open(written(labels, geometry, ".png")) as picture:
+        assert np.array_equal(np.asarray(picture), labels[0])
+    result = written(labels, geometry, ".nrrd")
+    # ITK shows the pixels as stored.
+    assert np.squeeze(itk.array_from_image(itk.imread(str(path)))).shape == (16, 24)
+    shown = np.squeeze(itk.array_from_image(itk.imread(str(result))))
+    assert np.array_equal(np.rot90(shown, -1), labels[0])
+    assert np.array_equal(read_label(result, geometry), labels)
 
 
 def test_formats_that_cannot_hold_a_result_are_refused(volume, tmp_path):

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 STORAGE_CLASS = {
@@ -90,3 +91,42 @@ def write_series(
         }
         write_dicom(folder / f"IM{name:04d}.dcm", volume[place], series_uid=series_uid, **values)
     return folder
+
+
+def item(**tags) -> Sequence:
+    """A sequence of one item with these tags."""
+    dataset = Dataset()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    return Sequence([dataset])
+
+
+def write_enhanced(
+    path: Path,
+    volume: np.ndarray,
+    order: list[int],
+    spacing: tuple[float, float, float] = (2.5, 0.8, 0.7),
+    slopes: list[float] | None = None,
+    **tags,
+) -> Path:
+    """Write volume (slices, rows, columns) as one enhanced CT whose frames come in `order`, each with its own slope."""
+    frames = []
+    for place in order:
+        groups = Dataset()
+        groups.PlanePositionSequence = item(ImagePositionPatient=[-10.0, 20.0, 30.0 + spacing[0] * place])
+        slope = 1.0 if slopes is None else slopes[place]
+        groups.PixelValueTransformationSequence = item(RescaleSlope=slope, RescaleIntercept=-1024.0)
+        frames.append(groups)
+    shared = item(
+        PlaneOrientationSequence=item(ImageOrientationPatient=[1.0, 0.0, 0.0, 0.0, 1.0, 0.0]),
+        PixelMeasuresSequence=item(PixelSpacing=list(spacing[1:]), SliceThickness=spacing[0]),
+    )
+    values = {
+        "NumberOfFrames": len(order),
+        "SharedFunctionalGroupsSequence": shared,
+        "PerFrameFunctionalGroupsSequence": Sequence(frames),
+        "PixelData": volume[order].tobytes(),
+        "SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1",
+        **tags,
+    }
+    return write_dicom(path, volume[0], **values)

@@ -17,12 +17,12 @@ import SimpleITK
 import torch
 from pydicom.uid import RLELossless, generate_uid
 
-from sam2sgp.data import read_dicom_seg, read_image, write_dicom_seg, write_label
+from sam2sgp.data import read_dicom_seg, read_image, read_label, write_dicom_seg, write_label
 from sam2sgp.data.dicom_seg import DicomSourceError
 from sam2sgp.data.folders import load_datalist
 from sam2sgp.errors import DataError
 from sam2sgp.transforms import OutputNames, SaveDicomSegd
-from tests.data.dicom_files import write_dicom, write_series
+from tests.data.dicom_files import write_dicom, write_enhanced, write_series
 
 NAMES = {1: "liver", 3: "Läsion", 5: "right_kidney", 7: "tumour"}
 SHAPE = (5, 12, 16)
@@ -102,6 +102,44 @@ def test_it_is_read_back_to_the_voxel_with_its_values_and_names(tmp_path, name):
     geometry = read_image(source).geometry
     labels, names = read_dicom_seg(path, geometry, source)
     assert np.array_equal(labels, blobs(geometry.shape)) and names == {1: "liver", 3: "Läsion", 7: "tumour"}
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_it_is_a_label_of_its_series_and_of_the_same_voxels_in_other_formats(tmp_path, name):
+    source = series(tmp_path / "series", **SERIES[name])
+    path, label = segment(tmp_path, source)
+    for image in (source, tmp_path / "label.nii.gz"):
+        geometry = read_image(image).geometry
+        found = geometry.to_native(read_label(path, geometry))
+        assert np.array_equal(found, np.asarray(label.dataobj))
+    with pytest.raises(DataError, match="seg.dcm.*(lie between them|voxels away)"):
+        read_label(path, read_image(series(tmp_path / "other", origin=(1.1, 2.0, 3.0), spacing=(9, 9, 9))).geometry)
+
+
+def test_slices_without_frames_between_others_stay_empty_in_a_label(tmp_path):
+    source = series(tmp_path / "series")
+    geometry = read_image(source).geometry
+    labels = blobs(geometry.shape)
+    labels[::2] = 0
+    assert write_dicom_seg(tmp_path / "seg.dcm", labels, geometry, source, NAMES)
+    assert np.array_equal(read_label(tmp_path / "seg.dcm", geometry), labels)
+
+
+def test_frames_of_an_enhanced_file_are_referred_to_in_its_own_order(tmp_path):
+    volume = np.random.default_rng(1).integers(0, 3000, SHAPE).astype(np.uint16)
+    tags = {"StudyInstanceUID": generate_uid(), "FrameOfReferenceUID": generate_uid()}
+    source = write_enhanced(tmp_path / "ct.dcm", volume, [3, 1, 4, 0, 2], **tags)
+    path, label = segment(tmp_path, source)
+    geometry = read_image(source).geometry
+    assert np.array_equal(read_dicom_seg(path, geometry, source)[0], blobs(geometry.shape))
+    assert np.array_equal(geometry.to_native(read_label(path, geometry)), np.asarray(label.dataobj))
+    seg = highdicom.seg.segread(path)
+    uid = pydicom.dcmread(source).SOPInstanceUID
+    frames = seg.get_pixels_by_source_frame(
+        uid, [1, 2, 3, 4, 5], combine_segments=True, assert_missing_frames_are_empty=True
+    )
+    values = np.array([0, 1, 3, 7])
+    assert np.array_equal(values[frames].transpose(2, 1, 0), np.asarray(label.dataobj)[..., [3, 1, 4, 0, 2]])
 
 
 def test_segments_of_other_programs_get_their_values_by_name(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 from monailabel.transform.writer import write_itk
 
 from lib.checks import RequestError, StorageError
-from sam2sgp.data.io import Geometry, output_suffix, read_label, write_label
+from sam2sgp.data.io import Geometry, itk_affine, output_suffix, read_label, write_label
 from sam2sgp.errors import DataError
 
 NIFTI = (".nii.gz",)
@@ -81,7 +81,7 @@ def _write_nrrd(path: Path, labels: np.ndarray, volume: Geometry) -> None:
     native = volume.to_native(labels)
     native = native.reshape(native.shape + (1,) * (3 - native.ndim))
     kind = np.uint8 if native.max(initial=0) <= 255 else np.uint16
-    write_itk(native, str(path), volume.affine, kind, True)
+    write_itk(native, str(path), itk_affine(volume), kind, True)
     # ITK says nothing of a disk that got full.
     try:
         whole = np.array_equal(read_label(path, volume), labels)
@@ -114,6 +114,7 @@ def _picture_geometry(shape: tuple[int, ...]) -> Geometry:
 
 
 def _volume_geometry(geometry: Geometry) -> Geometry:
-    """A picture as ITK reads it: (columns, rows, 1)."""
+    """A picture as ITK reads it: (columns, rows, 1), as stored, without regard to an EXIF tag."""
     rows, columns = geometry.native_shape
-    return Geometry((columns, rows, 1), PICTURE_AFFINE, False, (2, 1, 0), (False, False, False), 2)
+    across, along = (1 - axis for axis in geometry.axes[1:])
+    return Geometry((columns, rows, 1), PICTURE_AFFINE, False, (2, across, along), geometry.flips, 2)

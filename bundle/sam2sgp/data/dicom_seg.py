@@ -6,7 +6,6 @@ and back again, to the voxel. Objects are built and read by highdicom.
 """
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from pydicom.sr.coding import Code
 from pydicom.uid import generate_uid
 
 import sam2sgp
-from sam2sgp.data.io import Geometry, dicom_headers, is_dicom_seg, writing
+from sam2sgp.data.io import Geometry, dicom_slices, is_dicom_seg, writing
+from sam2sgp.data.io.segmentation import CLASS_VALUE_FOUND
 from sam2sgp.errors import DataError
 
 PRODUCT = "SAM2-SGP for MONAI"
@@ -29,7 +29,6 @@ SERIES_NUMBER = 300
 LONGEST_LABEL = 64
 # Segments are numbered without gaps; their description holds the class value.
 CLASS_VALUE = "class {value}"
-CLASS_VALUE_FOUND = re.compile(r"class ([1-9][0-9]{0,4})")
 # Attributes that the standard wants present and lets be empty; anonymised files often lack them altogether.
 MAY_BE_EMPTY = (
     "PatientID",
@@ -65,7 +64,7 @@ def write_dicom_seg(
         path: ends in `.dcm`. Its folder is made if missing.
         labels: (Z, H, W) integers, 0 is background.
         geometry: of the source, as `read_image` gave it.
-        source: a DICOM series folder, or the file of a single slice; compressed or not.
+        source: a DICOM series folder, an enhanced multi-frame file, or the file of a single slice; compressed or not.
         class_names: by value.
         approved: whether a person has approved the class map: its segments are then called semi-automatic, else
             automatic.
@@ -93,8 +92,11 @@ def write_dicom_seg(
     # A file's grid is (column, row, slice), with slices in the order of its headers.
     segments = numbers[native.transpose(2, 1, 0)]
     descriptions = [_description(number, class_names[value], approved) for number, value in enumerate(values, 1)]
-    headers = _source_images(source, geometry)
-    if not found:
+    headers, frames = _source_images(source, geometry)
+    if len(headers) == 1:
+        # An enhanced file keeps its frames in an order of its own.
+        segments = segments[np.argsort(frames)]
+    elif not found:
         segments = segments[:1]
     try:
         segmentation = highdicom.seg.Segmentation(
@@ -153,7 +155,8 @@ def read_dicom_seg(
     Raises:
         DataError: the object can't be read, refers to other slices, or its segments overlap.
     """
-    sources = [header.SOPInstanceUID for header in dicom_headers(source)]
+    slices = dicom_slices(source)
+    sources = list(dict.fromkeys(header.SOPInstanceUID for header, _ in slices))
     try:
         segmentation = highdicom.seg.segread(path)
         # Slices without a frame are empty, so those of another series would all be.
@@ -161,7 +164,12 @@ def read_dicom_seg(
         if strangers:
             raise ValueError(f"it refers to {len(strangers)} other images")
         numbers = list(segmentation.segment_numbers)
-        frames = segmentation.get_pixels_by_source_instance(sources, numbers, assert_missing_frames_are_empty=True)
+        wanted = {"segment_numbers": numbers, "assert_missing_frames_are_empty": True}
+        if len(slices) > len(sources):
+            order = [frame + 1 for _, frame in slices]
+            frames = segmentation.get_pixels_by_source_frame(sources[0], order, **wanted)
+        else:
+            frames = segmentation.get_pixels_by_source_instance(sources, **wanted)
     except Exception as error:
         # Whatever is wrong with a file of another program: highdicom and pydicom raise types of all kinds for it.
         raise DataError(
@@ -184,34 +192,42 @@ def read_dicom_seg(
     return geometry.from_native(native), names
 
 
-def _source_images(source: str | os.PathLike, geometry: Geometry) -> list[Dataset]:
-    """Headers in the order of slices, completed with what highdicom relies on and files may lack."""
-    headers = dicom_headers(source)
+def _source_images(source: str | os.PathLike, geometry: Geometry) -> tuple[list[Dataset], list[int]]:
+    """Headers in the order of slices, and the frame of each slice.
+
+    Headers are completed with what highdicom relies on and files may lack. Raises DicomSourceError for a film, and for
+    several multi-frame files.
+    """
+    slices = dicom_slices(source)
+    headers = list({id(header): header for header, _ in slices}.values())
+    frames = [frame for _, frame in slices]
+    is_enhanced = len(headers) == 1 and "PerFrameFunctionalGroupsSequence" in headers[0]
+    if len(headers) < len(slices) and not is_enhanced:
+        raise DicomSourceError(
+            f"{source}: expected one slice per file, or one enhanced multi-frame file with positions, found a film or "
+            "several such files, whose frames a segmentation can't refer to; use the class map."
+        )
     spacing = float(np.linalg.norm(geometry.affine[:3, 2]))
     for header in headers:
-        if int(header.get("NumberOfFrames") or 1) > 1:
-            raise DicomSourceError(
-                f"{source}: expected one slice per file, found a film, whose frames a segmentation can't refer to; use "
-                "the class map."
-            )
-        # A classic image with this tag, which is allowed to say 1, would be taken for a multi-frame object.
-        header.pop("NumberOfFrames", None)
         for name in MAY_BE_EMPTY:
             if name not in header:
                 setattr(header, name, None)
         if header.get("PatientSex") not in ("M", "F", "O"):
             header.PatientSex = None
-        if "ImagePositionPatient" not in header:
-            # Such as a radiograph: it has no place in its frame of reference.
-            header.pop("FrameOfReferenceUID", None)
-        elif not header.get("SliceThickness"):
-            header.SliceThickness = spacing
+        if not is_enhanced:
+            # A classic image with this tag, which is allowed to say 1, would be taken for a multi-frame object.
+            header.pop("NumberOfFrames", None)
+            if "ImagePositionPatient" not in header:
+                # Such as a radiograph: it has no place in its frame of reference.
+                header.pop("FrameOfReferenceUID", None)
+            elif not header.get("SliceThickness"):
+                header.SliceThickness = spacing
         if len(headers) > 1:
             header.SpacingBetweenSlices = spacing
         for name in ("LossyImageCompressionRatio", "LossyImageCompressionMethod"):
             if name not in header:
                 setattr(header, name, None)
-    return headers
+    return headers, frames
 
 
 def _description(number: int, name: str, approved: bool) -> SegmentDescription:

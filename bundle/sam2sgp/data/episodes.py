@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sam2sgp import distributed
 from sam2sgp.data.cache import CaseCache
+from sam2sgp.data.coding import LabelCoding
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.transforms.array import to_three_channels
 
@@ -113,17 +114,21 @@ class EpisodeDataset(Dataset):
     def _index(self, progress: bool) -> None:
         tasks: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
         slices: dict = defaultdict(lambda: defaultdict(list))
+        codings: dict[str, LabelCoding] = defaultdict(LabelCoding)
         bar = tqdm(self.data, desc="Preparing training images", unit="case", disable=not progress)
         for number, case in enumerate(bar):
             label = self.cache[case].label
             self.lengths.append(len(label))
+            held: set[int] = set()
             for index in range(len(label)):
                 counts = np.bincount(label[index].ravel())
+                held.update(np.flatnonzero(counts).tolist())
                 present = {int(value) for value in np.flatnonzero(counts >= MIN_PIXELS) if value}
                 group, patient = self._place(case, index)
                 slices[group][patient].append((number, index, present))
                 for value in present:
                     tasks[group][value][patient].append((number, index))
+            codings[case["group"]].check(case["label"], held)
         self.patients = sorted({patient for patients in slices.values() for patient in patients})
         for group, classes in tasks.items():
             usable = {value: dict(patients) for value, patients in sorted(classes.items()) if len(patients) > 1}

@@ -318,7 +318,7 @@ class ResultWriter:
         pred, truth = case["pred"].numpy(), case["label"].numpy() if self.scored else None
         slices = [int(number) for number in spread_slices(pred, truth)]
         main, fit, values = case["main"], case["fit"], [0, *self.bank.class_values]
-        pseudo = fit.restore_label(case["pseudo"][None])[0].long()
+        pseudo = fit.restore_label(case["pseudo"][None])[0].long().numpy()
         boxes = zip(self.bank.class_values, case["box"][main], strict=True)
         support = [
             {"id": self.bank.items[item].id, "class_name": self.bank.class_names[value], "similarity": similarity}

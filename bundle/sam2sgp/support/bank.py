@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sam2sgp import distributed
+from sam2sgp.data.coding import LabelCoding
 from sam2sgp.data.folders import check_label_values, complete_class_names
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.heap import give_back
@@ -42,7 +43,7 @@ from sam2sgp.transforms.array import to_three_channels
 from sam2sgp.transforms.dictionary import along_axis
 
 # Part of the keys of both layers: counted up when what is prepared or encoded changes by the code.
-VERSION = 2
+VERSION = 3
 CASE, ENCODED = "case", "encoded"
 WHOLE = "item"
 CASES_PER_LOOKUP = 256
@@ -413,6 +414,7 @@ class SupportBank:
     def _listed(self, cases: list[dict]) -> Iterator[tuple[dict, Listing | None, str, str | None]]:
         """Each case with what it has, the hash of its content, and what is wrong with it (None: nothing)."""
         new: dict[str, bytes] = {}
+        coding = LabelCoding(self.declared)
         try:
             # With a limit, few cases may be enough: each is hashed when it is looked up.
             step = CASES_PER_LOOKUP if self.max_items is None else 1
@@ -428,6 +430,7 @@ class SupportBank:
                             raise digest
                         digest, listing = self._list(case, digest, known, new)
                         check_label_values(case["label"], listing.values, self.declared)
+                        coding.check(case["label"], listing.values)
                     except Exception as raised:  # whatever a reader raises for one file must not end the others
                         cause = cause_of(raised)
                         if not self.skip_errors:

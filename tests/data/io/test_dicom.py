@@ -1,7 +1,9 @@
 """Reading DICOM series and files: values and places, and what is refused."""
 
 import io
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -9,18 +11,19 @@ import pytest
 import SimpleITK
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
+from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, MediaStorageDirectoryStorage, RLELossless
 
 from sam2sgp.data.io import (
+    dicom_files,
     image_stem,
     is_image,
     output_suffix,
     read_image,
-    read_label,
     write_label,
 )
 from sam2sgp.errors import DataError
-from tests.data.dicom_files import write_dicom, write_series
+from sam2sgp.evaluation import class_sizes
+from tests.data.dicom_files import item, write_dicom, write_series
 
 RNG = np.random.default_rng(0)
 
@@ -152,16 +155,119 @@ def test_ultrasound_film_in_colour_has_its_frames_as_slices(tmp_path):
     assert np.abs(read_image(path).slices[0].transpose(1, 2, 0) - ramp).max() <= 4
 
 
-def test_multi_frame_volume_and_segmentation_objects_are_refused(tmp_path):
+def test_multi_frame_object_without_positions_and_segmentation_objects_are_refused(tmp_path):
     frames = np.zeros((4, 4, 4), np.uint16)
     path = write_dicom(tmp_path / "mr.dcm", frames[0], "MR", NumberOfFrames=4, PixelData=frames.tobytes())
-    with pytest.raises(DataError, match="multi-frame object of 4 frames"):
+    with pytest.raises(DataError, match="position for each frame.* its 4 frames"):
         read_image(path)
     with pytest.raises(DataError, match="DICOM segmentation"):
-        read_label(write_dicom(tmp_path / "seg.dcm", frames[0].astype(np.uint8), "SEG"))
+        read_image(write_dicom(tmp_path / "seg.dcm", frames[0].astype(np.uint8), "SEG"))
 
 
 def test_reading_gives_no_warnings_for_sound_files(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_image(write_series(tmp_path / "ct", np.zeros((3, 4, 4), np.uint16)))
+
+
+def rounded_positions(folder: Path, decimals: int) -> Path:
+    for file in folder.iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.ImagePositionPatient = [f"{float(value):.{decimals}f}" for value in dataset.ImagePositionPatient]
+        dataset.save_as(file)
+    return folder
+
+
+@pytest.mark.parametrize("orientation", [(1, 0, 0, 0, 1, 0), (0.8, 0.6, 0, 0, 0, -1)])
+def test_positions_rounded_to_a_tenth_of_a_millimetre_are_one_regular_stack(tmp_path, orientation):
+    settings = {"spacing": (1.25, 0.8, 0.7), "orientation": orientation}
+    volume = np.zeros((12, 4, 4), np.uint16)
+    exact = read_image(write_series(tmp_path / "exact", volume, **settings)).geometry
+    found = read_image(rounded_positions(write_series(tmp_path / "ct", volume, **settings), 1)).geometry
+    corner = [3, 3, 11, 1]
+    assert np.abs(found.affine @ corner - exact.affine @ corner).max() <= 0.1
+    for skip in (1, 5, 10):
+        folder = write_series(tmp_path / f"without_{skip}", volume, skip=(skip,), **settings)
+        with pytest.raises(DataError, match="gap of 2.[3-6][0-9] mm.*missing"):
+            read_image(rounded_positions(folder, 1))
+
+
+def test_series_taken_with_two_spacings_is_refused_with_what_to_do(tmp_path):
+    folder = write_series(tmp_path / "head", np.zeros((12, 4, 4), np.uint16), spacing=(2.5, 1, 1))
+    for file in folder.iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.ImagePositionPatient[2] += 2.5 * max(0, int(dataset.InstanceNumber) - 6)
+        dataset.save_as(file)
+    with pytest.raises(DataError, match="from 2.50 to 5.00 mm.*resample it to equal spacing"):
+        read_image(folder)
+
+
+def test_the_same_instance_twice_counts_once_and_others_stay(tmp_path):
+    volume = RNG.integers(0, 3000, (4, 5, 6)).astype(np.uint16)
+    folder = write_series(tmp_path / "ct", volume)
+    expected = read_image(folder).slices
+    shutil.copy(folder / "IM0002.dcm", folder / "IM0002 (1).dcm")
+    assert np.array_equal(read_image(folder).slices, expected)
+    # As tools for making data anonymous write it: one UID for all, which are different slices nonetheless.
+    (folder / "IM0002 (1).dcm").unlink()
+    for file in folder.iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+        dataset.save_as(file)
+    assert np.array_equal(read_image(folder).slices, expected)
+    dataset.PixelData = bytes(len(dataset.PixelData))
+    dataset.save_as(folder / "other.dcm")
+    with pytest.raises(DataError, match="each slice position once"):
+        read_image(folder)
+
+
+def test_dicomdir_is_no_image(tmp_path):
+    folder = write_series(tmp_path / "ct", np.zeros((3, 4, 4), np.uint16))
+    dataset = pydicom.dcmread(folder / "IM0000.dcm", stop_before_pixels=True)
+    index = pydicom.Dataset()
+    index.FileSetID = "DISC"
+    file = pydicom.FileDataset("", index, file_meta=dataset.file_meta, preamble=b"\0" * 128)
+    file.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+    file.is_little_endian, file.is_implicit_VR = True, False
+    for name in ("DICOMDIR", "index.dcm"):
+        file.save_as(folder / name)
+        assert not is_image(folder / name)
+    assert len(dicom_files(folder)) == 3 and read_image(folder).slices.shape[0] == 3
+
+
+def region(spatial_format: int = 1, unit: int = 3, delta: float = 0.02) -> pydicom.Dataset:
+    return item(
+        RegionSpatialFormat=spatial_format,
+        PhysicalUnitsXDirection=unit,
+        PhysicalUnitsYDirection=unit,
+        PhysicalDeltaX=delta,
+        PhysicalDeltaY=-2 * delta,
+    )[0]
+
+
+@pytest.mark.parametrize(
+    ("regions", "spacing"),
+    [
+        ([], None),
+        ([region()], (0.4, 0.2)),
+        ([region(), region(), region(spatial_format=3, unit=4, delta=0.001)], (0.4, 0.2)),
+        ([region(), region(delta=0.03)], None),
+        ([region(unit=0)], None),
+    ],
+)
+def test_spacing_of_an_ultrasound_image_is_that_of_its_calibrated_regions(tmp_path, regions, spacing):
+    pixels = RNG.integers(0, 255, (6, 8)).astype(np.uint8)
+    tags = {"SequenceOfUltrasoundRegions": pydicom.Sequence(regions)}
+    found = read_image(write_dicom(tmp_path / "us.dcm", pixels, "US", **tags)).geometry
+    assert found.spacing is None if spacing is None else np.allclose(found.spacing[1:], spacing)
+    sizes = class_sizes((pixels > 99)[None].astype(np.uint8), {1: "cyst"}, found.spacing)[0]
+    assert sizes["size_unit"] == ("px" if spacing is None else "mm2")
+    assert sizes["size"] == pytest.approx((pixels > 99).sum() * (1 if spacing is None else 0.08))
+
+
+def test_image_without_spacing_and_frames_of_a_film_have_no_size_in_mm(tmp_path):
+    pixels = np.zeros((4, 6, 8), np.uint8)
+    assert read_image(write_dicom(tmp_path / "a.dcm", pixels[0], "DX")).geometry.spacing is None
+    assert read_image(write_dicom(tmp_path / "b.dcm", pixels[0], "DX", PixelSpacing=[0, 0])).geometry.spacing is None
+    tags = {"NumberOfFrames": 4, "PixelData": pixels.tobytes(), "PixelSpacing": [0.2, 0.2]}
+    assert read_image(write_dicom(tmp_path / "film.dcm", pixels[0], "US", **tags)).geometry.spacing is None

@@ -1,14 +1,14 @@
 """Reading NRRD and MetaImage files that SimpleITK wrote."""
 
+from pathlib import Path
+
+import nrrd
 import numpy as np
 import pytest
 import SimpleITK
 
-from sam2sgp.data.io import (
-    image_stem,
-    read_image,
-    write_label,
-)
+from sam2sgp.data.io import image_stem, read_image, read_label, write_label
+from sam2sgp.errors import DataError
 
 RNG = np.random.default_rng(0)
 
@@ -45,3 +45,97 @@ def test_two_dimensional_nrrd_and_colour_metaimage(tmp_path):
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(colours, isVector=True), str(tmp_path / "b.mha"))
     image = read_image(tmp_path / "b.mha")
     assert image.is_rgb and np.array_equal(image.slices[0], colours.transpose(2, 0, 1))
+
+
+def segmentation(path: Path, array: np.ndarray, image: SimpleITK.Image, start=(0, 0, 0), **keys) -> Path:
+    """As 3D Slicer writes it: array (x, y, z) or layers (layer, x, y, z), from voxel `start` of its image on."""
+    origin = image.TransformIndexToPhysicalPoint(start)
+    directions = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    layered = array.ndim == 4
+    header = {
+        "space": "left-posterior-superior",
+        "kinds": ["list"] * layered + ["domain"] * 3,
+        "space directions": np.vstack([[[np.nan] * 3] * layered, directions.T]) if layered else directions.T,
+        "space origin": origin,
+        "encoding": "gzip",
+        **keys,
+    }
+    nrrd.write(str(path), array, header)
+    return path
+
+
+@pytest.fixture
+def reference(tmp_path) -> SimpleITK.Image:
+    image = SimpleITK.GetImageFromArray(np.zeros((9, 8, 7), np.int16))
+    image.SetSpacing((1.5, 0.8, 3.0))
+    image.SetOrigin((-40.0, 12.0, 7.0))
+    image.SetDirection((0, 1, 0, -1, 0, 0, 0, 0, 1))
+    SimpleITK.WriteImage(image, str(tmp_path / "image.nrrd"))
+    return image
+
+
+def pasted(whole: SimpleITK.Image, part: np.ndarray, start: tuple) -> np.ndarray:
+    """The part (x, y, z) in the whole (z, y, x), by SimpleITK."""
+    small = SimpleITK.GetImageFromArray(part.T.astype(np.int16))
+    return SimpleITK.GetArrayFromImage(SimpleITK.Paste(whole, small, small.GetSize(), destinationIndex=start))
+
+
+@pytest.mark.parametrize("start", [(0, 0, 0), (2, 1, 3), (3, 4, 5)])
+def test_cropped_segmentation_is_laid_in_place(tmp_path, reference, start):
+    part = RNG.integers(0, 3, (4, 4, 4)).astype(np.uint8)
+    path = segmentation(tmp_path / "a.seg.nrrd", part, reference, start, Segment0_LabelValue="1")
+    geometry = read_image(tmp_path / "image.nrrd").geometry
+    found = geometry.to_native(read_label(path, geometry))
+    assert np.array_equal(found.T, pasted(reference, part, start))
+    # Stored with an axis the other way round.
+    turned = SimpleITK.Image(reference)
+    turned.SetOrigin(reference.TransformIndexToPhysicalPoint((start[0] + 3, start[1], start[2])))
+    turned.SetDirection((0, 1, 0, 1, 0, 0, 0, 0, 1))
+    path = segmentation(tmp_path / "b.seg.nrrd", part[::-1], turned, Segment0_LabelValue="1")
+    assert np.array_equal(geometry.to_native(read_label(path, geometry)), found)
+
+
+def test_segments_outside_or_between_the_voxels_of_their_image_are_refused(tmp_path, reference):
+    part = np.zeros((4, 4, 4), np.uint8)
+    part[1, 1, 1] = 1
+    geometry = read_image(tmp_path / "image.nrrd").geometry
+    found = read_label(segmentation(tmp_path / "a.seg.nrrd", part, reference, (-1, 5, 6)), geometry)
+    assert geometry.to_native(found)[0, 6, 7] == 1 and found.sum() == 1
+    with pytest.raises(DataError, match="b.seg.nrrd.*outside"):
+        read_label(segmentation(tmp_path / "b.seg.nrrd", part, reference, (-2, 5, 6)), geometry)
+    moved = SimpleITK.Image(reference)
+    moved.SetOrigin((-40.4, 12.0, 7.0))
+    with pytest.raises(DataError, match="c.seg.nrrd.*lie between them"):
+        read_label(segmentation(tmp_path / "c.seg.nrrd", part, moved), geometry)
+    nrrd.write(str(tmp_path / "d.nrrd"), part)
+    with pytest.raises(DataError, match="d.nrrd.*7x8x9.*4x4x4"):
+        read_label(tmp_path / "d.nrrd", geometry)
+
+
+def test_layers_of_a_segmentation_are_one_class_map_unless_they_overlap(tmp_path, reference):
+    layers = np.zeros((2, 7, 8, 9), np.uint8)
+    layers[0, 1] = 1
+    layers[0, 2] = 2
+    layers[1, 4] = 1
+    geometry = read_image(tmp_path / "image.nrrd").geometry
+    keys = {"Segment0_LabelValue": "1", "Segment1_LabelValue": "2", "Segment2_LabelValue": "1", "Segment2_Layer": "1"}
+    path = segmentation(tmp_path / "a.seg.nrrd", layers, reference, **keys)
+    found = geometry.to_native(read_label(path, geometry))
+    assert [int(found[x].max()) for x in range(7)] == [0, 1, 2, 0, 3, 0, 0] and (found[4] == 3).all()
+    layers[1, 2] = 1
+    with pytest.raises(DataError, match="b.seg.nrrd.*overlap"):
+        read_label(segmentation(tmp_path / "b.seg.nrrd", layers, reference, **keys), geometry)
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_voxels_of_unknown_size_have_no_spacing_and_components_are_no_colours(tmp_path, suffix):
+    if suffix == ".nrrd":
+        nrrd.write(str(tmp_path / "a.nrrd"), np.zeros((4, 5, 6), np.int16), {"encoding": "raw"})
+    else:
+        text = "ObjectType = Image\nNDims = 3\nDimSize = 4 5 6\nElementType = MET_SHORT\nElementDataFile = LOCAL\n"
+        (tmp_path / "a.mha").write_bytes(text.encode() + bytes(240))
+    assert read_image(tmp_path / f"a{suffix}").geometry.spacing is None
+    vectors = SimpleITK.GetImageFromArray(np.zeros((4, 5, 6, 3), np.float32), isVector=True)
+    SimpleITK.WriteImage(vectors, str(tmp_path / f"b{suffix}"))
+    with pytest.raises(DataError, match="found 3 along further axes"):
+        read_image(tmp_path / f"b{suffix}")

@@ -42,8 +42,9 @@ def test_written_label_has_the_world_positions_of_its_image_in_another_library(t
         assert np.allclose(written.TransformIndexToPhysicalPoint(index), expected, atol=1e-4)
         assert np.allclose(geometry.affine @ [*index, 1], [-expected[0], -expected[1], expected[2], 1], atol=1e-3)
     header = nib.load(tmp_path / "out.nii.gz").header
-    assert header.get_data_dtype() == np.uint8 and header.get_xyzt_units()[0] == "mm"
-    assert header["sform_code"] > 0 and header["qform_code"] > 0
+    assert header.get_data_dtype() == np.uint8
+    for name in ("sform_code", "qform_code", "xyzt_units", "srow_x", "quatern_b", "qoffset_x"):
+        assert np.array_equal(header[name], stored.header[name]), name
     assert np.allclose(header.get_zooms(), stored.header.get_zooms())
     assert np.array_equal(read_label(tmp_path / "out.nii.gz", geometry), labels)
 
@@ -71,7 +72,7 @@ def test_label_of_another_size_is_an_error_stating_both(tmp_path):
         read_label(save_nifti(tmp_path / "b.nii.gz", np.zeros((4, 5, 7), np.uint8)), image.geometry)
     Image.new("L", (8, 9)).save(tmp_path / "a.png")
     Image.new("L", (9, 8)).save(tmp_path / "b.png")
-    with pytest.raises(DataError, match="9x8x1.*8x9x1"):
+    with pytest.raises(DataError, match="9x8 .*8x9; "):
         read_label(tmp_path / "b.png", read_image(tmp_path / "a.png").geometry)
 
 
@@ -133,7 +134,7 @@ def test_what_is_no_class_map_is_refused(tmp_path):
         read_label(save_nifti(tmp_path / "b.nii.gz", np.full((3, 3, 3), np.nan)))
     with pytest.raises(DataError, match="from 0"):
         read_label(save_nifti(tmp_path / "c.nii.gz", np.full((3, 3, 3), -1, np.int16)))
-    with pytest.raises(DataError, match="2 channels"):
+    with pytest.raises(DataError, match="2 along further axes"):
         read_label(save_nifti(tmp_path / "d.nii.gz", np.zeros((3, 3, 3, 2), np.uint8)))
     blurred = np.tile(np.arange(0, 256, 5, dtype=np.uint8), (9, 1))
     Image.fromarray(blurred).save(tmp_path / "e.png")

@@ -1,15 +1,14 @@
 """Reading NIfTI, checked with another library than the one that wrote the file."""
 
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
 
-from sam2sgp.data.io import (
-    read_image,
-    read_label,
-    write_label,
-)
+from sam2sgp.data.io import read_image, read_label, write_label, write_map
+from sam2sgp.errors import DataError
 from tests.data.io.nifti_files import save_nifti
 
 RNG = np.random.default_rng(0)
@@ -39,11 +38,13 @@ def test_one_slice_image_gives_one_slice_and_its_own_dimensions_back(tmp_path, s
     assert np.array_equal(read_label(tmp_path / "b.nii.gz", image.geometry), labels)
 
 
-def test_four_dimensional_nifti_has_channels(tmp_path):
-    array = RNG.normal(size=(4, 5, 6, 2)).astype(np.float32)
-    image = read_image(save_nifti(tmp_path / "a.nii.gz", array, np.diag([-1.0, -1.0, 1.0, 1.0])))
-    assert image.slices.shape == (6, 2, 5, 4) and image.geometry.native_shape == (4, 5, 6)
-    assert np.array_equal(image.slices[3, 1], array[:, :, 3, 1].T)
+@pytest.mark.parametrize("shape", [(4, 5, 6, 2), (4, 5, 6, 3), (4, 5, 6, 1, 3), (4, 5, 1, 7)])
+def test_time_points_and_channels_are_never_taken_for_colours(tmp_path, shape):
+    path = save_nifti(tmp_path / "a.nii.gz", np.zeros(shape, np.float32))
+    with pytest.raises(DataError, match=f"a.nii.gz.*found {shape[-1]} along further axes.*time points or channels"):
+        read_image(path)
+    image = read_image(save_nifti(tmp_path / "b.nii.gz", np.zeros((4, 5, 6, 1), np.float32)))
+    assert image.slices.shape == (6, 1, 5, 4) and image.geometry.native_shape == (4, 5, 6)
 
 
 def test_rgb_nifti_is_colour(tmp_path):
@@ -51,3 +52,81 @@ def test_rgb_nifti_is_colour(tmp_path):
     pixels = colours.view([("R", "u1"), ("G", "u1"), ("B", "u1")])[..., 0]
     image = read_image(save_nifti(tmp_path / "a.nii.gz", pixels, np.diag([-1.0, -1.0, 1.0, 1.0])))
     assert image.is_rgb and np.array_equal(image.slices[2], colours[:, :, 2].transpose(2, 1, 0))
+
+
+QFORM = nib.affines.from_matvec(np.diag([-1.5, -1.5, 3.0]), [40.0, 30.0, 0.0])
+SFORM = nib.affines.from_matvec(np.diag([-1.5, -1.5, 3.0]), [50.0, 23.0, 5.0])
+FORMS = [(1, 2), (1, 1), (2, 1), (4, 3), (1, 0), (0, 2), (0, 0)]
+
+
+def two_forms(path: Path, qform_code: int, sform_code: int, array: np.ndarray) -> Path:
+    image = nib.Nifti1Image(array, None)
+    image.header.set_qform(QFORM, code=qform_code)
+    image.header.set_sform(SFORM, code=sform_code)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.set_slope_inter(2.0, -5.0)
+    nib.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize(("qform_code", "sform_code"), FORMS)
+def test_result_has_both_forms_of_its_image_and_their_codes(tmp_path, qform_code, sform_code):
+    array = RNG.integers(0, 99, (6, 5, 4)).astype(np.int16)
+    path = two_forms(tmp_path / "a.nii.gz", qform_code, sform_code, array)
+    geometry = read_image(path).geometry
+    labels = geometry.from_native((array > 50).astype(np.uint8))
+    write_label(tmp_path / "label.nii.gz", labels, geometry)
+    write_map(tmp_path / "map.nii.gz", labels.astype(np.float32), geometry)
+    expected, placed = nib.load(path).header, SimpleITK.ReadImage(str(path))
+    for name in ("label.nii.gz", "map.nii.gz"):
+        header = nib.load(tmp_path / name).header
+        for field in ("qform_code", "sform_code", "srow_x", "srow_y", "srow_z", "qoffset_x", "pixdim", "xyzt_units"):
+            assert np.array_equal(header[field], expected[field]), (name, field)
+        assert np.allclose(header.get_qform(), expected.get_qform()) and header.get_slope_inter() == (None, None)
+        found = SimpleITK.ReadImage(str(tmp_path / name))
+        assert found.GetOrigin() == placed.GetOrigin() and found.GetDirection() == placed.GetDirection()
+        assert np.array_equal(SimpleITK.GetArrayFromImage(found).T, array > 50)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
+@pytest.mark.parametrize(("qform_code", "sform_code"), FORMS)
+def test_label_on_the_voxels_is_accepted_by_either_form(tmp_path, qform_code, sform_code, suffix):
+    array = RNG.integers(0, 2, (6, 5, 4)).astype(np.uint8)
+    path = two_forms(tmp_path / "a.nii.gz", qform_code, sform_code, array)
+    image = read_image(path)
+    expected = image.geometry.from_native(array)
+    by_itk = SimpleITK.GetImageFromArray(array.T)
+    by_itk.CopyInformation(SimpleITK.ReadImage(str(path)))
+    SimpleITK.WriteImage(by_itk, str(tmp_path / f"itk{suffix}"))
+    assert np.array_equal(read_label(tmp_path / f"itk{suffix}", image.geometry), expected)
+    # As most scripts write it.
+    nib.save(nib.Nifti1Image(array, nib.load(path).affine), tmp_path / "nibabel.nii.gz")
+    assert np.array_equal(read_label(tmp_path / "nibabel.nii.gz", image.geometry), expected)
+    by_itk.SetOrigin((7.0, 8.0, 9.0))
+    SimpleITK.WriteImage(by_itk, str(tmp_path / f"elsewhere{suffix}"))
+    with pytest.raises(DataError, match="voxels away"):
+        read_label(tmp_path / f"elsewhere{suffix}", image.geometry)
+
+
+def test_forms_that_mirror_each_other_keep_the_order_of_voxels(tmp_path):
+    array = np.zeros((6, 5, 4), np.uint8)
+    array[0] = 1
+    image = nib.Nifti1Image(array, None)
+    image.header.set_qform(np.diag([1.0, 1, 1, 1]), code=1)
+    image.header.set_sform(nib.affines.from_matvec(np.diag([-1.0, 1, 1]), [5.0, 0, 0]), code=2)
+    nib.save(image, tmp_path / "a.nii.gz")
+    geometry = read_image(tmp_path / "a.nii.gz").geometry
+    by_itk = SimpleITK.GetImageFromArray(array.T)
+    by_itk.CopyInformation(SimpleITK.ReadImage(str(tmp_path / "a.nii.gz")))
+    SimpleITK.WriteImage(by_itk, str(tmp_path / "b.nii.gz"))
+    assert np.array_equal(read_label(tmp_path / "b.nii.gz", geometry), geometry.from_native(array))
+
+
+def test_vector_of_bytes_is_colour(tmp_path):
+    colours = RNG.integers(0, 255, (4, 5, 6, 1, 3)).astype(np.uint8)
+    image = read_image(save_nifti(tmp_path / "a.nii.gz", colours, np.diag([-1.0, -1.0, 1.0, 1.0])))
+    assert image.is_rgb and np.array_equal(image.slices[2], colours[:, :, 2, 0].transpose(2, 1, 0))
+    colours = SimpleITK.GetImageFromArray(RNG.integers(0, 255, (4, 5, 6, 3)).astype(np.uint8), isVector=True)
+    SimpleITK.WriteImage(colours, str(tmp_path / "b.nii.gz"))
+    image = read_image(tmp_path / "b.nii.gz")
+    assert np.array_equal(image.slices.transpose(0, 2, 3, 1), SimpleITK.GetArrayFromImage(colours))

@@ -2,14 +2,13 @@
 
 import zlib
 
+import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
+import tifffile
+from PIL import ExifTags, Image, ImageOps
 
-from sam2sgp.data.io import (
-    read_image,
-    read_label,
-)
+from sam2sgp.data.io import is_binary_255, read_image, read_label, write_label, write_map
 from sam2sgp.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -86,3 +85,103 @@ def test_many_page_tiff_is_refused(tmp_path):
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(DataError, match="2 pages"):
         read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_picture_is_turned_as_viewers_turn_it_and_so_is_its_result(tmp_path, name, orientation):
+    colours = RNG.integers(0, 255, (16, 24, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(colours).save(tmp_path / name, exif=exif, **({"quality": 95} if name == "a.jpg" else {}))
+    with Image.open(tmp_path / name) as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture))
+    image = read_image(tmp_path / name)
+    assert np.array_equal(image.slices[0].transpose(1, 2, 0), expected)
+    mask = (expected[..., :1] > 99).astype(np.uint8)[None, ..., 0]
+    write_label(tmp_path / "mask.png", mask, image.geometry)
+    with Image.open(tmp_path / "mask.png") as picture:
+        assert np.array_equal(np.asarray(picture), mask[0])
+    assert np.array_equal(read_label(tmp_path / "mask.png", image.geometry), mask)
+    write_map(tmp_path / "map.tif", mask.astype(np.float32), image.geometry)
+    assert np.array_equal(tifffile.imread(tmp_path / "map.tif"), mask[0])
+    # ITK and MONAI show, and label, the pixels as stored.
+    native = image.geometry.to_native(mask)
+    nib.save(nib.Nifti1Image(native.T[..., None], np.eye(4)), tmp_path / "mask.nii.gz")
+    assert np.array_equal(read_label(tmp_path / "mask.nii.gz", image.geometry), mask)
+
+
+def test_a_label_is_turned_by_its_own_tag_and_one_as_stored_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    mask = (RNG.random((16, 24)) > 0.5).astype(np.uint8)
+    for name in ("image.png", "label.png"):
+        Image.fromarray(mask).save(tmp_path / name, exif=exif)
+    geometry = read_image(tmp_path / "image.png").geometry
+    assert np.array_equal(read_label(tmp_path / "label.png", geometry)[0], np.rot90(mask, -1))
+    Image.fromarray(mask).save(tmp_path / "stored.png")
+    with pytest.raises(DataError, match="stored.png.*24x16 .*16x24.*EXIF tag"):
+        read_label(tmp_path / "stored.png", geometry)
+
+
+def palette_picture(index: np.ndarray, colours: list[int], **options) -> Image.Image:
+    picture = Image.fromarray(index.astype(np.uint8), "P")
+    picture.putpalette(colours)
+    picture.info.update(options)
+    return picture
+
+
+def test_white_is_the_object_in_black_and_white_palettes(tmp_path):
+    mask = RNG.random((6, 7)) > 0.5
+    for colours, index in (([255] * 3 + [0] * 3, ~mask), ([0] * 3 + [255] * 3, mask)):
+        palette_picture(index, colours).save(tmp_path / "a.png")
+        assert np.array_equal(read_label(tmp_path / "a.png")[0], mask)
+        assert is_binary_255(tmp_path / "a.png")
+        palette_picture(np.full((6, 7), index[mask][0]), colours).save(tmp_path / "a.png")
+        assert read_label(tmp_path / "a.png").all()
+
+
+def test_palettes_whose_colours_contradict_the_indices_are_refused(tmp_path):
+    index = RNG.integers(0, 3, (6, 7))
+    palette_picture(index, [9, 9, 9, 200, 0, 0, 0, 0, 0]).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="a.png.*index 0, the background, is black"):
+        read_label(tmp_path / "a.png")
+    # A class map of 0, 3 and 7 as programs that make pictures smaller store it.
+    palette_picture(index, [0, 0, 0, 3, 3, 3, 7, 7, 7]).save(tmp_path / "b.png")
+    with pytest.raises(DataError, match="b.png.*its greys are other ones"):
+        read_label(tmp_path / "b.png")
+    palette_picture(index, [0, 0, 0, 128, 128, 128, 255, 255, 255]).save(tmp_path / "c.png")
+    assert np.array_equal(read_label(tmp_path / "c.png")[0], index)
+
+
+def test_what_is_opaque_is_the_object_where_colours_say_nothing(tmp_path):
+    mask = RNG.random((6, 7)) > 0.5
+    pixels = np.full((6, 7, 4), 255, np.uint8)
+    pixels[..., 3] = 255 * mask
+    red = pixels * np.array([1, 0, 0, 1], np.uint8)
+    black = pixels * np.array([0, 0, 0, 1], np.uint8)
+    for name, stored in (("white", pixels), ("red", red), ("black", black)):
+        Image.fromarray(stored).save(tmp_path / f"{name}.png")
+        assert np.array_equal(read_label(tmp_path / f"{name}.png")[0], mask), name
+    palette_picture(mask, [255] * 6, transparency=b"\x00\xff").save(tmp_path / "palette.png")
+    assert np.array_equal(read_label(tmp_path / "palette.png")[0], mask)
+
+
+def test_class_values_count_where_transparency_agrees_and_else_the_label_is_refused(tmp_path):
+    values = RNG.integers(0, 3, (6, 7)).astype(np.uint8)
+    Image.fromarray(np.stack([values, (255 * (values > 0)).astype(np.uint8)], -1), "LA").save(tmp_path / "a.png")
+    assert np.array_equal(read_label(tmp_path / "a.png")[0], values)
+    other = (255 * (RNG.random((6, 7)) > 0.5)).astype(np.uint8)
+    Image.fromarray(np.stack([values, other], -1), "LA").save(tmp_path / "b.png")
+    with pytest.raises(DataError, match="b.png.*both and that they differ"):
+        read_label(tmp_path / "b.png")
+    Image.fromarray(RNG.integers(0, 255, (6, 7, 4)).astype(np.uint8)).save(tmp_path / "c.png")
+    with pytest.raises(DataError, match="c.png.*colour picture"):
+        read_label(tmp_path / "c.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_mask_of_16_bits_is_class_1(tmp_path, name):
+    mask = RNG.random((6, 7)) > 0.5
+    Image.fromarray((mask * 65535).astype(np.uint16)).save(tmp_path / name)
+    assert np.array_equal(read_label(tmp_path / name)[0], mask)

@@ -6,7 +6,7 @@ Class maps and maps of probabilities or uncertainty are written on the file's ow
 Voxels are only permuted and flipped, never resampled. All functions may be called from several threads at once.
 """
 
-from sam2sgp.data.io.dicom import dicom_headers
+from sam2sgp.data.io.dicom import dicom_headers, dicom_slices
 from sam2sgp.data.io.formats import (
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -25,6 +25,7 @@ from sam2sgp.data.io.formats import (
 from sam2sgp.data.io.geometry import Geometry
 from sam2sgp.data.io.images import MedicalImage, read_image
 from sam2sgp.data.io.labels import is_binary_255, read_label, write_label, write_map, writing
+from sam2sgp.data.io.nifti import itk_affine
 
 __all__ = [
     "ITK_SUFFIXES",
@@ -35,12 +36,14 @@ __all__ = [
     "MedicalImage",
     "dicom_files",
     "dicom_headers",
+    "dicom_slices",
     "image_stem",
     "is_binary_255",
     "is_dicom",
     "is_dicom_seg",
     "is_image",
     "is_picture",
+    "itk_affine",
     "map_suffix",
     "output_suffix",
     "read_image",

@@ -1,96 +1,226 @@
-"""Reading a DICOM series folder as one regular stack of slices, or a single DICOM file."""
+"""Reading DICOM: a series folder or an enhanced multi-frame file as one regular stack of slices, or a single image.
 
+Slices are put in the order of their positions (PS3.3 C.7.6.2). Anything but one stack of equal slices at equal
+distances is refused: it has no rectangular grid of voxels on which a class map could be written.
+"""
+
+import hashlib
 import os
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
-import itk
 import numpy as np
-import pydicom
-from pydicom.pixel_data_handlers.util import apply_color_lut, convert_color_space
-from pydicom.uid import RLELossless
+from pydicom import Dataset
 
+from sam2sgp.data.io.dicom_pixels import frame_item, read_dataset, read_frames
 from sam2sgp.data.io.formats import dicom_files
 from sam2sgp.data.io.geometry import Grid
-from sam2sgp.data.io.itk import ITK_LOCK, itk_array
 from sam2sgp.errors import DataError
 
 # DICOM positions are decimal strings that scanners round; a missing slice changes a gap by 100 %.
 SLICE_GAP_TOLERANCE = 5e-2
+# What is rounded away may make up more of a thin slice, but never so much that a missing slice could hide in it.
+LARGEST_ROUNDING = 0.25
 # A sheared stack (gantry tilt) has no rectangular voxels, so no viewer would show a label on it in place.
 SHEAR_TOLERANCE = 1e-2
 # Modalities whose multi-frame files are films: their frames have no positions of their own to lose.
 CINE_MODALITIES = ("US", "IVUS", "XA", "RF", "ES", "OP")
+# Of ultrasound regions (PS3.3 C.8.5.5): two-dimensional format, centimetres.
+REGION_2D, UNIT_CM = 1, 3
+MM_PER_CM = 10.0
 
 
-def dicom_headers(path: str | os.PathLike) -> list[pydicom.Dataset]:
+@dataclass(frozen=True)
+class _Slice:
+    """One frame of a file, and where it lies (LPS, mm); None for what its header doesn't say."""
+
+    file: Path
+    frame: int
+    header: Dataset
+    position: np.ndarray | None
+    orientation: np.ndarray | None
+    spacing: tuple[float, float] | None
+    # The last decimal place to which positions are given, in mm.
+    precision: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.name} frame {self.frame + 1}" if _frame_count(self.header) > 1 else self.file.name
+
+
+def read_dicom(path: Path, files: list[Path]) -> Grid:
+    """The one series in `files` as a stack of slices, or a single image or film.
+
+    Raises DataError unless they are one regular stack of slices.
+    """
+    slices, step = _dicom_stack(path, files)
+    first = slices[0]
+    orientation = _orientation(first)
+    spacing = first.spacing or _region_spacing(first.header)
+    affine = np.eye(4)
+    affine[:3, 0] = orientation[:3] * (spacing or (1.0, 1.0))[1]
+    affine[:3, 1] = orientation[3:] * (spacing or (1.0, 1.0))[0]
+    affine[:3, 2] = step
+    affine[:3, 3] = (0.0, 0.0, 0.0) if first.position is None else first.position
+    array = _pixels(slices).transpose(2, 1, 0, 3)
+    is_film = len(slices) > 1 and first.position is None
+    return Grid(
+        array,
+        array.shape[:3],
+        np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine,
+        is_rgb=array.shape[3] == 3,
+        modality=str(first.header.get("Modality") or "") or None,
+        has_spacing=spacing is not None and not is_film,
+    )
+
+
+def dicom_headers(path: str | os.PathLike) -> list[Dataset]:
     """Headers, without pixels, of a DICOM series folder or file, in the order of slices along the grid's third axis.
+
+    An enhanced multi-frame file has one header.
 
     Raises:
         DataError: as `read_image` does for a series that is not one regular stack of slices.
     """
+    return list({id(header): header for header, _ in dicom_slices(path)}.values())
+
+
+def dicom_slices(path: str | os.PathLike) -> list[tuple[Dataset, int]]:
+    """Header of its file, and number of its frame (from 0), of each slice along the grid's third axis.
+
+    Raises:
+        DataError: as `dicom_headers`.
+    """
     path = Path(path)
-    return list(_dicom_stack(path, dicom_files(path) if path.is_dir() else [path])[0].values())
+    slices = _dicom_stack(path, dicom_files(path) if path.is_dir() else [path])[0]
+    return [(piece.header, piece.frame) for piece in slices]
 
 
-def read_dicom(path: Path, files: list[Path]) -> Grid:
-    """The one series in `files` as a stack of slices, or a single file."""
-    headers, step = _dicom_stack(path, files)
-    first = next(iter(headers.values()))
-    orientation = _orientation(first)
-    row_spacing, column_spacing = (
-        float(value) for value in first.get("PixelSpacing") or first.get("ImagerPixelSpacing") or (1.0, 1.0)
-    )
-    affine = np.eye(4)
-    affine[:3, 0] = orientation[:3] * column_spacing
-    affine[:3, 1] = orientation[3:] * row_spacing
-    affine[:3, 2] = step
-    affine[:3, 3] = first.get("ImagePositionPatient") or (0.0, 0.0, 0.0)
-    pixels = np.concatenate([_dicom_pixels(file) for file in headers])
-    array = pixels.transpose(2, 1, 0, 3)
-    modality = str(first.get("Modality") or "") or None
-    is_rgb = array.shape[3] == 3
-    return Grid(array, array.shape[:3], np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, is_rgb=is_rgb, modality=modality)
+def _pixels(slices: list[_Slice]) -> np.ndarray:
+    """(slices, rows, columns, C) float32 in the order of `slices`; each file is read once."""
+    wanted: dict[Path, list[tuple[int, int]]] = defaultdict(list)
+    for place, piece in enumerate(slices):
+        wanted[piece.file].append((place, piece.frame))
+    stack = None
+    for file, places in wanted.items():
+        frames = read_frames(file)
+        if stack is None:
+            stack = np.empty((len(slices), *frames.shape[1:]), np.float32)
+        for place, frame in places:
+            stack[place] = frames[frame]
+    return stack
 
 
-def _dicom_stack(path: Path, files: list[Path]) -> tuple[dict[Path, pydicom.Dataset], np.ndarray]:
-    """Headers of the one series in `files` in the order of its slices, and the step (3,) in mm from one to the next.
+def _dicom_stack(path: Path, files: list[Path]) -> tuple[list[_Slice], np.ndarray]:
+    """The slices of the one series in `files` in order, and the step (3,) in mm from one to the next.
 
     Raises DataError unless they are one regular stack of slices, or a single file.
     """
-    headers = {file: _dicom_header(file) for file in files}
+    headers = {file: read_dataset(file, pixels=False) for file in files}
+    without = {file.name: str(header.get("Modality")) for file, header in headers.items() if "Rows" not in header}
     headers = {file: header for file, header in headers.items() if "Rows" in header}
     if not headers:
         raise DataError(f"{path}: expected a DICOM series, found no DICOM image; check the path.")
+    if without:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(without.values()).items()))
+        warnings.warn(f"{path}: DICOM files that hold no image ({kinds}) are passed over.", stacklevel=2)
     _check_one_series(path, list(headers.values()))
     for file, header in headers.items():
         _check_kind(file, header)
-    first = next(iter(headers.values()))
+    slices = [piece for file, header in _once(headers).items() for piece in _slices(file, header)]
+    first = slices[0]
     orientation = _orientation(first)
     normal = np.cross(orientation[:3], orientation[3:])
-    if len(headers) > 1:
-        order, step = _stack(path, headers, normal)
-        return {file: headers[file] for file in order}, step
-    is_film = int(first.get("NumberOfFrames") or 1) > 1
-    thickness = 0.0 if is_film else float(first.get("SpacingBetweenSlices") or first.get("SliceThickness") or 0.0)
-    return headers, normal * (abs(thickness) or 1.0)
+    if len(slices) > 1 and not (len({piece.file for piece in slices}) == 1 and first.position is None):
+        return _stack(path, slices, normal)
+    measures = frame_item(first.header, 0, "PixelMeasuresSequence") or first.header
+    thickness = float(measures.get("SpacingBetweenSlices") or measures.get("SliceThickness") or 0.0)
+    return slices, normal * (abs(thickness) if thickness and len(slices) == 1 else 1.0)
 
 
-def _orientation(header: pydicom.Dataset) -> np.ndarray:
+def _once(headers: dict[Path, Dataset]) -> dict[Path, Dataset]:
+    """Files without copies of the same instance, which have its UID, its position and its pixels."""
+    first: dict[tuple, Path] = {}
+    kept = {}
+    for file, header in headers.items():
+        key = str(header.get("SOPInstanceUID")), str(header.get("ImagePositionPatient"))
+        if key in first and _pixel_digest(file) == _pixel_digest(first[key]):
+            continue
+        first.setdefault(key, file)
+        kept[file] = header
+    return kept
+
+
+def _pixel_digest(file: Path) -> bytes:
+    return hashlib.sha256(read_dataset(file).get("PixelData") or b"").digest()
+
+
+def _slices(file: Path, header: Dataset) -> list[_Slice]:
+    """The frames of a file; those of an enhanced object lie where their functional groups say."""
+    slices = []
+    # Of a film, the header may say where the probe was, but not where each frame is.
+    own = Dataset() if _frame_count(header) > 1 else header
+    for frame in range(_frame_count(header)):
+        position = (frame_item(header, frame, "PlanePositionSequence") or own).get("ImagePositionPatient")
+        orientation = (frame_item(header, frame, "PlaneOrientationSequence") or header).get("ImageOrientationPatient")
+        measures = frame_item(header, frame, "PixelMeasuresSequence") or header
+        spacing = next(
+            (
+                tuple(float(value) for value in measures[name].value)
+                for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+                if measures.get(name) and min(measures[name].value) > 0
+            ),
+            None,
+        )
+        slices.append(
+            _Slice(
+                file,
+                frame,
+                header,
+                np.asarray(position, dtype=float) if position else None,
+                np.asarray(orientation, dtype=float) if orientation else None,
+                spacing,
+                max(10.0 ** -_decimals(str(value)) for value in position) if position else 0.0,
+            )
+        )
+    return slices
+
+
+def _decimals(number: str) -> int:
+    """Decimal places to which a number is written, at least 0: 2 of "-1.25", 6 of "1.5e-5"."""
+    mantissa, _, exponent = number.lower().partition("e")
+    return max(0, len(mantissa.partition(".")[2]) - int(exponent or 0))
+
+
+def _frame_count(header: Dataset) -> int:
+    return int(header.get("NumberOfFrames") or 1)
+
+
+def _orientation(piece: _Slice) -> np.ndarray:
     """Directions (6,) of a row and of a column, LPS; those of an axial slice where the header has none."""
-    return np.asarray(header.get("ImageOrientationPatient") or (1, 0, 0, 0, 1, 0), dtype=float)
+    return np.array((1.0, 0.0, 0.0, 0.0, 1.0, 0.0)) if piece.orientation is None else piece.orientation
 
 
-def _dicom_header(file: Path) -> pydicom.Dataset:
-    try:
-        return pydicom.dcmread(file, stop_before_pixels=True)
-    except Exception as error:
-        raise DataError(
-            f"{file}: expected a DICOM file, found a damaged one or another format ({error}); copy it again."
-        ) from error
+def _region_spacing(header: Dataset) -> tuple[float, float] | None:
+    """Pixel spacing (row, column) in mm by the calibrated regions of an ultrasound image.
+
+    None unless all two-dimensional regions in centimetres agree.
+    """
+    found = {
+        (round(abs(float(region.PhysicalDeltaY)), 9), round(abs(float(region.PhysicalDeltaX)), 9))
+        for region in header.get("SequenceOfUltrasoundRegions") or []
+        if region.get("RegionSpatialFormat") == REGION_2D
+        and region.get("PhysicalUnitsXDirection") == region.get("PhysicalUnitsYDirection") == UNIT_CM
+    }
+    if len(found) != 1:
+        return None
+    row, column = (MM_PER_CM * delta for delta in found.pop())
+    return (row, column) if row and column else None
 
 
-def _check_one_series(path: Path, headers: list[pydicom.Dataset]) -> None:
+def _check_one_series(path: Path, headers: list[Dataset]) -> None:
     series: dict[str, list] = defaultdict(list)
     for header in headers:
         series[str(header.get("SeriesInstanceUID"))].append(header)
@@ -105,96 +235,91 @@ def _check_one_series(path: Path, headers: list[pydicom.Dataset]) -> None:
         )
 
 
-def _check_kind(file: Path, header: pydicom.Dataset) -> None:
-    modality = header.get("Modality")
+def _check_kind(file: Path, header: Dataset) -> None:
+    modality, frames = header.get("Modality"), _frame_count(header)
     if modality == "SEG":
         raise DataError(f"{file}: expected an image, found a DICOM segmentation; convert it to a NIfTI class map.")
-    frames = int(header.get("NumberOfFrames") or 1)
-    if "PerFrameFunctionalGroupsSequence" in header or (frames > 1 and modality not in CINE_MODALITIES):
+    groups = header.get("PerFrameFunctionalGroupsSequence") or []
+    has_positions = len(groups) == frames and all("PlanePositionSequence" in group for group in groups)
+    if frames > 1 and not has_positions and modality not in CINE_MODALITIES:
         raise DataError(
-            f"{file}: expected one slice per file, found a multi-frame object of {frames} frames; convert it to NIfTI "
-            "or to a classic series."
+            f"{file}: expected a position for each frame of a multi-frame object, found none for its {frames} frames; "
+            "convert it to NIfTI or to a classic series."
         )
 
 
-def _stack(path: Path, headers: dict[Path, pydicom.Dataset], normal: np.ndarray) -> tuple[list[Path], np.ndarray]:
-    """Files in the order of their positions along the normal, and the step in mm from one to the next.
+def _stack(path: Path, slices: list[_Slice], normal: np.ndarray) -> tuple[list[_Slice], np.ndarray]:
+    """Slices in the order of their positions along the normal, and the step in mm from one to the next.
 
     Raises DataError unless they are one regular stack of equal slices.
     """
     for name, what in (
-        ("ImagePositionPatient", "slice positions"),
-        ("ImageOrientationPatient", "a slice orientation"),
-        ("PixelSpacing", "a pixel spacing"),
+        ("position", "slice positions"),
+        ("orientation", "a slice orientation"),
+        ("spacing", "a pixel spacing"),
     ):
-        lacking = [file.name for file, header in headers.items() if not header.get(name)]
+        lacking = [piece.name for piece in slices if getattr(piece, name) is None]
         if lacking:
             raise DataError(
                 f"{path}: expected {what} in each file of the series, found none in {lacking[0]} ({len(lacking)} of "
-                f"{len(headers)} files); if these are separate images, give each file by itself."
+                f"{len(slices)} slices); if these are separate images, give each file by itself."
             )
-    first = next(iter(headers.values()))
-    for name, tolerance in (("Rows", 0), ("Columns", 0), ("PixelSpacing", 1e-4), ("ImageOrientationPatient", 1e-3)):
-        expected = np.asarray(first.get(name), dtype=float)
-        for file, header in headers.items():
-            found = np.asarray(header.get(name), dtype=float)
+    first = slices[0]
+    for name, of, tolerance in (
+        ("Rows and Columns", lambda piece: (piece.header.Rows, piece.header.Columns), 0),
+        ("PixelSpacing", lambda piece: piece.spacing, 1e-4),
+        ("ImageOrientationPatient", lambda piece: piece.orientation, 1e-3),
+    ):
+        expected = np.asarray(of(first), dtype=float)
+        for piece in slices:
+            found = np.asarray(of(piece), dtype=float)
             if found.shape != expected.shape or np.abs(found - expected).max() > tolerance:
                 raise DataError(
                     f"{path}: expected slices of one size and orientation, found {name} {found.tolist()} in "
-                    f"{file.name} but {expected.tolist()} in others; remove scouts and other series."
+                    f"{piece.name} but {expected.tolist()} in others; remove scouts and other series."
                 )
-    places = {file: np.asarray(header.ImagePositionPatient, dtype=float) for file, header in headers.items()}
-    order = sorted(places, key=lambda file: places[file] @ normal)
-    heights = np.array([places[file] @ normal for file in order])
+    order = sorted(slices, key=lambda piece: piece.position @ normal)
+    positions = np.array([piece.position for piece in order])
+    heights = positions @ normal
     gaps = np.diff(heights)
     usual = float(np.median(gaps[gaps > 1e-3])) if (gaps > 1e-3).any() else 0.0
     for index in np.flatnonzero(gaps <= max(SLICE_GAP_TOLERANCE * usual, 1e-3)):
         raise DataError(
             f"{path}: expected each slice position once, found {order[index].name} and {order[index + 1].name} both at "
-            f"{heights[index]:.2f} mm; remove the duplicates, or split the series by time or echo."
+            f"{heights[index]:.2f} mm; split the series by time, echo or phase, or remove the copies."
         )
-    for index in np.flatnonzero(np.abs(gaps - usual) > SLICE_GAP_TOLERANCE * usual):
-        raise DataError(
-            f"{path}: expected slices {usual:.2f} mm apart, found a gap of {gaps[index]:.2f} mm between "
-            f"{order[index].name} and {order[index + 1].name}; a slice is missing or the spacing is irregular: export "
-            "the whole series again."
-        )
-    step = (places[order[-1]] - places[order[0]]) / (len(order) - 1)
-    strays = max(np.linalg.norm(places[file] - places[order[0]] - step * n) for n, file in enumerate(order))
+    step = (positions[-1] - positions[0]) / (len(order) - 1)
+    strays = positions - positions[0] - step * np.arange(len(order))[:, None]
+    # Each end of a distance between two positions is off by half of the last place.
+    rounding = min(max(piece.precision for piece in slices), LARGEST_ROUNDING * usual)
+    along = np.abs(strays @ normal)
+    if along.max() > SLICE_GAP_TOLERANCE * usual + rounding:
+        raise _uneven(path, order, gaps, usual, rounding)
+    sideways = np.linalg.norm(strays - np.outer(strays @ normal, normal), axis=1).max()
     tilt = np.linalg.norm(step - (step @ normal) * normal)
-    if tilt > SHEAR_TOLERANCE * usual or strays > 2 * SLICE_GAP_TOLERANCE * usual:
+    allowed = SHEAR_TOLERANCE * usual + rounding / (len(order) - 1)
+    if tilt > allowed or sideways > 2 * SLICE_GAP_TOLERANCE * usual + rounding:
         raise DataError(
             f"{path}: expected slices stacked evenly along their normal, found them shifted sideways by {tilt:.2f} mm "
-            f"each and up to {strays:.2f} mm out of line (tilted gantry?); resample the series to a rectangular grid."
+            f"each and up to {sideways:.2f} mm out of line (tilted gantry?); resample the series to a rectangular grid."
         )
     return order, step
 
 
-def _dicom_pixels(file: Path) -> np.ndarray:
-    """(frames, rows, columns, C) float32: rescaled (HU for CT), MONOCHROME1 inverted, colours as RGB of 0..255."""
-    dataset = pydicom.dcmread(file)
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    samples = int(dataset.get("SamplesPerPixel") or 1)
-    syntax = dataset.file_meta.TransferSyntaxUID
-    if syntax.is_compressed and syntax != RLELossless:
-        # GDCM knows every codec, and rescales, inverts and converts colours itself. Uncompressed MONOCHROME1 of 12
-        # bits it refuses, so those files go through pydicom.
-        with ITK_LOCK:
-            _, pixels = itk_array(file, itk.GDCMImageIO.New())
-        channels = pixels.size // (frames * dataset.Rows * dataset.Columns)
-        return pixels.reshape(frames, dataset.Rows, dataset.Columns, channels).astype(np.float32)
-    pixels = dataset.pixel_array
-    photometric = dataset.PhotometricInterpretation
-    if photometric == "PALETTE COLOR":
-        pixels, samples = apply_color_lut(pixels, dataset)[..., :3], 3
-        if pixels.dtype == np.uint16:
-            pixels = pixels / 257.0
-    elif samples == 3:
-        pixels = convert_color_space(pixels, photometric, "RGB") if photometric != "RGB" else pixels
-    else:
-        if photometric == "MONOCHROME1":
-            # Lowest plus highest storable value: 2 ** bits - 1 unsigned, -1 signed.
-            turning_point = -1.0 if dataset.PixelRepresentation else 2.0**dataset.BitsStored - 1
-            pixels = turning_point - pixels
-        pixels = pixels * float(dataset.get("RescaleSlope") or 1.0) + float(dataset.get("RescaleIntercept") or 0.0)
-    return pixels.reshape(frames, dataset.Rows, dataset.Columns, samples).astype(np.float32)
+def _uneven(path: Path, order: list[_Slice], gaps: np.ndarray, usual: float, rounding: float) -> DataError:
+    """The error for single gaps that are whole multiples of the others (slices are missing), or for uneven spacing."""
+    index = int(np.argmax(np.abs(gaps - usual)))
+    where = f"a gap of {gaps[index]:.2f} mm between {order[index].name} and {order[index + 1].name}"
+    odd = np.abs(gaps - usual) > SLICE_GAP_TOLERANCE * usual + rounding
+    multiples = np.round(gaps / usual)
+    is_multiple = np.abs(gaps - multiples * usual) <= multiples * (SLICE_GAP_TOLERANCE * usual + rounding)
+    if is_multiple.all() and not (odd[1:] & odd[:-1]).any():
+        return DataError(
+            f"{path}: expected slices {usual:.2f} mm apart, found {where}; a slice is missing: get the whole series "
+            "again."
+        )
+    return DataError(
+        f"{path}: expected slices {usual:.2f} mm apart, found {where} (from {gaps.min():.2f} to {gaps.max():.2f} mm); "
+        "the series was taken with several spacings and has no regular grid: resample it to equal spacing (dcm2niix "
+        "writes such a volume with _Eq in its name), or give each evenly spaced part by itself."
+    )

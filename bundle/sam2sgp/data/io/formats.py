@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pydicom
-from pydicom.uid import SegmentationStorage
+from pydicom.uid import MediaStorageDirectoryStorage, SegmentationStorage
 
 from sam2sgp.data.io.geometry import Geometry
 
@@ -17,6 +17,8 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 OUTPUT_SUFFIX = {False: ".nii.gz", True: ".png"}
 MAP_SUFFIX = {False: ".nii.gz", True: ".tif"}
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + DICOM_SUFFIXES + PICTURE_SUFFIXES
+# Bytes of the first element of a DICOM file without preamble, which is a group length, a UID or a character set.
+LONGEST_FIRST_ELEMENT = 256
 
 
 def output_suffix(geometry: Geometry) -> str:
@@ -50,13 +52,19 @@ def image_stem(path: str | os.PathLike) -> str:
 
 
 def is_image(path: str | os.PathLike) -> bool:
-    """Whether a path is an image by its suffix, a DICOM file by content, or a folder that holds DICOM files."""
+    """Whether a path is an image by its suffix, a DICOM file by content, or a folder that holds DICOM files.
+
+    A DICOMDIR is an index of images, and none itself.
+    """
     path = Path(path)
     if path.name.startswith("."):
         return False
     if path.is_dir():
         return bool(dicom_files(path))
-    return bool(suffix_of(path)) or has_dicom_magic(path)
+    suffix = suffix_of(path)
+    if suffix and suffix not in DICOM_SUFFIXES:
+        return True
+    return is_dicom(path) and _storage_class(path) != MediaStorageDirectoryStorage
 
 
 def dicom_files(folder: str | os.PathLike) -> list[Path]:
@@ -69,9 +77,8 @@ def dicom_files(folder: str | os.PathLike) -> list[Path]:
         for path in sorted(Path(folder).iterdir())
         if path.is_file()
         and not path.name.startswith(".")
-        and path.name != "DICOMDIR"
         and is_dicom(path)
-        and not is_dicom_seg(path)
+        and _storage_class(path) not in (MediaStorageDirectoryStorage, SegmentationStorage)
     ]
 
 
@@ -79,15 +86,12 @@ def is_dicom(path: str | os.PathLike) -> bool:
     """Whether an image is DICOM: a folder, or a file by its suffix or, without one, by its content."""
     path = Path(path)
     suffix = suffix_of(path)
-    return path.is_dir() or suffix in DICOM_SUFFIXES or (not suffix and has_dicom_magic(path))
+    return path.is_dir() or suffix in DICOM_SUFFIXES or (not suffix and has_dicom_content(path))
 
 
 def is_dicom_seg(path: str | os.PathLike) -> bool:
     """Whether a file is a DICOM Segmentation object, by its file meta information."""
-    try:
-        return pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID") == SegmentationStorage
-    except Exception:  # whatever is wrong with a damaged file, reading it as an image tells
-        return False
+    return _storage_class(path) == SegmentationStorage
 
 
 def suffix_of(path: str | os.PathLike) -> str:
@@ -96,9 +100,43 @@ def suffix_of(path: str | os.PathLike) -> str:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix) and name != suffix), "")
 
 
+def has_dicom_content(path: Path) -> bool:
+    """Whether a file begins as DICOM does, with or without the preamble of 128 bytes."""
+    return has_dicom_magic(path) or has_dicom_elements(path)
+
+
 def has_dicom_magic(path: Path) -> bool:
+    """Whether the letters DICM follow a preamble of 128 bytes."""
+    return _head(path, 132)[128:] == b"DICM"
+
+
+def has_dicom_elements(path: Path) -> bool:
+    """Whether a file begins with a tag of group 2 or 8, as DICOM without preamble does.
+
+    A two-letter value representation or a plausible length must follow.
+    """
+    head = _head(path, 8)
+    if len(head) < 8:
+        return False
+    for order in ("little", "big"):
+        group, element, length = (int.from_bytes(head[i:j], order) for i, j in ((0, 2), (2, 4), (4, 8)))
+        is_explicit = head[4:6].isalpha() and head[4:6].isupper()
+        if (group == 2 and element <= 1) or (group == 8 and element <= 0x18):
+            return is_explicit or 0 < length <= LONGEST_FIRST_ELEMENT
+    return False
+
+
+def _head(path: Path, length: int) -> bytes:
     try:
         with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            return file.read(length)
     except OSError:
-        return False
+        return b""
+
+
+def _storage_class(path: str | os.PathLike) -> str | None:
+    """What a DICOM file holds (Media Storage SOP Class UID), by its file meta information; None where it has none."""
+    try:
+        return pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID")
+    except Exception:  # whatever is wrong with a damaged file, reading it as an image tells
+        return None

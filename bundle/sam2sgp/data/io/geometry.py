@@ -4,11 +4,13 @@ Voxels are only permuted and flipped, never resampled.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 from nibabel.orientations import io_orientation
 
-from sam2sgp.errors import ConfigError
+from sam2sgp.errors import ConfigError, DataError
 
 # An axis this much coarser than the other two is the one that was scanned in slices.
 THICK_AXIS_RATIO = 1.5
@@ -19,12 +21,16 @@ class Geometry:
     """The way between a file's own grid and slices in display orientation.
 
     Attributes:
-        native_shape: of the file's grid without channels: (X, Y, Z), (X, Y) or, for pictures, (rows, columns).
+        native_shape: of the file's grid without channels: (X, Y, Z), (X, Y) or, for pictures, (rows, columns) as
+            stored, which are not those displayed where an EXIF tag says that the camera was turned.
         affine: (4, 4) float64, voxel -> world in mm, RAS+ as in nibabel; identity for pictures.
         is_picture: a PNG, JPEG, TIFF or BMP.
         axes: the native axis that runs along (slice, row, column); axis 2 of a 2D grid has length 1.
         flips: whether (slice, row, column) run against that native axis.
         slice_axis: canonical axis along which slices are taken: 0 left, 1 posterior, 2 superior.
+        has_spacing: whether the file says how large its voxels are; if not, the affine counts in voxels.
+        affines: other affines by which programs place the same voxels, such as the second form of a NIfTI header.
+        nifti: the header of a NIfTI file, which results take over; None for other formats.
     """
 
     native_shape: tuple[int, ...]
@@ -33,6 +39,9 @@ class Geometry:
     axes: tuple[int, int, int]
     flips: tuple[bool, bool, bool]
     slice_axis: int
+    has_spacing: bool = True
+    affines: tuple[np.ndarray, ...] = ()
+    nifti: nib.Nifti1Header | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -42,12 +51,12 @@ class Geometry:
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
-        """(slice, row, column) in mm to six digits; None for pictures, whose spacing is unknown.
+        """(slice, row, column) in mm to six digits; None where it is unknown, as for pictures.
 
         Headers hold affines in single precision. What that leaves of a voxel's size differs between an upright and an
         oblique volume, and would decide whether a region of interest begins one pixel earlier.
         """
-        if self.is_picture:
+        if self.is_picture or not self.has_spacing:
             return None
         sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
         return tuple(float(f"{sizes[axis]:.6g}") for axis in self.axes)
@@ -56,7 +65,7 @@ class Geometry:
     def is_isotropic(self) -> bool:
         """A volume of voxels about as long along every axis, which may be sliced along any."""
         sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
-        return not self.is_picture and min(self.shape) > 1 and sizes.max() < THICK_AXIS_RATIO * sizes.min()
+        return self.spacing is not None and min(self.shape) > 1 and sizes.max() < THICK_AXIS_RATIO * sizes.min()
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -94,16 +103,25 @@ class Grid:
     is_picture: bool = False
     is_rgb: bool = False
     modality: str | None = None
-    # Only for pictures: 8 bits deep, and stored as JPEG.
+    # As in `Geometry`.
+    has_spacing: bool = True
+    affines: tuple[np.ndarray, ...] = ()
+    nifti: nib.Nifti1Header | None = None
+    # Only for labels: a segmentation that may be stored as the part of its image's grid that holds it.
+    may_be_cropped: bool = False
+    # Only for pictures: 8 bits deep, stored as JPEG, the native axis that runs along (row, column) as displayed, and
+    # whether (row, column) run against it.
     is_8_bit: bool = False
     is_jpeg: bool = False
+    axes: tuple[int, int] = (0, 1)
+    flips: tuple[bool, bool] = (False, False)
 
 
 def geometry_of(grid: Grid, slice_axis: str | int) -> Geometry:
     if slice_axis not in ("auto", 0, 1, 2):
         raise ConfigError(f"slice_axis: expected 'auto', 0, 1 or 2, found {slice_axis!r}.")
     if grid.is_picture:
-        return Geometry(grid.native_shape, grid.affine, True, (2, 0, 1), (False, False, False), 2)
+        return Geometry(grid.native_shape, grid.affine, True, (2, *grid.axes), (False, *grid.flips), 2, False)
     orientation = io_orientation(np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine)
     native = np.argsort(orientation[:, 0])
     against = orientation[native, 1] < 0
@@ -121,13 +139,34 @@ def geometry_of(grid: Grid, slice_axis: str | int) -> Geometry:
     canonical, downwards = {0: ((0, 2, 1), True), 1: ((1, 2, 0), True), 2: ((2, 1, 0), False)}[chosen]
     axes = tuple(int(native[axis]) for axis in canonical)
     flips = tuple(bool(against[axis]) != (row and downwards) for axis, row in zip(canonical, (0, 1, 0), strict=True))
-    return Geometry(grid.native_shape, grid.affine, False, axes, flips, chosen)
+    return Geometry(
+        grid.native_shape,
+        grid.affine,
+        False,
+        axes,
+        flips,
+        chosen,
+        has_spacing=grid.has_spacing,
+        affines=grid.affines,
+        nifti=grid.nifti,
+    )
 
 
 def with_channels(array: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
     """(n0, n1[, n2][, ...]) -> (n0, n1, n2, C)."""
     channels = int(np.prod(array.shape[len(spatial) :], dtype=int))
     return array.reshape(*spatial, *(1,) * (3 - len(spatial)), channels)
+
+
+def check_one_volume(path: Path, more: tuple[int, ...]) -> None:
+    """Raise DataError where axes beyond the third are longer than 1."""
+    if any(length > 1 for length in more):
+        counted = " x ".join(str(length) for length in more if length > 1)
+        raise DataError(
+            f"{path}: expected one volume, found {counted} along further axes, which may be time points or channels; "
+            "store the one to segment as a file of its own (for example by nibabel's four_to_three or FSL's fslsplit), "
+            "for queries and support alike."
+        )
 
 
 def rounded(affine: np.ndarray) -> list:

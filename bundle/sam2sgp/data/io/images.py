@@ -14,13 +14,15 @@ from sam2sgp.data.io.formats import (
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
     dicom_files,
-    has_dicom_magic,
+    has_dicom_content,
+    is_dicom_seg,
     suffix_of,
 )
 from sam2sgp.data.io.geometry import Geometry, Grid, geometry_of, rounded
 from sam2sgp.data.io.itk import read_itk
 from sam2sgp.data.io.nifti import read_nifti
 from sam2sgp.data.io.pictures import read_picture
+from sam2sgp.data.io.segmentation import read_segmentation
 from sam2sgp.errors import DataError
 
 
@@ -94,11 +96,11 @@ def read_grid(path: str | os.PathLike, label: bool = False) -> Grid:
         elif suffix in NIFTI_SUFFIXES:
             grid = read_nifti(path)
         elif suffix in ITK_SUFFIXES:
-            grid = read_itk(path)
+            grid = read_itk(path, label)
         elif suffix in PICTURE_SUFFIXES:
             grid = read_picture(path, label)
-        elif suffix in DICOM_SUFFIXES or has_dicom_magic(path):
-            grid = read_dicom(path, [path])
+        elif suffix in DICOM_SUFFIXES or has_dicom_content(path):
+            grid = read_segmentation(path) if label and is_dicom_seg(path) else read_dicom(path, [path])
         else:
             raise DataError(
                 f"{path}: expected NIfTI, NRRD, MetaImage, DICOM, PNG, JPEG, TIFF or BMP, found another kind of file; "
@@ -110,8 +112,8 @@ def read_grid(path: str | os.PathLike, label: bool = False) -> Grid:
         # The libraries raise types of their own, and zlib's and struct's, for the same thing: a damaged file.
         found = " ".join(str(error).split())[-300:] or type(error).__name__
         raise DataError(
-            f"{path}: expected a readable image, found that reading fails ({found}); check the file's permissions, or "
-            "copy or export it again."
+            f"{path}: expected a readable image, found that reading fails ({found}); "
+            + ("correct its permissions." if isinstance(error, PermissionError) else "copy or export it again.")
         ) from error
     if 0 in grid.array.shape:
         raise DataError(f"{path}: expected an image, found an empty grid {grid.native_shape}; export it again.")

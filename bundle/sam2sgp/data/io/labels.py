@@ -14,7 +14,7 @@ from PIL import Image
 from sam2sgp.data.io.formats import PICTURE_SUFFIXES, map_suffix, output_suffix, suffix_of
 from sam2sgp.data.io.geometry import Geometry, Grid, geometry_of, rounded
 from sam2sgp.data.io.images import read_grid
-from sam2sgp.data.io.nifti import set_space
+from sam2sgp.data.io.nifti import result_header
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing
 
@@ -30,12 +30,13 @@ def read_label(path: str | os.PathLike, geometry: Geometry | None = None, slice_
     Args:
         path: a label file of any format that `read_image` reads.
         geometry: of the image. The label may have its axes in another order or direction, as long as its voxels are
-            the image's; for pictures only the size counts. Without it the label's own geometry is taken.
+            the image's by the qform or the sform of either; for pictures only the size as displayed counts. A
+            `.seg.nrrd` may be cropped. Without `geometry` the label's own is taken.
         slice_axis: as for `read_image`; used only without `geometry`.
 
     Returns:
-        (Z, H, W) int64, 0 is background. An 8-bit picture of 0 and 255 alone is read as 0 and 1; a palette picture
-        as its indices.
+        (Z, H, W) int64, 0 is background. A picture of 0 and its highest value alone (255, or 65535 of 16 bits) is read
+        as 0 and 1, a palette picture as its indices, one in black and white as white.
 
     Raises:
         DataError: the file can't be read, doesn't lie on the image's grid, or holds something else than class values.
@@ -49,6 +50,8 @@ def read_label(path: str | os.PathLike, geometry: Geometry | None = None, slice_
     values = _class_values(path, grid)
     if geometry is None:
         return geometry_of(grid, slice_axis).display(values)
+    if grid.is_picture:
+        return _align_picture(path, geometry_of(grid, slice_axis).display(values), geometry)
     return geometry.display(_align(path, values, grid, geometry))
 
 
@@ -69,7 +72,8 @@ def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry,
     Args:
         path: ends in `output_suffix(geometry)`. Its folder is made if missing.
         labels: (Z, H, W) integers, 0..65535. Stored as 8 bits if they fit, else as 16.
-        geometry: the image's. A volume keeps its shape and affine (mm; sform and qform set).
+        geometry: the image's. A volume keeps its shape and place, of NIfTI both forms with their codes; a picture is
+            written as it is displayed.
         binary_255: for pictures: store class 1 as 255.
 
     Raises:
@@ -86,14 +90,14 @@ def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry,
     limit = 1 if binary_255 and geometry.is_picture else 65535
     if lowest < 0 or highest > limit:
         raise DataError(f"{path}: expected class values 0..{limit}, found {lowest}..{highest}.")
-    native = geometry.to_native(labels).astype(np.uint8 if highest <= 255 else np.uint16)
-    if not geometry.is_picture:
-        image = nib.Nifti1Image(native, geometry.affine)
-        set_space(image.header, geometry)
-    else:
-        image = Image.fromarray(native * 255 if binary_255 else native)
+    kind = np.uint8 if highest <= 255 else np.uint16
     with writing(path, "a label") as part:
-        image.save(part, format="PNG") if geometry.is_picture else nib.save(image, part)
+        if geometry.is_picture:
+            Image.fromarray(labels[0].astype(kind) * (255 if binary_255 else 1)).save(part, format="PNG")
+            return
+        header = result_header(geometry)
+        image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+        nib.save(image_class(geometry.to_native(labels).astype(kind), None, header, dtype=kind), part)
 
 
 def write_map(path: str | os.PathLike, values: np.ndarray, geometry: Geometry) -> None:
@@ -117,13 +121,12 @@ def write_map(path: str | os.PathLike, values: np.ndarray, geometry: Geometry) -
     channels = [values] if values.ndim == 3 else list(values.swapaxes(0, 1))
     with writing(path, "a map") as part:
         if geometry.is_picture:
-            pages = [Image.fromarray(geometry.to_native(channel).astype(np.float32)) for channel in channels]
+            pages = [Image.fromarray(channel[0].astype(np.float32)) for channel in channels]
             pages[0].save(part, format="TIFF", save_all=True, append_images=pages[1:], compression="tiff_deflate")
             return
-        header = nib.Nifti1Header()
+        header = result_header(geometry)
         header.set_data_dtype(np.float32)
         header.set_data_shape(geometry.native_shape if values.ndim == 3 else (*geometry.full_shape, len(channels)))
-        set_space(header, geometry)
         with nib.openers.Opener(part, "wb") as file:
             header.write_to(file)
             for channel in channels:
@@ -159,6 +162,8 @@ def _class_values(path: str | os.PathLike, grid: Grid) -> np.ndarray:
     values = values.astype(np.int64)
     if values.min() < 0:
         raise DataError(f"{path}: expected class values from 0 (background) up, found {values.min()}; renumber them.")
+    if grid.is_picture and values.max() == 65535 and np.isin(values, (0, 65535)).all():
+        return values // 65535
     if grid.is_8_bit:
         found = np.unique(values)
         if np.isin(found, (0, 255)).all():
@@ -176,47 +181,123 @@ def _class_values(path: str | os.PathLike, grid: Grid) -> np.ndarray:
     return values
 
 
+def _align_picture(path: str | os.PathLike, shown: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """A picture's class map as displayed (1, H, W) on its image's slices, which it must be as large as.
+
+    Raises DataError for another size, and for a volume's slice that is displayed otherwise than it is stored.
+    """
+    if not geometry.is_picture and (geometry.axes != (2, 1, 0) or any(geometry.flips) or geometry.shape[0] > 1):
+        raise DataError(
+            f"{path}: expected a label with the affine of its volume, found a picture; store the label as NIfTI."
+        )
+    if shown.shape != geometry.shape:
+        hint = ""
+        if geometry.is_picture and shown.shape[1:] == geometry.native_shape:
+            hint = " before its EXIF tag turns it for display: draw the label on the picture as displayed"
+        expected, found = ("x".join(str(length) for length in sizes[1:]) for sizes in (geometry.shape, shown.shape))
+        raise DataError(
+            f"{path}: expected a label of its image's size {expected} (rows x columns), found {found}"
+            + (f", the image's size{hint}." if hint else "; check that it belongs to this image, or resample it.")
+        )
+    return shown
+
+
 def _align(path: str | os.PathLike, values: np.ndarray, grid: Grid, geometry: Geometry) -> np.ndarray:
-    """A label's values (n0, n1, n2) on the image's own grid, found by permuting and flipping axes.
+    """A volume label's values (n0, n1, n2) on the image's own grid, found by permuting and flipping axes.
+
+    Programs place the voxels of one NIfTI file differently where its two forms differ, so a label lies on its image if
+    any of its affines agrees with any of the image's. Where several do, voxels in the same order are the same.
 
     Raises DataError if no order of axes lays the label's voxels on the image's.
     """
-    if grid.is_picture != geometry.is_picture:
-        same_view = geometry.axes == (2, 1, 0) and not any(geometry.flips) and geometry.shape[0] == 1
-        if grid.is_picture and not same_view:
-            raise DataError(
-                f"{path}: expected a label with the affine of its volume, found a picture; store the label as NIfTI."
-            )
+    shape = geometry.full_shape
+    if geometry.is_picture:
         # Both ITK and MONAI store a picture's columns as the first axis of a volume, whatever affine they give it.
         values = values.transpose(1, 0, 2)
-    shape = geometry.full_shape
-    if grid.is_picture or geometry.is_picture:
         if values.shape != shape:
             raise _wrong_size(path, geometry, values.shape)
         return values
+    pairs = list(product((grid.affine, *grid.affines), (geometry.affine, *geometry.affines)))
+    if grid.may_be_cropped and values.shape != shape:
+        return _laid_in_place(path, values, pairs, geometry)
+    fits = [_closest_order(values.shape, label, shape, image) for label, image in pairs]
+    if fits[0] is None:
+        raise _wrong_size(path, geometry, grid.native_shape)
+    close = [fit for fit in fits if fit[2] <= GRID_TOLERANCE]
+    if not close:
+        raise DataError(
+            f"{path}: expected the label on its image's grid, found corners up to {fits[0][2]:.2f} voxels away (affine "
+            f"of the label {rounded(grid.affine)}, of the image {rounded(geometry.affine)}); check that it belongs to "
+            "this image, or resample it to the image."
+        )
+    order, flips, _ = next((fit for fit in close if fit[0] == (0, 1, 2) and not any(fit[1])), close[0])
+    return np.flip(values.transpose(order), [axis for axis in range(3) if flips[axis]])
+
+
+def _closest_order(
+    found: tuple[int, ...], label_affine: np.ndarray, shape: tuple[int, ...], image_affine: np.ndarray
+) -> tuple[tuple[int, ...], tuple[bool, ...], float] | None:
+    """Order and flips of a label's axes that bring its corners closest to the image's, and how far they are, in voxels.
+
+    None if its lengths are not the image's in any order.
+    """
     # In image voxels: where do the label's corners lie?
-    to_voxel = np.linalg.inv(geometry.affine) @ grid.affine
+    to_voxel = np.linalg.inv(image_affine) @ label_affine
     corners = np.array(list(product(*((0, length - 1) for length in shape))), dtype=float)
-    best, best_offset = None, np.inf
+    best = None
     for order in permutations(range(3)):
-        if tuple(values.shape[axis] for axis in order) != shape:
+        if tuple(found[axis] for axis in order) != shape:
             continue
         for flips in product((False, True), repeat=3):
             index = np.empty_like(corners)
             index[:, order] = np.where(flips, np.array(shape) - 1 - corners, corners)
-            offset = np.abs(index @ to_voxel[:3, :3].T + to_voxel[:3, 3] - corners).max()
-            if offset < best_offset:
-                best, best_offset = (order, flips), offset
-    if best is None:
-        raise _wrong_size(path, geometry, grid.native_shape)
-    if best_offset > GRID_TOLERANCE:
-        raise DataError(
-            f"{path}: expected the label on its image's grid, found corners up to {best_offset:.2f} voxels away "
-            f"(affine of the label {rounded(grid.affine)}, of the image {rounded(geometry.affine)}); resample the "
-            "label to the image."
-        )
-    order, flips = best
-    return np.flip(values.transpose(order), [axis for axis in range(3) if flips[axis]])
+            offset = float(np.abs(index @ to_voxel[:3, :3].T + to_voxel[:3, 3] - corners).max())
+            if best is None or offset < best[2]:
+                best = order, flips, offset
+    return best
+
+
+def _laid_in_place(
+    path: str | os.PathLike, values: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]], geometry: Geometry
+) -> np.ndarray:
+    """A cropped segmentation on its image's whole grid.
+
+    Raises DataError if its voxels aren't the image's, or some of a class lie outside.
+    """
+    shape = np.array(geometry.full_shape)
+    corners = np.array(list(product(*((0, length - 1) for length in values.shape))), dtype=float)
+    for label_affine, image_affine in pairs:
+        to_voxel = np.linalg.inv(image_affine) @ label_affine
+        axes = np.abs(to_voxel[:3, :3]).argmax(axis=0)
+        if sorted(axes) != [0, 1, 2]:
+            continue
+        # (image axis, label axis), -1 or 1 where one runs along the other.
+        turn = np.zeros((3, 3))
+        turn[axes, range(3)] = np.sign(to_voxel[axes, range(3)])
+        places = corners @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+        start = np.round(places.min(axis=0)).astype(int)
+        turned = corners @ turn.T
+        if np.abs(places - (turned - turned.min(axis=0) + start)).max() > GRID_TOLERANCE:
+            continue
+        order = np.argsort(axes)
+        flips = [axis for axis in range(3) if turn[axis, order[axis]] < 0]
+        laid = np.flip(values.transpose(order), flips)
+        inside = tuple(slice(max(0, -first), max(0, last)) for first, last in zip(start, shape - start, strict=True))
+        kept = laid[inside]
+        if np.count_nonzero(kept) < np.count_nonzero(laid):
+            raise DataError(
+                f"{path}: expected the segments within their image, found voxels of them outside; check that it "
+                "belongs to this image, or crop it."
+            )
+        whole = np.zeros(tuple(shape), values.dtype)
+        first = np.maximum(start, 0)
+        whole[tuple(slice(low, low + length) for low, length in zip(first, kept.shape, strict=True))] = kept
+        return whole
+    raise DataError(
+        f"{path}: expected the segments on the voxels of their image ({'x'.join(map(str, shape))}), found a part of "
+        f"{'x'.join(map(str, values.shape))} voxels that lie between them or are turned; export the segmentation with "
+        "the image as its reference volume."
+    )
 
 
 def _wrong_size(path: str | os.PathLike, geometry: Geometry, found: tuple[int, ...]) -> DataError:

@@ -7,13 +7,34 @@ import nibabel as nib
 import numpy as np
 
 from sam2sgp.data.io.formats import suffix_of
-from sam2sgp.data.io.geometry import Geometry, Grid, with_channels
+from sam2sgp.data.io.geometry import Geometry, Grid, check_one_volume, with_channels
 from sam2sgp.errors import DataError
 
 MM_PER_UNIT = {"meter": 1e3, "micron": 1e-3}
+# Of a NIfTI header, all that says where its voxels lie.
+PLACING_FIELDS = (
+    "pixdim",
+    "xyzt_units",
+    "dim_info",
+    "qform_code",
+    "quatern_b",
+    "quatern_c",
+    "quatern_d",
+    "qoffset_x",
+    "qoffset_y",
+    "qoffset_z",
+    "sform_code",
+    "srow_x",
+    "srow_y",
+    "srow_z",
+)
 
 
 def read_nifti(path: Path) -> Grid:
+    """A NIfTI file's volume, or its colours (RGB24, RGBA32, or a vector of three or four bytes).
+
+    Raises DataError for several volumes in one file, which are time points or channels, and for complex numbers.
+    """
     if suffix_of(path) == ".nii.gz":
         # Through memory: gzip checks its sum only at the end of the stream, which nibabel alone doesn't reach.
         content = gzip.decompress(path.read_bytes())
@@ -24,16 +45,63 @@ def read_nifti(path: Path) -> Grid:
     array = np.asanyarray(image.dataobj)
     if array.dtype.kind == "c":
         raise DataError(f"{path}: expected real intensities, found complex numbers; export magnitudes.")
-    is_rgb = array.dtype.names is not None
-    if is_rgb:
+    if array.dtype.names is not None:
         array = np.stack([array[name] for name in array.dtype.names[:3]], -1)
-    spatial = array.shape[: min(array.ndim - is_rgb, 3)]
-    affine = image.affine.astype(np.float64)
-    affine[:3] *= MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
-    return Grid(with_channels(array, spatial), spatial, affine, is_rgb=is_rgb)
+        is_rgb, spatial = True, array.shape[:-1]
+    else:
+        is_rgb = array.dtype == np.uint8 and array.ndim == 5 and array.shape[3] == 1 and array.shape[4] in (3, 4)
+        array, spatial = (array[..., 0, :3], array.shape[:3]) if is_rgb else (array, array.shape)
+    check_one_volume(path, spatial[3:])
+    spatial = spatial[:3]
+    header = image.header
+    scale = MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
+    affine, *others = (_in_mm(affine, scale) for affine in (image.affine, *_other_affines(header)))
+    return Grid(
+        with_channels(array, spatial), spatial, affine, is_rgb=is_rgb, affines=tuple(others), nifti=header.copy()
+    )
 
 
-def set_space(header: nib.Nifti1Header, geometry: Geometry) -> None:
-    header.set_xyzt_units("mm")
+def _in_mm(affine: np.ndarray, scale: float) -> np.ndarray:
+    affine = np.array(affine, dtype=np.float64)
+    affine[:3] *= scale
+    return affine
+
+
+def _other_affines(header: nib.Nifti1Header) -> list[np.ndarray]:
+    """Affines by which other programs place the voxels than nibabel, which takes the sform if there are two forms.
+
+    ITK mostly takes the qform then; without any form it takes the axes as left, posterior and superior.
+    """
+    forms = [form for form, code in (header.get_sform(coded=True), header.get_qform(coded=True)) if code > 0]
+    if forms:
+        return forms[1:]
+    return [np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.diag([*header["pixdim"][1:4], 1.0])]
+
+
+def itk_affine(geometry: Geometry) -> np.ndarray:
+    """(4, 4) voxel -> world in mm, RAS+, as ITK and so 3D Slicer place an image's voxels.
+
+    ITK takes the sform only where its code is 1 (scanner) or there is no qform.
+    """
+    if geometry.nifti is None or not geometry.affines:
+        return geometry.affine
+    is_sform_first = geometry.nifti["sform_code"] == 1
+    return geometry.affine if is_sform_first else geometry.affines[0]
+
+
+def result_header(geometry: Geometry) -> nib.Nifti1Header:
+    """A header that places a result exactly as its image: both forms with their codes, voxel sizes and units.
+
+    An image of another format gives its affine to both forms.
+    """
+    if geometry.nifti is not None:
+        header = type(geometry.nifti)()
+        for name in PLACING_FIELDS:
+            header[name] = geometry.nifti[name]
+        return header
+    header = nib.Nifti1Header()
+    header.set_data_shape(geometry.full_shape)
+    header.set_xyzt_units("mm" if geometry.has_spacing else "unknown")
     header.set_qform(geometry.affine, code=1)
     header.set_sform(geometry.affine, code=1)
+    return header

@@ -4,13 +4,30 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sam2sgp.data.io.geometry import Grid
 from sam2sgp.errors import DataError
 
+# By EXIF orientation: the stored axis (0 rows, 1 columns) that runs along (row, column) as displayed, and whether
+# (row, column) run against it.
+TURNS = {
+    1: ((0, 1), (False, False)),
+    2: ((0, 1), (False, True)),
+    3: ((0, 1), (True, True)),
+    4: ((0, 1), (True, False)),
+    5: ((1, 0), (False, False)),
+    6: ((1, 0), (False, True)),
+    7: ((1, 0), (True, True)),
+    8: ((1, 0), (True, False)),
+}
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+# Palette greys below this are class values, and above it shades that show them.
+LARGEST_GREY_CLASS = 32
+
 
 def read_picture(path: Path, label: bool) -> Grid:
+    """A picture's pixels as stored, and how an EXIF tag turns them for display."""
     with Image.open(path) as image:
         if image.format == "TIFF" and image.n_frames > 1:
             raise DataError(
@@ -21,6 +38,8 @@ def read_picture(path: Path, label: bool) -> Grid:
         arguments = image.tile[0].args if image.tile else ""
         stored_as = str(arguments if isinstance(arguments, str) else arguments[0])
         image.load()
+        # Pillow itself turns TIFF as it loads it, and takes the tag away.
+        axes, flips = TURNS.get(_exif_orientation(image), TURNS[1])
         is_jpeg = image.format in ("JPEG", "MPO")
         array = _picture_label(path, image, stored_as) if label else _picture_image(image)
     is_8_bit = array.dtype == np.uint8
@@ -33,7 +52,16 @@ def read_picture(path: Path, label: bool) -> Grid:
         is_rgb=channels == 3,
         is_8_bit=is_8_bit,
         is_jpeg=is_jpeg,
+        axes=axes,
+        flips=flips,
     )
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as in every viewer, what can't be read of the camera's notes doesn't hide the picture
+        return 1
 
 
 def _picture_image(image: Image.Image) -> np.ndarray:
@@ -48,23 +76,86 @@ def _picture_image(image: Image.Image) -> np.ndarray:
 
 
 def _picture_label(path: Path, image: Image.Image, stored_as: str) -> np.ndarray:
-    if image.mode in ("1", "P", "F") or image.mode.startswith("I"):
+    if image.mode == "P":
+        return _palette_label(path, image)
+    if image.mode in ("1", "F") or image.mode.startswith("I"):
         return _grey(image)
     if ";16" in stored_as:
         raise DataError(
             f"{path}: expected a class map, found colours or transparency of 16 bits; store it as grey, 8 or 16 bits."
         )
-    if image.mode in ("L", "LA", "La", "PA"):
-        values = np.asarray(image.getchannel(0))
+    if image.mode == "L":
+        values = np.asarray(image)
         # Pillow stretches grey values of 2 and 4 bits to 0..255.
         low_depth = re.match(r"L;([24])", stored_as)
         return values // (255 // (2 ** int(low_depth[1]) - 1)) if low_depth else values
-    colours = np.asarray(image.convert("RGB"))
-    if (colours != colours[..., :1]).any():
+    if image.mode in ("RGB", "CMYK", "YCbCr"):
+        colours = np.asarray(image.convert("RGB"))
+        if (colours != colours[..., :1]).any():
+            raise _coloured(path)
+        return colours[..., 0]
+    return _label_with_alpha(path, np.asarray(image.convert("RGBA")))
+
+
+def _label_with_alpha(path: Path, pixels: np.ndarray) -> np.ndarray:
+    """Class values of (H, W, 4): the greys, or where they say nothing, what is opaque."""
+    colours, alpha = pixels[..., :3], pixels[..., 3]
+    is_grey = not (colours != colours[..., :1]).any()
+    grey = colours[..., 0]
+    if (alpha == alpha.flat[0]).all() and is_grey:
+        return grey
+    is_mask = np.isin(alpha, (0, 255)).all() and alpha.min() < alpha.max()
+    says_nothing = len(np.unique(colours[alpha > 0], axis=0)) == 1 and (
+        not is_grey or grey.min() == grey.max() or not grey[alpha > 0].any()
+    )
+    if is_mask and says_nothing:
+        return alpha
+    # What is transparent must then be background by its grey value, too.
+    if is_mask and is_grey and not grey[alpha == 0].any():
+        return grey
+    if not is_grey:
+        raise _coloured(path)
+    raise DataError(
+        f"{path}: expected a class map in grey values or in transparency, found both and that they differ; store the "
+        "class values as grey, without transparency."
+    )
+
+
+def _palette_label(path: Path, image: Image.Image) -> np.ndarray:
+    """Class values of a palette picture: its indices; of one in black and white the colours, white being 255.
+
+    Raises DataError where colours and indices contradict each other.
+    """
+    index = np.asarray(image)
+    flat = image.getpalette("RGB") or []
+    palette = [tuple(flat[start : start + 3]) for start in range(0, len(flat), 3)]
+    used = [int(value) for value in np.unique(index)]
+    if used[-1] >= len(palette):
+        return index
+    colours = {value: palette[value] for value in used}
+    if len(used) > 1 and len(set(colours.values())) == 1:
+        return _label_with_alpha(path, np.asarray(image.convert("RGBA")))
+    if WHITE in palette and set(palette) <= {BLACK, WHITE}:
+        return np.where(np.isin(index, [value for value in used if palette[value] == WHITE]), 255, 0).astype(np.uint8)
+    if 0 in used and palette[0] != BLACK and BLACK in colours.values():
         raise DataError(
-            f"{path}: expected a class map, found a colour picture; store class values as grey or palette indices."
+            f"{path}: expected a palette whose index 0, the background, is black, found {palette[0]} for it and black "
+            "for another index; store the class values as grey."
         )
-    return colours[..., 0]
+    greys = all(len(set(colour)) == 1 for colour in colours.values())
+    if greys and any(value != colour[0] < LARGEST_GREY_CLASS for value, colour in colours.items() if colour != BLACK):
+        raise DataError(
+            f"{path}: expected a palette whose indices are the class values, found that its greys are other ones "
+            f"({', '.join(f'{value}: {colour[0]}' for value, colour in colours.items())}); store the class values as "
+            "grey."
+        )
+    return index
+
+
+def _coloured(path: Path) -> DataError:
+    return DataError(
+        f"{path}: expected a class map, found a colour picture; store class values as grey or palette indices."
+    )
 
 
 def _grey(image: Image.Image) -> np.ndarray:

@@ -1,0 +1,54 @@
+"""Which numbers label files use for the same thing: what only a look at several files shows."""
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+
+from sam2sgp.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+OBJECT, WHITE = 1, 255
+# Beside classes up to this value, 255 is more often a mark for pixels to ignore than a class.
+FEW_CLASSES = 32
+
+
+class LabelCoding:
+    """Looks at the labels of one data set, one after the other, for values that can't all be classes.
+
+    Args:
+        declared: class names by value; a declared value is a class.
+    """
+
+    def __init__(self, declared: Mapping[int, str] | None = None) -> None:
+        self.declared = declared or {}
+        self._only: dict[int, str] = {}
+        self._warned = False
+
+    def check(self, path: str | os.PathLike, values: Iterable[int]) -> None:
+        """Look at one more label and the values that it holds.
+
+        Warns once of a 255 beside a few other classes. Raises DataError where one label holds only 1 and another only
+        255: one of them is a mask as programs for pictures write it, and they would become two classes.
+        """
+        held = {int(value) for value in values if value}
+        if WHITE in held and len(held) > 1 and max(held - {WHITE}) <= FEW_CLASSES and WHITE not in self.declared:
+            if not self._warned:
+                others = ", ".join(str(value) for value in sorted(held - {WHITE}))
+                logger.warning(
+                    "%s: value 255 beside %s often marks pixels to ignore; it is taken as a class of its own here. Set "
+                    "such pixels to 0, or declare the class in dataset.json or labels.json.",
+                    path,
+                    others,
+                )
+            self._warned = True
+        if len(held) != 1 or {OBJECT, WHITE} <= self.declared.keys():
+            return
+        value = held.pop()
+        self._only.setdefault(value, str(path))
+        if OBJECT in self._only and WHITE in self._only:
+            raise DataError(
+                f"{path}: expected one value for the object in all labels, found {value} here and "
+                f"{OBJECT if value == WHITE else WHITE} in {self._only[OBJECT if value == WHITE else WHITE]}; store "
+                "all labels as 0 and 1, or declare both classes in dataset.json or labels.json."
+            )

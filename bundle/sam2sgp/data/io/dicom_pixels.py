@@ -1,0 +1,206 @@
+"""From a DICOM file to the values of its frames.
+
+Stored values are decoded, cut to the bits that are stored (PS3.5 8.1.1), and sent through the modality transformation
+(PS3.3 C.11.1): a lookup table or a slope and an intercept, of the frame where it has its own. Grey values where low is
+bright are inverted (MONOCHROME1, Presentation LUT Shape INVERSE), Hounsfield units excepted. Colours become RGB.
+"""
+
+import tempfile
+from pathlib import Path
+
+import itk
+import numpy as np
+import pydicom
+from pydicom import Dataset
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.pixel_data_handlers.util import apply_color_lut, apply_modality_lut, convert_color_space
+from pydicom.uid import (
+    JPEG2000,
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessP14,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+)
+
+from sam2sgp.data.io.formats import has_dicom_elements, has_dicom_magic
+from sam2sgp.data.io.itk import ITK_LOCK, itk_array
+from sam2sgp.errors import DataError
+
+NATIVE_SYNTAXES = (
+    ImplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    DeflatedExplicitVRLittleEndian,
+    RLELossless,
+)
+# High-Throughput JPEG 2000, which pydicom 2 doesn't know by name.
+HTJ2K_SYNTAXES = tuple(UID(f"1.2.840.10008.1.2.4.{number}") for number in (201, 202, 203))
+GDCM_SYNTAXES = (
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessP14,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    JPEG2000Lossless,
+    JPEG2000,
+    *HTJ2K_SYNTAXES,
+)
+STANDARD_ROOT = "1.2.840.10008."
+# What a decoder needs to know of a file; nothing else of it is shown to GDCM.
+PIXEL_TAGS = (
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "PixelData",
+)
+
+
+def read_dataset(file: Path, pixels: bool = True) -> Dataset:
+    """A DICOM file's content, with or without its pixels; the 128-byte preamble and the file meta header may lack.
+
+    Raises DataError for a damaged file or one of another format.
+    """
+    bare = not has_dicom_magic(file)
+    try:
+        if bare and not has_dicom_elements(file):
+            raise ValueError("it has neither the letters DICM nor DICOM's first tags")
+        dataset = pydicom.dcmread(file, stop_before_pixels=not pixels, force=bare)
+    except Exception as error:
+        raise DataError(
+            f"{file}: expected a DICOM file, found a damaged one or another format ({error}); copy it again."
+        ) from error
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit = ImplicitVRLittleEndian if dataset.is_implicit_VR else ExplicitVRLittleEndian
+        dataset.file_meta.TransferSyntaxUID = implicit if dataset.is_little_endian else ExplicitVRBigEndian
+    return dataset
+
+
+def frame_item(header: Dataset, frame: int, name: str) -> Dataset:
+    """The functional group `name` of a frame of an enhanced object: its own, else the shared one, else none (empty)."""
+    for groups, number in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+        sequence = header.get(groups) or []
+        if number < len(sequence) and sequence[number].get(name):
+            return sequence[number][name][0]
+    return Dataset()
+
+
+def read_frames(file: Path) -> np.ndarray:
+    """(frames, rows, columns, C) float32: the values of all frames of a file, colours as RGB of 0..255.
+
+    Raises DataError for a transfer syntax that can't be decoded, or a header that contradicts itself.
+    """
+    dataset = read_dataset(file)
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    samples = int(dataset.get("SamplesPerPixel") or 1)
+    photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
+    shape = frames, dataset.Rows, dataset.Columns
+    is_native = dataset.file_meta.TransferSyntaxUID in NATIVE_SYNTAXES
+    stored = dataset.pixel_array if is_native else _decoded(file, dataset)
+    if photometric == "PALETTE COLOR":
+        stored = apply_color_lut(_used_bits(file, stored, dataset, is_native), dataset)[..., :3]
+        return (stored / 257.0 if stored.dtype == np.uint16 else stored).reshape(*shape, 3).astype(np.float32)
+    if samples >= 3:
+        if is_native and photometric != "RGB":
+            stored = convert_color_space(stored, photometric, "RGB")
+        return stored.reshape(*shape, -1).astype(np.float32)
+    stored = stored.reshape(shape)
+    values = np.empty((*shape, 1), np.float32)
+    for frame in range(frames):
+        kept = _used_bits(file, stored[frame], dataset, is_native)
+        values[frame, ..., 0] = _grey_values(kept, dataset, frame, photometric)
+    return values
+
+
+def _used_bits(file: Path, stored: np.ndarray, dataset: Dataset, is_native: bool) -> np.ndarray:
+    """The values that the stored bits hold, whatever the bits beside them hold: overlays, or no sign.
+
+    Decoders leave the values in the lowest bits; where they aren't compressed, HighBit says where they end.
+    """
+    if "PixelData" not in dataset:
+        return stored  # floating point (PS3.3 C.7.6.24)
+    allocated, bits = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    high = int(dataset.get("HighBit", bits - 1)) if is_native else bits - 1
+    if not (0 < bits <= high + 1 <= allocated):
+        raise DataError(
+            f"{file}: expected BitsStored <= HighBit + 1 <= BitsAllocated, found {bits}, {high} + 1 and {allocated}; "
+            "the header is damaged: export the image again."
+        )
+    values = np.asarray(stored).astype(np.int64)
+    if bits == allocated:
+        return values
+    values = (values >> (high + 1 - bits)) & ((1 << bits) - 1)
+    if dataset.PixelRepresentation:
+        values -= (values >> (bits - 1)) << bits
+    return values
+
+
+def _grey_values(stored: np.ndarray, dataset: Dataset, frame: int, photometric: str) -> np.ndarray:
+    transformation = frame_item(dataset, frame, "PixelValueTransformationSequence") or dataset
+    is_inverted = photometric == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE"
+    is_hounsfield = dataset.get("Modality") == "CT"
+    if dataset.get("ModalityLUTSequence"):
+        values = apply_modality_lut(stored, dataset)
+        highest = 2.0 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
+        return highest - values if is_inverted else values
+    if is_inverted and not is_hounsfield:
+        # Lowest plus highest storable value: 2 ** bits - 1 unsigned, -1 signed.
+        is_whole = "PixelData" in dataset and not dataset.PixelRepresentation
+        stored = (2.0 ** int(dataset.BitsStored) - 1 if is_whole else -1.0) - stored
+    slope = float(transformation.get("RescaleSlope") or 1.0)
+    return stored * slope + float(transformation.get("RescaleIntercept") or 0.0)
+
+
+def _decoded(file: Path, dataset: Dataset) -> np.ndarray:
+    """Stored values of a compressed file, colours as RGB.
+
+    GDCM knows every codec, but rescales, inverts and applies palettes in its own way; so it gets a copy without the
+    tags that would make it do so.
+    """
+    syntax = UID(dataset.file_meta.TransferSyntaxUID)
+    if syntax not in GDCM_SYNTAXES:
+        name = syntax.name if syntax.startswith(STANDARD_ROOT) and syntax.name != syntax else "a private one"
+        raise DataError(
+            f"{file}: expected a transfer syntax of still images that the standard defines, found {name} ({syntax}); "
+            "export the image as Explicit VR Little Endian, or convert it with the vendor's or archive's software."
+        )
+    meta = FileMetaDataset()
+    # OpenJPEG tells High-Throughput JPEG 2000 by its code stream, and pydicom 2 can't write its UIDs.
+    meta.TransferSyntaxUID = JPEG2000 if syntax in HTJ2K_SYNTAXES else syntax
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = dataset.get("SOPInstanceUID") or "1.2.3"
+    bare = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    bare.is_little_endian, bare.is_implicit_VR = True, False
+    bare.SOPClassUID, bare.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    for name in PIXEL_TAGS:
+        if name in dataset:
+            bare[name] = dataset[name]
+    if int(dataset.get("SamplesPerPixel") or 1) == 1:
+        bare.PhotometricInterpretation = "MONOCHROME2"
+    with tempfile.TemporaryDirectory(prefix="sam2sgp-") as folder:
+        path = Path(folder) / "pixels.dcm"
+        bare.save_as(path, write_like_original=False)
+        return decode_with_gdcm(path)
+
+
+def decode_with_gdcm(file: Path) -> np.ndarray:
+    """Pixels of a DICOM file: (frames,) rows, columns (, samples)."""
+    with ITK_LOCK:
+        return itk_array(file, itk.GDCMImageIO.New())[1]

@@ -1,0 +1,152 @@
+"""From a DICOM file to values: by the arithmetic of the standard, and as SimpleITK and pydicom read them."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.pixel_data_handlers.util import apply_modality_lut
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+
+from sam2sgp.data.io import read_image
+from sam2sgp.errors import DataError
+from tests.data.dicom_files import item, write_dicom, write_enhanced, write_series
+
+RNG = np.random.default_rng(0)
+TWELVE_BITS = {"BitsStored": 12, "HighBit": 11, "RescaleSlope": 2.0, "RescaleIntercept": -100.0}
+
+
+def view(path: Path) -> np.ndarray:
+    """(rows, columns) of a single image."""
+    return read_image(path).slices[0, 0]
+
+
+def simpleitk_view(path: Path) -> np.ndarray:
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))[0]
+
+
+def compressed(path: Path, syntax: str) -> Path:
+    """The file, with its pixels as they are stored in JPEG 2000 or RLE."""
+    dataset = pydicom.dcmread(path)
+    if syntax == RLELossless:
+        dataset.compress(RLELossless)
+    else:
+        stream = io.BytesIO()
+        Image.fromarray(dataset.pixel_array.view(np.uint16)).save(stream, "JPEG2000", no_jp2=True)
+        dataset.PixelData = encapsulate([stream.getvalue()])
+        dataset["PixelData"].is_undefined_length = True
+        dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize("extended", [True, False])
+def test_sign_of_fewer_bits_than_allocated(tmp_path, extended):
+    values = RNG.integers(-2048, 2048, (6, 7)).astype(np.int16)
+    stored = values if extended else (values.view(np.uint16) & 0x0FFF).view(np.int16)
+    path = write_dicom(tmp_path / "a.dcm", stored, **TWELVE_BITS)
+    # PS3.5 8.1.1: bit 11 is the sign, whatever bits 12 to 15 hold.
+    assert np.array_equal(view(path), values * 2.0 - 100)
+    assert np.array_equal(view(path), simpleitk_view(path))
+
+
+def test_bits_beside_the_stored_ones_are_no_part_of_the_values(tmp_path):
+    values = RNG.integers(0, 4096, (6, 7)).astype(np.uint16)
+    overlay = values | (RNG.integers(0, 16, values.shape) << 12).astype(np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", overlay, **TWELVE_BITS)
+    assert np.array_equal(view(path), values * 2.0 - 100)
+    assert np.array_equal(view(compressed(path, RLELossless)), values * 2.0 - 100)
+    # Values in the upper bits, as some old scanners stored them.
+    path = write_dicom(tmp_path / "b.dcm", (values << 4) | 5, **{**TWELVE_BITS, "HighBit": 15})
+    assert np.array_equal(view(path), values * 2.0 - 100)
+    path = write_dicom(tmp_path / "c.dcm", values, BitsStored=12, HighBit=7)
+    with pytest.raises(DataError, match="c.dcm.*BitsStored <= HighBit"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("syntax", [None, RLELossless, JPEG2000Lossless])
+def test_modality_lookup_table_is_applied(tmp_path, syntax):
+    values = RNG.integers(0, 1024, (64, 64)).astype(np.uint16)
+    table = (65535 - np.arange(1000) * 64).astype(np.uint16)
+    sequence = item(LUTDescriptor=[1000, 24, 16], ModalityLUTType="US", LUTData=table.tobytes())
+    path = write_dicom(tmp_path / "a.dcm", values, "DX", BitsStored=12, HighBit=11, ModalityLUTSequence=sequence)
+    dataset = pydicom.dcmread(path)
+    if syntax:
+        compressed(path, syntax)
+    # PS3.3 C.11.1.1.1: values below the first that is mapped get the first entry, those above the last the last.
+    expected = table[np.clip(values.astype(int) - 24, 0, 999)]
+    assert np.array_equal(view(path), expected)
+    assert np.array_equal(expected, apply_modality_lut(dataset.pixel_array, dataset))
+
+
+@pytest.mark.parametrize(
+    ("photometric", "shape", "inverted"),
+    [
+        ("MONOCHROME2", "IDENTITY", False),
+        ("MONOCHROME2", "INVERSE", True),
+        ("MONOCHROME1", None, True),
+        # As the standard wants it: both say the same.
+        ("MONOCHROME1", "INVERSE", True),
+    ],
+)
+@pytest.mark.parametrize("syntax", [None, JPEG2000Lossless])
+def test_low_values_that_are_bright_are_inverted_once(tmp_path, photometric, shape, inverted, syntax):
+    values = RNG.integers(0, 4096, (64, 64)).astype(np.uint16)
+    tags = {"PhotometricInterpretation": photometric, "PresentationLUTShape": shape}
+    path = write_dicom(tmp_path / "a.dcm", values, "DX", BitsStored=12, HighBit=11, **tags)
+    if syntax:
+        compressed(path, syntax)
+    assert np.array_equal(view(path), 4095.0 - values if inverted else values)
+
+
+def test_hounsfield_units_are_never_inverted(tmp_path):
+    values = RNG.integers(0, 3000, (6, 7)).astype(np.uint16)
+    tags = {"PhotometricInterpretation": "MONOCHROME1", "RescaleSlope": 1, "RescaleIntercept": -1024}
+    assert np.array_equal(view(write_dicom(tmp_path / "a.dcm", values, "CT", **tags)), values - 1024.0)
+
+
+def test_enhanced_frames_lie_by_their_positions_and_have_their_own_slopes(tmp_path):
+    volume = RNG.integers(0, 3000, (5, 6, 7)).astype(np.uint16)
+    slopes = [1.0, 2.0, 0.5, 4.0, 0.25]
+    path = write_enhanced(tmp_path / "ct.dcm", volume, [3, 1, 4, 0, 2], slopes=slopes)
+    image = read_image(path)
+    assert np.array_equal(image.slices[:, 0], volume * np.array(slopes)[:, None, None] - 1024)
+    assert np.allclose(image.geometry.spacing, (2.5, 0.8, 0.7)) and image.modality == "CT"
+    classic = read_image(write_series(tmp_path / "classic", volume)).geometry
+    assert np.allclose(image.geometry.affine, classic.affine)
+    with pytest.raises(DataError, match="each slice position once.*frame.*split the series"):
+        read_image(write_enhanced(tmp_path / "twice.dcm", volume, [0, 1, 2, 2, 3]))
+
+
+def test_high_throughput_jpeg_2000_is_decoded_and_private_syntaxes_are_named(tmp_path, monkeypatch):
+    # Not known to pydicom 2, which would not write them.
+    monkeypatch.setattr(UID, "is_compressed", property(lambda uid: uid not in (ExplicitVRLittleEndian,)))
+    values = RNG.integers(0, 4096, (64, 64)).astype(np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", values, **TWELVE_BITS)
+    # Not high-throughput itself, but OpenJPEG decodes both by what the code stream says.
+    assert np.array_equal(view(compressed(path, UID("1.2.840.10008.1.2.4.201"))), values * 2.0 - 100)
+    for uid, name in (("1.2.840.113619.5.2", "a private one"), ("1.2.840.10008.1.2.4.102", "MPEG-4")):
+        dataset = pydicom.dcmread(path)
+        dataset.file_meta.TransferSyntaxUID = UID(uid)
+        dataset.is_implicit_VR, dataset.is_little_endian = False, True
+        dataset.save_as(tmp_path / "b.dcm")
+        with pytest.raises(DataError, match=f"b.dcm: .*{name}.*[(]{uid}[)]; export .*Explicit VR Little Endian"):
+            read_image(tmp_path / "b.dcm")
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_file_without_preamble_and_meta_header_is_read(tmp_path, implicit):
+    values = RNG.integers(0, 4096, (6, 7)).astype(np.uint16)
+    dataset = pydicom.dcmread(write_dicom(tmp_path / "whole.dcm", values, **TWELVE_BITS))
+    bare = pydicom.Dataset({element.tag: element for element in dataset})
+    bare.is_little_endian, bare.is_implicit_VR = True, implicit
+    pydicom.dcmwrite(tmp_path / "bare", bare)
+    assert (tmp_path / "bare").read_bytes()[:2] == b"\x08\x00"
+    assert np.array_equal(view(tmp_path / "bare"), values * 2.0 - 100)
+    (tmp_path / "noise.dcm").write_bytes(RNG.bytes(2000))
+    with pytest.raises(DataError, match="noise.dcm: expected a DICOM file"):
+        read_image(tmp_path / "noise.dcm")

@@ -1,0 +1,47 @@
+"""Values of labels that only several files together show to be wrong."""
+
+import logging
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monai.transforms import Compose
+
+from sam2sgp.data import EpisodeDataset, load_datalist
+from sam2sgp.data.coding import LabelCoding
+from sam2sgp.errors import DataError
+from sam2sgp.support import SupportBank
+from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A data folder whose first label is 0 and 1, and whose second is 0 and 255."""
+    for number, value in enumerate((1, 255)):
+        for folder in ("images", "labels"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            array = np.zeros((8, 8, 2), np.uint8)
+            array[2:6, 2:6] = value
+            nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / folder / f"c{number}.nii.gz")
+    return tmp_path
+
+
+def test_masks_of_1_and_of_255_in_one_data_set_are_refused_with_both_names(mixed):
+    data = load_datalist(mixed)
+    transform = Compose([LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=16)])
+    with pytest.raises(DataError, match="c1.nii.gz.*found 255 here and 1 in .*c0.nii.gz"):
+        SupportBank(data, transform, progress=False)
+    with pytest.raises(DataError, match="c1.nii.gz.*found 255 here and 1 in .*c0.nii.gz"):
+        EpisodeDataset(data, transform, mixed / "cache", progress=False)
+    bank = SupportBank(data, transform, {1: "liver", 255: "lesion"}, progress=False)
+    assert bank.class_values == [1, 255]
+
+
+def test_255_beside_few_classes_is_said_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        coding = LabelCoding()
+        coding.check("a.nii.gz", [0, 1, 2, 255])
+        coding.check("b.nii.gz", [0, 1, 255])
+        LabelCoding({1: "liver", 255: "lesion"}).check("c.nii.gz", [0, 1, 255])
+        LabelCoding().check("d.nii.gz", [0, 200, 255])
+    assert [record.getMessage()[:30] for record in caplog.records] == ["a.nii.gz: value 255 beside 1, "]
