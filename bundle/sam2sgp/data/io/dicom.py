@@ -4,15 +4,15 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-import itk
 import numpy as np
 import pydicom
 from pydicom.pixel_data_handlers.util import apply_color_lut, convert_color_space
 from pydicom.uid import RLELossless
 
+from sam2sgp.data.io.decoding import decode_dicom
+from sam2sgp.data.io.dicom_file import open_dicom
 from sam2sgp.data.io.formats import dicom_files
 from sam2sgp.data.io.geometry import Grid
-from sam2sgp.data.io.itk import ITK_LOCK, itk_array
 from sam2sgp.errors import DataError
 
 # DICOM positions are decimal strings that scanners round; a missing slice changes a gap by 100 %.
@@ -83,7 +83,9 @@ def _orientation(header: pydicom.Dataset) -> np.ndarray:
 
 def _dicom_header(file: Path) -> pydicom.Dataset:
     try:
-        return pydicom.dcmread(file, stop_before_pixels=True)
+        return open_dicom(file)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(
             f"{file}: expected a DICOM file, found a damaged one or another format ({error}); copy it again."
@@ -172,17 +174,14 @@ def _stack(path: Path, headers: dict[Path, pydicom.Dataset], normal: np.ndarray)
 
 def _dicom_pixels(file: Path) -> np.ndarray:
     """(frames, rows, columns, C) float32: rescaled (HU for CT), MONOCHROME1 inverted, colours as RGB of 0..255."""
-    dataset = pydicom.dcmread(file)
+    dataset = open_dicom(file, pixels=True)
     frames = int(dataset.get("NumberOfFrames") or 1)
     samples = int(dataset.get("SamplesPerPixel") or 1)
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_compressed and syntax != RLELossless:
         # GDCM knows every codec, and rescales, inverts and converts colours itself. Uncompressed MONOCHROME1 of 12
         # bits it refuses, so those files go through pydicom.
-        with ITK_LOCK:
-            _, pixels = itk_array(file, itk.GDCMImageIO.New())
-        channels = pixels.size // (frames * dataset.Rows * dataset.Columns)
-        return pixels.reshape(frames, dataset.Rows, dataset.Columns, channels).astype(np.float32)
+        return decode_dicom(file, (frames, dataset.Rows, dataset.Columns), max(samples, 3)).astype(np.float32)
     pixels = dataset.pixel_array
     photometric = dataset.PhotometricInterpretation
     if photometric == "PALETTE COLOR":

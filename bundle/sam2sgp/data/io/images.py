@@ -92,9 +92,9 @@ def read_grid(path: str | os.PathLike, label: bool = False) -> Grid:
         if path.is_dir():
             grid = read_dicom(path, dicom_files(path))
         elif suffix in NIFTI_SUFFIXES:
-            grid = read_nifti(path)
+            grid = read_nifti(path, label)
         elif suffix in ITK_SUFFIXES:
-            grid = read_itk(path)
+            grid = read_itk(path, label)
         elif suffix in PICTURE_SUFFIXES:
             grid = read_picture(path, label)
         elif suffix in DICOM_SUFFIXES or has_dicom_magic(path):

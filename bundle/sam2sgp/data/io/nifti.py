@@ -1,26 +1,19 @@
 """Reading NIfTI files, and the headers of those that are written."""
 
-import gzip
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from sam2sgp.data.io.formats import suffix_of
 from sam2sgp.data.io.geometry import Geometry, Grid, with_channels
+from sam2sgp.data.io.nifti_file import open_nifti
 from sam2sgp.errors import DataError
 
 MM_PER_UNIT = {"meter": 1e3, "micron": 1e-3}
 
 
-def read_nifti(path: Path) -> Grid:
-    if suffix_of(path) == ".nii.gz":
-        # Through memory: gzip checks its sum only at the end of the stream, which nibabel alone doesn't reach.
-        content = gzip.decompress(path.read_bytes())
-        is_nifti2 = int.from_bytes(content[:4], "little") == 540 or int.from_bytes(content[:4], "big") == 540
-        image = (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image).from_bytes(content)
-    else:
-        image = nib.load(path)
+def read_nifti(path: Path, label: bool = False) -> Grid:
+    image = open_nifti(path, label)
     array = np.asanyarray(image.dataobj)
     if array.dtype.kind == "c":
         raise DataError(f"{path}: expected real intensities, found complex numbers; export magnitudes.")

@@ -6,23 +6,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sam2sgp.data.io.decoding import decode_picture
 from sam2sgp.data.io.geometry import Grid
 from sam2sgp.errors import DataError
 
 
 def read_picture(path: Path, label: bool) -> Grid:
-    with Image.open(path) as image:
-        if image.format == "TIFF" and image.n_frames > 1:
-            raise DataError(
-                f"{path}: expected one picture, found {image.n_frames} pages; store each page as a picture, or the "
-                "stack as a NIfTI volume."
-            )
-        # Known only before the pixels are decoded.
-        arguments = image.tile[0].args if image.tile else ""
-        stored_as = str(arguments if isinstance(arguments, str) else arguments[0])
-        image.load()
-        is_jpeg = image.format in ("JPEG", "MPO")
-        array = _picture_label(path, image, stored_as) if label else _picture_image(image)
+    picture = decode_picture(path, label)
+    image = picture.image
+    if picture.pages > 1:
+        raise DataError(
+            f"{path}: expected one picture, found {picture.pages} pages; store each page as a picture, or the stack as a "
+            "NIfTI volume."
+        )
+    is_jpeg = image.format in ("JPEG", "MPO")
+    array = _picture_label(path, image, picture.stored_as) if label else _picture_image(image)
     is_8_bit = array.dtype == np.uint8
     channels = 1 if array.ndim == 2 else array.shape[2]
     return Grid(
