@@ -35,14 +35,14 @@ from lib.checks import (
     NotFound,
     RequestError,
     StorageError,
-    check_content,
     check_id,
     check_tag,
     discarding_if_refused,
+    image_limit,
     suffix_of,
-    unpacked_limit,
 )
 from lib.dicomweb import DicomWebDatastore
+from lib.door import admitted
 from lib.naming import declared, renumber, renumbering
 from sam2sgp.data.folders import check_label_values, class_names
 from sam2sgp.data.io import SUFFIXES, output_suffix, read_image, read_label, write_label
@@ -70,7 +70,7 @@ class ConfinedDatastore(LocalDatastore):
     Args:
         datastore_path: the folder; made if missing.
         work_folder: where archives for download are put.
-        max_unpacked: how many bytes the voxels of an uploaded file may take.
+        max_unpacked: how many bytes the voxels of an uploaded file may take as float32.
         audit: where approvals and removals are noted; None for nowhere.
 
     Raises:
@@ -203,13 +203,13 @@ class ConfinedDatastore(LocalDatastore):
             DataError: the image can't be read.
         """
         with discarding_if_refused(image_filename):
-            return self._add_image(image_id, image_filename, image_info)
+            suffix = suffix_of(image_filename)
+            image_id = check_id(image_id or os.path.basename(image_filename)[: -len(suffix)])
+            with admitted(image_filename, self._max_unpacked, image_id + suffix) as content:
+                return self._add_image(image_id, str(content), image_id + suffix, image_info)
 
-    def _add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
-        suffix = suffix_of(image_filename)
-        image_id = check_id(image_id or os.path.basename(image_filename)[: -len(suffix)])
-        name = image_id + suffix
-        check_content(image_filename, self._max_unpacked, name)
+    def _add_image(self, image_id: str, image_filename: str, name: str, image_info: dict[str, Any]) -> str:
+        suffix = suffix_of(name)
         with _naming(image_filename, name):
             read_image(image_filename)
         with self._changing() as objects:
@@ -255,16 +255,17 @@ class ConfinedDatastore(LocalDatastore):
             RequestError: an ill id or tag, an unknown image, a file of another kind or too large, a full disk.
             BadLabel: a label to approve that can't be read, has another size than its image or undeclared values.
         """
-        with discarding_if_refused(label_filename):
-            return self._save_label(image_id, label_filename, label_tag, label_info)
-
-    def _save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         tag = check_tag(label_tag)
+        with discarding_if_refused(label_filename):
+            # An unknown image comes before what may be wrong with the label.
+            self.get_image_uri(image_id)
+            name = image_id + suffix_of(label_filename)
+            with admitted(label_filename, self._max_unpacked, name, label=True) as content:
+                return self._save_label(image_id, str(content), name, tag, dict(label_info or {}))
+
+    def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
         image = self.get_image_uri(image_id)
-        suffix = suffix_of(label_filename)
-        name = image_id + suffix
-        info = dict(label_info or {})
-        check_content(label_filename, self._max_unpacked, name)
+        suffix = suffix_of(name)
         with tempfile.TemporaryDirectory() as scratch:
             if tag == FINAL:
                 label_filename = self._checked_label(image, label_filename, name, info, Path(scratch))
@@ -589,7 +590,7 @@ def open_datastore(settings) -> Datastore:
         StorageError: the folder can't be opened.
     """
     audit = Audit(settings.state_dir / "audit.jsonl")
-    limit = unpacked_limit(settings.max_upload_mb)
+    limit = image_limit(settings)
     if settings.is_remote:
         return DicomWebDatastore(
             settings.studies,

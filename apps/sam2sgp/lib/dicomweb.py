@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -49,13 +50,13 @@ from lib.checks import (
     Forbidden,
     NotFound,
     StorageError,
-    check_content,
     check_tag,
     check_uid,
     clean_class_name,
     discarding_if_refused,
     suffix_of,
 )
+from lib.door import ImageTooLarge, admitted, check_instance, check_series
 from lib.naming import declared, renumber, renumbering
 from lib.series_cache import SUFFIX, SeriesCache
 from sam2sgp.data import Geometry, read_dicom_seg, read_image, read_label, write_dicom_seg, write_label, write_map
@@ -82,7 +83,7 @@ class DicomWebDatastore(Datastore):
     Args:
         address: of the archive, such as `http://127.0.0.1:8042/dicom-web`.
         work_folder: for downloaded series, labels and what is known about them.
-        max_unpacked: how many bytes the voxels of an uploaded label may take.
+        max_unpacked: how many bytes the voxels of a series or an uploaded label may take as float32.
         audit: where approvals and removals are noted; None for nowhere.
         wanted: attributes that a series must match to be listed, by keyword.
         expiry: seconds for which lists are kept; 0 to ask at every question.
@@ -339,13 +340,14 @@ class DicomWebDatastore(Datastore):
             BadLabel: the label doesn't fit its series, or is empty, to be approved, and no class is known.
             ArchiveError: the archive doesn't take it; the label approved before stays.
         """
+        tag = check_tag(label_tag)
         with discarding_if_refused(label_filename):
-            return self._save_label(image_id, label_filename, check_tag(label_tag), dict(label_info or {}))
+            name = check_uid(image_id) + suffix_of(label_filename)
+            with admitted(label_filename, self._max_unpacked, name, label=True) as content:
+                return self._save_label(image_id, str(content), name, tag, dict(label_info or {}))
 
-    def _save_label(self, image_id: str, label_filename: str, tag: str, info: dict[str, Any]) -> str:
+    def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
         folder = self.get_image_uri(image_id)
-        name = image_id + suffix_of(label_filename)
-        check_content(label_filename, self._max_unpacked, name)
         try:
             geometry = read_image(folder).geometry
             labels = read_label(label_filename, geometry)
@@ -499,16 +501,24 @@ class DicomWebDatastore(Datastore):
             if not files:
                 raise ArchiveError(f"series {series.uid}: expected files from the archive, found none.")
             for file in files:
-                file.rename(folder / f"{self._checked(file, f'an instance of series {series.uid}')}.dcm")
+                file.rename(
+                    folder / f"{self._checked(file, f'an instance of series {series.uid}', self._max_unpacked)}.dcm"
+                )
+            check_series(folder, self._max_unpacked, f"series {series.uid}")
 
-    def _checked(self, file: Path, what: str) -> str:
-        """The UID of an instance from the archive. Raises ArchiveError for a file that can't be one."""
+    def _checked(self, file: Path, what: str, limit: int) -> str:
+        """The UID of an instance from the archive.
+
+        Raises ArchiveError for a file that can't be one, DataError for one that promises what it doesn't hold or more
+        than `limit` bytes of voxels.
+        """
         try:
-            check_content(file, self._max_unpacked, what)
-            return check_uid(str(dcmread(file, stop_before_pixels=True).SOPInstanceUID), "instance")
+            return check_uid(str(check_instance(file, limit).SOPInstanceUID), "instance")
         except OSError:
             raise
         except Exception as error:
+            if type(error) in (DataError, ImageTooLarge):
+                raise
             # pydicom raises types of all kinds for what isn't DICOM.
             raise ArchiveError(f"archive: expected {what}, found another file ({error}); see its log.") from error
 
@@ -539,7 +549,7 @@ class DicomWebDatastore(Datastore):
             file = self._archive.fetch_instance(
                 segmentation.study, segmentation.series, segmentation.uid, Path(scratch)
             )
-            self._checked(file, f"segmentation {segmentation.uid}")
+            self._checked(file, f"segmentation {segmentation.uid}", sys.maxsize)
             geometry = read_image(folder).geometry
             labels, names = read_dicom_seg(file, geometry, folder, lambda text: self._value_of(clean_class_name(text)))
             names = {value: clean_class_name(text) or f"class_{value}" for value, text in names.items()}

@@ -7,6 +7,7 @@ and back again, to the voxel. Objects are built and read by highdicom.
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pydicom.uid import generate_uid
 
 import sam2sgp
 from sam2sgp.data.io import Geometry, dicom_headers, is_dicom_seg, writing
+from sam2sgp.data.io.dicom_file import open_dicom
 from sam2sgp.errors import DataError
 
 PRODUCT = "SAM2-SGP for MONAI"
@@ -155,6 +157,8 @@ def read_dicom_seg(
     """
     sources = [header.SOPInstanceUID for header in dicom_headers(source)]
     try:
+        # Segments of one bit each take a small part of what they would as an image.
+        open_dicom(Path(path), pixels=True, limit=sys.maxsize)
         segmentation = highdicom.seg.segread(path)
         # Slices without a frame are empty, so those of another series would all be.
         strangers = {uid for _, _, uid in segmentation.get_source_image_uids()} - set(sources)

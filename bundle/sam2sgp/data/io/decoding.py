@@ -1,17 +1,17 @@
 """Compressed pixels, unpacked in processes of their own, which may crash, hang or grow without harm to this one.
 
-The codecs of JPEG, JPEG-LS, JPEG 2000, PNG and TIFF are programs in C and C++ whose input comes from anywhere: a file of
-2 kB may end the process that decodes it, keep it busy for a quarter of an hour, or make it ask for gigabytes. So they
-run in `decoder.py`: `decode_picture` by Pillow, `decode_dicom` by GDCM. What that process sends back is sizes, a few
-numbers and plain pixels, checked here and never unpickled. What is only numbers behind a header (NIfTI, NRRD, MetaImage,
-uncompressed DICOM) is read in this process, by numpy and zlib alone, as is RLE, which pydicom unpacks in Python.
+The codecs of JPEG, JPEG-LS, JPEG 2000, PNG and TIFF are programs in C and C++ whose input comes from anywhere: a file
+of 2 kB may end the process that decodes it, keep it busy for a quarter of an hour, or make it ask for gigabytes. So
+they run in `decoder.py`: `decode_picture` by Pillow, `decode_dicom` by GDCM. What that process sends back is sizes, a
+few numbers and plain pixels, checked here and never unpickled. What is only numbers behind a header (NIfTI, NRRD,
+MetaImage, uncompressed DICOM) is read in this process, by numpy and zlib, as is RLE, which pydicom unpacks in Python.
 
 A decoding process gets as much memory as the header promises, some times over, and a time that grows with the file. If
 it breaks a limit or ends, the file at hand gets a `DataError`, and the next file a new process.
 
-Any thread of any process may call these functions, and wait for one another only while all processes are at work. The
-first call of a process starts one, in a tenth of a second; it stays for the next calls and ends with its parent, however
-that ends. A forked child starts its own.
+Any thread of any process may call these functions, and they wait for one another only while all processes are at work.
+The first call in a process starts one, in a tenth of a second; it stays for the next calls and ends with its parent,
+however that ends. A forked child starts its own.
 """
 
 import atexit
@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from sam2sgp.data.io.limits import check_memory, check_ratio
-from sam2sgp.errors import DataError
+from sam2sgp.errors import DataError, FormatError
 
 PROGRAM = Path(__file__).with_name("decoder.py")
 MOST_PROCESSES = max(1, min(4, os.cpu_count() or 1))
@@ -84,25 +84,13 @@ def decode_picture(
     """
     size = os.path.getsize(path)
     seconds = _seconds(size)
-    job = {"kind": "picture", "path": str(path), "formats": list(formats), "seconds": SECONDS, "memory": SPARE_MEMORY}
     with _decoding(path) as decoder:
-        header = decoder.ask(job, SECONDS)
-        height, width, bands = (_whole(header[key]) for key in ("height", "width", "bands"))
-        tags = {int(tag): _tag(value) for tag, value in header["tags"].items()}
-        values = height * width * bands
-        try:
-            check_memory(path, (height, width), bands, limit)
-            if not label:
-                check_ratio(path, values * max(8, *tags.get(BITS, (8,))) // 8, size)
-        except DataError:
-            with suppress(_Told):
-                decoder.ask({}, SECONDS)
-            raise
+        header, values = _judged_header(decoder, path, label, formats, limit)
         answer = decoder.ask({"seconds": seconds, "memory": SPARE_MEMORY + COPIES * LARGEST_VALUE * values}, seconds)
         if not 0 <= answer["size"] <= LARGEST_VALUE * values:
             raise ValueError(f"{answer['size']} bytes of pixels")
         image = _rebuilt(answer, decoder.receive(answer["size"], seconds))
-        image.format, image.tag_v2 = str(header["format"]), tags
+        image.format, image.tag_v2 = str(header["format"]), _tags(header)
         return Picture(image, _whole(header["pages"]), str(header["stored_as"]))
 
 
@@ -140,6 +128,41 @@ def start() -> None:
     """Start a decoding process if there is none, so that the first file needn't wait for it."""
     with _pool.take():
         pass
+
+
+def _judged_header(
+    decoder: "_Decoder", path: str | os.PathLike, label: bool, formats: Sequence[str], limit: int | None
+) -> tuple[dict, int]:
+    """What a picture's header says, and how many values it promises. Raises as `decode_picture` does."""
+    job = {"kind": "picture", "path": str(path), "formats": list(formats), "seconds": SECONDS, "memory": SPARE_MEMORY}
+    try:
+        header = decoder.ask(job, SECONDS)
+    except _Told as error:
+        raise FormatError(
+            f"{path}: expected a picture ({', '.join(formats)}), found another content ({error}); export it again."
+        ) from error
+    height, width, bands = (_whole(header[key]) for key in ("height", "width", "bands"))
+    values = height * width * bands
+    try:
+        check_memory(path, (height, width), bands, limit)
+        if not label:
+            bits = _tags(header).get(BITS, (8,))
+            check_ratio(
+                path, values * max(8, *(bits if isinstance(bits, tuple) else (bits,))) // 8, os.path.getsize(path)
+            )
+    except DataError:
+        # It is left undecoded.
+        with suppress(_Told):
+            decoder.ask({}, SECONDS)
+        raise
+    return header, values
+
+
+def _tags(header: dict) -> dict[int, int | tuple[int, ...]]:
+    return {
+        int(tag): tuple(map(_whole, value)) if isinstance(value, list) else _whole(value)
+        for tag, value in header["tags"].items()
+    }
 
 
 class _Told(Exception):
@@ -281,10 +304,6 @@ def _whole(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 40:
         raise ValueError(f"{value!r} as a number")
     return value
-
-
-def _tag(value: object) -> int | tuple[int, ...]:
-    return tuple(map(_whole, value)) if isinstance(value, list) else _whole(value)
 
 
 def _rebuilt(answer: dict, pixels: bytearray) -> Image.Image:

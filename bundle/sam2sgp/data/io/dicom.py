@@ -10,9 +10,10 @@ from pydicom.pixel_data_handlers.util import apply_color_lut, convert_color_spac
 from pydicom.uid import RLELossless
 
 from sam2sgp.data.io.decoding import decode_dicom
-from sam2sgp.data.io.dicom_file import open_dicom
+from sam2sgp.data.io.dicom_file import frame_shape, open_dicom, samples_of
 from sam2sgp.data.io.formats import dicom_files
 from sam2sgp.data.io.geometry import Grid
+from sam2sgp.data.io.limits import check_memory
 from sam2sgp.errors import DataError
 
 # DICOM positions are decimal strings that scanners round; a missing slice changes a gap by 100 %.
@@ -33,7 +34,7 @@ def dicom_headers(path: str | os.PathLike) -> list[pydicom.Dataset]:
     return list(_dicom_stack(path, dicom_files(path) if path.is_dir() else [path])[0].values())
 
 
-def read_dicom(path: Path, files: list[Path]) -> Grid:
+def read_dicom(path: Path, files: list[Path], limit: int | None = None) -> Grid:
     """The one series in `files` as a stack of slices, or a single file."""
     headers, step = _dicom_stack(path, files)
     first = next(iter(headers.values()))
@@ -46,6 +47,7 @@ def read_dicom(path: Path, files: list[Path]) -> Grid:
     affine[:3, 1] = orientation[3:] * row_spacing
     affine[:3, 2] = step
     affine[:3, 3] = first.get("ImagePositionPatient") or (0.0, 0.0, 0.0)
+    check_memory(path, (len(headers), *frame_shape(first)), samples_of(first), limit)
     pixels = np.concatenate([_dicom_pixels(file) for file in headers])
     array = pixels.transpose(2, 1, 0, 3)
     modality = str(first.get("Modality") or "") or None

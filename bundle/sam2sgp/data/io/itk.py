@@ -16,11 +16,11 @@ def raw_header(path: Path, detached: bool = False) -> RawHeader:
     return kind.read_header(path, detached)
 
 
-def read_itk(path: Path, label: bool = False) -> Grid:
+def read_itk(path: Path, label: bool = False, limit: int | None = None) -> Grid:
     header = raw_header(path, detached=True)
     if header.is_complex:
         raise DataError(f"{path}: expected real intensities, found complex numbers; export magnitudes.")
-    array = header.read(label)
+    array = header.read(label, limit)
     is_rgb = header.dtype == np.uint8 and header.channels in (3, 4) and len(header.shape) <= 3
     if is_rgb:
         array = array[..., :3]

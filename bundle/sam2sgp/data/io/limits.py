@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Sequence
 
-from sam2sgp.errors import DataError
+from sam2sgp.errors import DataError, TooLargeError
 
 # An image as float32 may take this part of the machine's memory: reading holds it up to three times for a moment.
 SHARE_OF_MEMORY = 1 / 4
@@ -23,20 +23,16 @@ SMALL_ENOUGH = 64 << 20
 LARGEST_RATIO = 100
 
 
-class TooLargeError(DataError):
-    """An image takes more memory than is allowed."""
-
-
 def default_memory() -> int:
     """Bytes that one image may take as float32 on this machine."""
     return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * SHARE_OF_MEMORY)
 
 
-def check_memory(name: object, shape: Sequence[int], channels: int = 1, limit: int | None = None) -> None:
+def check_memory(path: object, shape: Sequence[int], channels: int = 1, limit: int | None = None) -> None:
     """Refuse an image that takes more than `limit` bytes (default `default_memory()`) as float32.
 
     Args:
-        name: of the file, for the error.
+        path: of the file, for the error.
         shape: of its grid, without channels.
         channels: values per voxel.
 
@@ -46,24 +42,24 @@ def check_memory(name: object, shape: Sequence[int], channels: int = 1, limit: i
     needed, limit = math.prod(shape) * channels * BYTES_IN_MEMORY, default_memory() if limit is None else limit
     if needed > limit:
         raise TooLargeError(
-            f"{name}: expected an image of at most {limit >> 20} MB in memory, found {_text(shape)} voxels of "
+            f"{path}: expected an image of at most {limit >> 20} MB in memory, found {_text(shape)} voxels of "
             f"{channels} channels, which take {needed >> 20} MB; crop or resample it."
         )
 
 
-def check_present(name: object, promised: int, found: int) -> None:
+def check_present(path: object, promised: int, found: int) -> None:
     """Refuse uncompressed voxels of which some are missing: `promised` and `found` in bytes."""
     if found < promised:
         raise DataError(
-            f"{name}: expected {promised} bytes of voxels as its header says, found {found}; copy or export it again."
+            f"{path}: expected {promised} bytes of voxels as its header says, found {found}; copy or export it again."
         )
 
 
-def check_ratio(name: object, unpacked: int, packed: int) -> None:
+def check_ratio(path: object, unpacked: int, packed: int) -> None:
     """Refuse an image that unpacks to suspiciously many bytes; not for labels (see the module)."""
     if unpacked > SMALL_ENOUGH and unpacked > LARGEST_RATIO * packed:
         raise DataError(
-            f"{name}: expected an image, found {packed >> 10} kB that claim to unpack to {unpacked >> 20} MB, which no "
+            f"{path}: expected an image, found {packed >> 10} kB that claim to unpack to {unpacked >> 20} MB, which no "
             "image does; store it uncompressed if it is one."
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from sam2sgp.data.io.nrrd import beside
 from sam2sgp.data.io.raw import LONGEST_HEADER, RawHeader
-from sam2sgp.errors import DataError
+from sam2sgp.errors import FormatError
 
 KEY = re.compile(r"[\w|()/.,-]+(?: [\w|()/.,-]+)*", re.ASCII)
 WHOLE = re.compile(r"[1-9]\d{0,9}")
@@ -50,7 +50,7 @@ def read_header(path: Path, detached: bool = False) -> RawHeader:
         detached: whether the voxels may lie in another file of the same folder.
 
     Raises:
-        DataError: not MetaImage, or with anything that leaves a doubt about where its voxels are.
+        FormatError: not MetaImage, or with anything that leaves a doubt about where its voxels are.
     """
     fields, end = _fields(path)
     data_file = fields.pop(DATA_FILE)
@@ -89,11 +89,11 @@ def read_header(path: Path, detached: bool = False) -> RawHeader:
         is_complex=False,
         fields={},
         canonical="".join(["ObjectType = Image\n", *known]).encode(),
-        last=f"{DATA_FILE} = LOCAL\n".encode(),
+        last=b"CompressedDataSize = %d\n" * packed + f"{DATA_FILE} = LOCAL\n".encode(),
     )
 
 
-# In this order, as MetaIO writes them. CompressedDataSize isn't: voxels may come in more than one stream.
+# In this order, as MetaIO writes them.
 KEPT = (
     "ObjectType",
     "NDims",
@@ -172,5 +172,5 @@ def _shown(text: object) -> str:
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
-def _refused(path: Path, what: str) -> DataError:
-    return DataError(f"{path}: expected {what}; save it again as MetaImage (.mha).")
+def _refused(path: Path, what: str) -> FormatError:
+    return FormatError(f"{path}: expected {what}; save it again as MetaImage (.mha).")

@@ -12,8 +12,8 @@ from sam2sgp.errors import DataError
 MM_PER_UNIT = {"meter": 1e3, "micron": 1e-3}
 
 
-def read_nifti(path: Path, label: bool = False) -> Grid:
-    image = open_nifti(path, label)
+def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Grid:
+    image = open_nifti(path, label, limit)
     array = np.asanyarray(image.dataobj)
     if array.dtype.kind == "c":
         raise DataError(f"{path}: expected real intensities, found complex numbers; export magnitudes.")

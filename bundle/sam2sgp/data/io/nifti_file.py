@@ -8,109 +8,119 @@ import io
 import math
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import nibabel as nib
 from nibabel.arrayproxy import ArrayProxy
 
 from sam2sgp.data.io.limits import check_memory, check_present, check_ratio
 from sam2sgp.data.io.raw import LONGEST_REST, inflated
-from sam2sgp.errors import DataError
+from sam2sgp.errors import DataError, FormatError
 
-MAGICS = {348: (nib.Nifti1Image, 344, b"n+1\0"), 540: (nib.Nifti2Image, 4, b"n+2\0\r\n\x1a\n")}
+# By the header's size: its class, and where its magic is.
+KINDS = {348: (nib.Nifti1Header, 344, b"n+1\0"), 540: (nib.Nifti2Header, 4, b"n+2\0\r\n\x1a\n")}
+ORDERS = ("little", "big")
 HEADER_BYTES = 540
 # Extensions hold text and DICOM headers.
 LARGEST_OFFSET = 64 << 20
 
 
-def open_nifti(
-    path: Path, label: bool = False, name: object = None, limit: int | None = None
-) -> nib.Nifti1Image | nib.Nifti2Image:
+def open_nifti(path: Path, label: bool = False, limit: int | None = None) -> nib.Nifti1Image | nib.Nifti2Image:
     """A file whose voxels are all there, as nibabel's image; compressed ones are unpacked in memory.
 
     Args:
         path: ends in .nii.gz or .nii.
         label: a class map, which may have shrunk more than an image can.
-        name: what to call it in errors; its path by default.
         limit: bytes that it may take as float32; see `sam2sgp.data.io.limits`.
 
     Raises:
         DataError: another content, voxels that are missing, damaged or too many.
     """
-    name = name or path
-    if path.name.lower().endswith(".gz"):
-        return _from_gzip(path, label, name, limit)
-    with open(path, "rb") as file:
-        kind, header = read_header(file.read(HEADER_BYTES), name)
-    check_memory(name, header.get_data_shape(), _values(header), limit)
-    check_present(name, _data_bytes(header), os.path.getsize(path) - header.get_data_offset())
-    return kind(ArrayProxy(str(path), header), header.get_best_affine(), header)
+    header = nifti_header(path, label, limit)
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    content = str(path)
+    if _is_gzip(path):
+        content = io.BytesIO()
+        content.writelines(_unpacked(path, header))
+    return kind(ArrayProxy(content, header), header.get_best_affine(), header)
 
 
-def read_header(content: bytes, name: object) -> tuple[type, nib.Nifti1Header]:
-    """nibabel's class of image, and the header at the beginning of a file. Raises DataError for another content."""
-    for order in ("little", "big"):
-        kind, where, magic = MAGICS.get(int.from_bytes(content[:4], order), (None, 0, b""))
-        if kind is not None and content[where : where + len(magic)] == magic:
-            break
-    else:
-        raise DataError(f"{name}: expected a NIfTI file, found another content; export it as NIfTI in one file.")
-    size = int.from_bytes(content[:4], order)
-    if len(content) < size:
-        raise DataError(f"{name}: expected a header of {size} bytes, found {len(content)}; copy or export it again.")
+def nifti_header(path: Path, label: bool = False, limit: int | None = None) -> nib.Nifti1Header | nib.Nifti2Header:
+    """A file's header, once what it promises is judged. Arguments and errors are those of `open_nifti`."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file, _reading_gzip(path):
+        content = next(inflated(file), b"") if _is_gzip(path) else file.read(HEADER_BYTES)
+    header = _parsed(content[:HEADER_BYTES], path)
+    # Colours are three or four values.
+    check_memory(path, header.get_data_shape(), max(len(header.get_data_dtype().names or ()), 1), limit)
+    if not _is_gzip(path):
+        check_present(path, _data_bytes(header), size - header.get_data_offset())
+    elif not label:
+        check_ratio(path, _data_bytes(header), size)
+    return header
+
+
+def _parsed(content: bytes, name: object) -> nib.Nifti1Header | nib.Nifti2Header:
+    """The header at the beginning of a file. Raises FormatError for another content."""
+    size = next((size for size in KINDS if size in (int.from_bytes(content[:4], order) for order in ORDERS)), None)
+    if size is None or len(content) < size:
+        raise FormatError(f"{name}: expected a NIfTI file, found another content; export it as NIfTI in one file.")
+    kind, where, magic = KINDS[size]
+    if content[where : where + len(magic)] != magic:
+        raise FormatError(f"{name}: expected header and voxels in one NIfTI file, found another kind; export it again.")
     try:
-        header = kind.header_class(content[:size])
+        header = kind(content[:size])
         shape, offset = header.get_data_shape(), header.get_data_offset()
         header.get_data_dtype(), header.get_best_affine()
     except Exception as error:
         # nibabel raises types of its own, and numpy's, for values that make no sense.
-        raise DataError(f"{name}: expected a header of NIfTI, found a damaged one ({error}); export it again.") from error
+        raise FormatError(
+            f"{name}: expected a header of NIfTI, found a damaged one ({error}); copy or export it again."
+        ) from error
     if not 1 <= len(shape) <= 7 or min(shape) < 0 or not size <= offset <= LARGEST_OFFSET:
-        raise DataError(
-            f"{name}: expected sizes above zero and voxels behind the header, found {shape} at byte {offset}; export it "
-            "again."
+        raise FormatError(
+            f"{name}: expected sizes above zero and voxels behind the header, found {shape} at byte {offset}; export "
+            "it again."
         )
-    return kind, header
+    return header
 
 
-def _from_gzip(path: Path, label: bool, name: object, limit: int | None) -> nib.Nifti1Image | nib.Nifti2Image:
-    content = io.BytesIO()
+def check_nifti(path: Path, label: bool = False, limit: int | None = None) -> None:
+    """Judge a file whole, keeping nothing of it. Arguments and errors are those of `open_nifti`."""
+    header = nifti_header(path, label, limit)
+    if _is_gzip(path):
+        for _ in _unpacked(path, header):
+            pass
+
+
+def _unpacked(path: Path, header: nib.Nifti1Header) -> Iterator[bytes]:
+    """A gzip file's content up to the end of the voxels; its sum is checked at its very end."""
+    most, seen = header.get_data_offset() + _data_bytes(header), 0
+    with open(path, "rb") as file, _reading_gzip(path):
+        for data in inflated(file):
+            yield data[: max(most - seen, 0)]
+            seen += len(data)
+            if seen > most + LONGEST_REST:
+                raise DataError(f"{path}: expected {most} bytes as its header says, found more; export it again.")
+    check_present(path, _data_bytes(header), seen - header.get_data_offset())
+
+
+@contextmanager
+def _reading_gzip(name: object) -> Iterator[None]:
     try:
-        with open(path, "rb") as file:
-            kind, header = _unpack(file, content, os.path.getsize(path), label, name, limit)
-    except (zlib.error, EOFError) as error:
-        raise DataError(f"{name}: expected a whole gzip file, found it damaged ({error}); send it again.") from error
-    check_present(name, _data_bytes(header), content.tell() - header.get_data_offset())
-    return kind(ArrayProxy(content, header), header.get_best_affine(), header)
+        yield
+    except EOFError as error:
+        raise DataError(f"{name}: expected a whole gzip file, found that {error}; send it again.") from error
+    except zlib.error as error:
+        raise FormatError(
+            f"{name}: expected a whole gzip file, found another content ({error}); send it again."
+        ) from error
 
 
-def _unpack(
-    file: IO[bytes], content: IO[bytes], packed: int, label: bool, name: object, limit: int | None
-) -> tuple[type, nib.Nifti1Header]:
-    """Write a gzip file's content up to the end of the voxels; gzip's own sum is checked at its very end."""
-    opened, most = None, HEADER_BYTES
-    seen = 0
-    for data in inflated(file):
-        if opened is None:
-            # The first piece is far longer than a header, unless the file is.
-            opened = kind, header = read_header(data[:HEADER_BYTES], name)
-            check_memory(name, header.get_data_shape(), _values(header), limit)
-            if not label:
-                check_ratio(name, _data_bytes(header), packed)
-            most = header.get_data_offset() + _data_bytes(header)
-        content.write(data[: max(most - seen, 0)])
-        seen += len(data)
-        if seen > most + LONGEST_REST:
-            raise DataError(f"{name}: expected {most} bytes as its header says, found more; export it again.")
-    if opened is None:
-        raise EOFError("nothing in it")
-    return opened
-
-
-def _values(header: nib.Nifti1Header) -> int:
-    """Per voxel; colours are three or four."""
-    return max(len(header.get_data_dtype().names or ()), 1)
+def _is_gzip(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
 
 
 def _data_bytes(header: nib.Nifti1Header) -> int:

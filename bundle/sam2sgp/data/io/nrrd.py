@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sam2sgp.data.io.raw import LONGEST_HEADER, RawHeader
-from sam2sgp.errors import DataError
+from sam2sgp.errors import FormatError
 
 LONGEST_LINE = 4096
 MAGIC = re.compile(r"NRRD000[1-5]")
@@ -99,7 +99,7 @@ def read_header(path: Path, detached: bool = False) -> RawHeader:
         detached: whether the voxels may lie in another file of the same folder.
 
     Raises:
-        DataError: not NRRD, or not as its format says.
+        FormatError: not NRRD, or not as its format says.
     """
     lines, end = _lines(path)
     fields, pairs = _fields(path, lines)
@@ -147,7 +147,7 @@ def read_header(path: Path, detached: bool = False) -> RawHeader:
 
 
 def beside(path: Path, name: str, allowed: bool) -> Path:
-    """The file in the same folder that a detached header names. Raises DataError for any other place."""
+    """The file in the same folder that a detached header names. Raises FormatError for any other place."""
     if not allowed:
         raise _refused(path, "voxels in the file itself, found a reference to another")
     is_plain = name not in (".", "..") and not any(letter in name for letter in "/\\%\0") and len(name.split()) == 1
@@ -256,5 +256,5 @@ def _shown(text: object) -> str:
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
-def _refused(path: Path, what: str) -> DataError:
-    return DataError(f"{path}: expected {what}; save it again as NRRD with the voxels in the same file.")
+def _refused(path: Path, what: str) -> FormatError:
+    return FormatError(f"{path}: expected {what}; save it again as NRRD with the voxels in the same file.")

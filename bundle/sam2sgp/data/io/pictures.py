@@ -11,13 +11,13 @@ from sam2sgp.data.io.geometry import Grid
 from sam2sgp.errors import DataError
 
 
-def read_picture(path: Path, label: bool) -> Grid:
-    picture = decode_picture(path, label)
+def read_picture(path: Path, label: bool, limit: int | None = None) -> Grid:
+    picture = decode_picture(path, label, limit=limit)
     image = picture.image
     if picture.pages > 1:
         raise DataError(
-            f"{path}: expected one picture, found {picture.pages} pages; store each page as a picture, or the stack as a "
-            "NIfTI volume."
+            f"{path}: expected one picture, found {picture.pages} pages; store each page as a picture, or the "
+            "stack as a NIfTI volume."
         )
     is_jpeg = image.format in ("JPEG", "MPO")
     array = _picture_label(path, image, picture.stored_as) if label else _picture_image(image)

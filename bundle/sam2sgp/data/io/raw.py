@@ -1,7 +1,7 @@
 """Voxels that lie in a file as plain numbers, compressed or not, behind a text header: NRRD and MetaImage.
 
-The header is parsed once, by `sam2sgp.data.io.nrrd` or `sam2sgp.data.io.metaimage`, into a `RawHeader`; the voxels are read
-from where that says, and from nowhere else. No other library looks at the file, so none can understand it otherwise.
+The header is parsed once, by `nrrd` or `metaimage` beside this module, into a `RawHeader`; the voxels are read from
+where that says, and from nowhere else. No other library looks at the file, so none can understand it otherwise.
 A header that leaves any doubt is refused: white space in odd places, a key that comes twice, voxels in other files by
 list or pattern, skipped lines or bytes. `RawHeader.save` writes the same image with a header of our own making.
 
@@ -48,8 +48,8 @@ class RawHeader:
         affine: (4, 4) float64, voxel -> world in mm, LPS.
         is_complex: pairs of real and imaginary parts.
         fields: what else the header says, as {key: value}: for NRRD its key/value pairs, such as the names of segments.
-        canonical: the header in its only form: lines without those that say where the voxels are.
-        last: those lines for voxels that follow in the same file.
+        canonical: the header in its only form, without the lines that say where the voxels are.
+        last: those lines for voxels that follow in the same file; `%d` stands for their size as stored.
     """
 
     path: Path
@@ -78,22 +78,21 @@ class RawHeader:
         """That the voxels take when unpacked."""
         return math.prod(self.file_shape) * self.dtype.itemsize
 
-    def check(self, name: object = None, label: bool = False, limit: int | None = None) -> None:
+    def check(self, label: bool = False, limit: int | None = None) -> None:
         """See `sam2sgp.data.io.limits`. Raises DataError for a header that promises too much."""
-        name = name or self.path
-        check_memory(name, self.shape, self.channels or 1, limit)
+        check_memory(self.path, self.shape, self.channels or 1, limit)
         found = os.path.getsize(self.data_path) - self.offset
         if self.encoding == "raw":
-            check_present(name, self.data_bytes, found)
+            check_present(self.path, self.data_bytes, found)
         elif not label:
-            check_ratio(name, self.data_bytes, found)
+            check_ratio(self.path, self.data_bytes, found)
 
-    def read(self, label: bool = False) -> np.ndarray:
+    def read(self, label: bool = False, limit: int | None = None) -> np.ndarray:
         """The voxels: (*shape) or, with channels, (*shape, channels), as stored.
 
         Raises DataError where the voxels are not all there, damaged, or too many.
         """
-        self.check(label=label)
+        self.check(label=label, limit=limit)
         array = np.empty(self.file_shape, self.dtype, order="F")
         # Memory is only taken where something is written, so a promise that isn't kept costs nothing.
         target = memoryview(array.reshape(-1, order="F").view(np.uint8))
@@ -112,7 +111,6 @@ class RawHeader:
         for _ in self._unpacked():
             pass
         with open(path, "wb") as target, open(self.data_path, "rb") as source:
-            target.write(self.canonical + self.last)
             source.seek(self.offset)
             if self.encoding == "raw":
                 left = self.data_bytes
@@ -121,6 +119,7 @@ class RawHeader:
                     pass
                 left = source.tell() - self.offset
                 source.seek(self.offset)
+            target.write(self.canonical + self.last.replace(b"%d", str(left).encode()))
             while data := source.read(min(CHUNK, left)):
                 target.write(data)
                 left -= len(data)
