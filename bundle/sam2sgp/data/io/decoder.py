@@ -91,7 +91,8 @@ def decode_dicom(job: dict, source, target) -> tuple[dict, bytes]:
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(job["path"])
-    values = SimpleITK.GetArrayViewFromImage(reader.Execute())
+    image = reader.Execute()
+    values = SimpleITK.GetArrayViewFromImage(image)
     return {"size": values.nbytes, "shape": values.shape, "dtype": values.dtype.str}, values.tobytes()
 
 
