@@ -163,6 +163,9 @@ def watched(tmp_path_factory):
     studies = folder / "studies"
     studies.mkdir()
     (studies / "A.nii.gz").write_bytes(gzip.compress(nifti()))
+    (studies / "labels" / "final").mkdir(parents=True)
+    label = gzip.compress(nifti((VOLUME > 200).astype(np.uint8)))
+    (studies / "labels" / "final" / "A.nii.gz").write_bytes(label)
     # Found there, not sent.
     (studies / "found.png").write_bytes(CRAFTED["bomb.png"])
     (studies / "found2.mha").write_bytes(CRAFTED["thousand channels.mha"])
@@ -208,7 +211,7 @@ def test_each_crafted_file_is_refused_in_one_sentence_by_every_way_in(watched):
     assert watched.memory() - watched.start < MOST_MB
     assert watched.own.is_running() and watched.send("GET", "/info/").ok
     listed = json.loads(watched.send("GET", "/datastore/").text)["objects"]
-    assert set(listed) == {"A", "found", "found2"} and listed["A"]["labels"] == {}
+    assert set(listed) == {"A", "found", "found2"} and set(listed["A"]["labels"]) == {"final"}
 
 
 def test_files_found_in_the_folder_are_judged_like_those_sent(watched):

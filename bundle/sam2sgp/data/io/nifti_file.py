@@ -79,7 +79,7 @@ def _parsed(content: bytes, name: object) -> nib.Nifti1Header | nib.Nifti2Header
         raise FormatError(
             f"{name}: expected a header of NIfTI, found a damaged one ({error}); copy or export it again."
         ) from error
-    if not 1 <= len(shape) <= 7 or min(shape) < 0 or not size <= offset <= LARGEST_OFFSET:
+    if not 1 <= int(header["dim"][0]) <= 7 or min(shape) < 0 or not size <= offset <= LARGEST_OFFSET:
         raise FormatError(
             f"{name}: expected sizes above zero and voxels behind the header, found {shape} at byte {offset}; export "
             "it again."
