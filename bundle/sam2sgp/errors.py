@@ -15,6 +15,14 @@ class DataError(Sam2SgpError):
     """An image, a label or a data folder can't be used as it is."""
 
 
+class FormatError(DataError):
+    """A file's content isn't what its name says, or is written in a way that isn't read."""
+
+
+class TooLargeError(DataError):
+    """An image takes more memory than is allowed."""
+
+
 class WeightsError(Sam2SgpError):
     """A weights file can't be fetched, read or fitted to the network."""
 

@@ -100,7 +100,7 @@ def app(tmp_path):
         infer=infer,
         next_sample=next_sample,
         asked=asked,
-        settings=SimpleNamespace(max_upload_mb=1.0, is_remote=False),
+        settings=SimpleNamespace(max_upload_mb=1.0, max_image_mb=8.0, is_remote=False),
         datastore=lambda: datastore,
         sessions=lambda: sessions,
         info=lambda: {"trainers": {"finetune": {}}, "scoring": {"scores": {}}, "models": {"sam2sgp": {}}},

@@ -6,11 +6,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from lib.checks import NotFound, RequestError, TooLarge, UnsupportedFile
 from lib.sessions import ConfinedSessions
+from tests.data.dicom_files import write_series
 
 LIMIT = 1 << 20
 
@@ -85,14 +87,30 @@ def test_a_header_of_many_megabytes_is_not_taken_into_memory(sessions, tmp_path)
 
 
 @pytest.mark.parametrize("pack", [packed, zipped])
-def test_an_ordinary_archive_becomes_a_session(sessions, tmp_path, pack):
-    upload = pack(tmp_path / "a", ("series/1", b"one"), ("series/2", b"two"))
+def test_of_an_archive_only_images_are_kept(sessions, tmp_path, pack):
+    series = [
+        path.read_bytes() for path in sorted(write_series(tmp_path / "ct", np.zeros((2, 8, 8), np.int16)).iterdir())
+    ]
+    others = [("series/sitecustomize.py", b"import os"), ("series/._1", b"x"), ("__MACOSX/._1.dcm", b"x")]
+    upload = pack(tmp_path / "a", ("series/1", series[0]), ("series/2", series[1]), *others)
     session_id, session = sessions.add_session(str(upload), uncompress=True)
-    files = {path.name: path.read_bytes() for path in Path(session.image).rglob("*") if path.is_file()}
-    assert files == {"1": b"one", "2": b"two"}
+    files = {path.name: path.read_bytes() for path in Path(session.path).rglob("*") if path.is_file()}
+    assert files.pop("meta.info", None) is not None
+    assert files == {"1": series[0], "2": series[1]} and session.image.endswith("/series")
     assert sessions.get_session(session_id).image == session.image
     sessions.remove_session(session_id)
     assert sessions.get_session(session_id) is None and not Path(session.path).exists()
+
+
+def test_an_upload_without_an_image_becomes_no_session(sessions, tmp_path):
+    for name, pack in (("sitecustomize.py", None), ("b.zip", zipped)):
+        upload = pack(tmp_path / "b", ("a.py", b"x"), ("c/d.txt", b"y")) if pack else tmp_path / "up" / name
+        if not pack:
+            upload.parent.mkdir()
+            upload.write_bytes(b"import os")
+        with pytest.raises(UnsupportedFile, match="expected images"):
+            sessions.add_session(str(upload), uncompress=pack is not None)
+    assert not list((tmp_path / "sessions").glob("*/*"))
 
 
 def test_a_single_image_becomes_a_session_if_its_content_is_its_names(sessions, tmp_path):

@@ -41,15 +41,15 @@ from lib.checks import (
     NotFound,
     RequestError,
     StorageError,
-    check_content,
     check_id,
     check_tag,
     discarding_if_refused,
+    image_limit,
     suffix_of,
-    unpacked_limit,
 )
 from lib.decisions import FINAL, Decisions, ImageLocks, state_of
 from lib.dicomweb import DicomWebDatastore
+from lib.door import admitted
 from lib.naming import declared, renumber, renumbering
 from lib.records import ImageRecord, LabelRecord, Record, checked, readable
 from sam2sgp.data.folders import check_label_values, class_names
@@ -80,7 +80,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
     Args:
         datastore_path: the folder; made if missing.
         work_folder: where archives for download, a copy of the index and the images' locks are put.
-        max_unpacked: how many bytes the voxels of an uploaded file may take.
+        max_unpacked: how many bytes the voxels of an uploaded file may take as float32.
         audit: where approvals and removals are noted; None for nowhere.
 
     Raises:
@@ -227,14 +227,14 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             DataError: the image can't be read.
         """
         with discarding_if_refused(image_filename):
-            return self._add_image(image_id, image_filename, image_info)
+            suffix = suffix_of(image_filename)
+            image_id = check_id(image_id or os.path.basename(image_filename)[: -len(suffix)])
+            with admitted(image_filename, self._max_unpacked, image_id + suffix) as content:
+                return self._add_image(image_id, str(content), image_id + suffix, image_info)
 
-    def _add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
-        suffix = suffix_of(image_filename)
-        image_id = check_id(image_id or os.path.basename(image_filename)[: -len(suffix)])
-        name = image_id + suffix
+    def _add_image(self, image_id: str, image_filename: str, name: str, image_info: dict[str, Any]) -> str:
+        suffix = suffix_of(name)
         info = _without_stamp(checked(ImageRecord, image_info, f"image {image_id}"))
-        check_content(image_filename, self._max_unpacked, name)
         with _naming(image_filename, name):
             read_image(image_filename)
         target = self._writable(self._datastore.image_path()) / name
@@ -285,17 +285,18 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 that can't be stored.
             BadLabel: a label to approve that can't be read, has another size than its image or undeclared values.
         """
+        tag = check_tag(label_tag)
         with discarding_if_refused(label_filename):
-            tag = check_tag(label_tag)
-            with self.deciding(check_id(image_id)):
-                return self._save_label(image_id, label_filename, tag, label_info)
+            # An unknown image comes before what may be wrong with the label.
+            self.get_image_uri(image_id)
+            name = image_id + suffix_of(label_filename)
+            info = _without_stamp(checked(LabelRecord, label_info, f"label of {image_id}"))
+            with admitted(label_filename, self._max_unpacked, name, label=True) as content, self.deciding(image_id):
+                return self._save_label(image_id, str(content), name, tag, info)
 
-    def _save_label(self, image_id: str, label_filename: str, tag: str, label_info: dict[str, Any]) -> str:
+    def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
         image = self.get_image_uri(image_id)
-        suffix = suffix_of(label_filename)
-        name = image_id + suffix
-        info = _without_stamp(checked(LabelRecord, label_info, f"label of {image_id}"))
-        check_content(label_filename, self._max_unpacked, name)
+        suffix = suffix_of(name)
         with tempfile.TemporaryDirectory() as scratch:
             if tag == FINAL:
                 label_filename = self._checked_label(image, label_filename, name, info, Path(scratch))
@@ -790,7 +791,7 @@ def open_datastore(settings) -> Datastore:
         StorageError: the folder can't be opened.
     """
     audit = Audit(settings.state_dir / "audit.jsonl")
-    limit = unpacked_limit(settings.max_upload_mb)
+    limit = image_limit(settings)
     if settings.is_remote:
         return DicomWebDatastore(
             settings.studies,

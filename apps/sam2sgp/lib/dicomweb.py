@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -49,7 +50,6 @@ from lib.checks import (
     Forbidden,
     NotFound,
     StorageError,
-    check_content,
     check_tag,
     check_uid,
     clean_class_name,
@@ -57,6 +57,7 @@ from lib.checks import (
     suffix_of,
 )
 from lib.decisions import FINAL, Decisions, ImageLocks
+from lib.door import ImageTooLarge, admitted, check_instance, check_series
 from lib.naming import declared, renumber, renumbering
 from lib.records import ImageRecord, LabelRecord, checked, readable
 from lib.series_cache import SUFFIX, SeriesCache
@@ -83,7 +84,7 @@ class DicomWebDatastore(Decisions, Datastore):
     Args:
         address: of the archive, such as `http://127.0.0.1:8042/dicom-web`.
         work_folder: for downloaded series, labels and what is known about them.
-        max_unpacked: how many bytes the voxels of an uploaded label may take.
+        max_unpacked: how many bytes the voxels of a series or an uploaded label may take as float32.
         audit: where approvals and removals are noted; None for nowhere.
         wanted: attributes that a series must match to be listed, by keyword.
         expiry: seconds for which lists are kept; 0 to ask at every question.
@@ -341,16 +342,15 @@ class DicomWebDatastore(Decisions, Datastore):
             BadLabel: the label doesn't fit its series, or is empty, to be approved, and no class is known.
             ArchiveError: the archive doesn't take it; the label approved before stays.
         """
+        tag = check_tag(label_tag)
         with discarding_if_refused(label_filename):
-            tag = check_tag(label_tag)
-            with self.deciding(check_uid(image_id)):
-                return self._save_label(image_id, label_filename, tag, label_info)
+            name = check_uid(image_id) + suffix_of(label_filename)
+            info = checked(LabelRecord, label_info, f"label of series {image_id}")
+            with admitted(label_filename, self._max_unpacked, name, label=True) as content, self.deciding(image_id):
+                return self._save_label(image_id, str(content), name, tag, info)
 
-    def _save_label(self, image_id: str, label_filename: str, tag: str, label_info: dict[str, Any]) -> str:
-        info = checked(LabelRecord, label_info, f"label of series {image_id}")
+    def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
         folder = self.get_image_uri(image_id)
-        name = image_id + suffix_of(label_filename)
-        check_content(label_filename, self._max_unpacked, name)
         try:
             geometry = read_image(folder).geometry
             labels = read_label(label_filename, geometry)
@@ -391,7 +391,7 @@ class DicomWebDatastore(Decisions, Datastore):
         """
         path = self._label_path(image_id, old)
         before = _files(self._label_path(image_id, new)) if new != FINAL else {}
-        self._save_label(image_id, str(path), new, _without_segmentation(self._label_record(path)))
+        self._save_label(image_id, str(path), path.name, new, _without_segmentation(self._label_record(path)))
         try:
             self._remove_label(image_id, old)
         except (StorageError, OSError) as error:
@@ -541,16 +541,24 @@ class DicomWebDatastore(Decisions, Datastore):
             if not files:
                 raise ArchiveError(f"series {series.uid}: expected files from the archive, found none.")
             for file in files:
-                file.rename(folder / f"{self._checked(file, f'an instance of series {series.uid}')}.dcm")
+                file.rename(
+                    folder / f"{self._checked(file, f'an instance of series {series.uid}', self._max_unpacked)}.dcm"
+                )
+            check_series(folder, self._max_unpacked, f"series {series.uid}")
 
-    def _checked(self, file: Path, what: str) -> str:
-        """The UID of an instance from the archive. Raises ArchiveError for a file that can't be one."""
+    def _checked(self, file: Path, what: str, limit: int) -> str:
+        """The UID of an instance from the archive.
+
+        Raises ArchiveError for a file that can't be one, DataError for one that promises what it doesn't hold or more
+        than `limit` bytes of voxels.
+        """
         try:
-            check_content(file, self._max_unpacked, what)
-            return check_uid(str(dcmread(file, stop_before_pixels=True).SOPInstanceUID), "instance")
+            return check_uid(str(check_instance(file, limit).SOPInstanceUID), "instance")
         except OSError:
             raise
         except Exception as error:
+            if type(error) in (DataError, ImageTooLarge):
+                raise
             # pydicom raises types of all kinds for what isn't DICOM.
             raise ArchiveError(f"archive: expected {what}, found another file ({error}); see its log.") from error
 
@@ -582,7 +590,7 @@ class DicomWebDatastore(Decisions, Datastore):
             file = self._archive.fetch_instance(
                 segmentation.study, segmentation.series, segmentation.uid, Path(scratch)
             )
-            self._checked(file, f"segmentation {segmentation.uid}")
+            self._checked(file, f"segmentation {segmentation.uid}", sys.maxsize)
             geometry = read_image(folder).geometry
             labels, names = read_dicom_seg(file, geometry, folder, lambda text: self._value_of(clean_class_name(text)))
             names = {value: clean_class_name(text) or f"class_{value}" for value, text in names.items()}

@@ -36,8 +36,9 @@ from pydantic import BeforeValidator, Field
 from requests_toolbelt import MultipartEncoder
 from starlette.background import BackgroundTask
 
-from lib.checks import NotFound, RequestError, check_content, check_file_name, suffix_of, unpacked_limit
+from lib.checks import NotFound, RequestError, check_file_name, image_limit, suffix_of
 from lib.dicomweb import DicomWebDatastore
+from lib.door import admit
 from lib.options import ImageParams, InferParams, LabelNotes, LabelParams, Notes, SampleParams, in_form
 from lib.routing import ADMIN, ANNOTATOR, Form, Id, OptionalId, Query, Tag, in_threads, router, taken
 from sam2sgp.data import read_image, read_label, write_dicom_seg
@@ -181,7 +182,7 @@ def routes(app: MONAILabelApp) -> APIRouter:
     """
     made = router()
     datastore = app.datastore()
-    limit = unpacked_limit(app.settings.max_upload_mb)
+    limit = image_limit(app.settings)
 
     @made.get("/info/")
     def info() -> dict[str, Any]:
@@ -199,7 +200,7 @@ def routes(app: MONAILabelApp) -> APIRouter:
             # A path says that the server made it: what clients name are ids, which are text.
             if form.file:
                 image = taken(form.file, Path(folder), "image")
-                check_content(image, limit, image.name)
+                admit(image, limit)
                 request["image"] = image
             elif query.session_id:
                 request["image"] = Path(_session(app, query.session_id).image)

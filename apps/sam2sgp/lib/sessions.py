@@ -31,11 +31,12 @@ from lib.checks import (
     StorageError,
     TooLarge,
     UnsupportedFile,
-    check_content,
     check_file_name,
+    image_limit,
     unpacked_limit,
 )
-from sam2sgp.data.io import SUFFIXES, is_dicom
+from lib.door import NoImage, admitted
+from sam2sgp.data.io import is_image
 from sam2sgp.errors import DataError
 
 # DICOM series of a long CT have a few thousand slices.
@@ -63,11 +64,13 @@ class ConfinedSessions(Sessions):
         store_path: the folder of all sessions.
         expiry: seconds after which an unused session is removed.
         max_unpacked: bytes that an archive may unpack to.
+        max_image: bytes that the voxels of one file may take as float32; by default as many.
     """
 
-    def __init__(self, store_path: str, expiry: int, max_unpacked: int):
+    def __init__(self, store_path: str, expiry: int, max_unpacked: int, max_image: int | None = None):
         super().__init__(store_path, expiry)
         self._max_unpacked = max_unpacked
+        self._max_image = max_unpacked if max_image is None else max_image
 
     def get_session(self, session_id: str, update_ts: bool = True, fetch_cache: bool = True):
         """A session, or None. Raises NotFound for what can't be an id."""
@@ -96,8 +99,12 @@ class ConfinedSessions(Sessions):
     def add_session(self, data_file: str, expiry: int = 0, uncompress: bool = False, session_id: str | None = None):
         """Take an uploaded file, folder of files, or (`uncompress`) the content of an archive into a new session.
 
+        Images are kept as `lib.door` understands them. What is no image by name or content is deleted.
+
         Raises:
-            UnsupportedFile: not a ZIP or TAR archive, or one with links, devices or names that lead out.
+            UnsupportedFile: not a ZIP or TAR archive, or one with links, devices or names that lead out; no image in
+                it, or one whose content isn't what its name says.
+            DataError: an image that promises voxels which it doesn't hold.
             TooLarge: an archive of too many members, or that unpacks to too much.
             StorageError: the disk is full.
         """
@@ -109,10 +116,10 @@ class ConfinedSessions(Sessions):
                     source = Path(folder, "content")
                     source.mkdir()
                     unpack(Path(data_file), source, self._max_unpacked)
-                    # Packed as a folder of its own, or for a single file.
-                    while source.is_dir() and len(inside := list(source.iterdir())) == 1:
-                        [source] = inside
-                self._check_files(source)
+                self._keep_images(source)
+                # Packed as a folder of its own, or for a single file.
+                while uncompress and source.is_dir() and len(inside := list(source.iterdir())) == 1:
+                    [source] = inside
                 return super().add_session(str(source), expiry, False, session_id)
         except (DataError, OSError) as error:
             shutil.rmtree(os.path.join(self.store_path, session_id), ignore_errors=True)
@@ -123,11 +130,29 @@ class ConfinedSessions(Sessions):
                 f"session: expected to store the upload, found {error.strerror or error}; free some space."
             ) from error
 
-    def _check_files(self, path: Path) -> None:
-        """Compare the content of images with their names. What is no image by name or content is never read."""
+    def _keep_images(self, path: Path) -> None:
+        """Delete what isn't an image by name or content, never reading it, and folders without images.
+
+        Raises UnsupportedFile where nothing is left.
+        """
+        found = 0
         for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
-            if file.name.lower().endswith(SUFFIXES) or is_dicom(file):
-                check_content(file, self._max_unpacked)
+            try:
+                if not is_image(file):
+                    raise NoImage(f"{file.name}: expected an image.")
+                with admitted(file, self._max_image) as content:
+                    if content != file:
+                        shutil.copyfile(content, file)
+                found += 1
+            except NoImage:
+                file.unlink()
+        if not found:
+            raise UnsupportedFile(
+                "session: expected images, found none; send NIfTI, NRRD, MetaImage, DICOM or pictures."
+            )
+        for folder in sorted(path.rglob("*"), reverse=True):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def _is_own(self, session_id: str, path: str) -> bool:
         own = os.path.realpath(os.path.join(self.store_path, session_id))
@@ -138,8 +163,12 @@ def open_sessions(settings) -> ConfinedSessions | None:
     """The confined sessions, or None where MONAI Label's own settings switch sessions off."""
     if not server_settings.MONAI_LABEL_SESSIONS:
         return None
-    limit = unpacked_limit(settings.max_upload_mb)
-    return ConfinedSessions(server_settings.MONAI_LABEL_SESSION_PATH, server_settings.MONAI_LABEL_SESSION_EXPIRY, limit)
+    return ConfinedSessions(
+        server_settings.MONAI_LABEL_SESSION_PATH,
+        server_settings.MONAI_LABEL_SESSION_EXPIRY,
+        unpacked_limit(settings.max_upload_mb),
+        image_limit(settings),
+    )
 
 
 def _discard(upload: Path) -> None:
@@ -161,7 +190,7 @@ def check_session_id(text: str) -> str:
 
 
 def unpack(archive: Path, folder: Path, limit: int) -> None:
-    """Write an archive's files into a folder.
+    """Write an archive's files into a folder, but for hidden ones.
 
     Args:
         archive: a ZIP file or a TAR file, plain or compressed by gzip, bzip2 or xz.
@@ -181,6 +210,8 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
                     raise TooLarge(
                         f"archive: expected at most {MOST_MEMBERS} members, found more; send one series at a time."
                     )
+                if _is_hidden(name):
+                    continue
                 target = folder.joinpath(*_parts(name))
                 if is_folder:
                     target.mkdir(parents=True, exist_ok=True)
@@ -253,6 +284,11 @@ class _Sparing:
         if max(size, len(data)) > LARGEST_READ:
             raise TooLarge("archive: expected short headers, found one of many megabytes; pack it again.")
         return data
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a member is what some programs add about the others, such as `__MACOSX/._scan.nii`."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _parts(name: str) -> list[str]:

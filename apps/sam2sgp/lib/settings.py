@@ -49,6 +49,7 @@ PATH_KEYS = ("bundle_root", "state_dir", "support_dir", "model_file")
 FOREIGN_KEYS = ("server_mode",)
 NUMBERS = {
     "max_upload_mb": "MiB",
+    "max_image_mb": "MiB",
     "query_cache_mb": "MiB",
     "dicomweb_expiry": "seconds",
     "dicomweb_cache_gb": "GiB",
@@ -57,7 +58,7 @@ NUMBERS = {
     "max_connections": "connections",
     "max_connections_per_address": "connections",
 }
-NOT_ZERO = ("max_upload_mb", "dicomweb_timeout", "max_connections", "max_connections_per_address")
+NOT_ZERO = ("max_upload_mb", "max_image_mb", "dicomweb_timeout", "max_connections", "max_connections_per_address")
 HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 CODE_MARKS = ("$", "@", "%")
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -79,6 +80,8 @@ class Settings:
         overrides: keys of inference.json with other values than the bundle's, see `METHOD_KEYS`.
         query_cache_mb: MiB of features, of prepared images, and of results, of the queries used last.
         max_upload_mb: MiB that a request may hold.
+        max_image_mb: MiB that an image of a client or an archive may take in memory, as float32; reading holds it up to
+            three times for a moment.
         cors_origins: other sites whose pages may use the server from a browser; none by default.
         hosts: names by which browsers reach the server, besides those that the machine knows of itself.
         user_header: HTTP header with the user's name, which a reverse proxy sets; None for none.
@@ -105,6 +108,7 @@ class Settings:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     query_cache_mb: float = 256.0
     max_upload_mb: float = 2048.0
+    max_image_mb: float = 2048.0
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     user_header: str | None = None

@@ -6,6 +6,7 @@ and back again, to the voxel. Objects are built and read by highdicom.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pydicom.uid import generate_uid
 
 import sam2sgp
 from sam2sgp.data.io import Geometry, dicom_slices, is_dicom_seg, writing
+from sam2sgp.data.io.dicom_file import open_dicom
 from sam2sgp.data.io.segmentation import CLASS_VALUE_FOUND
 from sam2sgp.errors import DataError
 
@@ -158,6 +160,8 @@ def read_dicom_seg(
     slices = dicom_slices(source)
     sources = list(dict.fromkeys(header.SOPInstanceUID for header, _ in slices))
     try:
+        # Segments of one bit each take a small part of what they would as an image.
+        open_dicom(Path(path), pixels=True, limit=sys.maxsize)
         segmentation = highdicom.seg.segread(path)
         # Slices without a frame are empty, so those of another series would all be.
         strangers = {uid for _, _, uid in segmentation.get_source_image_uids()} - set(sources)

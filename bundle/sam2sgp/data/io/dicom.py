@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 from pydicom import Dataset
 
+from sam2sgp.data.io.dicom_file import samples_of
 from sam2sgp.data.io.dicom_pixels import frame_item, read_dataset, read_frames
 from sam2sgp.data.io.formats import dicom_files
 from sam2sgp.data.io.geometry import Grid
+from sam2sgp.data.io.limits import check_memory
 from sam2sgp.errors import DataError
 
 # DICOM positions are decimal strings that scanners round; a missing slice changes a gap by 100 %.
@@ -50,13 +52,15 @@ class _Slice:
         return f"{self.file.name} frame {self.frame + 1}" if _frame_count(self.header) > 1 else self.file.name
 
 
-def read_dicom(path: Path, files: list[Path]) -> Grid:
+def read_dicom(path: Path, files: list[Path], limit: int | None = None) -> Grid:
     """The one series in `files` as a stack of slices, or a single image or film.
 
-    Raises DataError unless they are one regular stack of slices.
+    Raises DataError unless they are one regular stack of slices, of at most `limit` bytes as float32.
     """
     slices, step = _dicom_stack(path, files)
     first = slices[0]
+    shape = len(slices), int(first.header.Rows or 0), int(first.header.get("Columns") or 0)
+    check_memory(path, shape, samples_of(first.header), limit)
     orientation = _orientation(first)
     spacing = first.spacing or _region_spacing(first.header)
     affine = np.eye(4)

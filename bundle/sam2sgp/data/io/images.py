@@ -85,22 +85,24 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
     return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path))
 
 
-def read_grid(path: str | os.PathLike, label: bool = False) -> Grid:
+def read_grid(path: str | os.PathLike, label: bool = False, limit: int | None = None) -> Grid:
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: expected an image, found no such file or folder; check the path.")
     suffix = suffix_of(path)
     try:
         if path.is_dir():
-            grid = read_dicom(path, dicom_files(path))
+            grid = read_dicom(path, dicom_files(path), limit)
         elif suffix in NIFTI_SUFFIXES:
-            grid = read_nifti(path)
+            grid = read_nifti(path, label, limit)
         elif suffix in ITK_SUFFIXES:
-            grid = read_itk(path, label)
+            grid = read_itk(path, label, limit)
         elif suffix in PICTURE_SUFFIXES:
-            grid = read_picture(path, label)
+            grid = read_picture(path, label, limit)
+        elif label and is_dicom_seg(path):
+            grid = read_segmentation(path, limit)
         elif suffix in DICOM_SUFFIXES or has_dicom_content(path):
-            grid = read_segmentation(path) if label and is_dicom_seg(path) else read_dicom(path, [path])
+            grid = read_dicom(path, [path], limit)
         else:
             raise DataError(
                 f"{path}: expected NIfTI, NRRD, MetaImage, DICOM, PNG, JPEG, TIFF or BMP, found another kind of file; "

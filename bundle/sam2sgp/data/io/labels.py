@@ -14,12 +14,15 @@ from PIL import Image
 from sam2sgp.data.io.formats import PICTURE_SUFFIXES, map_suffix, output_suffix, suffix_of
 from sam2sgp.data.io.geometry import Geometry, Grid, geometry_of, rounded
 from sam2sgp.data.io.images import read_grid
+from sam2sgp.data.io.limits import SMALL_ENOUGH
 from sam2sgp.data.io.nifti import result_header
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing
 
 # Corners of image and label may differ by this part of a voxel: headers hold rounded numbers.
 GRID_TOLERANCE = 1e-2
+# A label may take this many bytes of memory for each voxel of its image: colours of 32 bits, all alike.
+LABEL_BYTES = 16
 # A picture of this many values that reaches 255 is a resized (blurred) mask, not a class map with an ignore label.
 BLURRED_MASK_VALUES = 32
 
@@ -41,7 +44,9 @@ def read_label(path: str | os.PathLike, geometry: Geometry | None = None, slice_
     Raises:
         DataError: the file can't be read, doesn't lie on the image's grid, or holds something else than class values.
     """
-    grid = read_grid(path, label=True)
+    # A label is as large as its image, or wrong.
+    limit = geometry and max(SMALL_ENOUGH, int(np.prod(geometry.shape)) * LABEL_BYTES)
+    grid = read_grid(path, label=True, limit=limit)
     if grid.array.shape[3] != 1:
         raise DataError(
             f"{path}: expected a class map with one value per voxel, found {grid.array.shape[3]} channels; store the "

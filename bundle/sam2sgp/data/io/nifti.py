@@ -1,13 +1,12 @@
 """Reading NIfTI files, and the headers of those that are written."""
 
-import gzip
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from sam2sgp.data.io.formats import suffix_of
 from sam2sgp.data.io.geometry import Geometry, Grid, check_one_volume, with_channels
+from sam2sgp.data.io.nifti_file import open_nifti
 from sam2sgp.errors import DataError
 
 MM_PER_UNIT = {"meter": 1e3, "micron": 1e-3}
@@ -30,18 +29,12 @@ PLACING_FIELDS = (
 )
 
 
-def read_nifti(path: Path) -> Grid:
+def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Grid:
     """A NIfTI file's volume, or its colours (RGB24, RGBA32, or a vector of three or four bytes).
 
     Raises DataError for several volumes in one file, which are time points or channels, and for complex numbers.
     """
-    if suffix_of(path) == ".nii.gz":
-        # Through memory: gzip checks its sum only at the end of the stream, which nibabel alone doesn't reach.
-        content = gzip.decompress(path.read_bytes())
-        is_nifti2 = int.from_bytes(content[:4], "little") == 540 or int.from_bytes(content[:4], "big") == 540
-        image = (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image).from_bytes(content)
-    else:
-        image = nib.load(path)
+    image = open_nifti(path, label, limit)
     array = np.asanyarray(image.dataobj)
     if array.dtype.kind == "c":
         raise DataError(f"{path}: expected real intensities, found complex numbers; export magnitudes.")

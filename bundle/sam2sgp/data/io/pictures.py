@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from sam2sgp.data.io.decoding import decode_picture
 from sam2sgp.data.io.geometry import Grid
 from sam2sgp.errors import DataError
 
@@ -26,22 +27,18 @@ BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 LARGEST_GREY_CLASS = 32
 
 
-def read_picture(path: Path, label: bool) -> Grid:
+def read_picture(path: Path, label: bool, limit: int | None = None) -> Grid:
     """A picture's pixels as stored, and how an EXIF tag turns them for display."""
-    with Image.open(path) as image:
-        if image.format == "TIFF" and image.n_frames > 1:
-            raise DataError(
-                f"{path}: expected one picture, found {image.n_frames} pages; store each page as a picture, or the "
-                "stack as a NIfTI volume."
-            )
-        # Known only before the pixels are decoded.
-        arguments = image.tile[0].args if image.tile else ""
-        stored_as = str(arguments if isinstance(arguments, str) else arguments[0])
-        image.load()
-        # Pillow itself turns TIFF as it loads it, and takes the tag away.
-        axes, flips = TURNS.get(_exif_orientation(image), TURNS[1])
-        is_jpeg = image.format in ("JPEG", "MPO")
-        array = _picture_label(path, image, stored_as) if label else _picture_image(image)
+    picture = decode_picture(path, label, limit=limit)
+    image = picture.image
+    if picture.pages > 1:
+        raise DataError(
+            f"{path}: expected one picture, found {picture.pages} pages; store each page as a picture, or the "
+            "stack as a NIfTI volume."
+        )
+    axes, flips = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1), TURNS[1])
+    is_jpeg = image.format in ("JPEG", "MPO")
+    array = _picture_label(path, image, picture.stored_as) if label else _picture_image(image)
     is_8_bit = array.dtype == np.uint8
     channels = 1 if array.ndim == 2 else array.shape[2]
     return Grid(
@@ -55,13 +52,6 @@ def read_picture(path: Path, label: bool) -> Grid:
         axes=axes,
         flips=flips,
     )
-
-
-def _exif_orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # as in every viewer, what can't be read of the camera's notes doesn't hide the picture
-        return 1
 
 
 def _picture_image(image: Image.Image) -> np.ndarray:

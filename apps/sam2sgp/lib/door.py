@@ -1,0 +1,168 @@
+"""Files of clients, before they are kept or read: each is parsed once, and what is kept is what was parsed.
+
+In: a file that a client sent, or a member of an archive. Out: a file whose content is of the kind that its name says,
+stands by itself and fits in memory, or an error of one sentence. It is the client's own, byte for byte, where the
+format leaves nothing to interpret; else it is written anew from what was understood:
+
+    NIfTI                   a fixed header that can't refer to anything: kept
+    NRRD, MetaImage         a text header: written anew with the fields that are known, voxels and segment names as sent
+    DICOM                   kept, but for the 128 bytes in front of it, which mean nothing to DICOM and much to others
+    PNG, JPEG, TIFF, BMP    kept; only the named format's decoder ever sees them
+
+Volumes are unpacked piece by piece and not kept, pictures in a process of their own. Header and file must agree about
+the size of the voxels, and the memory that these take as float32 is bounded: see `sam2sgp.data.io.limits`. All
+functions may be called from several threads at once.
+"""
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pydicom
+
+from lib.checks import RequestError, TooLarge, UnsupportedFile, suffix_of
+from sam2sgp.data.io import ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, is_dicom
+from sam2sgp.data.io.decoding import decode_picture
+from sam2sgp.data.io.dicom_file import frame_shape, open_dicom, samples_of
+from sam2sgp.data.io.itk import raw_header
+from sam2sgp.data.io.limits import BYTES_IN_MEMORY
+from sam2sgp.data.io.nifti_file import check_nifti
+from sam2sgp.errors import DataError, FormatError, TooLargeError
+
+PICTURE_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+}
+HDF5 = b"\x89HDF\r\n\x1a\n"
+# A container's signature may stand behind a block of any content whose size is a power of two.
+SMALLEST_BLOCK = 512
+DICOM = b"DICM"
+PREAMBLE = 128
+
+
+class ImageTooLarge(TooLarge):
+    """A file promises more voxels than the server takes; the file itself isn't too large."""
+
+    status = 422
+
+
+class NoImage(UnsupportedFile):
+    """A DICOM object without pixels, such as an archive's table of contents."""
+
+
+@contextmanager
+def admitted(path: str | Path, limit: int, name: str | None = None, label: bool = False) -> Iterator[Path]:
+    """The path of an upload that may be kept and read: the given one, or one that goes when the block ends.
+
+    Args:
+        path: of the uploaded file.
+        limit: bytes that its voxels may take as float32.
+        name: what to call it in errors and to take the suffix from; by default the path's own name.
+        label: a class map, which may have shrunk more than an image can.
+
+    Raises:
+        UnsupportedFile: another content than the suffix says, one that refers to further files, or not written as the
+            format demands.
+        ImageTooLarge: its voxels take more than `limit` bytes.
+        DataError: it promises voxels that it doesn't hold.
+    """
+    path, name = Path(path), name or Path(path).name
+    # The slices of a series often have names without a suffix.
+    suffix = ".dcm" if is_dicom(path) else suffix_of(name)
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder, f"content{suffix}")
+        with _refusing(path, name):
+            _check_signatures(path, name, suffix)
+            if suffix in ITK_SUFFIXES:
+                header = raw_header(path)
+                header.check(label=label, limit=limit)
+                header.save(written)
+            elif suffix in NIFTI_SUFFIXES:
+                check_nifti(path, label, limit)
+            elif suffix in PICTURE_SUFFIXES:
+                decode_picture(path, label, [PICTURE_FORMATS[suffix]], limit)
+            else:
+                _check_dicom(path, written, limit)
+        yield written if written.exists() else path
+
+
+def admit(path: Path, limit: int) -> None:
+    """Judge an upload of the server's own, in place: see `admitted`."""
+    with admitted(path, limit) as content:
+        if content != path:
+            shutil.copyfile(content, path)
+
+
+def check_instance(path: Path, limit: int) -> pydicom.Dataset:
+    """The header of a DICOM file that comes from an archive, judged as `admitted` does, which raises the same."""
+    with _refusing(path, path.name):
+        return _dicom_header(path, limit)
+
+
+def check_series(folder: Path, limit: int, name: str) -> None:
+    """Judge all files of a series together. Raises ImageTooLarge where they take more memory than `limit`."""
+    headers = [check_instance(file, limit) for file in folder.iterdir()]
+    images = [header for header in headers if "Rows" in header]
+    taken = sum(math.prod(frame_shape(header)) * samples_of(header) for header in images) * BYTES_IN_MEMORY
+    if taken > limit:
+        raise ImageTooLarge(
+            f"{name}: expected at most {limit >> 20} MB of voxels, found {taken >> 20} MB; split the series."
+        )
+
+
+def _check_dicom(path: Path, written: Path, limit: int) -> None:
+    """Judge a DICOM file; one with anything in its preamble is written without that."""
+    if "Rows" not in _dicom_header(path, limit):
+        raise NoImage(f"{path.name}: expected a DICOM image, found an object without pixels; leave it out.")
+    with open(path, "rb") as file:
+        if any(file.read(PREAMBLE)):
+            shutil.copyfile(path, written)
+            with open(written, "r+b") as copy:
+                copy.write(bytes(PREAMBLE))
+
+
+def _dicom_header(path: Path, limit: int) -> pydicom.Dataset:
+    try:
+        return open_dicom(path, limit=limit)
+    except DataError:
+        raise
+    except Exception as error:
+        # pydicom raises struct's, zlib's and its own types for a file that isn't DICOM.
+        raise FormatError(
+            f"{path}: expected the content of DICOM, found another ({error}); export it again."
+        ) from error
+
+
+def _check_signatures(path: Path, name: str, suffix: str) -> None:
+    """Refuse files that other programs take for something else than their name says."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = 0
+        while start < size:
+            file.seek(start)
+            if file.read(len(HDF5)) == HDF5:
+                raise FormatError(f"{name}: expected {suffix} only, found that it is HDF5 too; export it again.")
+            start = max(2 * start, SMALLEST_BLOCK)
+        file.seek(PREAMBLE)
+        if suffix != ".dcm" and file.read(len(DICOM)) == DICOM:
+            raise FormatError(f"{name}: expected {suffix} only, found that it is DICOM too; export it again.")
+
+
+@contextmanager
+def _refusing(path: Path, name: str) -> Iterator[None]:
+    """Errors get the name under which the client knows the file, and a status of their own."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except DataError as error:
+        kind = {FormatError: UnsupportedFile, TooLargeError: ImageTooLarge}.get(type(error), DataError)
+        raise kind(str(error).replace(str(path), name)) from error
