@@ -24,6 +24,7 @@ from sam2sgp.errors import DataError, cause_of
 from sam2sgp.heap import give_back
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.inferers.support_set import Chunk
+from sam2sgp.support.bank import SupportBank
 from sam2sgp.transforms import along_axis, class_probabilities, fused_logits, label_map, uncertainty
 from sam2sgp.transforms.array import pixel_size
 
@@ -40,6 +41,7 @@ class QueryDataset(Dataset):
     Args:
         data: the cases.
         transform: preprocessing of a case.
+        bank: the support bank that guides the cases. Where nothing is stated of a case, it is scaled like that.
         fuse_axes: an isotropic volume is also prepared along its other two axes, at `views`; `transform` must be a
             `Compose` then.
 
@@ -48,9 +50,12 @@ class QueryDataset(Dataset):
         stamp: what it makes of a case before the case is read is put at `stamp`.
     """
 
-    def __init__(self, data: list[dict], transform: Callable, fuse_axes: bool = False) -> None:
+    def __init__(
+        self, data: list[dict], transform: Callable, bank: SupportBank | None = None, fuse_axes: bool = False
+    ) -> None:
         self.data = data
         self.transform = transform
+        self.bank = bank
         self.fuse_axes = fuse_axes
         self.chosen: Sequence[int] | None = None
         self.stamp: Callable[[dict], object] | None = None
@@ -63,6 +68,8 @@ class QueryDataset(Dataset):
         case = self.data[number]
         try:
             stamp = self.stamp(case) if self.stamp else None
+            if self.bank is not None:
+                case = case | {"support_scaling": self.bank.scaling(case.get("group"))}
             prepared = {**self.transform(case), "number": number, "stamp": stamp}
             geometry = prepared["geometry"]
             if self.fuse_axes and geometry.is_isotropic:

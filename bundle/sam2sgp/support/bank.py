@@ -16,6 +16,8 @@ called while a query that has retrieved is still being segmented. Any number of 
 has a bank of its own and encodes what it does not find there.
 """
 
+import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -40,9 +42,12 @@ from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.store import Store, Tensors, checksum
 from sam2sgp.transforms.array import to_three_channels
 from sam2sgp.transforms.dictionary import along_axis
+from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
+
+logger = logging.getLogger(__name__)
 
 # Part of the keys of both layers: counted up when what is prepared or encoded changes by the code.
-VERSION = 2
+VERSION = 3
 CASE, ENCODED = "case", "encoded"
 WHOLE = "item"
 CASES_PER_LOOKUP = 256
@@ -153,6 +158,7 @@ class SupportBank:
         self._hashes = FileHashes(self.store)
         self._listings: dict[str, Listing] = {}
         self._failed: dict[str, str] = {}
+        self._scalings: list[tuple[str, Scaling]] = []
         # Held without a folder: pixels by the item's content, encodings by name.
         self._pixels: dict[str, Prepared] = {}
         self._encodings: dict[str, Tensors] = {}
@@ -181,7 +187,7 @@ class SupportBank:
         Raises:
             DataError: as at first; the bank then stays as it was.
         """
-        items, listings, errors, values = [], {}, [], set()
+        found, errors, values, count = [], [], set(), 0
         order = np.random.default_rng(self.seed).permutation(len(data)) if self.max_items else range(len(data))
         bar = tqdm(total=len(data), desc="Reading the support set", unit="case", disable=not self.progress)
         with bar:
@@ -190,11 +196,14 @@ class SupportBank:
                 if error is not None:
                     errors.append({"name": case["name"], "source": _source(case), "error": error})
                     continue
-                listings[digest] = listing
-                items += self._items(case, listing, digest)
+                found.append((case, listing, digest))
+                count += len(listing.items)
                 values |= {value for value in listing.values if value}
-                if self.max_items and len(items) >= self.max_items:
+                if self.max_items and count >= self.max_items:
                     break
+        found = self._agreed_on_scaling(found)
+        listings = {digest: listing for _, listing, digest in found}
+        items = [item for entry in found for item in self._items(*entry)]
         present = {item.content for item in items}
         items = items[: self.max_items or None]
         if not items and not self.allow_empty:
@@ -209,6 +218,10 @@ class SupportBank:
             [identifier for identifier, _ in _without(after, before)],
             [identifier for identifier, _ in _without(before, after)],
         )
+        if changes.added or changes.removed:
+            scalings = [listing.scaling for _, listing, _ in found]
+            log_scalings(logger, "Support set", [case["name"] for case, _, _ in found], scalings)
+        self._scalings = [(case["group"], listing.scaling) for case, listing, _ in found]
         self.data, self._listings, self.errors = list(data), listings, errors
         class_names = complete_class_names(self.declared, values)
         same = before == after and class_names == getattr(self, "class_names", None)
@@ -222,6 +235,26 @@ class SupportBank:
         self._pixels = {content: pixels for content, pixels in self._pixels.items() if content in present}
         self._encodings = {name: value for name, value in self._encodings.items() if name.split(".")[0] in present}
         return changes
+
+    def scaling(self, group: str | None = None) -> SupportScaling:
+        """How the support set is scaled; where it holds cases of `group`, these."""
+        of_group = [scaling for of, scaling in self._scalings if of == group]
+        return SupportScaling.of(of_group or [scaling for _, scaling in self._scalings])
+
+    def _agreed_on_scaling(self, found: list[tuple[dict, Listing, str]]) -> list[tuple[dict, Listing, str]]:
+        """Cases with what they have, of which those whose scaling is open follow the others of their group."""
+        by_group = defaultdict(list)
+        for case, listing, _ in found:
+            by_group[case["group"]].append(listing.scaling)
+        common = {group: agreed(scalings) for group, scalings in by_group.items()}
+        result = list(found)
+        for number, (case, listing, _) in enumerate(found):
+            if is_open(listing.scaling) and common[case["group"]]:
+                followed = case | {"support_scaling": common[case["group"]]}
+                ((_, listing, digest, error),) = self._listed([followed])
+                if error is None:
+                    result[number] = followed, listing, digest
+        return result
 
     def part(self, index: Sequence[int]) -> "SupportBank":
         """A bank of some items, in memory and not encoded, which shares the items themselves."""
@@ -484,7 +517,7 @@ class SupportBank:
             )
         if digest is None:
             named = {key: prepared[key] for key in ("image", "label", "image_full", "label_full")}
-            digest = digest_of(checksum(named), prepared["geometry"].spacing, case.get("modality"))
+            digest = digest_of(checksum(named), prepared["geometry"].spacing, case.get("modality"), scaling_hint(case))
         if prepared["label"].max() > MAX_VALUE:
             raise DataError(
                 f"{case['label']}: expected class values up to {MAX_VALUE}, found {int(prepared['label'].max())}; "

@@ -19,6 +19,7 @@ from sam2sgp.data.cache import fingerprint as transform_fingerprint
 from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.store import Store, checksum
+from sam2sgp.transforms.scaling import scaling_hint
 
 # A file changed again within the resolution of its time stamp looks unchanged: 2 s on the coarsest file systems.
 TRUSTED_AGE = 2 * 10**9
@@ -60,7 +61,7 @@ class FileHashes:
             self._known[keys[key]] = signature, sha256
 
     def of_case(self, case: dict) -> str | None:
-        """Hash of an image's and a label's content, geometry included, and of the modality that is declared for them.
+        """Hash of an image's and a label's content, geometry included, and of what decides how they are scaled.
 
         Returns:
             None where the case has no files, but tensors.
@@ -71,7 +72,7 @@ class FileHashes:
         paths = [case.get("image"), case.get("label")]
         if not all(isinstance(path, str | os.PathLike) for path in paths):
             return None
-        return digest_of(self.of_paths(paths), case.get("modality"))
+        return digest_of(self.of_paths(paths), case.get("modality"), scaling_hint(case))
 
     def of_paths(self, paths: Iterable[str | os.PathLike]) -> list[str]:
         """Hash of the content of each image or label.
