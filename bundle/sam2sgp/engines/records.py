@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sam2sgp.adaptation import Adaptation
 
 # Part of every key: to be raised when the same cases and settings give another result by the code.
-VERSION = 2
+VERSION = 3
 FOLDER = "records"
 # Arguments that don't decide a result. The support set and the adaptation count by their content.
 NOT_DECIDING = {"bank", "adapter", "feature_cache", "names", "folder"}

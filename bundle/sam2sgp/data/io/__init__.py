@@ -8,10 +8,12 @@ Voxels are only permuted and flipped, never resampled. All functions may be call
 
 from sam2sgp.data.io.dicom import dicom_headers
 from sam2sgp.data.io.formats import (
+    DETACHED_SUFFIXES,
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
     SUFFIXES,
+    data_files,
     dicom_files,
     image_stem,
     is_dicom,
@@ -27,12 +29,14 @@ from sam2sgp.data.io.images import MedicalImage, read_image
 from sam2sgp.data.io.labels import is_binary_255, read_label, write_label, write_map, writing
 
 __all__ = [
+    "DETACHED_SUFFIXES",
     "ITK_SUFFIXES",
     "NIFTI_SUFFIXES",
     "PICTURE_SUFFIXES",
     "SUFFIXES",
     "Geometry",
     "MedicalImage",
+    "data_files",
     "dicom_files",
     "dicom_headers",
     "image_stem",

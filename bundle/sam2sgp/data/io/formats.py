@@ -1,6 +1,7 @@
 """Which files are images, of which format, and how results of them are named: by suffix, DICOM by content."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,13 +10,18 @@ from pydicom.uid import SegmentationStorage
 
 from sam2sgp.data.io.geometry import Geometry
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
-ITK_SUFFIXES = (".seg.nrrd", ".nrrd", ".mha", ".mhd")
+NIFTI_SUFFIXES = (".nii.gz", ".nii", ".img")
+ITK_SUFFIXES = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
+# Headers whose voxels lie in files of their own, and the other way round: no file of these is an image by itself.
+DETACHED_SUFFIXES = (".nhdr", ".mhd", ".img")
 DICOM_SUFFIXES = (".dcm",)
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 # Of results, for volumes and for pictures.
 OUTPUT_SUFFIX = {False: ".nii.gz", True: ".png"}
 MAP_SUFFIX = {False: ".nii.gz", True: ".tif"}
+DATA_ENTRY = {".mhd": r"(?m)^ElementDataFile *= *(.*)", ".nhdr": r"(?m)^data ?file *: *(.*)"}
+# Headers are text of a few lines; behind them, voxels may follow.
+MAX_HEADER = 2**20
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + DICOM_SUFFIXES + PICTURE_SUFFIXES
 
 
@@ -90,6 +96,28 @@ def is_dicom_seg(path: str | os.PathLike) -> bool:
         return False
 
 
+def data_files(path: str | os.PathLike) -> list[Path]:
+    """Further files that belong to an image: the voxels of an NRRD or MetaImage header, the header of a NIfTI pair.
+
+    Those that a header lists by a pattern are taken to be all files of its folder but other headers. Files need not
+    exist.
+    """
+    path, suffix = Path(path), suffix_of(path)
+    if suffix == ".img":
+        return [path.with_suffix(ending) for ending in (".hdr", ".HDR") if path.with_suffix(ending).is_file()]
+    if suffix not in (".mhd", ".nhdr"):
+        return []
+    text = path.read_bytes()[:MAX_HEADER].decode("utf-8", errors="surrogateescape")
+    entry = re.search(DATA_ENTRY[suffix], text, re.DOTALL | re.IGNORECASE)
+    names = [line.strip() for line in entry[1].splitlines()] if entry else []
+    names = names[1:] if names[:1] and names[0].startswith("LIST") else names[:1]
+    data = [path.parent / name for name in names if name and name not in ("LOCAL", "INTERNAL")]
+    if not all(file.is_file() for file in data):
+        others = (file for file in sorted(path.parent.iterdir()) if file.is_file() and file != path)
+        data = [file for file in others if not suffix_of(file)]
+    return data
+
+
 def suffix_of(path: str | os.PathLike) -> str:
     """The known image suffix of a path, lower case, or ""."""
     name = Path(path).name.lower()
@@ -97,8 +125,13 @@ def suffix_of(path: str | os.PathLike) -> str:
 
 
 def has_dicom_magic(path: Path) -> bool:
+    """Whether a file is DICOM by its content: with the prefix of 128 bytes, or beginning with its first elements."""
     try:
         with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            head = file.read(132)
     except OSError:
         return False
+    # Without a prefix: group 0002 or 0008, then an element, then a type (explicit) or a short length (implicit).
+    begins = head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:4] == b"\x00"
+    explicit, implicit = head[4:6].isalpha() and head[4:6].isupper(), head[6:8] == b"\x00\x00" and head[4:6] < b"\x80"
+    return head[128:] == b"DICM" or (len(head) == 132 and begins and (explicit or implicit))

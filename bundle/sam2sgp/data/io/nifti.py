@@ -21,6 +21,11 @@ def read_nifti(path: Path) -> Grid:
         image = (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image).from_bytes(content)
     else:
         image = nib.load(path)
+        if not isinstance(image, nib.Nifti1Pair):
+            raise DataError(
+                f"{path}: expected NIfTI, found {type(image).__name__}, whose header does not say which side is left; "
+                "convert it to NIfTI."
+            )
     array = np.asanyarray(image.dataobj)
     if array.dtype.kind == "c":
         raise DataError(f"{path}: expected real intensities, found complex numbers; export magnitudes.")
