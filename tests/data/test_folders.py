@@ -104,7 +104,9 @@ def test_what_lies_among_queries_is_read_or_said(tmp_path):
             pydicom.filewriter.write_dataset(pydicom.filebase.DicomFileLike(out), _implicit(content))
         file.unlink()
     (root / "DICOMDIR").write_bytes(b"x")
-    touch(root, ".DS_Store", "site/._deep.nii.gz", "anim.gif", "array.npz", "notes.txt", "masks/m.png", "empty_file.xyz")
+    touch(
+        root, ".DS_Store", "site/._deep.nii.gz", "anim.gif", "array.npz", "notes.txt", "masks/m.png", "empty_file.xyz"
+    )
     for name in ("anim.gif", "array.npz", "notes.txt"):
         (root / name).write_bytes(b"content")
     (root / "void").mkdir()

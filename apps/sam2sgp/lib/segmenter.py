@@ -157,6 +157,7 @@ class Segmenter:
             "rebuilding": self.rebuilding,
             "errors": [self._shown(error) for error in (*problems, *errors)][:ITEMS_LISTED],
             "problem": self.problem,
+            "not_offered": list(getattr(self.cases.datastore, "left_out", []))[:ITEMS_LISTED],
         }
 
     def usable_cases(self) -> tuple[list[dict], list[str]]:

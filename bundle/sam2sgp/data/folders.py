@@ -455,7 +455,7 @@ def _walk(folder: Path, images: list[Path], hidden: list[Path], skipped: list[Sk
         elif is_image(path):
             images.append(path)
         else:
-            skipped.append(Skipped(path, _file_not_used(path)))
+            skipped.append(Skipped(path, file_not_used(path)))
     if not entries:
         skipped.append(Skipped(folder, "an empty folder"))
 
@@ -480,7 +480,7 @@ def _folder_not_used(path: Path) -> str | None:
     return None
 
 
-def _file_not_used(path: Path) -> str:
+def file_not_used(path: Path) -> str:
     """Why a file among images is not used."""
     if path.name.upper() == "DICOMDIR":
         return "an index of DICOM files, not an image"

@@ -216,7 +216,7 @@ def hounsfield_evidence(slices: Tensor) -> str:
     moved = values - STORED_OFFSET
     air, tissue = _share(moved, -STORED_OFFSET - 1, -800.0), _share(moved, *TISSUE)
     between = _share(moved, -750.0, -300.0)
-    return "stored" if air >= LEAST_SHARE and tissue >= 5 * LEAST_SHARE and between < tissue else "positive"
+    return "stored" if air >= LEAST_SHARE and tissue >= 5 * LEAST_SHARE and 2 * between < tissue else "positive"
 
 
 def _share(values: Tensor, low: float, high: float) -> float:
