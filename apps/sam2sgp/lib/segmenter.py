@@ -503,7 +503,7 @@ class Segmenter:
 
 
 def _key(image: str | Path, support: SupportScaling) -> Hashable | None:
-    """What tells a prepared image from others: its content, and the support set's scaling; None if that can't be told."""
+    """What tells a prepared image from others: content and the support set's scaling; None if that can't be told."""
     stamp = image_stamp(image)
     return stamp and (str(image), stamp, support)
 

@@ -254,7 +254,8 @@ def _find_cases(root: Path, require_labels: bool, skipped: list[Skipped]) -> lis
         cases = _cases_of_folders(root, require_labels, skipped)
     elif require_labels:
         raise DataError(
-            f"{root}: expected {LAYOUTS}, found {_contents(root)}{_lacks(content)}; arrange the folder like one of these."
+            f"{root}: expected {LAYOUTS}, found {_contents(root)}{_lacks(content)}; arrange the folder like one of "
+            "these."
         )
     else:
         cases = [{"image": str(path)} for path in _images_or_series(root, skipped)]

@@ -129,8 +129,8 @@ def summarise(rows: Sequence[Mapping]) -> list[dict]:
 def write_csv(path: str | Path, rows: Sequence[Mapping], columns: Sequence[str] = ()) -> None:
     """Write rows as CSV (RFC 4180, UTF-8, a header line) in one atomic step.
 
-    Columns are `columns` and then the rows' other keys in order of first appearance. NaN, None and missing values become empty cells, and other
-    floats have eight significant digits.
+    Columns are `columns` and then the rows' other keys in order of first appearance. NaN, None and missing values
+    become empty cells, and other floats have eight significant digits.
     """
     columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     text = io.StringIO(newline="")

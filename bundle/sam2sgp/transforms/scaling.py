@@ -4,8 +4,9 @@ In: slices with the file's own intensities, and what is stated about them. Out: 
 log, the tables and the server's results say the same. Training, evaluation, inference and the app all come through
 `choose_scaling`.
 
-What is stated decides first: the datalist, the DICOM header, the setting `modality` of the run. Where nothing is stated,
-a volume is scaled like the support set that guides it, and without one by its voxels: by shares of them, never by one.
+What is stated decides first: the datalist, the DICOM header, the setting `modality` of the run. Where nothing is
+stated, a volume is scaled like the support set that guides it, and without one by its voxels: by shares of them, never
+by one.
 """
 
 import logging
@@ -156,8 +157,8 @@ def _checked(kind: str, because: str, evidence: str, stated: bool) -> Scaling:
     if evidence == "stored":
         return _warned(
             replace(chosen, offset=-STORED_OFFSET),
-            "Its CT values seem to be stored 1024 too high (hardly any below 0, air near 0, tissue near 1024), so 1024 is "
-            "subtracted; export Hounsfield units.",
+            "Its CT values seem to be stored 1024 too high (hardly any below 0, air near 0, tissue near 1024), so 1024 "
+            "is subtracted; export Hounsfield units.",
         )
     if evidence == "narrow" or (evidence in ("below", "positive") and not stated):
         found = {
@@ -167,8 +168,8 @@ def _checked(kind: str, because: str, evidence: str, stated: bool) -> Scaling:
         }[evidence]
         return _warned(
             replace(chosen, kind=PERCENTILES, because=f"no Hounsfield units: {found}"),
-            f"{because[:1].upper()}{because[1:]}, it would be a CT, but {found}, so it is scaled by percentiles; export "
-            "Hounsfield units, or state the true modality.",
+            f"{because[:1].upper()}{because[1:]}, it would be a CT, but {found}, so it is scaled by percentiles; "
+            "export Hounsfield units, or state the true modality.",
         )
     if evidence == "below":
         return _warned(chosen, "Many of its values lie below those of air (-1100 HU); check whether it is a CT in HU.")
