@@ -401,7 +401,7 @@ class Segmenter:
                 names[value]: _used(serving.bank, *output["support"][value]) if value in output["support"] else []
                 for value in wanted
             }
-            warnings += output["scaling"].warnings
+            warnings += output["warnings"]
             unguided = [names[value] for value in wanted if value not in output["support"]]
             if unguided:
                 warnings.append(f"No label of another patient shows {', '.join(unguided)}: not segmented.")

@@ -135,9 +135,11 @@ class EpisodeDice(Metric):
 
 
 class QueryEvents(EventEnum):
-    """Events of a `QueryEvaluator`: before a run, when the cases to go through may still be chosen."""
+    """Events of a `QueryEvaluator`: before a run, when the cases to go through may still be chosen; within a case, when
+    more of its slices are done, see `QueryEvaluator.share_done`."""
 
     RUN_PREPARED = "run_prepared"
+    SLICES_DONE = "slices_done"
 
 
 class QueryEvaluator(SupervisedEvaluator):
@@ -180,6 +182,17 @@ class QueryEvaluator(SupervisedEvaluator):
         self.probability = probability
         self.uncertainty = uncertainty
         self.postprocessing = postprocessing
+        # Of the case at work.
+        self._done, self._work = 0, 1
+
+    @property
+    def share_done(self) -> float:
+        """How much of the case at work is done, from 0 to 1."""
+        return self._done / self._work
+
+    def _step(self, slices: int) -> None:
+        self._done += slices
+        self.fire_event(QueryEvents.SLICES_DONE)
 
     def _let_go(self) -> None:
         """A long volume and what was found in it are gigabytes: not beside the next one, nor beside a report."""
@@ -234,6 +247,7 @@ class QueryEvaluator(SupervisedEvaluator):
         patient = case.get("patient") if self.exclude_own_patient else None
         source = patient, case.get("group")
         views = case.get("views", [])
+        self._done, self._work = 0, sum(self._looks(view) for view in (case, *views))
         others = self._other_axes(case, views, len(values), source) if views else None
         truth = case["label"] if isinstance(case.get("label"), torch.Tensor) else None
         main, most = 0, -1
@@ -281,15 +295,23 @@ class QueryEvaluator(SupervisedEvaluator):
         result["seconds"] = time.perf_counter() - started
         return result
 
+    def _looks(self, case: dict) -> int:
+        """How many steps the slices of a case make: in the inferer, and one each in the second pass."""
+        slices = len(case["image"])
+        return slices * (self.inferer.looks(slices, slices > 1) + 1)
+
     def _chunks(
         self, inferer: SupportSetInferer, case: dict, source: tuple[str | None, str | None]
     ) -> Iterator[tuple[slice, torch.Tensor, Chunk]]:
         """Which slices, their logits (B, C, H, W) after the second pass, and the chunk; over the whole case."""
         pixel = pixel_size(case["geometry"].spacing)
-        for chunk in inferer.chunks(case["image"], self.network, *source, volume=len(case["image"]) > 1):
+        volume = len(case["image"]) > 1
+        for chunk in inferer.chunks(case["image"], self.network, *source, volume=volume, step=self._step):
             part = slice(chunk.start, chunk.start + len(chunk.output.logits))
             logits = case["fit"].restore(chunk.output.logits)
-            yield part, inferer.second_pass(logits, case["image_full"][part], self.network, pixel, *source), chunk
+            logits = inferer.second_pass(logits, case["image_full"][part], self.network, pixel, *source)
+            self._step(len(logits))
+            yield part, logits, chunk
 
     def _other_axes(
         self, case: dict, views: list[dict], count: int, source: tuple[str | None, str | None]

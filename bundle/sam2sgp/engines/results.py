@@ -163,6 +163,7 @@ class ResultWriter:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(QueryEvents.RUN_PREPARED, self._choose)
         engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(QueryEvents.SLICES_DONE, self._show_share)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
         engine.add_event_handler(Events.COMPLETED, self._complete)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
@@ -237,6 +238,11 @@ class ResultWriter:
             desc="Segmenting", total=engine.state.epoch_length, unit="image", disable=not self.progress, leave=True
         )
 
+    def _show_share(self, engine: Engine) -> None:
+        case = engine.state.batch[0]
+        if self.bar is not None and len(case["image"]) > 1:
+            self.bar.set_postfix_str(f"{case['name']}: {engine.share_done:.0%}")
+
     def _add(self, engine: Engine) -> None:
         number = engine.state.batch[0]["number"]
         if engine.state.output:
@@ -244,6 +250,7 @@ class ResultWriter:
         else:
             self.records.save_error(self.cases[number], engine.state.batch[0]["error"])
             self.results[number] = {"error": engine.state.batch[0]["error"]}
+        self.bar.set_postfix_str("", refresh=False)
         self.bar.update()
         if time.monotonic() - self._written > TABLE_SECONDS:
             self._write_table()
@@ -313,7 +320,7 @@ class ResultWriter:
 
     def _add_case(self, case: dict) -> None:
         names, spacing, scaling = self.bank.class_names, case["geometry"].spacing, case["scaling"]
-        self._tell(case["name"], scaling)
+        self._tell(case["name"], scaling, case["warnings"])
         pred = case["pred"].numpy()
         if self.scored:
             measured = case_metrics(pred, case["label"].numpy(), names, spacing, self.nsd_tolerance)
@@ -326,7 +333,7 @@ class ResultWriter:
                 "support_items": self._support_used(case, row["class"]),
                 "seconds": round(case["seconds"], 3),
                 "scaling": str(scaling),
-                "warnings": " ".join(scaling.warnings),
+                "warnings": " ".join(case["warnings"]),
             }
             for row in measured
         ]
@@ -341,11 +348,11 @@ class ResultWriter:
         files = case.get("written", ())
         self.results[number] = self.records.save(self.cases[number], case["stamp"], record, files, arrays)
 
-    def _tell(self, name: str, scaling: Scaling) -> None:
+    def _tell(self, name: str, scaling: Scaling, warnings: Sequence[str]) -> None:
         if str(scaling) not in self._told:
             logger.info("%s and images like it, scaling: %s.", name, scaling)
             self._told.add(str(scaling))
-        for sentence in scaling.warnings:
+        for sentence in warnings:
             logger.warning("%s: %s", name, sentence)
 
     def _support_used(self, case: dict, value: int) -> str:

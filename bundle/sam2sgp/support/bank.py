@@ -54,6 +54,9 @@ CASES_PER_LOOKUP = 256
 NAMES_PER_COMMIT = 64
 # After how many batches memory that is not used goes back to the system.
 BATCHES_PER_TIDYING = 8
+# Items whose regions are encoded, over all classes, and of each class at least: a set of many classes in many slices
+# would encode thousands of regions before its first result.
+MAX_VIEWED, LEAST_VIEWED = 480, 8
 MAX_VALUE = 255
 # Memory of an item by itself and by class; some are missing where the network has no prior.
 OF_ITEM, OF_CLASS = ("prior_key", "gram"), ("tokens", "prior_mask", "gram_foreground")
@@ -601,6 +604,10 @@ class SupportBank:
         self._precision = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         self.fingerprint = digest_of(network_fingerprint(network, device), self.settings)
 
+    def _name_of(self, part: str) -> str:
+        """The class whose views a part holds."""
+        return self.class_names[int(part.partition(".")[2])]
+
     def _name(self, item: SupportItem, part: str) -> str:
         return f"{item.content}.{part}"
 
@@ -619,7 +626,7 @@ class SupportBank:
         kind, _, value = part.partition(".")
         numbers = range(len(self.items))
         if part != WHOLE:
-            numbers = [n for n in numbers if int(value) in getattr(self.items[n].facts, kind)]
+            numbers = self._viewed([n for n in numbers if int(value) in getattr(self.items[n].facts, kind)])
         names = [self._name(self.items[n], part) for n in numbers]
         first = dict(zip(reversed(names), reversed(numbers), strict=True))
         old = self._outdated.pop(part, None)
@@ -639,6 +646,19 @@ class SupportBank:
                 parts.append(found[name])
         embedding = torch.cat(parts).to(self._device) if parts else torch.zeros(0, 0, device=self._device)
         return _Pool(embedding, spans, torch.tensor(owner, dtype=torch.long), place)
+
+    def _viewed(self, numbers: list[int]) -> list[int]:
+        """At most so many of some items, by turns from each case; the same ones when others come or go."""
+        most = max(LEAST_VIEWED, MAX_VIEWED // max(1, len(self.class_values)))
+        if len(numbers) <= most:
+            return numbers
+        of_case: dict[str, int] = defaultdict(int)
+        turns = []
+        for number in sorted(numbers, key=lambda number: self.items[number].content):
+            item = self.items[number]
+            turns.append((of_case[item.source], item.content, number))
+            of_case[item.source] += 1
+        return sorted(number for *_, number in sorted(turns)[:most])
 
     def _find(self, names: list[str]) -> Tensors:
         """Embeddings (R, D) of those names that are encoded already."""
@@ -670,8 +690,10 @@ class SupportBank:
         batch = self.batch_size if self._device.type == "cuda" and part == WHOLE else 1
         start = len(numbers) * distributed.rank() // distributed.world_size()
         numbers = numbers[start:] + numbers[:start]
-        silent = not self.progress or part != WHOLE or not numbers
-        bar = tqdm(desc="Encoding the support set", total=len(numbers), unit="item", disable=silent)
+        whole = part == WHOLE
+        what = "Encoding the support set" if whole else f"Encoding regions of {self._name_of(part)}"
+        silent = not self.progress or not numbers
+        bar = tqdm(desc=what, total=len(numbers), unit="item", leave=whole, disable=silent)
         try:
             with bar:
                 for start in range(0, len(numbers), batch):

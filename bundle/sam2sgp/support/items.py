@@ -14,7 +14,7 @@ from torch import Tensor
 from sam2sgp.data.folders import choose_slices
 from sam2sgp.report.overlays import draw_overlay, to_display
 from sam2sgp.transforms.array import Region, pixel_size, thickness
-from sam2sgp.transforms.scaling import Scaling
+from sam2sgp.transforms.scaling import PERCENTILES, Scaling
 
 # Mean thickness in network pixels below which a structure gets lost at the network's size.
 THIN = 3.0
@@ -22,6 +22,8 @@ THUMBNAIL = 128
 # Slices without any class that are taken from a labelled volume.
 EMPTY_SLICES = 4
 VIEWS = ("regions", "tiles")
+# Of a preprocessing that does not say how it scales.
+AS_GIVEN = Scaling(PERCENTILES, "as given", stated=True)
 
 
 @dataclass
@@ -178,7 +180,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
 
     Args:
         case: preprocessed: image (Z, C, S, S) in [0, 1], label (Z, S, S), both also at their own size as `image_full`
-            and `label_full`, geometry and scaling.
+            and `label_full`, geometry, and scaling where there was a choice.
         slices_per_class: slices taken from a volume for each class.
     """
     label = case["label"]
@@ -197,7 +199,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
     ]
     volume = len(label) > 1
     facts = [Facts.of(index if volume else None, item) for index, item in zip(sorted(chosen), items, strict=True)]
-    return Listing(tuple(values), tuple(facts), case["scaling"]), items
+    return Listing(tuple(values), tuple(facts), case.get("scaling", AS_GIVEN)), items
 
 
 def _views(case: dict, index: int) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:

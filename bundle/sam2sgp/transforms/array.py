@@ -16,6 +16,8 @@ from sam2sgp.errors import DataError
 REGION_FACTOR = 2.0
 SMALLEST_EXTENT = 0.08
 STRAY_SHARE = 0.02
+# Of slices: pixels on a side, and how many times longer than wide.
+SMALLEST_SIDE, LONGEST_ASPECT = 4, 8
 TILE_SHARE = 0.6
 # Half precision holds no smaller one.
 LEAST_PROBABILITY = 1e-7
@@ -53,6 +55,21 @@ class Fit:
         inner = tuple(min(size, max(1, round(length * scale))) for length in extent)
         offset = tuple((size - length) // 2 for length in inner)
         return cls(tuple(shape), inner, offset, size)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on why the network can hardly see what is fitted; none as a rule."""
+        found = []
+        if min(self.original) < SMALLEST_SIDE:
+            height, width = self.original
+            found.append(f"Its slices have only {height} x {width} pixels, too few to find anything.")
+        elif LONGEST_ASPECT * min(self.inner) <= max(self.inner):
+            ratio = max(self.inner) / min(self.inner)
+            found.append(
+                f"It is {ratio:.0f} times as long as wide, so only {min(self.inner)} of the network's {self.size} "
+                f"pixels show its width, and small objects are missed; cut it into parts shorter than {LONGEST_ASPECT} to 1."
+            )
+        return found
 
     def apply(self, slices: Tensor) -> Tensor:
         """Images (Z, C, H, W) -> (Z, C, S, S), bilinear with antialiasing, padded with 0."""

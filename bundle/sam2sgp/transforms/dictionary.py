@@ -35,6 +35,8 @@ from sam2sgp.transforms.scaling import choose_scaling, is_ct, scale_intensity
 
 logger = logging.getLogger(__name__)
 
+CONSTANT = "All its values are the same, so nothing can be found in it."
+
 
 class LoadCased(MapTransform):
     """Read the image, and the label if the case has one, as slices.
@@ -78,7 +80,7 @@ class ScaleIntensityByModalityd(MapTransform):
     """Scale the image to [0, 1]: CT by a HU window, colours by their range, all else by percentiles.
 
     How is chosen by `choose_scaling` and put at `scaling`: by `modality` and, where nothing is stated, by the support
-    set, whose `SupportScaling` is expected at `support_scaling`.
+    set, whose `SupportScaling` is expected at `support_scaling`. What may be wrong is added to `warnings`.
 
     Args:
         ct_window: lower and upper end in HU.
@@ -106,6 +108,8 @@ class ScaleIntensityByModalityd(MapTransform):
         for key in self.key_iterator(case):
             picture = case["geometry"].is_picture
             case["scaling"] = choose_scaling(case[key], case["is_rgb"], picture, *stated, case.get("support_scaling"))
+            constant = [CONSTANT] if case[key].min() == case[key].max() else []
+            case["warnings"] = [*case.get("warnings", ()), *case["scaling"].warnings, *constant]
             case[key] = scale_intensity(case[key], case["scaling"], self.ct_window, self.percentiles)
         return case
 
@@ -113,7 +117,8 @@ class ScaleIntensityByModalityd(MapTransform):
 class FitToSquared(MapTransform):
     """Resize with the aspect (in mm where known) kept and pad to `size`.
 
-    The way back is put at `fit`, and what was resized at `<key>_full`.
+    The way back is put at `fit`, and what was resized at `<key>_full`. Of an image so long or so small that the network
+    can hardly see it, `warnings` tell.
     """
 
     def __init__(self, keys: KeysCollection = ("image", "label"), size: int = 128) -> None:
@@ -124,6 +129,7 @@ class FitToSquared(MapTransform):
         case = dict(data)
         pixel = pixel_size(case["geometry"].spacing)
         case["fit"] = Fit.of(tuple(case["image"].shape[-2:]), self.size, pixel)
+        case["warnings"] = [*case.get("warnings", ()), *case["fit"].warnings]
         for key in self.key_iterator(case):
             if isinstance(case[key], torch.Tensor):
                 case[f"{key}_full"] = case[key]

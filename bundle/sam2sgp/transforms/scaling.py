@@ -132,7 +132,7 @@ def choose_scaling(
         chosen = Scaling(CT, "air and tissue in Hounsfield units", evidence)
     else:
         chosen = Scaling(PERCENTILES, "no modality is stated, and the voxels don't look like CT", evidence)
-    if support and support.kinds and chosen.kind not in support.kinds:
+    if support and support.kinds and chosen.kind not in support.kinds and not chosen.warnings:
         others = " and ".join(SHOWN[kind] for kind in sorted(support.kinds))
         return _warned(
             chosen,
