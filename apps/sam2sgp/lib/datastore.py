@@ -510,8 +510,10 @@ class ConfinedDatastore(LocalDatastore):
                     label = DataModel(info=_first_info(image_id + suffix), ext=suffix)
                 found.setdefault(image_id, {})[tag] = label
         objects = {}
-        self._say_what_is_left_out(self._datastore.image_path())
-        for image_id, files in sorted(self._files(self._datastore.image_path()).items()):
+        folder = self._datastore.image_path()
+        entries = _entries(folder)
+        self._say_what_is_left_out(entries)
+        for image_id, files in sorted(self._files(folder, entries).items()):
             entry = known.get(image_id)
             suffix = entry.image.ext if entry and entry.image.ext in files else _foremost(files)
             if len(files) > 1:
@@ -538,10 +540,10 @@ class ConfinedDatastore(LocalDatastore):
             return False
         return True
 
-    def _files(self, folder: str) -> dict[str, dict[str, os.DirEntry]]:
-        """The images or labels directly in a folder: {id: {suffix: file}}."""
+    def _files(self, folder: str, entries: list[os.DirEntry] | None = None) -> dict[str, dict[str, os.DirEntry]]:
+        """The images or labels directly in a folder, which holds `entries`: {id: {suffix: file}}."""
         files: dict[str, dict[str, os.DirEntry]] = {}
-        for entry in _entries(folder):
+        for entry in _entries(folder) if entries is None else entries:
             name = entry.name
             lower = name.lower()
             suffix = next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), None)
@@ -558,10 +560,10 @@ class ConfinedDatastore(LocalDatastore):
                 files.setdefault(image_id, {})[name[-len(suffix) :]] = entry
         return files
 
-    def _say_what_is_left_out(self, folder: str) -> None:
+    def _say_what_is_left_out(self, entries: list[os.DirEntry]) -> None:
         """Put on `left_out`, and in the log once, what lies among the images and is not offered as one."""
         self.left_out = []
-        for entry in sorted(_entries(folder), key=lambda entry: entry.name):
+        for entry in sorted(entries, key=lambda entry: entry.name):
             path = Path(entry.path)
             if entry.name.startswith(".") or entry.name in OWN_FILES or entry.name.endswith((".lock", ".damaged")):
                 continue

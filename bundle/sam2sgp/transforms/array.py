@@ -67,7 +67,8 @@ class Fit:
             ratio = max(self.inner) / min(self.inner)
             found.append(
                 f"It is {ratio:.0f} times as long as wide, so only {min(self.inner)} of the network's {self.size} "
-                f"pixels show its width, and small objects are missed; cut it into parts shorter than {LONGEST_ASPECT} to 1."
+                f"pixels show its width, and small objects are missed; cut it into parts shorter than {LONGEST_ASPECT} "
+                "to 1."
             )
         return found
 
