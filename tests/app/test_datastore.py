@@ -427,6 +427,8 @@ def huge_png() -> bytes:
     ("name", "content", "kind"),
     [
         ("a.nii.gz", b"not gzip", UnsupportedFile),
+        ("a.nhdr", b"NRRD0004", UnsupportedFile),
+        ("a.img", bytes(400), UnsupportedFile),
         ("a.nii.gz", gzip.compress(b"no nifti" * 100), UnsupportedFile),
         ("a.nii.gz", gzip.compress(bytes(LIMIT + 1000)), TooLarge),
         ("a.nii.gz", gzip.compress(claimed_nifti((2000, 2000, 1000)) + bytes(100)), TooLarge),
