@@ -99,8 +99,8 @@ def is_dicom_seg(path: str | os.PathLike) -> bool:
 def data_files(path: str | os.PathLike) -> list[Path]:
     """Further files that belong to an image: the voxels of an NRRD or MetaImage header, the header of a NIfTI pair.
 
-    Those that a header lists by a pattern are taken to be all files of its folder but other headers. Files need not
-    exist.
+    Those that a header lists by a pattern are taken to be all files of its folder that are no image. Files that a header
+    names need not exist.
     """
     path, suffix = Path(path), suffix_of(path)
     if suffix == ".img":
@@ -112,7 +112,7 @@ def data_files(path: str | os.PathLike) -> list[Path]:
     names = [line.strip() for line in entry[1].splitlines()] if entry else []
     names = names[1:] if names[:1] and names[0].startswith("LIST") else names[:1]
     data = [path.parent / name for name in names if name and name not in ("LOCAL", "INTERNAL")]
-    if not all(file.is_file() for file in data):
+    if any("%" in name for name in names):
         others = (file for file in sorted(path.parent.iterdir()) if file.is_file() and file != path)
         data = [file for file in others if not suffix_of(file)]
     return data
