@@ -99,8 +99,8 @@ def is_dicom_seg(path: str | os.PathLike) -> bool:
 def data_files(path: str | os.PathLike) -> list[Path]:
     """Further files that belong to an image: the voxels of an NRRD or MetaImage header, the header of a NIfTI pair.
 
-    Those that a header lists by a pattern are taken to be all files of its folder that are no image. Files that a header
-    names need not exist.
+    Those that a header lists by a pattern are taken to be all files of its folder that are no image. Files that a
+    header names need not exist.
     """
     path, suffix = Path(path), suffix_of(path)
     if suffix == ".img":
