@@ -47,6 +47,7 @@ def with_one_voxel(image: torch.Tensor, value: float) -> torch.Tensor:
         (torch.cat([ct(air=0), torch.full((2, 1, 40, 40), -3024.0)]), "open"),
         (torch.cat([ct(), torch.full((2, 1, 40, 40), -3024.0)]), "hu"),
         (ct(air=0), "open"),
+        (ct(air=1) + 300, "open"),
         (ct() + 1024, "stored"),
         (mr(), "positive"),
         (with_one_voxel(mr(), -501), "positive"),

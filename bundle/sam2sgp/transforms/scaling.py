@@ -212,7 +212,7 @@ def hounsfield_evidence(slices: Tensor) -> str:
         return "below"
     if _share(values, *AIR) >= LEAST_SHARE and _share(values, *TISSUE) >= LEAST_SHARE:
         return "hu"
-    if _share(values, -torch.inf, BELOW_WATER) >= LEAST_SHARE and _share(values, *TISSUE) >= MOST_SHARE:
+    if _share(values, -torch.inf, BELOW_WATER) >= LEAST_SHARE and _share(values, AIR[0], TISSUE[1]) >= MOST_SHARE:
         return "open"
     moved = values - STORED_OFFSET
     air, tissue = _share(moved, -STORED_OFFSET - 1, -800.0), _share(moved, *TISSUE)
