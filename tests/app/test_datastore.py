@@ -34,6 +34,7 @@ from lib.datastore import ConfinedDatastore
 from lib.door import admitted
 from sam2sgp.data.io import read_image, read_label
 from sam2sgp.errors import DataError
+from tests.data.dicom_files import write_series
 
 LIMIT = 64 << 20
 SIZE = (12, 10, 4)
@@ -311,6 +312,21 @@ def test_an_index_that_names_folders_elsewhere_does_not_move_the_datastore(opene
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_no_image_among_the_studies_is_named_once(tmp_path, caplog):
+    folder = tmp_path / "studies"
+    volume(folder.mkdir() or folder / "good.nii.gz")
+    write_series(folder / "series", np.zeros((3, 4, 4), np.uint16))
+    for name in ("notes.txt", ".hidden", "labels.json"):
+        (folder / name).write_text("{}")
+    store = ConfinedDatastore(str(folder), tmp_path, LIMIT)
+    store.refresh()
+    assert store.list_images() == ["good"]
+    series, notes = sorted(store.left_out, key=lambda sentence: sentence.startswith("notes"))
+    assert series.startswith("series/: a folder of DICOM files") and "DICOMweb" in series
+    assert notes == "notes.txt: not an image (.txt)."
+    assert [record.message.count("notes.txt") for record in caplog.records if "notes" in record.message] == [1]
+
+
 def test_ten_thousand_images_have_a_cheap_status(tmp_path):
     folder = tmp_path / "many"
     (folder / "labels" / "final").mkdir(parents=True)
@@ -518,6 +534,8 @@ def huge_png() -> bytes:
     ("name", "content", "kind"),
     [
         ("a.nii.gz", b"not gzip", UnsupportedFile),
+        ("a.nhdr", b"NRRD0004", UnsupportedFile),
+        ("a.img", bytes(400), UnsupportedFile),
         ("a.nii.gz", gzip.compress(b"no nifti" * 100), UnsupportedFile),
         ("a.nii.gz", gzip.compress(bytes(LIMIT + 1000)), UnsupportedFile),
         ("a.nii.gz", gzip.compress(claimed_nifti((2000, 2000, 1000)) + bytes(100)), TooLarge),

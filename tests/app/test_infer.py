@@ -170,6 +170,15 @@ def test_the_parameters_tell_what_was_done(task):
     assert all(item["slice"] is None and -1 <= item["similarity"] <= 1 for item in items)
     assert items == sorted(items, key=lambda item: -item["similarity"])
     assert params["support_items"] == 2 and params["weights"] == "embedded" and params["warnings"] == []
+    assert params["scaling"] == "percentiles (a grey picture)"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8)).save(
+        task.studio.studies / "colour.png"
+    )
+    _, params = task({"image": str(task.studio.studies / "colour.png")})
+    assert (
+        params["scaling"] == "colours (a colour image)"
+        and "but the support set by percentiles" in params["warnings"][0]
+    )
     assert set(params["latencies"]) == {"support", "pre", "infer", "write", "total"}
     unsure = params["uncertainty"]
     levels = np.asarray(Image.open(io.BytesIO(base64.b64decode(unsure["map"]))))

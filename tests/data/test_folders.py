@@ -1,10 +1,14 @@
 """Data folders become datalists: pairs, patients, sections, class names."""
 
 import json
+import unicodedata
 import warnings
 from pathlib import Path
 
+import itk
+import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 
 from sam2sgp.data.folders import (
@@ -13,8 +17,10 @@ from sam2sgp.data.folders import (
     class_names,
     complete_class_names,
     load_datalist,
+    skipped_in,
     subset,
 )
+from sam2sgp.data.io import read_image
 from sam2sgp.errors import ConfigError, DataError
 from tests.data.dicom_files import write_dicom, write_series
 
@@ -28,6 +34,11 @@ def touch(root: Path, *names: str) -> Path:
 
 def paired(root: Path, *stems: str, label_suffix: str = ".png") -> Path:
     return touch(root, *(f"images/{stem}.jpg" for stem in stems), *(f"labels/{stem}{label_suffix}" for stem in stems))
+
+
+def said(cases, root: Path) -> dict[str, str]:
+    """Why files of a folder are not used, by their path in it."""
+    return {str(file.path.relative_to(root)): file.why for file in cases.skipped}
 
 
 def names(cases: list[dict]) -> list[str]:
@@ -57,23 +68,140 @@ def test_images_and_labels_of_equal_stems_are_paired(tmp_path, folder, ending):
 
 def test_equal_stem_is_preferred_to_a_mask_ending(tmp_path):
     touch(tmp_path, "images/a.png", "labels/a.png", "labels/a_mask.png")
-    with pytest.warns(UserWarning, match="1 labels have no image: a_mask.png"):
-        (case,) = load_datalist(tmp_path)
-    assert case["label"].endswith("labels/a.png")
+    cases = load_datalist(tmp_path)
+    assert cases[0]["label"].endswith("labels/a.png") and len(cases) == 1
+    assert said(cases, tmp_path) == {"labels/a_mask.png": "a label without an image of its name"}
 
 
-def test_unpaired_images_and_labels_are_left_out_with_one_warning_each(tmp_path):
+def test_unpaired_images_and_labels_are_left_out_and_said(tmp_path):
     paired(tmp_path, "a")
     touch(tmp_path, "images/b.png", "images/c.png", "labels/d.png")
-    with pytest.warns(UserWarning) as caught:
-        cases = load_datalist(tmp_path)
-    messages = sorted(str(warning.message) for warning in caught)
-    assert names(cases) == ["a"] and len(messages) == 2
-    assert "1 labels have no image: d.png" in messages[0]
-    assert "2 images have no label and are left out: b.png, c.png" in messages[1]
-    with pytest.warns(UserWarning, match="d.png"):
-        cases = load_datalist(tmp_path, require_labels=False)
+    cases = load_datalist(tmp_path)
+    assert names(cases) == ["a"]
+    without_image = {"labels/d.png": "a label without an image of its name"}
+    without_label = {f"images/{name}.png": "an image without a label" for name in "bc"}
+    assert said(cases, tmp_path) == without_image | without_label
+    cases = load_datalist(tmp_path, require_labels=False)
     assert names(cases) == ["a", "b", "c"] and "label" not in cases[1]
+    assert said(cases, tmp_path) == without_image
+
+
+def test_what_lies_among_queries_is_read_or_said(tmp_path):
+    rng = np.random.default_rng(0)
+    root = tmp_path / "q"
+    voxels = rng.integers(0, 99, (3, 4, 5)).astype(np.int16)
+    (root / "site/case").mkdir(parents=True)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), root / "site/case/deep.nii.gz")
+    nib.save(nib.Nifti1Pair(voxels, np.diag([2.0, 2, 2, 1])), root / "pair.img")
+    itk.imwrite(itk.image_from_array(voxels), str(root / "header.nhdr"))
+    itk.imwrite(itk.image_from_array(voxels), str(root / "meta.mhd"))
+    write_series(root / "series", np.zeros((3, 4, 4), np.uint16))
+    for number, file in enumerate(sorted((root / "series").iterdir())):
+        content = pydicom.dcmread(file)
+        content.remove_private_tags()
+        # As old archives keep them: without the 128 bytes, the file meta information and an ending.
+        with open(root / "series" / f"IM{number}", "wb") as out:
+            pydicom.filewriter.write_dataset(pydicom.filebase.DicomFileLike(out), _implicit(content))
+        file.unlink()
+    (root / "DICOMDIR").write_bytes(b"x")
+    touch(
+        root, ".DS_Store", "site/._deep.nii.gz", "anim.gif", "array.npz", "notes.txt", "masks/m.png", "empty_file.xyz"
+    )
+    for name in ("anim.gif", "array.npz", "notes.txt"):
+        (root / name).write_bytes(b"content")
+    (root / "void").mkdir()
+    touch(root, "old/records/x.json", "old/summary.csv", "old/a.png")
+    (root / "loop").symlink_to(root, target_is_directory=True)
+    cases = load_datalist(root, require_labels=False)
+    assert names(cases) == ["deep", "header", "meta", "pair", "series"]
+    found = said(cases, root)
+    assert found.pop(".DS_Store") == "a hidden or system file, and 1 more"
+    beginnings = {
+        "DICOMDIR": "an index of DICOM files",
+        "anim.gif": ".gif files are not read; convert",
+        "array.npz": ".npz files are not read; convert",
+        "notes.txt": "not an image (.txt)",
+        "masks": "a folder of labels",
+        "empty_file.xyz": "an empty file",
+        "void": "an empty folder",
+        "old": "results of an earlier run",
+        "loop": "a link to a folder that it lies in",
+    }
+    assert found.keys() == beginnings.keys()
+    assert all(found[name].startswith(text) for name, text in beginnings.items())
+    for name in ("pair", "header", "meta"):
+        image = read_image(next(case["image"] for case in cases if case["name"] == name))
+        expected = voxels if name == "pair" else voxels.T
+        assert sorted(image.slices.ravel()) == sorted(expected.ravel())
+
+
+def _implicit(dataset):
+    dataset.is_little_endian, dataset.is_implicit_VR = True, False
+    return dataset
+
+
+def test_queries_and_supports_say_each_file_once_and_none_that_the_other_uses(tmp_path, caplog):
+    paired(tmp_path, "a")
+    touch(tmp_path, "images/b.png", "labels/c.png")
+    queries, support = load_datalist(tmp_path, require_labels=False), load_datalist(tmp_path)
+    assert [file.path.name for file in skipped_in(queries, support)] == ["c.png"]
+    assert [record.message.count("c.png") for record in caplog.records] == [1]
+    # Whoever gives a list of his own has nothing to say.
+    assert skipped_in([{"image": "x.png"}]) == []
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_match_in_both_forms_of_unicode(tmp_path, forms):
+    image, label = (unicodedata.normalize(form, "Müller") for form in forms)
+    touch(tmp_path / "pairs", f"images/{image}.png", f"masks/{label}.png")
+    (case,) = load_datalist(tmp_path / "pairs")
+    assert case["label"].endswith(f"{label}.png")
+    content = {"training": [{"image": f"pairs/images/{label}.png", "label": f"pairs/masks/{image}.png"}]}
+    (case,) = load_datalist(write_json(tmp_path / "list.json", content))
+    assert Path(case["image"]).is_file() and Path(case["label"]).is_file()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_json_is_read_with_a_byte_order_mark(tmp_path, encoding):
+    paired(tmp_path, "a")
+    (tmp_path / "labels.json").write_text(json.dumps({"1": "Läsion"}), encoding=encoding)
+    assert class_names(tmp_path) == {1: "Läsion"}
+
+
+def nnunet(root: Path, **more) -> Path:
+    touch(root, *(f"imagesTr/liver_00{n}_0000.nii.gz" for n in range(3)))
+    touch(root, *(f"labelsTr/liver_00{n}.nii.gz" for n in range(3)), "imagesTs/liver_009_0000.nii.gz")
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
+    write_json(root / "dataset.json", content | more)
+    return root
+
+
+def test_nnunet_folder(tmp_path):
+    cases = load_datalist(nnunet(tmp_path))
+    assert [Path(case["label"]).name for case in cases] == [f"liver_00{n}.nii.gz" for n in range(3)]
+    assert {case["modality"] for case in cases} == {"CT"} and class_names(tmp_path) == {1: "liver"}
+    assert len(load_datalist(tmp_path, require_labels=False)) == 4
+    touch(tmp_path, "imagesTr/liver_001_0001.nii.gz")
+    with pytest.raises(DataError, match="2 channels of 'liver_001'.*liver_001_0000.*choose one channel"):
+        load_datalist(tmp_path)
+
+
+def test_nnunet_folder_that_lists_its_cases(tmp_path):
+    listed = {"a": {"images": ["imagesTr/liver_001_0000.nii.gz"], "label": "labelsTr/liver_001.nii.gz"}}
+    nnunet(tmp_path, dataset=listed)
+    cases = load_datalist(tmp_path)
+    assert [Path(case["label"]).name for case in cases] == ["liver_001.nii.gz"] and cases[0]["modality"] == "CT"
+    unlisted = said(cases, tmp_path)
+    assert unlisted["imagesTr/liver_000_0000.nii.gz"] == "not listed in dataset.json" and len(unlisted) == 3
+    listed["a"]["images"].append("imagesTr/liver_002_0000.nii.gz")
+    with pytest.raises(DataError, match="2 channels of 'a'"):
+        load_datalist(nnunet(tmp_path, dataset=listed))
+
+
+def test_a_dataset_json_without_images_is_told_what_it_lacks(tmp_path):
+    write_json(tmp_path / "dataset.json", {"labels": {"1": "disc"}, "name": "x"})
+    with pytest.raises(DataError, match=r"dataset.json has 'labels', 'name', but neither lists of images such as"):
+        load_datalist(tmp_path)
 
 
 def test_folder_without_a_pair_is_an_error_that_explains_layouts(tmp_path):
@@ -149,8 +277,8 @@ def test_decathlon_folder(tmp_path):
         "test": ["./imagesTs/c_90.nii.gz", {"image": "./imagesTs/c_91.nii.gz"}],
     }
     write_json(tmp_path / "dataset.json", content)
-    with pytest.warns(UserWarning, match="2 images have no label"):
-        cases = load_datalist(tmp_path)
+    cases = load_datalist(tmp_path)
+    assert len(cases.skipped) == 2 and {file.why for file in cases.skipped} == {"an image without a label"}
     assert len(cases) == 10 and {case["modality"] for case in cases} == {"CT"}
     assert cases[0]["image"] == str(tmp_path / "imagesTr/c_0.nii.gz")
     assert len(load_datalist(tmp_path, require_labels=False)) == 12
@@ -173,8 +301,7 @@ def test_json_sections_with_labels_are_kept_and_the_rest_is_split(tmp_path):
         "testing": [{"image": entry[stem]["image"]} for stem in stems[18:]],
     }
     path = write_json(tmp_path / "list.json", content)
-    with pytest.warns(UserWarning, match="2 images have no label"):
-        sections = {section: names(load_datalist(path, section)) for section in ("train", "val", "test")}
+    sections = {section: names(load_datalist(path, section)) for section in ("train", "val", "test")}
     assert sections["val"] == ["s16", "s17"]
     assert len(sections["test"]) == 3 and sorted(sections["train"] + sections["test"]) == sorted(stems[:16])
     assert load_datalist(path, "val", require_labels=False)[0]["image"] == str(data / "images/s16.jpg")

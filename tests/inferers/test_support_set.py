@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from sam2sgp.errors import ConfigError, DataError
-from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers import SupportSetInferer, VolumeMemory, support_set
 from sam2sgp.inferers.support_set import ABSENT_LOGIT
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support import bank as support_bank
 
 SIZE = 64
 
@@ -53,6 +54,46 @@ def test_batch_size_does_not_change_the_result(network):
     results = [SupportSetInferer(bank(cases), SupportSampler(k=2), batch_size=b)(QUERY, network) for b in (1, 8)]
     assert results[0].shape == (5, 2, SIZE, SIZE)
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_many_classes_go_through_the_network_some_at_a_time(network, monkeypatch):
+    cases = [case(i, [1, 2, 3]) for i in range(3)]
+    inferer = SupportSetInferer(bank(cases), SupportSampler(k=2))
+    expected, rows = inferer(QUERY, network), []
+    decode = SAM2SGP.decode
+
+    def counted(net, features, support, weights):
+        rows.append(support.tokens.shape[0] * support.tokens.shape[1])
+        return decode(net, features, support, weights)
+
+    monkeypatch.setattr(SAM2SGP, "decode", counted)
+    monkeypatch.setattr(support_set, "ROWS", 10)
+    torch.testing.assert_close(inferer(QUERY, network), expected, atol=1e-4, rtol=1e-4)
+    assert rows == [10, 5]
+
+
+def test_regions_of_a_few_items_are_encoded_where_there_are_many_classes(network, monkeypatch):
+    support = bank([case(i, [1], patient=f"p{i % 4}") for i in range(12)])
+    support.encode(network)
+    monkeypatch.setattr(support_bank, "MAX_VIEWED", 6)
+    monkeypatch.setattr(support_bank, "LEAST_VIEWED", 2)
+    features = network.encode(QUERY.expand(-1, 3, -1, -1))
+    assert support.region_support(network, features, SupportSampler(k=8), 0).tokens.shape[2] == 6
+    chosen = support._pools["regions.1"].owner.unique().tolist()
+    # A case that comes changes the choice by itself alone.
+    support.reconcile([*support.data, case(12, [1])])
+    support.region_support(network, features, SupportSampler(k=8), 0)
+    assert len(set(chosen) & set(support._pools["regions.1"].owner.unique().tolist())) >= 5
+
+
+@pytest.mark.parametrize("volume", [False, True])
+def test_progress_is_told_slice_by_slice(network, volume):
+    steps: list[int] = []
+    memory = VolumeMemory() if volume else None
+    inferer = SupportSetInferer(bank([case(i, [1]) for i in range(3)]), SupportSampler(k=2), 2, volume_memory=memory)
+    for _ in inferer.chunks(QUERY, network, volume=True, step=steps.append):
+        pass
+    assert sum(steps) == len(QUERY) * inferer.looks(len(QUERY), True) == (15 if volume else 5) and max(steps) == 2
 
 
 def test_result_equals_the_network_given_the_retrieved_pairs(network):

@@ -1,4 +1,4 @@
-"""Intensity scaling, the fit into the network's square, and the way back."""
+"""The fit into the network's square, and the way back."""
 
 import math
 
@@ -9,55 +9,9 @@ from sam2sgp.transforms import (
     Fit,
     class_probabilities,
     label_map,
-    scale_intensity,
     to_three_channels,
     uncertainty,
 )
-from sam2sgp.transforms.array import is_ct
-
-
-def test_ct_window_maps_its_bounds_to_zero_and_one():
-    values = torch.tensor([-1000.0, -160.0, 40.0, 240.0, 3000.0]).reshape(1, 1, 1, 5)
-    out = scale_intensity(values, ct=True, ct_window=(-160, 240))
-    torch.testing.assert_close(out.flatten(), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
-
-
-def test_percentiles_ignore_outliers():
-    values = torch.linspace(0, 100, 10_000).reshape(1, 1, 100, 100).clone()
-    values[0, 0, 0, 0] = 1e6
-    out = scale_intensity(values, percentiles=(0.5, 99.5))
-    assert out.min() == 0 and out.max() == 1
-    assert out[0, 0, 50, 50] == pytest.approx(0.5, abs=0.02)
-
-
-def test_scaling_is_over_the_whole_volume_so_that_slices_keep_their_relation():
-    values = torch.zeros(2, 1, 10, 10)
-    values[0, 0, :5], values[1, 0, :5] = 1.0, 2.0
-    out = scale_intensity(values, percentiles=(0, 100))
-    assert out[0].max() == pytest.approx(0.5) and out[1].max() == pytest.approx(1.0)
-
-
-def test_colours_keep_their_hue_and_sixteen_bits_their_range():
-    colour = torch.tensor([255.0, 51.0, 0.0]).reshape(1, 3, 1, 1)
-    torch.testing.assert_close(scale_intensity(colour, rgb=True).flatten(), torch.tensor([1.0, 0.2, 0.0]))
-    torch.testing.assert_close(scale_intensity(colour * 257, rgb=True).flatten(), torch.tensor([1.0, 0.2, 0.0]))
-
-
-@pytest.mark.parametrize("value", [0.0, -1024.0, 7.5])
-def test_constant_images_become_zero(value):
-    assert torch.equal(scale_intensity(torch.full((2, 1, 8, 8), value)), torch.zeros(2, 1, 8, 8))
-
-
-def test_a_tiny_bright_object_survives_percentiles():
-    values = torch.zeros(1, 1, 100, 100)
-    values[0, 0, 3, 3] = 50.0
-    assert scale_intensity(values).max() == 1
-
-
-def test_hounsfield_units_are_recognised_by_air_only_where_no_modality_is_declared():
-    air, tissue = torch.tensor([-1000.0, 50.0]), torch.tensor([0.0, 900.0])
-    assert is_ct(air, None, False) and not is_ct(tissue, None, False)
-    assert not is_ct(air, "MR", False) and is_ct(tissue, "CT", False) and not is_ct(air, None, True)
 
 
 def test_channels():

@@ -151,6 +151,11 @@ def suffix_of(name: str | Path) -> str:
     suffix = next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), None)
     if suffix is None:
         raise UnsupportedFile(f"{_shown(Path(name).name)}: expected a name that ends in one of {', '.join(SUFFIXES)}.")
+    if suffix in (".nhdr", ".img"):
+        raise UnsupportedFile(
+            f"{_shown(Path(name).name)}: expected an image in one file, found its header or its voxels only; send it "
+            "as .nrrd or .nii.gz."
+        )
     return suffix
 
 

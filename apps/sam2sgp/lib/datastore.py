@@ -52,8 +52,8 @@ from lib.dicomweb import DicomWebDatastore
 from lib.door import admitted
 from lib.naming import declared, renumber, renumbering
 from lib.records import ImageRecord, LabelRecord, Record, checked, readable
-from sam2sgp.data.folders import check_label_values, class_names
-from sam2sgp.data.io import SUFFIXES, output_suffix, read_image, read_label, write_label
+from sam2sgp.data.folders import DESCRIPTIONS, SYSTEM_FILES, check_label_values, class_names, file_not_used
+from sam2sgp.data.io import SUFFIXES, dicom_files, output_suffix, read_image, read_label, write_label
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing, write_text
 
@@ -62,6 +62,8 @@ logger = logging.getLogger(__name__)
 LABELS = "labels"
 # A folder changed less than this many seconds ago may change again without a new time: it is read again.
 COARSEST_CLOCK = 0.1
+# What lies among the images and is none of them.
+OWN_FILES = {LABELS, "datastore_v2.json", *DESCRIPTIONS, *SYSTEM_FILES}
 # Saves take well below a second; a lock held for longer belongs to a process that hangs.
 LOCK_TIMEOUT = 30.0
 # What a killed process left of a save, in seconds; younger ones may belong to a process at work.
@@ -83,6 +85,9 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         max_unpacked: how many bytes the voxels of an uploaded file may take as float32.
         audit: where approvals and removals are noted; None for nowhere.
 
+    Attributes:
+        left_out: sentences on what lies among the images and is not offered as one.
+
     Raises:
         StorageError: the folder can't be read, or lacks subfolders that can't be made.
     """
@@ -102,6 +107,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         self._seen: tuple | None = None
         self._tags: tuple[str, ...] = ()
         self._warned: set[str] = set()
+        self.left_out: list[str] = []
         self._tag_counts: tuple[dict, dict[str, int]] | None = None
         labels = os.path.realpath(os.path.join(self._root, LABELS))
         if os.path.commonpath([labels, self._root]) != self._root:
@@ -579,7 +585,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                     label = DataModel(info=_first_info(image_id + suffix), ext=suffix)
                 found.setdefault(image_id, {})[tag] = label
         objects = {}
-        for image_id, files in sorted(self._files(self._datastore.image_path()).items()):
+        folder = self._datastore.image_path()
+        entries = _entries(folder)
+        self._say_what_is_left_out(entries)
+        for image_id, files in sorted(self._files(folder, entries).items()):
             entry = known.get(image_id)
             suffix = entry.image.ext if entry and entry.image.ext in files else _foremost(files)
             if len(files) > 1:
@@ -607,10 +616,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             return False
         return True
 
-    def _files(self, folder: str) -> dict[str, dict[str, os.DirEntry]]:
-        """The images or labels directly in a folder: {id: {suffix: file}}."""
+    def _files(self, folder: str, entries: list[os.DirEntry] | None = None) -> dict[str, dict[str, os.DirEntry]]:
+        """The images or labels directly in a folder, which holds `entries`: {id: {suffix: file}}."""
         files: dict[str, dict[str, os.DirEntry]] = {}
-        for entry in _entries(folder):
+        for entry in _entries(folder) if entries is None else entries:
             name = entry.name
             lower = name.lower()
             suffix = next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), None)
@@ -626,6 +635,24 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             if entry.is_file():
                 files.setdefault(image_id, {})[name[-len(suffix) :]] = entry
         return files
+
+    def _say_what_is_left_out(self, entries: list[os.DirEntry]) -> None:
+        """Put on `left_out`, and in the log once, what lies among the images and is not offered as one."""
+        self.left_out = []
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = Path(entry.path)
+            if entry.name.startswith(".") or entry.name in OWN_FILES or entry.name.endswith((".lock", ".damaged")):
+                continue
+            if entry.is_dir():
+                what = "DICOM files" if dicom_files(path) else "files"
+                self.left_out.append(
+                    f"{entry.name}/: a folder of {what} is not an image here; convert a series to one NIfTI file, or "
+                    "serve it from a DICOMweb archive."
+                )
+            elif not any(entry.name.lower().endswith(suffix) for suffix in SUFFIXES):
+                self.left_out.append(f"{entry.name}: {file_not_used(path)}.")
+        for sentence in self.left_out:
+            self._warn(f"Not offered as an image: {sentence}")
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

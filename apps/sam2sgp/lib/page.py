@@ -41,8 +41,7 @@ from lib.usage import Usage
 from sam2sgp.data import read_image, read_label
 from sam2sgp.errors import DataError
 from sam2sgp.report.overlays import class_colour, draw_overlay, to_display
-from sam2sgp.transforms import scale_intensity
-from sam2sgp.transforms.array import is_ct
+from sam2sgp.transforms import choose_scaling, scale_intensity
 
 logger = logging.getLogger(__name__)
 
@@ -311,8 +310,8 @@ def _drawn(source: Path, label: Path | None, stamps: tuple) -> np.ndarray:
     if masks is not None and masks.any():
         place = int((masks > 0).reshape(len(masks), -1).sum(1).argmax())
     chosen = torch.from_numpy(image.slices[place : place + 1])
-    ct = is_ct(chosen, image.modality, image.geometry.is_picture)
-    picture = to_display(scale_intensity(chosen, ct, image.is_rgb)[0])
+    scaling = choose_scaling(chosen, image.is_rgb, image.geometry.is_picture, image.modality)
+    picture = to_display(scale_intensity(chosen, scaling)[0])
     scale = min(1.0, EDGE / max(picture.shape[:2]))
     return draw_overlay(picture, None if masks is None else masks[place], scale=scale)
 

@@ -47,6 +47,7 @@ from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.support import SupportBank, SupportItem
 from sam2sgp.support.lru import ByteLRU
+from sam2sgp.transforms import SupportScaling
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +207,7 @@ class Segmenter:
             "rebuilding": self.rebuilding,
             "errors": [self._shown(error) for error in (*problems, *errors)][:ITEMS_LISTED],
             "problem": self.problem,
+            "not_offered": list(getattr(self.cases.datastore, "left_out", []))[:ITEMS_LISTED],
         }
 
     def usable_cases(self) -> tuple[list[dict], list[str]]:
@@ -459,7 +461,8 @@ class Segmenter:
 
                 names {value: name} of the classes segmented; confidence {name: mean probability or None};
                 used {name: [{item, image, slice, similarity, slices}]}, most used first; weights (name of the version);
-                support_items (their number); device; latencies (seconds); warnings (sentences).
+                support_items (their number); scaling (how the intensities were scaled, and why); device; latencies
+                (seconds); warnings (sentences).
 
         Raises:
             NoSupport: there is no approved label, or none but the image's own patient's.
@@ -482,7 +485,7 @@ class Segmenter:
                 )
             warnings = [self._shown(problem) for problem in (self.problem, self.cases.problem) if problem]
             refreshed = time.perf_counter()
-            key = _key(image)
+            key = _key(image, serving.bank.scaling())
             case = self._prepare(key, image, image_id or "image")
             prepared = time.perf_counter()
             output = self._result(key, {**case, "patient": own, "group": None}, options, warnings)
@@ -495,11 +498,13 @@ class Segmenter:
                 names[value]: _used(serving.bank, *output["support"][value]) if value in output["support"] else []
                 for value in wanted
             }
+            warnings += output["warnings"]
             unguided = [names[value] for value in wanted if value not in output["support"]]
             if unguided:
                 warnings.append(f"No label of another patient shows {', '.join(unguided)}: not segmented.")
             return {
                 **output,
+                "scaling": str(output["scaling"]),
                 "weights": serving.version.name,
                 "support_items": len(serving.bank),
                 "latencies": {
@@ -594,10 +599,10 @@ class Segmenter:
             output["pred"] = output["pred"].masked_fill(other, 0)
 
 
-def _key(image: str | Path) -> Hashable | None:
-    """What tells an image's content from that of others; None where that can't be told."""
+def _key(image: str | Path, support: SupportScaling) -> Hashable | None:
+    """What tells a prepared image from others: content and the support set's scaling; None if that can't be told."""
     stamp = image_stamp(image)
-    return stamp and (str(image), stamp)
+    return stamp and (str(image), stamp, support)
 
 
 def _bytes(value: Any) -> int:

@@ -33,6 +33,7 @@ METHOD_KEYS = (
     "support_max_items",
     "support_seed",
     "support_cache_mb",
+    "modality",
     "slice_axis",
     "ct_window",
     "percentiles",

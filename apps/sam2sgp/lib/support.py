@@ -21,7 +21,7 @@ from lib.checks import NotFound
 from lib.naming import declared
 from lib.settings import Settings
 from lib.stamps import Stamp, stamp
-from sam2sgp.data import class_names, load_datalist
+from sam2sgp.data import class_names, load_datalist, skipped_in
 from sam2sgp.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -174,6 +174,7 @@ class LabelledCases:
             return
         try:
             seeds = load_datalist(folder, patient_pattern=self.settings.value("patient_pattern"))
+            skipped_in(seeds)
             # Of one group with the datastore's labels: queries are guided by their own group alone where it has items.
             self._seeds = [{**case, "name": f"{folder.name}/{case['name']}", "group": None} for case in seeds]
         except DataError as error:

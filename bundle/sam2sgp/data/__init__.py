@@ -3,11 +3,14 @@
 from sam2sgp.data.dicom_seg import read_dicom_seg, write_dicom_seg
 from sam2sgp.data.folders import (
     DEFAULT_PATIENT_PATTERN,
+    Datalist,
+    Skipped,
     check_label_values,
     choose_slices,
     class_names,
     complete_class_names,
     load_datalist,
+    skipped_in,
     subset,
 )
 from sam2sgp.data.io import (
@@ -32,12 +35,14 @@ from sam2sgp.data.cache import CaseCache, PreparedCase  # isort: skip
 __all__ = [
     "DEFAULT_PATIENT_PATTERN",
     "CaseCache",
+    "Datalist",
     "EpisodeDataset",
     "EpisodeSampler",
     "Geometry",
     "MedicalImage",
     "PreparedCase",
     "PretrainingDataset",
+    "Skipped",
     "check_label_values",
     "choose_slices",
     "class_names",
@@ -52,6 +57,7 @@ __all__ = [
     "read_dicom_seg",
     "read_image",
     "read_label",
+    "skipped_in",
     "subset",
     "write_dicom_seg",
     "write_label",

@@ -8,7 +8,7 @@ time, and files are written whole or not at all, so several processes may share 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,21 @@ from monai.transforms import Compose
 
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing
+from sam2sgp.transforms.scaling import Scaling, scaling_hint
 
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """image: (Z, C, S, S) float16 in [0, 1]. label: (Z, S, S) class map. valid: top, left, height, width in pixels."""
+    """A case as preprocessing makes it.
+
+    image: (Z, C, S, S) float16 in [0, 1]. label: (Z, S, S) class map. valid: top, left, height, width in pixels.
+    scaling: how the intensities were scaled.
+    """
 
     image: np.ndarray
     label: np.ndarray
     valid: tuple[int, int, int, int]
+    scaling: Scaling
 
 
 class CaseCache:
@@ -32,7 +38,7 @@ class CaseCache:
 
     Args:
         directory: where the files go; made if missing.
-        transform: case dict -> case dict with `image`, `label` and `fit`, see `sam2sgp.transforms`.
+        transform: case dict -> case dict with `image`, `label`, `fit` and `scaling`, see `sam2sgp.transforms`.
 
     Raises:
         DataError: a case can't be read, or the folder can't be written.
@@ -48,7 +54,8 @@ class CaseCache:
         if not paths[-1].is_file():
             self._prepare(case, paths)
         image, label = (np.load(path, mmap_mode="r") for path in paths[:2])
-        return PreparedCase(image, label, tuple(json.loads(paths[2].read_text())["valid"]))
+        known = json.loads(paths[2].read_text())
+        return PreparedCase(image, label, tuple(known["valid"]), Scaling.of_dict(known["scaling"]))
 
     def _prepare(self, case: dict, paths: list[Path]) -> None:
         prepared = self.transform(case)
@@ -62,7 +69,8 @@ class CaseCache:
                 np.save(part, label)
             # The last file to appear marks the case as complete.
             with replacing(paths[2]) as part:
-                part.write_text(json.dumps({"valid": [*fit.offset, *fit.inner]}))
+                known = {"valid": [*fit.offset, *fit.inner], "scaling": asdict(prepared["scaling"])}
+                part.write_text(json.dumps(known))
         except OSError as error:
             raise DataError(
                 f"{self.directory}: expected to write prepared images there, found {error}; free some space or choose "
@@ -70,7 +78,7 @@ class CaseCache:
             ) from error
 
     def _key(self, case: dict) -> str:
-        parts = [fingerprint(self.transform), case.get("modality")]
+        parts = [fingerprint(self.transform), case.get("modality"), scaling_hint(case)]
         for key in ("image", "label"):
             path = Path(case[key])
             files = sorted(path.iterdir()) if path.is_dir() else [path]

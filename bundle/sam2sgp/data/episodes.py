@@ -6,6 +6,7 @@ is encoded once and serves both as query and as support of the others (`SupportS
 slices, which guide each other as they do in a volume.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from sam2sgp.data.cache import CaseCache
 from sam2sgp.data.coding import LabelCoding
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.transforms.array import to_three_channels
+from sam2sgp.transforms.scaling import agreed, is_open, log_scalings
+
+logger = logging.getLogger(__name__)
 
 MIN_PIXELS = 4
 
@@ -89,7 +93,7 @@ class EpisodeDataset(Dataset):
             )
         if augmentation_variants is not None and augmentation_variants < 1:
             raise ConfigError(f"augmentation_variants is {augmentation_variants}: expected at least 1, or None.")
-        self.data = data
+        self.data = list(data)
         self.transform = transform
         self.cache = CaseCache(cache_dir, transform)
         self.episodes = episodes
@@ -111,12 +115,26 @@ class EpisodeDataset(Dataset):
         self.lengths: list[int] = []
         self._index(progress)
 
+    def _agree_on_scaling(self, progress: bool) -> None:
+        """Prepare all cases; those whose scaling is open follow the others of their group, see `agreed`."""
+        bar = tqdm(self.data, desc="Preparing training images", unit="case", disable=not progress)
+        scalings = [self.cache[case].scaling for case in bar]
+        by_group = defaultdict(list)
+        for case, scaling in zip(self.data, scalings, strict=True):
+            by_group[case["group"]].append(scaling)
+        for number, (case, scaling) in enumerate(zip(self.data, scalings, strict=True)):
+            common = agreed(by_group[case["group"]])
+            if common and is_open(scaling):
+                self.data[number] = case | {"support_scaling": common}
+                scalings[number] = self.cache[self.data[number]].scaling
+        log_scalings(logger, "Training images", [case["name"] for case in self.data], scalings)
+
     def _index(self, progress: bool) -> None:
         tasks: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
         slices: dict = defaultdict(lambda: defaultdict(list))
         codings: dict[str, LabelCoding] = defaultdict(LabelCoding)
-        bar = tqdm(self.data, desc="Preparing training images", unit="case", disable=not progress)
-        for number, case in enumerate(bar):
+        self._agree_on_scaling(progress)
+        for number, case in enumerate(self.data):
             label = self.cache[case].label
             self.lengths.append(len(label))
             held: set[int] = set()

@@ -6,18 +6,22 @@ DICOM headers.
 """
 
 import json
+import logging
 import os
 import re
-import warnings
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pydicom
 
-from sam2sgp.data.io import dicom_files, image_stem, is_dicom, is_dicom_seg, is_image
+from sam2sgp.data.io import data_files, dicom_files, image_stem, is_dicom, is_dicom_seg, is_image
 from sam2sgp.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 # A word for "patient" and a number, at the start of a name and not followed by more of the same word.
 DEFAULT_PATIENT_PATTERN = (
@@ -35,10 +39,51 @@ SECTION_OF_KEY = {
     "testing": "test",
 }
 LAYOUTS = (
-    "a folder with dataset.json (Medical Segmentation Decathlon), a folder with images/ and labels/ (or masks/) whose "
-    "files have equal stems, or a MONAI datalist JSON file"
+    "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
+    "masks/) whose files have equal stems, or a MONAI datalist JSON file"
 )
+# An image folder, and the label folders that may lie beside it.
+PAIRED_FOLDERS = (("images", *LABEL_FOLDERS), ("imagesTr", "labelsTr"))
+DESCRIPTIONS = {"dataset.json", "labels.json"}
+LABEL_FOLDER_NAMES = {"labels", "label", "masks", "mask", "labelstr", "labelsts", "segmentations", "annotations"}
+SYSTEM_FILES = {"Thumbs.db", "desktop.ini", "__MACOSX"}
+# Of images in formats that are not read.
+UNREAD_SUFFIXES = (
+    *(".npz", ".npy", ".mat", ".h5", ".hdf5", ".zarr", ".gif", ".webp", ".heic", ".jp2", ".j2k", ".jpx", ".avif"),
+    *(".ppm", ".pgm", ".svs", ".ndpi", ".czi", ".lif", ".vsi", ".mgz", ".mgh", ".mnc", ".par", ".rec", ".gipl"),
+    *(".hdr", ".raw", ".zraw", ".vtk", ".zip", ".tar", ".tar.gz", ".7z", ".rar", ".pdf", ".svg", ".mp4", ".avi"),
+)
+SERIES_TAGS = ["SeriesInstanceUID", "SeriesDescription", "ImagePositionPatient"]
 NAMES_IN_A_WARNING = 5
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or folder that was found among images or labels and is not used, and why."""
+
+    path: Path
+    why: str
+
+
+class Datalist(list):
+    """Cases of a data folder. `skipped`: what else was found there and is not used."""
+
+    skipped: Sequence[Skipped] = ()
+
+
+def skipped_in(*datalists: list[dict]) -> list[Skipped]:
+    """What was found beside some cases and is used by none of these lists, each once; each is said in the log."""
+    used = {case[key] for cases in datalists for case in cases for key in ("image", "label") if key in case}
+    found = {file.path: file for cases in datalists for file in getattr(cases, "skipped", ())}
+    # A folder that another list takes its cases from is used.
+    left = [file for path, file in found.items() if not any(_lies_in(name, path) for name in used)]
+    for file in left:
+        logger.warning("Not used: %s: %s.", file.path, file.why)
+    return left
+
+
+def _lies_in(path: str, folder: Path) -> bool:
+    return path == str(folder) or path.startswith(f"{folder}{os.sep}") and folder.is_dir()
 
 
 def load_datalist(
@@ -48,16 +93,16 @@ def load_datalist(
     patient_pattern: str = DEFAULT_PATIENT_PATTERN,
     split: Sequence[float] = (0.7, 0.15, 0.15),
     seed: int = 0,
-) -> list[dict]:
+) -> Datalist:
     """The cases of a data folder, ordered by name.
 
     Args:
-        root: a Decathlon folder with `dataset.json`; a folder with `images/` and `labels/` or `masks/`; a MONAI
-            datalist JSON file. Without `require_labels` also a folder of images and DICOM series folders, one image
-            file, or one DICOM series folder.
+        root: a Decathlon or nnU-Net folder with `dataset.json`; a folder with `images/` and `labels/` or `masks/`; a
+            MONAI datalist JSON file. Without `require_labels` also a folder of images and DICOM series folders, which
+            may lie in subfolders, one image file, or one DICOM series folder.
         section: "all", or "train", "val" or "test". Sections that the JSON file gives with labels are used as they
             are; the other labelled cases are split by patient. Cases without a label belong to "all" alone.
-        require_labels: leave out images without a label, with one warning.
+        require_labels: leave out images without a label.
         patient_pattern: regular expression searched for in an image's stem; what it matches names the patient. Where
             it doesn't match, the whole stem does. `patient` (or `patient_id`, `subject`) in the JSON file wins.
         split: fractions of patients for train, val and test; they sum to 1. With at least three patients no section
@@ -66,7 +111,8 @@ def load_datalist(
 
     Returns:
         Dicts with `image` and, if there is one, `label` (absolute paths), `patient`, `group` (what was given, else
-        the folder's name), `name` (stem, unique), and `modality` where the JSON file gives one.
+        the folder's name), `name` (stem, unique), and `modality` where the JSON file gives one. Their `skipped` lists
+        the files that were found and are not used, and why.
 
     Raises:
         DataError: nothing usable is there, a listed file is missing, or equal stems make pairs ambiguous.
@@ -83,14 +129,17 @@ def load_datalist(
             f"patient_pattern: expected a regular expression, found {patient_pattern!r}: {error}."
         ) from None
     root = Path(os.path.abspath(root))
-    cases = _find_cases(root, require_labels)
+    skipped: list[Skipped] = []
+    cases = _find_cases(root, require_labels, skipped)
     if require_labels:
-        cases = _labelled(root, cases)
+        cases = _labelled(root, cases, skipped)
     _name_cases(root, cases, pattern)
     if section != "all":
         _assign_sections(cases, split, seed)
         cases = [case for case in cases if case.get("section") == section]
-    return [{key: value for key, value in case.items() if key != "section"} for case in cases]
+    listed = Datalist({key: value for key, value in case.items() if key != "section"} for case in cases)
+    listed.skipped = skipped
+    return listed
 
 
 def subset(datalist: Sequence[dict], count: int | None, seed: int = 0) -> list[dict]:
@@ -181,7 +230,7 @@ def choose_slices(areas: np.ndarray, count: int) -> list[int]:
     return sorted(chosen)
 
 
-def _find_cases(root: Path, require_labels: bool) -> list[dict]:
+def _find_cases(root: Path, require_labels: bool, skipped: list[Skipped]) -> list[dict]:
     """Raw cases: `image`, perhaps `label`, `section` and what a JSON file says; not yet named."""
     if not root.exists():
         raise DataError(f"{root}: expected {LAYOUTS}, found no such file or folder; check the path.")
@@ -192,28 +241,102 @@ def _find_cases(root: Path, require_labels: bool) -> list[dict]:
             return [{"image": str(root)}]
         raise DataError(f"{root}: expected {LAYOUTS}, found a file of another kind; give one of these.")
     listing = root / "dataset.json"
-    if listing.is_file():
-        content = _read_json(listing)
-        if SECTION_OF_KEY.keys() & content.keys():
-            return _cases_of_json(listing, content)
-    if (root / "images").is_dir():
-        label_folder = next((root / name for name in LABEL_FOLDERS if (root / name).is_dir()), None)
-        labels = _images_in(label_folder) if label_folder else []
-        return _pair(root, _images_or_series(root / "images"), labels, require_labels)
-    if require_labels:
-        raise DataError(f"{root}: expected {LAYOUTS}, found {_contents(root)}; arrange the folder like one of these.")
-    images = _images_or_series(root)
-    if not images:
+    content = _read_json(listing) if listing.is_file() else {}
+    if SECTION_OF_KEY.keys() & content.keys():
+        cases = _cases_of_json(listing, content)
+        _skip_unlisted(root, cases, skipped)
+        return cases
+    modality = _single_modality(content.get("modality", content.get("channel_names")))
+    if isinstance(content.get("dataset"), dict):
+        cases = _cases_of_nnunet(listing, content["dataset"])
+        _skip_unlisted(root, cases, skipped)
+    elif (root / "imagesTr").is_dir() or (root / "images").is_dir():
+        cases = _cases_of_folders(root, require_labels, skipped)
+    elif require_labels:
+        raise DataError(
+            f"{root}: expected {LAYOUTS}, found {_contents(root)}{_lacks(content)}; arrange the folder like one of "
+            "these."
+        )
+    else:
+        cases = [{"image": str(path)} for path in _images_or_series(root, skipped)]
+    if not cases:
         raise DataError(
             f"{root}: expected images (NIfTI, NRRD, MetaImage, DICOM series folders, PNG, JPEG, TIFF, BMP), found "
             f"{_contents(root)}; check the path."
         )
-    return [{"image": str(path)} for path in images]
+    return [case | {"modality": modality} if modality else case for case in cases]
+
+
+def _lacks(content: dict) -> str:
+    """What a dataset.json that describes no images has instead."""
+    if not content:
+        return ""
+    return (
+        f" (dataset.json has {_some(sorted(map(repr, content)))}, but neither lists of images such as 'training' nor "
+        "an imagesTr/ or images/ folder beside it)"
+    )
+
+
+def _cases_of_folders(root: Path, require_labels: bool, skipped: list[Skipped]) -> list[dict]:
+    """Pairs of an image folder and a label folder beside it, and for queries nnU-Net's and the Decathlon's imagesTs."""
+    image_folder, *names = next(names for names in PAIRED_FOLDERS if (root / names[0]).is_dir())
+    label_folder = next((root / name for name in names if (root / name).is_dir()), None)
+    labels = _images_in(label_folder, skipped) if label_folder else []
+    images = _images_or_series(root / image_folder, skipped)
+    cases = _pair(root, root / image_folder, images, label_folder, labels, require_labels, skipped)
+    used = {image_folder, *([label_folder.name] if label_folder else [])}
+    if image_folder == "imagesTr" and not require_labels and (root / "imagesTs").is_dir():
+        cases += [{"image": str(path)} for path in _images_or_series(root / "imagesTs", skipped)]
+        used.add("imagesTs")
+    hidden = []
+    for path in sorted(root.iterdir()):
+        if _is_hidden(path):
+            hidden.append(path)
+        elif path.name not in used | DESCRIPTIONS:
+            what = f"a folder beside {image_folder}/" if path.is_dir() else f"a file beside {image_folder}/"
+            skipped.append(Skipped(path, f"{what}, from which the images are taken"))
+    _skip_hidden(hidden, skipped)
+    return cases
+
+
+def _cases_of_nnunet(path: Path, dataset: dict) -> list[dict]:
+    """The cases that nnU-Net's dataset.json lists by name under `dataset`, each with `images` and perhaps `label`."""
+    cases = []
+    for name, entry in dataset.items():
+        images = entry.get("images") if isinstance(entry, dict) else None
+        if not isinstance(images, list) or not images:
+            raise DataError(
+                f"{path}: expected an object with a list `images` for each case of `dataset`, found {entry!r} for "
+                f"{name!r}; correct it."
+            )
+        if len(images) > 1:
+            raise _several_channels(path, name, [Path(str(image)).name for image in images])
+        listed = {"image": images[0]} | ({"label": entry["label"]} if entry.get("label") else {})
+        cases.append(_case_of_entry(path, path.parent, "dataset", listed))
+    return cases
+
+
+def _several_channels(root: Path, name: str, files: list[str]) -> DataError:
+    return DataError(
+        f"{root}: expected one image for each case, found {len(files)} channels of {name!r} ({_some(files)}); several "
+        "volumes of one case are not read together: choose one channel and list its images in a MONAI datalist JSON."
+    )
+
+
+def _skip_unlisted(root: Path, cases: list[dict], skipped: list[Skipped]) -> None:
+    """Images in the folders of a data set of which dataset.json says nothing."""
+    listed = {os.path.realpath(case[key]) for case in cases for key in ("image", "label") if key in case}
+    for name in ("imagesTr", "imagesTs", "images"):
+        if (root / name).is_dir():
+            for path in _images_or_series(root / name, skipped):
+                if os.path.realpath(path) not in listed:
+                    skipped.append(Skipped(path, "not listed in dataset.json"))
 
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # As bytes, so that a byte order mark of any of JSON's encodings is understood.
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: expected a JSON file, found that it can't be read ({error}); correct it.") from error
     if not isinstance(content, dict):
@@ -255,8 +378,9 @@ def _case_of_entry(path: Path, base: Path, key: str, entry: object) -> dict:
     case: dict = {}
     for name in ("image", "label"):
         if isinstance(entry.get(name), str) and entry[name]:
-            file = Path(os.path.abspath(base / entry[name]))
-            if not file.exists():
+            file = _existing(Path(os.path.abspath(base / entry[name])))
+            if file is None:
+                file = Path(os.path.abspath(base / entry[name]))
                 raise DataError(f"{path}: expected the listed {name} {file}, found no such file; correct the list.")
             case[name] = str(file)
     for name in ("patient", "patient_id", "subject"):
@@ -274,50 +398,144 @@ def _single_modality(declared: object) -> str | None:
     return next(iter(names)) or None if len(names) == 1 else None
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """Images of a folder by name: files, and subfolders that hold a DICOM series."""
-    return sorted((path for path in folder.iterdir() if is_image(path)), key=lambda path: path.name)
+def _existing(path: Path) -> Path | None:
+    """The path, or the same in the other form of Unicode: macOS writes letters and their accents separately."""
+    for form in (None, "NFC", "NFD"):
+        candidate = path if form is None else Path(unicodedata.normalize(form, str(path)))
+        if candidate.exists():
+            return candidate
+    return None
 
 
-def _images_or_series(folder: Path) -> list[Path]:
-    """The folder itself if it is one DICOM series, else the images in it; results of inference (SEG) are none."""
-    images = [path for path in _images_in(folder) if path.is_dir() or not (is_dicom(path) and is_dicom_seg(path))]
-    return [folder] if _is_series_folder(folder, len(images)) else images
-
-
-def _is_series_folder(folder: Path, images: int) -> bool:
-    """Whether a folder with so many images is one DICOM series, not a collection of images.
+def _images_or_series(folder: Path, skipped: list[Skipped]) -> list[Path]:
+    """The folder itself if it is one DICOM series, else the images in it and its subfolders.
 
     Raises DataError if it holds several series of which one has several slices: no file there is an image by itself.
     """
+    series = _series_of(dicom_files(folder))
+    if len(series) > 1 and max(series.values()) > 1:
+        listed = "; ".join(f"{name}: {count} files" for name, count in sorted(series.items()))
+        raise DataError(
+            f"{folder}: expected one DICOM series, found {len(series)}: {listed}; put each in a folder of its own."
+        )
+    return _images_in(folder, skipped)
+
+
+def _images_in(folder: Path, skipped: list[Skipped]) -> list[Path]:
+    """Images of a folder and its subfolders, by name; what is none of them is put on `skipped` with the reason."""
+    images: list[Path] = []
+    hidden: list[Path] = []
+    _walk(folder, images, hidden, skipped, set())
+    _skip_hidden(hidden, skipped)
+    return sorted(images, key=lambda path: (path.name, str(path)))
+
+
+def _walk(folder: Path, images: list[Path], hidden: list[Path], skipped: list[Skipped], above: set[str]) -> None:
+    real = os.path.realpath(folder)
+    if real in above:
+        skipped.append(Skipped(folder, "a link to a folder that it lies in"))
+        return
+    entries = sorted(folder.iterdir(), key=lambda path: path.name)
+    slices = _slices_of_series(folder, entries)
+    if slices:
+        images.append(folder)
+    data = {part for path in entries if path.is_file() for part in data_files(path)}
+    for path in entries:
+        if _is_hidden(path):
+            hidden.append(path)
+        elif path.is_dir():
+            why = _folder_not_used(path)
+            if why:
+                skipped.append(Skipped(path, why))
+            else:
+                _walk(path, images, hidden, skipped, above | {real})
+        elif path in slices or path in data or (path.name in DESCRIPTIONS and not above):
+            continue
+        elif is_image(path) and is_dicom(path) and is_dicom_seg(path):
+            skipped.append(Skipped(path, "a DICOM segmentation, not an image"))
+        elif is_image(path):
+            images.append(path)
+        else:
+            skipped.append(Skipped(path, file_not_used(path)))
+    if not entries:
+        skipped.append(Skipped(folder, "an empty folder"))
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name in SYSTEM_FILES
+
+
+def _skip_hidden(hidden: list[Path], skipped: list[Skipped]) -> None:
+    """One entry for all hidden files."""
+    if hidden:
+        more = f", and {len(hidden) - 1} more" if len(hidden) > 1 else ""
+        skipped.append(Skipped(hidden[0], f"a hidden or system file{more}"))
+
+
+def _folder_not_used(path: Path) -> str | None:
+    """Why a folder among images is not looked into; None if it is."""
+    if path.name.lower() in LABEL_FOLDER_NAMES:
+        return "a folder of labels, not of images"
+    if (path / "records").is_dir() and any((path / name).is_file() for name in ("summary.csv", "metrics.csv")):
+        return "results of an earlier run"
+    return None
+
+
+def file_not_used(path: Path) -> str:
+    """Why a file among images is not used."""
+    if path.name.upper() == "DICOMDIR":
+        return "an index of DICOM files, not an image"
+    if path.stat().st_size == 0:
+        return "an empty file"
+    suffix = next((suffix for suffix in UNREAD_SUFFIXES if path.name.lower().endswith(suffix)), None)
+    if suffix is not None:
+        return f"{suffix} files are not read; convert it to NIfTI, NRRD, MetaImage, DICOM, PNG or TIFF"
+    return f"not an image ({path.suffix or 'a name without an ending'})"
+
+
+def _slices_of_series(folder: Path, entries: list[Path]) -> set[Path]:
+    """The DICOM files of a folder if they are slices of a series, so that the folder is an image; else none.
+
+    Files of several series are too: reading the folder says which.
+    """
     files = dicom_files(folder)
-    if not files or len(files) < images:
-        return False
-    tags = ["SeriesInstanceUID", "SeriesDescription", "ImagePositionPatient"]
-    slices: Counter = Counter()
+    series = _series_of(files)
+    several = bool(series) and max(series.values()) > 1
+    only = len(series) == 1 and len([path for path in entries if path.is_file() and is_image(path)]) == 1
+    return set(files) if several or only else set()
+
+
+def _series_of(files: list[Path]) -> Counter:
+    """How many files with a position in space each DICOM series has; damaged files don't count."""
+    series: Counter = Counter()
     for file in files:
         try:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
-        except (pydicom.errors.InvalidDicomError, OSError, EOFError) as error:
-            raise DataError(f"{file}: expected a DICOM file, found that it can't be read ({error}).") from error
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=SERIES_TAGS, force=True)
+        except Exception:  # whatever is wrong with a damaged file, reading it as an image tells
+            continue
         if "ImagePositionPatient" in header:
-            slices[f"{header.get('SeriesInstanceUID')} ({header.get('SeriesDescription', 'no description')})"] += 1
-    if len(slices) > 1 and max(slices.values()) > 1:
-        listed = "; ".join(f"{name}: {count} files" for name, count in sorted(slices.items()))
-        raise DataError(
-            f"{folder}: expected one DICOM series, found {len(slices)}: {listed}; put each in a folder of its own."
-        )
-    return len(slices) == 1 and (max(slices.values()) > 1 or len(files) == 1)
+            series[f"{header.get('SeriesInstanceUID')} ({header.get('SeriesDescription', 'no description')})"] += 1
+    return series
 
 
-def _pair(root: Path, images: list[Path], labels: list[Path], require_labels: bool) -> list[dict]:
-    """Join images and labels by stem; by whole name where stems aren't unique."""
+def _pair(
+    root: Path,
+    image_folder: Path,
+    images: list[Path],
+    label_folder: Path | None,
+    labels: list[Path],
+    require_labels: bool,
+    skipped: list[Skipped],
+) -> list[dict]:
+    """Join images and labels by subfolder and stem; by whole name where stems aren't unique."""
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for label in labels:
-        by_stem[image_stem(label)].append(label)
+        by_stem[_place(label_folder, label)].append(label)
     image_stems: dict[str, list[Path]] = defaultdict(list)
     for image in images:
-        image_stems[image_stem(image)].append(image)
+        image_stems[_place(image_folder, image)].append(image)
+    if image_folder.name == "imagesTr":
+        image_stems = _without_channels(root, image_stems, by_stem)
     cases, used = [], set()
     for stem, sharing in image_stems.items():
         endings = ("", *LABEL_ENDINGS)
@@ -339,15 +557,28 @@ def _pair(root: Path, images: list[Path], labels: list[Path], require_labels: bo
             f"{root}: expected {LAYOUTS}, found no pair among the images {_some([path.name for path in images])} and "
             f"the labels {_some([path.name for path in labels])}; give each label its image's stem."
         )
-    left_over = [label.name for label in labels if label not in used]
-    if left_over and used:
-        warnings.warn(f"{root}: {len(left_over)} labels have no image: {_some(left_over)}.", stacklevel=4)
-    if not cases:
-        raise DataError(
-            f"{root}: expected images in {root / 'images'}, found {_contents(root / 'images')}; add NIfTI, NRRD, "
-            "MetaImage, DICOM, PNG, JPEG, TIFF or BMP images."
-        )
+    skipped += [Skipped(label, "a label without an image of its name") for label in labels if label not in used]
     return cases
+
+
+def _place(folder: Path, path: Path) -> str:
+    """Subfolder and stem of an image or label, alike for both forms of Unicode."""
+    relative = path.relative_to(folder)
+    return unicodedata.normalize("NFC", str(relative.with_name(image_stem(path))) if relative.parts else path.name)
+
+
+def _without_channels(
+    root: Path, image_stems: dict[str, list[Path]], labels: dict[str, list[Path]]
+) -> dict[str, list[Path]]:
+    """nnU-Net's images by their case: `liver_000_0000` is channel 0 of the case `liver_000`."""
+    by_case: dict[str, list[Path]] = defaultdict(list)
+    for stem, images in image_stems.items():
+        match = re.fullmatch(r"(.+)_\d{4}", stem)
+        by_case[match[1] if match and stem not in labels else stem] += images
+    for case, images in by_case.items():
+        if len(images) > 1 and all(re.search(r"_\d{4}$", image_stem(image)) for image in images):
+            raise _several_channels(root, case, [image.name for image in images])
+    return by_case
 
 
 def _full_stem(label: Path) -> str:
@@ -359,18 +590,14 @@ def _full_stem(label: Path) -> str:
     return stem + suffix
 
 
-def _labelled(root: Path, cases: list[dict]) -> list[dict]:
+def _labelled(root: Path, cases: list[dict], skipped: list[Skipped]) -> list[dict]:
     labelled = [case for case in cases if "label" in case]
     if not labelled:
         raise DataError(
             f"{root}: expected images with labels ({LAYOUTS}), found {len(cases)} images and no label for any of them "
             f"({_contents(root)}); add labels of equal stems."
         )
-    left_out = [Path(case["image"]).name for case in cases if "label" not in case]
-    if left_out:
-        warnings.warn(
-            f"{root}: {len(left_out)} images have no label and are left out: {_some(left_out)}.", stacklevel=3
-        )
+    skipped += [Skipped(Path(case["image"]), "an image without a label") for case in cases if "label" not in case]
     return labelled
 
 

@@ -24,6 +24,7 @@ from sam2sgp.errors import DataError, cause_of
 from sam2sgp.heap import give_back
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.inferers.support_set import Chunk
+from sam2sgp.support.bank import SupportBank
 from sam2sgp.transforms import along_axis, class_probabilities, fused_logits, label_map, uncertainty
 from sam2sgp.transforms.array import pixel_size
 
@@ -40,6 +41,7 @@ class QueryDataset(Dataset):
     Args:
         data: the cases.
         transform: preprocessing of a case.
+        bank: the support bank that guides the cases. Where nothing is stated of a case, it is scaled like that.
         fuse_axes: an isotropic volume is also prepared along its other two axes, at `views`; `transform` must be a
             `Compose` then.
 
@@ -48,9 +50,12 @@ class QueryDataset(Dataset):
         stamp: what it makes of a case before the case is read is put at `stamp`.
     """
 
-    def __init__(self, data: list[dict], transform: Callable, fuse_axes: bool = False) -> None:
+    def __init__(
+        self, data: list[dict], transform: Callable, bank: SupportBank | None = None, fuse_axes: bool = False
+    ) -> None:
         self.data = data
         self.transform = transform
+        self.bank = bank
         self.fuse_axes = fuse_axes
         self.chosen: Sequence[int] | None = None
         self.stamp: Callable[[dict], object] | None = None
@@ -63,6 +68,8 @@ class QueryDataset(Dataset):
         case = self.data[number]
         try:
             stamp = self.stamp(case) if self.stamp else None
+            if self.bank is not None:
+                case = case | {"support_scaling": self.bank.scaling(case.get("group"))}
             prepared = {**self.transform(case), "number": number, "stamp": stamp}
             geometry = prepared["geometry"]
             if self.fuse_axes and geometry.is_isotropic:
@@ -128,9 +135,11 @@ class EpisodeDice(Metric):
 
 
 class QueryEvents(EventEnum):
-    """Events of a `QueryEvaluator`: before a run, when the cases to go through may still be chosen."""
+    """Events of a `QueryEvaluator`: before a run, when the cases to go through may still be chosen; within a case, when
+    more of its slices are done, see `QueryEvaluator.share_done`."""
 
     RUN_PREPARED = "run_prepared"
+    SLICES_DONE = "slices_done"
 
 
 class QueryEvaluator(SupervisedEvaluator):
@@ -173,6 +182,17 @@ class QueryEvaluator(SupervisedEvaluator):
         self.probability = probability
         self.uncertainty = uncertainty
         self.postprocessing = postprocessing
+        # Of the case at work.
+        self._done, self._work = 0, 1
+
+    @property
+    def share_done(self) -> float:
+        """How much of the case at work is done, from 0 to 1."""
+        return self._done / self._work
+
+    def _step(self, slices: int) -> None:
+        self._done += slices
+        self.fire_event(QueryEvents.SLICES_DONE)
 
     def _let_go(self) -> None:
         """A long volume and what was found in it are gigabytes: not beside the next one, nor beside a report."""
@@ -227,6 +247,7 @@ class QueryEvaluator(SupervisedEvaluator):
         patient = case.get("patient") if self.exclude_own_patient else None
         source = patient, case.get("group")
         views = case.get("views", [])
+        self._done, self._work = 0, sum(self._looks(view) for view in (case, *views))
         others = self._other_axes(case, views, len(values), source) if views else None
         truth = case["label"] if isinstance(case.get("label"), torch.Tensor) else None
         main, most = 0, -1
@@ -274,15 +295,23 @@ class QueryEvaluator(SupervisedEvaluator):
         result["seconds"] = time.perf_counter() - started
         return result
 
+    def _looks(self, case: dict) -> int:
+        """How many steps the slices of a case make: in the inferer, and one each in the second pass."""
+        slices = len(case["image"])
+        return slices * (self.inferer.looks(slices, slices > 1) + 1)
+
     def _chunks(
         self, inferer: SupportSetInferer, case: dict, source: tuple[str | None, str | None]
     ) -> Iterator[tuple[slice, torch.Tensor, Chunk]]:
         """Which slices, their logits (B, C, H, W) after the second pass, and the chunk; over the whole case."""
         pixel = pixel_size(case["geometry"].spacing)
-        for chunk in inferer.chunks(case["image"], self.network, *source, volume=len(case["image"]) > 1):
+        volume = len(case["image"]) > 1
+        for chunk in inferer.chunks(case["image"], self.network, *source, volume=volume, step=self._step):
             part = slice(chunk.start, chunk.start + len(chunk.output.logits))
             logits = case["fit"].restore(chunk.output.logits)
-            yield part, inferer.second_pass(logits, case["image_full"][part], self.network, pixel, *source), chunk
+            logits = inferer.second_pass(logits, case["image_full"][part], self.network, pixel, *source)
+            self._step(len(logits))
+            yield part, logits, chunk
 
     def _other_axes(
         self, case: dict, views: list[dict], count: int, source: tuple[str | None, str | None]

@@ -10,6 +10,8 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,6 +21,7 @@ from ignite.engine import Engine, Events
 from tqdm import tqdm
 
 from sam2sgp import distributed
+from sam2sgp.data.folders import Skipped
 from sam2sgp.data.io import read_image
 from sam2sgp.engines.evaluator import QueryEvents
 from sam2sgp.engines.records import CaseRecords, settings_of_run
@@ -30,10 +33,44 @@ from sam2sgp.report.overlays import draw_overlay, montage, spread_slices, to_dis
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.content import digest_of
 from sam2sgp.transforms import OutputNames, ScaleIntensityByModalityd
-from sam2sgp.transforms.array import is_ct
+from sam2sgp.transforms.scaling import CT, Scaling, scale_intensity
 
 logger = logging.getLogger(__name__)
 
+# Those that a table has also where no case has a result.
+COLUMNS = (
+    "case",
+    "source",
+    "output",
+    "class",
+    "class_name",
+    "voxels",
+    "size",
+    "size_unit",
+    "mean_confidence",
+    "support_items",
+    "seconds",
+    "scaling",
+    "warnings",
+)
+SCORED_COLUMNS = (
+    "case",
+    "source",
+    "class",
+    "class_name",
+    *METRICS,
+    "unit",
+    "truth_voxels",
+    "predicted_voxels",
+    "truth_size",
+    "predicted_size",
+    "size_unit",
+    "mean_confidence",
+    "support_items",
+    "seconds",
+    "scaling",
+    "warnings",
+)
 # Between two writings of the table during a run.
 TABLE_SECONDS = 10.0
 
@@ -58,6 +95,7 @@ class ResultWriter:
         resume: leave cases alone whose results are whole and would be the same.
         max_wait: seconds that rank 0 waits at the end for the next result of another process.
         scale_intensity: how the report's pictures are scaled; None: as by default.
+        skipped: files that were found and are not used, see `sam2sgp.data.load_datalist`.
 
     Attributes:
         results: {number of a case: its record}; in rank 0 at the end those of all cases.
@@ -82,6 +120,7 @@ class ResultWriter:
         resume: bool = True,
         max_wait: float = 6 * 3600.0,
         scale_intensity: ScaleIntensityByModalityd | None = None,
+        skipped: Sequence[Skipped] = (),
     ) -> None:
         if not isinstance(resume, bool):
             raise ConfigError(f"resume is {resume!r}: expected True or False, with a capital letter on a command line.")
@@ -97,6 +136,7 @@ class ResultWriter:
         self.resume = resume
         self.max_wait = max_wait
         self.scale_intensity = scale_intensity or ScaleIntensityByModalityd()
+        self.skipped = list(skipped)
         self.records = CaseRecords(output_dir, scored)
         self.results: dict[int, dict] = {}
         self.cases: list[dict] = []
@@ -106,11 +146,14 @@ class ResultWriter:
         # Of scored cases of this process that may be shown, see `_ranking`.
         self._ranked: list[tuple[bool, float, int]] = []
         self._written = 0.0
+        # Scalings and what is missing, each told once.
+        self._told: set[str] = set()
 
     @property
     def rows(self) -> list[dict]:
-        """The rows of the table so far, in the order of the cases."""
-        return [row for number in sorted(self.results) for row in self._rows_of(number)]
+        """The rows of the table so far, in the order of the cases; at last the files that are not used."""
+        rows = [row for number in sorted(self.results) for row in self._rows_of(number)]
+        return rows + [{"case": file.path.name, "source": str(file.path), "skipped": file.why} for file in self.skipped]
 
     @property
     def errors(self) -> list[dict]:
@@ -120,6 +163,7 @@ class ResultWriter:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(QueryEvents.RUN_PREPARED, self._choose)
         engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(QueryEvents.SLICES_DONE, self._show_share)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
         engine.add_event_handler(Events.COMPLETED, self._complete)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
@@ -194,6 +238,11 @@ class ResultWriter:
             desc="Segmenting", total=engine.state.epoch_length, unit="image", disable=not self.progress, leave=True
         )
 
+    def _show_share(self, engine: Engine) -> None:
+        case = engine.state.batch[0]
+        if self.bar is not None and len(case["image"]) > 1:
+            self.bar.set_postfix_str(f"{case['name']}: {engine.share_done:.0%}")
+
     def _add(self, engine: Engine) -> None:
         number = engine.state.batch[0]["number"]
         if engine.state.output:
@@ -201,6 +250,7 @@ class ResultWriter:
         else:
             self.records.save_error(self.cases[number], engine.state.batch[0]["error"])
             self.results[number] = {"error": engine.state.batch[0]["error"]}
+        self.bar.set_postfix_str("", refresh=False)
         self.bar.update()
         if time.monotonic() - self._written > TABLE_SECONDS:
             self._write_table()
@@ -213,7 +263,7 @@ class ResultWriter:
 
     def _write_table(self) -> None:
         if not distributed.rank():
-            write_csv(self._table(), self.rows)
+            write_csv(self._table(), self.rows, SCORED_COLUMNS if self.scored else COLUMNS)
         self._written = time.monotonic()
 
     def _complete(self, engine: Engine) -> None:
@@ -250,10 +300,12 @@ class ResultWriter:
                 meta={name: str(value) for name, value in self.facts.items()},
                 classes=self.bank.class_names,
                 summary_rows=summary,
-                case_rows=rows,
+                case_rows=[row for row in rows if "skipped" not in row],
                 figures=self._figures(shown),
                 support={identifier: self._thumb(identifier) for identifier in used},
                 errors=errors,
+                warnings=list({row["case"]: row for row in rows if row.get("warnings")}.values()),
+                skipped=[row for row in rows if "skipped" in row],
             ),
         )
         # All cases are done, so nobody is writing any more.
@@ -267,7 +319,8 @@ class ResultWriter:
         return sum("error" not in record for record in self.results.values())
 
     def _add_case(self, case: dict) -> None:
-        names, spacing = self.bank.class_names, case["geometry"].spacing
+        names, spacing, scaling = self.bank.class_names, case["geometry"].spacing, case["scaling"]
+        self._tell(case["name"], scaling, case["warnings"])
         pred = case["pred"].numpy()
         if self.scored:
             measured = case_metrics(pred, case["label"].numpy(), names, spacing, self.nsd_tolerance)
@@ -279,6 +332,8 @@ class ResultWriter:
                 "mean_confidence": case["confidence"][row["class"]],
                 "support_items": self._support_used(case, row["class"]),
                 "seconds": round(case["seconds"], 3),
+                "scaling": str(scaling),
+                "warnings": " ".join(case["warnings"]),
             }
             for row in measured
         ]
@@ -292,6 +347,13 @@ class ResultWriter:
             record["shown"], arrays = self._show(case)
         files = case.get("written", ())
         self.results[number] = self.records.save(self.cases[number], case["stamp"], record, files, arrays)
+
+    def _tell(self, name: str, scaling: Scaling, warnings: Sequence[str]) -> None:
+        if str(scaling) not in self._told:
+            logger.info("%s and images like it, scaling: %s.", name, scaling)
+            self._told.add(str(scaling))
+        for sentence in warnings:
+            logger.warning("%s: %s", name, sentence)
 
     def _support_used(self, case: dict, value: int) -> str:
         """Items that guided the slices on which the class was found (all, if none), the most used first."""
@@ -327,7 +389,7 @@ class ResultWriter:
         ]
         kept = [main, *slices]
         shown = {
-            "modality": case["modality"],
+            "scaling": asdict(case["scaling"]),
             "slice_axis": case["geometry"].slice_axis,
             "main": main,
             "slices": slices,
@@ -366,16 +428,13 @@ class ResultWriter:
         image = read_image(case["image"], shown["slice_axis"])
         slices = torch.from_numpy(image.slices)
         total, kept = len(slices), [shown["main"], *shown["slices"]]
-        ct = is_ct(slices, shown["modality"], image.geometry.is_picture)
-        raw = {
-            # A window needs no other slices, and a long CT is gigabytes.
-            "image": slices[kept] if ct else slices,
-            "modality": "CT" if ct else shown["modality"],
-            "geometry": image.geometry,
-            "is_rgb": image.is_rgb,
-        }
-        scaled = self.scale_intensity(raw)["image"]
-        slices = scaled if ct else scaled[kept]
+        scaling = Scaling.of_dict(shown["scaling"])
+        settings = self.scale_intensity.ct_window, self.scale_intensity.percentiles
+        # A window needs no other slices, and a long CT is gigabytes.
+        if scaling.kind == CT:
+            slices = scale_intensity(slices[kept], scaling, *settings)
+        else:
+            slices = scale_intensity(slices, scaling, *settings)[kept]
         picture = to_display(slices[0])
         truth = arrays["truth"][0] if "truth" in arrays else None
         panels = [("Query", picture)]

@@ -126,13 +126,13 @@ def summarise(rows: Sequence[Mapping]) -> list[dict]:
     return [*summary, _summary(None, "all", rows)] if rows else []
 
 
-def write_csv(path: str | Path, rows: Sequence[Mapping]) -> None:
+def write_csv(path: str | Path, rows: Sequence[Mapping], columns: Sequence[str] = ()) -> None:
     """Write rows as CSV (RFC 4180, UTF-8, a header line) in one atomic step.
 
-    Columns are the rows' keys in order of first appearance. NaN, None and missing values become empty cells, and other
-    floats have eight significant digits. No rows: an empty file.
+    Columns are `columns` and then the rows' other keys in order of first appearance. NaN, None and missing values
+    become empty cells, and other floats have eight significant digits.
     """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="")
     if columns:

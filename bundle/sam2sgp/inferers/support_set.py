@@ -1,7 +1,7 @@
 """Segmentation of the slices of a case guided by a support bank, a batch of slices at a time."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,12 @@ from sam2sgp.transforms.array import to_three_channels
 if TYPE_CHECKING:
     from sam2sgp.adaptation import Adapter
     from sam2sgp.runtime import GraphNetwork, GraphRuntime
+
+
+# Images and classes that go through the network together: more take memory, and no less time.
+ROWS = 64
+# Called with how many more slices were looked at.
+Step = Callable[[int], None]
 
 
 @dataclass
@@ -161,6 +167,7 @@ class SupportSetInferer(Inferer):
         patient: str | None = None,
         group: str | None = None,
         volume: bool = False,
+        step: Step | None = None,
     ) -> Iterator[Chunk]:
         """Segment slice by slice.
 
@@ -171,6 +178,7 @@ class SupportSetInferer(Inferer):
             group: where the bank holds items of this group, only those are used.
             volume: the images are the slices of one volume, in order; they guide each other where `volume_memory` is
                 given.
+            step: is told of the progress: each slice counts `looks` times.
         """
         device = next(network.parameters()).device
         self._adapt(network)
@@ -183,14 +191,20 @@ class SupportSetInferer(Inferer):
                 self.bank.encode(network, device)
             thresholds = self.thresholds(network, device, group)
             batches = self._encoded(inputs, network, device)
-            if volume and self.volume_memory and len(inputs) > 1:
-                yield from self._propagated(batches, network, thresholds, patient, group)
+            step = step or _no_step
+            if self.looks(len(inputs), volume) > 1:
+                yield from self._propagated(batches, network, thresholds, patient, group, step)
                 return
             for start, image, features in batches:
                 retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
                 output = self._segment(network, features, image, retrieved)
                 output.logits = without_absent(output.logits, thresholds.absent(evidence_of(output)))
+                step(len(image))
                 yield Chunk(start, output, retrieved)
+
+    def looks(self, slices: int, volume: bool) -> int:
+        """How often `chunks` looks at each of so many slices: once, and again in both directions of a volume."""
+        return 3 if volume and self.volume_memory and slices > 1 else 1
 
     def _run_by(self, network: SAM2SGP) -> "SAM2SGP | GraphNetwork":
         """What computes as the network does."""
@@ -228,11 +242,12 @@ class SupportSetInferer(Inferer):
         thresholds: Thresholds,
         patient: str | None,
         group: str | None,
+        step: Step,
     ) -> Iterator[Chunk]:
         """The chunks of a volume, window by window."""
         segment = partial(self._segment, network)
         propagation = Propagation(
-            self.volume_memory, network, segment, self.bank.class_values, thresholds, self.batch_size
+            self.volume_memory, network, segment, self.bank.class_values, thresholds, self.batch_size, step
         )
         held: list[tuple[Tensor, ImageFeatures]] = []
         begin, window = 0, 0
@@ -284,7 +299,7 @@ class SupportSetInferer(Inferer):
         retrieved: list[Retrieved],
         frames: dict[int, SupportMemory] | None = None,
     ) -> SGPOutput:
-        """Segment the classes of equal K together, and put the results in the order of the bank's classes.
+        """Segment classes of equal K together, some at a time, and put the results in the order of the bank's classes.
 
         Args:
             image: (B, 3, S, S), what was encoded; an adapted ensemble needs it.
@@ -306,7 +321,9 @@ class SupportSetInferer(Inferer):
             column = self.bank.class_values.index(entry.value)
             more = frames[column].tokens.shape[2] if column in frames else 0
             by_count[entry.index.shape[1], more].append((entry, column))
-        for (_, more), members in by_count.items():
+        few = max(1, ROWS // batch)
+        parts = [(more, group[i : i + few]) for (_, more), group in by_count.items() for i in range(0, len(group), few)]
+        for more, members in parts:
             entries, columns = map(list, zip(*members, strict=True))
             support = self.bank.select(entries)
             if more:
@@ -317,3 +334,7 @@ class SupportSetInferer(Inferer):
         if self.adaptation is not None:
             out = self.adaptation.combine(out, image, [entry.value for entry in retrieved])
         return out
+
+
+def _no_step(slices: int) -> None:
+    """Nobody wants to know."""

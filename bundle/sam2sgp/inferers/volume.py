@@ -92,6 +92,7 @@ class Propagation:
         class_values: of the C classes.
         thresholds: evidence up to which a class is absent from a slice, by what the support set alone says.
         batch_size: slices segmented at a time where they don't depend on each other; bounds memory.
+        step: is told how many more slices were looked at; of each, three times.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Propagation:
         class_values: Sequence[int],
         thresholds: Thresholds,
         batch_size: int,
+        step: Callable[[int], None],
     ) -> None:
         self.settings = settings
         self.network = network
@@ -109,6 +111,7 @@ class Propagation:
         self.class_values = list(class_values)
         self.thresholds = thresholds
         self.batch_size = batch_size
+        self.step = step
         self.start = 0
         # The most evidence of each class so far, (C,).
         self.most = torch.zeros_like(thresholds.alone)
@@ -139,13 +142,12 @@ class _Window:
         self.network, self.segment = propagation.network, propagation.segment
         self.features, self.images = features, images
         self.entries = {propagation.class_values.index(entry.value): entry for entry in retrieved}
-        count = len(features)
-        self.output = SGPOutput.concatenate(
-            [
-                self.segment(features[rows], images[rows], [entry.rows(rows) for entry in retrieved], {})
-                for rows in torch.arange(count).split(propagation.batch_size)
-            ]
-        )
+        self.step = propagation.step
+        count, parts = len(features), []
+        for rows in torch.arange(count).split(propagation.batch_size):
+            parts.append(self.segment(features[rows], images[rows], [entry.rows(rows) for entry in retrieved], {}))
+            self.step(len(rows))
+        self.output = SGPOutput.concatenate(parts)
         evidence = among_neighbours(evidence_of(self.output))
         propagation.most = torch.maximum(propagation.most, evidence.amax(0))
         absent = propagation.thresholds.absent(evidence, propagation.most)
@@ -194,6 +196,7 @@ class _Window:
                 for column in unknown:
                     if _shows(trails.get(column, [])):
                         self.anchors[column].append(index)
+            self.step(1)
         return trails
 
     def _guide(self, columns: list[int], index: int, trails: dict[int, list[Frame]]) -> None:

@@ -86,6 +86,8 @@ class Report:
         figures: cases in order, for an evaluation the worst ones first.
         support: the support items that figures refer to, by id.
         errors: rows of failed cases: case and error.
+        warnings: rows of cases that may be wrong: case and warnings.
+        skipped: rows of files that are not used: source and skipped, which says why.
     """
 
     title: str
@@ -97,6 +99,8 @@ class Report:
     figures: list[CaseFigure] = field(default_factory=list)
     support: dict[str, SupportThumb] = field(default_factory=dict)
     errors: list[dict] = field(default_factory=list)
+    warnings: list[dict] = field(default_factory=list)
+    skipped: list[dict] = field(default_factory=list)
 
 
 @dataclass
@@ -132,6 +136,8 @@ def write_report(path: str | Path, report: Report) -> None:
         thumbs=thumbs.values(),
         rows=_table(report.case_rows, colours),
         errors=_table(report.errors, colours),
+        warnings=_table([{key: row[key] for key in ("case", "warnings")} for row in report.warnings], colours),
+        skipped=_table([{key: row[key] for key in ("source", "skipped")} for row in report.skipped], colours),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=__version__,

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from skimage.measure import find_contours
 from skimage.segmentation import find_boundaries
 
-from sam2sgp.transforms.array import is_ct, scale_intensity
+from sam2sgp.transforms.scaling import choose_scaling, scale_intensity
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart in all common colour deficiencies. Its black is left out,
 # and the darkest colours come last, because medical images are dark.
@@ -183,7 +183,7 @@ def _to_bytes(channels: np.ndarray) -> Picture:
     if values.min() < 0 or values.max() > 1:
         slices = torch.from_numpy(values)[None]
         colour = len(values) == 3 and values.min() >= 0
-        values = scale_intensity(slices, ct=is_ct(slices, None, False), rgb=colour)[0].numpy()
+        values = scale_intensity(slices, choose_scaling(slices, is_rgb=colour))[0].numpy()
     return np.round(255 * np.where(finite, values, 0)).astype(np.uint8)
 
 

@@ -16,6 +16,8 @@ none of them may be called while a query that has retrieved is still being segme
 a cache folder; each has a bank of its own and encodes what it does not find there.
 """
 
+import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -41,6 +43,9 @@ from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.store import Store, Tensors, checksum
 from sam2sgp.transforms.array import to_three_channels
 from sam2sgp.transforms.dictionary import along_axis
+from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
+
+logger = logging.getLogger(__name__)
 
 # Part of the keys of both layers: counted up when what is prepared or encoded changes by the code.
 VERSION = 3
@@ -50,6 +55,9 @@ CASES_PER_LOOKUP = 256
 NAMES_PER_COMMIT = 64
 # After how many batches memory that is not used goes back to the system.
 BATCHES_PER_TIDYING = 8
+# Items whose regions are encoded, over all classes, and of each class at least: a set of many classes in many slices
+# would encode thousands of regions before its first result.
+MAX_VIEWED, LEAST_VIEWED = 480, 8
 MAX_VALUE = 255
 # Memory of an item by itself and by class; some are missing where the network has no prior.
 OF_ITEM, OF_CLASS = ("prior_key", "gram"), ("tokens", "prior_mask", "gram_foreground")
@@ -154,6 +162,7 @@ class SupportBank:
         self._hashes = FileHashes(self.store)
         self._listings: dict[str, Listing] = {}
         self._failed: dict[str, str] = {}
+        self._scalings: list[tuple[str, Scaling]] = []
         # Held without a folder: pixels by the item's content, encodings by name.
         self._pixels: dict[str, Prepared] = {}
         self._encodings: dict[str, Tensors] = {}
@@ -182,7 +191,7 @@ class SupportBank:
         Raises:
             DataError: as at first; the bank then stays as it was.
         """
-        items, listings, errors, values = [], {}, [], set()
+        found, errors, values, count = [], [], set(), 0
         order = np.random.default_rng(self.seed).permutation(len(data)) if self.max_items else range(len(data))
         bar = tqdm(total=len(data), desc="Reading the support set", unit="case", disable=not self.progress)
         with bar:
@@ -191,11 +200,14 @@ class SupportBank:
                 if error is not None:
                     errors.append({"name": case["name"], "source": _source(case), "error": error})
                     continue
-                listings[digest] = listing
-                items += self._items(case, listing, digest)
+                found.append((case, listing, digest))
+                count += len(listing.items)
                 values |= {value for value in listing.values if value}
-                if self.max_items and len(items) >= self.max_items:
+                if self.max_items and count >= self.max_items:
                     break
+        found = self._agreed_on_scaling(found)
+        listings = {digest: listing for _, listing, digest in found}
+        items = [item for entry in found for item in self._items(*entry)]
         present = {item.content for item in items}
         items = items[: self.max_items or None]
         if not items and not self.allow_empty:
@@ -210,6 +222,10 @@ class SupportBank:
             [identifier for identifier, _ in _without(after, before)],
             [identifier for identifier, _ in _without(before, after)],
         )
+        if changes.added or changes.removed:
+            scalings = [listing.scaling for _, listing, _ in found]
+            log_scalings(logger, "Support set", [case["name"] for case, _, _ in found], scalings)
+        self._scalings = [(case["group"], listing.scaling) for case, listing, _ in found]
         self.data, self._listings, self.errors = list(data), listings, errors
         class_names = complete_class_names(self.declared, values)
         same = before == after and class_names == getattr(self, "class_names", None)
@@ -223,6 +239,26 @@ class SupportBank:
         self._pixels = {content: pixels for content, pixels in self._pixels.items() if content in present}
         self._encodings = {name: value for name, value in self._encodings.items() if name.split(".")[0] in present}
         return changes
+
+    def scaling(self, group: str | None = None) -> SupportScaling:
+        """How the support set is scaled; where it holds cases of `group`, these."""
+        of_group = [scaling for of, scaling in self._scalings if of == group]
+        return SupportScaling.of(of_group or [scaling for _, scaling in self._scalings])
+
+    def _agreed_on_scaling(self, found: list[tuple[dict, Listing, str]]) -> list[tuple[dict, Listing, str]]:
+        """Cases with what they have, of which those whose scaling is open follow the others of their group."""
+        by_group = defaultdict(list)
+        for case, listing, _ in found:
+            by_group[case["group"]].append(listing.scaling)
+        common = {group: agreed(scalings) for group, scalings in by_group.items()}
+        result = list(found)
+        for number, (case, listing, _) in enumerate(found):
+            if is_open(listing.scaling) and common[case["group"]]:
+                followed = case | {"support_scaling": common[case["group"]]}
+                ((_, listing, digest, error),) = self._listed([followed])
+                if error is None:
+                    result[number] = followed, listing, digest
+        return result
 
     def part(self, index: Sequence[int]) -> "SupportBank":
         """A bank of some items, in memory and not encoded, which shares the items themselves."""
@@ -498,7 +534,7 @@ class SupportBank:
             )
         if digest is None:
             named = {key: prepared[key] for key in ("image", "label", "image_full", "label_full")}
-            digest = digest_of(checksum(named), prepared["geometry"].spacing, case.get("modality"))
+            digest = digest_of(checksum(named), prepared["geometry"].spacing, case.get("modality"), scaling_hint(case))
         if prepared["label"].max() > MAX_VALUE:
             raise DataError(
                 f"{case['label']}: expected class values up to {MAX_VALUE}, found {int(prepared['label'].max())}; "
@@ -582,6 +618,10 @@ class SupportBank:
         self._precision = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         self.fingerprint = digest_of(network_fingerprint(network, device), self.settings)
 
+    def _name_of(self, part: str) -> str:
+        """The class whose views a part holds."""
+        return self.class_names[int(part.partition(".")[2])]
+
     def _name(self, item: SupportItem, part: str) -> str:
         return f"{item.content}.{part}"
 
@@ -600,7 +640,7 @@ class SupportBank:
         kind, _, value = part.partition(".")
         numbers = range(len(self.items))
         if part != WHOLE:
-            numbers = [n for n in numbers if int(value) in getattr(self.items[n].facts, kind)]
+            numbers = self._viewed([n for n in numbers if int(value) in getattr(self.items[n].facts, kind)])
         names = [self._name(self.items[n], part) for n in numbers]
         first = dict(zip(reversed(names), reversed(numbers), strict=True))
         old = self._outdated.pop(part, None)
@@ -620,6 +660,19 @@ class SupportBank:
                 parts.append(found[name])
         embedding = torch.cat(parts).to(self._device) if parts else torch.zeros(0, 0, device=self._device)
         return _Pool(embedding, spans, torch.tensor(owner, dtype=torch.long), place)
+
+    def _viewed(self, numbers: list[int]) -> list[int]:
+        """At most so many of some items, by turns from each case; the same ones when others come or go."""
+        most = max(LEAST_VIEWED, MAX_VIEWED // max(1, len(self.class_values)))
+        if len(numbers) <= most:
+            return numbers
+        of_case: dict[str, int] = defaultdict(int)
+        turns = []
+        for number in sorted(numbers, key=lambda number: self.items[number].content):
+            item = self.items[number]
+            turns.append((of_case[item.source], item.content, number))
+            of_case[item.source] += 1
+        return sorted(number for *_, number in sorted(turns)[:most])
 
     def _find(self, names: list[str]) -> Tensors:
         """Embeddings (R, D) of those names that are encoded already."""
@@ -651,8 +704,10 @@ class SupportBank:
         batch = self.batch_size if self._device.type == "cuda" and part == WHOLE else 1
         start = len(numbers) * distributed.rank() // distributed.world_size()
         numbers = numbers[start:] + numbers[:start]
-        silent = not self.progress or part != WHOLE or not numbers
-        bar = tqdm(desc="Encoding the support set", total=len(numbers), unit="item", disable=silent)
+        whole = part == WHOLE
+        what = "Encoding the support set" if whole else f"Encoding regions of {self._name_of(part)}"
+        silent = not self.progress or not numbers
+        bar = tqdm(desc=what, total=len(numbers), unit="item", leave=whole, disable=silent)
         try:
             with bar:
                 for start in range(0, len(numbers), batch):

@@ -6,19 +6,19 @@ In: cases as dicts with paths, transforms and networks. Out: hexadecimal SHA-256
 import hashlib
 import json
 import os
-import re
 import stat
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sam2sgp.data.cache import fingerprint as transform_fingerprint
+from sam2sgp.data.io import data_files
 from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.store import Store, checksum
+from sam2sgp.transforms.scaling import scaling_hint
 
 # A file changed again within the resolution of its time stamp looks unchanged: 2 s on the coarsest file systems.
 TRUSTED_AGE = 2 * 10**9
@@ -60,7 +60,7 @@ class FileHashes:
             self._known[keys[key]] = signature, sha256
 
     def of_case(self, case: dict) -> str | None:
-        """Hash of an image's and a label's content, geometry included, and of the modality that is declared for them.
+        """Hash of an image's and a label's content, geometry included, and of what decides how they are scaled.
 
         Returns:
             None where the case has no files, but tensors.
@@ -71,7 +71,7 @@ class FileHashes:
         paths = [case.get("image"), case.get("label")]
         if not all(isinstance(path, str | os.PathLike) for path in paths):
             return None
-        return digest_of(self.of_paths(paths), case.get("modality"))
+        return digest_of(self.of_paths(paths), case.get("modality"), scaling_hint(case))
 
     def of_paths(self, paths: Iterable[str | os.PathLike]) -> list[str]:
         """Hash of the content of each image or label.
@@ -126,9 +126,7 @@ def files_of(path: str | os.PathLike) -> list[tuple[str, os.stat_result]]:
     if stat.S_ISDIR(status.st_mode):
         with os.scandir(path) as entries:
             return sorted((entry.path, entry.stat()) for entry in entries if entry.is_file())
-    files = [path]
-    if path.lower().endswith(".mhd"):
-        files += _data_of_metaimage(Path(path))
+    files = [path, *map(str, data_files(path))]
     return [(file, os.stat(file)) for file in files]
 
 
@@ -142,18 +140,6 @@ def signature_of(paths: Iterable[str | os.PathLike]) -> str | None:
     if any(time.time_ns() - status.st_mtime_ns <= TRUSTED_AGE for _, status in files):
         return None
     return digest_of([[path, status.st_size, status.st_mtime_ns, status.st_ino] for path, status in files])
-
-
-def _data_of_metaimage(header: Path) -> list[str]:
-    """The files with the voxels, which the header's last entry names; all in the folder, if by a pattern."""
-    text = header.read_text(encoding="utf-8", errors="surrogateescape")
-    entry = re.search(r"ElementDataFile *= *(.*)", text, re.DOTALL)
-    names = [line.strip() for line in entry[1].splitlines()] if entry else []
-    names = names[1:] if names[:1] == ["LIST"] else names[:1]
-    data = [header.parent / name for name in names if name and name != "LOCAL"]
-    if not all(path.is_file() for path in data):
-        data = [path for path in sorted(header.parent.iterdir()) if path.is_file() and path != header]
-    return [str(path) for path in data]
 
 
 def settings_fingerprint(transform: Callable, *more: object) -> str:

@@ -6,7 +6,7 @@ In: cases as preprocessing makes them. Out: light `SupportItem`s, whose pixels a
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from sam2sgp.data.folders import choose_slices
 from sam2sgp.report.overlays import draw_overlay, to_display
 from sam2sgp.transforms.array import Region, pixel_size, thickness
+from sam2sgp.transforms.scaling import PERCENTILES, Scaling
 
 # Mean thickness in network pixels below which a structure gets lost at the network's size.
 THIN = 3.0
@@ -21,6 +22,8 @@ THUMBNAIL = 128
 # Slices without any class that are taken from a labelled volume.
 EMPTY_SLICES = 4
 VIEWS = ("regions", "tiles")
+# Of a preprocessing that does not say how it scales.
+AS_GIVEN = Scaling(PERCENTILES, "as given", stated=True)
 
 
 @dataclass
@@ -88,19 +91,21 @@ class Facts:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a case has: class values found in its whole label, and its items."""
+    """What a case has: class values found in its whole label, its items, and how it was scaled."""
 
     values: tuple[int, ...]
     items: tuple[Facts, ...]
+    scaling: Scaling
 
     def to_json(self) -> bytes:
         rows = [[facts.slice, facts.holds, facts.regions, facts.tiles] for facts in self.items]
-        return json.dumps([self.values, rows]).encode()
+        return json.dumps([self.values, rows, asdict(self.scaling)]).encode()
 
     @classmethod
     def of_json(cls, text: bytes) -> "Listing":
-        values, rows = json.loads(text)
-        return cls(tuple(values), tuple(Facts(index, *map(tuple, classes)) for index, *classes in rows))
+        values, rows, scaling = json.loads(text)
+        items = tuple(Facts(index, *map(tuple, classes)) for index, *classes in rows)
+        return cls(tuple(values), items, Scaling.of_dict(scaling))
 
 
 @dataclass(eq=False)
@@ -175,7 +180,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
 
     Args:
         case: preprocessed: image (Z, C, S, S) in [0, 1], label (Z, S, S), both also at their own size as `image_full`
-            and `label_full`, and geometry.
+            and `label_full`, geometry, and scaling where there was a choice.
         slices_per_class: slices taken from a volume for each class.
     """
     label = case["label"]
@@ -194,7 +199,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
     ]
     volume = len(label) > 1
     facts = [Facts.of(index if volume else None, item) for index, item in zip(sorted(chosen), items, strict=True)]
-    return Listing(tuple(values), tuple(facts)), items
+    return Listing(tuple(values), tuple(facts), case.get("scaling", AS_GIVEN)), items
 
 
 def _views(case: dict, index: int) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:

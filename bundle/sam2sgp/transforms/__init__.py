@@ -5,7 +5,6 @@ from sam2sgp.transforms.array import (
     class_probabilities,
     fused_logits,
     label_map,
-    scale_intensity,
     to_three_channels,
     uncertainty,
 )
@@ -19,6 +18,14 @@ from sam2sgp.transforms.dictionary import (
     ScaleIntensityByModalityd,
     along_axis,
 )
+from sam2sgp.transforms.scaling import (
+    Scaling,
+    SupportScaling,
+    agreed,
+    choose_scaling,
+    is_open,
+    scale_intensity,
+)
 
 __all__ = [
     "Fit",
@@ -29,9 +36,14 @@ __all__ = [
     "SaveLabeld",
     "SaveMapsd",
     "ScaleIntensityByModalityd",
+    "Scaling",
+    "SupportScaling",
+    "agreed",
     "along_axis",
+    "choose_scaling",
     "class_probabilities",
     "fused_logits",
+    "is_open",
     "label_map",
     "scale_intensity",
     "to_three_channels",

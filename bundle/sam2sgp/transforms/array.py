@@ -1,6 +1,6 @@
 """From slices as stored to the network's input and back.
 
-In: slices (Z, C, H, W) with the file's own intensities. Out: (Z, C, S, S) in [0, 1] with the aspect kept by padding,
+In: slices (Z, C, H, W) in [0, 1], see `sam2sgp.transforms.scaling`. Out: (Z, C, S, S) with the aspect kept by padding,
 and the exact way back for maps on the network's grid.
 """
 
@@ -9,71 +9,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from monai.transforms import ScaleIntensityRange
-from monai.transforms.utils_pytorch_numpy_unification import percentile
 from torch import Tensor
 
 from sam2sgp.errors import DataError
 
-# Hounsfield units reach far below zero in air; no other modality's stored values do.
-CT_AIR_BELOW = -500.0
 REGION_FACTOR = 2.0
 SMALLEST_EXTENT = 0.08
 STRAY_SHARE = 0.02
+# Of slices: pixels on a side, and how many times longer than wide.
+SMALLEST_SIDE, LONGEST_ASPECT = 4, 8
 TILE_SHARE = 0.6
-SCALED_AT_A_TIME = 32
 # Half precision holds no smaller one.
 LEAST_PROBABILITY = 1e-7
-
-
-def is_ct(slices: Tensor, modality: str | None, is_picture: bool) -> bool:
-    """Whether intensities are Hounsfield units: by the declared modality, else by the presence of air."""
-    if modality is not None:
-        return modality.upper() == "CT"
-    return not is_picture and float(slices.min()) < CT_AIR_BELOW
-
-
-def scale_intensity(
-    slices: Tensor,
-    ct: bool = False,
-    rgb: bool = False,
-    ct_window: tuple[float, float] = (-160.0, 240.0),
-    percentiles: tuple[float, float] = (0.5, 99.5),
-) -> Tensor:
-    """Scale raw intensities (Z, C, H, W) to [0, 1].
-
-    Args:
-        ct: values are HU; `ct_window` (lower, upper) is mapped to [0, 1] and clipped.
-        rgb: values are colours of 8 or 16 bits; divided by their range, so that hues stay.
-        percentiles: otherwise these percentiles, of each channel over all slices, are mapped to [0, 1] and clipped.
-
-    A constant channel becomes 0.
-    """
-    slices = slices.float()
-    if ct:
-        return _scaled(slices, *ct_window)
-    if rgb:
-        return slices / (255.0 if slices.max() <= 255 else 65535.0)
-    out = torch.zeros_like(slices)
-    for channel in range(slices.shape[1]):
-        values = slices[:, channel]
-        low, high = (float(percentile(values, percent)) for percent in percentiles)
-        if not high > low:
-            # Percentiles coincide in an image such as a small object on an empty ground.
-            low, high = float(values.min()), float(values.max())
-        if high > low:
-            out[:, channel] = _scaled(values, low, high)
-    return out
-
-
-def _scaled(slices: Tensor, low: float, high: float) -> Tensor:
-    """Values [low, high] to [0, 1], clipped; some slices at a time, because a long CT is gigabytes."""
-    scale = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True, dtype=torch.float32)
-    out = torch.empty_like(slices)
-    for start in range(0, len(slices), SCALED_AT_A_TIME):
-        part = slice(start, start + SCALED_AT_A_TIME)
-        out[part] = scale(slices[part])
-    return out
 
 
 def to_three_channels(image: Tensor) -> Tensor:
@@ -108,6 +55,22 @@ class Fit:
         inner = tuple(min(size, max(1, round(length * scale))) for length in extent)
         offset = tuple((size - length) // 2 for length in inner)
         return cls(tuple(shape), inner, offset, size)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on why the network can hardly see what is fitted; none as a rule."""
+        found = []
+        if min(self.original) < SMALLEST_SIDE:
+            height, width = self.original
+            found.append(f"Its slices have only {height} x {width} pixels, too few to find anything.")
+        elif LONGEST_ASPECT * min(self.inner) <= max(self.inner):
+            ratio = max(self.inner) / min(self.inner)
+            found.append(
+                f"It is {ratio:.0f} times as long as wide, so only {min(self.inner)} of the network's {self.size} "
+                f"pixels show its width, and small objects are missed; cut it into parts shorter than {LONGEST_ASPECT} "
+                "to 1."
+            )
+        return found
 
     def apply(self, slices: Tensor) -> Tensor:
         """Images (Z, C, H, W) -> (Z, C, S, S), bilinear with antialiasing, padded with 0."""

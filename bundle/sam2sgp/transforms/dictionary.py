@@ -2,7 +2,10 @@
 
 A case is a dict. `LoadCased` turns the path at `image` into slices and adds what the way back needs:
 
-    image (Z, C, H, W) float32, label (Z, H, W) int64, geometry, source (path of the image), is_rgb, modality
+    image (Z, C, H, W) float32, label (Z, H, W) int64, geometry, source (path of the image), is_rgb, modality and
+    stated_by (who states it)
+
+`ScaleIntensityByModalityd` adds `scaling`, which says how the image was scaled and why.
 """
 
 import logging
@@ -27,9 +30,12 @@ from sam2sgp.data.io import (
     write_map,
 )
 from sam2sgp.errors import DataError
-from sam2sgp.transforms.array import Fit, is_ct, pixel_size, scale_intensity
+from sam2sgp.transforms.array import Fit, pixel_size
+from sam2sgp.transforms.scaling import choose_scaling, is_ct, scale_intensity
 
 logger = logging.getLogger(__name__)
+
+CONSTANT = "All its values are the same, so nothing can be found in it."
 
 
 class LoadCased(MapTransform):
@@ -50,12 +56,14 @@ class LoadCased(MapTransform):
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         case = dict(data)
         image = read_image(case["image"], self.slice_axis)
+        listed = case.get("modality")
         case.update(
             source=str(case["image"]),
             image=torch.as_tensor(image.slices),
             geometry=image.geometry,
             is_rgb=image.is_rgb,
-            modality=case.get("modality") or image.modality,
+            modality=listed if listed and is_ct(listed) is not None else image.modality or listed,
+            stated_by="datalist" if listed and is_ct(listed) is not None else "DICOM header",
         )
         if "label" in self.keys and case.get("label") is not None:
             case["label"] = torch.as_tensor(read_label(case["label"], image.geometry, self.slice_axis))
@@ -69,30 +77,48 @@ def along_axis(transform: Compose, axis: int) -> Compose:
 
 
 class ScaleIntensityByModalityd(MapTransform):
-    """Scale the image to [0, 1]: CT by a HU window, colours by their range, all else by percentiles."""
+    """Scale the image to [0, 1]: CT by a HU window, colours by their range, all else by percentiles.
+
+    How is chosen by `choose_scaling` and put at `scaling`: by `modality` and, where nothing is stated, by the support
+    set, whose `SupportScaling` is expected at `support_scaling`. What may be wrong is added to `warnings`.
+
+    Args:
+        ct_window: lower and upper end in HU.
+        percentiles: lower and upper one.
+        modality: of the images of which neither a datalist nor a header states one; None: not stated.
+    """
 
     def __init__(
         self,
         keys: KeysCollection = "image",
         ct_window: tuple[float, float] = (-160.0, 240.0),
         percentiles: tuple[float, float] = (0.5, 99.5),
+        modality: str | None = None,
     ) -> None:
         super().__init__(keys)
         self.ct_window = tuple(ct_window)
         self.percentiles = tuple(percentiles)
+        self.modality = modality
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         case = dict(data)
+        stated = case.get("modality"), case.get("stated_by", "datalist")
+        if is_ct(stated[0]) is None and self.modality is not None:
+            stated = self.modality, "setting"
         for key in self.key_iterator(case):
-            ct = is_ct(case[key], case.get("modality"), case["geometry"].is_picture)
-            case[key] = scale_intensity(case[key], ct, case["is_rgb"], self.ct_window, self.percentiles)
+            picture = case["geometry"].is_picture
+            case["scaling"] = choose_scaling(case[key], case["is_rgb"], picture, *stated, case.get("support_scaling"))
+            constant = [CONSTANT] if case[key].min() == case[key].max() else []
+            case["warnings"] = [*case.get("warnings", ()), *case["scaling"].warnings, *constant]
+            case[key] = scale_intensity(case[key], case["scaling"], self.ct_window, self.percentiles)
         return case
 
 
 class FitToSquared(MapTransform):
     """Resize with the aspect (in mm where known) kept and pad to `size`.
 
-    The way back is put at `fit`, and what was resized at `<key>_full`.
+    The way back is put at `fit`, and what was resized at `<key>_full`. Of an image so long or so small that the network
+    can hardly see it, `warnings` tell.
     """
 
     def __init__(self, keys: KeysCollection = ("image", "label"), size: int = 128) -> None:
@@ -103,6 +129,7 @@ class FitToSquared(MapTransform):
         case = dict(data)
         pixel = pixel_size(case["geometry"].spacing)
         case["fit"] = Fit.of(tuple(case["image"].shape[-2:]), self.size, pixel)
+        case["warnings"] = [*case.get("warnings", ()), *case["fit"].warnings]
         for key in self.key_iterator(case):
             if isinstance(case[key], torch.Tensor):
                 case[f"{key}_full"] = case[key]

@@ -71,6 +71,7 @@ class Segmentation(InferTask):
             "confidence": output["confidence"],
             "support": output["used"],
             "support_items": output["support_items"],
+            "scaling": output["scaling"],
             "weights": output["weights"],
             "device": output["device"],
             "warnings": output["warnings"],

@@ -8,10 +8,12 @@ Voxels are only permuted and flipped, never resampled. All functions may be call
 
 from sam2sgp.data.io.dicom import dicom_headers, dicom_slices
 from sam2sgp.data.io.formats import (
+    DETACHED_SUFFIXES,
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
     PICTURE_SUFFIXES,
     SUFFIXES,
+    data_files,
     dicom_files,
     image_stem,
     is_dicom,
@@ -28,12 +30,14 @@ from sam2sgp.data.io.labels import is_binary_255, read_label, write_label, write
 from sam2sgp.data.io.nifti import itk_affine
 
 __all__ = [
+    "DETACHED_SUFFIXES",
     "ITK_SUFFIXES",
     "NIFTI_SUFFIXES",
     "PICTURE_SUFFIXES",
     "SUFFIXES",
     "Geometry",
     "MedicalImage",
+    "data_files",
     "dicom_files",
     "dicom_headers",
     "dicom_slices",

@@ -91,7 +91,7 @@ def decode_dicom(job: dict, source, target) -> tuple[dict, bytes]:
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(job["path"])
-    image = reader.Execute()
+    image = reader.Execute()  # kept while the view of its memory is used
     values = SimpleITK.GetArrayViewFromImage(image)
     return {"size": values.nbytes, "shape": values.shape, "dtype": values.dtype.str}, values.tobytes()
 

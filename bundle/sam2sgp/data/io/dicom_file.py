@@ -5,14 +5,27 @@ import os
 from pathlib import Path
 
 import pydicom
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
+from sam2sgp.data.io.formats import has_dicom_elements, has_dicom_magic
 from sam2sgp.data.io.limits import check_memory, check_present, check_ratio
 from sam2sgp.errors import DataError, FormatError
+
+UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+# Where the file meta header of a file ends, at the latest.
+LONGEST_META = 4096
+PIXEL_TAGS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
 def open_dicom(path: Path, pixels: bool = False, limit: int | None = None) -> pydicom.Dataset:
     """A file's header, or with `pixels` all of it, still compressed.
+
+    The preamble of 128 bytes and the file meta header may lack; a transfer syntax is stated in any case.
 
     Args:
         path: of the file.
@@ -24,15 +37,25 @@ def open_dicom(path: Path, pixels: bool = False, limit: int | None = None) -> py
         DataError: its pixels are missing in part, or too many.
         Exception: pydicom's of many kinds for another content.
     """
-    meta = pydicom.filereader.read_file_meta_info(path)
-    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+    bare = not has_dicom_magic(path)
+    if bare and not has_dicom_elements(path):
+        raise FormatError(
+            f"{path}: expected a DICOM file, found neither the letters DICM nor the first tags of one; copy it again."
+        )
+    with open(path, "rb") as file:
+        meta = file.read(LONGEST_META)
+    if DeflatedExplicitVRLittleEndian.encode() in meta:
         # It would be unpacked whole, whatever it unpacks to.
         raise FormatError(
             f"{path}: expected DICOM that isn't deflated as a whole; store it in another transfer syntax."
         )
-    dataset = pydicom.dcmread(path, stop_before_pixels=not pixels)
+    dataset = pydicom.dcmread(path, stop_before_pixels=not pixels, force=bare)
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        little = ImplicitVRLittleEndian if dataset.is_implicit_VR else ExplicitVRLittleEndian
+        dataset.file_meta.TransferSyntaxUID = little if dataset.is_little_endian else ExplicitVRBigEndian
     if "Rows" in dataset:
-        _check_pixels(dataset, len(dataset.get("PixelData") or b"") if pixels else os.path.getsize(path), path, limit)
+        stored = sum(len(dataset.get(name) or b"") for name in PIXEL_TAGS) if pixels else os.path.getsize(path)
+        _check_pixels(dataset, stored, path, limit)
     return dataset
 
 
@@ -55,7 +78,7 @@ def _check_pixels(dataset: pydicom.Dataset, stored: int, path: Path, limit: int 
         )
     check_memory(path, shape, samples_of(dataset), limit)
     promised = math.prod(shape) * samples * int(dataset.get("BitsAllocated") or 8) // 8
-    if dataset.file_meta.TransferSyntaxUID.is_compressed:
+    if dataset.file_meta.TransferSyntaxUID not in UNCOMPRESSED:
         check_ratio(path, promised, stored)
     elif str(dataset.get("PhotometricInterpretation")).startswith("YBR_FULL_422"):
         check_present(path, promised * 2 // 3, stored)

@@ -8,16 +8,13 @@ bright are inverted (MONOCHROME1, Presentation LUT Shape INVERSE), Hounsfield un
 import tempfile
 from pathlib import Path
 
-import itk
 import numpy as np
-import pydicom
 from pydicom import Dataset
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.pixel_data_handlers.util import apply_color_lut, apply_modality_lut, convert_color_space
 from pydicom.uid import (
     JPEG2000,
     UID,
-    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -32,15 +29,14 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from sam2sgp.data.io.formats import has_dicom_elements, has_dicom_magic
-from sam2sgp.data.io.itk import ITK_LOCK, itk_array
+from sam2sgp.data.io.decoding import decode_dicom
+from sam2sgp.data.io.dicom_file import frame_shape, open_dicom
 from sam2sgp.errors import DataError
 
 NATIVE_SYNTAXES = (
     ImplicitVRLittleEndian,
     ExplicitVRLittleEndian,
     ExplicitVRBigEndian,
-    DeflatedExplicitVRLittleEndian,
     RLELossless,
 )
 # High-Throughput JPEG 2000, which pydicom 2 doesn't know by name.
@@ -73,24 +69,16 @@ PIXEL_TAGS = (
 )
 
 
-def read_dataset(file: Path, pixels: bool = True) -> Dataset:
-    """A DICOM file's content, with or without its pixels; the 128-byte preamble and the file meta header may lack.
-
-    Raises DataError for a damaged file or one of another format.
-    """
-    bare = not has_dicom_magic(file)
+def read_dataset(file: Path, pixels: bool = True, limit: int | None = None) -> Dataset:
+    """`open_dicom`, of which every error is a DataError."""
     try:
-        if bare and not has_dicom_elements(file):
-            raise ValueError("it has neither the letters DICM nor DICOM's first tags")
-        dataset = pydicom.dcmread(file, stop_before_pixels=not pixels, force=bare)
+        return open_dicom(file, pixels, limit)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(
             f"{file}: expected a DICOM file, found a damaged one or another format ({error}); copy it again."
         ) from error
-    if "TransferSyntaxUID" not in dataset.file_meta:
-        implicit = ImplicitVRLittleEndian if dataset.is_implicit_VR else ExplicitVRLittleEndian
-        dataset.file_meta.TransferSyntaxUID = implicit if dataset.is_little_endian else ExplicitVRBigEndian
-    return dataset
 
 
 def frame_item(header: Dataset, frame: int, name: str) -> Dataset:
@@ -197,10 +185,7 @@ def _decoded(file: Path, dataset: Dataset) -> np.ndarray:
     with tempfile.TemporaryDirectory(prefix="sam2sgp-") as folder:
         path = Path(folder) / "pixels.dcm"
         bare.save_as(path, write_like_original=False)
-        return decode_with_gdcm(path)
-
-
-def decode_with_gdcm(file: Path) -> np.ndarray:
-    """Pixels of a DICOM file: (frames,) rows, columns (, samples)."""
-    with ITK_LOCK:
-        return itk_array(file, itk.GDCMImageIO.New())[1]
+        try:
+            return decode_dicom(path, frame_shape(dataset), max(3, int(dataset.get("SamplesPerPixel") or 1)))
+        except DataError as error:
+            raise DataError(str(error).replace(str(path), str(file))) from error

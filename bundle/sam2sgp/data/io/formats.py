@@ -1,6 +1,7 @@
 """Which files are images, of which format, and how results of them are named: by suffix, DICOM by content."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,13 +10,18 @@ from pydicom.uid import MediaStorageDirectoryStorage, SegmentationStorage
 
 from sam2sgp.data.io.geometry import Geometry
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
-ITK_SUFFIXES = (".seg.nrrd", ".nrrd", ".mha", ".mhd")
+NIFTI_SUFFIXES = (".nii.gz", ".nii", ".img")
+ITK_SUFFIXES = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
+# Headers whose voxels lie in files of their own, and the other way round: no file of these is an image by itself.
+DETACHED_SUFFIXES = (".nhdr", ".mhd", ".img")
 DICOM_SUFFIXES = (".dcm",)
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 # Of results, for volumes and for pictures.
 OUTPUT_SUFFIX = {False: ".nii.gz", True: ".png"}
 MAP_SUFFIX = {False: ".nii.gz", True: ".tif"}
+DATA_ENTRY = {".mhd": r"(?m)^ElementDataFile *= *(.*)", ".nhdr": r"(?m)^data ?file *: *(.*)"}
+# Headers are text of a few lines; behind them, voxels may follow.
+MAX_HEADER = 2**20
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + DICOM_SUFFIXES + PICTURE_SUFFIXES
 # Bytes of the first element of a DICOM file without preamble, which is a group length, a UID or a character set.
 LONGEST_FIRST_ELEMENT = 256
@@ -92,6 +98,28 @@ def is_dicom(path: str | os.PathLike) -> bool:
 def is_dicom_seg(path: str | os.PathLike) -> bool:
     """Whether a file is a DICOM Segmentation object, by its file meta information."""
     return _storage_class(path) == SegmentationStorage
+
+
+def data_files(path: str | os.PathLike) -> list[Path]:
+    """Further files that belong to an image: the voxels of an NRRD or MetaImage header, the header of a NIfTI pair.
+
+    Those that a header lists by a pattern are taken to be all files of its folder that are no image. Files that a
+    header names need not exist.
+    """
+    path, suffix = Path(path), suffix_of(path)
+    if suffix == ".img":
+        return [path.with_suffix(ending) for ending in (".hdr", ".HDR") if path.with_suffix(ending).is_file()]
+    if suffix not in (".mhd", ".nhdr"):
+        return []
+    text = path.read_bytes()[:MAX_HEADER].decode("utf-8", errors="surrogateescape")
+    entry = re.search(DATA_ENTRY[suffix], text, re.DOTALL | re.IGNORECASE)
+    names = [line.strip() for line in entry[1].splitlines()] if entry else []
+    names = names[1:] if names[:1] and names[0].startswith("LIST") else names[:1]
+    data = [path.parent / name for name in names if name and name not in ("LOCAL", "INTERNAL")]
+    if any("%" in name for name in names):
+        others = (file for file in sorted(path.parent.iterdir()) if file.is_file() and file != path)
+        data = [file for file in others if not suffix_of(file)]
+    return data
 
 
 def suffix_of(path: str | os.PathLike) -> str:

@@ -86,6 +86,7 @@ def read_header(path: Path, detached: bool = False) -> RawHeader:
         channels=int(channels) if channels != "1" else None,
         channel_axis=0,
         affine=_affine(path, fields, len(sizes)),
+        has_spacing="ElementSpacing" in fields or "ElementSize" in fields,
         is_complex=False,
         fields={},
         canonical="".join(["ObjectType = Image\n", *known]).encode(),

@@ -5,7 +5,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from sam2sgp.data.io.formats import suffix_of
 from sam2sgp.data.io.geometry import Geometry, Grid, check_one_volume, with_channels
+from sam2sgp.data.io.limits import check_memory
 from sam2sgp.data.io.nifti_file import open_nifti
 from sam2sgp.errors import DataError
 
@@ -34,7 +36,7 @@ def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Gri
 
     Raises DataError for several volumes in one file, which are time points or channels, and for complex numbers.
     """
-    image = open_nifti(path, label, limit)
+    image = _open_pair(path, limit) if suffix_of(path) == ".img" else open_nifti(path, label, limit)
     array = np.asanyarray(image.dataobj)
     if array.dtype.kind == "c":
         raise DataError(f"{path}: expected real intensities, found complex numbers; export magnitudes.")
@@ -52,6 +54,18 @@ def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Gri
     return Grid(
         with_channels(array, spatial), spatial, affine, is_rgb=is_rgb, affines=tuple(others), nifti=header.copy()
     )
+
+
+def _open_pair(path: Path, limit: int | None) -> nib.Nifti1Pair:
+    """The image of a header in one file and voxels in another. Raises DataError for an Analyze file."""
+    image = nib.load(path)
+    if not isinstance(image, nib.Nifti1Pair):
+        raise DataError(
+            f"{path}: expected NIfTI, found {type(image).__name__}, whose header does not say which side is left; "
+            "convert it to NIfTI."
+        )
+    check_memory(path, image.shape, limit=limit)
+    return image
 
 
 def _in_mm(affine: np.ndarray, scale: float) -> np.ndarray:

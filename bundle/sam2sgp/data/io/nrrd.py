@@ -139,6 +139,7 @@ def read_header(path: Path, detached: bool = False) -> RawHeader:
         channels=shape[ranges[0]] if ranges else None,
         channel_axis=ranges[0] if ranges else 0,
         affine=_affine(path, fields, grid, len(shape)),
+        has_spacing="space directions" in fields or "spacings" in fields,
         is_complex="complex" in kinds,
         fields=pairs,
         canonical="".join(f"{line}\n" for line in text).encode("utf-8", "surrogateescape"),

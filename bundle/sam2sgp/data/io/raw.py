@@ -46,6 +46,7 @@ class RawHeader:
         channels: values per voxel; None where the file has no axis for them.
         channel_axis: at which place among all axes the channels are.
         affine: (4, 4) float64, voxel -> world in mm, LPS.
+        has_spacing: whether the header says how large a voxel is; 1 mm is taken where it doesn't.
         is_complex: pairs of real and imaginary parts.
         fields: what else the header says, as {key: value}: for NRRD its key/value pairs, such as the names of segments.
         canonical: the header in its only form, without the lines that say where the voxels are.
@@ -61,6 +62,7 @@ class RawHeader:
     channels: int | None
     channel_axis: int
     affine: np.ndarray
+    has_spacing: bool
     is_complex: bool
     fields: dict[str, str]
     canonical: bytes

@@ -5,6 +5,7 @@ image like any cropped segmentation.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from pydicom import Dataset
 
 from sam2sgp.data.io.dicom_pixels import frame_item, read_dataset
 from sam2sgp.data.io.geometry import Grid
+from sam2sgp.data.io.limits import check_memory
 from sam2sgp.errors import DataError
 
 # How this package names the class value of a segment, whose numbers have no gaps.
@@ -20,12 +22,13 @@ CLASS_VALUE_FOUND = re.compile(r"class ([1-9][0-9]{0,4})")
 PLACE_TOLERANCE = 5e-2
 
 
-def read_segmentation(file: Path) -> Grid:
+def read_segmentation(file: Path, limit: int | None = None) -> Grid:
     """The class map of a segmentation's frames: class values where segments say theirs, else segment numbers.
 
-    Raises DataError where segments overlap, or frames don't lie on one grid.
+    Raises DataError where segments overlap, frames don't lie on one grid, or it takes more than `limit` bytes.
     """
-    dataset = read_dataset(file)
+    # Segments of one bit each take a small part of what they would as an image.
+    dataset = read_dataset(file, limit=sys.maxsize)
     frames = int(dataset.get("NumberOfFrames") or 1)
     pixels = dataset.pixel_array.reshape(frames, dataset.Rows, dataset.Columns)
     # Of fractional segments, voxels of at least half the highest value count.
@@ -48,6 +51,7 @@ def read_segmentation(file: Path) -> Grid:
             "segmentation as NIfTI or NRRD."
         )
     values = {int(segment.SegmentNumber): _class_value(segment) for segment in dataset.SegmentSequence}
+    check_memory(file, (int(places.round().max()) + 1, dataset.Rows, dataset.Columns), limit=limit)
     classes = np.zeros((int(places.round().max()) + 1, dataset.Rows, dataset.Columns), np.int64)
     for frame, (place, number) in enumerate(zip(places.round().astype(int), numbers, strict=True)):
         mask = pixels[frame] >= threshold

@@ -1,0 +1,89 @@
+"""Inference on files as folders hold them: extreme shapes and values, and what is no image."""
+
+import csv
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam2sgp.engines import ResultWriter
+from tests.bundle_runs import nano_weights, run
+
+FAST = {"k": 2, "slices_per_class": 1, "support_max_items": 4, "region_below": 0, "image_size": 64, "progress": False}
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return nano_weights(tmp_path_factory.mktemp("model") / "model.pt")
+
+
+def infer(model, support, queries, output) -> list[dict]:
+    places = {"support_dir": str(support), "dataset_dir": str(queries), "output_dir": str(output)}
+    run("inferring", "inference.json", model_file=str(model), report_figures=9, **places, **FAST)
+    return table(output)
+
+
+def table(output) -> list[dict]:
+    with open(output / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def volume(path, array):
+    nib.save(nib.Nifti1Image(array.astype(np.int16), np.diag([1.0, 1.0, 3.0, 1.0])), path)
+
+
+def test_progress_is_shown_inside_a_volume(phantoms, model, tmp_path, monkeypatch):
+    shares = []
+    monkeypatch.setattr(ResultWriter, "_show_share", lambda _, engine: shares.append(engine.share_done))
+    (tmp_path / "queries").mkdir()
+    volume(tmp_path / "queries" / "sound.nii.gz", RNG.integers(0, 900, (20, 24, 12)))
+    infer(model, phantoms / "support" / "mr", tmp_path / "queries", tmp_path / "out")
+    assert shares == sorted(shares) and shares[-1] == 1.0 and len(shares) > 12
+
+
+def test_extreme_images_have_a_result_with_a_warning_and_other_files_a_row(phantoms, model, tmp_path):
+    queries, output = tmp_path / "queries", tmp_path / "out"
+    (queries / "nested").mkdir(parents=True)
+    volume(queries / "voxel.nii.gz", np.full((1, 1, 1), 7))
+    volume(queries / "line.nii.gz", RNG.integers(0, 900, (1, 1, 5)))
+    volume(queries / "constant.nii.gz", np.full((20, 20, 3), 100))
+    volume(queries / "nested" / "sound.nii.gz", RNG.integers(0, 900, (20, 24, 3)))
+    for name, shape in {"pixel": (1, 1), "wide": (12, 240), "tall": (240, 12)}.items():
+        Image.fromarray(RNG.integers(0, 255, shape).astype(np.uint8)).save(queries / f"{name}.png")
+    (queries / "notes.txt").write_text("seen on Monday")
+    (queries / "array.npz").write_bytes(b"PK")
+    rows = infer(model, phantoms / "support" / "mr", queries, output)
+    said = {row["case"]: row["warnings"] for row in rows if not row["skipped"]}
+    assert said.pop("sound") == ""
+    beginnings = {
+        "voxel": "All its values are the same",
+        "line": "only 1 x 1 pixels",
+        "constant": "All its values are the same",
+        "pixel": "only 1 x 1 pixels",
+        "wide": "It is 21 times as long as wide, so only 3 of the network's 64 pixels",
+        "tall": "It is 21 times as long as wide, so only 3 of the network's 64 pixels",
+    }
+    assert said.keys() == beginnings.keys()
+    assert all(text in said[name] for name, text in beginnings.items())
+    for name in ("voxel", "line", "constant"):
+        assert nib.load(output / f"{name}.nii.gz").shape == nib.load(queries / f"{name}.nii.gz").shape
+    for name in ("pixel", "wide", "tall"):
+        with Image.open(queries / f"{name}.png") as before, Image.open(output / f"{name}.png") as after:
+            assert before.size == after.size
+    skipped = {row["case"]: row["skipped"] for row in rows if row["skipped"]}
+    assert skipped.keys() == {"notes.txt", "array.npz"} and skipped["notes.txt"] == "not an image (.txt)"
+    assert {row["scaling"] for row in rows if row["case"] == "sound"} == {"percentiles (like the support set)"}
+    report = (output / "report.html").read_text()
+    assert "6 cases may be wrong" in report and "2 files not used" in report and "array.npz" in report
+
+
+def test_a_table_keeps_its_columns_when_every_query_fails(phantoms, model, tmp_path):
+    (tmp_path / "queries").mkdir()
+    (tmp_path / "queries" / "broken.nii.gz").write_bytes(b"this is no image")
+    with pytest.raises(SystemExit):
+        infer(model, phantoms / "support" / "mr", tmp_path / "queries", tmp_path / "out")
+    (row,) = table(tmp_path / "out")
+    assert {"case", "class_name", "voxels", "mean_confidence", "scaling", "warnings", "error"} <= row.keys()
+    assert "broken.nii.gz" in row["error"]

@@ -1,0 +1,108 @@
+"""Options of a run: a mistake is one sentence before any work, and `--help` lists them."""
+
+import json
+import re
+
+import pytest
+from monai.bundle import ConfigParser
+
+from sam2sgp.errors import ConfigError, cause_of
+from sam2sgp.options import ALL, check, help_text
+from tests.bundle_runs import CONFIGS, run
+from tests.test_docs import README
+
+INFERENCE = ("inference.json",)
+EVALUATION = ("train.json", "evaluate.json")
+RUNS = [
+    INFERENCE,
+    (*INFERENCE, "multi_gpu_inference.json"),
+    (*INFERENCE, "backbones/tiny.json"),
+    ("train.json",),
+    ("train.json", "backbones/small.json"),
+    ("train.json", "finetune.json"),
+    ("train.json", "pretrain.json"),
+    ("train.json", "federated.json"),
+    ("train.json", "multi_gpu_train.json"),
+    EVALUATION,
+    (*EVALUATION, "multi_gpu_evaluate.json"),
+]
+
+
+def merged(files, **overrides) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name) for name in files])
+    parser.update(pairs=overrides)
+    return parser
+
+
+@pytest.mark.parametrize("files", RUNS, ids=" ".join)
+def test_the_shipped_configs_are_sound_and_all_their_settings_are_described(files):
+    parser = merged(files)
+    check(parser)
+    plain = {name for name, value in parser.config.items() if not isinstance(value, str | list | dict)}
+    assert plain - {"_meta_"} <= ALL.keys()
+    assert help_text(parser.config).count("\n  --") >= 40
+
+
+def test_every_described_setting_is_in_some_config_and_every_documented_one_is_described():
+    content = "".join(path.read_text() for path in CONFIGS.rglob("*.json"))
+    idle = {"lora::dropout", "pmg::prior_levels"}
+    assert [name for name in ALL if name not in idle and f'"{name.split("::")[-1]}"' not in content] == []
+    rows = re.findall(r"^\| (`[a-z_:]+`(?:, `[a-z_:]+`)*) \| [^|]* \| ", README, re.MULTILINE)
+    documented = {name for names in rows for name in re.findall("`([a-z_:]+)`", names)}
+    settings = documented & {name for path in CONFIGS.rglob("*.json") for name in json.loads(path.read_text())}
+    assert len(settings) > 40 and settings <= ALL.keys()
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "message"),
+    [
+        (INFERENCE, {"object_gate": "false"}, "--object_gate: expected True or False, found 'false'. Write False"),
+        (EVALUATION, {"resume": "no"}, "--resume: expected True or False, found 'no'. Write False"),
+        (INFERENCE, {"K": 3}, "--K: .*did you mean --k?"),
+        (("train.json",), {"max_epoch": 3}, "--max_epoch: .*did you mean --max_epochs?"),
+        (INFERENCE, {"patient-pattern": "x"}, "did you mean --patient_pattern?"),
+        (INFERENCE, {"pma::bx": False}, "--pma::bx: .*did you mean --pma::box?"),
+        (INFERENCE, {"pma#bx": False}, "did you mean --pma::box?"),
+        (INFERENCE, {"attention": False}, "did you mean --pma::attention?"),
+        (INFERENCE, {"max_epochs": 3}, "--max_epochs: .*found one of training"),
+        (INFERENCE, {"k": "8"}, "--k: expected a whole number, found '8'"),
+        (INFERENCE, {"k": True}, "--k: expected a whole number, found True"),
+        (INFERENCE, {"lora": "None"}, "--lora: .*Write None, with a capital letter"),
+        (INFERENCE, {"retrieval": "similar"}, "--retrieval: expected similarity or random.*Did you mean similarity?"),
+        (INFERENCE, {"precision": "FP16"}, "--precision: .*Did you mean fp16?"),
+        (INFERENCE, {"dataset::dta": 1}, "--dataset::dta: .*QueryDataset has no such argument; did you mean .*::data?"),
+        (("train.json",), {"train::dataset::group_sise": 1}, "did you mean --train::dataset::group_size?"),
+        (("train.json",), {"weights": True}, "--weights: expected a path, or None, or False, found True"),
+    ],
+)
+def test_a_mistake_is_told_with_what_was_meant(files, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        check(merged(files, **overrides))
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides"),
+    [
+        (INFERENCE, {"pma::box": False, "ct_window": [-100, 200], "modality": "CT", "device": "cpu"}),
+        (INFERENCE, {"k": "$2 * 3", "progress": "@resume", "dataset#data": [], "support_max_items": 4}),
+        (("train.json",), {"weights": False, "train#dataset#data": [], "lora": {"r": 4, "alpha": 8}}),
+        (("train.json",), {"mine": 3, "max_epochs": "$@mine"}),
+        (INFERENCE, {"only_this": ["$print('mine')"]}),
+    ],
+)
+def test_what_can_work_is_let_through(files, overrides):
+    check(merged(files, **overrides))
+
+
+def test_a_run_checks_its_options_before_any_work_and_lists_them_for_help(tmp_path, capsys):
+    arguments = {"dataset_dir": str(tmp_path / "none"), "support_dir": str(tmp_path / "none")}
+    with pytest.raises(Exception) as caught:
+        run("inferring", "inference.json", objectgate=False, **arguments)
+    assert str(cause_of(caught.value)).startswith("--objectgate: expected an option of this run")
+    with pytest.raises(SystemExit) as ended:
+        run("evaluating", *EVALUATION, help=True)
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert re.search(r"--object_gate +a class with too little evidence .* \[True\]", shown)
+    assert re.search(r"^Segmenting$", shown, re.MULTILINE) and "--max_epochs" in shown
