@@ -2,6 +2,7 @@
 
 from sam2sgp.networks.backbones import BACKBONES, build_sam2
 from sam2sgp.networks.compiling import compile_encoder
+from sam2sgp.networks.lite import load_imagenet
 from sam2sgp.networks.lora import load_lora
 from sam2sgp.networks.sam2_sgp import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.networks.weights import (
@@ -24,6 +25,7 @@ __all__ = [
     "compile_encoder",
     "fetch_checkpoint",
     "identify_backbone",
+    "load_imagenet",
     "load_lora",
     "load_sam2_checkpoint",
     "load_weights",
