@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sam2sgp.data.folders import choose_slices
 from sam2sgp.report.overlays import draw_overlay, to_display
+from sam2sgp.support.fingerprint import ImageMeasures
 from sam2sgp.transforms.array import Region, pixel_size, thickness
 
 # Mean thickness in network pixels below which a structure gets lost at the network's size.
@@ -73,17 +74,18 @@ class Prepared:
 @dataclass(frozen=True)
 class Facts:
     """Which slice an item is (None: a 2D image), and class values: those it holds at the network's size, those that it
-    has a region of, and those that it has tiles of."""
+    has a region of, and those that it has tiles of; and the measures of its targets at its own size."""
 
     slice: int | None
     holds: tuple[int, ...]
     regions: tuple[int, ...]
     tiles: tuple[int, ...]
+    measures: ImageMeasures
 
     @classmethod
-    def of(cls, index: int | None, prepared: Prepared) -> "Facts":
+    def of(cls, index: int | None, prepared: Prepared, measures: ImageMeasures) -> "Facts":
         holds = tuple(value for value in torch.unique(prepared.label).tolist() if value)
-        return cls(index, holds, tuple(prepared.regions), tuple(prepared.tiles))
+        return cls(index, holds, tuple(prepared.regions), tuple(prepared.tiles), measures)
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,14 @@ class Listing:
     items: tuple[Facts, ...]
 
     def to_json(self) -> bytes:
-        rows = [[facts.slice, facts.holds, facts.regions, facts.tiles] for facts in self.items]
+        rows = [[f.slice, f.holds, f.regions, f.tiles, f.measures.to_json()] for f in self.items]
         return json.dumps([self.values, rows]).encode()
 
     @classmethod
     def of_json(cls, text: bytes) -> "Listing":
         values, rows = json.loads(text)
-        return cls(tuple(values), tuple(Facts(index, *map(tuple, classes)) for index, *classes in rows))
+        items = (Facts(index, *map(tuple, classes), ImageMeasures.of_json(own)) for index, *classes, own in rows)
+        return cls(tuple(values), tuple(items))
 
 
 @dataclass(eq=False)
@@ -128,6 +131,11 @@ class SupportItem:
     def slice(self) -> int | None:
         """Its index in the volume, None for a 2D image."""
         return self.facts.slice
+
+    @property
+    def measures(self) -> ImageMeasures:
+        """Its targets at its own size."""
+        return self.facts.measures
 
     @property
     def image(self) -> Tensor:
@@ -193,7 +201,10 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
         for index in sorted(chosen)
     ]
     volume = len(label) > 1
-    facts = [Facts.of(index if volume else None, item) for index, item in zip(sorted(chosen), items, strict=True)]
+    facts = [
+        Facts.of(index if volume else None, item, ImageMeasures.of(case["label_full"][index], volume))
+        for index, item in zip(sorted(chosen), items, strict=True)
+    ]
     return Listing(tuple(values), tuple(facts)), items
 
 
