@@ -260,6 +260,8 @@ class SAM2SGP(nn.Module):
             self.feature_norms = nn.ModuleList(norms)
         self.prompt_encoder = sam2.sam_prompt_encoder
         self.memory_encoder = sam2.memory_encoder
+        layers = self.memory_encoder.mask_downsampler.encoder
+        self._mask_halvings = sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in layers)
         self.memory_attention = sam2.memory_attention
         check_layout(self.memory_attention)
         # Support items are to the query what SAM2's conditioning frames are: temporal encoding number zero.
@@ -391,7 +393,8 @@ class SAM2SGP(nn.Module):
         """
         count, classes = masks.shape[:2]
         flat = masks.reshape(-1, 1, *masks.shape[-2:]).to(features.embedding.dtype)
-        logits = (2 * flat - 1) * MASK_LOGIT
+        size = 2**self._mask_halvings * features.embedding.shape[-1]
+        logits = (2 * F.adaptive_avg_pool2d(flat, size) - 1) * MASK_LOGIT
         image = for_each_class(features.embedding, classes)
         tokens = self.memory_encoder(image, logits, skip_mask_sigmoid=True)["vision_features"]
         absent = (flat.flatten(1).amax(1) <= 0).to(tokens.dtype)[:, None, None, None]
