@@ -19,6 +19,11 @@ from sam2sgp.transforms.array import thickness
 
 # Parts of fewer pixels are specks, unless a target has no larger ones.
 SPECK = 4
+# Thickness at the network's size, in pixels and as a share of the network's side, below which a target is seen in
+# tiles: one and a half places of the finest grid that masks are predicted on.
+THIN, THIN_SHARE = 6.0, 3 / 128
+# Side of a tile as a share of the image's longer one. The least bounds the time: nine tiles of a square image.
+LARGEST_TILE, SMALLEST_TILE = 0.6, 0.38
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,23 @@ class SupportFingerprint:
     height: float
     width: float
     targets: dict[int, TargetFingerprint]
+
+
+def tile_share(thickness_share: float, size: int) -> float | None:
+    """Side of the tiles that show a target thick enough, as a share of the image's longer side; None: no tiles needed.
+
+    Args:
+        thickness_share: thickness of the target over the image's longer side.
+        size: side S of the network's input.
+
+    Example:
+        >>> tile_share(0.1, 256), tile_share(0.001, 256), tile_share(0.01, 256)
+        (None, 0.38, 0.4266666666666667)
+    """
+    enough = min(THIN, THIN_SHARE * size)
+    if thickness_share * size >= enough:
+        return None
+    return min(LARGEST_TILE, max(SMALLEST_TILE, thickness_share * size / enough))
 
 
 def fingerprint(items: Iterable) -> SupportFingerprint:
