@@ -51,8 +51,22 @@ TARGETS: dict[str, dict[str, tuple[int, ...]]] = {
     "busi": {"lesion": (1,)},
     "hc18": {"fetal head": (1,)},
     "sts_ct": {"tumour": (1,)},
+    "dental_teeth": {"front teeth": (1,), "premolars": (2,), "molars": (3,), "all teeth": (1, 2, 3)},
+    "dsb_nuclei": {"nuclei": (1,)},
+    "em_membranes": {"membranes": (1,)},
+    "foot_ulcer": {"ulcer": (1,)},
+    "usgra_nerves": {"first": (1,), "second": (2,)},
 }
-HELD_OUT = ("busi", "hc18", "sts_ct")
+HELD_OUT = (
+    "busi",
+    "hc18",
+    "sts_ct",
+    "dental_teeth",
+    "dsb_nuclei",
+    "em_membranes",
+    "foot_ulcer",
+    "usgra_nerves",
+)
 UNUSABLE = {"totalseg_example": "two of its three volumes are one person's, and its labels are a model's"}
 PRETRAINING_SPLIT = {"split": (0.6, 0.1, 0.3), "seed": 0}
 

@@ -15,7 +15,7 @@ from tests.bundle_runs import BUNDLE, CONFIGS, SMALL, run
 from tests.support.pairs import write_set
 from tests.torchrun import TORCHRUN, bundle_command, finish
 
-BACKBONES = ["nano", "tiny", "small", "base_plus", "large"]
+BACKBONES = ["nano", "lite", "tiny", "small", "base_plus", "large"]
 
 EVALUATION = {"model_file", "report_figures", "evaluating", "fuse_axes", "validate::dataset::fuse_axes"}
 ADAPTATION = {"adapt_seconds", "adapt_steps", "adapt_seed", "adapt_dir", "adapter", "validate::inferer::adapter"}
@@ -196,7 +196,7 @@ def test_backbone_overlay_names_its_backbone_and_a_possible_size(backbone):
     overlay = config(f"backbones/{backbone}.json")
     assert overlay["backbone"] == backbone
     assert overlay["image_size"] % 32 == 0
-    assert (overlay["lora"] is None) == (backbone == "nano")
+    assert (overlay["lora"] is None) == (backbone in ("nano", "lite"))
 
 
 def test_every_switch_of_the_method_is_a_key_of_the_config():

@@ -57,7 +57,7 @@ def test_a_backbone_is_an_overlay_of_the_bundle(tmp_path):
         ("max_upload_mb", "0", "expected a number of MiB"),
         ("allow_overrides", "maybe", "expected true or false, found 'maybe'"),
         ("cors_origins", "viewer.example", "expected origins such as https://viewer.example"),
-        ("backbone", "huge", "expected one of base_plus, large, nano, small, tiny, found 'huge'"),
+        ("backbone", "huge", "expected one of base_plus, large, lite, nano, small, tiny, found 'huge'"),
         ("model_file", "/nowhere/model.pt", "expected a weights file, found no /nowhere/model.pt"),
         ("support_dir", "/nowhere", "expected a folder of labelled pairs, found no /nowhere"),
         ("bundle_root", "/nowhere", r"expected a bundle with configs/inference.json, found none in /nowhere"),

@@ -1,5 +1,7 @@
 """Collections of data sets, and the episodes of pre-training."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +138,35 @@ def test_a_threshold_task_is_a_band_of_intensity():
     pairs = threshold_task(np.random.default_rng(1), images)
     columns = pairs[0][1][0].any(0).nonzero()[:, 0]
     assert pairs[0][1][0].all(0).sum() == len(columns) == columns[-1] - columns[0] + 1
+
+
+def test_superpixel_episodes_show_any_image_of_a_set_with_or_without_the_target(tmp_path):
+    stack = torch.rand(6, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    label = torch.zeros(6, SIZE, SIZE, dtype=torch.long)
+    label[0, 8:20, 8:20] = 1  # one slice in six holds the target
+    whole = [torch.nn.functional.avg_pool2d(s[None], 9, 1, 4)[0] for s in stack]
+
+    def prepare(case: dict) -> dict:
+        made = {"image": torch.stack(whole), "label": label, "geometry": SimpleNamespace(spacing=None)}
+        return FitToSquared(size=SIZE)(made)
+
+    data = []
+    for name in ("p1", "p2"):
+        (tmp_path / name).write_text(name)
+        data.append({"name": name, "patient": name, "group": "a", "image": tmp_path / name, "label": tmp_path / name})
+    made = PretrainingDataset(
+        SIZE,
+        superpixel_probability=1.0,
+        fewest_patients=2,
+        data=data,
+        transform=prepare,
+        cache_dir=str(tmp_path / "c"),
+        group_size=2,
+        empty_fraction=0.0,
+        progress=False,
+    )
+    shown = set()
+    for index in range(40):
+        image = made[index]["image"][0, :1]
+        shown |= {n for n, own in enumerate(whole) if torch.allclose(image, own.half().float(), atol=1e-3)}
+    assert len(shown) >= 4

@@ -8,7 +8,7 @@ from ignite.engine import Engine
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from sam2sgp.engines import GradientClipping, TrainingProgress, growing_average
+from sam2sgp.engines import GradientClipping, TrainingProgress, growing_average, warmup_stable_decay
 
 
 def engine(iteration: int, accumulation: int = 1, epoch_length: int = 10) -> SimpleNamespace:
@@ -47,3 +47,11 @@ def test_progress_bar_does_not_swallow_what_ends_the_training():
     TrainingProgress(disable=True).attach(trainer)
     with pytest.raises(ValueError, match="broken batch"):
         trainer.run([0], max_epochs=1)
+
+
+def test_a_run_is_the_same_whatever_its_length_until_its_learning_rate_falls():
+    short, long = warmup_stable_decay(4, 20, 5), warmup_stable_decay(4, 100, 5)
+    assert [short(step) for step in range(15)] == [long(step) for step in range(15)]
+    assert [short(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [short(step) for step in range(15, 21)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    assert long(50) == 1.0

@@ -116,3 +116,62 @@ def test_own_patient_never_guides_the_second_pass():
 def test_share_must_be_one():
     with pytest.raises(ConfigError, match="region_below"):
         RegionPass(None, SupportSampler(), below=2)
+
+
+def test_tiles_cover_the_image_overlap_and_are_the_smaller_the_smaller_their_share():
+    for share, count in ((0.6, 4), (0.38, 9)):
+        tiles = Region.tiles((200, 200), SIZE, share)
+        seen = torch.zeros(200, 200)
+        for tile in tiles:
+            seen[tile.place] += 1
+        assert len(tiles) == count and seen.min() >= 1 and seen.max() > 1
+        assert all(tile.fit.original == (200 * share, 200 * share) for tile in tiles)
+    assert len(Region.tiles((50, 200), SIZE, 0.38)) == 3
+    (whole,) = Region.tiles((10, 20), SIZE, 1.0)
+    assert whole.fit.original == (10, 20)
+
+
+def test_windows_fall_towards_other_parts_of_the_image_only():
+    first = Region.tiles((200, 200), SIZE, 0.6)[0].window((200, 200))
+    assert first[0, 0] == 1 and first[60, 60] == 1
+    assert 0 < first[-1, 0] < 0.1 and 0 < first[0, -1] < 0.1
+    total = torch.zeros(200, 200)
+    for tile in Region.tiles((200, 200), SIZE, 0.6):
+        total[tile.place] += tile.window((200, 200))
+    assert total.min() > 0.9
+
+
+def lines(thickness: int, number: int) -> dict:
+    """Bright lines over the whole of a large image, as vessels are."""
+    label = torch.zeros(1, FULL, FULL, dtype=torch.long)
+    for start in range(20 + number, FULL - 20, 60):
+        label[:, start : start + thickness] = 1
+    image = 0.2 * torch.rand(1, 1, FULL, FULL, generator=torch.Generator().manual_seed(number)) + 0.7 * label[:, None]
+    return {"name": str(number), "image": image, "label": label, "patient": str(number), "group": "a"}
+
+
+@torch.no_grad()
+def test_thin_targets_are_seen_in_tiles_that_classes_share(monkeypatch):
+    shares = []
+    for thickness in (40, 4, 2):
+        made = SupportBank([lines(thickness, i) for i in range(3)], prepare, progress=False)
+        shares.append(made.tile_share(0, SIZE))
+        assert bool(made.items[0].tiles) == (thickness < 40)
+    assert shares[0] is None and shares[1] > shares[2]
+
+    torch.manual_seed(0)
+    network = SAM2SGP("nano", SIZE).eval()
+    cases = [lines(2, i) for i in range(3)]
+    for case in cases:
+        case["label"][case["label"].cumsum(1) > 2] *= 2  # all lines but the first are of another class
+    made = SupportBank(cases, prepare, progress=False)
+    query = lines(2, 7)
+    first = torch.where(query["label"][:, None] > 0, 3.0, -3.0).expand(-1, 2, -1, -1).contiguous()
+    encoded = []
+    encode = network.encode
+    run = RegionPass(made, SupportSampler(k=2), below=0.7, batch_size=18)
+    run(first, query["image"], network)  # encodes the support
+    monkeypatch.setattr(network, "encode", lambda image: encoded.append(len(image)) or encode(image))
+    result = run(first.clone(), query["image"], network)
+    assert sum(encoded) == 9
+    assert (result != first).all()

@@ -144,6 +144,8 @@ def test_box_prompt_equals_sam2s_own(pair):
         ("nano", 64),
         ("nano", 96),
         ("nano", 160),
+        ("lite", 64),
+        ("lite", 96),
         ("tiny", 96),
         ("small", 64),
         ("base_plus", 64),
@@ -167,5 +169,5 @@ def test_another_size_is_an_error(size):
 
 
 def test_an_unknown_backbone_is_an_error():
-    with pytest.raises(ConfigError, match="'huge'.*nano, tiny, small, base_plus, large"):
+    with pytest.raises(ConfigError, match="'huge'.*nano, lite, tiny, small, base_plus, large"):
         build_sam2("huge", 64)

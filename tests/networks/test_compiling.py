@@ -18,10 +18,10 @@ def test_the_encoder_runs_compiled_and_names_and_copies_stay(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *args: calls.append(1) or call(*args))
     assert compile_encoder(network) is network
     torch.testing.assert_close(network.encode(image).embedding, expected)
-    assert calls == [1]
+    assert calls == [1, 1]  # trunk and neck
     assert list(network.state_dict()) == names
     deepcopy(network).encode(image)
-    assert calls == [1]
+    assert calls == [1, 1]  # trunk and neck
 
 
 def test_without_what_a_compiler_needs_the_error_says_so(monkeypatch):

@@ -254,7 +254,7 @@ def test_a_missing_checkpoint_says_how_to_get_it(tmp_path):
         SAM2SGP("tiny", 64, tmp_path / "none.pt")
 
 
-@pytest.mark.parametrize("name", ["nano", "tiny", "small", "base_plus"])
+@pytest.mark.parametrize("name", ["nano", "lite", "tiny", "small", "base_plus"])
 @pytest.mark.parametrize("lora", [None, {"r": 2, "alpha": 2}])
 def test_the_backbone_is_identified_by_the_weights(name, lora):
     assert identify_backbone(SAM2SGP(name, 64, lora=lora).state_dict()) == name

@@ -109,10 +109,11 @@ def test_the_parts_of_every_network_are_graphs():
         {"pmg": {"prior": False}, "pma": {"box": False, "attention": False}},
         {"pmg": {"regression": False}, "pma": {"dense": True}},
         {"refinement": False, "normalization": "imagenet"},
+        {"backbone": "lite", "lora": LORA},
     )
     for options in switches:
         torch.manual_seed(0)
-        network = SAM2SGP("nano", SIZE, **options).eval()
+        network = SAM2SGP(**{"backbone": "nano", "image_size": SIZE, **options}).eval()
         parts = stages(network)
         image, masks = torch.rand(4, 3, SIZE, SIZE), (torch.rand(4, 2, SIZE, SIZE) > 0.5).float()
         features = network.encode(image)

@@ -14,7 +14,7 @@ from torch import nn
 from sam2sgp.networks import SAM2SGP, merge_lora
 
 ENCODER = "image_encoder"
-TARGET_MODULES = r"image_encoder\.(trunk\..*\.attn\.qkv\.(q|v)|neck\.convs\.\d+\.conv)"
+TARGET_MODULES = r"image_encoder\.(trunk\..*\.(attn\.qkv\.(q|v)|conv_pwl?)|neck\.convs\.\d+\.conv)"
 RANK = 8
 ALPHA = 16
 

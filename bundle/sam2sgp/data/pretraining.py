@@ -169,20 +169,33 @@ class PretrainingDataset(EpisodeDataset):
             return noise_task(rng, self.group_size, self.size), own, single
         group = sorted(self.tasks)[self._group(rng, index)]
         target = self._target(rng, group)
+        if kind == "superpixel":
+            image = self._any_image(rng, group, target)
+            made = superpixel_task(rng, image, self.group_size)
+            if made is not None:
+                return made, own, single
         drawn = self._draw(rng, group, target)
         invert = rng.random() < self.invert_probability
         pairs = [self._load(image.case, image.slice, target, invert) for image in drawn]
         pairs = self._show(rng, pairs, [image.clip for image in drawn])
-        made = None
-        if kind == "superpixel":
-            made = superpixel_task(rng, pairs[0][0], self.group_size)
-        elif kind == "threshold":
+        if kind == "threshold":
             made = threshold_task(rng, [image for image, _ in pairs])
-        if made is not None:
-            return made, own, single
+            if made is not None:
+                return made, own, single
         if not invert and rng.random() < self.label_operation_probability:
             pairs = _operate(rng, pairs)
         return pairs, [self.patient_number[image.patient] for image in drawn], [(i.clip, i.slice) for i in drawn]
+
+    def _any_image(self, rng: np.random.Generator, group: str, target: set[int]) -> Tensor:
+        """An image (3, S, S) of a group, labelled or not, as a whole or a part of it."""
+        patients = self.slices[group]
+        places = patients[sorted(patients)[rng.integers(len(patients))]]
+        case, index, _ = places[rng.integers(len(places))]
+        pair = self._load(case, index, target, invert=False)
+        side = pair[0].shape[-1]
+        length = side * (1.0 if rng.random() < 0.5 else rng.uniform(0.4, 0.9))
+        centre = rng.uniform(length / 2, side - length / 2, 2)
+        return _resize(_cut(pair[0], (*centre, length)), self.size, True)
 
     def _group(self, rng: np.random.Generator, index: int) -> int:
         if self.balanced:

@@ -11,6 +11,7 @@ from sam2sgp.engines.handlers import (
     ResumableCheckpoint,
     TrainingProgress,
     growing_average,
+    warmup_stable_decay,
 )
 from sam2sgp.engines.loss import SGPLoss
 from sam2sgp.engines.prepare import PrepareEpisodes
@@ -36,4 +37,5 @@ __all__ = [
     "class_maps",
     "first",
     "growing_average",
+    "warmup_stable_decay",
 ]

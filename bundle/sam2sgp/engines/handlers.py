@@ -104,6 +104,25 @@ def growing_average(decay: float = 0.998) -> Callable[[Tensor, Tensor, Tensor], 
     return average
 
 
+def warmup_stable_decay(warmup_steps: int, total_steps: int, decay_steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate by the step: linear warm-up, constant, and linear to 0 in the last `decay_steps`.
+
+    Until its decay begins, a run is the same whatever its total: it can be made longer, or ended early, at any time.
+
+    Example:
+        >>> factor = warmup_stable_decay(2, 10, 4)
+        >>> [round(factor(step), 2) for step in range(11)]
+        [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+
+    def factor(step: int) -> float:
+        return max(
+            0.0, min((step + 1) / warmup_steps if warmup_steps else 1.0, (total_steps - step) / decay_steps, 1.0)
+        )
+
+    return factor
+
+
 class LearningRateSchedule:
     """Advance a learning rate schedule after every optimiser step, of which accumulation makes fewer than batches.
 

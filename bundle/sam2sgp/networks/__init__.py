@@ -2,7 +2,9 @@
 
 from sam2sgp.networks.backbones import BACKBONES, build_sam2
 from sam2sgp.networks.compiling import compile_encoder
+from sam2sgp.networks.lite import load_imagenet
 from sam2sgp.networks.lora import load_lora
+from sam2sgp.networks.pretraining import parameter_groups, start_pretraining
 from sam2sgp.networks.sam2_sgp import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.networks.weights import (
     fetch_checkpoint,
@@ -24,10 +26,13 @@ __all__ = [
     "compile_encoder",
     "fetch_checkpoint",
     "identify_backbone",
+    "load_imagenet",
     "load_lora",
     "load_sam2_checkpoint",
     "load_weights",
     "merge_lora",
+    "parameter_groups",
     "save_lora",
     "save_weights",
+    "start_pretraining",
 ]

@@ -1,4 +1,4 @@
-"""SAM 2.1 models by name: the four of the `sam2` package, built from that package's own YAML, and `nano`.
+"""SAM 2.1 models by name: the four of the `sam2` package, built from that package's own YAML, `nano` and `lite`.
 
 In: a backbone name and an image size. Out: a `sam2.modeling.sam2_base.SAM2Base` on the CPU with random weights, from
 which `SAM2SGP` takes its parts.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sam2sgp.errors import ConfigError
+from sam2sgp.networks.lite import BLOCK_COUNT, STEM_WIDTH, LiteTrunk
 
 SIZE_MULTIPLE = 32
 QUIET = 0.1
@@ -30,6 +31,8 @@ class Backbone:
     feature_norm: normalise each channel of the encoder's levels over the image. Without it, training from scratch lets
     the levels drift to large constant vectors, in which what differs between pixels drowns.
     memory_pool: side of the square of places whose memory tokens are averaged into one.
+    regression_dim: learned features per pixel of the support regression.
+    regression_on_trunk: the support regression reads the trunk's levels in place of the neck's.
     """
 
     package: str
@@ -40,6 +43,8 @@ class Backbone:
     normalization: str = "imagenet"
     feature_norm: bool = False
     memory_pool: int = 2
+    regression_dim: int = 40
+    regression_on_trunk: bool = False
 
 
 BACKBONES = {
@@ -52,6 +57,18 @@ BACKBONES = {
         normalization="instance",
         feature_norm=True,
         memory_pool=1,
+    ),
+    "lite": Backbone(
+        "sam2sgp.networks",
+        "lite.yaml",
+        None,
+        prior_levels=2,
+        prior_dim=32,
+        normalization="lite",
+        feature_norm=True,
+        memory_pool=1,
+        regression_dim=64,
+        regression_on_trunk=True,
     ),
     "tiny": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_t.yaml", "sam2.1_hiera_tiny.pt"),
     "small": Backbone("sam2", "configs/sam2.1/sam2.1_hiera_s.yaml", "sam2.1_hiera_small.pt"),
@@ -78,13 +95,15 @@ class CheckpointedBlock(MultiScaleBlock):
 
 
 def checkpoint_blocks(trunk: nn.Module) -> None:
-    """Make each block of a Hiera trunk, with LoRA or without, a `CheckpointedBlock`, in place.
+    """Make each block (of lite: each stage) of a trunk, with LoRA or without, keep only its input, in place.
 
-    Only the class of the blocks changes: a wrapper would change the names of all weights.
+    Only the class of Hiera's blocks changes: a wrapper would change the names of all weights.
     """
     for module in trunk.modules():
         if type(module) is MultiScaleBlock:
             module.__class__ = CheckpointedBlock
+        elif isinstance(module, LiteTrunk):
+            module.features.set_grad_checkpointing()
 
 
 def backbone(name: str) -> Backbone:
@@ -125,7 +144,10 @@ def init_from_scratch(model: nn.Module) -> None:
     The mask decoder starts from quiet skips and a quiet hypernetwork: its output is a product of the two, and where it
     starts loud, the first steps silence it by driving the skip below zero, out of which the GELU never comes back.
     """
+    built = set(model.image_encoder.trunk.modules()) if isinstance(model.image_encoder.trunk, LiteTrunk) else set()
     for module in model.modules():
+        if module in built:  # timm's own initial weights suit its layers
+            continue
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -142,5 +164,7 @@ def init_from_scratch(model: nn.Module) -> None:
 def trunk_size(name: str) -> tuple[int, int]:
     """Width of a backbone's first stage and its number of blocks, which tell the backbones apart, from its YAML."""
     trunk = _config(name).image_encoder.trunk
+    if trunk._target_.endswith(LiteTrunk.__name__):
+        return STEM_WIDTH, BLOCK_COUNT
     stages = trunk.get("stages", signature(Hiera).parameters["stages"].default)
     return trunk.embed_dim, sum(stages)

@@ -25,5 +25,6 @@ def compile_encoder(network: SAM2SGP) -> SAM2SGP:
         )
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise ConfigError("compile is set, which needs a C++ compiler on a CPU: install g++, or set it to False.")
-    network.image_encoder.compile(dynamic=False)
+    for part in (network.image_encoder.trunk, network.image_encoder.neck):
+        part.compile(dynamic=False)
     return network

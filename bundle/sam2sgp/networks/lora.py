@@ -1,5 +1,7 @@
 """LoRA on the image encoder through `peft`: q and v of every Hiera block, never k (paper section 3.2).
 
+In the lite backbone, which has no attention, it is on the 1x1 convolutions, in which nearly all of its weights are.
+
 SAM2's Hiera computes q, k and v by one fused linear layer. `split_qkv` replaces it by three layers with the same
 weights, so that PEFT adapts q and v alone, over their full width, in the blocks that widen channels too.
 """
@@ -9,11 +11,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
+from sam2.modeling.backbones.hieradet import Hiera
 from torch import Tensor, nn
 
 from sam2sgp.errors import WeightsError
 
-TARGET_MODULES = r".*\.attn\.qkv\.(q|v)"
+TARGET_MODULES = r".*\.(attn\.qkv\.(q|v)|conv_pwl?)"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -38,16 +41,16 @@ class SplitQKV(nn.Module):
 
 
 def split_qkv(trunk: nn.Module) -> None:
-    """Replace the fused qkv layer of every block of a Hiera trunk, in place."""
-    for block in trunk.blocks:
+    """Replace the fused qkv layer of every block of a Hiera trunk, in place; nothing in other trunks."""
+    for block in trunk.blocks if isinstance(trunk, Hiera) else ():
         block.attn.qkv = SplitQKV(block.attn.qkv)
 
 
 def add_lora(trunk: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> PeftModel:
-    """Wrap a Hiera trunk whose qkv is split. B starts at zero, so the output is unchanged until trained.
+    """Wrap a trunk. B starts at zero, so the output is unchanged until trained.
 
     Args:
-        trunk: Hiera after `split_qkv`.
+        trunk: Hiera after `split_qkv`, or `LiteTrunk`.
         r: rank of the update.
         alpha: the update is scaled by alpha / r.
         dropout: probability of dropping an input of the update in training.

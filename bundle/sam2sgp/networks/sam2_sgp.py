@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from sam2sgp.errors import ConfigError
 from sam2sgp.networks.backbones import backbone as backbone_definition
 from sam2sgp.networks.backbones import build_sam2, checkpoint_blocks
+from sam2sgp.networks.lite import IMAGENET_MEAN as LITE_MEAN
+from sam2sgp.networks.lite import IMAGENET_STD as LITE_STD
 from sam2sgp.networks.lora import add_lora, split_qkv
 from sam2sgp.networks.mask_decoder import GuidedMaskDecoder
 from sam2sgp.networks.memory_attention import attend_to_memory, check_layout
@@ -33,7 +35,7 @@ from sam2sgp.networks.weights import load_sam2_checkpoint
 
 MASK_LOGIT = 10.0
 RETRIEVAL_GRID = 4
-NORMALIZATIONS = ("imagenet", "instance", "none")
+NORMALIZATIONS = ("imagenet", "lite", "instance", "none")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NORMALIZATION_EPS = 1e-3
@@ -186,7 +188,7 @@ class SAM2SGP(nn.Module):
     """Support-set guided segmentation network.
 
     Args:
-        backbone: "nano", "tiny", "small", "base_plus" or "large".
+        backbone: "nano", "lite", "tiny", "small", "base_plus" or "large".
         image_size: side S of the square input, a multiple of 32.
         checkpoint: SAM 2.1 checkpoint to start from (strictly loaded), or None.
         freeze_encoder: keep image encoder and prompt encoder as they are, except for LoRA.
@@ -194,7 +196,8 @@ class SAM2SGP(nn.Module):
         pmg: pseudo-mask generation; switches `prior` and `regression` (which needs the prior), and `prior_levels`
             (None: the backbone's default).
         refinement: correct the final logits at the finest grid (`sam2sgp.networks.refinement`); needs the prior.
-        normalization: "imagenet" (fixed mean and deviation, which SAM2's weights expect), "instance" (each image to
+        normalization: "imagenet" (fixed mean and deviation, which SAM2's weights expect), "lite" (those that
+            EfficientNet-Lite's weights expect), "instance" (each image to
             mean 0 and deviation 1) or "none"; None is the backbone's own.
         pma: pseudo-mask attention; switches `box`, `attention`, `dense`. With all off there is no second decoder.
         memory_pool: side of the square of places whose memory tokens are averaged into one; 1 keeps all, as SAM2 does.
@@ -257,6 +260,8 @@ class SAM2SGP(nn.Module):
             self.feature_norms = nn.ModuleList(norms)
         self.prompt_encoder = sam2.sam_prompt_encoder
         self.memory_encoder = sam2.memory_encoder
+        layers = self.memory_encoder.mask_downsampler.encoder
+        self._mask_halvings = sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in layers)
         self.memory_attention = sam2.memory_attention
         check_layout(self.memory_attention)
         # Support items are to the query what SAM2's conditioning frames are: temporal encoding number zero.
@@ -273,13 +278,16 @@ class SAM2SGP(nn.Module):
         self.pmg_decoder = GuidedMaskDecoder(sam2.sam_mask_decoder, guided=False, scores=not has_pma)
         self.pma_decoder = GuidedMaskDecoder(second, guided=self.uses_attention, scores=True) if has_pma else None
         self.prior = self.regression = self.refinement = None
+        self.regression_on_trunk = definition.regression_on_trunk
         if pmg["prior"]:
             levels = pmg["prior_levels"] or definition.prior_levels
             pretrained = definition.checkpoint is not None
             width = sam2.hidden_dim
             self.prior = SupportPrior(width, levels, definition.prior_dim, pretrained, pmg["regression"])
             if pmg["regression"]:
-                self.regression = SupportRegression(width)
+                on_trunk = self.regression_on_trunk
+                widths = self.image_encoder.trunk.channel_list if on_trunk else [width] * 3
+                self.regression = SupportRegression(widths, definition.regression_dim, normalize=on_trunk)
             if refinement:
                 self.refinement = Refinement(width, self.prior.map_count)
 
@@ -305,13 +313,15 @@ class SAM2SGP(nn.Module):
     def encode(self, image: Tensor) -> ImageFeatures:
         """Features of images (B, 3, S, S) in [0, 1]. Raises `ConfigError` for another size."""
         self.check_size(image)
-        levels, position = self._encoded(self._normalize(image))
+        trunk_levels, levels, position = self._encoded(self._normalize(image))
         if self.feature_norms is not None:
             levels = [norm(level) for norm, level in zip(self.feature_norms, levels, strict=True)]
         fine, middle, embedding = levels
         levels = [embedding, middle, fine]
         key = None if self.prior is None else self.prior.keys(levels)
-        pixels = None if self.regression is None else self.regression.features(levels)
+        pixels = None
+        if self.regression is not None:
+            pixels = self.regression.features(trunk_levels if self.regression_on_trunk else levels)
         return ImageFeatures(embedding, position, self._projected(fine, middle), key, pixels)
 
     @property
@@ -340,15 +350,15 @@ class SAM2SGP(nn.Module):
         fine, middle = (level.split(column, 1)[number] for level, column in zip(high_res, widths, strict=True))
         return fine, middle
 
-    def _encoded(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The encoder's three levels of normalised images, the finest first, and the coarsest one's position."""
+    def _encoded(self, image: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Of normalised images: the trunk's levels, the coarsest first; the neck's three, the finest first; and the
+        coarsest of these one's position."""
         encoder = self.image_encoder
-        if self.trunk_cache is None or not self.training:
-            out = encoder(image)
-            return out["backbone_fpn"][-3:], out["vision_pos_enc"][-1]
-        levels, positions = encoder.neck(self.trunk_cache(image, encoder.trunk))
+        cached = self.trunk_cache is not None and self.training
+        trunk_levels = self.trunk_cache(image, encoder.trunk) if cached else encoder.trunk(image)
+        levels, positions = encoder.neck(trunk_levels)
         last = len(levels) - encoder.scalp
-        return levels[last - 3 : last], positions[last - 1]
+        return trunk_levels[::-1], levels[last - 3 : last], positions[last - 1]
 
     def check_size(self, image: Tensor) -> None:
         """Raise `ConfigError` unless images are (B, 3, S, S)."""
@@ -362,6 +372,8 @@ class SAM2SGP(nn.Module):
         if self.normalization == "imagenet":
             mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
             return (image - mean) / std
+        if self.normalization == "lite":
+            return (image - LITE_MEAN) / LITE_STD
         if self.normalization == "instance":
             std, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
             return (image - mean) / (std + NORMALIZATION_EPS)
@@ -381,7 +393,8 @@ class SAM2SGP(nn.Module):
         """
         count, classes = masks.shape[:2]
         flat = masks.reshape(-1, 1, *masks.shape[-2:]).to(features.embedding.dtype)
-        logits = (2 * flat - 1) * MASK_LOGIT
+        size = 2**self._mask_halvings * features.embedding.shape[-1]
+        logits = (2 * F.adaptive_avg_pool2d(flat, size) - 1) * MASK_LOGIT
         image = for_each_class(features.embedding, classes)
         tokens = self.memory_encoder(image, logits, skip_mask_sigmoid=True)["vision_features"]
         absent = (flat.flatten(1).amax(1) <= 0).to(tokens.dtype)[:, None, None, None]

@@ -9,6 +9,8 @@ its value channels means foreground; from scratch that is never found in reasona
 with f a projection of the encoder's features, m the support mask pooled to f's grid and t a learnable temperature.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,22 +24,21 @@ SCORE_LIMIT = 3.0
 
 
 class LevelProjections(nn.ModuleList):
-    """Sum of 1x1 projections of the coarsest `count` feature levels, on the grid of the finest of these.
+    """Sum of 1x1 projections of the coarsest feature levels, on the grid of the finest of these.
 
     Args:
-        channels: width D of the levels.
+        widths: channels D of each level used, the coarsest first.
         dim: width d of the result.
-        count: number of levels.
     """
 
-    def __init__(self, channels: int, dim: int, count: int) -> None:
-        super().__init__([nn.Conv2d(channels, dim, 1) for _ in range(count)])
+    def __init__(self, widths: Sequence[int], dim: int) -> None:
+        super().__init__([nn.Conv2d(width, dim, 1) for width in widths])
         for projection in self:
             nn.init.orthogonal_(projection.weight)
             nn.init.zeros_(projection.bias)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """Levels (B, D, g, g), (B, D, 2g, 2g), …, at least `count` of them -> (B, d, p, p)."""
+        """Levels (B, D, g, g), (B, D', 2g, 2g), …, at least as many as projections -> (B, d, p, p)."""
         size = levels[len(self) - 1].shape[-2:]
         total = 0
         for projection, level in zip(self, levels, strict=False):
@@ -65,7 +66,7 @@ class SupportPrior(nn.Module):
         super().__init__()
         if levels not in (1, 2, 3):
             raise ConfigError(f"pmg.prior_levels is {levels}: expected 1, 2 or 3 feature levels.")
-        self.projections = LevelProjections(channels, dim, levels)
+        self.projections = LevelProjections([channels] * levels, dim)
         self.log_temperature = nn.Parameter(torch.tensor(START_TEMPERATURE).log())
         self.map_count = 6 if regression else 4
         self.to_dense = nn.Conv2d(self.map_count, channels, 1)

@@ -12,6 +12,8 @@ solved twice: with a(p) uniform over pixels, and balanced between foreground and
 contributes are two Gram matrices of a few kilobytes, so a query costs the same at any K.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,20 +24,23 @@ START_RIDGE = 0.02
 POSITION_FEATURES = 5
 WEIGHTINGS = 2
 EPS = 1e-6
+NORM_EPS = 1e-5
 
 
 class SupportRegression(nn.Module):
-    """Closed-form pixel classifier on all three feature levels, on the grid of the finest.
+    """Closed-form pixel classifier on several feature levels, on the grid of the finest.
 
     Args:
-        channels: width D of the encoder's feature levels.
+        widths: channels of each of the encoder's feature levels, the coarsest first.
         dim: learned features per pixel; position and the constant 1 are added to them.
+        normalize: bring each channel of each level to mean 0 and deviation 1 over the image first.
     """
 
-    def __init__(self, channels: int, dim: int = 40) -> None:
+    def __init__(self, widths: Sequence[int], dim: int = 40, normalize: bool = False) -> None:
         super().__init__()
         self.dim = dim
-        self.projections = LevelProjections(channels, dim, 3)
+        self.normalize = normalize
+        self.projections = LevelProjections(widths, dim)
         self.log_ridge = nn.Parameter(torch.tensor(START_RIDGE).log())
 
     @property
@@ -44,7 +49,9 @@ class SupportRegression(nn.Module):
         return self.dim + POSITION_FEATURES + 1
 
     def features(self, levels: list[Tensor]) -> Tensor:
-        """Pixel features (B, P, d) float32 of levels (B, D, g, g), (B, D, 2g, 2g) and (B, D, 4g, 4g); P = (4g)^2."""
+        """Pixel features (B, P, d) float32 of levels (B, D, p, p), (B, D', 2p, 2p), …; P = those of the last."""
+        if self.normalize:
+            levels = [_standardised(level) for level in levels]
         total = self.projections(levels)
         learned = F.gelu(F.instance_norm(total.float())).flatten(2).transpose(1, 2)
         fixed = self._fixed(total.shape[-2:], learned.device).expand(learned.shape[0], -1, -1)
@@ -107,3 +114,9 @@ class SupportRegression(nn.Module):
             (B, C, 2, P): scores around -1 in background and 1 in foreground, of the uniform and the balanced fit.
         """
         return self.score(query, self.fit(whole, foreground))
+
+
+def _standardised(level: Tensor) -> Tensor:
+    """Each channel of each image with mean 0 and deviation 1; unlike `F.instance_norm`, of a single place too."""
+    variance, mean = torch.var_mean(level.float(), dim=(2, 3), keepdim=True, correction=0)
+    return (level - mean) * torch.rsqrt(variance + NORM_EPS)

@@ -39,6 +39,9 @@ LARGE_FILES = "large_files.yml"
 DOWNLOAD_COMMAND = "python -m monai.bundle download_large_files --bundle_path ."
 PROBE_SECONDS = 30
 WRAPPERS = ("model", "network")
+# The first convolution of a trunk, and the number of a block in it: of Hiera, and of lite.
+STEMS = ("trunk.patch_embed.proj.weight", "trunk.features.conv_stem.weight")
+BLOCK = r"trunk\.(?:features\.)?blocks\.((?<=features\.blocks\.)\d+\.\d+|\d+)\."
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +139,8 @@ def load_sam2_checkpoint(model: SAM2Base, path: str | Path, backbone: str) -> No
 def identify_backbone(state: Mapping[str, Tensor]) -> str | None:
     """The name of the backbone that a state dict of SAM 2 or of `SAM2SGP` belongs to, None if it is none of ours."""
     plain = {_plain_name(key): value for key, value in state.items()}
-    width = next((len(value) for key, value in plain.items() if key.endswith("trunk.patch_embed.proj.weight")), None)
-    blocks = {match[1] for key in plain if (match := re.search(r"trunk\.blocks\.(\d+)\.", key))}
+    width = next((len(value) for key, value in plain.items() if key.endswith(STEMS)), None)
+    blocks = {match[1] for key in plain if (match := re.search(BLOCK, key))}
     return next((name for name in BACKBONES if trunk_size(name) == (width, len(blocks))), None)
 
 
@@ -284,7 +287,7 @@ def _sgp_origin(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def merge_lora(network: "SAM2SGP") -> None:
-    """Fold the adapters into q and v, in place: the trunk becomes a plain Hiera, as in a network built without LoRA.
+    """Fold the adapters into the layers that they adapt, in place: the trunk is then that of a network without LoRA.
 
     The result computes the same. Its trunk stays frozen. Nothing happens where there is no LoRA.
     """

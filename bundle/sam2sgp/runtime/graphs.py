@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import fields
 
 import torch
+from sam2.modeling.backbones.hieradet import Hiera
 from torch import Tensor, nn
 
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory, merge_lora
@@ -165,7 +166,8 @@ def exportable(network: SAM2SGP) -> SAM2SGP:
     """
     copy = deepcopy(network).to("cpu").eval().requires_grad_(False)
     merge_lora(copy)
-    for block in copy.image_encoder.trunk.blocks:
+    trunk = copy.image_encoder.trunk
+    for block in trunk.blocks if isinstance(trunk, Hiera) else ():
         parts = [getattr(block.attn.qkv, name) for name in "qkv"]
         fused = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts))
         fused.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)

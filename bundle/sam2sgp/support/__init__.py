@@ -1,6 +1,7 @@
 """The support set: its items, what the network makes of them, and which of them guide which query."""
 
 from sam2sgp.support.bank import Changes, Retrieved, SupportBank, shared_support_bank
+from sam2sgp.support.fingerprint import SupportFingerprint, TargetFingerprint, fingerprint
 from sam2sgp.support.items import SupportItem
 from sam2sgp.support.sampler import EpisodeSupportSampler, SupportSampler
 
@@ -9,7 +10,10 @@ __all__ = [
     "EpisodeSupportSampler",
     "Retrieved",
     "SupportBank",
+    "SupportFingerprint",
     "SupportItem",
     "SupportSampler",
+    "TargetFingerprint",
+    "fingerprint",
     "shared_support_bank",
 ]

@@ -38,6 +38,7 @@ from sam2sgp.errors import DataError, cause_of
 from sam2sgp.heap import give_back
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
 from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, network_fingerprint, settings_fingerprint
+from sam2sgp.support.fingerprint import LARGEST_TILE, fingerprint, tile_share
 from sam2sgp.support.items import VIEWS, Listing, Prepared, SupportItem, prepare_items
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.store import Store, Tensors, checksum
@@ -413,6 +414,15 @@ class SupportBank:
         """Whether a class is thin in most of its items, so that tiles of the image show it better than one region."""
         return self._thin[column]
 
+    def tile_share(self, column: int, size: int) -> float | None:
+        """Side of the tiles that a class is to be seen in at the network's size S, see `fingerprint.tile_share`.
+
+        None: it is not thin in most of its items.
+        """
+        if not self.is_thin(column):
+            return None
+        return tile_share(self._targets[self.class_values[column]].thickness_share, size) or LARGEST_TILE
+
     @property
     def memory(self) -> SupportMemory | None:
         """Memory (P, 1) of all pairs of an item and a class it holds, in order; None before `encode`.
@@ -601,6 +611,7 @@ class SupportBank:
                 # A class may be so small that it is only seen at the image's own size.
                 counts[kind, [columns[value] for value in values if value in columns]] += 1
         self._thin = (2 * counts[1] > counts[0]).tolist()
+        self._targets = fingerprint(items).targets
         self.patients, self._patient_of = _numbered([item.patient for item in items])
         self.groups, self._group_of = _numbered([item.group for item in items])
 

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from sam2sgp.data.folders import choose_slices
 from sam2sgp.report.overlays import draw_overlay, to_display
-from sam2sgp.transforms.array import Region, pixel_size, thickness
+from sam2sgp.support.fingerprint import ImageMeasures, tile_share
+from sam2sgp.transforms.array import Region, pixel_size
 from sam2sgp.transforms.scaling import PERCENTILES, Scaling
 
-# Mean thickness in network pixels below which a structure gets lost at the network's size.
-THIN = 3.0
 THUMBNAIL = 128
 # Slices without any class that are taken from a labelled volume.
 EMPTY_SLICES = 4
+# Tiles kept of an item for each of its thin classes: those with most of it.
+MAX_TILES = 4
 VIEWS = ("regions", "tiles")
 # Of a preprocessing that does not say how it scales.
 AS_GIVEN = Scaling(PERCENTILES, "as given", stated=True)
@@ -32,7 +33,7 @@ class Prepared:
 
     image: (C, S, S) float16 in [0, 1]. label: (S, S) uint8 class map.
     regions: {class value: images (1, C, S, S) float16 and masks (1, S, S) bool}, the item around each of its classes.
-    tiles: likewise (4, C, S, S) and (4, S, S), its tiles, for those of its classes that are thin here.
+    tiles: likewise (T, C, S, S) and (T, S, S), T <= 4 of its tiles, for those of its classes that are thin here.
     thumbnail: (H, W, 3) uint8, at most 128 pixels on a side, with the label drawn; None: drawn when asked for.
     """
 
@@ -76,17 +77,18 @@ class Prepared:
 @dataclass(frozen=True)
 class Facts:
     """Which slice an item is (None: a 2D image), and class values: those it holds at the network's size, those that it
-    has a region of, and those that it has tiles of."""
+    has a region of, and those that it has tiles of; and the measures of its targets at its own size."""
 
     slice: int | None
     holds: tuple[int, ...]
     regions: tuple[int, ...]
     tiles: tuple[int, ...]
+    measures: ImageMeasures
 
     @classmethod
-    def of(cls, index: int | None, prepared: Prepared) -> "Facts":
+    def of(cls, index: int | None, prepared: Prepared, measures: ImageMeasures) -> "Facts":
         holds = tuple(value for value in torch.unique(prepared.label).tolist() if value)
-        return cls(index, holds, tuple(prepared.regions), tuple(prepared.tiles))
+        return cls(index, holds, tuple(prepared.regions), tuple(prepared.tiles), measures)
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,14 @@ class Listing:
     scaling: Scaling
 
     def to_json(self) -> bytes:
-        rows = [[facts.slice, facts.holds, facts.regions, facts.tiles] for facts in self.items]
+        rows = [[f.slice, f.holds, f.regions, f.tiles, f.measures.to_json()] for f in self.items]
         return json.dumps([self.values, rows, asdict(self.scaling)]).encode()
 
     @classmethod
     def of_json(cls, text: bytes) -> "Listing":
         values, rows, scaling = json.loads(text)
-        items = tuple(Facts(index, *map(tuple, classes)) for index, *classes in rows)
-        return cls(tuple(values), items, Scaling.of_dict(scaling))
+        items = (Facts(index, *map(tuple, classes), ImageMeasures.of_json(own)) for index, *classes, own in rows)
+        return cls(tuple(values), tuple(items), Scaling.of_dict(scaling))
 
 
 @dataclass(eq=False)
@@ -133,6 +135,11 @@ class SupportItem:
     def slice(self) -> int | None:
         """Its index in the volume, None for a 2D image."""
         return self.facts.slice
+
+    @property
+    def measures(self) -> ImageMeasures:
+        """Its targets at its own size."""
+        return self.facts.measures
 
     @property
     def image(self) -> Tensor:
@@ -166,7 +173,7 @@ class SupportItem:
 
     @property
     def tiles(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """{class value: images (4, C, S, S) float16 and masks (4, S, S) bool}, for its thin classes."""
+        """{class value: images (T, C, S, S) float16 and masks (T, S, S) bool}, for its thin classes."""
         return self.load().tiles
 
     @property
@@ -193,26 +200,33 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
     if chosen and len(label) > 1:
         # They guide nothing, but show what an image without any class looks like.
         chosen |= set(choose_slices((flat == 0).all(1).numpy().astype(int), EMPTY_SLICES))
+    volume = len(label) > 1
+    measures = {index: ImageMeasures.of(case["label_full"][index], volume) for index in chosen}
     items = [
-        Prepared(case["image"][index].half(), label[index].to(torch.uint8), **_views(case, index))
+        Prepared(case["image"][index].half(), label[index].to(torch.uint8), **_views(case, index, measures[index]))
         for index in sorted(chosen)
     ]
-    volume = len(label) > 1
-    facts = [Facts.of(index if volume else None, item) for index, item in zip(sorted(chosen), items, strict=True)]
+    facts = [
+        Facts.of(index if volume else None, item, measures[index])
+        for index, item in zip(sorted(chosen), items, strict=True)
+    ]
     return Listing(tuple(values), tuple(facts), case.get("scaling", AS_GIVEN)), items
 
 
-def _views(case: dict, index: int) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
+def _views(case: dict, index: int, measures: ImageMeasures) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
     """Regions and tiles of one slice."""
     image, label = case["image_full"][index][None], case["label_full"][index]
     pixel = pixel_size(case["geometry"].spacing)
     size = case["image"].shape[-1]
     found: dict[str, dict] = {kind: {} for kind in VIEWS}
-    for value in torch.unique(label[label > 0]).tolist():
+    for value, target in measures.targets.items():
         mask = label == value
         views = {"regions": [Region.around(mask, size, pixel, below=torch.inf)]}
-        if thickness(case["label"][index] == value) < THIN:
-            views["tiles"] = Region.tiles(tuple(label.shape), size, pixel)
+        share = tile_share(target.thickness / max(label.shape), size)
+        if share is not None:
+            tiles = Region.tiles(tuple(label.shape), size, share, pixel)
+            tiles.sort(key=lambda tile: -int(mask[tile.place].sum()))
+            views["tiles"] = tiles[:MAX_TILES]
         for kind, rectangles in views.items():
             images = torch.cat([rectangle.apply(image) for rectangle in rectangles]).half()
             masks = [rectangle.apply_label(mask[None].to(torch.uint8)) > 0 for rectangle in rectangles]

@@ -18,7 +18,9 @@ SMALLEST_EXTENT = 0.08
 STRAY_SHARE = 0.02
 # Of slices: pixels on a side, and how many times longer than wide.
 SMALLEST_SIDE, LONGEST_ASPECT = 4, 8
-TILE_SHARE = 0.6
+# Least overlap of neighbouring tiles, and the width of the rim over which views are blended, as shares of their side.
+OVERLAP = 0.15
+RIM = 0.15
 # Half precision holds no smaller one.
 LEAST_PROBABILITY = 1e-7
 
@@ -154,17 +156,39 @@ class Region:
         return cls(top, left, Fit.of((bottom - top, right - left), size, pixel))
 
     @classmethod
-    def tiles(cls, shape: tuple[int, int], size: int, pixel: tuple[float, float] = (1.0, 1.0)) -> list["Region"]:
-        """Two by two overlapping tiles of an image (H, W), each with a side of `TILE_SHARE` of the image's."""
-        height, width = (max(1, round(TILE_SHARE * length)) for length in shape)
-        fit = Fit.of((height, width), size, pixel)
-        return [cls(top, left, fit) for top in (0, shape[0] - height) for left in (0, shape[1] - width)]
+    def tiles(
+        cls, shape: tuple[int, int], size: int, share: float, pixel: tuple[float, float] = (1.0, 1.0)
+    ) -> list["Region"]:
+        """Overlapping square tiles that cover an image (H, W), each with `share` of the image's longer side."""
+        side = share * max(length * spacing for length, spacing in zip(shape, pixel, strict=True))
+        extent, starts = [], []
+        for length, spacing in zip(shape, pixel, strict=True):
+            tile = min(length, max(1, round(side / spacing)))
+            count = 1 + math.ceil((length - tile) / ((1 - OVERLAP) * tile))
+            extent.append(tile)
+            starts.append([round(start) for start in torch.linspace(0, length - tile, count).tolist()])
+        fit = Fit.of(tuple(extent), size, pixel)
+        return [cls(top, left, fit) for top in starts[0] for left in starts[1]]
 
     @property
     def place(self) -> tuple[slice, slice]:
         """Rows and columns of the rectangle."""
         height, width = self.fit.original
         return slice(self.top, self.top + height), slice(self.left, self.left + width)
+
+    def window(self, shape: tuple[int, int]) -> Tensor:
+        """Weights (height, width) in (0, 1] for blending: 1 inside, falling to 0 over a rim of `RIM` of the side.
+
+        There is no rim where the rectangle ends with the image (H, W), beyond which nothing else is seen.
+        """
+        profiles = []
+        for start, extent, length in zip((self.top, self.left), self.fit.original, shape, strict=True):
+            place = torch.arange(extent) + 0.5
+            rim = max(1.0, RIM * extent)
+            before = place if start > 0 else torch.full_like(place, rim)
+            after = extent - place if start + extent < length else torch.full_like(place, rim)
+            profiles.append((torch.minimum(before, after) / rim).clamp(max=1.0))
+        return profiles[0][:, None] * profiles[1]
 
     def apply(self, slices: Tensor) -> Tensor:
         """Images (Z, C, H, W) -> the rectangle as (Z, C, S, S)."""
