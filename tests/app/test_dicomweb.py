@@ -5,11 +5,13 @@ import threading
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from lib import dicomweb
 from lib.archive import ArchiveError
-from lib.checks import Forbidden, NotFound, RequestError
+from lib.checks import Forbidden, NotFound, RequestError, UnsupportedFile
 from lib.dicomweb import DicomWebDatastore
 from lib.settings import Settings
 from sam2sgp.errors import ConfigError
@@ -117,6 +119,10 @@ def test_uploads_that_are_refused_leave_nothing_behind(nowhere, tmp_path, monkey
     (tmp_path / "tmp").mkdir()
     upload = tmp_path / "tmp" / "upload.nii.gz"
     upload.write_bytes(b"label")
+    with pytest.raises(UnsupportedFile):
+        nowhere.save_label("1.2.3", str(upload), "final", {})
+    assert not upload.exists()
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4)), upload)
     with pytest.raises(ArchiveError):
         nowhere.save_label("1.2.3", str(upload), "final", {})
     assert not upload.exists()

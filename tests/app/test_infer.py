@@ -171,19 +171,19 @@ def test_the_parameters_tell_what_was_done(task):
     assert items == sorted(items, key=lambda item: -item["similarity"])
     assert params["support_items"] == 2 and params["weights"] == "embedded" and params["warnings"] == []
     assert params["scaling"] == "percentiles (a grey picture)"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8)).save(
-        task.studio.studies / "colour.png"
-    )
-    _, params = task({"image": str(task.studio.studies / "colour.png")})
-    assert (
-        params["scaling"] == "colours (a colour image)"
-        and "but the support set by percentiles" in params["warnings"][0]
-    )
     assert set(params["latencies"]) == {"support", "pre", "infer", "write", "total"}
     unsure = params["uncertainty"]
     levels = np.asarray(Image.open(io.BytesIO(base64.b64decode(unsure["map"]))))
     assert unsure["extension"] == ".png" and levels.shape == (64, 80)
     assert abs(levels.mean() / 255 - unsure["mean"]) < 0.003 and unsure["slices"] == [unsure["mean"]]
+
+
+def test_a_query_that_is_scaled_otherwise_than_its_support_set_is_warned_of(task):
+    path = task.studio.studies / "colour.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8)).save(path)
+    _, params = task({"image": str(path)})
+    assert params["scaling"] == "colours (a colour image)"
+    assert "but the support set by percentiles" in params["warnings"][0]
 
 
 def test_a_volume_is_guided_by_slices_and_three_d_memory_can_be_switched_off(task):

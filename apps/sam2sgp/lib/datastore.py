@@ -291,8 +291,8 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 that can't be stored.
             BadLabel: a label to approve that can't be read, has another size than its image or undeclared values.
         """
-        tag = check_tag(label_tag)
         with discarding_if_refused(label_filename):
+            tag = check_tag(label_tag)
             # An unknown image comes before what may be wrong with the label.
             self.get_image_uri(image_id)
             name = image_id + suffix_of(label_filename)

@@ -342,8 +342,8 @@ class DicomWebDatastore(Decisions, Datastore):
             BadLabel: the label doesn't fit its series, or is empty, to be approved, and no class is known.
             ArchiveError: the archive doesn't take it; the label approved before stays.
         """
-        tag = check_tag(label_tag)
         with discarding_if_refused(label_filename):
+            tag = check_tag(label_tag)
             name = check_uid(image_id) + suffix_of(label_filename)
             info = checked(LabelRecord, label_info, f"label of series {image_id}")
             with admitted(label_filename, self._max_unpacked, name, label=True) as content, self.deciding(image_id):
