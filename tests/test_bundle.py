@@ -30,6 +30,11 @@ TASKS = {
 REHEARSAL = TASKS | {f"train::dataset::{name}" for name in TASKS | {"size", "fewest_patients"}}
 PRETRAINING = TASKS | {
     "held_out",
+    "frozen_levels",
+    "trunk_rate",
+    "decay_steps",
+    "total_steps",
+    "prepared_size",
     "related",
     "collection_options",
     "val_episodes_per_group",
