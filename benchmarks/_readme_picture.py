@@ -21,7 +21,7 @@ EDGE, GAP, HEAD = 240, 8, 24
 
 
 def prepare(case: dict) -> dict:
-    for step in (LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=128)):
+    for step in (LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=256)):
         case = step(case)
     return case
 
@@ -32,7 +32,7 @@ def main() -> None:
         arguments.add_argument(f"--{name}", required=True, type=Path)
     arguments.add_argument("--weights", default=Path(__file__).parents[1] / "bundle/models/model.pt", type=Path)
     options = arguments.parse_args()
-    network = SAM2SGP("nano").eval()
+    network = SAM2SGP("lite", 256).eval()
     load_weights(network, options.weights)
     looks = sorted(path.name for path in (options.phantoms / "support").iterdir())
     sheet = Image.new("RGB", (4 * EDGE + 3 * GAP, HEAD + len(looks) * (EDGE + GAP)), "white")
@@ -49,10 +49,10 @@ def main() -> None:
         picture = to_display(query[0])
         boxes = dict(zip(bank.class_values, chunk.output.box[0].tolist(), strict=True))
         panels = (
-            draw_overlay(to_display(item.image.float()), item.label.numpy(), scale=EDGE / 128),
+            draw_overlay(to_display(item.image.float()), item.label.numpy(), scale=EDGE / 256),
             picture,
-            draw_overlay(picture, label_map(chunk.output.pseudo_logits)[0].numpy(), box=boxes, scale=EDGE / 128),
-            draw_overlay(picture, label_map(chunk.output.logits)[0].numpy(), truth=truth, scale=EDGE / 128),
+            draw_overlay(picture, label_map(chunk.output.pseudo_logits)[0].numpy(), box=boxes, scale=EDGE / 256),
+            draw_overlay(picture, label_map(chunk.output.logits)[0].numpy(), truth=truth, scale=EDGE / 256),
         )
         for column, panel in enumerate(panels):
             tile = Image.fromarray(np.asarray(panel)).resize((EDGE, EDGE), Image.Resampling.LANCZOS)

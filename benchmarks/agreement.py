@@ -1,8 +1,8 @@
 """What each way to be faster changes in the result, on real data: Dice against the plain path.
 
-    python benchmarks/agreement.py hc18=DIR cxr_lungs=DIR --image_size 128
+    python benchmarks/agreement.py hc18=DIR cxr_lungs=DIR --image_size 256
 
-The plain path is the embedded nano network in single precision with SAM2's own memory attention module, as published.
+The plain path is the embedded lite network in single precision with SAM2's own memory attention module, as published.
 Against it stand: `attention` (ours: real rotations, classes shared up to the first memory, what every run uses),
 `memory_pool 2` without any training with it, `bf16`, and `compile` (needs a C++ compiler). Support items are of the
 first patients, queries of the others. A query and class counts where either result shows something.
@@ -57,7 +57,7 @@ def segment(data: list[dict], variant: str, size: int, queries: int, k: int) -> 
     """Masks (C, S, S) of the middle slice of each query."""
     settings = dict(VARIANTS[variant])
     precision, compiled = settings.pop("precision", "fp32"), settings.pop("compile", False)
-    network = SAM2SGP("nano", size, **settings).eval()
+    network = SAM2SGP("lite", size, **settings).eval()
     load_weights(network, WEIGHTS)
     if compiled:
         compile_encoder(network)
@@ -96,7 +96,7 @@ def with_sams_module(work: Callable) -> list[Tensor]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("data", nargs="*", metavar="NAME=DIR", help="labelled folders")
-    arguments.add_argument("--image_size", type=int, default=128)
+    arguments.add_argument("--image_size", type=int, default=256)
     arguments.add_argument("--queries", type=int, default=8, help="of each data set")
     arguments.add_argument("--k", type=int, default=4)
     arguments.add_argument("--variants", nargs="+", choices=list(VARIANTS)[1:], default=list(VARIANTS)[1:])

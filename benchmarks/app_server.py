@@ -155,7 +155,7 @@ def main() -> None:
     arguments.add_argument("--labelled", type=int, default=8, help="of them approved at the start")
     options = arguments.parse_args()
     found = measure(options.images, options.labelled)
-    print(f"\n{date.today()}, {platform.machine()}, {os.cpu_count()} cores, nano, {options.images} images\n")
+    print(f"\n{date.today()}, {platform.machine()}, {os.cpu_count()} cores, lite, {options.images} images\n")
     print("| what | measured | budget |\n| --- | --- | --- |")
     for name, value in found.items():
         unit = "" if "over first" in name else " ms"

@@ -146,7 +146,7 @@ def main() -> None:
     ]
     more, counts = run_with_kill(support, queries, output / "whole", options.cases)
     rows += more
-    print(f"\n{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, nano\n")
+    print(f"\n{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, lite\n")
     print("| " + " | ".join(rows[0]) + " |\n" + "| --- " * len(rows[0]) + "|")
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")

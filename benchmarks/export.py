@@ -2,7 +2,7 @@
 
     python benchmarks/export.py                                  # the times
     python benchmarks/export.py --data DIR --queries 6           # and the label maps, on the data folders in DIR
-    python benchmarks/export.py --cases nano:128:1 --threads 1
+    python benchmarks/export.py --cases lite:256:1 --threads 1
 
 A case is backbone:pixels:classes; K = 4. Its network is exported to the output folder, where an earlier run has not
 done that, and then each query, always a new image, is segmented by PyTorch and by each runtime in turn, so that all
@@ -49,7 +49,7 @@ from sam2sgp.runtime.export import MANIFEST, checked_files
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.transforms import Fit, label_map
 
-CASES = ("nano:128:1", "nano:128:8", "tiny:512:1")
+CASES = ("lite:256:1", "lite:256:8", "tiny:512:1")
 EAGER, INT8 = "eager", "int8"
 STAGES = ("encode", "segment", "query", "second pass")
 ITEMS, K = 8, 4
@@ -230,7 +230,7 @@ def main() -> None:
     if results:
         print("\n".join(time_table(results)))
     if options.data:
-        folder = exported(build("nano", 128), output / "nano_128.graphs")
+        folder = exported(build("lite", 256), output / "lite_256.graphs")
         tasks = make_tasks(options.data, output / "tasks", options.queries, options.held_out, options.seed)
         rows = agreement(chosen_tasks(tasks, options.tasks), names, folder, output, {})
         print("\n".join(["", f"{len(rows)} tasks, {WEIGHTS.name}", "", *agreement_table(rows, names)]))

@@ -355,7 +355,7 @@ def main() -> None:
     arguments.add_argument("--works", nargs="+", choices=WINDOW, default=list(WINDOW), help="in turn (default: all)")
     arguments.add_argument("--seed", type=int, default=0, help="of moments and labels (default: %(default)s)")
     options = arguments.parse_args()
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, nano, seed {options.seed}\n")
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, lite, seed {options.seed}\n")
     print(f"| {' | '.join(TITLES)} |\n|{' --- |' * len(TITLES)}", flush=True)
     works = [options.works[number % len(options.works)] for number in range(options.kills)]
     with tempfile.TemporaryDirectory() as folder:

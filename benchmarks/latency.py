@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py                          # every budget
     python benchmarks/latency.py --budgets encoder_512    # one of them, with the cases that it needs
-    python benchmarks/latency.py --backbones nano tiny small --sizes 256 512 1024 --n 4 256 --k 4 --c 1 8 --plot out.png
+    python benchmarks/latency.py --backbones lite tiny small --sizes 256 512 1024 --n 4 256 --k 4 --c 1 8 --plot out.png
 
 N support images, K of them used per query, C classes. Each case runs in a process of its own, with a bank on disk that
 is warm: everything is encoded, as when a server has been running. A query is a new image each time; the figures are
@@ -20,7 +20,7 @@ the rate of a large matrix product of the same threads; and the bytes of weights
 over the rate of a large copy.
 
 `--cpu_time` counts the processor's seconds instead of the clock's, for a machine that other jobs share; with one thread
-the two are the same on an idle one. Nano at 128 px has the embedded weights, all else random ones: a time does not
+the two are the same on an idle one. Lite at 256 px has the embedded weights, all else random ones: a time does not
 depend on them.
 """
 
@@ -61,7 +61,7 @@ from sam2sgp.transforms import (
 )
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "bundle" / "models" / "model.pt"
-EMBEDDED = "nano", 128
+EMBEDDED = "lite", 256
 OURS, AUTHORS = "ours", "authors"
 STAGES = ("load", "encode", "retrieve", "read", "attention", "prior", "pseudo-mask", "PMA", "refinement", "restore")
 SECOND = "second pass"
@@ -129,7 +129,7 @@ def _eight_classes(backbone: str, size: int) -> Budget:
 
 
 def _flat(n: int) -> Budget:
-    return Budget(f"nano, 128 px: query at N = {n} over N = 4", "<= 1.05", Case("nano", 128, n), Case("nano", 128, 4))
+    return Budget(f"lite, 256 px: query at N = {n} over N = 4", "<= 1.05", Case("lite", 256, n), Case("lite", 256, 4))
 
 
 MEMORY_CASE = Case("tiny", 1024, 32)
@@ -139,13 +139,13 @@ BUDGETS = {
     "encoder_512": _over_encoder("tiny", 512, "<= 1.4"),
     "encoder_1024": _over_encoder("tiny", 1024, "<= 1.7"),
     "classes_512": _eight_classes("tiny", 512),
-    "classes_nano": _eight_classes("nano", 128),
+    "classes_lite": _eight_classes("lite", 256),
     "authors_512_4": _against_the_authors(512, 4, ">= 3"),
     "authors_512_32": _against_the_authors(512, 32, ">= 20"),
     "authors_1024_4": _against_the_authors(1024, 4, ">= 3"),
     "authors_1024_32": _against_the_authors(1024, 32, ">= 20"),
     "memory": Budget("tiny, 1024 px, N = 32: peak memory, GB", "<= 2.5", MEMORY_CASE, of="peak", unit=1e9 / 2**20),
-    "nano": Budget("nano, 128 px: query on one core, s", "<= 0.15", Case("nano", 128, 4)),
+    "lite": Budget("lite, 256 px: query on one core, s", "<= 0.15", Case("lite", 256, 4)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Train and evaluate nano on labelled folders and print Dice, HD95 and NSD on unseen patients next to trivial floors.
+"""Train and evaluate lite on labelled folders and print Dice, HD95 and NSD on unseen patients next to trivial floors.
 
     python benchmarks/real_data.py wbc=DIR hippocampus=DIR --epochs 12 --output out/real_data
 

@@ -163,7 +163,7 @@ def main() -> None:
     arguments.add_argument("--size", type=int, nargs="+", default=[512])
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--dataset", type=Path, help="labelled folder for `data`")
-    arguments.add_argument("--overlay", help="backbone overlay for `data`; none: nano")
+    arguments.add_argument("--overlay", help="backbone overlay for `data`; none: lite")
     arguments.add_argument("--workers", type=int, nargs="+", default=[0, 1])
     arguments.add_argument("--cpu_time", action="store_true")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -194,12 +194,12 @@ def main() -> None:
                 print(f"| {found['peak']:.0f} | {found['step']:.1f} |", flush=True)
     if "data" in options.parts:
         print("\n| config | px | workers | s per step | share waiting for data |\n" + "| --- " * 5 + "|")
-        size = options.size[0] if options.overlay else 128
+        size = options.size[0] if options.overlay else 256
         with tempfile.TemporaryDirectory() as folder:
             dataset = options.dataset or make_phantoms(Path(folder, "phantoms"), 4, progress=False)
             for workers in options.workers:
                 found = waiting(dataset, workers, Path(folder, "run"), options.overlay, size)
-                print(f"| {options.overlay or 'nano'} | {size} | {workers} ", end="")
+                print(f"| {options.overlay or 'lite'} | {size} | {workers} ", end="")
                 print(f"| {found['step']:.2f} | {found['waiting']:.3f} |", flush=True)
 
 

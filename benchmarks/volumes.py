@@ -48,7 +48,7 @@ BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 EVALUATE = ["configs/train.json", "configs/evaluate.json"]
 METRICS = ("dice", "hd95", "nsd")
 LENGTHS = (100, 1000)
-BACKBONES = {"nano": 128, "tiny": 512}
+BACKBONES = {"lite": 256, "tiny": 512}
 DRAWS = 2000
 
 
@@ -232,7 +232,7 @@ def memory(options: argparse.Namespace) -> None:
     for backbone in options.backbones:
         configs = ["configs/inference.json", f"configs/backbones/{backbone}.json"]
         model_file = options.model_file
-        if backbone != "nano":
+        if backbone != "lite":
             parser = ConfigParser()
             parser.read_config([str(BUNDLE / name) for name in configs])
             parser["bundle_root"] = str(BUNDLE)

@@ -40,10 +40,10 @@ def computing_with_one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def nano_weights(path: Path, seed: int = 0) -> Path:
-    """A file of random weights of `nano` at 64 px."""
+def random_weights(path: Path, seed: int = 0) -> Path:
+    """A file of random weights of the default backbone at 64 px."""
     torch.manual_seed(seed)
-    save_weights(SAM2SGP("nano", 64), path)
+    save_weights(SAM2SGP("lite", 64), path)
     return path
 
 

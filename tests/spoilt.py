@@ -12,7 +12,7 @@ EMBEDDED = Path(__file__).parents[1] / "bundle" / "models" / "model.pt"
 def save_spoilt_weights(path: Path) -> Path:
     """Write the embedded weights with noise in the refinement."""
     torch.manual_seed(0)
-    network = SAM2SGP("nano", 64)
+    network = SAM2SGP("lite", 64)
     load_weights(network, EMBEDDED)
     for parameter in network.refinement.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)

@@ -169,7 +169,7 @@ def test_slices_without_a_class_are_counted(script):
 
 
 def test_the_cost_of_a_slice_is_measured(script):
-    found = script("volumes").timed("nano", 10)
+    found = script("volumes").timed("lite", 10)
     assert found["slice"] > 0 and found["single"] > 0 and found["mebibytes"] > 0
 
 
@@ -182,7 +182,7 @@ def test_latency_measures_every_stage_and_both_designs(script, monkeypatch):
     found = {}
     for design in (latency.OURS, latency.AUTHORS):
         encoded.clear()
-        found[design] = latency.measure(latency.Case("nano", 64, 4, 2, 1, design), queries=2)
+        found[design] = latency.measure(latency.Case("lite", 64, 4, 2, 1, design), queries=2)
         # One pass measures the encoder's operations. Ours then encodes the support set once, and per query the image
         # and the region of its second pass, after four regions once; theirs the support set with every query.
         expected = {latency.OURS: 1 + 4 + 3 * 2 + 4, latency.AUTHORS: 1 + 3 * (1 + 4)}
@@ -212,7 +212,7 @@ def test_a_budget_is_a_ratio_of_its_two_cases(script, capsys, tmp_path):
 
 def test_an_interrupted_bank_encodes_each_item_once(script, monkeypatch, capsys):
     latency = script("latency")
-    monkeypatch.setattr(latency, "EMBEDDED", ("nano", 64))
+    monkeypatch.setattr(latency, "EMBEDDED", ("lite", 64))
     monkeypatch.setattr(latency, "WEIGHTS", None)
     monkeypatch.setattr(latency, "load_weights", lambda *_: None)
     monkeypatch.setattr(latency, "BANKS", (4,))

@@ -30,6 +30,11 @@ TASKS = {
 REHEARSAL = TASKS | {f"train::dataset::{name}" for name in TASKS | {"size", "fewest_patients"}}
 PRETRAINING = TASKS | {
     "held_out",
+    "frozen_levels",
+    "trunk_rate",
+    "decay_steps",
+    "total_steps",
+    "prepared_size",
     "related",
     "collection_options",
     "val_episodes_per_group",
@@ -229,7 +234,7 @@ def test_a_copy_of_the_bundle_runs_by_itself(phantoms, tmp_path):
     copy = tmp_path / "copied"
     shutil.copytree(BUNDLE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "models", "eval"))
     torch.manual_seed(0)
-    save_weights(SAM2SGP("nano", 64), copy / "models" / "model.pt")
+    save_weights(SAM2SGP("lite", 64), copy / "models" / "model.pt")
     command = [sys.executable, "-v", "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
     settings = {"support_dir": phantoms / "support" / "rgb", "dataset_dir": phantoms / "queries" / "rgb"}
     words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
@@ -243,7 +248,7 @@ def test_a_copy_of_the_bundle_runs_by_itself(phantoms, tmp_path):
 def test_training_over_two_processes_has_the_gradients_of_one_that_accumulates(tmp_path):
     """Five episodes, two in a step and process: a whole step, and one with an episode for one process alone."""
     torch.manual_seed(0)
-    save_weights(SAM2SGP("nano", 64), tmp_path / "start.pt")
+    save_weights(SAM2SGP("lite", 64), tmp_path / "start.pt")
     data = write_set(tmp_path / "set", 8)
     settings = {**SMALL, "max_epochs": 1, "episodes_per_epoch": 5, "dataset_dir": str(data)}
     settings |= {"weights": str(tmp_path / "start.pt"), "warmup_steps": 0}
@@ -260,4 +265,4 @@ def test_training_over_two_processes_has_the_gradients_of_one_that_accumulates(t
     total = torch.cat([value.flatten() for value in alone.values()]).norm()
     difference = torch.cat([(alone[name] - shared[name]).flatten() for name in alone]).norm()
     assert total > 1e-2 and difference < 1e-4 * total, f"{difference / total:.2e} of {total:.2e}"
-    load_weights(SAM2SGP("nano", 64), two / "model.pt")
+    load_weights(SAM2SGP("lite", 64), two / "model.pt")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.bundle_runs import BUNDLE, computing_with_one_thread, nano_weights, run
+from tests.bundle_runs import BUNDLE, computing_with_one_thread, random_weights, run
 from tests.support.pairs import write_set
 from tests.torchrun import TORCHRUN, bundle_command, finish, start
 
@@ -33,7 +33,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return nano_weights(tmp_path_factory.mktemp("model") / "model.pt")
+    return random_weights(tmp_path_factory.mktemp("model") / "model.pt")
 
 
 def table(path: Path) -> list[dict]:

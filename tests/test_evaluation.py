@@ -21,7 +21,7 @@ def rows(path) -> list[dict]:
 def output(phantoms, tmp_path_factory):
     directory = tmp_path_factory.mktemp("evaluation")
     torch.manual_seed(0)
-    save_weights(SAM2SGP("nano", 64), directory / "model.pt")
+    save_weights(SAM2SGP("lite", 64), directory / "model.pt")
     settings = {key: SMALL[key] for key in ("image_size", "num_workers", "progress")}
     run(
         "evaluating",
@@ -72,7 +72,7 @@ def test_a_broken_test_case_costs_its_row_and_the_exit_code_not_the_run(phantoms
     broken = load_datalist(folder, "test")[0]
     Path(broken["image"]).write_bytes(b"this is no image")
     torch.manual_seed(0)
-    save_weights(SAM2SGP("nano", 64), output / "model.pt")
+    save_weights(SAM2SGP("lite", 64), output / "model.pt")
     arguments = {"dataset_dir": str(folder), "output_dir": str(output), "report_figures": 2}
     settings = {key: SMALL[key] for key in ("image_size", "num_workers", "progress")}
     with pytest.raises(SystemExit, match=broken["name"]):

@@ -117,8 +117,8 @@ def test_weight_differences_are_of_what_is_trained(tmp_path, monkeypatch):
 
 
 def test_a_filter_of_another_network_says_so():
-    keep = TrainableWeights(SAM2SGP("nano", 64, freeze_encoder=True, lora={"r": 2, "alpha": 4}))
-    plain = SAM2SGP("nano", 64, freeze_encoder=True)
+    keep = TrainableWeights(SAM2SGP("lite", 64, freeze_encoder=True, lora={"r": 2, "alpha": 4}))
+    plain = SAM2SGP("lite", 64, freeze_encoder=True)
     with pytest.raises(ConfigError, match="config_filters_filename"):
         keep(ExchangeObject(dict(plain.state_dict())))
     with pytest.raises(ConfigError, match="trains no parameter"):

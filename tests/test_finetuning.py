@@ -19,9 +19,9 @@ def test_finetuning_changes_adapters_and_heads_and_leaves_the_encoder_as_it_is(p
     run("training", "train.json", "finetune.json", **settings)
     lora = json.loads((CONFIGS / "finetune.json").read_text())["lora"]
 
-    before = SAM2SGP("nano", 64, lora=lora)
+    before = SAM2SGP("lite", 64, lora=lora)
     load_weights(before, EMBEDDED)
-    after = SAM2SGP("nano", 64, lora=lora)
+    after = SAM2SGP("lite", 64, lora=lora)
     load_weights(after, tmp_path / "model.pt")
     changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
     frozen = ("image_encoder.", "prompt_encoder.")
@@ -34,7 +34,7 @@ def test_finetuning_changes_adapters_and_heads_and_leaves_the_encoder_as_it_is(p
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == lora["r"]
 
     image, mask = torch.rand(2, 3, 64, 64), (torch.rand(2, 1, 64, 64) > 0.5).float()
-    plain = SAM2SGP("nano", 64)
+    plain = SAM2SGP("lite", 64)
     with torch.no_grad():
         expected = after.eval()(image, support_image=image, support_label=mask)
         merge_lora(after)

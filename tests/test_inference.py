@@ -35,7 +35,7 @@ OBLIQUE = np.array([[0.7, -0.2, 0.1, -30.0], [0.2, 0.8, 0.3, 12.0], [0.0, -0.2, 
 def model(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "model.pt"
-    save_weights(SAM2SGP("nano", 64), path)
+    save_weights(SAM2SGP("lite", 64), path)
     return path
 
 

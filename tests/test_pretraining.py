@@ -37,7 +37,7 @@ def test_pretraining_resumes_exactly(collection, tmp_path):
     settings = {**SMALL, "output_dir": str(best.parent), "export_file": str(exported)}
     run("exporting", "train.json", "pretrain.json", **settings)
     assert exported.stat().st_size < 0.55 * best.stat().st_size
-    network = SAM2SGP("nano", 64)
+    network = SAM2SGP("lite", 64)
     load_weights(network, exported)
     for name, value in torch.load(best, weights_only=True).items():
         torch.testing.assert_close(network.state_dict()[name], value, atol=1e-3, rtol=1e-3)

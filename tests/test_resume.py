@@ -16,7 +16,7 @@ from sam2sgp import distributed
 from sam2sgp.engines import QueryEvaluator
 from sam2sgp.engines.records import CaseRecords, settings_of_run
 from sam2sgp.errors import ConfigError, DataError, cause_of
-from tests.bundle_runs import BUNDLE, CONFIGS, nano_weights, run
+from tests.bundle_runs import BUNDLE, CONFIGS, random_weights, run
 from tests.support.pairs import age, write_case, write_set
 
 FAST = {"image_size": 64, "k": 2, "region_below": 0, "report_figures": 1, "progress": False}
@@ -60,7 +60,7 @@ NOT_DECIDING = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return nano_weights(tmp_path_factory.mktemp("model") / "model.pt")
+    return random_weights(tmp_path_factory.mktemp("model") / "model.pt")
 
 
 def picture(path: Path, seed: int) -> None:
@@ -137,7 +137,7 @@ def test_a_change_of_support_set_weights_or_settings_costs_all(archive, tmp_path
     assert archive(k=1) == "abc"
     write_case(archive.support, "case0", 0, shift=3)
     assert archive(k=1) == "abc"
-    nano_weights(tmp_path / "other.pt", seed=1)
+    random_weights(tmp_path / "other.pt", seed=1)
     assert archive(k=1, model_file=tmp_path / "other.pt") == "abc"
 
 

@@ -49,9 +49,10 @@ def network(folder, tmp_path_factory):
         episodes_per_epoch=120,
         val_interval=2,
         val_max_cases=12,
+        image_size=128,
         progress=False,
     )
-    net = SAM2SGP("nano").eval()
+    net = SAM2SGP("lite", 128).eval()
     load_weights(net, output / "model.pt")
     return net
 

@@ -41,7 +41,7 @@ def settings(model: Path) -> dict:
 def model(tmp_path_factory) -> Path:
     """The embedded weights with LoRA that has an effect, and graphs of them next to the file."""
     torch.manual_seed(0)
-    network = SAM2SGP("nano", SIZE, lora=LORA)
+    network = SAM2SGP("lite", SIZE, lora=LORA)
     load_weights(network, BUNDLE / "models" / "model.pt")
     for name, parameter in network.named_parameters():
         if ".lora_B." in name:
@@ -54,7 +54,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def network(model) -> SAM2SGP:
-    network = SAM2SGP("nano", SIZE, lora=LORA)
+    network = SAM2SGP("lite", SIZE, lora=LORA)
     load_weights(network, model)
     return network.eval()
 
