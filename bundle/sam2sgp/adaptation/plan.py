@@ -1,0 +1,67 @@
+"""How the U-Net looks at images, planned by what the support set looks like.
+
+One plan does not serve all: large and few objects want to be seen with all that is around them, thin ones (vessels,
+membranes) want pixels. So thin objects are seen in patches of the image's own pixels, others in the whole image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from monai.inferers import sliding_window_inference
+from torch import Tensor, nn
+
+from sam2sgp.transforms.array import Fit, thickness, to_three_channels
+
+WHOLE_SIZE = 224
+PATCH_SIZE = 256
+# Mean thickness in pixels of the whole image at `WHOLE_SIZE` below which an object is thin.
+THIN = 3.0
+# A whole image this much larger shows no more than the image at `WHOLE_SIZE` does.
+MIN_GAIN = 1.25
+# Longest side in pixels at which patches are cut: bounds the time a query takes.
+LONGEST = 1024
+OVERLAP = 0.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the U-Net sees: the whole image as a square of `size` pixels, or patches of `size` of its own pixels."""
+
+    size: int
+    patches: bool
+
+    @classmethod
+    def of(cls, masks: Sequence[Tensor]) -> "Plan":
+        """The plan for a support set, by the masks (C, H, W) of its images."""
+        found = []
+        for mask in masks:
+            fit = Fit.of(tuple(mask.shape[-2:]), WHOLE_SIZE)
+            small = fit.apply_label(mask.to(torch.uint8)) > 0
+            found += [thickness(one) for one in small if one.any()]
+        longest = torch.tensor([float(max(mask.shape[-2:])) for mask in masks]).median()
+        thin = bool(found) and float(torch.tensor(found).median()) < THIN
+        patches = thin and float(longest) >= MIN_GAIN * WHOLE_SIZE
+        return cls(PATCH_SIZE if patches else WHOLE_SIZE, patches)
+
+    def fit(self, shape: tuple[int, int], pixel: tuple[float, float]) -> Fit | None:
+        """How images of a shape (H, W), with pixels of `pixel` mm, are brought to the U-Net's grid; None: as they are."""
+        if not self.patches:
+            return Fit.of(shape, self.size, pixel)
+        return Fit.of(shape, LONGEST) if max(shape) > LONGEST else None
+
+    @torch.no_grad()
+    def predict(self, unets: Sequence[nn.Module], images: Tensor, pixel: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+        """Mean probabilities (B, C, H, W) of U-Nets for images (B, C', H, W) in [0, 1]."""
+        fit = self.fit(tuple(images.shape[-2:]), pixel)
+        images = to_three_channels(images)
+        fitted = images.float() if fit is None else fit.apply(images)
+
+        def mean_of(batch: Tensor) -> Tensor:
+            return torch.stack([unet(batch).float().sigmoid() for unet in unets]).mean(0)
+
+        if self.patches:
+            found = sliding_window_inference(fitted, (self.size,) * 2, 1, mean_of, overlap=OVERLAP, mode="gaussian")
+        else:
+            found = torch.cat([mean_of(image) for image in fitted.split(1)])
+        return found if fit is None else fit.restore(found)
