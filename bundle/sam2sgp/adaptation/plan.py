@@ -11,7 +11,8 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
-from sam2sgp.transforms.array import Fit, thickness, to_three_channels
+from sam2sgp.support.fingerprint import SupportFingerprint
+from sam2sgp.transforms.array import Fit, to_three_channels
 
 WHOLE_SIZE = 224
 PATCH_SIZE = 256
@@ -32,16 +33,10 @@ class Plan:
     patches: bool
 
     @classmethod
-    def of(cls, masks: Sequence[Tensor]) -> "Plan":
-        """The plan for a support set, by the masks (C, H, W) of its images."""
-        found = []
-        for mask in masks:
-            fit = Fit.of(tuple(mask.shape[-2:]), WHOLE_SIZE)
-            small = fit.apply_label(mask.to(torch.uint8)) > 0
-            found += [thickness(one) for one in small if one.any()]
-        longest = torch.tensor([float(max(mask.shape[-2:])) for mask in masks]).median()
-        thin = bool(found) and float(torch.tensor(found).median()) < THIN
-        patches = thin and float(longest) >= MIN_GAIN * WHOLE_SIZE
+    def of(cls, support: SupportFingerprint) -> "Plan":
+        """The plan for a support set: patches where most of its targets are thin in the whole image."""
+        thin = [target.thickness_share * WHOLE_SIZE < THIN for target in support.targets.values()]
+        patches = 2 * sum(thin) > len(thin) and max(support.height, support.width) >= MIN_GAIN * WHOLE_SIZE
         return cls(PATCH_SIZE if patches else WHOLE_SIZE, patches)
 
     def fit(self, shape: tuple[int, int], pixel: tuple[float, float]) -> Fit | None:

@@ -23,9 +23,8 @@ from sam2sgp.data.folders import check_label_values
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.heap import give_back
 from sam2sgp.inferers import SupportSetInferer
-from sam2sgp.inferers.support_set import Chunk
 from sam2sgp.transforms import along_axis, class_probabilities, fused_logits, label_map, uncertainty
-from sam2sgp.transforms.array import pixel_size
+
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +144,8 @@ class QueryEvaluator(SupervisedEvaluator):
         pred_index and truth_index, if labelled, (Z, H, W) class numbers 0..C;
         main, the slice with the most of all classes, labelled ones too; pseudo (S, S) class numbers of the pseudo-masks
         there; box (Z, C, 4); confidence {value: mean probability};
-        support {value: (item numbers (Z, K), similarities (Z, K))}; seconds; and all entries of the case but its
-        images;
+        support {value: (item numbers (Z, K), similarities (Z, K))}; support_distance, see
+        `sam2sgp.support.familiarity`; seconds; and all entries of the case but its images;
         where asked for, probability (Z, C + 1, H, W) and uncertainty (Z, H, W), float16 in [0, 1].
 
     Args:
@@ -230,7 +229,8 @@ class QueryEvaluator(SupervisedEvaluator):
         others = self._other_axes(case, views, len(values), source) if views else None
         truth = case["label"] if isinstance(case.get("label"), torch.Tensor) else None
         main, most = 0, -1
-        for part, logits, chunk in self._chunks(self.inferer, case, source):
+        distances, sizes = [], []
+        for part, logits, chunk in self.inferer.segment_case(case, self.network, *source):
             if views:
                 logits = fused_logits(logits, others[part].to(logits.device), len(views))
             index = label_map(logits).cpu()
@@ -239,6 +239,8 @@ class QueryEvaluator(SupervisedEvaluator):
                 if name in maps:
                     maps[name][part] = values_of(logits).cpu()
             shown = (index > 0).flatten(1).sum(1)
+            distances.append(chunk.distance)
+            sizes.append(shown.clone())
             if truth is not None:
                 shown += (truth[part] > 0).flatten(1).sum(1)
             if shown.max() > most:
@@ -262,6 +264,7 @@ class QueryEvaluator(SupervisedEvaluator):
                 value: float(sums[i] / counts[i]) if counts[i] else float("nan")
                 for i, value in enumerate(bank.class_values, 1)
             },
+            "support_distance": case_distance(torch.cat(distances), torch.cat(sizes)),
             "support": {
                 value: tuple(torch.cat(part) for part in zip(*parts, strict=True)) for value, parts in support.items()
             },
@@ -274,16 +277,6 @@ class QueryEvaluator(SupervisedEvaluator):
         result["seconds"] = time.perf_counter() - started
         return result
 
-    def _chunks(
-        self, inferer: SupportSetInferer, case: dict, source: tuple[str | None, str | None]
-    ) -> Iterator[tuple[slice, torch.Tensor, Chunk]]:
-        """Which slices, their logits (B, C, H, W) after the second pass, and the chunk; over the whole case."""
-        pixel = pixel_size(case["geometry"].spacing)
-        for chunk in inferer.chunks(case["image"], self.network, *source, volume=len(case["image"]) > 1):
-            part = slice(chunk.start, chunk.start + len(chunk.output.logits))
-            logits = case["fit"].restore(chunk.output.logits)
-            yield part, inferer.second_pass(logits, case["image_full"][part], self.network, pixel, *source), chunk
-
     def _other_axes(
         self, case: dict, views: list[dict], count: int, source: tuple[str | None, str | None]
     ) -> torch.Tensor:
@@ -292,7 +285,7 @@ class QueryEvaluator(SupervisedEvaluator):
         for view in views:
             inferer = self.inferer.along_axis(view["geometry"].slice_axis, self.network)
             found = torch.zeros(len(view["image"]), count, *view["fit"].original, dtype=torch.float16)
-            for part, logits, _ in self._chunks(inferer, view, source):
+            for part, logits, _ in inferer.segment_case(view, self.network, *source):
                 found[part] = class_probabilities(logits).cpu()
             for number in range(count):
                 native = view["geometry"].to_native(found[:, number].numpy())

@@ -5,8 +5,7 @@ what the first pass found, cuts the support images around their own masks by the
 the same size, and segments the one guided by the other. Thin structures, which may be anywhere, such as vessels, are
 seen in overlapping tiles instead, the smaller the thinner they are in the support set; at most nine of them, each
 encoded once for all classes, so that a slice takes at most ten times as long. The mean of both passes' logits is the
-result, blended over the rims of regions and tiles; the second pass counts less in it where the first one is an average
-with another network's.
+result, blended over the rims of regions and tiles.
 """
 
 from collections import defaultdict
@@ -79,7 +78,6 @@ class RegionPass:
         pixel: tuple[float, float] = (1.0, 1.0),
         patient: str | None = None,
         group: str | None = None,
-        weight: float = SECOND_PASS_WEIGHT,
     ) -> Tensor:
         """Correct logits on the images' own grid.
 
@@ -89,12 +87,11 @@ class RegionPass:
             network: in evaluation mode.
             pixel: height and width of a pixel in mm.
             patient, group: as for `SupportSetInferer.chunks`.
-            weight: share of the second pass in the result; 0: there is none.
 
         Returns:
             The logits, those in regions averaged with the second pass.
         """
-        if not self.below or not weight:
+        if not self.below:
             return logits
         jobs = []
         shape = tuple(logits.shape[-2:])
@@ -118,7 +115,7 @@ class RegionPass:
                 second[place] += window * job.region.restore(values[None])[0, 0]
                 weights[place] += window
         mean = torch.where(weights > 0, second / weights.clamp(min=EPS), logits)
-        return torch.lerp(logits, mean, weight * weights.clamp(max=1))
+        return torch.lerp(logits, mean, SECOND_PASS_WEIGHT * weights.clamp(max=1))
 
     def _segment(
         self, jobs: list[_Job], network: SAM2SGP, patient: str | None, group: str | None
