@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sam2sgp.adaptation.lora import merged
+from sam2sgp.adaptation.members import Member, NetworkMember, Pairs, UNetMember
 from torch import Tensor
 
 from sam2sgp.adaptation import Adaptation, Adapter, adapt, store
 from sam2sgp.adaptation.judging import class_dice
-from sam2sgp.adaptation.lora import merged
-from sam2sgp.adaptation.members import Member, NetworkMember, Pairs, UNetMember
 from sam2sgp.adaptation.run import share_of_second
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import SupportSetInferer

@@ -105,7 +105,9 @@ def detail_similarity(images: Tensor) -> Tensor:
     low, high = (images.flatten(1).quantile(share, 1)[:, None, None, None] for share in (0.01, 0.99))
     level = (_local_mean(images, 3) - low) / (high - low).clamp(min=torch.finfo(images.dtype).eps)
     detail = images - _local_mean(images, WINDOW)
-    detail = detail / (_local_mean(detail**2, WINDOW).sqrt() + 0.5 * detail.flatten(1).std(1)[:, None, None, None] + 1e-6)
+    detail = detail / (
+        _local_mean(detail**2, WINDOW).sqrt() + 0.5 * detail.flatten(1).std(1)[:, None, None, None] + 1e-6
+    )
     frame = _opened(((level < DARK) | (level > BRIGHT)).float(), 7)
     inside = 1 - _dilated(frame, 2 * WINDOW // 2 * 2 + 1)
     masked = _correlation(detail.flatten(1), inside.flatten(1))

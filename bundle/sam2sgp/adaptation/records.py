@@ -57,7 +57,9 @@ class Record:
                 "adapting helps. Label images of more patients."
             )
         seen = f"patches of {self.plan.size} px" if self.plan.patches else f"whole images at {self.plan.size} px"
-        text = f"Adapted for {self.elapsed:.0f} s: {len(self.steps)} U-Nets, {max(self.steps)} steps on {seen}. {support}"
+        text = (
+            f"Adapted for {self.elapsed:.0f} s: {len(self.steps)} U-Nets, {max(self.steps)} steps on {seen}. {support}"
+        )
         for name, choice in self.choices.items():
             text += f" {name}, on {choice.groups} groups never seen: Dice {choice.plain:.3f} before, "
             if choice.share:

@@ -7,7 +7,7 @@ the result is a class map. A case that can't be read is recorded and passed over
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import ignite.distributed as idist
 import numpy as np
@@ -22,9 +22,8 @@ from torch.utils.data import Dataset
 from sam2sgp.data.folders import check_label_values
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.heap import give_back
-from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.support.familiarity import case_distance
 from sam2sgp.transforms import along_axis, class_probabilities, fused_logits, label_map, uncertainty
-
 
 logger = logging.getLogger(__name__)
 

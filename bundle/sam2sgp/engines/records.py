@@ -18,7 +18,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,9 +28,6 @@ from sam2sgp.data.io import writing
 from sam2sgp.errors import DataError
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.content import FileHashes, digest_of, network_fingerprint, settings_fingerprint, signature_of
-from sam2sgp.support.store import checksum
-
-if TYPE_CHECKING:
 
 # Part of every key: to be raised when the same cases and settings give another result by the code.
 VERSION = 3

@@ -214,11 +214,11 @@ class SupportSetInferer(Inferer):
             if volume and self.volume_memory and len(inputs) > 1:
                 yield from self._propagated(batches, network, thresholds, patient, group)
                 return
-            for start, image, features in batches:
+            for start, features in batches:
                 retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
-                output = self._segment(network, features, image, retrieved)
+                output = self._segment(network, features, retrieved)
                 output.logits = without_absent(output.logits, thresholds.absent(evidence_of(output)))
-                yield Chunk(start, output, retrieved, self._distance(network, features))
+                yield Chunk(start, output, retrieved, self._distance(network, features, patient))
 
     @torch.no_grad()
     def segment_case(
@@ -238,14 +238,14 @@ class SupportSetInferer(Inferer):
                 logits = self.adaptation.average(logits, images, pixel, chunk.distance)
             yield part, logits, chunk
 
-    def _distance(self, network: "SAM2SGP | GraphNetwork", features: ImageFeatures) -> Tensor:
-        """How far images (B,) are from the support images."""
+    def _distance(self, network: "SAM2SGP | GraphNetwork", features: ImageFeatures, patient: str | None) -> Tensor:
+        """How far images (B,) are from the support images, of other patients than `patient`."""
         if self._familiarity is None or self._familiarity.embedding is not self.bank.embedding:
             patients = [item.patient for item in self.bank.items]
             if self.adaptation is not None:
                 patients = self.adaptation.owners
             self._familiarity = Familiarity.of(self.bank.embedding, patients)
-        return self._familiarity(network.retrieval_embedding(features))
+        return self._familiarity(network.retrieval_embedding(features), patient)
 
     def _run_by(self, network: SAM2SGP) -> "SAM2SGP | GraphNetwork":
         """What computes as the network does."""
@@ -261,24 +261,22 @@ class SupportSetInferer(Inferer):
         """An item as a query: evidence, pixels of the classes and pixels found, each (C,), see `learn`."""
         item = self.bank.items[number]
         image = to_three_channels(item.image.to(device, torch.float32))[None]
-        output = self._segment(network, network.encode(image), image, retrieved)
+        output = self._segment(network, network.encode(image), retrieved)
         truth, found = self.bank.masks([item])[0] > 0, output.logits[0] > 0
         return [evidence_of(output)[0], *(masks.flatten(1).sum(1) for masks in (truth, found))]
 
-    def _encoded(
-        self, inputs: Tensor, network: SAM2SGP, device: torch.device
-    ) -> Iterator[tuple[int, Tensor, ImageFeatures]]:
-        """Start, images (B, 3, S, S) and features of each batch."""
+    def _encoded(self, inputs: Tensor, network: SAM2SGP, device: torch.device) -> Iterator[tuple[int, ImageFeatures]]:
+        """Start and features of each batch."""
         for start in range(0, len(inputs), self.batch_size):
             image = to_three_channels(inputs[start : start + self.batch_size].to(device, torch.float32))
             if self.feature_cache is None:
-                yield start, image, network.encode(image)
+                yield start, network.encode(image)
             else:
-                yield start, image, self.feature_cache(image, network, self.bank.fingerprint)
+                yield start, self.feature_cache(image, network, self.bank.fingerprint)
 
     def _propagated(
         self,
-        batches: Iterator[tuple[int, Tensor, ImageFeatures]],
+        batches: Iterator[tuple[int, ImageFeatures]],
         network: SAM2SGP,
         thresholds: Thresholds,
         patient: str | None,
@@ -289,31 +287,29 @@ class SupportSetInferer(Inferer):
         propagation = Propagation(
             self.volume_memory, network, segment, self.bank.class_values, thresholds, self.batch_size
         )
-        held: list[tuple[Tensor, ImageFeatures]] = []
+        held: list[ImageFeatures] = []
         begin, window = 0, 0
 
         def flush() -> Iterator[Chunk]:
-            images, features = torch.cat([image for image, _ in held]), [part for _, part in held]
-            features = ImageFeatures.concatenate(features)
+            features = ImageFeatures.concatenate(held)
+            count = len(features)
             held.clear()
             retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
-            distance = self._distance(network, features)
-            output = propagation(features, images, retrieved)
+            distance = self._distance(network, features, patient)
+            output = propagation(features, retrieved)
             # Not beside what the caller does with the results.
             del features
             give_back()
-            for start in range(0, len(images), self.batch_size):
+            for start in range(0, count, self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                yield Chunk(
-                    begin + start, output.rows(rows), [entry.rows(rows) for entry in retrieved], distance[rows]
-                )
+                yield Chunk(begin + start, output.rows(rows), [entry.rows(rows) for entry in retrieved], distance[rows])
 
-        for start, image, features in batches:
-            window = window or self.volume_memory.window(features, len(self.bank.class_values), image.shape[-1])
-            if held and start + len(image) - begin > window:
+        for start, features in batches:
+            window = window or self.volume_memory.window(features, len(self.bank.class_values), network.image_size)
+            if held and start + len(features) - begin > window:
                 yield from flush()
                 begin = start
-            held.append((image, features))
+            held.append(features)
         yield from flush()
 
     def second_pass(
@@ -334,14 +330,12 @@ class SupportSetInferer(Inferer):
         self,
         network: SAM2SGP,
         features: ImageFeatures,
-        image: Tensor,
         retrieved: list[Retrieved],
         frames: dict[int, SupportMemory] | None = None,
     ) -> SGPOutput:
         """Segment the classes of equal K together, and put the results in the order of the bank's classes.
 
         Args:
-            image: (B, 3, S, S), what was encoded.
             frames: for some numbers of classes, memory (B, 1, M) of slices next to the support.
         """
         frames = frames or {}

@@ -25,31 +25,37 @@ UNLIKE = 1.75
 class Familiarity:
     """What a support set is like inside.
 
-    embedding: (N, D) L2-normalised embeddings of its images. reference: the distance, 1 - cosine, that images have from
-    the nearest image of another patient; NaN where there are too few patients.
+    embedding: (N, D) L2-normalised embeddings of its images. patients: of whom each is. reference: the distance,
+    1 - cosine, that images have from the nearest image of another patient; NaN where there are too few patients.
     """
 
     embedding: Tensor
+    patients: tuple[str, ...]
     reference: float
 
     @classmethod
     def of(cls, embedding: Tensor, patients: Sequence[str]) -> "Familiarity":
         """From embeddings (N, D) and the patient of each."""
         if len(set(patients)) < MIN_PATIENTS:
-            return cls(embedding, float("nan"))
+            return cls(embedding, tuple(patients), float("nan"))
         numbers = {name: number for number, name in enumerate(dict.fromkeys(patients))}
         owner = torch.tensor([numbers[name] for name in patients], device=embedding.device)
         chosen = torch.linspace(0, len(embedding) - 1, min(len(embedding), MAX_MEASURED)).round().long()
         chosen = chosen.to(embedding.device)
         similarity = embedding[chosen] @ embedding.T
         nearest = similarity.masked_fill(owner[chosen][:, None] == owner, -1.0).amax(1)
-        return cls(embedding, float((1 - nearest).quantile(QUANTILE)))
+        return cls(embedding, tuple(patients), float((1 - nearest).quantile(QUANTILE)))
 
-    def __call__(self, embedding: Tensor) -> Tensor:
-        """Ratio (B,) of the distance of queries, by their embeddings (B, D), to the reference."""
-        if not len(self.embedding):
+    def __call__(self, embedding: Tensor, patient: str | None = None) -> Tensor:
+        """Ratio (B,) of the distance of queries, by their embeddings (B, D), to the reference.
+
+        Images of `patient`, whose own the queries are, do not count. NaN where nothing is known.
+        """
+        others = torch.tensor([name != patient for name in self.patients], dtype=torch.bool, device=embedding.device)
+        if not bool(others.any()):
             return torch.full((len(embedding),), float("nan"))
-        return (1 - (embedding @ self.embedding.T).amax(1)).clamp(min=0).cpu() / self.reference
+        nearest = (embedding @ self.embedding[others].T).amax(1)
+        return (1 - nearest).clamp(min=0).cpu() / self.reference
 
 
 def trust(distance: Tensor) -> Tensor:
