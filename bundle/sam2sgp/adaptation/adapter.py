@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.adaptation import store
-from sam2sgp.adaptation.judging import mix
+from sam2sgp.adaptation.judging import agreement, mix, trust_in_agreement
 from sam2sgp.adaptation.records import Record
 from sam2sgp.adaptation.run import Run
 from sam2sgp.adaptation.unet import TrunkUNet
@@ -56,17 +56,22 @@ class Adaptation:
     def average(self, logits: Tensor, images: Tensor, pixel: tuple[float, float], distance: Tensor) -> Tensor:
         """The network's logits averaged with the U-Nets', as probabilities.
 
+        The U-Nets count less for an image unlike the support images, and where they contradict the network more than
+        they did on labelled images.
+
         Args:
             logits: (B, C, H, W) of the network, for all classes of the bank.
             images: (B, C', H, W) in [0, 1]. pixel: height and width of a pixel in mm.
-            distance: (B,) how far each image is from the support images: the farther, the less the U-Nets count.
+            distance: (B,) how far each image is from the support images, see `sam2sgp.support.familiarity`.
         """
         if not self.unets:
             return logits
-        shares = torch.tensor([choice.share for choice in self.record.choices.values()])
-        shares = (trust(distance)[:, None] * shares)[..., None, None].to(logits)
+        choices = self.record.choices.values()
+        shares = trust(distance)[:, None] * torch.tensor([choice.share for choice in choices])
+        usual = torch.tensor([choice.agreement for choice in choices]).to(logits.device)
         found = self.record.plan.predict(self.unets, images.to(logits.device), pixel)
-        return mix(logits.float(), found, shares)
+        shares = shares.to(logits.device) * trust_in_agreement(agreement(logits, found), usual)
+        return mix(logits.float(), found, shares[..., None, None])
 
     @property
     def owners(self) -> list[str]:
@@ -75,7 +80,7 @@ class Adaptation:
 
     def content(self) -> list:
         """As JSON types what decides its results."""
-        shares = [choice.share for choice in self.record.choices.values()]
+        shares = [[choice.share, choice.agreement] for choice in self.record.choices.values()]
         return [[checksum(unet.state_dict()) for unet in self.unets], shares, self.owners]
 
     @staticmethod

@@ -30,7 +30,7 @@ MIN_COMMON = 0.2
 # How far a pair must stand out from the others, in their standard deviations, to be neighbours, and consecutive names
 # with it. A pair below `LEAST` never is; above `MOST` two images are one, whatever the others are like.
 DEVIATIONS = 4.0
-DEVIATIONS_CONSECUTIVE = 2.5
+DEVIATIONS_CONSECUTIVE = 3.0
 LEAST, MOST = 0.15, 0.8
 
 

@@ -3,6 +3,10 @@
 In: Dice of every group with the plain network and with averages of it and the U-Net. Out: the U-Net's share. The plain
 network is the null hypothesis: a share is given up only for a gain that exceeds its standard error over the groups, and
 the fewer groups there are, the more the plain network keeps.
+
+Labels of one kind say nothing of another one, and no fold tells. But there the U-Net loses its way, and contradicts the
+plain network more than it did on any label: so how far both agreed on labels is kept, and where they agree less, the
+plain network gets the say.
 """
 
 from collections.abc import Sequence
@@ -19,6 +23,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MIN_GROUPS = 3
 # Shares are reduced as if this many groups without any gain had been judged as well.
 PRIOR_GROUPS = 1.0
+# Of the agreements on labels: below this quantile an agreement is unusual.
+UNUSUAL = 0.1
 PROBABILITY_EPS = 1e-6
 
 
@@ -28,7 +34,8 @@ class Choice:
 
     groups: in which the class was judged. plain, unet, adapted: mean Dice over them of the plain network, the U-Net and
     the average that was chosen, before its share was reduced. gain, error: mean and standard error of what each group
-    gains by it. share: of the U-Net in the result, 0 where the gain is not clear.
+    gains by it. share: of the U-Net in the result, 0 where the gain is not clear. agreement: of both on labels, as
+    `usual_agreement` gives it.
     """
 
     groups: int
@@ -38,6 +45,7 @@ class Choice:
     gain: float
     error: float
     share: float
+    agreement: float
 
 
 def mix(logits: Tensor, unet: Tensor, share: Tensor | float) -> Tensor:
@@ -59,11 +67,29 @@ def case_dice(logits: Tensor, labels: Tensor, values: Sequence[int]) -> Tensor:
     return torch.stack(found)
 
 
-def choose_share(dice: Tensor) -> Choice:
+def agreement(logits: Tensor, unet: Tensor) -> Tensor:
+    """Dice (B, C) of what the plain network finds, by its logits (B, C, H, W), and what the U-Net does, by its
+    probabilities; NaN where neither finds anything."""
+    first, second = (found.flatten(2) for found in (logits > 0, unet > 0.5))
+    return 2 * (first & second).sum(2) / (first.sum(2) + second.sum(2))
+
+
+def usual_agreement(agreements: Tensor) -> Tensor:
+    """Agreement (C,) from which on nothing is unusual, by those on labelled slices (N, C); 0 where nothing is known."""
+    return agreements.nanquantile(UNUSUAL, 0).nan_to_num(0.0)
+
+
+def trust_in_agreement(found: Tensor, usual: Tensor) -> Tensor:
+    """How far (B, C) to believe the U-Net where it agrees by (B, C) with the plain network, and usually by (C,)."""
+    return torch.where(found.isnan() | (usual <= 0), 1.0, (found / usual.clamp(min=PROBABILITY_EPS)).clamp(max=1))
+
+
+def choose_share(dice: Tensor, agreement: float = 0.0) -> Choice:
     """The share for one class.
 
     Args:
         dice: (G, len(SHARES)) of G groups, without NaN.
+        agreement: see `Choice`.
     """
     count, means = len(dice), dice.mean(0)
     best, gain, error = 0, torch.zeros(()), torch.zeros(())
@@ -83,6 +109,7 @@ def choose_share(dice: Tensor) -> Choice:
         gain=_rounded(gain),
         error=_rounded(error),
         share=round(SHARES[best] * count / (count + PRIOR_GROUPS), 4) if best else 0.0,
+        agreement=round(agreement, 4),
     )
 
 

@@ -40,7 +40,7 @@ class Plan:
         return cls(PATCH_SIZE if patches else WHOLE_SIZE, patches)
 
     def fit(self, shape: tuple[int, int], pixel: tuple[float, float]) -> Fit | None:
-        """How images (H, W), with pixels of `pixel` mm, are brought to the U-Net's grid; None: they stay as they are."""
+        """How images (H, W), with pixels of `pixel` mm, come to the U-Net's grid; None: they stay as they are."""
         if not self.patches:
             return Fit.of(shape, self.size, pixel)
         return Fit.of(shape, LONGEST) if max(shape) > LONGEST else None

@@ -16,7 +16,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sam2sgp.adaptation.groups import Groups, find_groups
-from sam2sgp.adaptation.judging import MIN_GROUPS, SHARES, Choice, case_dice, choose_share, mix
+from sam2sgp.adaptation.judging import (
+    MIN_GROUPS,
+    SHARES,
+    Choice,
+    agreement,
+    case_dice,
+    choose_share,
+    mix,
+    trust_in_agreement,
+    usual_agreement,
+)
 from sam2sgp.adaptation.pairs import Pair, Pairs
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.records import Record
@@ -202,19 +212,25 @@ class Run:
     def _choose(self, judged: list[_Judged], unets: list[TrunkUNet], plan: Plan) -> dict[str, Choice]:
         """For each class the share of the U-Nets."""
         values = self.bank.class_values
-        found = defaultdict(list)
+        found, agreements = [], []
         for entry in judged:
             case = self._prepare(entry.case)
             images = case["image_full"].to(self.device)
             unet = plan.predict([unets[entry.case.fold]], images, pixel_size(case["geometry"].spacing)).cpu()
-            logits = entry.logits.float()
-            dice = [case_dice(mix(logits, unet, share), case["label_full"], values) for share in SHARES]
-            found[entry.case.group].append(torch.stack(dice))
-        of_groups = torch.stack([torch.stack(dice).nanmean(0) for dice in found.values()])
+            agreements.append(agreement(entry.logits, unet))
+            found.append((entry, unet.half(), case["label_full"]))
+        usual = usual_agreement(torch.cat(agreements))
+        by_group = defaultdict(list)
+        for (entry, unet, labels), own in zip(found, agreements, strict=True):
+            trusted, logits = trust_in_agreement(own, usual)[..., None, None], entry.logits.float()
+            dice = [case_dice(mix(logits, unet.float(), share * trusted), labels, values) for share in SHARES]
+            by_group[entry.case.group].append(torch.stack(dice))
+        of_groups = torch.stack([torch.stack(dice).nanmean(0) for dice in by_group.values()])
         choices = {}
         for column, value in enumerate(values):
             dice = of_groups[..., column]
-            choices[self.bank.class_names[value]] = choose_share(dice[~dice.isnan().any(1)])
+            choice = choose_share(dice[~dice.isnan().any(1)], float(usual[column]))
+            choices[self.bank.class_names[value]] = choice
         return choices
 
     # Training

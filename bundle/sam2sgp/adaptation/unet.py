@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam2sgp.networks import SAM2SGP, merge_lora
+from sam2sgp.networks.lite import LiteTrunk
 
 # Widths of the decoder's blocks, from the coarsest level on, and channels per group of their normalisation.
 WIDTHS = (96, 64, 48, 32)
@@ -57,10 +58,9 @@ class TrunkUNet(nn.Module):
         plain = deepcopy(network)
         merge_lora(plain)
         self.trunk = trunk = plain.image_encoder.trunk.requires_grad_(True)
-        self.levels = getattr(trunk, "pyramid", trunk)
         with torch.no_grad():
             device = next(trunk.parameters()).device
-            channels = [level.shape[1] for level in self.levels(torch.zeros(1, 3, 64, 64, device=device))]
+            channels = [level.shape[1] for level in self._levels(torch.zeros(1, 3, 64, 64, device=device))]
         width, blocks = channels[-1], []
         for skip, out in zip(channels[-2::-1], WIDTHS, strict=False):
             blocks.append(_Block(width, skip, out))
@@ -69,6 +69,10 @@ class TrunkUNet(nn.Module):
         # No activation before it: one that can't be negative would hold the logits at one side of 0.
         self.head = nn.Conv2d(width, classes, 3, padding=1)
         self.to(device)
+
+    def _levels(self, image: Tensor) -> list[Tensor]:
+        """The trunk's levels, the finest first."""
+        return self.trunk.pyramid(image) if isinstance(self.trunk, LiteTrunk) else self.trunk(image)
 
     def decoder_parameters(self) -> list[nn.Parameter]:
         """What starts from nothing."""
@@ -80,7 +84,7 @@ class TrunkUNet(nn.Module):
         std, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
         image = (image - mean) / (std + STANDARD_EPS)
         image = F.pad(image, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
-        *skips, values = self.levels(image)
+        *skips, values = self._levels(image)
         for block, skip in zip(self.blocks, reversed(skips), strict=True):
             values = block(values, skip)
         logits = F.interpolate(self.head(values), size=image.shape[-2:], mode="bilinear", align_corners=False)
