@@ -45,6 +45,7 @@ from sam2sgp.files import write_text
 
 SIZES = (4, 8, 10, 16)
 BIASES = ("random", "patient", "kind", "look")
+NAMING = ("told", "hidden")
 # A draw that loses more than this counts as harmed.
 HARM = 0.02
 THUMBNAIL = 32
@@ -265,14 +266,16 @@ def _parse(kind: type, text: str) -> object:
     return text == "True" if kind is bool else kind(text)
 
 
-def draws(names: Sequence[str], sizes: Sequence[int], biases: Sequence[str], count: int) -> Iterator[Draw]:
+def draws(
+    names: Sequence[str], sizes: Sequence[int], biases: Sequence[str], count: int, naming: Sequence[str] = NAMING
+) -> Iterator[Draw]:
     """All draws, so ordered that any first part of them is spread over sets, sizes and kinds."""
     for number in range(count):
         for k in sizes:
             for bias in biases:
                 for name in names:
-                    for hidden in (False, True):
-                        yield Draw(name, k, bias, number, hidden)
+                    for way in naming:
+                        yield Draw(name, k, bias, number, way == "hidden")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -311,6 +314,7 @@ def main() -> None:
     arguments.add_argument("--sets", nargs="*", help="names of data folders; all without")
     arguments.add_argument("--k", nargs="*", type=int, default=list(SIZES))
     arguments.add_argument("--biases", nargs="*", default=list(BIASES), choices=BIASES)
+    arguments.add_argument("--names", nargs="*", default=list(NAMING), choices=NAMING, help="as they are, or hidden")
     arguments.add_argument("--draws", type=int, default=4, help="of each set, K and bias")
     arguments.add_argument("--queries", type=int, default=20, help="of a draw, at most")
     arguments.add_argument("--seconds", type=float, default=60.0, help="of adaptation")
@@ -330,7 +334,7 @@ def main() -> None:
     names = options.sets or sorted(p.name for p in options.data.iterdir() if p.is_dir() and p.name not in UNUSABLE)
     collections = {name: Collection(options.data / name, options.held_out) for name in names}
     started = time.monotonic()
-    for draw in draws(names, options.k, options.biases, options.draws):
+    for draw in draws(names, options.k, options.biases, options.draws, options.names):
         if options.minutes is not None and time.monotonic() - started > 60 * options.minutes:
             print("Out of time; the same call goes on from here.")
             break

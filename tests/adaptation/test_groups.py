@@ -65,6 +65,8 @@ def test_names_that_tell_the_patients_are_believed():
     images = [patient(0, 1)[0]] * 4
     groups = find_groups(named(list("abcd"), ["p1", "p1", "p2", "p3"]), images)
     assert groups.by == "patients" and groups.owner == ("p1", "p1", "p2", "p3")
+    images = [patient(seed, 1)[0] for seed in range(4)]
+    assert len(find_groups(named([f"patient1_{number}" for number in range(4)], ["patient1"] * 4), images)) == 1
 
 
 @pytest.mark.parametrize("count", [4, 8])

@@ -5,9 +5,11 @@ import torch
 
 from sam2sgp.adaptation.judging import (
     SHARES,
+    Choice,
     agreement,
     case_dice,
     choose_share,
+    judged_shares,
     mix,
     trust_in_agreement,
     usual_agreement,
@@ -15,23 +17,28 @@ from sam2sgp.adaptation.judging import (
 
 
 def dice(plain: list[float], *gains: float) -> torch.Tensor:
-    """Dice (G, len(SHARES)) with the same gains in every group."""
-    return torch.tensor(plain)[:, None] + torch.tensor([0.0, *gains])
+    """Dice (G, len(SHARES) + 1) with the same gains in every group; the U-Net by itself is as good as the last one."""
+    return torch.tensor(plain)[:, None] + torch.tensor([0.0, *gains, gains[-1]])
+
+
+def choose(table: torch.Tensor) -> Choice:
+    return choose_share(table, judged_shares(len(table)), 0.3)
 
 
 def test_a_gain_in_every_group_gives_the_unet_its_share_and_the_plain_network_keeps_some():
-    choice = choose_share(dice([0.5, 0.6, 0.4, 0.5], 0.05, 0.1, 0.12, 0.11))
+    choice = choose(dice([0.5, 0.6, 0.4, 0.5], 0.05, 0.1, 0.12, 0.11))
     assert choice.adapted == pytest.approx(0.62) and choice.gain == pytest.approx(0.12)
-    assert 0.5 <= choice.share < 0.75
+    assert choice.share == pytest.approx(0.75 * 4 / 5) and choice.agreement == 0.3
 
 
 def test_the_more_groups_the_larger_the_share():
-    shares = [choose_share(dice([0.5] * count, 0.05, 0.1, 0.12, 0.11)).share for count in (3, 6, 16)]
+    shares = [choose(dice([0.5] * count, 0.05, 0.1, 0.12, 0.11)).share for count in (3, 6, 16)]
     assert shares == sorted(shares) and shares[0] < shares[-1] < 0.75
 
 
 def test_ties_go_to_the_plain_network():
-    assert choose_share(dice([0.5, 0.6, 0.4, 0.5], 0, 0, 0, 0)).share == 0
+    assert choose(dice([0.5, 0.6, 0.4, 0.5], 0, 0, 0, 0)).share == 0
+    assert choose(dice([0.5, 0.6, 0.4, 0.5], 0.1, 0.1, 0.1, 0.1)).share == judged_shares(4)[1]
 
 
 def test_a_gain_within_its_standard_error_is_none():
@@ -39,21 +46,21 @@ def test_a_gain_within_its_standard_error_is_none():
     # One group of four gains much, which raises the mean but says little.
     table[0, 1:] += 0.3
     table[1, 1:] -= 0.02
-    choice = choose_share(table)
+    choice = choose(table)
     assert choice.share == 0 and choice.adapted == choice.plain
 
 
 def test_the_plain_network_goes_where_it_clearly_only_harms():
     table = dice([0.1, 0.2, 0.1, 0.2, 0.1, 0.2], 0.1, 0.3, 0.5, 0.7)
-    assert choose_share(table).share == pytest.approx(6 / 7, abs=1e-3)
-    # In half of the groups it helps: the gain without it is within its standard error.
+    assert choose(table).share == pytest.approx(6 / 7, abs=1e-3)
+    # The gain of leaving it out is within its standard error.
     table[::2, 4] -= 0.39
-    assert choose_share(table).share == pytest.approx(0.75 * 6 / 7, abs=1e-3)
+    assert choose(table).share == pytest.approx(0.75 * 6 / 7, abs=1e-3)
 
 
 @pytest.mark.parametrize("groups", [0, 1, 2])
 def test_two_groups_tell_nothing(groups):
-    choice = choose_share(dice([0.5] * groups, 0.2, 0.3, 0.4, 0.4).reshape(groups, len(SHARES)))
+    choice = choose(dice([0.5] * groups, 0.2, 0.3, 0.4, 0.4).reshape(groups, len(SHARES) + 1))
     assert choice.share == 0 and choice.groups == groups
 
 

@@ -55,9 +55,11 @@ class Groups:
 
 
 def names_tell_patients(cases: Sequence[dict]) -> bool:
-    """Whether patients are known: some cases share one, but not all cases are of a single one."""
+    """Whether patients are known: some cases share one; if all do, it is one that their names begin with."""
     patients = {case["patient"] for case in cases}
-    return 1 < len(patients) < len(cases)
+    if len(patients) == 1:
+        return all(case["name"].startswith(case["patient"]) for case in cases)
+    return len(patients) < len(cases)
 
 
 def find_groups(cases: Sequence[dict], images: Sequence[Tensor]) -> Groups:
@@ -67,7 +69,7 @@ def find_groups(cases: Sequence[dict], images: Sequence[Tensor]) -> Groups:
         cases: dicts with `name` and `patient`.
         images: of each case the slices (Z, C, H, W) that are in the support set.
     """
-    if names_tell_patients(cases) or len(cases) == 1:
+    if len(cases) == 1 or names_tell_patients(cases):
         return Groups(tuple(case["patient"] for case in cases), "patients")
     case_of = torch.tensor([number for number, slices in enumerate(images) for _ in slices])
     similarity = detail_similarity(torch.cat([_reduced(slices) for slices in images]))

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sam2sgp.transforms.array import label_map
 
-# Of the U-Net, in the averages that are judged; the plain network's own result comes first.
+# Of the U-Net in the averages that are judged, before `judged_shares`; the plain network's own result comes first.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # With fewer groups the standard error says nothing.
 MIN_GROUPS = 3
-# Shares are reduced as if this many groups without any gain had been judged as well.
+# Shares are reduced as much as by this many further groups for which the plain network is right.
 PRIOR_GROUPS = 1.0
 # Of the agreements on labels: below this quantile an agreement is unusual.
 UNUSUAL = 0.1
@@ -33,7 +33,7 @@ class Choice:
     """The U-Net's share for one class, and why.
 
     groups: in which the class was judged. plain, unet, adapted: mean Dice over them of the plain network, the U-Net and
-    the average that was chosen, before its share was reduced. gain, error: mean and standard error of what each group
+    the average that was chosen. gain, error: mean and standard error of what each group
     gains by it. share: of the U-Net in the result, 0 where the gain is not clear. agreement: of both on labels, as
     `usual_agreement` gives it.
     """
@@ -84,31 +84,36 @@ def trust_in_agreement(found: Tensor, usual: Tensor) -> Tensor:
     return torch.where(found.isnan() | (usual <= 0), 1.0, (found / usual.clamp(min=PROBABILITY_EPS)).clamp(max=1))
 
 
-def choose_share(dice: Tensor, agreement: float = 0.0) -> Choice:
-    """The share for one class.
+def judged_shares(groups: int) -> list[float]:
+    """The shares that are judged on so many groups."""
+    return [round(share * groups / (groups + PRIOR_GROUPS), 4) for share in SHARES]
+
+
+def choose_share(dice: Tensor, shares: Sequence[float], agreement: float = 0.0) -> Choice:
+    """The share for one class: of those with the best gain less its standard error, the smallest.
 
     Args:
-        dice: (G, len(SHARES)) of G groups, without NaN.
+        dice: (G, len(shares) + 1) of G groups, without NaN: with each share, and of the U-Net by itself.
+        shares: those of `judged_shares`.
         agreement: see `Choice`.
     """
-    count, means = len(dice), dice.mean(0)
-    best, gain, error = 0, torch.zeros(()), torch.zeros(())
+    count, best = len(dice), 0
+    gains, errors = dice - dice[:, :1], torch.zeros(dice.shape[1])
     if count >= MIN_GROUPS:
-        gains = dice - dice[:, :1]
         errors = gains.std(0) / count**0.5
-        best = int((gains.mean(0) - errors).argmax())
-        last = len(SHARES) - 1
+        last = len(shares) - 1
+        best = int((gains.mean(0) - errors)[: last + 1].argmax())
         if best == last and not _exceeds(dice[:, last] - dice[:, last - 1]):
             best = last - 1
-        gain, error = gains.mean(0)[best], errors[best]
+    means = dice.mean(0)
     return Choice(
         groups=count,
         plain=_rounded(means[0]),
         unet=_rounded(means[-1]),
         adapted=_rounded(means[best]),
-        gain=_rounded(gain),
-        error=_rounded(error),
-        share=round(SHARES[best] * count / (count + PRIOR_GROUPS), 4) if best else 0.0,
+        gain=_rounded(gains.mean(0)[best]),
+        error=_rounded(errors[best]),
+        share=shares[best],
         agreement=round(agreement, 4),
     )
 

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from sam2sgp.adaptation.groups import Groups, find_groups
 from sam2sgp.adaptation.judging import (
     MIN_GROUPS,
-    SHARES,
     Choice,
     agreement,
     case_dice,
     choose_share,
+    judged_shares,
     mix,
     trust_in_agreement,
     usual_agreement,
@@ -220,16 +220,19 @@ class Run:
             agreements.append(agreement(entry.logits, unet))
             found.append((entry, unet.half(), case["label_full"]))
         usual = usual_agreement(torch.cat(agreements))
+        shares = judged_shares(len({entry.case.group for entry in judged}))
         by_group = defaultdict(list)
         for (entry, unet, labels), own in zip(found, agreements, strict=True):
             trusted, logits = trust_in_agreement(own, usual)[..., None, None], entry.logits.float()
-            dice = [case_dice(mix(logits, unet.float(), share * trusted), labels, values) for share in SHARES]
+            averages = [mix(logits, unet.float(), share * trusted) for share in shares]
+            averages.append(mix(logits, unet.float(), 1.0))
+            dice = [case_dice(average, labels, values) for average in averages]
             by_group[entry.case.group].append(torch.stack(dice))
         of_groups = torch.stack([torch.stack(dice).nanmean(0) for dice in by_group.values()])
         choices = {}
         for column, value in enumerate(values):
             dice = of_groups[..., column]
-            choice = choose_share(dice[~dice.isnan().any(1)], float(usual[column]))
+            choice = choose_share(dice[~dice.isnan().any(1)], shares, float(usual[column]))
             choices[self.bank.class_names[value]] = choice
         return choices
 
