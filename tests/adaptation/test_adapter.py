@@ -254,7 +254,7 @@ def test_a_damaged_entry_is_not_used_and_costs_one_warning(network, made, tmp_pa
     assert str(folder) in warning.getMessage()
 
 
-@pytest.mark.parametrize("distance, share", [(0.5, 0.8), (float("nan"), 0.8), (1.75, 0.4), (10.0, 0.0)])
+@pytest.mark.parametrize("distance, share", [(0.5, 0.8), (float("nan"), 0.8), (1.5, 0.4), (10.0, 0.0)])
 def test_a_query_unlike_the_support_set_leans_on_the_plain_network(network, distance, share):
     choice = Choice(8, 0.5, 0.7, 0.7, 0.2, 0.02, 0.8, 0.0)
     record = Record(1, Groups(("p",), "patients"), ["p"], Plan(SIZE, False), choices={"class_1": choice})

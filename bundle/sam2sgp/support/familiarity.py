@@ -18,7 +18,7 @@ MAX_MEASURED = 256
 # The reference is a high quantile, not the maximum, of which one odd image would decide.
 QUANTILE = 0.9
 # From this ratio on a query counts as unlike the support set.
-UNLIKE = 1.75
+UNLIKE = 1.5
 
 
 @dataclass(frozen=True)
