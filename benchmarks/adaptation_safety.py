@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _tasks import HELD_OUT, PRETRAINING_SPLIT, TARGETS, UNUSABLE
-from fewshot import bundle_config
+from fewshot import bundle_config, bundle_overrides
 
 from sam2sgp.data import class_names, load_datalist, read_image, read_label
 from sam2sgp.data.folders import image_stem
@@ -320,17 +320,17 @@ def main() -> None:
     arguments.add_argument("--seconds", type=float, default=60.0, help="of adaptation")
     arguments.add_argument("--steps", type=int, help="of adaptation, in place of seconds")
     arguments.add_argument("--held_out", nargs="*", default=list(HELD_OUT), help="sets pre-training has not used")
-    arguments.add_argument("--override", nargs="*", default=[], help="id=value of the bundle's config")
+    arguments.add_argument("--weights", type=Path, help="default: the bundle's own")
+    arguments.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the bundle's config")
     arguments.add_argument("--minutes", type=float, help="start no draw after this time")
     arguments.add_argument("--table", action="store_true", help="print the table of what there is")
     options = arguments.parse_args()
     if options.table:
         print(table(read_rows(options.output / "draws.csv")))
         return
-    overrides = dict(entry.split("=", 1) for entry in options.override)
     limit = {"adapt_seconds": options.seconds} if options.steps is None else {"adapt_steps": options.steps}
     options.output.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.output, options.queries, overrides, limit)
+    bench = Bench(options.output, options.queries, bundle_overrides(options), limit)
     names = options.sets or sorted(p.name for p in options.data.iterdir() if p.is_dir() and p.name not in UNUSABLE)
     collections = {name: Collection(options.data / name, options.held_out) for name in names}
     started = time.monotonic()

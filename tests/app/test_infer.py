@@ -170,6 +170,8 @@ def test_the_parameters_tell_what_was_done(task):
     assert all(item["slice"] is None and -1 <= item["similarity"] <= 1 for item in items)
     assert items == sorted(items, key=lambda item: -item["similarity"])
     assert params["support_items"] == 2 and params["weights"] == "embedded" and params["warnings"] == []
+    # Two patients tell nothing of how far images are from each other.
+    assert params["unlike_support"] is False
     assert set(params["latencies"]) == {"support", "pre", "infer", "write", "total"}
     unsure = params["uncertainty"]
     levels = np.asarray(Image.open(io.BytesIO(base64.b64decode(unsure["map"]))))
