@@ -35,6 +35,7 @@ OTHER = {
     "slices_per_class": 1,
     "support_max_items": 2,
     "slice_axis": 1,
+    "modality": "MR",
     "ct_window": [-100.0, 300.0],
     "percentiles": [1.0, 99.0],
     "patient_pattern": "^.",

@@ -11,6 +11,7 @@ from PIL import Image
 from sam2sgp.data import PretrainingDataset, load_collection
 from sam2sgp.data.synthetic import noise_task, superpixel_task, threshold_task
 from sam2sgp.errors import DataError
+from sam2sgp.support.items import AS_GIVEN
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
 
 SIZE = 32
@@ -148,6 +149,7 @@ def test_superpixel_episodes_show_any_image_of_a_set_with_or_without_the_target(
 
     def prepare(case: dict) -> dict:
         made = {"image": torch.stack(whole), "label": label, "geometry": SimpleNamespace(spacing=None)}
+        made["scaling"] = AS_GIVEN
         return FitToSquared(size=SIZE)(made)
 
     data = []

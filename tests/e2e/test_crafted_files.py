@@ -210,7 +210,7 @@ def test_each_crafted_file_is_refused_in_one_sentence_by_every_way_in(watched):
         assert 400 <= answer.status_code < 500, name
     assert watched.memory() - watched.start < MOST_MB
     assert watched.own.is_running() and watched.send("GET", "/info/").ok
-    listed = json.loads(watched.send("GET", "/datastore/").text)["objects"]
+    listed = json.loads(watched.send("GET", "/datastore/", params={"output": "all"}).text)["objects"]
     assert set(listed) == {"A", "found", "found2"} and set(listed["A"]["labels"]) == {"final"}
 
 

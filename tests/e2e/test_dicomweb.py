@@ -259,7 +259,7 @@ def test_the_latest_segmentation_wins_unless_no_person_made_it(hospital):
     changed[3] = 0
     store(hospital, "first", changed, approved=True)
     assert np.array_equal(label_of(hospital, "first"), geometry.to_native(changed))
-    assert "gas" in ask(hospital, "GET", "/info/").json()["labels"]
+    eventually(lambda: "gas" in ask(hospital, "GET", "/info/").json()["labels"])
     store(hospital, "first", np.where(labels > 0, 2, 0), approved=False)
     assert np.array_equal(label_of(hospital, "first"), geometry.to_native(changed))
     assert len(segmentations(hospital, "first")) == 3

@@ -37,7 +37,11 @@ def opened(server):
     with page() as found:
         found.problems = []
         found.on("console", lambda message: found.problems.append(message.text) if message.type == "error" else None)
-        found.on("requestfailed", lambda request: found.problems.append(request.url))
+        # A page that is left cancels what it still loads.
+        found.on(
+            "requestfailed",
+            lambda request: found.problems.append(request.url) if request.failure != "net::ERR_ABORTED" else None,
+        )
         found.goto(f"{server.url}/sam2sgp/", wait_until="networkidle")
         yield found
 

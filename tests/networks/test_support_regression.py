@@ -16,7 +16,7 @@ def levels(count: int, seed: int = 0) -> list[torch.Tensor]:
 
 def regression() -> SupportRegression:
     torch.manual_seed(0)
-    return SupportRegression(6, dim=5)
+    return SupportRegression([6, 6, 6], dim=5)
 
 
 @torch.no_grad()
