@@ -128,12 +128,12 @@ def test_the_digest_follows_label_content_and_not_where_files_are(tmp_path):
 def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp_path, phantoms, cases):
     spoilt = save_spoilt_weights(tmp_path / "spoilt.pt")
     task, weights, events = a_task(tmp_path, cases, phantoms, spoilt)
-    request = {**REQUEST, "learning_rate": 3e-3, "episodes_per_epoch": 16}
+    request = {**REQUEST, "learning_rate": 3e-3, "episodes_per_epoch": 32}
     stats = task(request, None)
     assert stats["state"] == "published", stats
     assert stats["new_metric"] - stats["start_metric"] > stats["gain_error"] > 0 and stats["best_metric"] > 0
     assert stats["judged"] == 6, "every label is judged"
-    assert stats["epoch"] == stats["max_epochs"] == 2 and stats["step"] == stats["steps"] == 16
+    assert stats["epoch"] == stats["max_epochs"] == 2 and stats["step"] == stats["steps"] == 32
     assert stats["weights"]["version"] == "1" and stats["weights"]["before"] == "embedded"
     assert [(row["part"], row["epoch"]) for row in stats["history"]] == [(0, 1), (1, 2)]
     assert stats["history"][1]["metric"] == stats["metric"]
