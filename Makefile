@@ -16,7 +16,7 @@ BENCHMARKS ?= $(sort $(wildcard benchmarks/[!_]*.py))
 # The demo's folders, and what makes its training short.
 DEMO := $(CURDIR)/out/demo
 DEMO_PHANTOM ?= --patients 16
-DEMO_TRAIN ?= --max_epochs 2 --episodes_per_epoch 120 --val_interval 2 --val_max_cases 12
+DEMO_TRAIN ?= --max_epochs 1 --episodes_per_epoch 60 --val_interval 1 --val_max_cases 12
 DEMO_EVALUATE ?=
 DEMO_INFER ?= --model_file "$(DEMO)/run/model.pt"
 # The phantoms come in these looks, each with a support set and queries of its own.

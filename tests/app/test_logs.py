@@ -90,3 +90,9 @@ def test_the_log_is_shown_on_this_machine_only_and_as_text(tmp_path, client, sta
         assert answer.text == "line 998\nline 999\n"
         assert answer.headers["content-type"].startswith("text/plain")
         assert asking.get("/logs/", params={"lines": 10**9}).status_code == 422
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_start(tmp_path, caplog):
+    (tmp_path / "state").write_text("a file where the folder should be")
+    path = keep_logs(tmp_path / "state" / "logs", tmp_path / "app")
+    assert not path.exists() and "goes to the console only" in caplog.text

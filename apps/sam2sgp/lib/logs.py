@@ -24,7 +24,7 @@ from fastapi.responses import PlainTextResponse
 from monailabel.config import settings as server_settings
 from pydantic import Field
 
-from lib.checks import Forbidden
+from lib.checks import Forbidden, NotFound
 from lib.routing import ADMIN, Query, router
 
 MODE = 0o600
@@ -93,20 +93,21 @@ class LogQuery(Query):
 def keep_logs(folder: Path, app_dir: Path) -> Path:
     """Write this process's log to a folder from now on, in place of MONAI Label's file in the app's folder.
 
-    Returns the file.
+    Returns the file. Where it can't be written the lines go to the console only, with a warning.
     """
     path = folder / "server.log"
-    folder.mkdir(parents=True, exist_ok=True)
+    writable = _is_writable(path)
     shared = os.path.realpath(app_dir / "logs" / "app.log")
-    made: dict[logging.Handler, PrivateLog] = {}
+    made: dict[logging.Handler, PrivateLog | None] = {}
     for name in (None, *logging.root.manager.loggerDict):
         owner = logging.getLogger(name)
         for handler in list(owner.handlers):
             if isinstance(handler, logging.FileHandler) and os.path.realpath(handler.baseFilename) == shared:
                 if handler not in made:
-                    made[handler] = _in_place_of(handler, path)
+                    made[handler] = _in_place_of(handler, path) if writable else None
                 owner.removeHandler(handler)
-                owner.addHandler(made[handler])
+                if writable:
+                    owner.addHandler(made[handler])
                 handler.close()
     if made:
         # The lines since this start stand on the console too; the log of an older version is not for everybody either.
@@ -139,6 +140,8 @@ def log_routes(path: Path) -> APIRouter:
                 "logs: expected a client on the server's own machine, found another; there, read logs/server.log in "
                 "the state folder."
             )
+        if not path.is_file():
+            raise NotFound("logs: expected the server's log, found none; look at its output.")
         with open(path, encoding="utf-8", errors="replace") as file:
             return PlainTextResponse("".join(deque(file, query.lines)), headers={"Cache-Control": "no-store"})
 
@@ -150,6 +153,18 @@ def _is_here(request: Request) -> bool:
         return ipaddress.ip_address(request.client.host if request.client else "").is_loopback
     except ValueError:
         return False
+
+
+def _is_writable(path: Path) -> bool:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, MODE))
+    except OSError as error:
+        logging.getLogger(__name__).warning(
+            "%s: expected to write the log, found %s; it goes to the console only", path, error.strerror
+        )
+        return False
+    return True
 
 
 def _in_place_of(handler: logging.Handler, path: Path) -> PrivateLog:
