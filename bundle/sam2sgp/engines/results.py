@@ -37,6 +37,8 @@ from sam2sgp.transforms.scaling import CT, Scaling, scale_intensity
 
 logger = logging.getLogger(__name__)
 
+# The last ones of both tables below.
+LAST_COLUMNS = ("mean_confidence", "support_items", "seconds", "scaling", "warnings")
 # Those that a table has also where no case has a result.
 COLUMNS = (
     "case",
@@ -47,11 +49,7 @@ COLUMNS = (
     "voxels",
     "size",
     "size_unit",
-    "mean_confidence",
-    "support_items",
-    "seconds",
-    "scaling",
-    "warnings",
+    *LAST_COLUMNS,
 )
 SCORED_COLUMNS = (
     "case",
@@ -65,11 +63,7 @@ SCORED_COLUMNS = (
     "truth_size",
     "predicted_size",
     "size_unit",
-    "mean_confidence",
-    "support_items",
-    "seconds",
-    "scaling",
-    "warnings",
+    *LAST_COLUMNS,
 )
 # Between two writings of the table during a run.
 TABLE_SECONDS = 10.0

@@ -22,7 +22,6 @@ from sam2sgp.networks.support_prior import LevelProjections
 
 START_RIDGE = 0.02
 POSITION_FEATURES = 5
-WEIGHTINGS = 2
 EPS = 1e-6
 NORM_EPS = 1e-5
 
