@@ -304,7 +304,9 @@ def test_checkpoints_keep_the_gradients_and_little_of_each_image(images, setting
         loss.backward()
         gradients.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
     assert len(gradients[1]) > 50
-    torch.testing.assert_close(gradients[1], gradients[2], rtol=0, atol=0)
-    assert gradients[0].keys() == gradients[1].keys()
+    assert gradients[0].keys() == gradients[1].keys() == gradients[2].keys()
+    with_checkpoints, without = (torch.cat([g.flatten() for g in part.values()]) for part in gradients[1:])
+    # Not to the bit: some processors' matrix products depend on where the operands lie in memory.
+    assert (with_checkpoints - without).norm() < 1e-3 * without.norm()
     assert kept[1] < 0.5 * kept[0], kept
     torch.testing.assert_close(nets[0].eval()(images, **arguments), plain.eval()(images, **arguments))
