@@ -1,4 +1,4 @@
-"""The README says what is true of the configs and of the files it names."""
+"""The pages say what is true of the configs and of the files they name."""
 
 import ast
 import hashlib
@@ -6,17 +6,25 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+SETTINGS = (ROOT / "docs" / "settings.md").read_text()
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "apps/sam2sgp/README.md",
+    ROOT / "bundle/docs/README.md",
+    *(ROOT / "docs").glob("*.md"),
+]
 
 
 def test_settings_table_has_the_defaults_of_the_training_config():
     train = json.loads((ROOT / "bundle" / "configs" / "train.json").read_text())
-    rows = re.findall(r"^\| (`[a-z_:]+`(?:, `[a-z_:]+`)*) \| ([^|]*) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| (`[a-z_:]+`(?:, `[a-z_:]+`)*) \| ([^|]*) \|", SETTINGS, re.MULTILINE)
     checked = 0
     for names, default in rows:
         keys = re.findall(r"`([a-z_:]+)`", names)
-        if not all(key.split("::")[0] in train for key in keys) or default == "see above":
+        if not all(key.split("::")[0] in train for key in keys) or default.startswith("see "):
             continue
         quoted = re.sub("`([a-z0-9_]+)`", r'"\1"', default)
         values = ast.literal_eval(f"({quoted},)")
@@ -29,15 +37,38 @@ def test_settings_table_has_the_defaults_of_the_training_config():
     assert checked >= 25
 
 
-def test_links_and_pictures_of_the_readme_are_in_the_repository():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+def test_readme_is_short():
+    lines = (ROOT / "README.md").read_text()
+    assert lines.count("\n") <= 200 and len(lines.encode()) <= 13_000
 
 
-def test_checkpoints_of_the_readme_are_those_of_large_files():
+def _anchor(heading: str) -> str:
+    """The address that a heading gets, as Markdown viewers make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_are_in_the_repository(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            assert anchor in {_anchor(heading) for heading in headings}, target
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    linked = {(ROOT / target.partition("#")[0]).resolve() for target in re.findall(r"\]\(([^)]+)\)", readme)}
+    assert {page for page in PAGES if page.name != "README.md"} <= linked
+
+
+def test_checkpoints_of_the_page_on_weights_are_those_of_large_files():
     listing = (ROOT / "bundle" / "large_files.yml").read_text()
-    hashes = re.findall(r"`([0-9a-f]{64})`", README)
+    hashes = re.findall(r"`([0-9a-f]{64})`", (ROOT / "docs" / "weights.md").read_text())
     assert len(hashes) == 4 and all(value in listing for value in hashes)
 
 

@@ -9,7 +9,7 @@ from monai.bundle import ConfigParser
 from sam2sgp.errors import ConfigError, cause_of
 from sam2sgp.options import ALL, check, help_text
 from tests.bundle_runs import CONFIGS, run
-from tests.test_docs import README
+from tests.test_docs import SETTINGS
 
 INFERENCE = ("inference.json",)
 EVALUATION = ("train.json", "evaluate.json")
@@ -48,7 +48,7 @@ def test_every_described_setting_is_in_some_config_and_every_documented_one_is_d
     content = "".join(path.read_text() for path in CONFIGS.rglob("*.json"))
     idle = {"lora::dropout", "pmg::prior_levels"}
     assert [name for name in ALL if name not in idle and f'"{name.split("::")[-1]}"' not in content] == []
-    rows = re.findall(r"^\| (`[a-z_:]+`(?:, `[a-z_:]+`)*) \| [^|]* \| ", README, re.MULTILINE)
+    rows = re.findall(r"^\| (`[a-z_:]+`(?:, `[a-z_:]+`)*) \| [^|]* \| ", SETTINGS, re.MULTILINE)
     documented = {name for names in rows for name in re.findall("`([a-z_:]+)`", names)}
     settings = documented & {name for path in CONFIGS.rglob("*.json") for name in json.loads(path.read_text())}
     assert len(settings) > 40 and settings <= ALL.keys()
