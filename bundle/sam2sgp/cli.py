@@ -1,0 +1,360 @@
+"""The `sam2sgp` command: short forms of the bundle's runs.
+
+In: options and paths, relative to the current folder. Out: what the run of `python -m monai.bundle` writes that a
+subcommand starts in this process, with the same configs, overrides and exit codes:
+
+    0: done. 1: at least one image failed, or the run could not start. 2: the command line is wrong.
+"""
+
+import ast
+import csv
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sam2sgp import __version__
+
+BUNDLE = Path(__file__).parents[1]
+APP = BUNDLE.parent / "apps" / "sam2sgp"
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+MORE_SETTINGS = "Any setting of the run may follow, as in --ct_window '[-1000, 400]'; docs/settings.md lists them."
+EXIT_CODES = "Exit codes: 0 done; 1 an image failed or the run could not start; 2 wrong command line."
+# Packages whose versions `doctor` tells.
+PACKAGES = ("torch", "torchvision", "monai", "sam2", "peft", "timm", "monailabel", "itk", "nibabel", "pydicom")
+GIB = 2**30
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Segment medical images by example: a few labelled images guide the segmentation of new ones.",
+    epilog=f"Research software, not for diagnosis. {EXIT_CODES}",
+)
+
+DATA, METHOD, RUN = "Data", "Method", "Run"
+Support = Annotated[Path, typer.Option("--support", "-s", help="Folder of labelled images.", rich_help_panel=DATA)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.", rich_help_panel=DATA)]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", "-w", help="Weights file; default: the embedded weights.", rich_help_panel=METHOD),
+]
+Backbone = Annotated[
+    str, typer.Option(help="A name from configs/backbones; it must be that of the weights.", rich_help_panel=METHOD)
+]
+Items = Annotated[int | None, typer.Option("--k", help="Support items per query and class.", rich_help_panel=METHOD)]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda:0, …; default: a GPU if there is one.", rich_help_panel=RUN)
+]
+Resume = Annotated[bool, typer.Option(help="Keep what an earlier run has finished.", rich_help_panel=RUN)]
+Adapt = Annotated[
+    float, typer.Option("--adapt", help="Seconds of adaptation to the support set first.", rich_help_panel=METHOD)
+]
+
+
+@app.command(context_settings=SETTINGS, epilog=f"{MORE_SETTINGS} {EXIT_CODES}")
+def segment(
+    context: typer.Context,
+    support: Support,
+    queries: Annotated[
+        Path, typer.Option("--queries", "-q", help="Folder of images, or one image.", rich_help_panel=DATA)
+    ],
+    output: Output,
+    adapt: Adapt = 0,
+    k: Items = None,
+    weights: Weights = None,
+    backbone: Backbone = "lite",
+    dicom_seg: Annotated[bool, typer.Option(help="Also write DICOM-SEG.", rich_help_panel=DATA)] = False,
+    probability: Annotated[bool, typer.Option(help="Also write probabilities.", rich_help_panel=DATA)] = False,
+    uncertainty: Annotated[bool, typer.Option(help="Also write uncertainty.", rich_help_panel=DATA)] = False,
+    device: Device = None,
+    resume: Resume = True,
+) -> None:
+    """Segment images guided by a support set.
+
+    Writes a label file per image, summary.csv and report.html.
+    """
+    settings = {
+        "support_dir": _absolute(support),
+        "dataset_dir": _absolute(queries),
+        "output_dir": _absolute(output),
+        "dicom_seg": dicom_seg,
+        "save_probability": probability,
+        "save_uncertainty": uncertainty,
+    }
+    settings |= _common(context, k, weights, device, resume)
+    if adapt:
+        settings["adapt_seconds"] = adapt
+    _run("inferring", ["inference.json", *_overlay(backbone)], settings)
+
+
+@app.command(context_settings=SETTINGS, epilog=f"{MORE_SETTINGS} {EXIT_CODES}")
+def check(
+    context: typer.Context,
+    labelled: Annotated[Path, typer.Argument(help="Folder of labelled images.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Keep the report here.", rich_help_panel=DATA)
+    ] = None,
+    k: Items = None,
+    weights: Weights = None,
+    backbone: Backbone = "lite",
+    device: Device = None,
+) -> None:
+    """Tell what to expect: segment each labelled image guided by those of the other patients, and measure Dice."""
+    with tempfile.TemporaryDirectory(prefix="sam2sgp-check-") as temporary:
+        folder = Path(_absolute(output) if output else temporary)
+        settings = {
+            "support_dir": _absolute(labelled),
+            "dataset_dir": _absolute(labelled),
+            "output_dir": str(folder),
+            "split": [0, 0, 1],
+        }
+        settings |= _common(context, k, weights or BUNDLE / "models" / "model.pt", device, True)
+        _run("evaluating", ["train.json", *_overlay(backbone), "evaluate.json"], settings)
+        dice = defaultdict(list)
+        with (folder / "evaluation" / "metrics.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get("dice"):
+                    dice[row["class_name"]].append(float(row["dice"]))
+        typer.echo("\nDice of each labelled image, guided by the other patients' images alone:")
+        for name, values in dice.items():
+            values.sort()
+            typer.echo(
+                f"  {name}: mean {sum(values) / len(values):.3f}, median {values[len(values) // 2]:.3f}, "
+                f"worst {values[0]:.3f} ({len(values)} images)"
+            )
+        if output:
+            typer.echo(f"Report: {folder / 'evaluation' / 'report.html'}")
+
+
+@app.command(context_settings=SETTINGS, epilog=f"{MORE_SETTINGS} {EXIT_CODES}")
+def train(
+    context: typer.Context,
+    data: Annotated[Path, typer.Option("--data", "-d", help="Folder of labelled images.", rich_help_panel=DATA)],
+    output: Output,
+    fine_tune: Annotated[
+        bool, typer.Option("--fine-tune", help="LoRA only, for a few labels.", rich_help_panel=METHOD)
+    ] = False,
+    epochs: Annotated[int | None, typer.Option(help="Epochs in all.", rich_help_panel=METHOD)] = None,
+    backbone: Backbone = "lite",
+    device: Device = None,
+    resume: Resume = True,
+) -> None:
+    """Train on labelled images; the same command goes on with a stopped training.
+
+    Writes model.pt, which `segment --weights` takes.
+    """
+    settings = {"dataset_dir": _absolute(data), "output_dir": _absolute(output)}
+    settings |= _common(context, None, None, device, resume)
+    if epochs is not None:
+        settings["max_epochs"] = epochs
+    overlays = [*_overlay(backbone), *(["finetune.json"] if fine_tune else [])]
+    _run("training", ["train.json", *overlays], settings)
+
+
+@app.command(context_settings=SETTINGS, epilog=f"{MORE_SETTINGS} {EXIT_CODES}")
+def evaluate(
+    context: typer.Context,
+    data: Annotated[Path, typer.Option("--data", "-d", help="Folder of labelled images.", rich_help_panel=DATA)],
+    output: Output,
+    support: Annotated[
+        Path | None,
+        typer.Option("--support", "-s", help="Default: the training patients of the data.", rich_help_panel=DATA),
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="All images, not only the test section's.")] = False,
+    adapt: Adapt = 0,
+    k: Items = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", "-w", help="Default: model.pt in OUTPUT.", rich_help_panel=METHOD)
+    ] = None,
+    backbone: Backbone = "lite",
+    device: Device = None,
+    resume: Resume = True,
+) -> None:
+    """Measure Dice, IoU, HD95 and NSD; an image is never guided by its own patient's labels.
+
+    Writes evaluation/metrics.csv, metrics_summary.csv and report.html.
+    """
+    settings = {"dataset_dir": _absolute(data), "output_dir": _absolute(output)}
+    settings |= _common(context, k, weights, device, resume)
+    if support:
+        settings["support_dir"] = _absolute(support)
+    if whole:
+        settings["split"] = [0, 0, 1]
+    if adapt:
+        settings["adapt_seconds"] = adapt
+    _run("evaluating", ["train.json", *_overlay(backbone), "evaluate.json"], settings)
+
+
+@app.command(epilog=EXIT_CODES)
+def serve(
+    studies: Annotated[str, typer.Argument(help="Folder of images, or the address of a DICOMweb server.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    conf: Annotated[
+        list[str] | None, typer.Option("--conf", metavar="NAME=VALUE", help="A setting of the app; may be repeated.")
+    ] = None,
+) -> None:
+    """Start the MONAI Label server for 3D Slicer and OHIF."""
+    if not (APP / "main.py").is_file():
+        _refuse(f"{APP}: expected the MONAI Label app there, found none; run this from a clone of the repository.")
+    if not studies.startswith(("http://", "https://")):
+        studies = _absolute(Path(studies))
+    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies", studies]
+    command += ["--host", host, "--port", str(port)]
+    for setting in conf or []:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise typer.BadParameter(f"expected NAME=VALUE, found {setting!r}.", param_hint="--conf")
+        command += ["--conf", name, value]
+    os.execv(sys.executable, command)
+
+
+@app.command(context_settings=SETTINGS, epilog=EXIT_CODES)
+def export(context: typer.Context, weights: Weights = None, backbone: Backbone = "lite") -> None:
+    """Export the network to ONNX graphs, which `segment --runtime onnxruntime` runs."""
+    _run("exporting_onnx", ["inference.json", *_overlay(backbone)], _common(context, None, weights, None, None))
+
+
+@app.command(epilog=EXIT_CODES)
+def demo(output: Output = Path("sam2sgp-demo")) -> None:
+    """Make phantoms of four looks and segment them with the embedded weights, with no training."""
+    from sam2sgp.data.phantom import make_phantoms
+
+    folder = Path(_absolute(output))
+    data = make_phantoms(folder / "phantoms", patients_per_modality=8)
+    for look in ("ct", "mr", "us", "rgb"):
+        settings = {
+            "support_dir": str(data / "support" / look),
+            "dataset_dir": str(data / "queries" / look),
+            "output_dir": str(folder / look),
+        }
+        _run("inferring", ["inference.json"], settings)
+    for report in sorted(folder.glob("*/report.html")):
+        typer.echo(f"Report: {report}")
+
+
+@app.command()
+def doctor() -> None:
+    """Tell versions, devices, memory, and the embedded weights with their licence."""
+    import psutil
+    import torch
+
+    typer.echo(f"sam2sgp {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    missing = []
+    for name in PACKAGES:
+        try:
+            typer.echo(f"  {name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            typer.echo(f"  {name} is not installed")
+            missing.append(name)
+    memory = psutil.virtual_memory()
+    typer.echo(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    typer.echo(f"Memory: {memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available")
+    devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    for number, device in enumerate(devices):
+        typer.echo(f"cuda:{number}: {device.name}, {device.total_memory / GIB:.0f} GiB")
+    if not devices:
+        typer.echo("GPU: none that PyTorch sees; everything runs on the CPU")
+    weights = BUNDLE / "models" / "model.pt"
+    if weights.is_file():
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        typer.echo(f"Weights: {weights}, SHA-256 {digest}")
+        typer.echo("  non-commercial research use only, see docs/data_license.txt in the bundle")
+    else:
+        typer.echo(f"Weights: {weights} is missing; give --weights, or copy the bundle again")
+        missing.append("weights")
+    if set(missing) - {"monailabel"}:
+        raise typer.Exit(1)
+
+
+def _absolute(path: Path) -> str:
+    return str(path.expanduser().absolute())
+
+
+def _overlay(backbone: str) -> list[str]:
+    """The overlay of a backbone; the configs' own default needs none."""
+    known = sorted(path.stem for path in (BUNDLE / "configs" / "backbones").glob("*.json"))
+    if backbone not in known:
+        raise typer.BadParameter(f"expected one of {', '.join(known)}, found {backbone!r}.", param_hint="--backbone")
+    return [] if backbone == "lite" else [f"backbones/{backbone}.json"]
+
+
+def _common(
+    context: typer.Context, k: int | None, weights: Path | None, device: str | None, resume: bool | None
+) -> dict[str, Any]:
+    """Overrides that several commands share, and those that follow the options."""
+    settings = _more(context.args)
+    if k is not None:
+        settings["k"] = k
+    if weights is not None:
+        settings["model_file"] = _absolute(weights)
+    if device is not None:
+        settings["device"] = f"$torch.device({device!r})"
+    if resume is not None:
+        settings["resume"] = resume
+    return settings
+
+
+def _more(arguments: list[str]) -> dict[str, Any]:
+    """["--ct_window", "[-1000, 400]", "--seed=1"] -> {"ct_window": [-1000, 400], "seed": 1}."""
+    settings: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            raise typer.BadParameter(f"expected --NAME VALUE, found {word!r}; options need two dashes.")
+        name, separator, value = word[2:].partition("=")
+        if not separator:
+            value = next(words, None)
+            if value is None:
+                raise typer.BadParameter(f"expected a value behind {word}.")
+        # As for the options that are declared here, dashes may stand for underscores.
+        settings[name.replace("-", "_")] = _value(value)
+    return settings
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
+    """A run of the bundle in this process; its errors end the command as they end the run."""
+    started = time.monotonic()
+    import monai.bundle
+
+    from sam2sgp.errors import Sam2SgpError, cause_of
+
+    hook = sys.excepthook
+    try:
+        monai.bundle.run(
+            run_id=run_id,
+            config_file=[str(BUNDLE / "configs" / name) for name in configs],
+            meta_file=str(BUNDLE / "configs" / "metadata.json"),
+            logging_file=str(BUNDLE / "configs" / "logging.conf"),
+            bundle_root=str(BUNDLE),
+            **settings,
+        )
+    except Exception as error:
+        cause = cause_of(error)
+        if not isinstance(cause, Sam2SgpError):
+            raise
+        _refuse(str(cause))
+    finally:
+        sys.excepthook = hook
+    typer.echo(f"Done in {time.monotonic() - started:.0f} s: {settings.get('output_dir', '')}")
+
+
+def _refuse(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)

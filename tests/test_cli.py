@@ -1,0 +1,97 @@
+"""The `sam2sgp` command does what the run of the bundle behind it does, with short options and relative paths."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sam2sgp import cli
+from tests.bundle_runs import random_weights, run
+
+SMALL = ["--image_size", "64", "--progress", "False"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return random_weights(tmp_path_factory.mktemp("weights") / "random.pt")
+
+
+def call(*words, code=0):
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def test_segment_gives_the_label_maps_of_the_bundles_run(phantoms, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(phantoms)
+    output = call("segment", "-s", "support/rgb", "-q", "queries/rgb", "-o", tmp_path / "short", "-w", weights, *SMALL)
+    assert "Done in" in output and str(tmp_path / "short") in output
+    run(
+        "inferring",
+        "inference.json",
+        support_dir=str(phantoms / "support" / "rgb"),
+        dataset_dir=str(phantoms / "queries" / "rgb"),
+        output_dir=str(tmp_path / "long"),
+        model_file=str(weights),
+        image_size=64,
+        progress=False,
+    )
+    names = sorted(path.name for path in (tmp_path / "long").glob("*.png"))
+    assert names and names == sorted(path.name for path in (tmp_path / "short").glob("*.png"))
+    for name in names:
+        first, second = (np.asarray(Image.open(tmp_path / folder / name)) for folder in ("short", "long"))
+        assert np.array_equal(first, second), name
+    assert (tmp_path / "short" / "report.html").is_file()
+
+
+def test_check_tells_the_dice_of_left_out_patients(phantoms, weights, tmp_path):
+    output = call("check", phantoms / "support" / "us", "-w", weights, "-o", tmp_path, *SMALL)
+    with (tmp_path / "evaluation" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["class_name"] == "disc" and row["dice"]]
+    mean = sum(float(row["dice"]) for row in rows) / len(rows)
+    assert f"disc: mean {mean:.3f}" in output and f"({len(rows)} images)" in output
+    assert {row["case"] for row in rows} <= {path.stem for path in (phantoms / "support" / "us" / "images").iterdir()}
+
+
+def test_settings_may_follow_and_a_misspelt_one_is_one_line(phantoms, weights, tmp_path):
+    words = ["segment", "-s", phantoms / "support/rgb", "-q", phantoms / "queries/rgb", "-o", tmp_path, "-w", weights]
+    output = call(*words, "--objct-gate", "False", code=1)
+    assert "error: --objct_gate" in output and "did you mean --object_gate?" in output
+    assert "Traceback" not in output and not any(tmp_path.iterdir())
+    assert cli._more(["--ct_window", "[-1000, 400]", "--fuse-axes=True", "--modality", "CT"]) == {
+        "ct_window": [-1000, 400],
+        "fuse_axes": True,
+        "modality": "CT",
+    }
+    assert "expected a value behind --k2" in call(*words, "--k2", code=2)
+    assert "expected one of base_plus" in call(*words, "--backbone", "tyni", code=2)
+
+
+def test_train_starts_the_training_with_the_overlays_in_order(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(cli, "_run", lambda run_id, configs, settings: seen.update(locals()))
+    monkeypatch.chdir(tmp_path)
+    call("train", "-d", "data", "-o", "out", "--fine-tune", "--epochs", 3, "--backbone", "tiny", "--no-resume")
+    assert seen["run_id"] == "training"
+    assert seen["configs"] == ["train.json", "backbones/tiny.json", "finetune.json"]
+    assert seen["settings"] == {
+        "dataset_dir": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "out"),
+        "resume": False,
+        "max_epochs": 3,
+    }
+
+
+def test_serve_passes_settings_and_paths_with_spaces(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.os, "execv", lambda program, command: seen.extend(command))
+    call("serve", tmp_path / "my studies", "--port", 8123, "--conf", "ct_window=[-100, 300]")
+    assert seen[-2:] == ["ct_window", "[-100, 300]"] and str(tmp_path / "my studies") in seen and "8123" in seen
+    assert "expected NAME=VALUE" in call("serve", tmp_path, "--conf", "k", code=2)
+
+
+def test_doctor_names_versions_and_the_licence_of_the_weights():
+    output = call("doctor")
+    assert "torch 2." in output and "non-commercial" in output and "SHA-256" in output
