@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -51,6 +52,24 @@ def write_dicom(path: Path, pixels: np.ndarray, modality: str = "CT", series_uid
         if value is not None:
             setattr(dataset, name, value)
     dataset.save_as(path, write_like_original=False)
+    return path
+
+
+def write_object(path: Path, storage_class: str, modality: str, meta: bool = True) -> Path:
+    """Write an object without pixels, such as a structured report; `meta`: with file meta information."""
+    write_dicom(path, np.zeros((1, 1), np.uint8), "CT")
+    dataset = pydicom.dcmread(path)
+    for name in ("Rows", "Columns", "PixelData", "BitsAllocated", "BitsStored", "HighBit", "SamplesPerPixel"):
+        del dataset[name]
+    dataset.SOPClassUID, dataset.Modality = storage_class, modality
+    dataset.file_meta.MediaStorageSOPClassUID = storage_class
+    if meta:
+        dataset.save_as(path)
+    else:
+        with open(path, "wb") as file:
+            target = pydicom.filebase.DicomFileLike(file)
+            target.is_little_endian, target.is_implicit_VR = True, False
+            pydicom.filewriter.write_dataset(target, dataset)
     return path
 
 

@@ -22,7 +22,7 @@ from sam2sgp.data.folders import (
 )
 from sam2sgp.data.io import read_image
 from sam2sgp.errors import ConfigError, DataError
-from tests.data.dicom_files import write_dicom, write_series
+from tests.data.dicom_files import write_dicom, write_object, write_series
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -104,6 +104,8 @@ def test_what_lies_among_queries_is_read_or_said(tmp_path):
             pydicom.filewriter.write_dataset(pydicom.filebase.DicomFileLike(out), _implicit(content))
         file.unlink()
     (root / "DICOMDIR").write_bytes(b"x")
+    write_object(root / "series" / "report.dcm", "1.2.840.10008.5.1.4.1.1.88.11", "SR")
+    write_object(root / "structures", "1.2.840.10008.5.1.4.1.1.481.3", "RTSTRUCT")
     touch(
         root, ".DS_Store", "site/._deep.nii.gz", "anim.gif", "array.npz", "notes.txt", "masks/m.png", "empty_file.xyz"
     )
@@ -126,6 +128,8 @@ def test_what_lies_among_queries_is_read_or_said(tmp_path):
         "void": "an empty folder",
         "old": "results of an earlier run",
         "loop": "a link to a folder that it lies in",
+        "series/report.dcm": "a DICOM object without pixels (Basic Text SR)",
+        "structures": "a DICOM object without pixels (RT Structure Set)",
     }
     assert found.keys() == beginnings.keys()
     assert all(found[name].startswith(text) for name, text in beginnings.items())

@@ -16,6 +16,7 @@ from monai.transforms import Compose
 
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing
+from sam2sgp.transforms.dictionary import log_warnings
 from sam2sgp.transforms.scaling import Scaling, scaling_hint
 
 
@@ -59,6 +60,7 @@ class CaseCache:
 
     def _prepare(self, case: dict, paths: list[Path]) -> None:
         prepared = self.transform(case)
+        log_warnings(prepared)
         fit = prepared["fit"]
         label = prepared["label"].numpy()
         label = label.astype(np.uint8 if label.max(initial=0) < 256 else np.int32)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from sam2sgp.data.io import data_files, dicom_files, image_stem, is_dicom, is_dicom_seg, is_image
+from sam2sgp.data.io import data_files, dicom_files, image_stem, is_dicom, is_dicom_seg, is_image, without_pixels
 from sam2sgp.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -487,6 +487,9 @@ def file_not_used(path: Path) -> str:
         return "an index of DICOM files, not an image"
     if path.stat().st_size == 0:
         return "an empty file"
+    kind = without_pixels(path) if is_dicom(path) else None
+    if kind is not None:
+        return f"a DICOM object without pixels ({kind})"
     suffix = next((suffix for suffix in UNREAD_SUFFIXES if path.name.lower().endswith(suffix)), None)
     if suffix is not None:
         return f"{suffix} files are not read; convert it to NIfTI, NRRD, MetaImage, DICOM, PNG or TIFF"

@@ -43,7 +43,7 @@ from sam2sgp.support.items import VIEWS, Listing, Prepared, SupportItem, prepare
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.store import Store, Tensors, checksum
 from sam2sgp.transforms.array import to_three_channels
-from sam2sgp.transforms.dictionary import along_axis
+from sam2sgp.transforms.dictionary import along_axis, log_warnings
 from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
 
 logger = logging.getLogger(__name__)
@@ -545,6 +545,7 @@ class SupportBank:
         if digest is None:
             named = {key: prepared[key] for key in ("image", "label", "image_full", "label_full")}
             digest = digest_of(checksum(named), prepared["geometry"].spacing, case.get("modality"), scaling_hint(case))
+        log_warnings(prepared)
         if prepared["label"].max() > MAX_VALUE:
             raise DataError(
                 f"{case['label']}: expected class values up to {MAX_VALUE}, found {int(prepared['label'].max())}; "

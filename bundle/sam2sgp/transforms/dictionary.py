@@ -2,8 +2,8 @@
 
 A case is a dict. `LoadCased` turns the path at `image` into slices and adds what the way back needs:
 
-    image (Z, C, H, W) float32, label (Z, H, W) int64, geometry, source (path of the image), is_rgb, modality and
-    stated_by (who states it)
+    image (Z, C, H, W) float32, label (Z, H, W) int64, geometry, source (path of the image), is_rgb, modality,
+    stated_by (who states it) and warnings (sentences on what may be wrong with the image)
 
 `ScaleIntensityByModalityd` adds `scaling`, which says how the image was scaled and why.
 """
@@ -64,10 +64,17 @@ class LoadCased(MapTransform):
             is_rgb=image.is_rgb,
             modality=listed if listed and is_ct(listed) is not None else image.modality or listed,
             stated_by="datalist" if listed and is_ct(listed) is not None else "DICOM header",
+            warnings=list(image.warnings),
         )
         if "label" in self.keys and case.get("label") is not None:
             case["label"] = torch.as_tensor(read_label(case["label"], image.geometry, self.slice_axis))
         return case
+
+
+def log_warnings(prepared: Mapping) -> None:
+    """Log what may be wrong with a prepared case."""
+    for sentence in prepared.get("warnings", ()):
+        logger.warning("%s: %s", prepared["name"], sentence)
 
 
 def along_axis(transform: Compose, axis: int) -> Compose:

@@ -23,7 +23,7 @@ from sam2sgp.data.io import (
 )
 from sam2sgp.errors import DataError
 from sam2sgp.evaluation import class_sizes
-from tests.data.dicom_files import item, write_dicom, write_series
+from tests.data.dicom_files import item, write_dicom, write_object, write_series
 
 RNG = np.random.default_rng(0)
 
@@ -168,6 +168,19 @@ def test_reading_gives_no_warnings_for_sound_files(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_image(write_series(tmp_path / "ct", np.zeros((3, 4, 4), np.uint16)))
+
+
+def test_objects_without_pixels_beside_the_slices_are_told_and_not_used(tmp_path):
+    volume = np.arange(48, dtype=np.uint16).reshape(3, 4, 4)
+    folder = write_series(tmp_path / "ct", volume)
+    write_object(folder / "report.dcm", "1.2.840.10008.5.1.4.1.1.88.22", "SR")
+    assert [path.name for path in dicom_files(folder) if path.name == "report.dcm"] == []
+    assert read_image(folder).warnings == []
+    # Without file meta information only the whole header tells; the reader does.
+    write_object(folder / "notes", "1.2.840.10008.5.1.4.1.1.88.59", "KO", meta=False)
+    image = read_image(folder)
+    assert image.slices.shape == (3, 1, 4, 4)
+    assert image.warnings == ["DICOM files without pixels in its folder are not used (1 KO)."]
 
 
 def rounded_positions(folder: Path, decimals: int) -> Path:

@@ -23,6 +23,7 @@ from sam2sgp.data.io.formats import (
     map_suffix,
     output_suffix,
     result_endings,
+    without_pixels,
 )
 from sam2sgp.data.io.geometry import Geometry
 from sam2sgp.data.io.images import MedicalImage, read_image
@@ -53,6 +54,7 @@ __all__ = [
     "read_image",
     "read_label",
     "result_endings",
+    "without_pixels",
     "write_label",
     "write_map",
     "writing",

@@ -6,7 +6,6 @@ distances is refused: it has no rectangular grid of voxels on which a class map 
 
 import hashlib
 import os
-import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,7 @@ def read_dicom(path: Path, files: list[Path], limit: int | None = None) -> Grid:
 
     Raises DataError unless they are one regular stack of slices, of at most `limit` bytes as float32.
     """
-    slices, step = _dicom_stack(path, files)
+    slices, step, warnings = _dicom_stack(path, files)
     first = slices[0]
     shape = len(slices), int(first.header.Rows or 0), int(first.header.get("Columns") or 0)
     check_memory(path, shape, samples_of(first.header), limit)
@@ -77,6 +76,7 @@ def read_dicom(path: Path, files: list[Path], limit: int | None = None) -> Grid:
         is_rgb=array.shape[3] == 3,
         modality=str(first.header.get("Modality") or "") or None,
         has_spacing=spacing is not None and not is_film,
+        warnings=warnings,
     )
 
 
@@ -117,8 +117,8 @@ def _pixels(slices: list[_Slice]) -> np.ndarray:
     return stack
 
 
-def _dicom_stack(path: Path, files: list[Path]) -> tuple[list[_Slice], np.ndarray]:
-    """The slices of the one series in `files` in order, and the step (3,) in mm from one to the next.
+def _dicom_stack(path: Path, files: list[Path]) -> tuple[list[_Slice], np.ndarray, list[str]]:
+    """The slices of the one series in `files` in order, the step (3,) in mm from one to the next, and warnings.
 
     Raises DataError unless they are one regular stack of slices, or a single file.
     """
@@ -127,9 +127,8 @@ def _dicom_stack(path: Path, files: list[Path]) -> tuple[list[_Slice], np.ndarra
     headers = {file: header for file, header in headers.items() if "Rows" in header}
     if not headers:
         raise DataError(f"{path}: expected a DICOM series, found no DICOM image; check the path.")
-    if without:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(without.values()).items()))
-        warnings.warn(f"{path}: DICOM files that hold no image ({kinds}) are passed over.", stacklevel=2)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(without.values()).items()))
+    warnings = [f"DICOM files without pixels in its folder are not used ({kinds})."] if without else []
     _check_one_series(path, list(headers.values()))
     for file, header in headers.items():
         _check_kind(file, header)
@@ -138,10 +137,10 @@ def _dicom_stack(path: Path, files: list[Path]) -> tuple[list[_Slice], np.ndarra
     orientation = _orientation(first)
     normal = np.cross(orientation[:3], orientation[3:])
     if len(slices) > 1 and not (len({piece.file for piece in slices}) == 1 and first.position is None):
-        return _stack(path, slices, normal)
+        return *_stack(path, slices, normal), warnings
     measures = frame_item(first.header, 0, "PixelMeasuresSequence") or first.header
     thickness = float(measures.get("SpacingBetweenSlices") or measures.get("SliceThickness") or 0.0)
-    return slices, normal * (abs(thickness) if thickness and len(slices) == 1 else 1.0)
+    return slices, normal * (abs(thickness) if thickness and len(slices) == 1 else 1.0), warnings
 
 
 def _once(headers: dict[Path, Dataset]) -> dict[Path, Dataset]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pydicom
-from pydicom.uid import MediaStorageDirectoryStorage, SegmentationStorage
+from pydicom.uid import UID, SegmentationStorage
 
 from sam2sgp.data.io.geometry import Geometry
 
@@ -23,6 +23,14 @@ DATA_ENTRY = {".mhd": r"(?m)^ElementDataFile *= *(.*)", ".nhdr": r"(?m)^data ?fi
 # Headers are text of a few lines; behind them, voxels may follow.
 MAX_HEADER = 2**20
 SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + DICOM_SUFFIXES + PICTURE_SUFFIXES
+# Storage classes with pixels whose names don't say "Image".
+PIXEL_CLASSES = {
+    "Enhanced US Volume Storage",
+    "Parametric Map Storage",
+    "RT Dose Storage",
+    "Ophthalmic Thickness Map Storage",
+    "Corneal Topography Map Storage",
+}
 # Bytes of the first element of a DICOM file without preamble, which is a group length, a UID or a character set.
 LONGEST_FIRST_ELEMENT = 256
 
@@ -60,7 +68,7 @@ def image_stem(path: str | os.PathLike) -> str:
 def is_image(path: str | os.PathLike) -> bool:
     """Whether a path is an image by its suffix, a DICOM file by content, or a folder that holds DICOM files.
 
-    A DICOMDIR is an index of images, and none itself.
+    DICOM objects without pixels, such as a DICOMDIR, a structured report or a structure set, are none.
     """
     path = Path(path)
     if path.name.startswith("."):
@@ -70,13 +78,14 @@ def is_image(path: str | os.PathLike) -> bool:
     suffix = suffix_of(path)
     if suffix and suffix not in DICOM_SUFFIXES:
         return True
-    return is_dicom(path) and _storage_class(path) != MediaStorageDirectoryStorage
+    return is_dicom(path) and without_pixels(path) is None
 
 
 def dicom_files(folder: str | os.PathLike) -> list[Path]:
     """The DICOM files directly in a folder, by name.
 
-    DICOMDIR, segmentations (SEG), other files and subfolders are left out.
+    DICOM objects without pixels (DICOMDIR, reports, structure sets …), segmentations (SEG), other files and subfolders
+    are left out.
     """
     return [
         path
@@ -84,7 +93,8 @@ def dicom_files(folder: str | os.PathLike) -> list[Path]:
         if path.is_file()
         and not path.name.startswith(".")
         and is_dicom(path)
-        and _storage_class(path) not in (MediaStorageDirectoryStorage, SegmentationStorage)
+        and without_pixels(path) is None
+        and not is_dicom_seg(path)
     ]
 
 
@@ -98,6 +108,18 @@ def is_dicom(path: str | os.PathLike) -> bool:
 def is_dicom_seg(path: str | os.PathLike) -> bool:
     """Whether a file is a DICOM Segmentation object, by its file meta information."""
     return _storage_class(path) == SegmentationStorage
+
+
+def without_pixels(path: str | os.PathLike) -> str | None:
+    """What a DICOM file holds instead of pixels, such as "Basic Text SR", by its file meta information.
+
+    None for images, segmentations, and where the file doesn't say.
+    """
+    storage = _storage_class(path)
+    name = UID(storage or "").name
+    if storage in (None, SegmentationStorage) or name == storage or "Image" in name or name in PIXEL_CLASSES:
+        return None
+    return name.removesuffix(" Storage")
 
 
 def data_files(path: str | os.PathLike) -> list[Path]:

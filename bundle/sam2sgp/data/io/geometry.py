@@ -3,7 +3,7 @@
 Voxels are only permuted and flipped, never resampled.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
@@ -115,6 +115,8 @@ class Grid:
     is_jpeg: bool = False
     axes: tuple[int, int] = (0, 1)
     flips: tuple[bool, bool] = (False, False)
+    # Sentences on what may be wrong with it.
+    warnings: list[str] = field(default_factory=list)
 
 
 def geometry_of(grid: Grid, slice_axis: str | int) -> Geometry:

@@ -1,8 +1,7 @@
 """Reading an image of any supported format as slices in display orientation."""
 
 import os
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ class MedicalImage:
         modality: the DICOM tag's value ("CT", "MR", "PT", "US", "CR", "DX"); None if the file doesn't say.
         is_rgb: a colour image, whose values lie in 0..255.
         path: of the file or series folder.
+        warnings: sentences on what may be wrong with it.
     """
 
     slices: np.ndarray
@@ -43,6 +43,7 @@ class MedicalImage:
     modality: str | None
     is_rgb: bool
     path: str
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> MedicalImage:
@@ -58,7 +59,7 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
             "auto", the axis whose spacing is at least 1.5 times the others', else 2. A grid that is one voxel thick
             along a single axis is always one slice.
 
-    NaN and infinite voxels become the smallest finite value, with a warning that names the file.
+    NaN and infinite voxels become the smallest finite value, with a warning.
 
     Raises:
         DataError: the file is missing, damaged, empty, without a finite value, or a series that is not one regular
@@ -75,14 +76,13 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
     if not finite.all():
         if not finite.any():
             raise DataError(f"{path}: expected intensities, found no finite value; export the image again.")
-        warnings.warn(
-            f"{path}: {array.size - int(finite.sum())} of {array.size} values are NaN or infinite; they are read as "
-            "the smallest finite value.",
-            stacklevel=2,
+        grid.warnings.append(
+            f"{array.size - int(finite.sum())} of its {array.size} values are NaN or infinite; they are read as the "
+            "smallest finite value."
         )
         array[~finite] = array[finite].min()
     slices = np.ascontiguousarray(np.moveaxis(array, 3, 1))
-    return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path))
+    return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path), grid.warnings)
 
 
 def read_grid(path: str | os.PathLike, label: bool = False, limit: int | None = None) -> Grid:
