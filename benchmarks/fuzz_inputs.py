@@ -7,7 +7,8 @@ out, doubled or exchanged; most often in the header) and reads each as an image 
 A file may be read as before, read with another result (a voxel or a header's number was changed, and nothing in an
 uncompressed format would show it) or refused by a `DataError`. What fails the run, with exit code 1:
 
-- the process dies, a file takes more than `--seconds`, or the process grows by more than `--megabytes`;
+- the process dies, a file takes more than `--seconds`, or the process grows by, or one that decodes for it takes, more
+  than `--megabytes`;
 - an error that is no `DataError`;
 - a file that was cut short and is read with another result.
 
@@ -15,6 +16,7 @@ Prints a row for each kind of file. `--keep FOLDER` keeps what failed.
 """
 
 import argparse
+import contextlib
 import io
 import multiprocessing
 import os
@@ -28,6 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "bundle")]
@@ -123,6 +126,16 @@ def damaged(content: bytes, rng: np.random.Generator) -> tuple[bytes, bool]:
     return bytes(data), False
 
 
+def peak_of_children() -> float:
+    """Peak memory in MB of the running processes that this one has started."""
+    peaks = [0]
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peaks += [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
+    return max(peaks) / 1024
+
+
 def read_files(pipe) -> None:
     """The reading process: (path, True for a label) in, what came of it out."""
     import sam2sgp.data.io as reading
@@ -145,7 +158,8 @@ def read_files(pipe) -> None:
             answer = "refused", str(error)
         except Exception as error:
             answer = "other error", repr(error)[:200]
-        pipe.send((*answer, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        pipe.send((*answer, max(grown, peak_of_children())))
 
 
 class Reader:
@@ -154,6 +168,8 @@ class Reader:
     def __init__(self, seconds: float, megabytes: float) -> None:
         self.seconds, self.megabytes = seconds, megabytes
         self.process = None
+        # By the last file, in MB.
+        self.taken = 0.0
 
     def read(self, path: Path, label: bool) -> tuple[str, object]:
         """("read", content), ("refused", message), or what failed and what is known of it."""
@@ -164,13 +180,13 @@ class Reader:
             if not self.pipe.poll(self.seconds):
                 self.end()
                 return "hang", f"more than {self.seconds:g} s"
-            outcome, detail, grown = self.pipe.recv()
+            outcome, detail, self.taken = self.pipe.recv()
         except EOFError:
             self.process.join()
             code = self.process.exitcode
             self.process = None
             return "crash", f"exit code {code}"
-        return ("memory", f"{grown:.0f} MB") if grown > self.megabytes else (outcome, detail)
+        return ("memory", f"{self.taken:.0f} MB") if self.taken > self.megabytes else (outcome, detail)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -202,6 +218,7 @@ def main() -> None:
     end = time.monotonic() + 60 * options.minutes
     reader = Reader(options.seconds, options.megabytes)
     failures = []
+    slowest = largest = 0.0
     with tempfile.TemporaryDirectory() as name:
         sound = write_sound_files(Path(name))
         counts = {path.name: Counter() for path in sound}
@@ -215,7 +232,9 @@ def main() -> None:
             path = Path(name) / f"damaged{number}{''.join(source.suffixes)}"
             path.write_bytes(content)
             for label in (False, True):
+                started = time.monotonic()
                 outcome, detail = reader.read(path, label)
+                slowest, largest = max(slowest, time.monotonic() - started), max(largest, reader.taken)
                 if outcome == "read":
                     is_same = (outcome, detail) == expected[source, label]
                     outcome = "same" if is_same else "cut and read" if is_cut else "other result"
@@ -233,6 +252,9 @@ def main() -> None:
     print("| --- " * (1 + len(OUTCOMES) + len(FAILURES)) + "|")
     for kind, counter in counts.items():
         print(f"| {kind} | {' | '.join(str(counter[outcome]) for outcome in (*OUTCOMES, *FAILURES))} |")
+    total = sum(counts.values(), Counter())
+    print(f"| all | {' | '.join(str(total[outcome]) for outcome in (*OUTCOMES, *FAILURES))} |")
+    print(f"Slowest file {slowest:.1f} s, largest growth or decoding process {largest:.0f} MB.")
     print(*failures, sep="\n")
     raise SystemExit(bool(failures))
 
