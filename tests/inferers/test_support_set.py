@@ -72,6 +72,27 @@ def test_many_classes_go_through_the_network_some_at_a_time(network, monkeypatch
     assert rows == [10, 5]
 
 
+def test_of_many_classes_an_image_is_searched_for_those_that_similar_items_hold(network, monkeypatch):
+    monkeypatch.setattr(support_bank, "FEW_CLASSES", 1)
+    monkeypatch.setattr(support_bank, "NEAREST_ITEMS", 1)
+    cases = [case(i, [i + 1, 4]) for i in range(3)]
+    inferer = SupportSetInferer(bank(cases), SupportSampler(k=2))
+    images = torch.cat([entry["picture"] for entry in cases])
+    (chunk,) = inferer.chunks(images, network)
+    likely = torch.stack([entry.likely for entry in chunk.retrieved], 1)
+    assert likely.tolist() == [[value in (i + 1, 4) for value in (1, 2, 3, 4)] for i in range(3)]
+    searched = (chunk.output.logits != ABSENT_LOGIT).flatten(2).any(2)
+    assert torch.equal(searched, likely)
+    monkeypatch.setattr(support_bank, "FEW_CLASSES", 4)
+    (every,) = inferer.chunks(images, network)
+    torch.testing.assert_close(chunk.output.logits[likely], every.output.logits[likely], atol=1e-4, rtol=1e-4)
+    # Slices of a volume too, with their neighbours.
+    monkeypatch.setattr(support_bank, "FEW_CLASSES", 1)
+    inferer.volume_memory = VolumeMemory()
+    (chunk,) = inferer.chunks(images, network, volume=True)
+    assert torch.equal((chunk.output.logits != ABSENT_LOGIT).flatten(2).any(2), likely)
+
+
 def test_regions_of_a_few_items_are_encoded_where_there_are_many_classes(network, monkeypatch):
     support = bank([case(i, [1], patient=f"p{i % 4}") for i in range(12)])
     support.encode(network)

@@ -4,9 +4,11 @@ At the network's size an object of a few pixels is a cell or two of the embeddin
 what the first pass found, cuts the support images around their own masks by the same rule, so that objects appear in
 the same size, and segments the one guided by the other. Thin structures, which may be anywhere, such as vessels, are
 seen in overlapping tiles instead, the smaller the thinner they are in the support set; at most nine of them, each
-encoded once for all classes, so that a slice takes at most ten times as long. The mean of both passes' logits is the
-result, blended over the rims of regions and tiles; the second pass counts less in it where the first one is an average
-with another network's.
+encoded once for all classes, so that a slice takes at most ten times as long. Where the support set has many classes, a
+class counts as found where it wins, and the views of a slice are limited, those that show most of a class first.
+
+The mean of both passes' logits is the result, blended over the rims of regions and tiles; the second pass counts less
+in it where the first one is an average with another network's.
 """
 
 from collections import defaultdict
@@ -19,12 +21,14 @@ from torch import Tensor
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.networks import SAM2SGP, SupportMemory
-from sam2sgp.support.bank import SupportBank
+from sam2sgp.support.bank import FEW_CLASSES, SupportBank
 from sam2sgp.support.sampler import SupportSampler
-from sam2sgp.transforms.array import Region, to_three_channels
+from sam2sgp.transforms.array import Region, label_map, to_three_channels
 
 SECOND_PASS_WEIGHT = 0.5
 EPS = 1e-6
+# Of an image with many classes, views of classes that are segmented again.
+MOST_VIEWS = 20
 
 
 @dataclass
@@ -96,17 +100,16 @@ class RegionPass:
         """
         if not self.below or not weight:
             return logits
-        jobs = []
         shape = tuple(logits.shape[-2:])
-        for column in range(logits.shape[1]):
-            share = self.bank.tile_share(column, network.image_size)
-            for row in torch.nonzero((logits[:, column] > 0).flatten(1).any(1))[:, 0].tolist():
-                if share is not None:
-                    regions = Region.tiles(shape, network.image_size, share, pixel)
-                else:
-                    found = Region.around(logits[row, column] > 0, network.image_size, pixel, self.below)
-                    regions = [] if found is None else [found]
-                jobs += [_Job(row, column, region, images[row]) for region in regions]
+        jobs = []
+        if logits.shape[1] <= FEW_CLASSES:
+            for row, masks in enumerate(logits > 0):
+                jobs += self._jobs(row, masks, images, network, pixel)
+        else:
+            numbers = torch.arange(1, logits.shape[1] + 1, device=logits.device)[:, None, None]
+            for row, winner in enumerate(label_map(logits)):
+                masks = winner == numbers
+                jobs += _most_useful(self._jobs(row, masks, images, network, pixel, same_tiles=True), masks)
         # Classes that share a tile come together, so that it is encoded once.
         jobs.sort(key=lambda job: (job.row, job.region.top, job.region.left))
         second = torch.zeros_like(logits)
@@ -119,6 +122,34 @@ class RegionPass:
                 weights[place] += window
         mean = torch.where(weights > 0, second / weights.clamp(min=EPS), logits)
         return torch.lerp(logits, mean, weight * weights.clamp(max=1))
+
+    def _jobs(
+        self,
+        row: int,
+        masks: Tensor,
+        images: Tensor,
+        network: SAM2SGP,
+        pixel: tuple[float, float],
+        same_tiles: bool = False,
+    ) -> list[_Job]:
+        """What to segment again of an image, where the classes' masks (C, H, W) are.
+
+        same_tiles: all thin classes are seen in the tiles of the thinnest one, which are encoded once.
+        """
+        size = network.image_size
+        columns = torch.nonzero(masks.flatten(1).any(1))[:, 0].tolist()
+        shares = {column: self.bank.tile_share(column, size) for column in columns}
+        least = min((share for share in shares.values() if share is not None), default=None)
+        jobs = []
+        for column in columns:
+            if shares[column] is not None:
+                share = least if same_tiles else shares[column]
+                regions = Region.tiles(tuple(masks.shape[-2:]), size, share, pixel)
+            else:
+                found = Region.around(masks[column], size, pixel, self.below)
+                regions = [] if found is None else [found]
+            jobs += [_Job(row, column, region, images[row]) for region in regions]
+        return jobs
 
     def _segment(
         self, jobs: list[_Job], network: SAM2SGP, patient: str | None, group: str | None
@@ -146,3 +177,16 @@ class RegionPass:
             support = SupportMemory.concatenate([memory for _, memory in parts])
             logits = network.segment(features[numbers], support).logits.float()
             yield from zip([jobs[number] for number in numbers], logits, strict=True)
+
+
+def _most_useful(jobs: list[_Job], masks: Tensor) -> list[_Job]:
+    """At most `MOST_VIEWS` of an image's jobs: of each class in masks (C, H, W) its best view, then the next one."""
+    ranked = []
+    by_class = defaultdict(list)
+    for job in jobs:
+        by_class[job.column].append((int(masks[job.column][job.region.place].sum()), job))
+    for own in by_class.values():
+        own.sort(key=lambda entry: -entry[0])
+        ranked += [(place, -pixels, job) for place, (pixels, job) in enumerate(own) if pixels]
+    ranked.sort(key=lambda entry: entry[:2])
+    return [job for *_, job in ranked[:MOST_VIEWS]]

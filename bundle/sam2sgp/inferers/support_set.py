@@ -301,10 +301,19 @@ class SupportSetInferer(Inferer):
     ) -> SGPOutput:
         """Segment classes of equal K together, some at a time, and put the results in the order of the bank's classes.
 
+        Classes that aren't likely on an image get `ABSENT_LOGIT` there.
+
         Args:
             image: (B, 3, S, S), what was encoded; an adapted ensemble needs it.
             frames: for some numbers of classes, memory (B, 1, M) of slices next to the support.
         """
+        if not all(bool(entry.likely.all()) for entry in retrieved):
+            parts = []
+            for row in range(len(features)):
+                own = slice(row, row + 1)
+                likely = [entry.rows(own) for entry in retrieved if entry.likely[row]]
+                parts.append(self._segment(network, features[own], image[own], likely, frames))
+            return SGPOutput.concatenate(parts)
         frames = frames or {}
         batch, classes = len(features), len(self.bank.class_values)
         size = network.image_size

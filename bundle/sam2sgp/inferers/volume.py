@@ -141,6 +141,7 @@ class _Window:
         self.settings, self.start = propagation.settings, propagation.start
         self.network, self.segment = propagation.network, propagation.segment
         self.features, self.images = features, images
+        retrieved = [replace(entry, likely=_without_gaps(entry.likely)) for entry in retrieved]
         self.entries = {propagation.class_values.index(entry.value): entry for entry in retrieved}
         self.step = propagation.step
         count, parts = len(features), []
@@ -211,7 +212,7 @@ class _Window:
             getattr(self.output, field.name)[index, columns] = getattr(found, field.name)[0, columns]
 
     def _is_due(self, column: int, index: int, up: bool, trails: dict[int, list[Frame]]) -> bool:
-        if index in self.anchors[column] or index in self.absent[column]:
+        if index in self.anchors[column] or index in self.absent[column] or not self.entries[column].likely[index]:
             return False
         if self.upward[column][index] == up:
             return True
@@ -234,6 +235,13 @@ class _Window:
     def _memory(self, trail: list[Frame], index: int) -> SupportMemory:
         """The slices of a trail as memory (1, 1, M) for a slice."""
         return reduce(SupportMemory.beside, [frame.at(self.start + index) for frame in trail])
+
+
+def _without_gaps(likely: Tensor) -> Tensor:
+    """Whether a class is likely on slices, (W,) bool, or on both neighbours of a slice."""
+    between = likely.clone()
+    between[1:-1] |= likely[:-2] & likely[2:]
+    return between
 
 
 def _shows(trail: list[Frame]) -> bool:

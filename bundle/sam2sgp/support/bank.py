@@ -49,7 +49,7 @@ from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open,
 logger = logging.getLogger(__name__)
 
 # Part of the keys of both layers: counted up when what is prepared or encoded changes by the code.
-VERSION = 3
+VERSION = 4
 CASE, ENCODED = "case", "encoded"
 WHOLE = "item"
 CASES_PER_LOOKUP = 256
@@ -60,21 +60,30 @@ BATCHES_PER_TIDYING = 8
 # would encode thousands of regions before its first result.
 MAX_VIEWED, LEAST_VIEWED = 480, 8
 MAX_VALUE = 255
+# So few classes are looked for in every image. Of more, those that one of the most similar items holds, and as many of
+# those whose own items are the most similar.
+FEW_CLASSES = 8
+NEAREST_ITEMS = 8
 # Memory of an item by itself and by class; some are missing where the network has no prior.
 OF_ITEM, OF_CLASS = ("prior_key", "gram"), ("tokens", "prior_mask", "gram_foreground")
 
 
 @dataclass
 class Retrieved:
-    """Support of one class for B queries: item numbers (B, K), cosine similarities (B, K) and their memory."""
+    """Support of one class for B queries.
+
+    index, similarity: (B, K) numbers of items and their cosine similarities. likely: (B,) whether the class is worth
+    looking for, which of few classes all are.
+    """
 
     value: int
     index: Tensor
     similarity: Tensor
+    likely: Tensor
 
     def rows(self, rows: slice | Tensor) -> "Retrieved":
         """The same for some of the queries."""
-        return Retrieved(self.value, self.index[rows], self.similarity[rows])
+        return Retrieved(self.value, self.index[rows], self.similarity[rows], self.likely[rows])
 
 
 @dataclass
@@ -367,12 +376,29 @@ class SupportBank:
             return []
         similarity = embedding @ encoded.T
         allowed = self._allowed(patient, group)
-        retrieved = []
-        for column, value in enumerate(self.class_values):
-            eligible = (self.holds[:, column] & allowed).to(similarity.device)
-            if eligible.any():
-                retrieved.append(Retrieved(value, *sampler(similarity, eligible)))
-        return retrieved
+        eligible = (self.holds & allowed[:, None]).to(similarity.device)
+        likely = self._likely(similarity, allowed.to(similarity.device), eligible)
+        return [
+            Retrieved(value, *sampler(similarity, eligible[:, column]), likely[:, column])
+            for column, value in enumerate(self.class_values)
+            if eligible[:, column].any()
+        ]
+
+    @staticmethod
+    def _likely(similarity: Tensor, allowed: Tensor, eligible: Tensor) -> Tensor:
+        """Which classes are worth looking for in each query, (B, C).
+
+        Args:
+            similarity: (B, N) to the items. allowed: (N,) items that may guide. eligible: (N, C) and hold a class.
+        """
+        shape = len(similarity), eligible.shape[1]
+        if shape[1] <= FEW_CLASSES:
+            return torch.ones(shape, dtype=torch.bool, device=similarity.device)
+        similarity = similarity.masked_fill(~allowed, -torch.inf)
+        nearest = similarity.topk(min(NEAREST_ITEMS, similarity.shape[1]), 1).indices
+        likely = eligible[nearest].any(1)
+        best = [similarity.masked_fill(~column, -torch.inf).amax(1) for column in eligible.unbind(1)]
+        return likely.scatter(1, torch.stack(best, 1).topk(FEW_CLASSES, 1).indices, True)
 
     def select(self, retrieved: list[Retrieved]) -> SupportMemory:
         """Memory with leading dimensions (B, C, K) of classes that share one K."""
