@@ -1,6 +1,7 @@
 """The fit into the network's square, and the way back."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sam2sgp.transforms import (
     to_three_channels,
     uncertainty,
 )
+from sam2sgp.transforms.array import Region
 
 
 def test_channels():
@@ -94,3 +96,17 @@ def test_uncertainty_is_the_normalised_entropy():
     log_odds = torch.linspace(-30, 30, 61).reshape(1, 1, 1, 61)
     found = uncertainty(log_odds).flatten()
     assert found.min() >= 0 and found.max() == found[30] == 1 and (found[:31].diff() >= 0).all()
+
+
+def test_a_long_image_is_seen_through_overlapping_windows_in_a_row():
+    windows = Region.windows((100, 1000), 128)
+    assert {(window.place[0].start, window.place[0].stop) for window in windows} == {(0, 100)}
+    columns = [window.place[1] for window in windows]
+    assert columns[0].start == 0 and columns[-1].stop == 1000
+    assert {place.stop - place.start for place in columns} == {100}
+    assert all(before.stop - after.start >= 14 for before, after in pairwise(columns))
+    assert Region.windows((100, 790), 128) == [] and Region.windows((3, 900), 128) == []
+    # By their size in mm, and no more than so many.
+    assert Region.windows((100, 1000), 128, pixel=(1.0, 0.5)) == []
+    assert len(Region.windows((400, 100), 128, pixel=(2.0, 0.5))) == 19
+    assert len(Region.windows((10, 5000), 128)) <= 33

@@ -22,7 +22,7 @@ from sam2sgp.inferers.volume import Propagation, VolumeMemory
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support.bank import Retrieved, SupportBank
 from sam2sgp.support.sampler import SupportSampler
-from sam2sgp.transforms.array import to_three_channels
+from sam2sgp.transforms.array import Region, to_three_channels
 
 if TYPE_CHECKING:
     from sam2sgp.adaptation import Adapter
@@ -282,7 +282,34 @@ class SupportSetInferer(Inferer):
         patient: str | None = None,
         group: str | None = None,
     ) -> Tensor:
-        """Correct logits (B, C, H, W) that `chunks` gave, brought to the images' grid: see `RegionPass`."""
+        """Correct logits (B, C, H, W) that `chunks` gave, brought to the images' grid: see `RegionPass`.
+
+        Images much longer than wide are segmented again window by window instead, see `Region.windows`.
+        """
+        shape = tuple(logits.shape[-2:])
+        windows = Region.windows(shape, network.image_size, pixel)
+        if not windows:
+            return self._small_objects(logits, images, network, pixel, patient, group)
+        total, weights = torch.zeros_like(logits), logits.new_zeros(shape)
+        for window in windows:
+            part = images[(..., *window.place)]
+            found = window.restore(self(window.apply(images), network, patient=patient, group=group))
+            found = self._small_objects(found, part, network, pixel, patient, group)
+            weight = window.window(shape).to(logits.device)
+            total[(..., *window.place)] += weight * found
+            weights[window.place] += weight
+        return total / weights
+
+    def _small_objects(
+        self,
+        logits: Tensor,
+        images: Tensor,
+        network: SAM2SGP,
+        pixel: tuple[float, float],
+        patient: str | None,
+        group: str | None,
+    ) -> Tensor:
+        """Logits with those of small objects corrected, see `RegionPass`."""
         weight = SECOND_PASS_WEIGHT
         if self.adaptation is not None:
             network = self.adaptation.network

@@ -189,7 +189,11 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
         case: preprocessed: image (Z, C, S, S) in [0, 1], label (Z, S, S), both also at their own size as `image_full`
             and `label_full`, geometry, and scaling where there was a choice.
         slices_per_class: slices taken from a volume for each class.
+
+    Slices much longer than wide are seen through windows, see `Region.windows`, which count as slices.
     """
+    volume = len(case["label"]) > 1
+    case = _in_windows(case)
     label = case["label"]
     flat = label.flatten(1)
     values = torch.unique(label).tolist()
@@ -200,17 +204,32 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
     if chosen and len(label) > 1:
         # They guide nothing, but show what an image without any class looks like.
         chosen |= set(choose_slices((flat == 0).all(1).numpy().astype(int), EMPTY_SLICES))
-    volume = len(label) > 1
     measures = {index: ImageMeasures.of(case["label_full"][index], volume) for index in chosen}
     items = [
         Prepared(case["image"][index].half(), label[index].to(torch.uint8), **_views(case, index, measures[index]))
         for index in sorted(chosen)
     ]
     facts = [
-        Facts.of(index if volume else None, item, measures[index])
+        Facts.of(index if len(label) > 1 else None, item, measures[index])
         for index, item in zip(sorted(chosen), items, strict=True)
     ]
     return Listing(tuple(values), tuple(facts), case.get("scaling", AS_GIVEN)), items
+
+
+def _in_windows(case: dict) -> dict:
+    """A case whose slices are the windows that its own are seen through, if any, slice by slice."""
+    shape, size = tuple(case["label_full"].shape[-2:]), case["image"].shape[-1]
+    windows = Region.windows(shape, size, pixel_size(case["geometry"].spacing))
+    if not windows:
+        return case
+    image, label = case["image_full"], case["label_full"]
+    seen = {
+        "image": [window.apply(image) for window in windows],
+        "label": [window.apply_label(label) for window in windows],
+        "image_full": [image[(..., *window.place)] for window in windows],
+        "label_full": [label[(..., *window.place)] for window in windows],
+    }
+    return case | {key: torch.stack(parts, 1).flatten(0, 1) for key, parts in seen.items()}
 
 
 def _views(case: dict, index: int, measures: ImageMeasures) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:

@@ -18,6 +18,8 @@ SMALLEST_EXTENT = 0.08
 STRAY_SHARE = 0.02
 # Of slices: pixels on a side, and how many times longer than wide.
 SMALLEST_SIDE, LONGEST_ASPECT = 4, 8
+# Windows that a longer one is seen through, at most.
+MOST_WINDOWS = 32
 # Least overlap of neighbouring tiles, and the width of the rim over which views are blended, as shares of their side.
 OVERLAP = 0.15
 RIM = 0.15
@@ -160,7 +162,24 @@ class Region:
         cls, shape: tuple[int, int], size: int, share: float, pixel: tuple[float, float] = (1.0, 1.0)
     ) -> list["Region"]:
         """Overlapping square tiles that cover an image (H, W), each with `share` of the image's longer side."""
-        side = share * max(length * spacing for length, spacing in zip(shape, pixel, strict=True))
+        longest = max(length * spacing for length, spacing in zip(shape, pixel, strict=True))
+        return cls._covering(shape, size, share * longest, pixel)
+
+    @classmethod
+    def windows(cls, shape: tuple[int, int], size: int, pixel: tuple[float, float] = (1.0, 1.0)) -> list["Region"]:
+        """Overlapping windows in a row that cover an image (H, W) at least `LONGEST_ASPECT` times as long as wide.
+
+        They are square, and longer only where there would be more than `MOST_WINDOWS`. An image of another shape, or
+        too small to show anything, has none.
+        """
+        shorter, longer = sorted(length * spacing for length, spacing in zip(shape, pixel, strict=True))
+        if longer < LONGEST_ASPECT * shorter or min(shape) < SMALLEST_SIDE:
+            return []
+        return cls._covering(shape, size, max(shorter, longer / (1 + (1 - OVERLAP) * (MOST_WINDOWS - 1))), pixel)
+
+    @classmethod
+    def _covering(cls, shape: tuple[int, int], size: int, side: float, pixel: tuple[float, float]) -> list["Region"]:
+        """Overlapping rectangles that cover an image, `side` mm long or as long as the image."""
         extent, starts = [], []
         for length, spacing in zip(shape, pixel, strict=True):
             tile = min(length, max(1, round(side / spacing)))

@@ -30,7 +30,7 @@ from sam2sgp.data.io import (
     write_map,
 )
 from sam2sgp.errors import DataError
-from sam2sgp.transforms.array import Fit, pixel_size
+from sam2sgp.transforms.array import Fit, Region, pixel_size
 from sam2sgp.transforms.scaling import choose_scaling, is_ct, scale_intensity
 
 logger = logging.getLogger(__name__)
@@ -124,8 +124,8 @@ class ScaleIntensityByModalityd(MapTransform):
 class FitToSquared(MapTransform):
     """Resize with the aspect (in mm where known) kept and pad to `size`.
 
-    The way back is put at `fit`, and what was resized at `<key>_full`. Of an image so long or so small that the network
-    can hardly see it, `warnings` tell.
+    The way back is put at `fit`, and what was resized at `<key>_full`. Of an image so small that the network can hardly
+    see it, or so long that windows (`Region.windows`) don't help, `warnings` tell.
     """
 
     def __init__(self, keys: KeysCollection = ("image", "label"), size: int = 128) -> None:
@@ -136,7 +136,9 @@ class FitToSquared(MapTransform):
         case = dict(data)
         pixel = pixel_size(case["geometry"].spacing)
         case["fit"] = Fit.of(tuple(case["image"].shape[-2:]), self.size, pixel)
-        case["warnings"] = [*case.get("warnings", ()), *case["fit"].warnings]
+        windows = Region.windows(case["fit"].original, self.size, pixel)
+        seen = windows[0].fit if windows else case["fit"]
+        case["warnings"] = [*case.get("warnings", ()), *seen.warnings]
         for key in self.key_iterator(case):
             if isinstance(case[key], torch.Tensor):
                 case[f"{key}_full"] = case[key]
