@@ -73,6 +73,10 @@ def test_every_described_setting_is_in_some_config_and_every_documented_one_is_d
         (INFERENCE, {"precision": "FP16"}, "--precision: .*Did you mean fp16?"),
         (INFERENCE, {"dataset::dta": 1}, "--dataset::dta: .*QueryDataset has no such argument; did you mean .*::data?"),
         (("train.json",), {"train::dataset::group_sise": 1}, "did you mean --train::dataset::group_size?"),
+        (INFERENCE, {"inferer::batch_size": "8"}, "--inferer::batch_size: expected a whole number, found '8'"),
+        (INFERENCE, {"inferer::object_gate": "no"}, "--inferer::object_gate: expected True or False, found 'no'"),
+        (INFERENCE, {"evaluator::probability": 1}, "--evaluator::probability: expected True or False, found 1"),
+        (("train.json",), {"optimizer::lr": "fast"}, "--optimizer::lr: expected a number, found 'fast'"),
         (("train.json",), {"weights": True}, "--weights: expected a path, or None, or False, found True"),
     ],
 )

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 from monai.bundle import ConfigParser
 from monai.bundle.config_item import ConfigComponent
 from monai.bundle.reference_resolver import ReferenceResolver
+from torch import Tensor
 
 from sam2sgp.errors import ConfigError
 
@@ -379,17 +382,46 @@ def _components(value: object, identifier: str = "") -> Iterator[tuple[str, Mapp
 
 
 def _check_arguments(identifier: str, component: Mapping, parser: ConfigParser) -> None:
-    """A component's arguments are those of its class or function."""
+    """A component's arguments are those of its class or function, and plain values are of the annotated types."""
     target = ConfigComponent(dict(component), identifier, parser.locator).resolve_module_name()
     made = pydoc.locate(target) if isinstance(target, str) else target
     try:
         parameters = inspect.signature(made).parameters
     except (TypeError, ValueError):
         return  # of compiled code, which does not say
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for name in component:
-        if name not in parameters and not name.startswith("_"):
+    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name, value in component.items():
+        if name.startswith("_"):
+            continue
+        if name in parameters:
+            types = _plain_types(made, parameters[name])
+            if types and not _is_expression(value) and not _fits(value, types):
+                expected = " or ".join(_NAMES[kind] for kind in types)
+                raise ConfigError(f"--{identifier}::{name}: expected {expected}, found {value!r}.")
+        elif not is_open:
             near = get_close_matches(name, parameters, 1)
             hint = f"did you mean --{identifier}::{near[0]}?" if near else f"expected one of {', '.join(parameters)}."
             raise ConfigError(f"--{identifier}::{name}: {component['_target_']} has no such argument; {hint}")
+
+
+_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
+
+
+def _plain_types(made: object, parameter: inspect.Parameter) -> tuple[type, ...]:
+    """The types that an argument may have, if its annotation names plain ones only; else none."""
+    hint = parameter.annotation
+    if isinstance(hint, str):
+        try:
+            hint = get_type_hints(made.__init__ if isinstance(made, type) else made)[parameter.name]
+        except Exception:  # annotations may name what is only imported for type checkers
+            return ()
+    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    # A configuration holds no tensors.
+    types = tuple(kind for kind in types if kind is not Tensor)
+    return types if all(kind in _NAMES for kind in types) else ()
+
+
+def _fits(value: object, types: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in types
+    return isinstance(value, types) or (isinstance(value, int) and float in types)
