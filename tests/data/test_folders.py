@@ -190,6 +190,29 @@ def test_nnunet_folder(tmp_path):
         load_datalist(tmp_path)
 
 
+def test_several_channels_of_a_case_are_refused_wherever_they_are_given(tmp_path, caplog):
+    channels = ["a_0000.nii.gz", "a_0001.nii.gz"]
+    refused = "2 channels of 'a'.*a_0000.*choose one channel"
+    touch(tmp_path, "nn/imagesTr/b_0000.nii.gz", *(f"nn/imagesTs/{name}" for name in channels))
+    for folder in ("nn", "nn/imagesTs"):
+        with pytest.raises(DataError, match=refused):
+            load_datalist(tmp_path / folder, require_labels=False)
+    touch(tmp_path, "pairs/labels/a.nii.gz", "pairs/images/a_0000.nii.gz")
+    (case,) = load_datalist(tmp_path / "pairs")
+    assert Path(case["image"]).name == "a_0000.nii.gz" and Path(case["label"]).name == "a.nii.gz"
+    touch(tmp_path, "pairs/images/a_0001.nii.gz")
+    with pytest.raises(DataError, match=refused):
+        load_datalist(tmp_path / "pairs")
+    entry = {"image": [f"pairs/images/{name}" for name in channels], "label": "pairs/labels/a.nii.gz"}
+    with pytest.raises(DataError, match="2 channels of 'pairs/labels/a.nii.gz'.*choose one channel"):
+        load_datalist(write_json(tmp_path / "list.json", {"training": [entry]}))
+    # In a folder of any name they may as well be numbers; of pictures they are.
+    touch(tmp_path, *(f"flat/{name}" for name in (*channels, "f_0000.png", "f_0001.png")))
+    assert len(load_datalist(tmp_path / "flat", require_labels=False)) == 4
+    (record,) = caplog.records
+    assert "a_0000.nii.gz, a_0001.nii.gz may be channels of one case" in record.message
+
+
 def test_nnunet_folder_that_lists_its_cases(tmp_path):
     listed = {"a": {"images": ["imagesTr/liver_001_0000.nii.gz"], "label": "labelsTr/liver_001.nii.gz"}}
     nnunet(tmp_path, dataset=listed)

@@ -18,7 +18,16 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from sam2sgp.data.io import data_files, dicom_files, image_stem, is_dicom, is_dicom_seg, is_image, without_pixels
+from sam2sgp.data.io import (
+    data_files,
+    dicom_files,
+    image_stem,
+    is_dicom,
+    is_dicom_seg,
+    is_image,
+    is_picture,
+    without_pixels,
+)
 from sam2sgp.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +54,9 @@ LAYOUTS = (
 # An image folder, and the label folders that may lie beside it.
 PAIRED_FOLDERS = (("images", *LABEL_FOLDERS), ("imagesTr", "labelsTr"))
 DESCRIPTIONS = {"dataset.json", "labels.json"}
+# Folders of nnU-Net and the Decathlon, in which `liver_000_0001` is channel 1 of the case `liver_000`.
+CHANNEL_FOLDERS = ("imagesTr", "imagesVal", "imagesTs")
+CHANNEL = re.compile(r"(.+)_(\d{4})")
 LABEL_FOLDER_NAMES = {"labels", "label", "masks", "mask", "labelstr", "labelsts", "segmentations", "annotations"}
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini", "__MACOSX"}
 # Of images in formats that are not read.
@@ -258,7 +270,9 @@ def _find_cases(root: Path, require_labels: bool, skipped: list[Skipped]) -> lis
             "these."
         )
     else:
-        cases = [{"image": str(path)} for path in _images_or_series(root, skipped)]
+        images = _images_or_series(root, skipped)
+        _check_channels(root, images)
+        cases = [{"image": str(path)} for path in images]
     if not cases:
         raise DataError(
             f"{root}: expected images (NIfTI, NRRD, MetaImage, DICOM series folders, PNG, JPEG, TIFF, BMP), found "
@@ -286,7 +300,9 @@ def _cases_of_folders(root: Path, require_labels: bool, skipped: list[Skipped]) 
     cases = _pair(root, root / image_folder, images, label_folder, labels, require_labels, skipped)
     used = {image_folder, *([label_folder.name] if label_folder else [])}
     if image_folder == "imagesTr" and not require_labels and (root / "imagesTs").is_dir():
-        cases += [{"image": str(path)} for path in _images_or_series(root / "imagesTs", skipped)]
+        more = _images_or_series(root / "imagesTs", skipped)
+        _check_channels(root / "imagesTs", more)
+        cases += [{"image": str(path)} for path in more]
         used.add("imagesTs")
     hidden = []
     for path in sorted(root.iterdir()):
@@ -370,6 +386,8 @@ def _cases_of_json(path: Path, content: dict) -> list[dict]:
 def _case_of_entry(path: Path, base: Path, key: str, entry: object) -> dict:
     if isinstance(entry, str):
         entry = {"image": entry}
+    if isinstance(entry, dict) and isinstance(entry.get("image"), list) and len(entry["image"]) > 1:
+        raise _several_channels(path, str(entry.get("label", key)), list(map(str, entry["image"])))
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
         raise DataError(
             f"{path}: expected entries of `{key}` to be a path or an object with one `image` path, found {entry!r}; "
@@ -537,8 +555,7 @@ def _pair(
     image_stems: dict[str, list[Path]] = defaultdict(list)
     for image in images:
         image_stems[_place(image_folder, image)].append(image)
-    if image_folder.name == "imagesTr":
-        image_stems = _without_channels(root, image_stems, by_stem)
+    image_stems = _without_channels(root, image_folder, image_stems, by_stem)
     cases, used = [], set()
     for stem, sharing in image_stems.items():
         endings = ("", *LABEL_ENDINGS)
@@ -571,17 +588,43 @@ def _place(folder: Path, path: Path) -> str:
 
 
 def _without_channels(
-    root: Path, image_stems: dict[str, list[Path]], labels: dict[str, list[Path]]
+    root: Path, folder: Path, image_stems: dict[str, list[Path]], labels: dict[str, list[Path]]
 ) -> dict[str, list[Path]]:
-    """nnU-Net's images by their case: `liver_000_0000` is channel 0 of the case `liver_000`."""
+    """Images by their case: `liver_000_0000` is channel 0 of `liver_000` in nnU-Net's folders, and where that label is.
+
+    Raises DataError for a case of several channels.
+    """
     by_case: dict[str, list[Path]] = defaultdict(list)
     for stem, images in image_stems.items():
-        match = re.fullmatch(r"(.+)_\d{4}", stem)
-        by_case[match[1] if match and stem not in labels else stem] += images
+        match = CHANNEL.fullmatch(stem)
+        is_channel = match and stem not in labels and (folder.name in CHANNEL_FOLDERS or match[1] in labels)
+        by_case[match[1] if is_channel else stem] += images
     for case, images in by_case.items():
-        if len(images) > 1 and all(re.search(r"_\d{4}$", image_stem(image)) for image in images):
+        if len(images) > 1 and all(CHANNEL.fullmatch(image_stem(image)) for image in images):
             raise _several_channels(root, case, [image.name for image in images])
     return by_case
+
+
+def _check_channels(folder: Path, queries: list[Path]) -> None:
+    """Raise DataError for cases of several channels in one of nnU-Net's folders.
+
+    In any other folder, names such as `case_0000` may count images as well. Volumes of such names are only warned of.
+    """
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in queries:
+        match = CHANNEL.fullmatch(_place(folder, path))
+        if match and not is_picture(path):
+            found[match[1]].append(path)
+    several = {case: images for case, images in found.items() if len(images) > 1}
+    for case, images in several.items():
+        if folder.name in CHANNEL_FOLDERS:
+            raise _several_channels(folder, case, [image.name for image in images])
+        if any(image_stem(image).endswith("_0000") for image in images):
+            logger.warning(
+                "%s: %s may be channels of one case; each is segmented by itself.",
+                folder,
+                _some([image.name for image in images]),
+            )
 
 
 def _full_stem(label: Path) -> str:
