@@ -1,5 +1,7 @@
 """Reading PNG, JPEG, TIFF and BMP, as images and as class maps."""
 
+import re
+import struct
 import zlib
 
 import nibabel as nib
@@ -185,3 +187,16 @@ def test_mask_of_16_bits_is_class_1(tmp_path, name):
     mask = RNG.random((6, 7)) > 0.5
     Image.fromarray((mask * 65535).astype(np.uint16)).save(tmp_path / name)
     assert np.array_equal(read_label(tmp_path / name)[0], mask)
+
+
+def test_a_tiff_that_lacks_strips_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.full((16, 20), 2, np.uint8)).save(path)
+    # The header promises 4000 rows more than it lists strips for.
+    content = path.read_bytes()
+    height = re.escape(struct.pack("<H", 257)) + rb"(\x03|\x04)\x00\x01\x00\x00\x00"
+    place = re.search(height, content).start()
+    path.write_bytes(content[:place] + struct.pack("<HHII", 257, 4, 1, 4016) + content[place + 12 :])
+    for read in (read_image, read_label):
+        with pytest.raises(DataError, match="only 320 of its 4016 x 20 pixels are stored"):
+            read(path)

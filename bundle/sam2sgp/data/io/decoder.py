@@ -65,6 +65,7 @@ def decode_picture(job: dict, source, target) -> tuple[dict, bytes]:
             "bands": len(image.getbands()),
             # MPO is a JPEG with further pictures, such as thumbnails.
             "pages": getattr(image, "n_frames", 1) if image.format != "MPO" else 1,
+            "covered": covered(image),
             "stored_as": str(arguments if isinstance(arguments, str) else arguments[0]),
             "tags": {str(tag): tags[tag] for tag in TAGS if tag in tags},
         }
@@ -82,6 +83,13 @@ def decode_picture(job: dict, source, target) -> tuple[dict, bytes]:
             details["transparency"] = list(transparency) if isinstance(transparency, bytes) else transparency
         pixels = image.tobytes()
     return {"size": len(pixels), **details}, pixels
+
+
+def covered(image) -> int:
+    """Pixels for which there is data, as far as the header says; strips of a damaged TIFF may lack."""
+    whole = 0, 0, image.width, image.height
+    boxes = [part[1] or whole for part in image.tile] or [whole]
+    return sum((right - left) * (lower - upper) for left, upper, right, lower in boxes)
 
 
 def decode_dicom(job: dict, source, target) -> tuple[dict, bytes]:

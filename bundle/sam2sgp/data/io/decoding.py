@@ -144,6 +144,9 @@ def _judged_header(
     height, width, bands = (_whole(header[key]) for key in ("height", "width", "bands"))
     values = height * width * bands
     try:
+        found = _whole(header["covered"])
+        if found < height * width:
+            raise _failed(path, f"only {found} of its {height} x {width} pixels are stored")
         check_memory(path, (height, width), bands, limit)
         if not label:
             bits = _tags(header).get(BITS, (8,))
