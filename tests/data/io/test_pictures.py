@@ -200,3 +200,18 @@ def test_a_tiff_that_lacks_strips_is_refused(tmp_path):
     for read in (read_image, read_label):
         with pytest.raises(DataError, match="only 320 of its 4016 x 20 pixels are stored"):
             read(path)
+
+
+def test_a_png_whose_check_sums_fail_is_refused(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray((9000 * RNG.integers(0, 3, (16, 20))).astype(np.uint16)).save(path)
+    sound, expected = path.read_bytes(), read_image(path).slices
+    pixels = sound.index(b"IDAT") + 4
+    read = 0
+    for place in range(pixels, len(sound) - 16):
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        with pytest.raises(DataError, match="a.png"):
+            read_image(path)
+        read += 1
+    path.write_bytes(sound)
+    assert read > 50 and np.array_equal(read_image(path).slices, expected)

@@ -71,6 +71,10 @@ def decode_picture(job: dict, source, target) -> tuple[dict, bytes]:
         }
         _send(target, header)
         _limit(_received(source))
+        if image.format == "PNG":
+            # Pillow does not look at the check sums of pixels when it loads them.
+            with Image.open(job["path"], formats=["PNG"]) as copy:
+                copy.verify()
         image.load()
         # Known from the end of the file in PNG; a TIFF is turned by Pillow itself.
         orientation = image.getexif().get(ORIENTATION, 1) if image.format != "TIFF" else 1
