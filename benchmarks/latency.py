@@ -123,9 +123,9 @@ def _over_encoder(backbone: str, size: int, limit: str) -> Budget:
     return Budget(f"{backbone}, {size} px: query over its encoder pass, K = 4, C = 1", limit, case, case, over="encode")
 
 
-def _eight_classes(backbone: str, size: int) -> Budget:
+def _eight_classes(backbone: str, size: int, limit: str) -> Budget:
     one, eight = Case(backbone, size, 4), Case(backbone, size, 4, c=8)
-    return Budget(f"{backbone}, {size} px: eight classes over one", "<= 3", eight, one)
+    return Budget(f"{backbone}, {size} px: eight classes over one", limit, eight, one)
 
 
 def _flat(n: int) -> Budget:
@@ -138,8 +138,8 @@ BUDGETS = {
     "flat_1024": _flat(1024),
     "encoder_512": _over_encoder("tiny", 512, "<= 1.4"),
     "encoder_1024": _over_encoder("tiny", 1024, "<= 1.7"),
-    "classes_512": _eight_classes("tiny", 512),
-    "classes_lite": _eight_classes("lite", 256),
+    "classes_512": _eight_classes("tiny", 512, "<= 3"),
+    "classes_lite": _eight_classes("lite", 256, "<= 2.5"),
     "authors_512_4": _against_the_authors(512, 4, ">= 3"),
     "authors_512_32": _against_the_authors(512, 32, ">= 20"),
     "authors_1024_4": _against_the_authors(1024, 4, ">= 3"),

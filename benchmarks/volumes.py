@@ -3,6 +3,7 @@
     python benchmarks/volumes.py acdc=DIR hippocampus=DIR
     python benchmarks/volumes.py --cost
     python benchmarks/volumes.py --memory
+    python benchmarks/volumes.py --classes SUPPORT QUERIES
 
 Accuracy: each data set goes through the bundle's evaluation with the same weights and support set: slice by slice, with
 3D memory of neighbouring slices, and with both memory and the object gate, which keeps slices without a class empty.
@@ -16,6 +17,10 @@ of a process beyond its input, for volumes of 100 and 1000 slices.
 
 Memory (`--memory`): peak memory of the command `inferring` itself, file to file, on a CT of so many slices of 512 px.
 `tiny` has random weights in both: what they find differs from trained ones, what they take does not.
+
+Classes (`--classes`): seconds of a slice on one core, and the mean Dice over the classes of each query's truth, where a
+support set has many classes: with all of them searched for on every slice, and with the likely ones, as it is. Both
+folders are labelled.
 """
 
 import argparse
@@ -31,6 +36,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -40,9 +46,9 @@ from monai.bundle import ConfigParser
 
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms, phantom_volume
-from sam2sgp.inferers import SupportSetInferer, VolumeMemory
+from sam2sgp.inferers import SupportSetInferer, VolumeMemory, region
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
-from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support import SupportBank, SupportSampler, bank
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 EVALUATE = ["configs/train.json", "configs/evaluate.json"]
@@ -253,6 +259,50 @@ def memory(options: argparse.Namespace) -> None:
             print(f"| {backbone} | {slices} | {seconds:.2f} | {usage.ru_maxrss / 1024:.0f} |", flush=True)
 
 
+def searched(few: int, support: Path, queries: Path, options: argparse.Namespace) -> tuple[int, float, float]:
+    """Classes found, seconds of a slice, and mean Dice, where all classes are searched for up to so many."""
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / name) for name in EVALUATE])
+    settings = {
+        "bundle_root": str(BUNDLE),
+        "dataset_dir": str(queries),
+        "support_dir": str(support),
+        "support_cache_dir": str(options.output / "bank"),
+        "output_dir": str(options.output / f"classes_{few}"),
+        "model_file": options.model_file,
+        "validate::dataset::data": "$sam2sgp.data.load_datalist(@dataset_dir)",
+        "resume": False,
+        "report_figures": 0,
+        "progress": False,
+    }
+    parser.update(settings)
+    evaluator = parser.get_parsed_content("validate::evaluator")
+    load_weights(parser.get_parsed_content("network"), options.model_file)
+    found, names = Found([]), set()
+
+    @evaluator.on(Events.ITERATION_COMPLETED)
+    def add(engine) -> None:
+        for case in engine.state.output:
+            found.add(case)
+            names.update(case["pred"].unique().tolist())
+
+    with mock.patch.object(bank, "FEW_CLASSES", few), mock.patch.object(region, "FEW_CLASSES", few):
+        evaluator.run()
+    rows = parser.get_parsed_content("validate::handlers")[0].rows
+    dice = float(np.mean([row["dice"] for row in rows if row["truth_size"] > 0]))
+    return len(names - {0}), found.per_slice, dice
+
+
+def classes(support: Path, queries: Path, options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    searched(bank.FEW_CLASSES, support, queries, options)  # encodes the support set and its regions
+    print("| classes searched for | found | s per slice | Dice |")
+    print("| --- | --- | --- | --- |")
+    for what, few in (("the likely ones", bank.FEW_CLASSES), ("all", bank.MAX_VALUE)):
+        count, seconds, dice = searched(few, support, queries, options)
+        print(f"| {what} | {count} | {seconds:.2f} | {dice:.3f} |", flush=True)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("datasets", nargs="*", help="name=folder")
@@ -264,6 +314,7 @@ def main() -> None:
     arguments.add_argument("--output", type=Path, default=Path("out/volumes"))
     arguments.add_argument("--cost", action="store_true", help="measure cost in place of accuracy")
     arguments.add_argument("--memory", action="store_true", help="measure the memory of whole runs")
+    arguments.add_argument("--classes", type=Path, nargs=2, metavar=("SUPPORT", "QUERIES"))
     arguments.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
     arguments.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     arguments.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -278,6 +329,9 @@ def main() -> None:
         return
     if options.memory:
         memory(options)
+        return
+    if options.classes:
+        classes(*(folder.resolve() for folder in options.classes), options)
         return
     folders = {name: Path(folder).resolve() for name, folder in (entry.split("=", 1) for entry in options.datasets)}
     if not folders:

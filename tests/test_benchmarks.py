@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -157,6 +158,21 @@ def test_volumes_are_compared_with_and_without_memory_and_gate(script, data, tmp
     assert all(0 <= float(line[3]) <= 1 and float(line[8]) > 0 for line in lines)
     false, empty = zip(*(map(int, line[6].split(" of ")) for line in lines), strict=True)
     assert sum(empty) > 0 and all(some <= all_ for some, all_ in zip(false, empty, strict=True))
+
+
+def test_searching_for_likely_classes_is_compared_with_all(script, data, tmp_path, monkeypatch, capsys):
+    for name, case in zip(("support", "queries"), load_datalist(data / "volumes")[:2], strict=True):
+        for kind in ("image", "label"):
+            (tmp_path / name / f"{kind}s").mkdir(parents=True)
+            shutil.copy(case[kind], tmp_path / name / f"{kind}s")
+    folders = [str(tmp_path / name) for name in ("support", "queries")]
+    command = ["volumes.py", "--classes", *folders, "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    script("volumes").main()
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "likely" in line or "| all" in line]
+    # Of three classes all are likely.
+    assert len(lines) == 2 and lines[0][1] == lines[1][1] and lines[0][3] == lines[1][3]
+    assert 0 < float(lines[0][3].rstrip("| ")) <= 1 and float(lines[0][2]) > 0
 
 
 def test_slices_without_a_class_are_counted(script):
