@@ -1,5 +1,7 @@
 """Reading NIfTI, checked with another library than the one that wrote the file."""
 
+import gzip
+import struct
 from pathlib import Path
 
 import nibabel as nib
@@ -130,3 +132,21 @@ def test_vector_of_bytes_is_colour(tmp_path):
     SimpleITK.WriteImage(colours, str(tmp_path / "b.nii.gz"))
     image = read_image(tmp_path / "b.nii.gz")
     assert np.array_equal(image.slices.transpose(0, 2, 3, 1), SimpleITK.GetArrayFromImage(colours))
+
+
+@pytest.mark.parametrize("form", ["qform", "none", "sform"])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_voxels_without_a_size_are_counted_and_said(tmp_path, form, suffix):
+    image = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([1.0, 1.0, 2.5, 1.0]))
+    image.set_qform(image.affine, code=int(form == "qform"))
+    image.set_sform(image.affine, code=int(form == "sform"))
+    nib.save(image, tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[80:84] = struct.pack("<f", 0.0)  # pixdim[1]
+    path = tmp_path / f"b{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix == ".nii.gz" else content)
+    found = read_image(path)
+    if form == "sform":
+        assert found.geometry.spacing == (2.5, 1.0, 1.0) and found.warnings == []
+    else:
+        assert found.geometry.spacing is None and "no size (pixdim is 0)" in found.warnings[0]

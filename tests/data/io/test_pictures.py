@@ -215,3 +215,22 @@ def test_a_png_whose_check_sums_fail_is_refused(tmp_path):
         read += 1
     path.write_bytes(sound)
     assert read > 50 and np.array_equal(read_image(path).slices, expected)
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(4, 1), (2, 3), (6, 3)])
+def test_colours_and_transparency_of_16_bits_are_read_by_their_upper_bits_and_said(tmp_path, colour_type, channels):
+    stored = RNG.integers(0, 65536, (6, 7, {2: 3, 4: 2, 6: 4}[colour_type])).astype(np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in stored)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", 7, 6, 16, colour_type, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    written = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    )
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + written)
+    image = read_image(tmp_path / "a.png")
+    assert image.is_rgb == (channels == 3) and "the upper 8 are read" in image.warnings[0]
+    assert np.array_equal(image.slices[0].transpose(1, 2, 0), stored[..., :channels] >> 8)

@@ -8,7 +8,7 @@ import numpy as np
 from sam2sgp.data.io.formats import suffix_of
 from sam2sgp.data.io.geometry import Geometry, Grid, check_one_volume, with_channels
 from sam2sgp.data.io.limits import check_memory
-from sam2sgp.data.io.nifti_file import open_nifti
+from sam2sgp.data.io.nifti_file import lacks_voxel_sizes, open_nifti
 from sam2sgp.errors import DataError
 
 MM_PER_UNIT = {"meter": 1e3, "micron": 1e-3}
@@ -36,7 +36,8 @@ def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Gri
 
     Raises DataError for several volumes in one file, which are time points or channels, and for complex numbers.
     """
-    image = _open_pair(path, limit) if suffix_of(path) == ".img" else open_nifti(path, label, limit)
+    is_pair = suffix_of(path) == ".img"
+    image = _open_pair(path, limit) if is_pair else open_nifti(path, label, limit)
     array = np.asanyarray(image.dataobj)
     if array.dtype.kind == "c":
         raise DataError(f"{path}: expected real intensities, found complex numbers; export magnitudes.")
@@ -51,8 +52,16 @@ def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Gri
     header = image.header
     scale = MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
     affine, *others = (_in_mm(affine, scale) for affine in (image.affine, *_other_affines(header)))
+    lacks_sizes = not is_pair and header["sform_code"] <= 0 and lacks_voxel_sizes(path)
     return Grid(
-        with_channels(array, spatial), spatial, affine, is_rgb=is_rgb, affines=tuple(others), nifti=header.copy()
+        with_channels(array, spatial),
+        spatial,
+        affine,
+        is_rgb=is_rgb,
+        has_spacing=not lacks_sizes,
+        affines=tuple(others),
+        nifti=header.copy(),
+        warnings=["Its header gives voxels no size (pixdim is 0), so sizes count voxels."] if lacks_sizes else [],
     )
 
 

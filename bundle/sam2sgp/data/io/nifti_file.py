@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 
 from sam2sgp.data.io.limits import check_memory, check_present, check_ratio
@@ -47,12 +48,18 @@ def open_nifti(path: Path, label: bool = False, limit: int | None = None) -> nib
     return kind(ArrayProxy(content, header), header.get_best_affine(), header)
 
 
+def lacks_voxel_sizes(path: Path) -> bool:
+    """Whether a file that `open_nifti` opens gives a voxel no size along some axis: nibabel then takes 1."""
+    content = _head(path)
+    kind = KINDS[next(size for size in KINDS if size in (int.from_bytes(content[:4], order) for order in ORDERS))][0]
+    sizes = kind(content[: kind.sizeof_hdr], check=False)["pixdim"][1:4]
+    return not (np.isfinite(sizes) & (sizes != 0)).all()
+
+
 def nifti_header(path: Path, label: bool = False, limit: int | None = None) -> nib.Nifti1Header | nib.Nifti2Header:
     """A file's header, once what it promises is judged. Arguments and errors are those of `open_nifti`."""
     size = os.path.getsize(path)
-    with open(path, "rb") as file, _reading_gzip(path):
-        content = next(inflated(file), b"") if _is_gzip(path) else file.read(HEADER_BYTES)
-    header = _parsed(content[:HEADER_BYTES], path)
+    header = _parsed(_head(path), path)
     # Colours are three or four values.
     check_memory(path, header.get_data_shape(), max(len(header.get_data_dtype().names or ()), 1), limit)
     if not _is_gzip(path):
@@ -60,6 +67,13 @@ def nifti_header(path: Path, label: bool = False, limit: int | None = None) -> n
     elif not label:
         check_ratio(path, _data_bytes(header), size)
     return header
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file, unpacked, in which its header is."""
+    with open(path, "rb") as file, _reading_gzip(path):
+        content = next(inflated(file), b"") if _is_gzip(path) else file.read(HEADER_BYTES)
+    return content[:HEADER_BYTES]
 
 
 def _parsed(content: bytes, name: object) -> nib.Nifti1Header | nib.Nifti2Header:

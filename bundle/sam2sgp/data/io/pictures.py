@@ -22,6 +22,8 @@ TURNS = {
     7: ((1, 0), (True, True)),
     8: ((1, 0), (True, False)),
 }
+# Pillow holds no colours of 16 bits.
+UPPER_BITS = "Of its values of 16 bits the upper 8 are read, as colours and transparency are; store grey without these."
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 # Palette greys below this are class values, and above it shades that show them.
 LARGEST_GREY_CLASS = 32
@@ -38,7 +40,7 @@ def read_picture(path: Path, label: bool, limit: int | None = None) -> Grid:
         )
     axes, flips = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1), TURNS[1])
     is_jpeg = image.format in ("JPEG", "MPO")
-    array = _picture_label(path, image, picture.stored_as) if label else _picture_image(image)
+    array = _picture_label(path, image, picture.stored_as) if label else _picture_image(image, picture.stored_as)
     is_8_bit = array.dtype == np.uint8
     channels = 1 if array.ndim == 2 else array.shape[2]
     return Grid(
@@ -51,11 +53,13 @@ def read_picture(path: Path, label: bool, limit: int | None = None) -> Grid:
         is_jpeg=is_jpeg,
         axes=axes,
         flips=flips,
+        warnings=[UPPER_BITS] if is_8_bit and ";16" in picture.stored_as else [],
     )
 
 
-def _picture_image(image: Image.Image) -> np.ndarray:
-    if image.mode in ("LA", "La"):
+def _picture_image(image: Image.Image, stored_as: str) -> np.ndarray:
+    # Pillow makes RGBA of grey values of 16 bits with transparency.
+    if image.mode in ("LA", "La") or stored_as.startswith("LA;16"):
         return np.asarray(image.getchannel(0))
     if image.mode in ("1", "L", "F") or image.mode.startswith("I"):
         return _grey(image)
