@@ -59,7 +59,9 @@ def test_settings_may_follow_and_a_misspelt_one_is_one_line(phantoms, weights, t
     words = ["segment", "-s", phantoms / "support/rgb", "-q", phantoms / "queries/rgb", "-o", tmp_path, "-w", weights]
     output = call(*words, "--objct-gate", "False", code=1)
     assert "error: --objct_gate" in output and "did you mean --object_gate?" in output
-    assert "Traceback" not in output and not any(tmp_path.iterdir())
+    nested = call(*words, "--dtaset::data", "[]", code=1)
+    assert "error: --dtaset::data: expected an option" in nested and "did you mean --dataset::data?" in nested
+    assert "Traceback" not in output + nested and not any(tmp_path.iterdir())
     assert cli._more(["--ct_window", "[-1000, 400]", "--fuse-axes=True", "--modality", "CT"]) == {
         "ct_window": [-1000, 400],
         "fuse_axes": True,

@@ -7,7 +7,7 @@ import pytest
 from monai.bundle import ConfigParser
 
 from sam2sgp.errors import ConfigError, cause_of
-from sam2sgp.options import ALL, check, help_text
+from sam2sgp.options import ALL, check, check_places, help_text
 from tests.bundle_runs import CONFIGS, run
 from tests.test_docs import SETTINGS
 
@@ -97,6 +97,22 @@ def test_a_mistake_is_told_with_what_was_meant(files, overrides, message):
 )
 def test_what_can_work_is_let_through(files, overrides):
     check(merged(files, **overrides))
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "hint"),
+    [
+        (("train.json",), "trian::x", "did you mean --train::x?"),
+        (("train.json",), "train::optimzer::lr", "did you mean --optimizer::lr?"),
+        (EVALUATION, "validate::dataste::dta", "did you mean --validate::dataset::data?"),
+        (INFERENCE, "handler::0::max_figure", "did you mean --handlers::0::max_figures?"),
+        (INFERENCE, "k::x", "found no group 'k' in it; --help"),
+    ],
+)
+def test_an_id_below_a_group_that_is_not_there_is_told_the_nearest_one(files, name, hint):
+    config = merged(files).config
+    with pytest.raises(ConfigError, match=f"--{name}: expected .*{re.escape(hint)}"):
+        check_places(config, ["pma::box", "k", name])
 
 
 def test_a_run_checks_its_options_before_any_work_and_lists_them_for_help(tmp_path, capsys):

@@ -334,12 +334,15 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
     import monai.bundle
 
     from sam2sgp.errors import Sam2SgpError, cause_of
+    from sam2sgp.options import check_places
 
+    files = [str(BUNDLE / "configs" / name) for name in configs]
     hook = sys.excepthook
     try:
+        check_places(monai.bundle.ConfigParser.load_config_files(files), settings)
         monai.bundle.run(
             run_id=run_id,
-            config_file=[str(BUNDLE / "configs" / name) for name in configs],
+            config_file=files,
             meta_file=str(BUNDLE / "configs" / "metadata.json"),
             logging_file=str(BUNDLE / "configs" / "logging.conf"),
             bundle_root=str(BUNDLE),

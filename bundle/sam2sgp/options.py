@@ -10,7 +10,7 @@ import inspect
 import json
 import pydoc
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -229,6 +229,35 @@ def check(parser: ConfigParser | None = None) -> None:
             raise ConfigError(f"--{name}: expected {option.expected}, found {value!r}.{_spelled(option, value)}")
     for identifier, arguments in _components(config):
         _check_arguments(identifier, arguments, parser)
+
+
+def check_places(config: Mapping, names: Iterable[str]) -> None:
+    """Check that nested ids, such as `train::dataset::episodes`, lead into groups that a merged config has.
+
+    MONAI looks for the group when it takes over an override, before `check` can be called.
+
+    Raises:
+        ConfigError: with the nearest id.
+    """
+    ids = dict(_ids(config))
+    groups = [name for name, value in ids.items() if isinstance(value, Mapping | list)]
+    for name in names:
+        group, _, last = ReferenceResolver.normalize_id(name).rpartition("::")
+        if not group or group in groups:
+            continue
+        below = [f"{known}::{last}" for known in get_close_matches(group, groups, 1)]
+        near = get_close_matches(name, ids, 1, 0.75) or below
+        hint = f"did you mean --{near[0]}?" if near else "--help lists the options."
+        raise ConfigError(f"--{name}: expected an option of this run, found no group {group!r} in it; {hint}")
+
+
+def _ids(value: object, above: str = "") -> Iterator[tuple[str, object]]:
+    """Ids of all that a config holds, as `train::dataset::episodes`, and their values."""
+    entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        name = f"{above}::{key}" if above else str(key)
+        yield name, entry
+        yield from _ids(entry, name)
 
 
 def help_text(config: Mapping) -> str:
