@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam2sgp.inferers import SupportSetInferer, VolumeMemory
-from sam2sgp.inferers.presence import among_neighbours, learn, presence_threshold
+from sam2sgp.inferers.presence import MAX_JUDGED, among_neighbours, learn, presence_threshold
 from sam2sgp.inferers.volume import MAX_WINDOW
 from sam2sgp.networks import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
@@ -104,6 +104,16 @@ def test_what_is_learned_follows_the_support_set():
     assert not (inferer(images, network) > 0).any()
     support.reconcile(support.data[:1])
     assert (inferer(images, network) > 0).flatten(1).any(1).all()
+
+
+def test_of_many_cases_some_teach_as_much_as_all_do():
+    network, device = Eager(), torch.device("cpu")
+    thresholds = []
+    for patients in (6, MAX_JUDGED + 16):
+        support = bank(patients, 2, range(1))
+        support.encode(network, device)
+        thresholds.append(SupportSetInferer(support, SupportSampler(k=2)).thresholds(network, device).in_volume.item())
+    assert 0 < thresholds[0] == pytest.approx(thresholds[1], abs=0.01)
 
 
 def test_items_that_are_guided_as_before_are_not_judged_again():

@@ -126,15 +126,16 @@ class ObjectGate:
             volumes[bank.items[number].source].append(number)
         volumes = list(volumes.values())
         count = min(len(volumes), max(2, MAX_JUDGED * len(volumes) // len(members)))
+        judged = [volumes[place] for place in torch.linspace(0, len(volumes) - 1, count).round().long().tolist()]
         rows = []
-        for place in torch.linspace(0, len(volumes) - 1, count).round().long().tolist():
-            for number in volumes[place]:
+        for volume, numbers in enumerate(judged):
+            for number in numbers:
                 retrieved = bank.retrieve_for(number, self.sampler)
                 guides = ((entry.value, *(bank.items[i].content for i in entry.index[0])) for entry in retrieved)
                 key = bank.items[number].content, tuple(bank.class_values), *guides
                 known = self._judged.get(key) or self._judged_before.get(key)
                 self._judged[key] = known or [values.cpu() for values in judge(number, retrieved)]
-                rows.append([*self._judged[key], torch.tensor(place)])
+                rows.append([*self._judged[key], torch.tensor(volume)])
         return learn(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
