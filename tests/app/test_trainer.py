@@ -103,6 +103,15 @@ def test_a_gain_counts_that_exceeds_its_standard_error_over_the_patients_measure
         Comparison.of(before, {"a": 1.0})
 
 
+def test_a_training_says_what_it_does_from_its_beginning(tmp_path, phantoms):
+    task, _, _ = a_task(tmp_path, [], phantoms)
+    shown = []
+    task.cases = lambda: (shown.append(task.stats()) or [], [])
+    with pytest.raises(DataError):
+        task(REQUEST, None)
+    assert shown[0]["state"] == "running" and shown[0]["message"]
+
+
 def test_too_few_patients_are_refused_in_one_sentence(tmp_path, phantoms):
     why = "labels/final/x.png: expected a label, found none."
     task, weights, events = a_task(tmp_path, some(5, 3), phantoms, left_out=[why])

@@ -181,12 +181,12 @@ class FineTuning(TrainTask):
         before = self.weights.active().name
         version = self.weights.roll_back()
         self.audit("roll_back", weights=version.name, replaced=before)
-        self.status.start()
+        self.status.start("Rolling back.")
         self.status.finish(ROLLED_BACK, f"The weights {version.name!r} are in use again, in the place of {before!r}.")
 
     def _train(self, request: Mapping[str, Any]) -> None:
         history = self.status.read().get("history", [])
-        self.status.start()
+        self.status.start("Reading the approved labels.")
         try:
             self._make_weights(self._options(request), history)
         except Exception as error:

@@ -37,16 +37,17 @@ class Status:
         self._stamp: Stamp | None = None
         self._read: dict[str, Any] = {}
 
-    def start(self, **facts: Any) -> None:
-        """Begin anew: this process trains from now on."""
+    def start(self, message: str) -> None:
+        """Begin again: this process trains from now on."""
         self.facts = {
             "state": RUNNING,
+            "message": message,
             "start_ts": datetime.now().astimezone().isoformat(timespec="seconds"),
             "pid": os.getpid(),
             "pid_created": psutil.Process().create_time(),
         }
         self._started = time.monotonic()
-        self.update(**facts)
+        self.update()
 
     def update(self, **facts: Any) -> None:
         """Add facts and write all; numbers that are not finite are left out, as JSON has none."""
