@@ -51,7 +51,7 @@ TransformMatrix = 1 0 0 0 1 0 0 0 1
 Offset = 0 0 0
 ElementSpacing = 1 1 2
 DimSize = {sizes}
-{more}ElementType = MET_SHORT
+{more}ElementType = {kind}
 ElementDataFile = {file}
 """
 
@@ -61,9 +61,11 @@ def nrrd(sizes="16 12 3", encoding="raw", more="", data: bytes | None = None) ->
     return NRRD.format(sizes=sizes, encoding=encoding, more=f"{more}\n" * bool(more)).encode() + data
 
 
-def metaimage(sizes="16 12 3", packed=False, more="", file="LOCAL", data: bytes | None = None) -> bytes:
+def metaimage(
+    sizes="16 12 3", packed=False, more="", file="LOCAL", data: bytes | None = None, kind="MET_SHORT"
+) -> bytes:
     data = VOLUME.tobytes("F") if data is None else data
-    return META.format(sizes=sizes, packed=packed, more=more, file=file).encode() + data
+    return META.format(sizes=sizes, packed=packed, more=more, kind=kind, file=file).encode() + data
 
 
 def nifti(array: np.ndarray = VOLUME, kind: type = nib.Nifti1Image) -> bytes:
@@ -142,7 +144,7 @@ def sound_files() -> dict[str, bytes]:
         "named.seg.nrrd": nrrd(encoding="gzip", more=segments, data=gzip.compress(VOLUME.tobytes("F"))),
         "raw.mha": metaimage(),
         "zlib.mha": metaimage(packed=True, data=zlib.compress(VOLUME.tobytes("F"))),
-        "vector.mha": metaimage("16 12 1", more="ElementNumberOfChannels = 3\n"),
+        "colour.mha": metaimage("24 32 1", False, "ElementNumberOfChannels = 3\n", data=COLOUR.tobytes(), kind="MET_UCHAR"),
         "local.mhd": metaimage(),
         "one.nii": nifti(),
         "one.nii.gz": gzip.compress(nifti()),
