@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lib.archive import Archive, ArchiveError, Unreachable
-from lib.archive_index import ArchiveIndex, Background, Segmentation
+from lib.archive_index import ArchiveIndex, Segmentation
 from tests.app.archives import series_entry
 
 SOON = 10.0
@@ -187,7 +187,7 @@ def test_slow_lists_are_asked_for_again_within_a_minute(archive, monkeypatch):
 def test_a_label_that_is_stored_while_lists_are_made_is_not_lost(archive):
     stored = Segmentation("2.9.1", "2.9", "1.2", "1.5", ("20240601", "2.9.1"))
     archive.images = [series_entry("1.5")]
-    index = index_of(archive)
+    index = index_of(archive, expiry=1000.0)
     index.lists()
     archive.open.clear()
     index.expire()
@@ -197,20 +197,23 @@ def test_a_label_that_is_stored_while_lists_are_made_is_not_lost(archive):
     archive.open.set()
     # Made before it came, but of the next ones it would be a part.
     assert index.lists(SOON).labels == {"1.5": (stored,)}
+    index.expire()
     assert index.lists(SOON).labels == {}
 
 
-def test_background_work_is_done_by_one_thread_at_a_time():
-    at_work, go_on, done = threading.Semaphore(0), threading.Event(), []
+def test_what_comes_to_the_archive_before_a_question_is_in_the_answer(archive, monkeypatch):
+    """Lists of now are not those that somebody else asked for a moment ago."""
+    archive.images = [series_entry("1.5")]
+    index, asked, answer = index_of(archive), threading.Event(), archive.search_series
 
-    def work():
-        at_work.release()
-        go_on.wait(SOON)
-        done.append(1)
+    def late(filters, fields):
+        found = answer(filters, fields)
+        asked.set()
+        time.sleep(0.2)
+        return found
 
-    background = Background(work, "test")
-    assert not background.run(0.0)
-    assert at_work.acquire(timeout=SOON)
-    assert not background.run(0.0) and done == []
-    go_on.set()
-    assert background.run(SOON) and done == [1]
+    monkeypatch.setattr(archive, "search_series", late)
+    index.lists(0.0)
+    assert asked.wait(SOON)
+    archive.images = [series_entry("1.5"), series_entry("1.6")]
+    assert list(index.lists().images) == ["1.5", "1.6"]

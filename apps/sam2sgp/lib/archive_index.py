@@ -22,6 +22,7 @@ from pydicom.uid import SegmentationStorage
 
 from lib.archive import RETRY, Archive, Unreachable
 from lib.checks import RequestError, check_uid
+from lib.refresher import Refresher
 
 logger = logging.getLogger(__name__)
 
@@ -81,43 +82,6 @@ class Lists:
     labels: Mapping[str, tuple[Segmentation, ...]] = field(default_factory=dict)
 
 
-class Background:
-    """Work that one thread at a time does, for which others wait for a limited time.
-
-    Args:
-        work: raises nothing.
-        name: of the thread.
-    """
-
-    def __init__(self, work: Callable[[], None], name: str) -> None:
-        self._work = work
-        self._name = name
-        self._lock = threading.Lock()
-        self._done = threading.Event()
-        self._running = False
-        self._started = 0.0
-
-    def run(self, wait: float) -> bool:
-        """Start the work, unless it is being done, and wait until `wait` seconds after its start.
-
-        Returns whether it is done.
-        """
-        with self._lock:
-            if not self._running:
-                self._running, self._started, self._done = True, time.monotonic(), threading.Event()
-                threading.Thread(target=self._run, args=(self._done,), daemon=True, name=self._name).start()
-            done, left = self._done, self._started + wait - time.monotonic()
-        return done.wait(max(left, 0.0))
-
-    def _run(self, done: threading.Event) -> None:
-        try:
-            self._work()
-        finally:
-            with self._lock:
-                self._running = False
-            done.set()
-
-
 class ArchiveIndex:
     """The lists of an archive.
 
@@ -148,8 +112,10 @@ class ArchiveIndex:
         self._retry = retry
         self._lists = Lists()
         self._until = 0.0
+        # Lists that were asked for before this time are too old.
+        self._expired = 0.0
         self._lock = threading.Lock()
-        self._round = Background(self._refresh, "archive-lists")
+        self._round = Refresher(self._refresh, "archive-lists")
         # By the UID of a SEG series and its number of instances, whose content never changes; () for no approved label.
         self._known: dict[tuple[str, int], tuple[Segmentation, ...]] = {}
         # Stored here, and when: a list that was asked for before lacks them.
@@ -161,13 +127,14 @@ class ArchiveIndex:
 
     def lists(self, wait: float | None = None) -> Lists:
         """The lists, as new as can be had in `wait` seconds (`patience` by default)."""
-        if time.monotonic() >= self._until:
-            self._round.run(self._patience if wait is None else wait)
+        now = time.monotonic()
+        if now >= self._until:
+            self._round.run(self._patience if wait is None else wait, max(now - self._expiry, self._expired))
         return self._lists
 
     def expire(self) -> None:
         """The next question asks the archive."""
-        self._until = 0.0
+        self._until, self._expired = 0.0, time.monotonic()
 
     def add(self, segmentation: Segmentation) -> None:
         """Take in an approved label that has just been stored."""

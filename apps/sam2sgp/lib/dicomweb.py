@@ -43,7 +43,7 @@ from monailabel.interfaces.datastore import Datastore
 from pydicom import dcmread
 
 from lib.archive import SILENCE, Archive, ArchiveError, Busy, Unreachable
-from lib.archive_index import PATIENCE, ArchiveIndex, Background, Lists, Segmentation, Series, approved
+from lib.archive_index import PATIENCE, ArchiveIndex, Lists, Segmentation, Series, approved
 from lib.audit import Audit, content_hash
 from lib.checks import (
     BadLabel,
@@ -60,6 +60,7 @@ from lib.decisions import FINAL, Decisions, ImageLocks
 from lib.door import ImageTooLarge, admitted, check_instance, check_series
 from lib.naming import declared, renumber, renumbering
 from lib.records import ImageRecord, LabelRecord, checked, readable
+from lib.refresher import Refresher
 from lib.series_cache import SUFFIX, SeriesCache
 from sam2sgp.data import Geometry, read_dicom_seg, read_image, read_label, write_dicom_seg, write_label, write_map
 from sam2sgp.errors import DataError
@@ -128,8 +129,8 @@ class DicomWebDatastore(Decisions, Datastore):
         if patience is None:
             patience = PATIENCE if expiry else silence
         self._index = ArchiveIndex(self._archive, wanted, expiry, patience)
-        self._fetching = Background(self._fetch_missing, "archive-labels")
-        self._clearing = Background(self._clear, "archive-cache")
+        self._fetching = Refresher(self._fetch_missing, "archive-labels")
+        self._clearing = Refresher(self._clear, "archive-cache")
         self._lock = threading.RLock()
         self._image_locks = ImageLocks(self._folder / "locks")
         self._cleared = float("-inf")
