@@ -233,7 +233,12 @@ class Sam2SgpApp(MONAILabelApp):
         label_id = label
         if image_id and params.save_label:
             info = of_prediction(request["model"], result)
-            label_id = datastore.save_label(image_id, label, tag, info)
+            try:
+                label_id = datastore.save_label(image_id, label, tag, info)
+            except BaseException:
+                # Nobody gets to know of the file.
+                Path(label).unlink(missing_ok=True)
+                raise
             if tag == FINAL:
                 self.on_save_label(image_id, label_id)
         return {"label": label_id, "tag": tag, "file": label, "params": result}

@@ -13,26 +13,31 @@ PART_FOLDER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}")
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """A path to write to; what is there when the block ends without an error replaces `path` in one step.
 
     Parent folders are made. The file is written in a hidden folder next to `path`, under the same name, so that
     libraries which go by the suffix work, and is on the disk before it is moved. A reader sees the old file or the new
     one, whenever the process ends; several processes may write the same path.
+
+    Args:
+        path: of the file.
+        durable: whether it has to survive a power failure, for which writing it waits for the disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         part = Path(folder, path.name)
         yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(part, path)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, durable: bool = True) -> None:
     """Write UTF-8 text, with its line ends as given, in one atomic step; what UTF-8 can't hold is written escaped."""
-    with replacing(path) as part:
+    with replacing(path, durable) as part:
         part.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -30,8 +31,9 @@ from lib.checks import (
     UnsupportedFile,
     check_id,
 )
-from lib.datastore import ConfinedDatastore
+from lib.datastore import JOURNAL, ConfinedDatastore
 from lib.door import admitted
+from lib.naming import declared
 from sam2sgp.data.io import read_image, read_label
 from sam2sgp.errors import DataError
 from tests.data.dicom_files import write_series
@@ -583,15 +585,6 @@ def test_ordinary_files_of_every_kind_pass(uploads):
             pass
 
 
-def test_an_upload_that_is_refused_leaves_no_temporary_file(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    sent = label(tmp_path / "tmp" / "upload.nii.gz", size=(2, 2, 2) + (5,))
-    with pytest.raises(DataError):
-        store.save_label("A", str(sent), "final", {})
-    assert not sent.exists()
-
-
 def test_the_archive_holds_the_approved_pairs_and_replaces_the_last_one(store, uploads, tmp_path):
     with pytest.raises(NotFound):
         store.get_dataset_archive(None)
@@ -605,48 +598,151 @@ def test_the_archive_holds_the_approved_pairs_and_replaces_the_last_one(store, u
 
 # A kill at any moment
 
-# One process imports everything once, and starts and kills those that save.
+# One process imports everything once. Each line is a job, JSON; the process that does it is killed after some time or
+# some changes of files, and "killed" or "ended" is the answer.
 NURSERY = """
-import os, random, signal, sys, time
+import json, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from lib.datastore import ConfinedDatastore
 from lib.door import admitted
-moments = random.Random(7)
-for number, line in enumerate(sys.stdin):
+def killing(change, left):
+    def changed(*arguments, **options):
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left.pop()
+        return change(*arguments, **options)
+    return changed
+for line in sys.stdin:
+    job = json.loads(line)
     child = os.fork()
     if child == 0:
-        store = ConfinedDatastore(sys.argv[2], Path(sys.argv[3]), 1 << 26)
-        for turn in range(10_000):
-            for image in "AB"[:: (-1) ** number]:
-                store.save_label(image, f"{sys.argv[4]}/{1 + turn % 4}.nii.gz", "final", {"turn": turn})
-                os.write(1, image.encode())
-    time.sleep(moments.uniform(0.0, 0.5))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.write(1, b"\\n")
+        store = ConfinedDatastore(job["studies"], Path(job["state"]), 1 << 26)
+        if "changes" in job:
+            # A kill is no power failure.
+            os.fsync = lambda file: None
+            left = [None] * job["changes"]
+            os.replace, os.unlink = killing(os.replace, left), killing(os.unlink, left)
+        for method, *arguments in job["calls"]:
+            getattr(store, method)(*arguments)
+            os.write(1, (arguments[0] + " ").encode())
+        os._exit(0)
+    if "seconds" in job:
+        time.sleep(job["seconds"])
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    os.write(1, b"killed\\n" if status == signal.SIGKILL else b"ended\\n")
 """
 
 
-def test_a_kill_at_any_moment_of_saving_loses_no_approved_label(opened, studies, uploads, tmp_path):
-    contents = [label(uploads / f"{value}.nii.gz", value).read_bytes() for value in range(1, 5)]
+@pytest.fixture(scope="module")
+def nursery():
     app = Path(lib.datastore.__file__).parents[1]
-    command = [sys.executable, "-c", NURSERY, str(app), str(studies), str(tmp_path / "state"), str(uploads)]
+    command = [sys.executable, "-c", NURSERY, str(app)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    approved, kills = set(), 0
-    with subprocess.Popen(command, **pipes, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as nursery:
-        # On a busy machine a process may be killed before its first save.
-        while kills < 8 or (approved != {"A", "B"} and kills < 100):
-            kills += 1
-            nursery.stdin.write("go\n")
-            nursery.stdin.flush()
-            approved.update(nursery.stdout.readline().strip())
-            store = opened()
-            assert approved <= set(store.get_labeled_images())
-            for image in store.get_labeled_images():
-                assert Path(store.get_label_uri(image, "final")).read_bytes() in contents
-            assert store.list_images() == ["A", "B"]
+    with subprocess.Popen(command, **pipes, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        yield process
+
+
+@pytest.fixture
+def doing(nursery, studies, tmp_path):
+    """Have calls made in a process that is killed; the images of those that were done, and what became of it."""
+
+    def do(calls: list, **when) -> list[str]:
+        job = {"studies": str(studies), "state": str(tmp_path / "state"), "calls": calls, **when}
+        nursery.stdin.write(f"{json.dumps(job)}\n")
+        nursery.stdin.flush()
+        return nursery.stdout.readline().split()
+
+    return do
+
+
+def test_a_kill_at_any_moment_of_saving_loses_no_approved_label(opened, doing, uploads):
+    contents = [label(uploads / f"{value}.nii.gz", value).read_bytes() for value in range(1, 5)]
+    moments, approved, kills = random.Random(7), set(), 0
+    # On a busy machine a process may be killed before its first save.
+    while kills < 8 or (approved != {"A", "B"} and kills < 100):
+        images = "AB"[:: (-1) ** kills]
+        calls = [
+            ("save_label", image, str(uploads / f"{1 + turn % 4}.nii.gz"), "final", {"turn": turn})
+            for turn in range(50)
+            for image in images
+        ]
+        *done, _ = doing(calls, seconds=moments.uniform(0.0, 0.5))
+        approved.update(done)
+        kills += 1
+        store = opened()
+        assert approved <= set(store.get_labeled_images())
+        for image in store.get_labeled_images():
+            assert Path(store.get_label_uri(image, "final")).read_bytes() in contents
+        assert store.list_images() == ["A", "B"]
     assert approved == {"A", "B"}
+
+
+@pytest.mark.parametrize("decision", ["save_label", "approve"])
+def test_whenever_it_is_killed_a_label_goes_with_what_is_known_about_it(
+    decision, opened, doing, studies, uploads, monkeypatch
+):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    old, new = label(uploads / "old.nii.gz", 1), label(uploads / "new.nii.gz", 2)
+    liver, spleen = ({"label_info": [{"idx": value, "name": name}]} for value, name in ((1, "liver"), (2, "spleen")))
+    named = {old.read_bytes(): {1: "liver"}, new.read_bytes(): {2: "spleen"}}
+    calls = {"save_label": ["A", str(new), "final", spleen], "approve": ["A", "original"]}
+
+    def state() -> tuple[bytes, dict[int, str]]:
+        store = opened()
+        return Path(store.get_label_uri("A", "final")).read_bytes(), declared(store.get_label_info("A", "final"))
+
+    seen, changes, outcome = set(), 0, "killed"
+    while outcome == "killed":
+        store = opened()
+        store.save_label("A", str(old), "final", liver)
+        store.save_label("A", str(new), "original", spleen)
+        outcome = doing([[decision, *calls[decision]]], changes=changes)[-1]
+        content, names = state()
+        assert names == named[content], changes
+        # Another change finishes or takes back what was begun.
+        opened().update_image_info("B", {"note": changes})
+        assert state() == (content, names), changes
+        assert not (studies / JOURNAL).exists()
+        seen.add(content)
+        changes += 1
+    assert changes > 5 and len(seen) == 2
+
+
+def test_new_names_of_labels_that_come_at_once_get_values_of_their_own(opened, uploads, monkeypatch):
+    """Both are checked before either is stored; the one that comes second is checked once more."""
+    meeting, check = threading.Barrier(2, timeout=10), ConfinedDatastore._checked_label
+    waits = threading.Semaphore(2)
+
+    def checked(*arguments):
+        found = check(*arguments)
+        if waits.acquire(blocking=False):
+            meeting.wait()
+        return found
+
+    monkeypatch.setattr(ConfinedDatastore, "_checked_label", checked)
+    stores = {"A": opened(), "B": opened()}
+    file = label(uploads / "l.nii.gz", 1)
+    names = {"A": "liver", "B": "spleen"}
+    threads = [
+        threading.Thread(
+            target=stores[image].save_label,
+            args=(image, str(file), "final", {"label_info": [{"idx": 1, "name": name}]}),
+        )
+        for image, name in names.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store, values = opened(), set()
+    for image, name in names.items():
+        found = declared(store.get_label_info(image, "final"))
+        assert list(found.values()) == [name]
+        assert found.keys() == set(np.unique(read_label(store.get_label_uri(image, "final")))) - {0}
+        values |= found.keys()
+    assert len(values) == 2
 
 
 def test_offering_an_image_does_not_write_the_index(store, studies):

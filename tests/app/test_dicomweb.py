@@ -1,19 +1,20 @@
 """The datastore on an archive that answers late, not at all, or with nonsense, and ids that lead elsewhere."""
 
-import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from lib import dicomweb
 from lib.archive import ArchiveError
 from lib.checks import Forbidden, NotFound, RequestError, UnsupportedFile
 from lib.dicomweb import DicomWebDatastore
+from lib.naming import declared
 from lib.settings import Settings
+from sam2sgp.data import read_image, write_label
 from sam2sgp.errors import ConfigError
 from tests.app.archives import fake_archive, series_entry, series_files
 
@@ -114,26 +115,42 @@ def test_a_series_with_a_file_that_is_not_dicom_is_refused_whole(fake, make, tmp
     assert list((tmp_path / "archive" / "images").iterdir()) == []
 
 
-def test_uploads_that_are_refused_leave_nothing_behind(nowhere, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    upload = tmp_path / "tmp" / "upload.nii.gz"
+def test_uploads_are_refused_where_there_is_no_place_for_them(nowhere, tmp_path):
+    upload = tmp_path / "upload.nii.gz"
     upload.write_bytes(b"label")
     with pytest.raises(UnsupportedFile):
         nowhere.save_label("1.2.3", str(upload), "final", {})
-    assert not upload.exists()
     nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4)), upload)
     with pytest.raises(ArchiveError):
         nowhere.save_label("1.2.3", str(upload), "final", {})
-    assert not upload.exists()
-    upload.write_bytes(b"image")
     with pytest.raises(Forbidden):
         nowhere.add_image("1.2.3", str(upload), {})
-    monkeypatch.setattr(dicomweb, "check_tag", lambda tag: 1 / 0)
-    upload.write_bytes(b"label")
-    with pytest.raises(ZeroDivisionError):
-        nowhere.save_label("1.2.3", str(upload), "final", {})
-    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_new_names_of_labels_that_come_at_once_get_values_of_their_own(fake, make, tmp_path, monkeypatch):
+    """Both are on their way to the archive before either is stored there."""
+    names = {"1.5": "liver", "1.6": "spleen"}
+    fake.series = [series_entry(uid) for uid in names]
+    datastore = make()
+    geometry = read_image(datastore.get_image_uri("1.5")).geometry
+    file = tmp_path / "label.nii.gz"
+    write_label(file, np.ones((2, 8, 8), np.uint8), geometry)
+    meeting = threading.Barrier(2, timeout=SOON)
+
+    def approve(self, series, folder, labels, geometry, names, info) -> None:
+        meeting.wait()
+        info["segmentation"] = f"{series.uid}.1"
+
+    monkeypatch.setattr(DicomWebDatastore, "_approve", approve)
+
+    def save(uid: str) -> dict[int, str]:
+        datastore.save_label(uid, str(file), "final", {"label_info": [{"idx": 1, "name": names[uid]}]})
+        return declared(datastore.get_label_info(uid, "final"))
+
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(names, pool.map(save, names), strict=True))
+    assert {uid: list(entry.values()) for uid, entry in found.items()} == {uid: [name] for uid, name in names.items()}
+    assert {value for entry in found.values() for value in entry} == {1, 2}
 
 
 @pytest.mark.parametrize("image_id", ["../1.2", "/etc/passwd", "1.2/3", "", "1.2*", "1" * 70])

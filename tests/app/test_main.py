@@ -6,7 +6,7 @@ import pytest
 from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
 
-from lib.checks import NotFound
+from lib.checks import NotFound, StorageError
 from main import Sam2SgpApp
 from sam2sgp.errors import DataError
 from tests.app.conftest import APP
@@ -68,3 +68,19 @@ def test_only_paths_that_the_server_made_are_taken_for_paths(app, tmp_path):
     with pytest.raises(HTTPException, match="far enough"):
         app.infer({"model": "sam2sgp", "image": tmp_path / "image.png", "bundle_path": "/"}, datastore)
     assert asked == [{"image": str(tmp_path / "image.png"), "image_id": None}]
+
+
+def test_a_result_that_cannot_be_saved_is_not_left_on_the_server(app, tmp_path):
+    image, result = tmp_path / "image.png", tmp_path / "result.png"
+    image.write_bytes(b"x")
+    result.write_bytes(b"x")
+
+    def full(*arguments):
+        raise StorageError("datastore: expected to save the change, found a full disk.")
+
+    app._infers = {"sam2sgp": lambda request: (str(result), {"support": {}, "label_names": {}})}
+    app.usage = SimpleNamespace(add=lambda used: list(used))
+    datastore = SimpleNamespace(get_image_uri=lambda image_id: str(image), save_label=full)
+    with pytest.raises(HTTPException, match="full disk"):
+        app.infer({"model": "sam2sgp", "image": "A", "save_label": True}, datastore)
+    assert not result.exists()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lib.naming import declared, renumber, renumbering
+from lib.naming import agreed, declared, renumber, renumbering
 
 KNOWN = {"disc": 1, "ellipse": 2, "ring": 3}
 
@@ -23,6 +23,25 @@ KNOWN = {"disc": 1, "ellipse": 2, "ring": 3}
 )
 def test_values_follow_known_names(values, sent, changes):
     assert renumbering(values, sent, KNOWN) == changes
+
+
+@pytest.mark.parametrize(
+    ("values", "sent", "expected"),
+    [
+        # As 3D Slicer sends the segments of an image: those that are empty there, too.
+        ([1], {1: "tumour", 2: "ellipse"}, ({1: 4}, {4: "tumour", 2: "ellipse"})),
+        ([1], {1: "disc", 2: "ring"}, ({}, {1: "disc", 3: "ring"})),
+        ([1], {1: "disc", 2: "tumour"}, ({}, {1: "disc"})),
+        ([1], {1: "disc", 7: "tumour"}, ({}, {1: "disc", 7: "tumour"})),
+        ([], {2: "disc"}, ({}, {1: "disc"})),
+        ([1, 2], {1: "disc"}, ({}, {1: "disc"})),
+    ],
+)
+def test_a_name_means_one_value_and_a_value_one_name(values, sent, expected):
+    assert agreed(values, sent, KNOWN) == expected
+    changes, names = expected
+    again = [changes.get(value, value) for value in values]
+    assert agreed(again, names, KNOWN) == ({}, names)
 
 
 def test_all_values_change_at_once():

@@ -4,11 +4,7 @@ In: strings. Out: the same string, or an error of one sentence that carries its 
 datastore. All functions may be called from several threads at once.
 """
 
-import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
@@ -167,17 +163,6 @@ def unpacked_limit(max_upload_mb: float) -> int:
 def image_limit(settings) -> int:
     """Bytes that the voxels of one image may take as float32."""
     return min(int(settings.max_image_mb * (1 << 20)), unpacked_limit(settings.max_upload_mb))
-
-
-@contextmanager
-def discarding_if_refused(path: str) -> Iterator[None]:
-    """Delete a temporary file if it is refused: MONAI Label's handlers remove an upload only where all went well."""
-    try:
-        yield
-    except BaseException:
-        if os.path.dirname(os.path.abspath(path)) == os.path.abspath(tempfile.gettempdir()):
-            Path(path).unlink(missing_ok=True)
-        raise
 
 
 def _check_name(text: str, what: str, longest: int) -> str:

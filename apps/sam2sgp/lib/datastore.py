@@ -9,8 +9,9 @@ Several threads and processes may use one folder at once. A label is changed whi
 (`lib.decisions`), because it takes a while to check it. The change itself is made under the folder's lock file: what is
 needed for it is prepared, the index is written, and then one file is put in place, renamed or deleted, which makes the
 change. So a change that fails leaves everything as it was, a reader sees the old file or the new one, and a process
-killed at any moment leaves no half file. Readers never wait for a change: they look at the folders' times, and read
-them again only when these changed.
+killed at any moment leaves no half file. Which entries of the index hold until then stands in a file of its own
+(`_Journal`), so an old file never goes with what is known about a new one. Readers never wait for a change: they look
+at the folders' times, and read them again only when these changed.
 """
 
 import errno
@@ -23,8 +24,10 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -43,14 +46,13 @@ from lib.checks import (
     StorageError,
     check_id,
     check_tag,
-    discarding_if_refused,
     image_limit,
     suffix_of,
 )
 from lib.decisions import FINAL, Decisions, ImageLocks, state_of
 from lib.dicomweb import DicomWebDatastore
 from lib.door import admitted
-from lib.naming import declared, renumber, renumbering
+from lib.naming import agreed, declared, renumber
 from lib.records import ImageRecord, LabelRecord, Record, checked, readable
 from sam2sgp.data.folders import DESCRIPTIONS, SYSTEM_FILES, check_label_values, class_names, file_not_used
 from sam2sgp.data.io import SUFFIXES, dicom_files, output_suffix, read_image, read_label, write_label
@@ -68,9 +70,36 @@ OWN_FILES = {LABELS, "datastore_v2.json", *DESCRIPTIONS, *SYSTEM_FILES}
 LOCK_TIMEOUT = 30.0
 # What a killed process left of a save, in seconds; younger ones may belong to a process at work.
 LEFTOVER_AGE = 3600.0
+# Hidden, next to the index: the entries from before a change that may not have been made.
+JOURNAL = ".datastore_v2.unfinished.json"
 # Damaged indexes that are kept, and sentences about bad entries that are told.
 MOST_SET_ASIDE = 1000
 PROBLEMS_TOLD = 20
+
+
+class _Renumbered(Exception):
+    """Labels that were approved meanwhile have other values for the names of a label."""
+
+
+def _again_if_renumbered(approve: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the label once more, as often as others are approved first: two new names must not get one value."""
+
+    @wraps(approve)
+    def again(*arguments: Any) -> Any:
+        while True:
+            with suppress(_Renumbered):
+                return approve(*arguments)
+
+    return again
+
+
+@dataclass(frozen=True)
+class _CheckedLabel:
+    """A label that fits its image: its file, the values in it, and what is known about it."""
+
+    file: str
+    values: tuple[int, ...]
+    info: dict[str, Any]
 
 
 class ConfinedDatastore(Decisions, LocalDatastore):
@@ -100,6 +129,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         self._image_locks = ImageLocks(self._work_folder / "locks")
         # Other folders may have had the same work folder before.
         self._index_copy = self._work_folder / f"index-{crc32(self._root.encode()):08x}.json"
+        self._journal = _Journal(Path(self._root))
         self._reading, self._writing = threading.RLock(), threading.Lock()
         # Entries of the index as they were read last, with what was made of them.
         self._parsed: dict[str, tuple[Any, ImageLabelModel, list[str]]] = {}
@@ -232,11 +262,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 record that can't be stored.
             DataError: the image can't be read.
         """
-        with discarding_if_refused(image_filename):
-            suffix = suffix_of(image_filename)
-            image_id = check_id(image_id or os.path.basename(image_filename)[: -len(suffix)])
-            with admitted(image_filename, self._max_unpacked, image_id + suffix) as content:
-                return self._add_image(image_id, str(content), image_id + suffix, image_info)
+        suffix = suffix_of(image_filename)
+        image_id = check_id(image_id or os.path.basename(image_filename)[: -len(suffix)])
+        with admitted(image_filename, self._max_unpacked, image_id + suffix) as content:
+            return self._add_image(image_id, str(content), image_id + suffix, image_info)
 
     def _add_image(self, image_id: str, image_filename: str, name: str, image_info: dict[str, Any]) -> str:
         suffix = suffix_of(name)
@@ -291,25 +320,33 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 that can't be stored.
             BadLabel: a label to approve that can't be read, has another size than its image or undeclared values.
         """
-        with discarding_if_refused(label_filename):
-            tag = check_tag(label_tag)
-            # An unknown image comes before what may be wrong with the label.
-            self.get_image_uri(image_id)
-            name = image_id + suffix_of(label_filename)
-            info = _without_stamp(checked(LabelRecord, label_info, f"label of {image_id}"))
-            with admitted(label_filename, self._max_unpacked, name, label=True) as content, self.deciding(image_id):
-                return self._save_label(image_id, str(content), name, tag, info)
+        tag = check_tag(label_tag)
+        # An unknown image comes before what may be wrong with the label.
+        self.get_image_uri(image_id)
+        name = image_id + suffix_of(label_filename)
+        info = _without_stamp(checked(LabelRecord, label_info, f"label of {image_id}"))
+        with admitted(label_filename, self._max_unpacked, name, label=True) as content, self.deciding(image_id):
+            return self._save_label(image_id, str(content), name, tag, info)
 
+    @_again_if_renumbered
     def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
-        image = self.get_image_uri(image_id)
-        suffix = suffix_of(name)
+        if tag != FINAL:
+            return self._put_label(image_id, label_filename, tag, name, info)
         with tempfile.TemporaryDirectory() as scratch:
-            if tag == FINAL:
-                label_filename = self._checked_label(image, label_filename, name, info, Path(scratch))
-                suffix = suffix_of(label_filename)
-            return self._put_label(image_id, label_filename, tag, image_id + suffix, info)
+            label = self._checked_label(self.get_image_uri(image_id), label_filename, name, info, Path(scratch))
+            name = image_id + suffix_of(label.file)
+            return self._put_label(image_id, label.file, tag, name, label.info, label.values)
 
-    def _put_label(self, image_id: str, label_filename: str, tag: str, name: str, info: dict[str, Any]) -> str:
+    def _put_label(
+        self,
+        image_id: str,
+        label_filename: str,
+        tag: str,
+        name: str,
+        info: dict[str, Any],
+        values: tuple[int, ...] = (),
+    ) -> str:
+        """Put a label in place; `values`: of one to approve. Raises _Renumbered."""
         suffix = suffix_of(name)
         target = self._writable(self._datastore.label_path(tag)) / name
         with _copied(label_filename, target) as part, self._changing() as change:
@@ -317,6 +354,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             if entry is None:
                 raise _no_image(image_id)
             if tag == FINAL:
+                self._check_values(values, info, change.objects)
                 self._note("approve", image=image_id, tag=tag, sha256=content_hash(part))
             change.move(part, target)
             label = DataModel(info={**info, **_first_info(name)}, ext=suffix)
@@ -347,17 +385,20 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         for suffix in sorted(self._files(folder).get(image_id, {}), key=label.ext.__eq__):
             change.delete(self._writable(folder) / (image_id + suffix))
 
+    @_again_if_renumbered
     def _change_tag(self, image_id: str, old: str, new: str) -> None:
         """Rename a label from the folder of one tag to that of another, in place of what is there."""
         path = self.get_label_uri(image_id, old)
-        state = state_of(path)
+        state, values = state_of(path), ()
         if new == FINAL:
             with tempfile.TemporaryDirectory() as scratch:
                 info = self.get_label_info(image_id, old)
-                sent = self._checked_label(self.get_image_uri(image_id), path, Path(path).name, info, Path(scratch))
-                if sent != path:
+                label = self._checked_label(self.get_image_uri(image_id), path, Path(path).name, info, Path(scratch))
+                values = label.values
+                if label.file != path:
                     # The same label, with the values that other labels have for its names.
-                    self._put_label(image_id, sent, old, image_id + suffix_of(sent), _without_stamp(info))
+                    name = image_id + suffix_of(label.file)
+                    self._put_label(image_id, label.file, old, name, _without_stamp(label.info))
                     path = self.get_label_uri(image_id, old)
                     state = state_of(path)
         sha256 = content_hash(path)
@@ -368,6 +409,8 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             # Servers of other state folders, and people who copy files, hold no lock.
             if state is None or state_of(self._inside(folder, name)) != state:
                 raise Conflict(f"{image_id}: expected the label that was checked, found a newer one; look at it again.")
+            if new == FINAL:
+                self._check_values(values, label.info, change.objects)
             action, tag = ("approve", new) if new == FINAL else ("remove label", old)
             self._note(action, image=image_id, tag=tag, sha256=sha256)
             change.move(self._writable(folder) / name, self._writable(other) / name)
@@ -439,10 +482,13 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         if self._audit:
             self._audit.write(action, **facts)
 
-    def _checked_label(self, image: str, label: str, name: str, info: dict[str, Any], scratch: Path) -> str:
-        """The label's file, or one in `scratch` with the values that other labels have for its names.
+    def _checked_label(
+        self, image: str, label: str, name: str, info: Mapping[str, Any], scratch: Path
+    ) -> "_CheckedLabel":
+        """A label to approve, with the values that other labels have for its names: where these differ from its own, in
+        a file in `scratch`.
 
-        `info` then gets these values. Raises BadLabel.
+        Raises BadLabel.
         """
         try:
             with _naming(label, name):
@@ -450,25 +496,36 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 labels = read_label(label, geometry)
                 names = class_names(self._root)
                 sent = declared(info)
-                changes = renumbering(np.unique(labels).tolist(), sent, self._known_names(names))
+                known = self._known_names(names, self._objects())
+                changes, agreed_on = agreed(np.unique(labels).tolist(), sent, known)
                 if changes:
                     labels = renumber(labels, changes)
-                    sent = {changes.get(value, value): text for value, text in sent.items()}
-                    info["label_info"] = [{"name": text, "idx": value} for value, text in sorted(sent.items())]
+                if agreed_on != sent:
+                    entries = [{"name": text, "idx": value} for value, text in sorted(agreed_on.items())]
+                    info = {**info, "label_info": entries}
+                values = tuple(np.unique(labels).tolist())
                 if names:
-                    check_label_values(label, np.unique(labels), {**names, **sent})
-                if not changes:
-                    return label
-                path = scratch / f"label{output_suffix(geometry)}"
-                write_label(path, labels, geometry)
-                return str(path)
+                    check_label_values(label, values, {**names, **agreed_on})
+                if changes:
+                    path = scratch / f"label{output_suffix(geometry)}"
+                    write_label(path, labels, geometry)
+                    label = str(path)
+                return _CheckedLabel(label, values, dict(info))
         except DataError as error:
             raise BadLabel(str(error)) from error
 
-    def _known_names(self, names: Mapping[int, str]) -> dict[str, int]:
-        """Values of the class names of the folder, and of other labels."""
+    def _check_values(
+        self, values: tuple[int, ...], info: Mapping[str, Any], objects: Mapping[str, ImageLabelModel]
+    ) -> None:
+        """Raise _Renumbered where labels that have come since a label was checked give its names other values."""
+        sent = declared(info)
+        if agreed(values, sent, self._known_names(class_names(self._root), objects)) != ({}, sent):
+            raise _Renumbered
+
+    def _known_names(self, names: Mapping[int, str], objects: Mapping[str, ImageLabelModel]) -> dict[str, int]:
+        """Values of the class names of the folder, and of approved labels."""
         known = {text: value for value, text in names.items()}
-        for entry in self._objects().values():
+        for entry in objects.values():
             if FINAL in entry.labels:
                 for value, text in declared(entry.labels[FINAL].info).items():
                     known.setdefault(text, value)
@@ -519,20 +576,28 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             with self._reading:
                 self._read()
                 before = self._datastore
+            if self._journal.exists():
+                # Left by a process that was killed; what `_read` made of it is right.
+                self._write_index(before)
+                self._journal.close()
             change = _Change(dict(before.objects))
             try:
                 yield change
                 after = before.model_copy(update={**change.header, "objects": change.objects})
                 if needs_index:
+                    if change.moved:
+                        self._journal.open(before.objects, after.objects, *change.moved)
                     self._write_index(after)
                 try:
                     change.make()
                 except BaseException:
                     if needs_index:
                         self._write_index(before)
+                        self._journal.close()
                     raise
                 if not needs_index:
                     self._try_to_write_index(after)
+                self._journal.close()
             finally:
                 # Whatever was made of the files is found by reading them again.
                 self._seen = None
@@ -541,7 +606,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         text = model.model_dump_json(exclude={"base_path"}, fallback=str)
         write_text(self._datastore_config_path, text)
         try:
-            write_text(self._index_copy, text)
+            write_text(self._index_copy, text, durable=False)
         except OSError as error:
             self._warn(
                 f"{self._index_copy.name}: expected to keep a copy of the index, found {error.strerror or error}."
@@ -676,7 +741,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             except (OSError, ValueError):
                 content = {"objects": {}}
         parsed = {}
-        for image_id, raw in content["objects"].items():
+        for image_id, raw in self._journal.applied(content["objects"]).items():
             known = self._parsed.get(image_id)
             parsed[image_id] = known if known and known[0] == raw else (raw, *_entry_of(image_id, raw))
         self._parsed = parsed
@@ -714,6 +779,57 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         self.refresh()
 
 
+class _Journal:
+    """What the index is to say if a file is not put in place: the process may be killed after it wrote the index.
+
+    Whether it was is told by the file's content, which is the same for a copy of the folder and across disks.
+
+    Args:
+        folder: of the datastore.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / JOURNAL
+
+    def exists(self) -> bool:
+        return self._path.exists()
+
+    def open(
+        self, before: Mapping[str, ImageLabelModel], after: Mapping[str, ImageLabelModel], source: Path, target: Path
+    ) -> None:
+        """Note the entries that change, to hold until `target` has the content of `source`."""
+        changed = [image_id for image_id, entry in after.items() if before.get(image_id) is not entry]
+        entries = {
+            image_id: before[image_id].model_dump(mode="json", fallback=str) if image_id in before else None
+            for image_id in changed
+        }
+        file = os.path.relpath(target, self._folder)
+        write_text(self._path, json.dumps({"file": file, "sha256": content_hash(source), "entries": entries}))
+
+    def close(self) -> None:
+        """The index and the files agree."""
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s: can't be deleted: %s", JOURNAL, error)
+
+    def applied(self, objects: dict[str, Any]) -> dict[str, Any]:
+        """The entries of an index, with those from before a change that was not made."""
+        try:
+            noted = json.loads(self._path.read_bytes())
+            if content_hash(self._folder / noted["file"]) == noted["sha256"]:
+                return objects
+            entries = dict(noted["entries"])
+        except FileNotFoundError:
+            return objects
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.warning("%s: expected what an unfinished change began with, found %r; left aside", JOURNAL, error)
+            return objects
+        kept = {image_id: entry for image_id, entry in objects.items() if image_id not in entries}
+        return kept | {image_id: entry for image_id, entry in entries.items() if entry is not None}
+
+
 class _Change:
     """A change of the datastore: entries of the index, and files.
 
@@ -721,19 +837,20 @@ class _Change:
     where it fails; what there is to tidy after it can fail without harm.
 
     Attributes:
-        objects: the entries as they are to be. header: name and description, if these change.
+        objects: the entries as they are to be. header: name and description, if these change. moved: the file that
+            makes the change when it is renamed, and what it replaces; None if none is.
     """
 
     def __init__(self, objects: dict[str, ImageLabelModel]) -> None:
         self.objects = objects
         self.header: dict[str, str] = {}
-        self._move: tuple[Path, Path] | None = None
+        self.moved: tuple[Path, Path] | None = None
         self._deletions: list[Path] = []
         self._tidying: list[Path] = []
 
     def move(self, source: Path, target: Path) -> None:
         """Rename a file, in place of `target`."""
-        self._move = source, target
+        self.moved = source, target
 
     def delete(self, path: Path) -> None:
         """Delete a file, not what it links to."""
@@ -745,8 +862,8 @@ class _Change:
 
     def make(self) -> None:
         """Do it. Raises OSError with everything as it was."""
-        if self._move:
-            _rename(*self._move)
+        if self.moved:
+            _rename(*self.moved)
         elif self._deletions:
             self._delete()
         for path in self._tidying:

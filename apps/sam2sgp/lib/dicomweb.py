@@ -38,6 +38,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from filelock import FileLock
 from monailabel.config import settings as server_settings
 from monailabel.interfaces.datastore import Datastore
 from pydicom import dcmread
@@ -53,12 +54,11 @@ from lib.checks import (
     check_tag,
     check_uid,
     clean_class_name,
-    discarding_if_refused,
     suffix_of,
 )
 from lib.decisions import FINAL, Decisions, ImageLocks
 from lib.door import ImageTooLarge, admitted, check_instance, check_series
-from lib.naming import declared, renumber, renumbering
+from lib.naming import agreed, declared, renumber
 from lib.records import ImageRecord, LabelRecord, checked, readable
 from lib.refresher import Refresher
 from lib.series_cache import SUFFIX, SeriesCache
@@ -317,10 +317,9 @@ class DicomWebDatastore(Decisions, Datastore):
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Nothing: images come into an archive from scanners. Raises Forbidden."""
-        with discarding_if_refused(image_filename):
-            raise Forbidden(
-                "image: expected the archive to get its images itself, found an upload; send it to the archive."
-            )
+        raise Forbidden(
+            "image: expected the archive to get its images itself, found an upload; send it to the archive."
+        )
 
     def remove_image(self, image_id: str) -> None:
         """Nothing: an archive's records are not deleted from here. Raises Forbidden."""
@@ -343,12 +342,11 @@ class DicomWebDatastore(Decisions, Datastore):
             BadLabel: the label doesn't fit its series, or is empty, to be approved, and no class is known.
             ArchiveError: the archive doesn't take it; the label approved before stays.
         """
-        with discarding_if_refused(label_filename):
-            tag = check_tag(label_tag)
-            name = check_uid(image_id) + suffix_of(label_filename)
-            info = checked(LabelRecord, label_info, f"label of series {image_id}")
-            with admitted(label_filename, self._max_unpacked, name, label=True) as content, self.deciding(image_id):
-                return self._save_label(image_id, str(content), name, tag, info)
+        tag = check_tag(label_tag)
+        name = check_uid(image_id) + suffix_of(label_filename)
+        info = checked(LabelRecord, label_info, f"label of series {image_id}")
+        with admitted(label_filename, self._max_unpacked, name, label=True) as content, self.deciding(image_id):
+            return self._save_label(image_id, str(content), name, tag, info)
 
     def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
         folder = self.get_image_uri(image_id)
@@ -358,14 +356,20 @@ class DicomWebDatastore(Decisions, Datastore):
         except DataError as error:
             text = str(error).replace(str(label_filename), name).replace(folder, f"series {image_id}")
             raise BadLabel(text) from error
-        known, sent = self._known_names(), declared(info)
+        sent = declared(info)
         # An empty label is about the classes that were looked for.
         values = np.unique(labels[labels > 0]).tolist() or sorted(sent)
-        changes = renumbering(values, sent, known)
+        with self._numbering() as known:
+            changes, sent = agreed(values, sent, known)
+            values = [changes.get(value, value) for value in values]
+            if tag == FINAL:
+                # Before the archive has the label, another one must not get its values for other names.
+                for value in values:
+                    if value in sent:
+                        known.setdefault(sent[value], value)
+            of_value = {value: text for text, value in known.items()}
         labels = renumber(labels, changes) if changes else labels
-        sent = {changes.get(value, value): text for value, text in sent.items()}
-        names = self._names([changes.get(value, value) for value in values], sent)
-        names = names or {value: text for text, value in known.items()}
+        names = {value: sent.get(value) or of_value.get(value) or f"class_{value}" for value in values} or of_value
         info["label_info"] = [{"name": text, "idx": value} for value, text in names.items()]
         info.update(ts=int(time.time()), name=name, SeriesInstanceUID=image_id)
         path = self._label_path(image_id, tag)
@@ -621,19 +625,25 @@ class DicomWebDatastore(Decisions, Datastore):
                 known.setdefault(text, value)
         return known
 
+    @contextmanager
+    def _numbering(self) -> Iterator[dict[str, int]]:
+        """Values of all known class names, for one thread of one process at a time; names that the block adds are kept.
+
+        Raises StorageError.
+        """
+        path = self._folder / "classes.json"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._lock, _storing("to number a class"), FileLock(self._folder / "classes.lock"):
+            known = self._known_names()
+            before = dict(known)
+            yield known
+            if added := {text: value for text, value in known.items() if text not in before}:
+                write_text(path, json.dumps({**_read_json(path), **added}))
+
     def _value_of(self, name: str) -> int:
         """The value of a class by its name, for segments that don't say theirs; kept once it is given."""
-        with self._lock:
-            known = self._known_names()
-            if name not in known:
-                known[name] = max(known.values(), default=0) + 1
-            write_text(self._folder / "classes.json", json.dumps(known))
-            return known[name]
-
-    def _names(self, values: list[int], sent: dict[int, str]) -> dict[int, str]:
-        """Names for the values of a label: as sent with it, else as of other labels, else `class_<value>`."""
-        known = {value: text for text, value in self._known_names().items()}
-        return {value: sent.get(value) or known.get(value) or f"class_{value}" for value in values}
+        with self._numbering() as known:
+            return known.setdefault(name, max(known.values(), default=0) + 1)
 
     # Files
 

@@ -21,6 +21,33 @@ def declared(info: Mapping[str, Any]) -> dict[int, str]:
     }
 
 
+def agreed(
+    values: Iterable[int], sent: Mapping[int, str], known: Mapping[str, int]
+) -> tuple[dict[int, int], dict[int, str]]:
+    """How a label is stored so that each name means one value, and each value one name, in all labels.
+
+    Args:
+        values: in the label.
+        sent: names that came with it, by value; viewers send those of empty segments too.
+        known: values of the names of other labels.
+
+    Returns:
+        Changes of values, see `renumbering`, and the names by value after them. Of a class that is not in the label the
+        name is left out where its value is another's. What is agreed on already is returned as it is.
+    """
+    values = [int(value) for value in values if value]
+    changes = renumbering(values, sent, known)
+    if not changes and any(sent.get(value) is None for value in values):
+        return {}, dict(sent)
+    names = {changes.get(value, value): sent[value] for value in values}
+    taken = {value: name for name, value in known.items()} | names
+    for value, name in sent.items():
+        value = known.get(name, value)
+        if name not in names.values() and taken.get(value, name) == name:
+            names[value] = name
+    return changes, names
+
+
 def renumbering(values: Iterable[int], sent: Mapping[int, str], known: Mapping[str, int]) -> dict[int, int]:
     """Which values of a label must change so that each class keeps the value that its name has in other labels.
 

@@ -17,7 +17,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -123,7 +123,6 @@ class ConfinedSessions(Sessions):
                 return super().add_session(str(source), expiry, False, session_id)
         except (DataError, OSError) as error:
             shutil.rmtree(os.path.join(self.store_path, session_id), ignore_errors=True)
-            _discard(Path(data_file))
             if isinstance(error, DataError):
                 raise
             raise StorageError(
@@ -169,17 +168,6 @@ def open_sessions(settings) -> ConfinedSessions | None:
         unpacked_limit(settings.max_upload_mb),
         image_limit(settings),
     )
-
-
-def _discard(upload: Path) -> None:
-    """Delete an upload and its folder: MONAI Label's handler does so only where all went well."""
-    if upload.is_dir():
-        shutil.rmtree(upload, ignore_errors=True)
-        return
-    upload.unlink(missing_ok=True)
-    with suppress(OSError):
-        # There may be others in it.
-        upload.parent.rmdir()
 
 
 def check_session_id(text: str) -> str:
