@@ -144,7 +144,9 @@ def sound_files() -> dict[str, bytes]:
         "named.seg.nrrd": nrrd(encoding="gzip", more=segments, data=gzip.compress(VOLUME.tobytes("F"))),
         "raw.mha": metaimage(),
         "zlib.mha": metaimage(packed=True, data=zlib.compress(VOLUME.tobytes("F"))),
-        "colour.mha": metaimage("24 32 1", False, "ElementNumberOfChannels = 3\n", data=COLOUR.tobytes(), kind="MET_UCHAR"),
+        "colour.mha": metaimage(
+            "24 32 1", False, "ElementNumberOfChannels = 3\n", data=COLOUR.tobytes(), kind="MET_UCHAR"
+        ),
         "local.mhd": metaimage(),
         "one.nii": nifti(),
         "one.nii.gz": gzip.compress(nifti()),

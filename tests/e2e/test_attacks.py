@@ -8,11 +8,14 @@ import gzip
 import hashlib
 import io
 import json
+import resource
 import socket
 import tarfile
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,6 +29,9 @@ from tests.e2e.server import Server
 SIZE = (16, 16, 3)
 LIMIT_MB = 1
 TIMEOUT = 120
+# Seconds for an answer that waits for nothing, on a machine that is busy with other things.
+QUICK = 3.0
+HEAD = b"GET /info/ HTTP/1.1\r\nHost: localhost\r\nX-Letters: " + b"x" * 1000
 # Written by the server while it runs, by design.
 ITS_OWN = ("server.log", "logs", ".lock", "__pycache__", "support", "state", "model")
 
@@ -401,6 +407,37 @@ def test_decisions_at_once_leave_a_whole_label_or_none(server):
     found = {path.name for path in (server.studies / "labels").rglob("*") if path.is_file()}
     assert found <= {"A.nii.gz", "B.nii.gz", "C.nii.gz"}
     assert send(server, put_label("C")).ok
+
+
+def test_eleven_hundred_half_open_connections_lock_nobody_out(server):
+    address = "127.0.0.1", urlsplit(server.url).port
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(before[0], 4096), before[1]), before[1]))
+    over = threading.Event()
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        connections = [stack.enter_context(socket.create_connection(address, TIMEOUT)) for _ in range(1100)]
+
+        def drip() -> None:
+            """Half of them send nothing, the others a head, letter by letter."""
+            for letter in HEAD:
+                for connection in connections[::2]:
+                    # The server lets go of those that it has no place for.
+                    with suppress(OSError):
+                        connection.sendall(bytes([letter]))
+                if over.wait(0.05):
+                    return
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        stack.callback(dripping.join)
+        stack.callback(over.set)
+        for path in ("/info/", "/datastore/?output=all", "/sam2sgp/") * 3:
+            started = time.monotonic()
+            assert requests.get(server.url + path, timeout=TIMEOUT).ok
+            assert time.monotonic() - started < QUICK
+    log = (server.state / "logs" / "server.log").read_text()
+    assert 0 < log.count("Too many connections") < 20
 
 
 def test_no_address_that_a_client_names_is_asked(server):
