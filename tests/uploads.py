@@ -110,6 +110,13 @@ def dicom_by_gdcm(compressor: str) -> bytes:
         return Path(folder, "a.dcm").read_bytes()
 
 
+def crashing_dicom(**tags) -> bytes:
+    """JPEG-LS whose own header says that it has no columns: its decoder dies of that (GDCM 3.0)."""
+    content = dicom(GREY, JPEGLSLossless, "JPEG-LS", **tags)
+    columns = content.index(b"\xff\xf7\x00\x0b") + 7
+    return content[:columns] + b"\0\0" + content[columns + 2 :]
+
+
 def zipped(*members: tuple[str, bytes]) -> bytes:
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
