@@ -464,6 +464,7 @@ def test_a_series_whose_decoder_crashes_is_an_error_for_that_series_only(hospita
     uid = "1.2.826.0.1.3680043.8.498.19"
     (folder / "a.dcm").write_bytes(crashing_dicom(SeriesInstanceUID=uid, StudyInstanceUID=f"{uid}.1"))
     hospital.archive.upload(folder)
+    eventually(lambda: uid in ask(hospital, "GET", "/datastore/?output=all").json()["objects"])
     for method, path in (("POST", "/infer/sam2sgp"), ("GET", "/datastore/image"), ("GET", "/sam2sgp/picture")):
         answer = ask(hospital, method, path, params={"image": uid})
         assert answer.status_code == 422 and "crashes" in answer.json()["detail"], answer.text
