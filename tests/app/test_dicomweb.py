@@ -15,8 +15,9 @@ from lib.dicomweb import DicomWebDatastore
 from lib.naming import declared
 from lib.settings import Settings
 from sam2sgp.data import read_image, write_label
-from sam2sgp.errors import ConfigError
+from sam2sgp.errors import ConfigError, DataError
 from tests.app.archives import fake_archive, series_entry, series_files
+from tests.uploads import crashing_dicom
 
 SILENCE = 0.2
 SOON = 10.0
@@ -104,6 +105,17 @@ def test_a_silent_archive_stops_the_request_for_a_series_and_no_other(fake, make
     fake.let_go.set()
     thread.join()
     assert failed and [path.name for path in (tmp_path / "archive" / "images").iterdir()] == ["1.6"]
+
+
+def test_a_series_whose_decoder_crashes_is_an_error_for_that_series_only(fake, make):
+    fake.series = [series_entry("1.5"), series_entry("1.6")]
+    datastore, sound = make(), fake.files
+    fake.files = [crashing_dicom()]
+    with pytest.raises(DataError, match="crashes"):
+        datastore.image_file("1.5")
+    fake.files = sound
+    assert read_image(datastore.get_image_uri("1.6")).geometry.native_shape == (8, 8, 2)
+    assert datastore.image_file("1.6").exists()
 
 
 @pytest.mark.parametrize("content", [b"not DICOM", bytes(200), b"\x00" * 128 + b"DICM"])

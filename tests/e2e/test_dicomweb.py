@@ -31,7 +31,6 @@ from sam2sgp.data.phantom import CLASS_NAMES
 from tests.e2e.hospital import LABEL_INFO, patient, picture, series_uid
 from tests.e2e.orthanc import orthanc
 from tests.e2e.server import Server
-from tests.uploads import crashing_dicom
 
 WAIT = 60
 # Seconds for an answer that waits for nothing, on a machine that is busy with other things.
@@ -456,19 +455,6 @@ def test_a_start_needs_no_archive_and_a_silent_one_stops_only_who_needs_it(hospi
         assert "The archive gives no lists" in ask(hospital, "GET", "/sam2sgp/").text
         assert viewer.result().status_code == 502 and "archive: expected" in viewer.result().json()["detail"]
     eventually(lambda: archive_state(hospital)["reachable"])
-
-
-def test_a_series_whose_decoder_crashes_is_an_error_for_that_series_only(hospital):
-    folder = hospital.root / "crashing"
-    folder.mkdir()
-    uid = "1.2.826.0.1.3680043.8.498.19"
-    (folder / "a.dcm").write_bytes(crashing_dicom(SeriesInstanceUID=uid, StudyInstanceUID=f"{uid}.1"))
-    hospital.archive.upload(folder)
-    eventually(lambda: uid in ask(hospital, "GET", "/datastore/?output=all").json()["objects"])
-    for method, path in (("POST", "/infer/sam2sgp"), ("GET", "/datastore/image"), ("GET", "/sam2sgp/picture")):
-        answer = ask(hospital, method, path, params={"image": uid})
-        assert answer.status_code == 422 and "crashes" in answer.json()["detail"], answer.text
-    assert infer(hospital, "next")[0].shape == hospital.patients["next"].truth.shape
 
 
 def test_half_open_connections_lock_nobody_out(hospital):
