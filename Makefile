@@ -87,9 +87,10 @@ serve: need-studies need-app $(INSTALLED) ## MONAI Label server for STUDIES=dir 
 test: $(INSTALLED) ## the whole test suite (PYTEST_ARGS="-m 'not slow'" for a part)
 	$(VENV_PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## ruff, rules and format
+lint: $(INSTALLED) ## ruff (rules and format), and which package may import which
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
+	PYTHONPATH=bundle:apps/sam2sgp $(VENV_PYTHON) .venv/bin/lint-imports --no-logo --no-cache
 
 bench: $(INSTALLED) ## the scripts behind the README's figures (BENCHMARKS="benchmarks/x.py" for some)
 	@test -n "$(BENCHMARKS)" || { echo 'No benchmark found in benchmarks/.' >&2; exit 1; }
