@@ -64,7 +64,7 @@ def imported(folder: str) -> dict[str, str]:
                 names = [node.module]
             for name in {name.split(".")[0] for name in names} - OWN - sys.stdlib_module_names - neighbours:
                 # Several distributions may share a top-level name; the requirements name one of them.
-                owners = [normal(owner) for owner in distributions.get(name, [name])]
+                owners = [normal(owner) for owner in (name, *distributions.get(name, ()))]
                 listed = [owner for owner in owners if any(owner in declared(file) for file in FILES)]
                 found[(listed or owners)[0]] = f"{path.relative_to(ROOT)}:{node.lineno}"
     return found
