@@ -43,7 +43,7 @@ setup: $(INSTALLED) ## make .venv and install everything (first time: several mi
 
 # torch comes first because sam2's build imports it: with --no-build-isolation it takes the torch that is there
 # instead of a second copy in a temporary folder. That build needs setuptools < 80, which constraints.txt pins.
-$(INSTALLED): requirements.txt requirements-onnx.txt requirements-dev.txt constraints.txt pyproject.toml
+$(INSTALLED): $(wildcard requirements*.txt) constraints.txt pyproject.toml
 	@"$(PYTHON)" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || { \
 	  echo 'Python 3.11 or 3.12 with its venv module is needed, and "$(PYTHON)" is not that: install it (Debian: python3-venv) or name one, as in "make setup PYTHON=python3.11".' >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { echo '[1/5] making .venv'; "$(PYTHON)" -m venv .venv; }
@@ -52,7 +52,7 @@ $(INSTALLED): requirements.txt requirements-onnx.txt requirements-dev.txt constr
 	@echo '[3/5] building sam2'
 	@SAM2_BUILD_CUDA=0 $(PIP_INSTALL) --no-build-isolation sam2
 	@echo '[4/5] installing the rest'
-	@$(PIP_INSTALL) -r requirements-dev.txt
+	@$(PIP_INSTALL) -r requirements.txt -r requirements-onnx.txt -r requirements-dev.txt
 	@echo '[5/5] installing sam2sgp, editable'
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
@@ -87,9 +87,10 @@ serve: need-studies need-app $(INSTALLED) ## MONAI Label server for STUDIES=dir 
 test: $(INSTALLED) ## the whole test suite (PYTEST_ARGS="-m 'not slow'" for a part)
 	$(VENV_PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## ruff, rules and format
+lint: $(INSTALLED) ## ruff (rules and format), and which package may import which
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
+	PYTHONPATH=bundle:apps/sam2sgp $(VENV_PYTHON) .venv/bin/lint-imports --no-logo --no-cache
 
 bench: $(INSTALLED) ## the scripts behind the README's figures (BENCHMARKS="benchmarks/x.py" for some)
 	@test -n "$(BENCHMARKS)" || { echo 'No benchmark found in benchmarks/.' >&2; exit 1; }

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sam2sgp.data import load_datalist
+from sam2sgp.drawing import draw_overlay, to_display
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.networks import SAM2SGP, load_weights
-from sam2sgp.report.overlays import draw_overlay, to_display
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd, label_map
 

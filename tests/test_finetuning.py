@@ -6,7 +6,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from sam2sgp.data import PretrainingDataset
+from sam2sgp.episodes import PretrainingDataset
 from sam2sgp.networks import SAM2SGP, load_weights, merge_lora
 from tests.bundle_runs import BUNDLE, CONFIGS, SMALL, run
 

@@ -29,7 +29,9 @@ SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 MORE_SETTINGS = "Any setting of the run may follow, as in --ct_window '[-1000, 400]'; docs/settings.md lists them."
 EXIT_CODES = "Exit codes: 0 done; 1 an image failed or the run could not start; 2 wrong command line."
 # Packages whose versions `doctor` tells.
-PACKAGES = ("torch", "torchvision", "monai", "sam2", "peft", "timm", "monailabel", "itk", "nibabel", "pydicom")
+PACKAGES = ("torch", "torchvision", "monai", "sam2", "peft", "timm", "nibabel", "pydicom", "monailabel", "itk")
+# Only the server needs them.
+OF_THE_APP = {"monailabel", "itk"}
 GIB = 2**30
 
 app = typer.Typer(
@@ -272,7 +274,7 @@ def doctor() -> None:
     else:
         typer.echo(f"Weights: {weights} is missing; give --weights, or copy the bundle again")
         missing.append("weights")
-    if set(missing) - {"monailabel"}:
+    if set(missing) - OF_THE_APP:
         raise typer.Exit(1)
 
 

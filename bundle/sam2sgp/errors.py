@@ -6,6 +6,8 @@
 import sys
 from types import TracebackType
 
+from monai.utils import OptionalImportError
+
 
 class Sam2SgpError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -31,13 +33,17 @@ class ConfigError(Sam2SgpError):
     """A setting has a value that can't work."""
 
 
+# With MONAI's own, of a package that is not installed and that a setting asks for.
+FOR_USERS = (Sam2SgpError, OptionalImportError)
+
+
 def cause_of(error: BaseException) -> BaseException:
-    """The first `Sam2SgpError` among an exception and its causes, else the first cause of all.
+    """The first error that a user can act on among an exception and its causes, else the first cause of all.
 
     MONAI wraps what a transform or a config expression raises in several exceptions of its own, whose texts say
     nothing to a user.
     """
-    while not isinstance(error, Sam2SgpError):
+    while not isinstance(error, FOR_USERS):
         inner = error.__cause__ or error.__context__
         if inner is None:
             break
@@ -46,7 +52,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def report_in_one_line() -> None:
-    """From now on, end the process with one line on standard error where a `Sam2SgpError` is the cause of its end.
+    """From now on, end the process with one line on standard error where an error for users is the cause of its end.
 
     Every other exception is still shown with its traceback.
     """
@@ -55,6 +61,8 @@ def report_in_one_line() -> None:
         cause = cause_of(error)
         if isinstance(cause, Sam2SgpError):
             print(f"error: {cause}", file=sys.stderr)
+        elif isinstance(cause, OptionalImportError):
+            print(f"error: {str(cause).partition(chr(10))[0]}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, traceback)
 

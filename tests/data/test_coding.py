@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from monai.transforms import Compose
 
-from sam2sgp.data import EpisodeDataset, load_datalist
+from sam2sgp.data import load_datalist
 from sam2sgp.data.coding import LabelCoding
+from sam2sgp.episodes import EpisodeDataset
 from sam2sgp.errors import DataError
 from sam2sgp.support import SupportBank
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd

@@ -5,9 +5,10 @@ import torch
 from ignite.engine import Engine
 from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 
-from sam2sgp.data import EpisodeDataset, load_datalist
+from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.engines import CachedFeatures, PrepareEpisodes, SGPLoss
+from sam2sgp.episodes import EpisodeDataset
 from sam2sgp.errors import ConfigError
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import EpisodeSupportSampler

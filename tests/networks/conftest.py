@@ -6,6 +6,8 @@ import pytest
 import torch
 from sam2.build_sam import build_sam2
 
+from sam2sgp import networks
+
 TINY_YAML = "configs/sam2.1/sam2.1_hiera_t.yaml"
 
 
@@ -34,3 +36,8 @@ def sam2_reference(tiny_checkpoint):
         )
 
     return build
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    return networks.build_sam2("tiny", 64)

@@ -262,7 +262,7 @@ def test_precision_counts(folder, cache, net, encoder):
     # What is made later, outside the block, is made in the precision that the bank was encoded in.
     shutil.rmtree(cache / "encoded")
     before = support.memory.tokens
-    support.store.recent = ByteLRU(0)
+    support.store.recent = ByteLRU(0, len)
     assert torch.equal(support.memory.tokens, before)
 
 
@@ -811,7 +811,7 @@ def test_memory_read_is_bounded(folder, cache, net):
     encoding = sum(tensor.nbytes for tensor in whole.store.read(f"encoded/{whole.fingerprint}/{_item(whole)}").values())
     small = bank(folder, cache, cache_mb=2.5 * encoding / 2**20)
     segment(small, net)
-    assert small.store.recent.bytes <= 2.5 * encoding < whole.store.recent.bytes
+    assert small.store.recent.currsize <= 2.5 * encoding < whole.store.recent.currsize
     assert not small._encodings and not small._pixels and not small.store._unsaved
 
 
@@ -820,16 +820,18 @@ def _item(support: SupportBank) -> str:
 
 
 def test_the_least_recently_used_values_leave_first():
-    recent = ByteLRU(3 / 2**20)
+    recent = ByteLRU(3 / 2**20, len)
     for key in "abc":
-        recent.put(key, key.upper(), 1)
+        recent[key] = key.upper()
     recent.get("a")
-    recent.put("d", "D", 1)
+    recent["d"] = "D"
     assert [recent.get(key) for key in "abcd"] == ["A", None, "C", "D"]
-    recent.put("large", "L", 4)
+    recent["large"] = "four"
     assert recent.get("large") is None and len(recent) == 3
-    recent.put("a", "again", 3)
-    assert recent.get("a") == "again" and recent.bytes == 3 and len(recent) == 1
+    recent["a"] = "all"
+    assert recent.get("a") == "all" and recent.currsize == 3 and len(recent) == 1
+    recent["a"] = "four"
+    assert "a" not in recent and recent.currsize == 0
 
 
 @pytest.mark.parametrize("size", [-1, None, "much", True, float("nan")])
@@ -889,9 +891,9 @@ def test_only_the_images_that_are_new_are_encoded(net):
 def test_cached_features_are_bounded(net, folder):
     whole = FeatureCache()
     whole(query(count=1).expand(-1, 3, -1, -1), net, "")
-    small = FeatureCache(2.5 * whole.recent.bytes / 2**20)
+    small = FeatureCache(2.5 * whole.recent.currsize / 2**20)
     SupportSetInferer(bank(folder), SupportSampler(k=2), batch_size=1, feature_cache=small)(query(count=5), net)
-    assert len(small.recent) == 2 and small.recent.bytes <= small.recent.capacity
+    assert len(small.recent) == 2 and small.recent.currsize <= small.recent.maxsize
 
 
 def test_a_part_has_tables_of_its_own_and_writes_nothing(folder, cache, net):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sam2sgp.data import EpisodeDataset, load_datalist
+from sam2sgp.data import load_datalist
 from sam2sgp.data.io import read_image
 from sam2sgp.engines import QueryDataset
+from sam2sgp.episodes import EpisodeDataset
 from sam2sgp.transforms import Scaling, SupportScaling, choose_scaling, scale_intensity
 from sam2sgp.transforms.scaling import hounsfield_evidence, is_ct
 from tests.data.dicom_files import write_series

@@ -39,8 +39,8 @@ from lib.options import Declared
 from lib.routing import ANNOTATOR, USER, Id, Query, Tag
 from lib.usage import Usage
 from sam2sgp.data import read_image, read_label
+from sam2sgp.drawing import class_colour, draw_overlay, to_display
 from sam2sgp.errors import DataError
-from sam2sgp.report.overlays import class_colour, draw_overlay, to_display
 from sam2sgp.transforms import choose_scaling, scale_intensity
 
 logger = logging.getLogger(__name__)

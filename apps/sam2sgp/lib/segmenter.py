@@ -133,7 +133,7 @@ class Segmenter:
         self.rebuilding: str | None = None
         self.problem: str | None = None
         self._serving: _Serving | None = None
-        self._prepared = ByteLRU(settings.query_cache_mb)
+        self._prepared = ByteLRU(settings.query_cache_mb, _bytes)
         self._names: dict[int, str] = {}
         self._patients: dict[str, str] = {}
         self._state: SupportState | None = None
@@ -423,7 +423,7 @@ class Segmenter:
             parser.get_parsed_content("support_bank"),
             parser.get_parsed_content("evaluator"),
             parser.get_parsed_content("inferer::feature_cache"),
-            ByteLRU(self.settings.query_cache_mb),
+            ByteLRU(self.settings.query_cache_mb, _bytes),
             parser.get_parsed_content("device"),
             OrderedDict(),
         )
@@ -548,8 +548,7 @@ class Segmenter:
         if case is None:
             case = self.prepare(image, name)
             if key:
-                views = [case, *case.get("views", [])]
-                self._prepared.put(key, case, sum(_bytes(value) for view in views for value in view.values()))
+                self._prepared[key] = case
         return case
 
     def _result(self, key: Hashable | None, case: dict, options: Options, warnings: list[str]) -> dict:
@@ -562,7 +561,7 @@ class Segmenter:
             output = self._run(serving, case, options, warnings)
             found = {name: value for name, value in output.items() if name not in case}
             if asked and len(warnings) == told:
-                serving.results.put(asked, found, sum(map(_bytes, found.values())))
+                serving.results[asked] = found
         return {**case, **found}
 
     def _run(self, serving: _Serving, case: dict, options: Options, warnings: list[str]) -> dict:

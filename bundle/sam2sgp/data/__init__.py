@@ -1,4 +1,4 @@
-"""Data: reading and writing files, data folders, training episodes."""
+"""Data: reading and writing files, and data folders."""
 
 from sam2sgp.data.dicom_seg import read_dicom_seg, write_dicom_seg
 from sam2sgp.data.folders import (
@@ -27,21 +27,11 @@ from sam2sgp.data.io import (
     write_map,
 )
 
-# After io: episodes needs transforms, and transforms needs io.
-from sam2sgp.data.episodes import EpisodeDataset, EpisodeSampler  # isort: skip
-from sam2sgp.data.pretraining import PretrainingDataset, load_collection  # isort: skip
-from sam2sgp.data.cache import CaseCache, PreparedCase  # isort: skip
-
 __all__ = [
     "DEFAULT_PATIENT_PATTERN",
-    "CaseCache",
     "Datalist",
-    "EpisodeDataset",
-    "EpisodeSampler",
     "Geometry",
     "MedicalImage",
-    "PreparedCase",
-    "PretrainingDataset",
     "Skipped",
     "check_label_values",
     "choose_slices",
@@ -51,7 +41,6 @@ __all__ = [
     "image_stem",
     "is_binary_255",
     "is_image",
-    "load_collection",
     "load_datalist",
     "output_suffix",
     "read_dicom_seg",

@@ -14,7 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from sam2sgp.data.episodes import EpisodeDataset
+from sam2sgp.episodes.dataset import EpisodeDataset
 from sam2sgp.errors import ConfigError
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.content import digest_of, precision

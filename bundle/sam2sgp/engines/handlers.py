@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from sam2sgp import distributed
-from sam2sgp.data import EpisodeSampler
 from sam2sgp.engines.loss import SGPLoss
+from sam2sgp.episodes import EpisodeSampler
 from sam2sgp.errors import ConfigError, WeightsError
 from sam2sgp.files import replacing
 from sam2sgp.networks.weights import save_lora, save_weights

@@ -23,13 +23,13 @@ from tqdm import tqdm
 from sam2sgp import distributed
 from sam2sgp.data.folders import Skipped
 from sam2sgp.data.io import read_image
+from sam2sgp.drawing import draw_overlay, montage, spread_slices, to_display
 from sam2sgp.engines.evaluator import QueryEvents
 from sam2sgp.engines.records import CaseRecords, settings_of_run
 from sam2sgp.errors import ConfigError
 from sam2sgp.evaluation import METRICS, case_metrics, class_sizes, summarise, write_csv
 from sam2sgp.files import remove_parts
 from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
-from sam2sgp.report.overlays import draw_overlay, montage, spread_slices, to_display
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.content import digest_of
 from sam2sgp.transforms import OutputNames, ScaleIntensityByModalityd

@@ -23,7 +23,7 @@ class FeatureCache:
     """
 
     def __init__(self, megabytes: float = 256) -> None:
-        self.recent = ByteLRU(megabytes)
+        self.recent = ByteLRU(megabytes, _size)
 
     def __call__(self, image: Tensor, network: SAM2SGP, fingerprint: str | None) -> ImageFeatures:
         """Features of images (B, 3, S, S) in [0, 1]; nobody may change them in place.
@@ -41,7 +41,7 @@ class FeatureCache:
             for number, key in enumerate(new):
                 # A row that shared its storage with the batch would keep all of it.
                 rows[key] = encoded if len(new) == 1 else encoded[[number]]
-                self.recent.put(key, rows[key], _size(rows[key]))
+                self.recent[key] = rows[key]
             if len(new) == len(keys):
                 return encoded
         return rows[keys[0]] if len(keys) == 1 else ImageFeatures.concatenate([rows[key] for key in keys])

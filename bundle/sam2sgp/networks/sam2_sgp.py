@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from sam2sgp.errors import ConfigError
 from sam2sgp.networks.backbones import backbone as backbone_definition
 from sam2sgp.networks.backbones import build_sam2, checkpoint_blocks
+from sam2sgp.networks.checkpoints import load_sam2_checkpoint
 from sam2sgp.networks.lite import IMAGENET_MEAN as LITE_MEAN
 from sam2sgp.networks.lite import IMAGENET_STD as LITE_STD
 from sam2sgp.networks.lora import add_lora, split_qkv
@@ -31,7 +32,6 @@ from sam2sgp.networks.refinement import Refinement
 from sam2sgp.networks.rows import for_each_class
 from sam2sgp.networks.support_prior import SupportPrior
 from sam2sgp.networks.support_regression import SupportRegression
-from sam2sgp.networks.weights import load_sam2_checkpoint
 
 MASK_LOGIT = 10.0
 RETRIEVAL_GRID = 4

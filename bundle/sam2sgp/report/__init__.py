@@ -1,1 +1,1 @@
-"""Pictures of results and the self-contained HTML report."""
+"""The self-contained HTML report."""

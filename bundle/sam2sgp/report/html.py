@@ -18,8 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from sam2sgp import __version__
+from sam2sgp.drawing import EDGE, MONTAGE_EDGE, Picture, class_colour
 from sam2sgp.files import write_text
-from sam2sgp.report.overlays import EDGE, MONTAGE_EDGE, Picture, class_colour
 
 THUMB_EDGE = 112
 JPEG_QUALITY = 85

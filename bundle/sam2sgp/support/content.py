@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from sam2sgp.data.cache import fingerprint as transform_fingerprint
 from sam2sgp.data.io import data_files
 from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.store import Store, checksum
+from sam2sgp.transforms.fingerprint import transform_fingerprint
 from sam2sgp.transforms.scaling import scaling_hint
 
 # A file changed again within the resolution of its time stamp looks unchanged: 2 s on the coarsest file systems.

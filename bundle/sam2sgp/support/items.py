@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.data.folders import choose_slices
-from sam2sgp.report.overlays import draw_overlay, to_display
+from sam2sgp.drawing import draw_overlay, to_display
 from sam2sgp.support.fingerprint import ImageMeasures, tile_share
 from sam2sgp.transforms.array import Region, pixel_size
 from sam2sgp.transforms.scaling import PERCENTILES, Scaling

@@ -63,7 +63,7 @@ class Store:
 
     def __init__(self, directory: str | Path, megabytes: float) -> None:
         self.directory = Path(os.path.abspath(directory))
-        self.recent = ByteLRU(megabytes)
+        self.recent = ByteLRU(megabytes, _size)
         self._unsaved: dict[str, Tensors] = {}
         self._unsaved_facts: dict[tuple[str, str], bytes] = {}
         self._warned = False
@@ -74,7 +74,7 @@ class Store:
         if tensors is None:
             tensors = load(self._path(name), name)
             if tensors is not None:
-                self._keep(name, tensors)
+                self.recent[name] = tensors
         return tensors
 
     def peek(self, name: str) -> Tensors | None:
@@ -83,7 +83,7 @@ class Store:
 
     def write(self, name: str, tensors: Tensors) -> None:
         """Put tensors on disk, or hold them in memory where that fails."""
-        self._keep(name, tensors)
+        self.recent[name] = tensors
         metadata = {"name": name, "sha256": checksum(tensors)}
         try:
             with replacing(self._path(name)) as part:
@@ -178,9 +178,6 @@ class Store:
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}{SUFFIX}"
 
-    def _keep(self, name: str, tensors: Tensors) -> None:
-        self.recent.put(name, tensors, sum(tensor.nbytes for tensor in tensors.values()))
-
     def _with_index(self, use: Callable[[sqlite3.Connection], Result]) -> Result:
         """Use the index. A damaged one is thrown away, and the use is repeated on an empty one.
 
@@ -226,6 +223,10 @@ class Store:
                 error,
             )
         self._warned = True
+
+
+def _size(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def load(path: Path, name: str) -> Tensors | None:

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from monai.transforms import Compose
 
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing
 from sam2sgp.transforms.dictionary import log_warnings
+from sam2sgp.transforms.fingerprint import transform_fingerprint
 from sam2sgp.transforms.scaling import Scaling, scaling_hint
 
 
@@ -80,15 +80,9 @@ class CaseCache:
             ) from error
 
     def _key(self, case: dict) -> str:
-        parts = [fingerprint(self.transform), case.get("modality"), scaling_hint(case)]
+        parts = [transform_fingerprint(self.transform), case.get("modality"), scaling_hint(case)]
         for key in ("image", "label"):
             path = Path(case[key])
             files = sorted(path.iterdir()) if path.is_dir() else [path]
             parts += [[str(file), file.stat().st_mtime_ns, file.stat().st_size] for file in files if file.exists()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-
-
-def fingerprint(transform: Callable) -> list:
-    """What a (composed) transform is made of, as JSON types: class names and their settings."""
-    steps = transform.transforms if isinstance(transform, Compose) else [transform]
-    return [[type(step).__name__, json.loads(json.dumps(vars(step), default=str, sort_keys=True))] for step in steps]

@@ -9,7 +9,8 @@ from PIL import Image
 from torch.utils.data import BatchSampler
 
 from sam2sgp import distributed
-from sam2sgp.data import EpisodeDataset, EpisodeSampler, load_datalist
+from sam2sgp.data import load_datalist
+from sam2sgp.episodes import EpisodeDataset, EpisodeSampler
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
 

@@ -8,8 +8,8 @@ import torch
 from monai.transforms import Compose
 from PIL import Image
 
-from sam2sgp.data import PretrainingDataset, load_collection
-from sam2sgp.data.synthetic import noise_task, superpixel_task, threshold_task
+from sam2sgp.episodes import PretrainingDataset, load_collection
+from sam2sgp.episodes.synthetic import noise_task, superpixel_task, threshold_task
 from sam2sgp.errors import DataError
 from sam2sgp.support.items import AS_GIVEN
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset, DistributedSampler
 from tqdm import tqdm
 
 from sam2sgp import distributed
-from sam2sgp.data.cache import CaseCache
 from sam2sgp.data.coding import LabelCoding
+from sam2sgp.episodes.case_cache import CaseCache
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.transforms.array import to_three_channels
 from sam2sgp.transforms.scaling import agreed, is_open, log_scalings

@@ -15,9 +15,9 @@ from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes
 from scipy.ndimage import label as components
 from torch import Tensor
 
-from sam2sgp.data.episodes import EpisodeDataset
 from sam2sgp.data.folders import DEFAULT_PATIENT_PATTERN, load_datalist
-from sam2sgp.data.synthetic import noise_task, superpixel_task, threshold_task
+from sam2sgp.episodes.dataset import EpisodeDataset
+from sam2sgp.episodes.synthetic import noise_task, superpixel_task, threshold_task
 from sam2sgp.errors import DataError
 
 FEWEST_TO_SPLIT = 4
@@ -91,7 +91,7 @@ class PretrainingDataset(EpisodeDataset):
     Args:
         size: side S of the episodes' images in pixels.
         synthetic_probability, superpixel_probability, threshold_probability: shares of the three kinds of synthetic
-            tasks, see `sam2sgp.data.synthetic`; the rest are labelled targets.
+            tasks, see `sam2sgp.episodes.synthetic`; the rest are labelled targets.
         label_operation_probability: share of labelled targets of which an edge, a part, a wider, narrower or filled
             form is asked for.
         region_probability: share of episodes that show a region around the target instead of the whole image.

@@ -6,7 +6,7 @@ import torch
 from monai.transforms import Compose
 from PIL import Image
 
-from sam2sgp.data import CaseCache
+from sam2sgp.episodes import CaseCache
 from sam2sgp.errors import DataError
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
 
