@@ -94,3 +94,16 @@ def test_the_tests_that_the_page_on_security_names_exist():
         assert (ROOT / "docs" / target).exists(), target
     for module in re.findall(r"`(lib/\w+\.py)`", page):
         assert (ROOT / "apps" / "sam2sgp" / module).exists(), module
+
+
+def test_files_and_names_of_the_page_on_architecture_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    bases = [ROOT, ROOT / "bundle", ROOT / "bundle" / "sam2sgp", ROOT / "apps" / "sam2sgp"]
+    code = "".join(path.read_text() for base in bases[1:] for path in base.rglob("*.py"))
+    names = re.findall(r"`([^`\s]+)`", page)
+    files = [name for name in names if re.fullmatch(r"[\w/]+\.(py|json)", name)]
+    assert len(files) > 30
+    assert [name for name in files if not any((base / name).is_file() for base in bases)] == []
+    symbols = [name for name in names if re.fullmatch(r"[A-Za-z]\w*(\.[a-z]\w*)?", name) and name not in files]
+    assert len(symbols) > 20
+    assert [name for name in symbols if not re.search(rf"\b{name.rpartition('.')[2]}\b", code)] == []
