@@ -296,3 +296,42 @@ def test_the_number_of_labels_needed_lies_between_those_measured(script):
     needed = script("active_learning").labels_needed
     curve = {2: 0.4, 4: 0.5, 8: 0.7}
     assert [needed(curve, target) for target in (0.3, 0.5, 0.6, 0.8)] == [2.0, 4.0, 6.0, None]
+
+
+def test_draws_are_small_support_sets_biased_as_named_and_never_share_a_patient_with_queries(script, data):
+    module = script("adaptation_safety")
+    pictures = module.Collection(data / "pictures", [])
+    for bias in ("random", "look"):
+        support, queries = pictures.draw(module.Draw("pictures", 3, bias, 0, False), 9)
+        assert len(support) == 3 and queries
+        assert not {case["patient"] for case in support} & {case["patient"] for case in queries}
+    assert pictures.draw(module.Draw("pictures", 12, "random", 0, False), 9) is None
+    kinds = [{"name": f"{kind}_{number}", "patient": f"{kind}{number}"} for kind in "ab" for number in range(5)]
+    pictures.cases = kinds
+    support, queries = pictures.draw(module.Draw("pictures", 4, "kind", 1, False), 20)
+    assert {case["name"][0] for case in support} == {"b"} and len(queries) == 6
+
+
+def test_gains_and_losses_by_adaptation_are_counted_and_not_repeated(script, data, tmp_path, monkeypatch, capsys):
+    module = script("adaptation_safety")
+    monkeypatch.setattr("sam2sgp.adaptation.plan.WHOLE_SIZE", 64)
+    save_weights(SAM2SGP("lite", 64), tmp_path / "model.pt")
+    arguments = ["--data", str(data), "--output", str(tmp_path), "--sets", "pictures", "--k", "3", "--biases", "random"]
+    arguments += ["--names", "hidden", "--steps", "1", "--draws", "1", "--queries", "1"]
+    arguments += ["--set", SIZE, "--weights", str(tmp_path / "model.pt")]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["adaptation_safety.py", *arguments])
+        module.main()
+    (row,) = module.read_rows(tmp_path / "draws.csv")
+    assert row.hidden and row.groups == 3 and row.adapted == pytest.approx(row.plain + row.gain)
+    assert "names hidden | 1 |" in capsys.readouterr().out
+
+
+def test_a_loss_of_more_than_two_hundredths_counts_as_harm(script):
+    module = script("adaptation_safety")
+    plain = {"queries": 9, "groups": 4, "plain": 0.5, "choices": "{}", "seconds": 1.0, "settings": "s"}
+    rows = [
+        module.Row("set", 4, "random", n, False, adapted=0.5 + g, **plain) for n, g in enumerate((0.2, 0, -0.05, 0.1))
+    ]
+    (line,) = [line for line in module.table(rows).splitlines() if line.startswith("| all")]
+    assert "| +0.062 | -0.050 |" in line and line.endswith("| 25% |")

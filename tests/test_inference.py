@@ -242,15 +242,19 @@ def test_the_report_shows_a_ct_through_the_window_of_the_run(phantoms, model, tm
     assert np.unique(lung).size > 40 and abs(int(lung.max()) - 255 * 0.5) <= 3
 
 
-def test_adaptation_is_a_setting_of_the_run_and_told_in_report_log_and_cache(phantoms, model, tmp_path, capsys):
+def test_adaptation_is_a_setting_of_the_run_and_told_in_report_log_and_cache(
+    phantoms, model, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("sam2sgp.adaptation.plan.WHOLE_SIZE", 64)
     support, queries = phantoms / "support" / "rgb", phantoms / "queries" / "rgb"
-    rows = infer(model, support, queries, tmp_path / "out", adapt_steps=4, support_max_items=6)
+    rows = infer(model, support, queries, tmp_path / "out", adapt_steps=1, support_max_items=6)
     assert rows and not any(row.get("error") for row in rows)
+    assert {row["unlike_support"] for row in rows} <= {"True", "False"}
     (record,) = (tmp_path / "out" / "adaptation").glob("*/adaptation.json")
     record = json.loads(record.read_text())
-    assert record["dice"][record["kept"]] >= record["dice"]["plain"]
-    assert all(1 <= sum(steps) <= 4 for steps in record["steps"].values())
-    sentence = f"{record['dice']['plain']:.3f} before"
+    assert record["steps"] == [1, 1, 1] and len(set(record["groups"]["owner"])) >= 3
+    assert record["choices"] and all(choice["adapted"] >= choice["plain"] for choice in record["choices"].values())
+    sentence = f"Dice {next(iter(record['choices'].values()))['plain']:.3f} before"
     assert sentence in capsys.readouterr().out and sentence in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.support import SupportBank
+from sam2sgp.transforms.array import Fit
 
 SIZE = 64
 
@@ -27,15 +28,31 @@ def phantom(number: int, values: tuple[int, ...] = (1,), patient: str | None = N
             inside = ((rows - y).abs() < radius) & ((columns - x).abs() < radius)
             image[inside] += (0.4 * ((rows // 2 + columns // 2) % 2) - 0.2)[inside]
         label[inside] = value
-    image = image.clamp(0, 1)[None, None]
+    return case(f"case{number}", image.clamp(0, 1)[None, None], label[None], patient or f"p{number}")
+
+
+def volume(number: int, slices: int = 8) -> dict:
+    """A prepared case of a volume: a bright disc on all slices but the first two and the last two."""
+    generator = torch.Generator().manual_seed(number)
+    rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    image = 0.4 + 0.1 * torch.randn(slices, SIZE, SIZE, generator=generator)
+    y, x = (torch.rand(2, generator=generator) * 24 + 20).tolist()
+    inside = ((rows - y) ** 2 + (columns - x) ** 2 < 100) & (torch.arange(slices) % (slices - 2) > 1)[:, None, None]
+    image[inside] += 0.4
+    return case(f"volume{number}", image.clamp(0, 1)[:, None], inside.long(), f"p{number}")
+
+
+def case(name: str, image: Tensor, label: Tensor, patient: str) -> dict:
+    """A prepared case of slices (Z, 1, H, W) and class maps (Z, H, W) of the network's size."""
     return {
-        "name": f"case{number}",
+        "name": name,
         "image": image,
         "image_full": image,
-        "label": label[None],
-        "label_full": label[None],
+        "label": label,
+        "label_full": label,
+        "fit": Fit.of((SIZE, SIZE), SIZE),
         "geometry": SimpleNamespace(spacing=None),
-        "patient": patient or f"p{number}",
+        "patient": patient,
         "group": "a",
     }
 

@@ -1,44 +1,79 @@
-"""Which support items are held out, and how maps are measured on them."""
+"""How much of the result is the correctors'."""
 
 import pytest
 import torch
 
-from sam2sgp.adaptation.judging import class_dice, hold_out
-from tests.adaptation.banks import bank, phantom
+from sam2sgp.adaptation.judging import (
+    SHARES,
+    Choice,
+    case_dice,
+    choose_share,
+    judged_shares,
+    mix,
+)
 
 
-def test_whole_patients_are_held_out():
-    support = bank([phantom(number, patient=f"p{number // 3}") for number in range(15)])
-    split = hold_out(support, seed=0)
-    patients = [{support.items[i].patient for i in part.tolist()} for part in (split.fit, split.held)]
-    assert split.by == "patients" and not patients[0] & patients[1]
-    assert len(split.held) == 3 and len(split.fit) == 12
+def dice(plain: list[float], *gains: float) -> torch.Tensor:
+    """Dice (G, len(SHARES) + 1) with the same gains in every group; by themselves the correctors gain as the last."""
+    return torch.tensor(plain)[:, None] + torch.tensor([0.0, *gains, gains[-1]])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_one_of_two_patients_is_held_out_whole_but_never_most_of_the_items(seed):
-    support = bank([phantom(number, patient="a" if number < 3 else "b") for number in range(8)])
-    split = hold_out(support, seed)
-    assert split.by == "patients" and split.held.tolist() == [0, 1, 2]
+def choose(table: torch.Tensor) -> Choice:
+    return choose_share(table, judged_shares(len(table)))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_two_items_of_a_rare_class_stay_to_fit(seed):
-    support = bank([phantom(number, (1, 2) if number < 2 else (1,)) for number in range(8)])
-    split = hold_out(support, seed)
-    assert not {0, 1} & set(split.held.tolist()) and len(split.held) == 2
+def test_a_gain_in_every_group_gives_the_correctors_their_share_and_the_plain_network_keeps_some():
+    choice = choose(dice([0.5, 0.6, 0.4, 0.5], 0.05, 0.1, 0.12, 0.11))
+    assert choice.adapted == pytest.approx(0.62) and choice.gain == pytest.approx(0.12)
+    assert choice.share == pytest.approx(0.75 * 4 / 5)
 
 
-def test_nothing_is_held_out_of_three_items():
-    assert hold_out(bank([phantom(number) for number in range(3)]), seed=0) is None
+def test_the_more_groups_the_larger_the_share():
+    shares = [choose(dice([0.5] * count, 0.05, 0.1, 0.12, 0.11)).share for count in (3, 6, 16)]
+    assert shares == sorted(shares) and shares[0] < shares[-1] < 0.75
 
 
-def test_dice_counts_a_class_where_map_or_truth_has_it():
-    truth = torch.zeros(3, 2, 4, 4)
-    truth[:2, 0, :2] = 1
-    logits = torch.full((3, 2, 4, 4), -1.0)
+def test_ties_go_to_the_plain_network():
+    assert choose(dice([0.5, 0.6, 0.4, 0.5], 0, 0, 0, 0)).share == 0
+    assert choose(dice([0.5, 0.6, 0.4, 0.5], 0.1, 0.1, 0.1, 0.1)).share == judged_shares(4)[1]
+
+
+def test_a_gain_within_its_standard_error_is_none():
+    table = dice([0.5] * 4, 0, 0, 0, 0)
+    # One group of four gains much, which raises the mean but says little.
+    table[0, 1:] += 0.3
+    table[1, 1:] -= 0.02
+    choice = choose(table)
+    assert choice.share == 0 and choice.adapted == choice.plain
+
+
+def test_the_plain_network_goes_where_it_clearly_only_harms():
+    table = dice([0.1, 0.2, 0.1, 0.2, 0.1, 0.2], 0.1, 0.3, 0.5, 0.7)
+    assert choose(table).share == pytest.approx(6 / 7, abs=1e-3)
+    # The gain of leaving it out is within its standard error.
+    table[::2, 4] -= 0.39
+    assert choose(table).share == pytest.approx(0.75 * 6 / 7, abs=1e-3)
+
+
+@pytest.mark.parametrize("groups", [0, 1, 2])
+def test_two_groups_tell_nothing(groups):
+    choice = choose(dice([0.5] * groups, 0.2, 0.3, 0.4, 0.4).reshape(groups, len(SHARES) + 1))
+    assert choice.share == 0 and choice.groups == groups
+
+
+def test_a_mix_averages_probabilities():
+    logits, corrected = torch.tensor([[[[2.0, -20.0]]]]), torch.tensor([[[[0.1, 0.9]]]])
+    mixed = mix(logits, corrected, 0.25).sigmoid()
+    torch.testing.assert_close(mixed, 0.75 * logits.sigmoid() + 0.25 * corrected)
+    assert torch.equal(mix(logits, corrected, 0.0), logits)
+
+
+def test_dice_of_a_case_is_of_all_its_slices_and_counts_a_class_where_map_or_label_has_it():
+    labels = torch.zeros(2, 4, 4)
+    labels[0, :2] = 3
+    logits = torch.full((2, 3, 4, 4), -1.0)
     logits[0, 0, :2] = 1
     logits[1, 0, :1] = 1
     logits[1, 1, 3:] = 1
-    dice = class_dice(logits, truth)
-    assert dice[0] == pytest.approx((1 + 2 / 3) / 2) and dice[1] == 0
+    found = case_dice(logits, labels, [3, 5, 7])
+    assert found[0] == pytest.approx(2 * 8 / (8 + 12)) and found[1] == 0 and torch.isnan(found[2])

@@ -1,22 +1,21 @@
-"""Adapting the network to a support set before inference.
+"""Adapting to a support set before inference.
 
-In: a network and a support bank. Out: an `Adaptation`, the network to segment with and a small U-Net whose
-probabilities are averaged with the network's, whichever of the two earned it.
+In: a network and a support bank. Out: an `Adaptation`: small correctors of the network's result, whose probabilities
+are averaged with the network's, and how much they count.
 
-    pairs ─ hold some out ─┬─ train a copy of the network ─┬─ best mix on the held-out pairs ─ go on with all ─ result
-                           └─ train a small U-Net ─────────┘
+    pairs ─ groups ─┬─ plain network: each group segmented, guided by the others ─┬─ share of the correctors, per class
+                    └─ a corrector per fold: each group by the one that has not ──┘
+                       seen it
 
-The two are trained at the same time, each in a thread with its share of the cores. What is kept is never worse on the
-held-out pairs than the network as it was; where nothing is better, or where there are too few pairs to tell, the result
-is the network as it was.
+Every label is judged, and by what has not seen its patient. The correctors of the folds are what is used afterwards,
+all of them averaged, so nothing is used that was not judged. The network itself stays as it is.
 
-A time limit decides how many steps are made and nothing else: `max_steps` set to the `steps` of a record gives the same
-weights again on the same machine.
+A time limit decides how many steps are made and nothing else: `max_steps` set to the `planned` steps of a record gives
+the same weights again on the same machine, if there was time for all of them.
 """
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,137 +23,125 @@ import torch
 from torch import Tensor
 
 from sam2sgp.adaptation import store
-from sam2sgp.adaptation.judging import MIN_ITEMS
-from sam2sgp.adaptation.lora import merged
-from sam2sgp.adaptation.run import CHECKPOINTS, Run, Steps, mix
-from sam2sgp.adaptation.unet import SmallUNet
+from sam2sgp.adaptation.corrector import Corrector
+from sam2sgp.adaptation.judging import mix
+from sam2sgp.adaptation.records import Record
+from sam2sgp.adaptation.run import Run
 from sam2sgp.errors import ConfigError
-from sam2sgp.networks import SAM2SGP, SGPOutput
+from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank
+from sam2sgp.support.content import checksum
+from sam2sgp.support.familiarity import trust
 from sam2sgp.support.sampler import SupportSampler
 
 logger = logging.getLogger(__name__)
 
 # To be raised when the same support set, network and settings would give another result: part of a cache's key.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass
 class Adaptation:
-    """What to segment with after adaptation.
+    """What to average the network's result with after adaptation.
 
-    network: the adapted network, or the one given if adapting it was no better.
-    unet: the small U-Net, None if it was no better.
-    record: what was done, the content of `adaptation.json`.
+    correctors: of the folds, in evaluation mode; none where the plain network is better.
+    record: what was done.
     """
 
-    network: SAM2SGP
-    unet: SmallUNet | None
-    record: dict
+    correctors: list[Corrector]
+    record: Record
 
     @torch.no_grad()
-    def combine(self, output: SGPOutput, image: Tensor, values: list[int]) -> SGPOutput:
-        """The network's output with the ensemble's logits for some classes; all else stays the network's.
+    def average(self, logits: Tensor, images: Tensor, pixel: tuple[float, float], distance: Tensor) -> Tensor:
+        """The network's logits averaged with the corrected ones, as probabilities.
+
+        The correctors count less for an image unlike the support images.
 
         Args:
-            output: of the network for B images, logits (B, C, S, S).
-            image: (B, 3, S, S) in [0, 1].
-            values: the classes that have support here; the others stay as they are.
+            logits: (B, C, H, W) of the network, for all classes of the bank.
+            images: (B, C', H, W) in [0, 1]. pixel: height and width of a pixel in mm.
+            distance: (B,) how far each image is from the support images, see `sam2sgp.support.familiarity`.
         """
-        if self.unet is not None:
-            columns = [self.record["class_values"].index(value) for value in values]
-            own, unet = (logits[:, columns].float() for logits in (output.logits, self.unet(image)))
-            output.logits[:, columns] = mix(own, unet, self.record["unet_share"])
-        return output
+        if not self.correctors:
+            return logits
+        shares = torch.tensor([choice.share for choice in self.record.choices.values()])
+        shares = (trust(distance)[:, None] * shares)[..., None, None].to(logits.device)
+        corrected = self.record.plan.predict(self.correctors, images.to(logits.device), logits, pixel)
+        return mix(logits.float(), corrected, shares)
 
     @property
-    def network_share(self) -> float:
-        """The share that the network's output has in what `combine` gives."""
-        return 1.0 - self.record["unet_share"]
+    def owners(self) -> list[str]:
+        """The group of each item of the support set."""
+        return self.record.owners
+
+    def content(self) -> list:
+        """As JSON types what decides its results."""
+        shares = [choice.share for choice in self.record.choices.values()]
+        return [[checksum(corrector.state_dict()) for corrector in self.correctors], shares, self.owners]
 
     @staticmethod
     def refuse(patient: str | None, bank: SupportBank) -> None:
         """Raise `ConfigError` if a patient that must not guide himself is in the bank: all of it was learned from."""
         if patient in bank.patients:
             raise ConfigError(
-                f"Patient {patient!r} is in the support set that the network was adapted to, so a result on this "
-                "patient would say nothing; give a support set of other patients, or set `adapt_seconds` to 0."
+                f"Patient {patient!r} is in the support set that was adapted to, so a result on this patient would say "
+                "nothing; give a support set of other patients, or set `adapt_seconds` to 0."
             )
-
-    @property
-    def summary(self) -> str:
-        """A sentence or two for people: what was done and what it brought."""
-        record = self.record
-        if not record["dice"]:
-            return (
-                f"Not adapted: of {record['items']} labelled images none can be held out to tell whether it helps; at "
-                f"least {MIN_ITEMS} are needed, and three of each class."
-            )
-        steps = ", ".join(f"{name} {sum(made)}" for name, made in record["steps"].items())
-        dice = ", ".join(f"{name} {value:.3f}" for name, value in record["dice"].items())
-        return (
-            f"Adapted for {record['elapsed']:.0f} s (steps: {steps}). Dice on held-out {record['held_out_by']} "
-            f"({len(record['held_out'])} images): {record['dice']['plain']:.3f} before, "
-            f"{record['dice'][record['kept']]:.3f} after. Kept: {record['kept']} (of {dice})."
-        )
 
 
 def adapt(
     network: SAM2SGP,
     bank: SupportBank,
     seconds: float | None = 60.0,
-    max_steps: Steps = None,
+    max_steps: int | None = None,
     seed: int = 0,
     cache_dir: str | Path | None = None,
     progress: bool = True,
-    sampler: SupportSampler | None = None,
+    inferer: SupportSetInferer | None = None,
 ) -> Adaptation:
-    """Adapt a network to a support set. The network given stays as it is.
+    """Adapt to a support set. The network given stays as it is.
 
     Args:
         network: on the device to compute on.
         bank: the support set; nothing but its items is used, and it stays as it is.
         seconds: wall-clock time for everything; 0 or None: no limit.
-        max_steps: steps of each member at most; or the `steps` of a record, for exactly its steps whatever the time.
+        max_steps: steps of each corrector at most.
         seed: of all random choices.
         cache_dir: where adaptations are looked up and kept, see `sam2sgp.adaptation.store`; None keeps none.
         progress: show a bar.
-        sampler: chooses the support of held-out items; give the one of the inference to come.
+        inferer: by whose settings labelled images are segmented to judge; give the one of the inference to come.
 
     Raises:
         ConfigError: there is no limit at all, or one that can't work.
 
     Example:
         >>> adaptation = adapt(network, bank, seconds=60)  # doctest: +SKIP
-        >>> adaptation.summary  # doctest: +SKIP
-        'Adapted for 58 s (steps: network 40, unet 420). Dice on held-out patients (4 images): 0.612 before, ...'
+        >>> str(adaptation.record)  # doctest: +SKIP
+        'Adapted for 58 s: 3 correctors, 96 steps on whole images at 224 px. 16 labelled images, 16 patients, …'
     """
     started = time.monotonic()
     _check(seconds, max_steps)
     if not seconds and not max_steps:
         raise ConfigError("Adaptation expected a limit, found none: set `adapt_seconds` or `adapt_steps`.")
-    sampler = sampler or SupportSampler()
-    settings = {"version": VERSION, "seconds": seconds, "max_steps": max_steps, "seed": seed, "sampler": vars(sampler)}
+    inferer = inferer or SupportSetInferer(bank, SupportSampler())
+    settings = {"version": VERSION, "seconds": seconds, "max_steps": max_steps, "seed": seed}
+    settings["inferer"] = inferer.settings
     directory = None
     if cache_dir is not None:
         directory = Path(cache_dir, store.key_of(network, bank, settings))
         found = store.load(directory, network, len(bank.class_values))
         if found is not None:
-            record, adapted, unet = found
-            adaptation = Adaptation(adapted or network, unet, record)
-            logger.info("%s From %s.", adaptation.summary, directory)
-            return adaptation
-    result = Run(network, bank, sampler, seconds, max_steps, seed, started, progress)()
-    result.record |= {
-        "class_values": bank.class_values,
-        "elapsed": round(time.monotonic() - started, 1),
-        "settings": settings,
-    }
+            record, correctors = found
+            logger.info("%s From %s.", record, directory)
+            return Adaptation(correctors, record)
+    record, correctors = Run(network, bank, inferer, seconds, max_steps, seed, started, progress)()
+    record.elapsed = round(time.monotonic() - started, 1)
+    record.settings = settings
     if directory is not None:
-        store.save(directory, result.record, result.model, result.unet)
-    adaptation = Adaptation(merged(result.model) if result.model else network, result.unet, result.record)
-    logger.info(adaptation.summary)
-    return adaptation
+        store.save(directory, record, correctors)
+    logger.info("%s", record)
+    return Adaptation(correctors, record)
 
 
 class Adapter:
@@ -172,7 +159,7 @@ class Adapter:
     def __init__(
         self,
         seconds: float | None,
-        max_steps: Steps = None,
+        max_steps: int | None = None,
         seed: int = 0,
         cache_dir: str | Path | None = None,
         progress: bool = True,
@@ -188,24 +175,17 @@ class Adapter:
         }
         self.last: Adaptation | None = None
 
-    def __call__(self, network: SAM2SGP, bank: SupportBank, sampler: SupportSampler) -> Adaptation | None:
-        """The adaptation of a network to a bank; None where it is switched off."""
-        self.last = adapt(network, bank, **self.settings, sampler=sampler) if self.active else None
+    def __call__(self, network: SAM2SGP, inferer: SupportSetInferer) -> Adaptation | None:
+        """The adaptation to an inferer's bank; None where it is switched off."""
+        self.last = adapt(network, inferer.bank, **self.settings, inferer=inferer) if self.active else None
         return self.last
 
     def __str__(self) -> str:
-        return self.last.summary if self.last else "none"
+        return str(self.last.record) if self.last else "none"
 
 
-def _check(seconds: float | None, steps: Steps) -> None:
+def _check(seconds: float | None, steps: int | None) -> None:
     if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0):
         raise ConfigError(f"adapt_seconds is {seconds!r}: expected a number of seconds, 0 for no adaptation.")
-    counts = [steps]
-    if isinstance(steps, Mapping) and set(steps) == set(CHECKPOINTS):
-        pairs = [made for made in steps.values() if isinstance(made, Sequence) and len(made) == 2]
-        counts = [count for made in pairs for count in made] if len(pairs) == len(CHECKPOINTS) else counts
-    if steps is not None and any(type(count) is not int or count < 0 for count in counts):
-        raise ConfigError(
-            f"adapt_steps is {steps!r}: expected a number of steps, or the `steps` of an adaptation.json, such as "
-            "{'network': [48, 32], 'unet': [240, 160]}."
-        )
+    if steps is not None and (type(steps) is not int or steps < 0):
+        raise ConfigError(f"adapt_steps is {steps!r}: expected a number of steps, 0 for no adaptation.")

@@ -1,6 +1,7 @@
 """Augmentation of whole batches of support pairs, in a few tensor operations.
 
-In: images (B, 3, S, S) in [0, 1] and masks (B, C, S, S) in {0, 1}. Out: the same, changed alike. A step of a small
+In: images (B, 3, S, S) in [0, 1], logits that a network found in them, and masks (B, C, S, S) in {0, 1}. Out: the same,
+changed alike. A step of a small
 network takes tens of milliseconds on one core, in which MONAI's transforms, one image at a time, would augment less
 than one image.
 """
@@ -72,12 +73,17 @@ class Augmentation:
         self.flips = flips
         self.generator = generator
 
-    def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) in [0, 1], masks (B, C, S, S) in {0, 1} -> the same of changed images."""
+    def __call__(self, image: Tensor, found: Tensor, mask: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Change images (B, 3, S, S) in [0, 1], logits (B, C, S, S) of at least `least`, masks (B, C, S, S) in {0, 1}.
+
+        Beyond the border the image is 0, and nothing is found.
+        """
         grid = self._grid(len(image), image.shape[-1]).to(image.device)
-        image = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        mask = F.grid_sample(mask, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        return self._intensity(image), (mask > 0.5).float()
+        image, found, mask = (
+            F.grid_sample(values, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            for values in (image, found - least, mask)
+        )
+        return self._intensity(image), found + least, (mask > 0.5).float()
 
     def _uniform(self, *shape: int) -> Tensor:
         """In [-1, 1)."""

@@ -1,88 +1,73 @@
-"""One adaptation: train on most of the pairs, judge on the others, go on with all.
+"""One adaptation: group the cases, segment each unseen by the plain network, train a corrector per fold, judge.
 
-In: a network, a support bank and limits. Out: a record of what was done, and the trained members that earned their
-place. Two threads at most run at a time; each trains one member and nothing else, and no member is trained by two.
+In: a network, a support bank and limits. Out: a record of what was done, and the correctors, if they earned a share.
 """
 
-import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
 
-from sam2sgp.adaptation.judging import MAX_GUIDES, Split, class_dice, hold_out
-from sam2sgp.adaptation.members import Member, NetworkMember, Pairs, UNetMember
-from sam2sgp.adaptation.unet import SmallUNet
+from sam2sgp.adaptation.corrector import Corrector, Trunk, bounded
+from sam2sgp.adaptation.groups import Groups, find_groups
+from sam2sgp.adaptation.judging import (
+    MIN_GROUPS,
+    Choice,
+    case_dice,
+    choose_share,
+    judged_shares,
+    mix,
+)
+from sam2sgp.adaptation.pairs import Pair, Pairs
+from sam2sgp.adaptation.plan import Plan
+from sam2sgp.adaptation.records import Record
+from sam2sgp.adaptation.training import WARMUP, Training
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank
-from sam2sgp.support.sampler import SupportSampler
+from sam2sgp.support.fingerprint import fingerprint
+from sam2sgp.transforms.array import pixel_size
 
-# Of the time, or of the steps: what is spent before the members are judged.
-JUDGED_SHARE = 0.6
-# Of the time: what is left to the last steps, to storing and to loading.
-FINISHED_SHARE = 0.96
-# Steps at which a member is judged for the first time; then whenever twice as many are made.
-CHECKPOINTS = {"network": 8, "unet": 64}
-# What the result may be, in the order of preference.
-MIXES = ("network+unet", "network", "plain+unet", "unet", "plain")
-# What another choice must be better by than the first one in order, as Dice: the noise of a few held-out pairs, and
-# what the small U-Net still gains from the steps it makes after it is judged.
-PREFERENCE = 0.05
-PROBABILITY_EPS = 1e-6
-# A step over a forward pass of as many images: tells before the first step of a large network that time is too short.
-BACKWARD_COST = 3.0
+FOLDS = 3
+# Of the time: until when the plain network may be judged, and when training ends; what is left stores and loads.
+PLAIN_UNTIL, TRAINED_UNTIL = 0.35, 0.95
+# Steps that the first ones promise are not all made where a machine gets busier.
+CAUTION = 0.85
+# More steps than this bring nothing.
+MAX_STEPS = 400
+# Cases read, and of these judged; slices of a volume that are judged, from a few before its object on; pairs in all.
+MAX_CASES, MAX_JUDGED, MAX_SLICES, MAX_PAIRS = 64, 32, 32, 256
+SLICES_BEFORE = 4
+# Of the logits of the cases judged: with many classes these are few.
+MAX_BYTES = 512 << 20
+CHUNK = 4
 POLL_SECONDS = 0.5
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
-Steps = int | Mapping[str, Sequence[int]] | None
-
-
-def mix(logits: Tensor, unet: Tensor, share: float) -> Tensor:
-    """Logits of the average of two probabilities, `share` of it the U-Net's."""
-    return torch.logit(logits.sigmoid().lerp(unet.sigmoid(), share), eps=PROBABILITY_EPS)
-
-
-def share_of_second(first: float, second: float) -> float:
-    """Share of the second of two in their average, by the Dice of each: inverse to the squared errors.
-
-    These are the weights of Bates and Granger (1969, "The combination of forecasts") for errors that are independent.
-
-    Example:
-        >>> share_of_second(0.6, 0.6), round(share_of_second(0.6, 0.8), 2)
-        (0.5, 0.8)
-    """
-    errors = [max(1 - dice, PROBABILITY_EPS) ** 2 for dice in (first, second)]
-    return errors[0] / sum(errors)
-
 
 @dataclass
-class Result:
-    """Record of an adaptation; the adapted network before merging and the small U-Net, None where dropped."""
+class _Case:
+    """A labelled case: what it is prepared from, the items of the bank that it has, its group and fold."""
 
-    record: dict
-    model: PeftModel | None = None
-    unet: SmallUNet | None = None
+    source: dict
+    items: list[int]
+    group: str = ""
+    fold: int = 0
 
 
 @dataclass
 class _Judged:
-    """A member after some steps: its logits on the held-out items, their Dice, and its averaged weights."""
+    """A case as the plain network segments it, guided by other groups: logits (Z, C, H, W) float16 of its slices."""
 
+    case: _Case
     logits: Tensor
-    dice: Tensor
-    steps: int
-    weights: list[Tensor]
-
-    @property
-    def score(self) -> float:
-        return float(self.dice.nanmean())
 
 
 class Run:
@@ -92,196 +77,246 @@ class Run:
         self,
         network: SAM2SGP,
         bank: SupportBank,
-        sampler: SupportSampler,
+        inferer: SupportSetInferer,
         seconds: float | None,
-        max_steps: Steps,
+        max_steps: int | None,
         seed: int,
         started: float,
         progress: bool,
     ) -> None:
         self.network = network
         self.bank = bank
-        self.sampler = sampler
-        self.seconds = None if isinstance(max_steps, Mapping) else seconds
-        self.max_steps = max_steps
+        self.inferer = inferer
+        self.seconds = seconds
+        self.max_steps = max_steps or MAX_STEPS
         self.seed = seed
         self.started = started
         self.progress = progress
+        self.device = next(network.parameters()).device
         self.stop = threading.Event()
-        self.members: dict[str, Member] = {}
-        self.steps = {name: [0, 0] for name in CHECKPOINTS}
 
-    def __call__(self) -> Result:
-        """Adapt. PyTorch's global random numbers, which the network's dropout draws from, are left as they were."""
-        device = next(self.network.parameters()).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    def __call__(self) -> tuple[Record, list[Corrector]]:
+        """Adapt. PyTorch's global random numbers are left as they were."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
-            return self._adapt(device)
+            return self._adapt()
 
-    def _adapt(self, device: torch.device) -> Result:
-        split = hold_out(self.bank, self.seed)
-        record = {"items": len(self.bank), "seed": self.seed, "steps": self.steps}
-        if split is None:
-            return Result(record | {"kept": "plain", "unet_share": 0.0, "dropped": [], "dice": {}, "held_out": []})
-        self._prepare(split, device)
+    def _adapt(self) -> tuple[Record, list[Corrector]]:
+        cases = self._cases()
+        groups = self._groups(cases)
+        record = Record(len(cases), groups, self._owners(cases))
+        if len(groups) < MIN_GROUPS:
+            return record, []
+        record.plan = Plan.of(fingerprint(self.bank.items))
         with tqdm(desc="Adapting", total=1.0, bar_format=BAR, disable=not self.progress) as bar:
-            judged = dict(zip(self.members, self._each(self._fit, list(self.members), bar), strict=True))
-            dice = self._mixes(judged)
-            choice = _choose({name: float(value.nanmean()) for name, (_, value) in dice.items()})
-            kept = [name for name in self.members if name in choice.split("+")]
-            self._each(lambda name: self._go_on(name, judged[name]), kept, bar)
+            judged = self._judge_plain(cases, record.owners, bar)
+            record.judged = len(judged)
+            if len({entry.case.group for entry in judged}) < MIN_GROUPS:
+                return record, []
+            self._assign_folds([entry.case for entry in judged])
+            pairs, folds = self._pairs(judged)
+            prepared = Pairs(pairs, record.plan, self.device)
+            trunk, trainings = Trunk(self.network), []
+            for fold in sorted(set(folds)):
+                index = [number for number, own in enumerate(folds) if own != fold]
+                corrector = Corrector(trunk, len(self.bank.class_values))
+                trainings.append(Training(corrector, prepared, index, self.seed + fold))
+            self._train(trainings, judged, record.plan, bar)
+            correctors = [training.finish() for training in trainings]
+            record.planned, record.steps = trainings[0].planned, [training.steps for training in trainings]
+            record.choices = self._choose(judged, correctors, record.plan)
             bar.n = bar.total
-        record |= {
-            "held_out": [item.id for item in self.held.items],
-            "held_out_by": split.by,
-            "dice": {name: round(float(value.nanmean()), 4) for name, (_, value) in dice.items()},
-            "dice_per_class": {name: self._named(value) for name, (_, value) in dice.items()},
-            "kept": choice,
-            "unet_share": dice[choice][0],
-            "dropped": [name for name in CHECKPOINTS if name not in kept],
-        }
-        for name in kept:
-            self.members[name].finish()
-        modules = {name: self.members[name].module for name in kept}
-        return Result(record, modules.get("network"), modules.get("unet"))
+        return record, correctors if record.is_adapted else []
 
-    def _named(self, dice: Tensor) -> dict[str, float | None]:
-        names = [self.bank.class_names[value] for value in self.bank.class_values]
-        return {n: None if math.isnan(d) else round(d, 4) for n, d in zip(names, dice.tolist(), strict=True)}
+    def _cases(self) -> list[_Case]:
+        """Cases of the bank's items, of many an even choice."""
+        found: dict[int, _Case] = {}
+        for number, item in enumerate(self.bank.items):
+            found.setdefault(id(item.case), _Case(item.case, [])).items.append(number)
+        cases = list(found.values())
+        chosen = np.linspace(0, len(cases) - 1, min(MAX_CASES, len(cases))).round().astype(int)
+        return [cases[number] for number in chosen]
 
-    def _prepare(self, split: Split, device: torch.device) -> None:
-        """Members, their pairs, and the plain network's result on the held-out ones."""
-        pairs = Pairs.of(self.bank, device)
-        self.unseen = pairs[split.held]
-        self.held = self.bank.part(split.held.tolist())
-        guides = self.bank.part(split.fit[:: -(-len(split.fit) // MAX_GUIDES)].tolist())
-        self.inferer = SupportSetInferer(guides, self.sampler)
+    def _groups(self, cases: list[_Case]) -> Groups:
+        """The groups, which are put into the cases as well."""
+        images = []
+        for case in cases:
+            slices = [self.bank.items[number].slice or 0 for number in case.items]
+            images.append(self.bank.transform(case.source)["image_full"][slices])
+        groups = find_groups([case.source for case in cases], images)
+        for case, owner in zip(cases, groups.owner, strict=True):
+            case.group = owner
+        return groups
+
+    def _pairs(self, judged: list[_Judged]) -> tuple[list[Pair], list[int]]:
+        """Pairs of judged cases, and the fold of each; slices without object of which none is found teach nothing."""
+        values = torch.tensor(self.bank.class_values)[:, None, None]
+        pairs, folds = [], []
+        for entry in judged:
+            prepared = self._prepare(entry.case)
+            pixel = pixel_size(prepared["geometry"].spacing)
+            for image, label, logits in zip(prepared["image_full"], prepared["label_full"], entry.logits, strict=True):
+                mask = label == values
+                if mask.any() or (logits > 0).any():
+                    pairs.append(Pair(image.half(), bounded(logits).half(), mask, pixel))
+                    folds.append(entry.case.fold)
+        chosen = np.linspace(0, len(pairs) - 1, min(MAX_PAIRS, len(pairs))).round().astype(int)
+        return [pairs[number] for number in chosen], [folds[number] for number in chosen]
+
+    def _owners(self, cases: list[_Case]) -> list[str]:
+        """The group of each item of the bank; an item of a case that was not read is its patient's."""
+        owners = [item.patient for item in self.bank.items]
+        for case in cases:
+            for number in case.items:
+                owners[number] = case.group
+        return owners
+
+    def _assign_folds(self, cases: list[_Case]) -> None:
+        """Put whole groups into folds of about as many items, the largest groups first, those of one size at random."""
+        members = defaultdict(list)
+        for case in cases:
+            members[case.group].append(case)
+        order = np.random.default_rng(self.seed).permutation(sorted(members)).tolist()
+        sizes = {name: sum(len(case.items) for case in own) for name, own in members.items()}
+        filled = [0] * min(FOLDS, len(members))
+        for name in sorted(order, key=sizes.__getitem__, reverse=True):
+            fold = filled.index(min(filled))
+            filled[fold] += sizes[name]
+            for case in members[name]:
+                case.fold = fold
+
+    # Judging
+
+    def _prepare(self, case: _Case) -> dict:
+        """A case as a query; of a long volume some slices around the lower end of what is labelled."""
+        prepared = self.bank.transform(case.source)
+        count = len(prepared["image"])
+        if count <= MAX_SLICES:
+            return prepared
+        first = int((prepared["label_full"] > 0).flatten(1).any(1).int().argmax())
+        start = min(max(0, first - SLICES_BEFORE), count - MAX_SLICES)
+        names = ("image", "image_full", "label", "label_full")
+        return prepared | {name: prepared[name][start : start + MAX_SLICES] for name in names}
+
+    def _judge_plain(self, cases: list[_Case], owners: list[str], bar: tqdm) -> list[_Judged]:
+        """Cases as a user would get them, each guided by other groups; one of each group in turn, as time allows."""
+        bank = self.bank.of_patients(owners)
+        inferer = self.inferer.guided_by(bank)
+        ranked = defaultdict(int)
+        order = []
+        for case in cases:
+            order.append((ranked[case.group], case))
+            ranked[case.group] += 1
+        order = [case for _, case in sorted(order, key=lambda entry: entry[0])][:MAX_JUDGED]
+        training = self.network.training
+        self.network.eval()
+        judged = []
+        for case in order:
+            held = sum(entry.logits.nbytes for entry in judged)
+            if judged and (self._elapsed_share() > PLAIN_UNTIL or held > MAX_BYTES):
+                break
+            found = inferer.segment_case(self._prepare(case), self.network, case.group, case.source["group"])
+            judged.append(_Judged(case, torch.cat([logits.half().cpu() for _, logits, _ in found])))
+            self._show(bar)
+        self.network.train(training)
+        return judged
+
+    def _choose(self, judged: list[_Judged], correctors: list[Corrector], plan: Plan) -> dict[str, Choice]:
+        """For each class the share of the correctors."""
+        values = self.bank.class_values
+        shares = judged_shares(len({entry.case.group for entry in judged}))
+        by_group = defaultdict(list)
+        for entry in judged:
+            case, logits = self._prepare(entry.case), entry.logits.float()
+            images, pixel = case["image_full"].to(self.device), pixel_size(case["geometry"].spacing)
+            unseen = [correctors[entry.case.fold]]
+            corrected = plan.predict(unseen, images, logits.to(self.device), pixel).cpu()
+            averages = [mix(logits, corrected, share) for share in (*shares, 1.0)]
+            dice = [case_dice(average, case["label_full"], values) for average in averages]
+            by_group[entry.case.group].append(torch.stack(dice))
+        of_groups = torch.stack([torch.stack(dice).nanmean(0) for dice in by_group.values()])
+        choices = {}
+        for column, value in enumerate(values):
+            dice = of_groups[..., column]
+            choices[self.bank.class_names[value]] = choose_share(dice[~dice.isnan().any(1)], shares)
+        return choices
+
+    # Training
+
+    def _train(self, trainings: list[Training], judged: list[_Judged], plan: Plan, bar: tqdm) -> None:
+        """Train all correctors at the same time: the warm-up, by which the number of steps is planned, and the rest."""
+        limit = min(WARMUP, self.max_steps)
         began = time.monotonic()
-        self.plain = self._guided(self.network)
-        per_image = (time.monotonic() - began) / (len(guides) + len(self.held))
-        self.durations = {"network": BACKWARD_COST * NetworkMember.IMAGES * per_image, "unet": 0.0}
-        if NetworkMember.tasks(pairs[split.fit])[0]:
-            self.members["network"] = NetworkMember(self.network, pairs[split.fit], self.seed)
-        self.members["unet"] = UNetMember(pairs[split.fit], self.seed)
-        self.pairs = {name: member.prepare(pairs) for name, member in self.members.items()}
-        self.fit = {name: own[split.fit] for name, own in self.pairs.items()}
+        self._advance(trainings, limit, bar, None)
+        planned = self.max_steps
+        deadline = None
+        if self.seconds:
+            per_step = (time.monotonic() - began) / limit
+            deadline = self.started + TRAINED_UNTIL * self.seconds - self._judging_takes(trainings[0], judged, plan)
+            affordable = limit + int(CAUTION * max(0.0, deadline - time.monotonic()) / per_step)
+            planned = min(planned, affordable)
+        for training in trainings:
+            training.planned = planned
+        self._advance(trainings, planned, bar, deadline)
 
-    def _each(self, work: Callable, names: list[str], bar: tqdm) -> list:
-        """Results of work(name), all at the same time, the cores shared between them."""
-        if not names:
-            return []
+    def _judging_takes(self, training: Training, judged: list[_Judged], plan: Plan) -> float:
+        """Seconds that it takes to judge the correctors, by what one slice takes."""
+        training.corrector.eval()
+        slices = sum(len(entry.logits) for entry in judged)
+        logits = judged[0].logits[:1].to(self.device)
+        image = torch.rand(1, 3, *logits.shape[-2:], device=self.device)
+        began = time.monotonic()
+        plan.predict([training.corrector], image, logits)
+        return slices * (time.monotonic() - began)
+
+    def _advance(self, trainings: list[Training], limit: int, bar: tqdm, deadline: float | None) -> None:
+        """Bring all to `limit` steps, or until the deadline; whoever is free goes on with the one that is last."""
+        free, lock = list(trainings), threading.Lock()
+
+        def take() -> Training | None:
+            with lock:
+                due = [training for training in free if training.steps < limit]
+                if not due:
+                    return None
+                chosen = min(due, key=lambda training: training.steps)
+                free.remove(chosen)
+                return chosen
+
+        def work() -> None:
+            while (training := take()) is not None:
+                for _ in range(min(CHUNK, limit - training.steps)):
+                    if self.stop.is_set() or (deadline is not None and time.monotonic() > deadline):
+                        return
+                    training.step()
+                with lock:
+                    free.append(training)
+
+        workers = 1 if self.device.type == "cuda" else min(len(trainings), torch.get_num_threads())
+        self._in_threads(work, workers, lambda: self._show(bar))
+
+    def _in_threads(self, work: Callable[[], None], count: int, meanwhile: Callable[[], None]) -> None:
+        """Run `work` in some threads, the cores shared between them."""
         threads = torch.get_num_threads()
-        share = max(1, threads // len(names))
+        share = max(1, threads // count)
         try:
-            with ThreadPoolExecutor(len(names), initializer=torch.set_num_threads, initargs=(share,)) as pool:
-                futures = [pool.submit(work, name) for name in names]
+            with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+                futures = [pool.submit(work) for _ in range(count)]
                 try:
                     while wait(futures, POLL_SECONDS, "FIRST_EXCEPTION").not_done:
                         if any(future.done() and future.exception() for future in futures):
                             break
-                        self._show(bar)
+                        meanwhile()
                 finally:
                     self.stop.set()
-                results = [future.result() for future in futures]
+                for future in futures:
+                    future.result()
         finally:
             torch.set_num_threads(threads)
         self.stop.clear()
-        return results
+
+    def _elapsed_share(self) -> float:
+        return (time.monotonic() - self.started) / self.seconds if self.seconds else 0.0
 
     def _show(self, bar: tqdm) -> None:
-        made = {name: sum(self.steps[name]) for name in self.members}
-        if self.seconds:
-            done = (time.monotonic() - self.started) / self.seconds
-        else:
-            done = min(made[name] / max(1, sum(self._limits(name))) for name in made)
-        bar.n = min(1.0, done)
-        bar.set_postfix(made)
-
-    def _limits(self, name: str) -> tuple[float, float]:
-        """Most steps of a member before and after it is judged."""
-        if self.max_steps is None:
-            return float("inf"), float("inf")
-        if isinstance(self.max_steps, Mapping):
-            return tuple(self.max_steps[name])
-        first = math.ceil(JUDGED_SHARE * self.max_steps)
-        return first, self.max_steps - first
-
-    def _train(self, name: str, pairs: Pairs, phase: int) -> Iterator[Member]:
-        """Make steps until a limit is reached or the next one would end after the time."""
-        share = (JUDGED_SHARE, FINISHED_SHARE)[phase]
-        deadline = self.started + share * self.seconds if self.seconds else float("inf")
-        member, limit = self.members[name], self._limits(name)[phase]
-        while self.steps[name][phase] < limit and not self.stop.is_set():
-            began = time.monotonic()
-            if began + self.durations[name] > deadline:
-                break
-            member.step(pairs)
-            self.durations[name] = time.monotonic() - began
-            self.steps[name][phase] += 1
-            yield member
-
-    def _fit(self, name: str) -> _Judged:
-        """Train without the held-out items; of the checkpoints, the best one if the last is clearly worse."""
-        best, checkpoint = None, CHECKPOINTS[name]
-        for member in self._train(name, self.fit[name], 0):
-            if member.steps == checkpoint:
-                judged = self._judge(name)
-                best = judged if best is None or judged.score > best.score else best
-                checkpoint *= 2
-        last = self._judge(name)
-        return best if best is not None and best.score > last.score + PREFERENCE else last
-
-    def _go_on(self, name: str, judged: _Judged) -> None:
-        """Train with all items; a member that had its best time before it was judged goes back there instead."""
-        member = self.members[name]
-        if judged.steps < member.steps:
-            member.rewind(judged.weights)
-            return
-        for _ in self._train(name, self.pairs[name], 1):
-            pass
-
-    def _judge(self, name: str) -> _Judged:
-        member = self.members[name]
-        with member.averaged() as module:
-            logits = self._guided(module.get_base_model()) if name == "network" else module(self.unseen.image)
-            weights = member.snapshot()
-        return _Judged(logits, class_dice(logits, self.unseen.mask), member.steps, weights)
-
-    def _guided(self, network: SAM2SGP) -> Tensor:
-        """Logits of a network on the held-out items, guided by the others, as in inference."""
-        self.inferer.reset()
-        training = network.training
-        network.eval()
-        groups = [item.group for item in self.held.items]
-        logits = torch.empty_like(self.unseen.mask)
-        for group in set(groups):
-            rows = torch.tensor([own == group for own in groups])
-            logits[rows] = self.inferer(self.unseen.image[rows], network, group=group)
-        network.train(training)
-        return logits
-
-    def _mixes(self, judged: dict[str, _Judged]) -> dict[str, tuple[float, Tensor]]:
-        """Of every mix the U-Net's share and Dice per class (C,) on the held-out items, in the order of preference."""
-        logits = {"plain": self.plain} | {name: entry.logits for name, entry in judged.items() if entry.steps}
-        alone = {name: class_dice(values, self.unseen.mask) for name, values in logits.items()}
-        dice = {}
-        for name in MIXES:
-            parts = name.split("+")
-            if not set(parts) <= set(logits):
-                continue
-            share = float(name == "unet")
-            if len(parts) == 2:
-                share = share_of_second(*(float(alone[part].nanmean()) for part in parts))
-                dice[name] = share, class_dice(mix(*(logits[part] for part in parts), share), self.unseen.mask)
-            else:
-                dice[name] = share, alone[name]
-        return dice
-
-
-def _choose(scores: dict[str, float]) -> str:
-    """The first mix in order, unless another one is clearly better or it is worse than the plain network."""
-    best = max(scores, key=scores.get)
-    first = next(iter(scores))
-    if scores[first] >= scores["plain"] and scores[first] >= scores[best] - PREFERENCE:
-        return first
-    return best
+        bar.n = min(1.0, self._elapsed_share())
+        bar.refresh()

@@ -7,7 +7,7 @@ the result is a class map. A case that can't be read is recorded and passed over
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import ignite.distributed as idist
 import numpy as np
@@ -22,11 +22,9 @@ from torch.utils.data import Dataset
 from sam2sgp.data.folders import check_label_values
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.heap import give_back
-from sam2sgp.inferers import SupportSetInferer
-from sam2sgp.inferers.support_set import Chunk
 from sam2sgp.support.bank import SupportBank
+from sam2sgp.support.familiarity import case_distance
 from sam2sgp.transforms import along_axis, class_probabilities, fused_logits, label_map, uncertainty
-from sam2sgp.transforms.array import pixel_size
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +152,8 @@ class QueryEvaluator(SupervisedEvaluator):
         pred_index and truth_index, if labelled, (Z, H, W) class numbers 0..C;
         main, the slice with the most of all classes, labelled ones too; pseudo (S, S) class numbers of the pseudo-masks
         there; box (Z, C, 4); confidence {value: mean probability};
-        support {value: (item numbers (Z, K), similarities (Z, K))}; seconds; and all entries of the case but its
-        images;
+        support {value: (item numbers (Z, K), similarities (Z, K))}; support_distance, see
+        `sam2sgp.support.familiarity`; seconds; and all entries of the case but its images;
         where asked for, probability (Z, C + 1, H, W) and uncertainty (Z, H, W), float16 in [0, 1].
 
     Args:
@@ -251,7 +249,8 @@ class QueryEvaluator(SupervisedEvaluator):
         others = self._other_axes(case, views, len(values), source) if views else None
         truth = case["label"] if isinstance(case.get("label"), torch.Tensor) else None
         main, most = 0, -1
-        for part, logits, chunk in self._chunks(self.inferer, case, source):
+        distances, sizes = [], []
+        for part, logits, chunk in self.inferer.segment_case(case, self.network, *source, step=self._step):
             if views:
                 logits = fused_logits(logits, others[part].to(logits.device), len(views))
             index = label_map(logits).cpu()
@@ -260,6 +259,8 @@ class QueryEvaluator(SupervisedEvaluator):
                 if name in maps:
                     maps[name][part] = values_of(logits).cpu()
             shown = (index > 0).flatten(1).sum(1)
+            distances.append(chunk.distance)
+            sizes.append(shown.clone())
             if truth is not None:
                 shown += (truth[part] > 0).flatten(1).sum(1)
             if shown.max() > most:
@@ -283,6 +284,7 @@ class QueryEvaluator(SupervisedEvaluator):
                 value: float(sums[i] / counts[i]) if counts[i] else float("nan")
                 for i, value in enumerate(bank.class_values, 1)
             },
+            "support_distance": case_distance(torch.cat(distances), torch.cat(sizes)),
             "support": {
                 value: tuple(torch.cat(part) for part in zip(*parts, strict=True)) for value, parts in support.items()
             },
@@ -300,19 +302,6 @@ class QueryEvaluator(SupervisedEvaluator):
         slices = len(case["image"])
         return slices * (self.inferer.looks(slices, slices > 1) + 1)
 
-    def _chunks(
-        self, inferer: SupportSetInferer, case: dict, source: tuple[str | None, str | None]
-    ) -> Iterator[tuple[slice, torch.Tensor, Chunk]]:
-        """Which slices, their logits (B, C, H, W) after the second pass, and the chunk; over the whole case."""
-        pixel = pixel_size(case["geometry"].spacing)
-        volume = len(case["image"]) > 1
-        for chunk in inferer.chunks(case["image"], self.network, *source, volume=volume, step=self._step):
-            part = slice(chunk.start, chunk.start + len(chunk.output.logits))
-            logits = case["fit"].restore(chunk.output.logits)
-            logits = inferer.second_pass(logits, case["image_full"][part], self.network, pixel, *source)
-            self._step(len(logits))
-            yield part, logits, chunk
-
     def _other_axes(
         self, case: dict, views: list[dict], count: int, source: tuple[str | None, str | None]
     ) -> torch.Tensor:
@@ -321,7 +310,7 @@ class QueryEvaluator(SupervisedEvaluator):
         for view in views:
             inferer = self.inferer.along_axis(view["geometry"].slice_axis, self.network)
             found = torch.zeros(len(view["image"]), count, *view["fit"].original, dtype=torch.float16)
-            for part, logits, _ in self._chunks(inferer, view, source):
+            for part, logits, _ in inferer.segment_case(view, self.network, *source, step=self._step):
                 found[part] = class_probabilities(logits).cpu()
             for number in range(count):
                 native = view["geometry"].to_native(found[:, number].numpy())

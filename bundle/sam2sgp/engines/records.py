@@ -18,7 +18,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,10 +28,6 @@ from sam2sgp.data.io import writing
 from sam2sgp.errors import DataError
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.content import FileHashes, digest_of, network_fingerprint, settings_fingerprint, signature_of
-from sam2sgp.support.store import checksum
-
-if TYPE_CHECKING:
-    from sam2sgp.adaptation import Adaptation
 
 # Part of every key: to be raised when the same cases and settings give another result by the code.
 VERSION = 3
@@ -204,7 +199,7 @@ def settings_of_run(engine: SupervisedEvaluator, *more: object) -> str:
         VERSION,
         sam2sgp.__version__,
         _network_content(engine.network),
-        _adaptation_content(inferer.adaptation),
+        None if inferer.adaptation is None else inferer.adaptation.content(),
         _bank_content(inferer.bank),
         settings_fingerprint(dataset.transform, dataset.fuse_axes),
         [engine.exclude_own_patient, engine.probability, engine.uncertainty],
@@ -221,13 +216,6 @@ def _network_content(network: torch.nn.Module) -> list:
         if isinstance(value, bool | int | float | str) and not name.startswith("_") and name != "training"
     }
     return [type(network).__qualname__, network_fingerprint(network, torch.device("cpu")), switches]
-
-
-def _adaptation_content(adaptation: "Adaptation | None") -> list | None:
-    if adaptation is None:
-        return None
-    parts = (adaptation.network, adaptation.unet)
-    return [part and checksum(part.state_dict()) for part in parts] + [adaptation.record.get("unet_share")]
 
 
 def _bank_content(bank: SupportBank) -> list:

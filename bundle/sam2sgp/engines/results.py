@@ -32,6 +32,7 @@ from sam2sgp.files import remove_parts
 from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.content import digest_of
+from sam2sgp.support.familiarity import is_unlike
 from sam2sgp.transforms import OutputNames, ScaleIntensityByModalityd
 from sam2sgp.transforms.scaling import CT, Scaling, scale_intensity
 
@@ -272,6 +273,15 @@ class ResultWriter:
             self.results[number] = self.records.wait(self.cases[number], self.max_wait)
         self._write_table()
         rows, errors = self.rows, self.errors
+        unlike = {row["case"] for row in rows if row.get("unlike_support")}
+        if unlike:
+            logger.warning(
+                "%d of %d images are unlike every image of the support set, so check them first (`unlike_support` in "
+                "%s); label images like them.",
+                len(unlike),
+                self._count(),
+                self._table(),
+            )
         summary = []
         if self.scored:
             summary = summarise([row for row in rows if "dice" in row])
@@ -325,6 +335,7 @@ class ResultWriter:
                 **row,
                 "mean_confidence": case["confidence"][row["class"]],
                 "support_items": self._support_used(case, row["class"]),
+                "unlike_support": is_unlike(case["support_distance"]),
                 "seconds": round(case["seconds"], 3),
                 "scaling": str(scaling),
                 "warnings": " ".join(case["warnings"]),
@@ -474,4 +485,5 @@ SHOWN_COLUMNS = {
     "truth_size",
     "size_unit",
     "mean_confidence",
+    "unlike_support",
 }

@@ -7,8 +7,7 @@ seen in overlapping tiles instead, the smaller the thinner they are in the suppo
 encoded once for all classes, so that a slice takes at most ten times as long. Where the support set has many classes, a
 class counts as found where it wins, and the views of a slice are limited, those that show most of a class first.
 
-The mean of both passes' logits is the result, blended over the rims of regions and tiles; the second pass counts less
-in it where the first one is an average with another network's.
+The mean of both passes' logits is the result, blended over the rims of regions and tiles.
 """
 
 from collections import defaultdict
@@ -83,7 +82,6 @@ class RegionPass:
         pixel: tuple[float, float] = (1.0, 1.0),
         patient: str | None = None,
         group: str | None = None,
-        weight: float = SECOND_PASS_WEIGHT,
     ) -> Tensor:
         """Correct logits on the images' own grid.
 
@@ -93,12 +91,11 @@ class RegionPass:
             network: in evaluation mode.
             pixel: height and width of a pixel in mm.
             patient, group: as for `SupportSetInferer.chunks`.
-            weight: share of the second pass in the result; 0: there is none.
 
         Returns:
             The logits, those in regions averaged with the second pass.
         """
-        if not self.below or not weight:
+        if not self.below:
             return logits
         shape = tuple(logits.shape[-2:])
         jobs = []
@@ -121,7 +118,7 @@ class RegionPass:
                 second[place] += window * job.region.restore(values[None])[0, 0]
                 weights[place] += window
         mean = torch.where(weights > 0, second / weights.clamp(min=EPS), logits)
-        return torch.lerp(logits, mean, weight * weights.clamp(max=1))
+        return torch.lerp(logits, mean, SECOND_PASS_WEIGHT * weights.clamp(max=1))
 
     def _jobs(
         self,

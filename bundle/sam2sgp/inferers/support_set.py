@@ -17,12 +17,13 @@ from sam2sgp.heap import give_back
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.inferers.presence import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
-from sam2sgp.inferers.region import SECOND_PASS_WEIGHT, RegionPass
+from sam2sgp.inferers.region import RegionPass
 from sam2sgp.inferers.volume import Propagation, VolumeMemory
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support.bank import Retrieved, SupportBank
+from sam2sgp.support.familiarity import Familiarity
 from sam2sgp.support.sampler import SupportSampler
-from sam2sgp.transforms.array import Region, to_three_channels
+from sam2sgp.transforms.array import Region, pixel_size, to_three_channels
 
 if TYPE_CHECKING:
     from sam2sgp.adaptation import Adapter
@@ -37,11 +38,16 @@ Step = Callable[[int], None]
 
 @dataclass
 class Chunk:
-    """Result for the slices [start, start + B) of a case: maps of all C classes of the bank, and their support."""
+    """Result for the slices [start, start + B) of a case.
+
+    output: maps of all C classes of the bank. retrieved: their support. distance: (B,) how far each slice is from the
+    support images, see `sam2sgp.support.familiarity`.
+    """
 
     start: int
     output: SGPOutput
     retrieved: list[Retrieved]
+    distance: Tensor
 
 
 class SupportSetInferer(Inferer):
@@ -98,6 +104,8 @@ class SupportSetInferer(Inferer):
         self.region_below = region_below
         self.region_pass = RegionPass(bank, sampler, region_below, batch_size, feature_cache)
         self.gate = ObjectGate(bank, sampler)
+        # Of the bank's encoding that it was made from.
+        self._familiarity: Familiarity | None = None
         # For other axes, each with the table of the bank that it was made from.
         self._along: dict[int, tuple[SupportSetInferer, Tensor]] = {}
 
@@ -109,6 +117,30 @@ class SupportSetInferer(Inferer):
         self.adaptation = None
         self._along.clear()
         self.gate.forget()
+
+    def guided_by(self, bank: SupportBank) -> "SupportSetInferer":
+        """The same settings with another bank, and without an adaptation."""
+        return SupportSetInferer(
+            bank,
+            self.sampler,
+            self.batch_size,
+            self.precision,
+            region_below=self.region_pass.below,
+            volume_memory=self.volume_memory,
+            object_gate=self.object_gate,
+        )
+
+    @property
+    def settings(self) -> dict:
+        """As JSON types what it segments by, next to bank and network."""
+        memory = None if self.volume_memory is None else vars(self.volume_memory)
+        return {
+            "sampler": vars(self.sampler),
+            "precision": self.precision,
+            "region_below": self.region_pass.below,
+            "volume_memory": memory,
+            "object_gate": self.object_gate,
+        }
 
     def adapt(self, network: SAM2SGP) -> None:
         """Adapt the network now, not at the first image, if there is an adapter.
@@ -124,8 +156,6 @@ class SupportSetInferer(Inferer):
 
         Several processes share the work where the bank has a folder; all of them must call this.
         """
-        if self.adaptation is not None:
-            network = self.adaptation.network
         device = next(network.parameters()).device
         with torch.no_grad(), autocast(device.type, self.precision):
             if distributed.is_active():
@@ -136,7 +166,7 @@ class SupportSetInferer(Inferer):
     def along_axis(self, axis: int, network: SAM2SGP) -> "SupportSetInferer":
         """The same for volumes sliced along a canonical axis (0, 1, 2), with the support set sliced alike.
 
-        What the network was adapted to stays the support set as it is sliced here.
+        An adaptation serves the support set as it is sliced here, so there is none of other axes.
         """
         found = self._along.get(axis)
         if found is None or found[1] is not self.bank.holds:
@@ -146,14 +176,13 @@ class SupportSetInferer(Inferer):
             other.region_pass = RegionPass(
                 other.bank, self.sampler, self.region_pass.below, self.batch_size, self.feature_cache
             )
-            self._adapt(network)
-            other.adapter, other.adaptation = None, self.adaptation
+            other.adapter = other.adaptation = other._familiarity = None
             found = self._along[axis] = other, self.bank.holds
         return found[0]
 
     def _adapt(self, network: SAM2SGP) -> None:
         if self.bank.embedding is None and self.adaptation is None and self.adapter:
-            self.adaptation = self.adapter(network, self.bank, self.sampler)
+            self.adaptation = self.adapter(network, self)
 
     def __call__(self, inputs: Tensor, network: SAM2SGP, *args, **kwargs) -> Tensor:
         """Images (Z, C', S, S) in [0, 1] -> logits (Z, C, S, S); keyword arguments as of `chunks`."""
@@ -184,7 +213,6 @@ class SupportSetInferer(Inferer):
         self._adapt(network)
         if self.adaptation is not None:
             self.adaptation.refuse(patient, self.bank)
-            network = self.adaptation.network
         network = self._run_by(network)
         with autocast(device.type, self.precision):
             if self.bank.embedding is None:
@@ -195,12 +223,48 @@ class SupportSetInferer(Inferer):
             if self.looks(len(inputs), volume) > 1:
                 yield from self._propagated(batches, network, thresholds, patient, group, step)
                 return
-            for start, image, features in batches:
+            for start, features in batches:
                 retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
-                output = self._segment(network, features, image, retrieved)
+                output = self._segment(network, features, retrieved)
                 output.logits = without_absent(output.logits, thresholds.absent(evidence_of(output)))
-                step(len(image))
-                yield Chunk(start, output, retrieved)
+                step(len(features))
+                yield Chunk(start, output, retrieved, self._distance(network, features, patient))
+
+    @torch.no_grad()
+    def segment_case(
+        self,
+        case: dict,
+        network: SAM2SGP,
+        patient: str | None = None,
+        group: str | None = None,
+        step: Step | None = None,
+    ) -> Iterator[tuple[slice, Tensor, Chunk]]:
+        """Segment a prepared case on its own grid: which slices, their logits (B, C, H, W), and the chunk.
+
+        The logits are those of `chunks` after the second pass, averaged with those of the adaptation. `step` is told
+        of the progress: each slice counts as in `chunks`, and once more at the end.
+        """
+        step = step or _no_step
+        pixel = pixel_size(case["geometry"].spacing)
+        volume = len(case["image"]) > 1
+        for chunk in self.chunks(case["image"], network, patient, group, volume=volume, step=step):
+            part = slice(chunk.start, chunk.start + len(chunk.output.logits))
+            images = case["image_full"][part]
+            logits = case["fit"].restore(chunk.output.logits)
+            logits = self.second_pass(logits, images, network, pixel, patient, group)
+            if self.adaptation is not None:
+                logits = self.adaptation.average(logits, images, pixel, chunk.distance)
+            step(len(logits))
+            yield part, logits, chunk
+
+    def _distance(self, network: "SAM2SGP | GraphNetwork", features: ImageFeatures, patient: str | None) -> Tensor:
+        """How far images (B,) are from the support images, of other patients than `patient`."""
+        if self._familiarity is None or self._familiarity.embedding is not self.bank.embedding:
+            patients = [item.patient for item in self.bank.items]
+            if self.adaptation is not None:
+                patients = self.adaptation.owners
+            self._familiarity = Familiarity.of(self.bank.embedding, patients)
+        return self._familiarity(network.retrieval_embedding(features), patient)
 
     def looks(self, slices: int, volume: bool) -> int:
         """How often `chunks` looks at each of so many slices: once, and again in both directions of a volume."""
@@ -220,24 +284,22 @@ class SupportSetInferer(Inferer):
         """An item as a query: evidence, pixels of the classes and pixels found, each (C,), see `learn`."""
         item = self.bank.items[number]
         image = to_three_channels(item.image.to(device, torch.float32))[None]
-        output = self._segment(network, network.encode(image), image, retrieved)
+        output = self._segment(network, network.encode(image), retrieved)
         truth, found = self.bank.masks([item])[0] > 0, output.logits[0] > 0
         return [evidence_of(output)[0], *(masks.flatten(1).sum(1) for masks in (truth, found))]
 
-    def _encoded(
-        self, inputs: Tensor, network: SAM2SGP, device: torch.device
-    ) -> Iterator[tuple[int, Tensor, ImageFeatures]]:
-        """Start, images (B, 3, S, S) and features of each batch."""
+    def _encoded(self, inputs: Tensor, network: SAM2SGP, device: torch.device) -> Iterator[tuple[int, ImageFeatures]]:
+        """Start and features of each batch."""
         for start in range(0, len(inputs), self.batch_size):
             image = to_three_channels(inputs[start : start + self.batch_size].to(device, torch.float32))
             if self.feature_cache is None:
-                yield start, image, network.encode(image)
+                yield start, network.encode(image)
             else:
-                yield start, image, self.feature_cache(image, network, self.bank.fingerprint)
+                yield start, self.feature_cache(image, network, self.bank.fingerprint)
 
     def _propagated(
         self,
-        batches: Iterator[tuple[int, Tensor, ImageFeatures]],
+        batches: Iterator[tuple[int, ImageFeatures]],
         network: SAM2SGP,
         thresholds: Thresholds,
         patient: str | None,
@@ -249,28 +311,29 @@ class SupportSetInferer(Inferer):
         propagation = Propagation(
             self.volume_memory, network, segment, self.bank.class_values, thresholds, self.batch_size, step
         )
-        held: list[tuple[Tensor, ImageFeatures]] = []
+        held: list[ImageFeatures] = []
         begin, window = 0, 0
 
         def flush() -> Iterator[Chunk]:
-            images, features = torch.cat([image for image, _ in held]), [part for _, part in held]
-            features = ImageFeatures.concatenate(features)
+            features = ImageFeatures.concatenate(held)
+            count = len(features)
             held.clear()
             retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
-            output = propagation(features, images, retrieved)
+            distance = self._distance(network, features, patient)
+            output = propagation(features, retrieved)
             # Not beside what the caller does with the results.
             del features
             give_back()
-            for start in range(0, len(images), self.batch_size):
+            for start in range(0, count, self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                yield Chunk(begin + start, output.rows(rows), [entry.rows(rows) for entry in retrieved])
+                yield Chunk(begin + start, output.rows(rows), [entry.rows(rows) for entry in retrieved], distance[rows])
 
-        for start, image, features in batches:
-            window = window or self.volume_memory.window(features, len(self.bank.class_values), image.shape[-1])
-            if held and start + len(image) - begin > window:
+        for start, features in batches:
+            window = window or self.volume_memory.window(features, len(self.bank.class_values), network.image_size)
+            if held and start + len(features) - begin > window:
                 yield from flush()
                 begin = start
-            held.append((image, features))
+            held.append(features)
         yield from flush()
 
     def second_pass(
@@ -310,19 +373,14 @@ class SupportSetInferer(Inferer):
         group: str | None,
     ) -> Tensor:
         """Logits with those of small objects corrected, see `RegionPass`."""
-        weight = SECOND_PASS_WEIGHT
-        if self.adaptation is not None:
-            network = self.adaptation.network
-            weight *= self.adaptation.network_share
         network = self._run_by(network)
         with autocast(logits.device.type, self.precision):
-            return self.region_pass(logits, images, network, pixel, patient, group, weight)
+            return self.region_pass(logits, images, network, pixel, patient, group)
 
     def _segment(
         self,
         network: SAM2SGP,
         features: ImageFeatures,
-        image: Tensor,
         retrieved: list[Retrieved],
         frames: dict[int, SupportMemory] | None = None,
     ) -> SGPOutput:
@@ -331,7 +389,6 @@ class SupportSetInferer(Inferer):
         Classes that aren't likely on an image get `ABSENT_LOGIT` there.
 
         Args:
-            image: (B, 3, S, S), what was encoded; an adapted ensemble needs it.
             frames: for some numbers of classes, memory (B, 1, M) of slices next to the support.
         """
         if not all(bool(entry.likely.all()) for entry in retrieved):
@@ -339,7 +396,7 @@ class SupportSetInferer(Inferer):
             for row in range(len(features)):
                 own = slice(row, row + 1)
                 likely = [entry.rows(own) for entry in retrieved if entry.likely[row]]
-                parts.append(self._segment(network, features[own], image[own], likely, frames))
+                parts.append(self._segment(network, features[own], likely, frames))
             return SGPOutput.concatenate(parts)
         frames = frames or {}
         batch, classes = len(features), len(self.bank.class_values)
@@ -367,8 +424,6 @@ class SupportSetInferer(Inferer):
             part = network.segment(features, support)
             for name, values in vars(part).items():
                 getattr(out, name)[:, columns] = values.float()
-        if self.adaptation is not None:
-            out = self.adaptation.combine(out, image, [entry.value for entry in retrieved])
         return out
 
 

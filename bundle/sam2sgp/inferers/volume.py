@@ -35,7 +35,7 @@ MIN_ANCHOR = 0.25
 # Share of what memory makes of a slice; the rest is what was known of it before.
 MEMORY_SHARE = 0.5
 
-Segment = Callable[[ImageFeatures, Tensor, list[Retrieved], "dict[int, SupportMemory]"], SGPOutput]
+Segment = Callable[[ImageFeatures, list[Retrieved], "dict[int, SupportMemory]"], SGPOutput]
 
 
 @dataclass
@@ -87,8 +87,8 @@ class Propagation:
     Args:
         settings: of the 3D memory.
         network: in evaluation mode.
-        segment: (features of B slices, images (B, 3, S, S), what was retrieved, frames by class number) -> output for
-            all C classes; logits of classes without support are far below 0.
+        segment: (features of B slices, what was retrieved, frames by class number) -> output for all C classes;
+            logits of classes without support are far below 0.
         class_values: of the C classes.
         thresholds: evidence up to which a class is absent from a slice, by what the support set alone says.
         batch_size: slices segmented at a time where they don't depend on each other; bounds memory.
@@ -118,9 +118,9 @@ class Propagation:
         # Per class number, the last slices segmented on the way up.
         self.carried: dict[int, list[Frame]] = {}
 
-    def __call__(self, features: ImageFeatures, images: Tensor, retrieved: list[Retrieved]) -> SGPOutput:
+    def __call__(self, features: ImageFeatures, retrieved: list[Retrieved]) -> SGPOutput:
         """Segment the next W slices of the volume; `retrieved` is for all of them."""
-        window = _Window(self, features, images, retrieved)
+        window = _Window(self, features, retrieved)
         self.carried = window.sweep(True, self.carried)
         window.sweep(False, {})
         self.start += len(features)
@@ -135,18 +135,16 @@ class _Window:
     slices without it}.
     """
 
-    def __init__(
-        self, propagation: Propagation, features: ImageFeatures, images: Tensor, retrieved: list[Retrieved]
-    ) -> None:
+    def __init__(self, propagation: Propagation, features: ImageFeatures, retrieved: list[Retrieved]) -> None:
         self.settings, self.start = propagation.settings, propagation.start
         self.network, self.segment = propagation.network, propagation.segment
-        self.features, self.images = features, images
+        self.features = features
         retrieved = [replace(entry, likely=_without_gaps(entry.likely)) for entry in retrieved]
         self.entries = {propagation.class_values.index(entry.value): entry for entry in retrieved}
         self.step = propagation.step
         count, parts = len(features), []
         for rows in torch.arange(count).split(propagation.batch_size):
-            parts.append(self.segment(features[rows], images[rows], [entry.rows(rows) for entry in retrieved], {}))
+            parts.append(self.segment(features[rows], [entry.rows(rows) for entry in retrieved], {}))
             self.step(len(rows))
         self.output = SGPOutput.concatenate(parts)
         evidence = among_neighbours(evidence_of(self.output))
@@ -205,7 +203,7 @@ class _Window:
         row = torch.tensor([index])
         frames = {column: self._memory(trails[column], index) for column in columns}
         entries = [self.entries[column].rows(row) for column in columns]
-        found = self.segment(self.features[row], self.images[row], entries, frames)
+        found = self.segment(self.features[row], entries, frames)
         known = self.output.logits[index, columns]
         found.logits[0, columns] = torch.lerp(known, found.logits[0, columns], MEMORY_SHARE)
         for field in fields(SGPOutput):

@@ -313,7 +313,7 @@ class SAM2SGP(nn.Module):
     def encode(self, image: Tensor) -> ImageFeatures:
         """Features of images (B, 3, S, S) in [0, 1]. Raises `ConfigError` for another size."""
         self.check_size(image)
-        trunk_levels, levels, position = self._encoded(self._normalize(image))
+        trunk_levels, levels, position = self._encoded(self.normalize(image))
         if self.feature_norms is not None:
             levels = [norm(level) for norm, level in zip(self.feature_norms, levels, strict=True)]
         fine, middle, embedding = levels
@@ -368,7 +368,8 @@ class SAM2SGP(nn.Module):
                 f"{tuple(image.shape)}; resize them, or set `image_size`."
             )
 
-    def _normalize(self, image: Tensor) -> Tensor:
+    def normalize(self, image: Tensor) -> Tensor:
+        """Images in [0, 1] as the trunk expects them."""
         if self.normalization == "imagenet":
             mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
             return (image - mean) / std

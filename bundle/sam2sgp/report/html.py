@@ -33,6 +33,7 @@ LABELS = {
     "nsd": "NSD",
     "truth_size": "Truth size",
     "predicted_size": "Predicted size",
+    "unlike_support": "Unlike support set",
 }
 # Columns shown within another one's cells.
 UNITS = {"hd95": "unit", "truth_size": "size_unit", "predicted_size": "size_unit", "size": "size_unit"}
@@ -215,7 +216,9 @@ def _cell(key: str, row: Mapping, colours: Mapping[str, str]) -> _Cell:
     value = row.get(key)
     if value is None:
         return _Cell("", "", False)
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return _Cell("yes" if value else "no", str(value), False)
+    if isinstance(value, Real):
         text = _number(key, value)
         unit = row.get(UNITS.get(key))
         if unit and not math.isnan(value):

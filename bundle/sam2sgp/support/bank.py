@@ -20,7 +20,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -278,6 +278,13 @@ class SupportBank:
         part._encodings = {}
         part._set([self.items[i] for i in index], self.class_names)
         part.forget()
+        return part
+
+    def of_patients(self, patients: Sequence[str]) -> "SupportBank":
+        """A bank of the same items, in memory and not encoded, with other names of the patient of each."""
+        part = self.part(range(len(self)))
+        items = [replace(item, patient=patient) for item, patient in zip(self.items, patients, strict=True)]
+        part._set(items, self.class_names)
         return part
 
     def along_axis(self, axis: int) -> "SupportBank":
@@ -600,6 +607,7 @@ class SupportBank:
                     source=_source(case),
                     patient=case["patient"],
                     group=case["group"],
+                    case=case,
                     facts=facts,
                     load=load,
                 )

@@ -119,6 +119,7 @@ class SupportItem:
         content: hash of the image's and the label's content, geometry included, and of the slice; never of a path.
         source: path of the case's image.
         patient, group: of the case.
+        case: where it comes from, to be prepared again.
         facts: its slice and classes.
         load: gives its pixels.
     """
@@ -128,6 +129,7 @@ class SupportItem:
     source: str
     patient: str
     group: str
+    case: dict = field(repr=False)
     facts: Facts
     load: Callable[[], Prepared] = field(repr=False)
 

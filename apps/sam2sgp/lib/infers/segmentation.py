@@ -10,6 +10,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from lib.options import ALL, Options
 from lib.results import uncertainty_map, write_result
 from lib.segmenter import Segmenter
+from sam2sgp.support.familiarity import is_unlike
 from sam2sgp.support.sampler import MODES
 
 
@@ -72,6 +73,7 @@ class Segmentation(InferTask):
             "support": output["used"],
             "support_items": output["support_items"],
             "scaling": output["scaling"],
+            "unlike_support": is_unlike(output["support_distance"]),
             "weights": output["weights"],
             "device": output["device"],
             "warnings": output["warnings"],
