@@ -32,7 +32,7 @@ BUNDLE := cd bundle && $(VENV_PYTHON) -m monai.bundle run
 absolute = $(if $(filter /%,$(firstword $(1))),$(1),$(CURDIR)/$(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train evaluate serve test lint bench clean need-dataset need-studies need-app
+.PHONY: help setup demo train evaluate serve test lint bench clean need-dataset need-studies
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -81,7 +81,7 @@ evaluate: need-dataset $(INSTALLED) ## Dice, HD95 and NSD of the network in OUTP
 	$(BUNDLE) evaluating --config_file "['configs/train.json','configs/evaluate.json']" --dataset_dir "$(call absolute,$(DATASET))" --output_dir "$(call absolute,$(OUTPUT))" $(ARGS)
 
 # monailabel.main is what the `monailabel` command starts; the command itself splits arguments at spaces.
-serve: need-studies need-app $(INSTALLED) ## MONAI Label server for STUDIES=dir (or a DICOMweb URL) at ADDRESS:PORT
+serve: need-studies $(INSTALLED) ## MONAI Label server for STUDIES=dir (or a DICOMweb URL) at ADDRESS:PORT
 	. .venv/bin/activate && exec python -m monailabel.main start_server --app apps/sam2sgp --studies "$(STUDIES)" --host "$(ADDRESS)" --port "$(PORT)"
 
 test: $(INSTALLED) ## the whole test suite (PYTEST_ARGS="-m 'not slow'" for a part)
@@ -102,9 +102,6 @@ clean: ## delete the demo's output, caches and builds; .venv and trained runs st
 
 need-dataset:
 	@test -n "$(DATASET)" || { echo 'Say which data: make train DATASET=dir (or evaluate), where dir holds images/ and labels/ or a dataset.json.' >&2; exit 2; }
-
-need-app:
-	@test -f apps/sam2sgp/main.py || { echo 'The MONAI Label app (apps/sam2sgp) is not part of this version yet.' >&2; exit 2; }
 
 need-studies:
 	@test -n "$(STUDIES)" || { echo 'Say which images: make serve STUDIES=dir (or a DICOMweb URL).' >&2; exit 2; }

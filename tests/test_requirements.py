@@ -31,7 +31,6 @@ NAMED_ELSEWHERE = {
     "onnx": "runtime/export.py, by name",
     "onnxscript": "runtime/export.py, by name",
     "onnxruntime": "runtime/execution.py, by name",
-    "openvino": "runtime/execution.py, by name",
     "pytest-xdist": "make test",
     "ruff": "make lint",
     "import-linter": "make lint",
@@ -100,7 +99,7 @@ def test_the_whole_set_is_made_of_the_parts():
 INFER = """
 import sys
 
-ABSENT = ("monailabel", "mlflow", "tensorboard", "fastapi", "starlette", "onnx", "onnxruntime", "openvino")
+ABSENT = ("monailabel", "mlflow", "tensorboard", "fastapi", "starlette", "onnx", "onnxruntime")
 # As if they were not installed: importing them raises ModuleNotFoundError.
 sys.modules.update(dict.fromkeys(ABSENT))
 import pkgutil

@@ -157,7 +157,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "device": Option("device", "what is computed on"),
         "precision": Option("fp32|bf16|fp16", "number format"),
         "compile": Option("switch", "torch.compile of the image encoder"),
-        "runtime": Option("eager|onnxruntime|openvino", "what runs the network"),
+        "runtime": Option("eager|onnxruntime", "what runs the network"),
         "graphs_dir": Option("path", "folder of exported graphs"),
         "num_workers": Option("count", "processes that load training data"),
         "gradient_checkpointing": Option("switch", "training in half the memory, a fifth slower"),

@@ -6,9 +6,7 @@ one thread at a time, as the inferer that holds it.
 
 from collections.abc import Callable
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,31 +33,6 @@ def _onnxruntime(file: Path, threads: int) -> Graph:
     return run
 
 
-@cache
-def openvino_core() -> Any:
-    """OpenVINO's core, one for the process and as long as it lives.
-
-    Each core's CPU plugin sets a stack for signal handlers and gives it back when the core goes. Cores that go in
-    another order than they came leave a freed stack behind, and the next signal kills the process.
-    """
-    return need("openvino", "runtime 'openvino'").Core()
-
-
-def _openvino(file: Path, threads: int) -> Graph:
-    # Where a CPU has bfloat16, OpenVINO would use it unasked.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    model = openvino_core().compile_model(str(file), "CPU", settings)
-    request = model.create_infer_request()
-    names = [output.get_any_name() for output in model.outputs]
-
-    def run(tensors: Tensors) -> Tensors:
-        # The request's own buffers are overwritten by its next run, so the outputs are copies.
-        found = request.infer(_arrays(tensors), share_inputs=True)
-        return _tensors(names, [found[name] for name in names])
-
-    return run
-
-
 def _arrays(tensors: Tensors) -> dict[str, np.ndarray]:
     return {name: value.detach().contiguous().numpy() for name, value in tensors.items()}
 
@@ -68,7 +41,7 @@ def _tensors(names: list[str], arrays: list[np.ndarray]) -> Tensors:
     return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
 
-RUNTIMES = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+RUNTIMES = {"onnxruntime": _onnxruntime}
 EAGER = "eager"
 
 
@@ -116,7 +89,7 @@ class GraphRuntime:
     """Runs networks by the graphs that `export_graphs` wrote.
 
     Args:
-        name: "onnxruntime" or "openvino", the package that runs them; it must be installed.
+        name: "onnxruntime", the package that runs them; it must be installed.
         folder: of the graphs.
         precision: of the inferer; the graphs are "fp32".
 
