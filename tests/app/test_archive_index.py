@@ -5,9 +5,10 @@ import threading
 import time
 
 import pytest
+from pydicom import Dataset
 
 from lib.archive import Archive, ArchiveError, Unreachable
-from lib.archive_index import ArchiveIndex, Segmentation
+from lib.archive_index import ArchiveIndex, Segmentation, approved
 from tests.app.archives import series_entry
 
 SOON = 10.0
@@ -217,3 +218,35 @@ def test_what_comes_to_the_archive_before_a_question_is_in_the_answer(archive, m
     assert asked.wait(SOON)
     archive.images = [series_entry("1.5"), series_entry("1.6")]
     assert list(index.lists().images) == ["1.5", "1.6"]
+
+
+# From the earliest to the latest; times of 0.1 s and more apart, and others of whole seconds only.
+STORED = [
+    {"ContentTime": "235959"},
+    {"ContentDate": "20240430", "ContentTime": "235959.9"},
+    {"ContentDate": "20240501", "ContentTime": "0930"},
+    {"ContentDate": "20240501", "ContentTime": "093000"},
+    {"ContentDate": "20240501", "ContentTime": "093000.100000"},
+    {"ContentDate": "20240501", "ContentTime": "093000.9"},
+    {"ContentDate": "20240501", "ContentTime": "093001", "SeriesDate": "20240501", "SeriesTime": "093001.2"},
+    {"ContentDate": "20240501", "ContentTime": "093001", "SeriesDate": "20240501", "SeriesTime": "093001.7"},
+    {
+        "ContentDate": "20240501",
+        "ContentTime": "093001",
+        "InstanceCreationDate": "20240501",
+        "InstanceCreationTime": "093001.4",
+    },
+]
+
+
+def test_of_two_segmentations_of_one_second_the_later_one_wins():
+    """Whatever their UIDs are; of those that can't be told apart, always the same."""
+    found = []
+    for place, moments in enumerate(STORED):
+        header = Dataset.from_json(seg_header(f"1.{9 - place}", "1.5"))
+        del header.ContentDate
+        header.update(moments)
+        found.append(approved(header))
+    assert sorted(reversed(found), key=lambda entry: entry.when) == found
+    twins = [approved(Dataset.from_json(seg_header(uid, "1.5"))) for uid in ("1.8", "1.9")]
+    assert max(twins, key=lambda entry: entry.when) == max(reversed(twins), key=lambda entry: entry.when)

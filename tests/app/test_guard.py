@@ -1,5 +1,6 @@
 """The guard in front of a small app: sizes, origins, users, parameters, errors and bodies handed on whole."""
 
+import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,31 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import HTMLResponse, JSONResponse
 from starlette.testclient import TestClient
 
 from lib.audit import current_user
 from lib.checks import Conflict, RequestError
 from lib.guard import install, refuse, serve_only
 from sam2sgp.errors import ConfigError, DataError, WeightsError
+
+STUDIES = "/srv/Röntgen & more/studies"
+SENTENCE = f"{STUDIES}/labels/final/a b.png: expected a label, found {STUDIES}2/c.png; see {STUDIES}: {{}}"
+
+
+def unreadable():
+    raise DataError(SENTENCE)
+
+
+TOLD = {
+    "error": unreadable,
+    "object": lambda: JSONResponse({"warnings": [SENTENCE]}),
+    "escaped object": lambda: Response(json.dumps({"warnings": [SENTENCE]}), media_type="application/json"),
+    "page of errors": lambda: HTMLResponse(html.escape(SENTENCE)),
+    "parts": lambda: Response(
+        f"--b\r\n\r\n{json.dumps(SENTENCE)}\r\n--b--", media_type="multipart/form-data; boundary=b"
+    ),
+}
 
 
 @dataclass
@@ -24,6 +44,7 @@ class Given:
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ("server",)
     user_header: str | None = "X-Forwarded-User"
+    folders: tuple[Path, ...] = ()
 
 
 @pytest.fixture
@@ -38,6 +59,8 @@ def client(tmp_path):
                 raise Conflict("a: expected b, found c.")
             if path == "breaks":
                 raise KeyError("/secret/path")
+            if path in TOLD:
+                return TOLD[path]()
             if path == "page":
                 return Response(headers={"content-security-policy": "default-src 'self'"})
             return {"size": len(await request.body()), "user": current_user.get()}
@@ -53,6 +76,17 @@ def test_a_body_arrives_whole(client):
         content = {"files": {"file": ("a.png", bytes(size - 300 if size > 300 else size))}}
         answer = client().put("/session/", **content)
         assert answer.status_code == 200 and answer.json()["size"] == int(answer.request.headers["content-length"])
+
+
+@pytest.mark.parametrize("path", TOLD)
+def test_no_answer_tells_the_folders_of_the_server(client, path):
+    answer = client(folders=(Path(STUDIES), Path("/srv"))).get(f"/{path}")
+    text = html.unescape(answer.text.replace("\\u00f6", "ö"))
+    # A folder that is none of the server's own, but for the one that it lies in.
+    other = "Röntgen & more/studies2/c.png"
+    assert f"labels/final/a b.png: expected a label, found {other}; see studies: {{}}" in text
+    assert "/srv" not in text
+    assert int(answer.headers["content-length"]) == len(answer.content)
 
 
 def test_a_body_beyond_the_limit_is_refused_with_and_without_a_length(client):

@@ -10,7 +10,9 @@ import io
 import json
 import resource
 import socket
+import sys
 import tarfile
+import tempfile
 import threading
 import time
 import zipfile
@@ -24,7 +26,7 @@ import numpy as np
 import pytest
 import requests
 
-from tests.e2e.server import Server
+from tests.e2e.server import REPO, Server
 
 SIZE = (16, 16, 3)
 LIMIT_MB = 1
@@ -344,6 +346,39 @@ def test_an_attack_is_refused_and_nothing_changes(server, name):
         if "json" in answer.headers.get("content-type", ""):
             assert str(server.folder) not in answer.text
     assert state(server.folder) == before
+
+
+def test_no_answer_tells_where_the_server_keeps_its_files(server):
+    """A file that can't be read is named by every answer that has to do with it, and by its name only."""
+    broken = server.studies / "broken.nii.gz"
+    broken.write_bytes(IMAGE[:-40])
+    label = server.studies / "labels" / "final" / "broken.nii.gz"
+    label.write_bytes(LABEL[:-40])
+    asked = [
+        get("/sam2sgp/picture", image="broken"),
+        get("/sam2sgp/picture", image="broken", label_tag="final"),
+        get("/sam2sgp/"),
+        get("/info/"),
+        get("/datastore/", output="all"),
+        get("/datastore/image/info", image="broken"),
+        infer("broken"),
+        infer("C"),
+        put_label("broken"),
+        put_label("C"),
+        delete("/datastore/label", id="C", tag="final"),
+        dict(method="POST", path="/batch/infer/sam2sgp", json={"images": ["broken"]}),
+    ]
+    try:
+        answers = [send(server, request) for request in asked]
+        assert answers[0].status_code == 422 and "broken.nii.gz" in answers[0].text
+        task = json.dumps(server.finished("/batch/infer"))
+        assert "broken" in task
+        told = [task, *(answer.text for answer in answers)]
+    finally:
+        broken.unlink()
+        label.unlink()
+    own = (str(server.folder), str(REPO), sys.prefix, tempfile.gettempdir())
+    assert [text for text in told if any(folder in text for folder in own)] == []
 
 
 def raw(server, content: bytes) -> bytes:

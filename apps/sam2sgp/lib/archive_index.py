@@ -10,6 +10,7 @@ An entry that isn't what DICOM says costs that entry, and one line in the log.
 """
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -65,13 +66,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """An approved label in the archive: one SEG instance. `when` orders those of one series."""
+    """An approved label in the archive: one SEG instance.
+
+    `when` orders those of one series: digits of the date and time of its content, which many programs give in whole
+    seconds, then of its creation and of its series, and at last its UID, so that there always is one latest.
+    """
 
     uid: str
     series: str
     study: str
     image: str
-    when: tuple[str, str]
+    when: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -232,8 +237,14 @@ def approved(segmentation: Dataset) -> Segmentation | None:
     names = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
     uid, series, study = (check_uid(str(segmentation.get(name)), name) for name in names)
     image = check_uid(str(references[0].get("SeriesInstanceUID")), "referenced series")
-    when = f"{segmentation.get('ContentDate') or ''}{segmentation.get('ContentTime') or ''}"
-    return Segmentation(uid, series, study, image, (when, uid))
+    when = (_moment(segmentation, name) for name in ("Content", "InstanceCreation", "Series"))
+    return Segmentation(uid, series, study, image, (*when, uid))
+
+
+def _moment(segmentation: Dataset, name: str) -> str:
+    """The digits of a date and a time, in the order of time as text; spaces for a date that is missing."""
+    date, time = (re.sub(r"\D", "", str(segmentation.get(f"{name}{part}") or "")) for part in ("Date", "Time"))
+    return f"{date:8}{time}"
 
 
 def _dataset(entry: Any) -> Dataset:

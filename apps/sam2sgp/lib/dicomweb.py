@@ -24,7 +24,6 @@ what two of them put there at once is the same. Nothing in it is needed after a 
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import threading
@@ -603,7 +602,7 @@ class DicomWebDatastore(Decisions, Datastore):
                 "segmentation": segmentation.uid,
                 "SeriesInstanceUID": segmentation.image,
                 "label_info": [{"name": name, "idx": value} for value, name in sorted(names.items())],
-                "ts": int(re.sub(r"\D", "", segmentation.when[0])[:14] or 0),
+                "ts": int(segmentation.when[0].strip()[:14] or 0),
                 "name": path.name,
             }
             self._keep_label(path, labels, geometry, info)

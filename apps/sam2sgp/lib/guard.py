@@ -3,8 +3,9 @@
 In: every HTTP request, before a handler sees it. Out: the request, whole and checked, or an answer of one sentence with
 a 4xx status. A request's body is taken in full before a handler runs, up to the limit of uploads, so a handler never
 meets half an upload. What a request may say is declared where it is answered: see `lib.endpoints` and `lib.options`.
-Every answer forbids browsers to load anything from elsewhere and to show it in another site's frame. The checks keep no
-state of their own and hold for any number of requests at once.
+Every answer forbids browsers to load anything from elsewhere and to show it in another site's frame, and none but the
+log tells where on the server a file is. The checks keep no state of their own and hold for any number of requests at
+once.
 
 What it does not do: authentication and encryption, which are a reverse proxy's.
 """
@@ -22,6 +23,7 @@ from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
 
 from fastapi import APIRouter, FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
+from monailabel.config import settings as server_settings
 from monailabel.interfaces.exception import (
     ImageNotFoundException,
     LabelNotFoundException,
@@ -43,6 +45,7 @@ from lib.checks import (
     check_file_name,
     suffix_of,
 )
+from lib.folders import Folders
 from lib.options import parse_object, sentence
 from sam2sgp.errors import ConfigError, DataError, Sam2SgpError, WeightsError, cause_of
 
@@ -68,6 +71,8 @@ HEADERS = {
 PATIENCE = 60.0
 SLOWEST = 16 << 10
 SHORTEST_WAIT = 0.1
+# Answers in words. The log is plain text, for those who may know the server's folders.
+IN_WORDS = ("application/json", "text/html", "multipart/form-data")
 
 
 def refuse(error: Exception) -> HTTPException:
@@ -102,7 +107,7 @@ def install(app: FastAPI, settings) -> None:
 
     Args:
         app: MONAI Label's FastAPI app.
-        settings: the app's; reads `max_upload_mb`, `cors_origins`, `hosts`, `user_header` and `state_dir`.
+        settings: the app's; reads `max_upload_mb`, `cors_origins`, `hosts`, `user_header`, `state_dir` and `folders`.
     """
     kept = [entry for entry in app.user_middleware if entry.cls not in (CORSMiddleware, RequestGuard)]
     added = [Middleware(RequestGuard, settings=settings)]
@@ -143,6 +148,7 @@ class RequestGuard:
         self._limit = int(settings.max_upload_mb * (1 << 20))
         self._hosts = {host.lower() for host in (*settings.hosts, *own_names())}
         self._audit = Audit(settings.state_dir / "audit.jsonl")
+        self._folders = Folders((*settings.folders, server_settings.MONAI_LABEL_SESSION_PATH))
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "websocket":
@@ -152,7 +158,7 @@ class RequestGuard:
             await self._app(scope, receive, send)
             return
         body = None
-        send = _answering(send)
+        send = _answering(send, self._folders)
         user = current_user.set(self._user(Headers(scope=scope)))
         try:
             try:
@@ -309,14 +315,28 @@ class RequestGuard:
         return TooLarge(f"body: expected at most {limit / (1 << 20):g} MB, found more; {advice}.")
 
 
-def _answering(send) -> Callable:
-    """`send`, with what browsers must know about every answer."""
+def _answering(send, folders: Folders) -> Callable:
+    """`send`, with what browsers must know about every answer, and without the server's folders in its words."""
+    start = None
 
     async def answering(message) -> None:
+        nonlocal start
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             for name, value in HEADERS.items():
                 headers.setdefault(name, value)
+            if headers.get("content-type", "").partition(";")[0] in IN_WORDS:
+                # Its length is known once its text is.
+                start = message
+                return
+        elif start is not None:
+            head, start = start, None
+            if not message.get("more_body", False):
+                message = {**message, "body": folders.left_out(message.get("body", b""))}
+                headers = MutableHeaders(scope=head)
+                if message["body"]:
+                    headers["content-length"] = str(len(message["body"]))
+            await send(head)
         await send(message)
 
     return answering

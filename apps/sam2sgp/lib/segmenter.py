@@ -205,7 +205,7 @@ class Segmenter:
             "cases": len(state.cases) - len(state.errors),
             "weights": state.weights,
             "rebuilding": self.rebuilding,
-            "errors": [self._shown(error) for error in (*problems, *errors)][:ITEMS_LISTED],
+            "errors": [*problems, *errors][:ITEMS_LISTED],
             "problem": self.problem,
             "not_offered": list(getattr(self.cases.datastore, "left_out", []))[:ITEMS_LISTED],
         }
@@ -225,12 +225,8 @@ class Segmenter:
             self._behind = True
             bank.declared = self.cases.declared()
         bank.reconcile(cases)
-        left_out = {error["name"]: self._shown(error["error"]) for error in bank.errors}
+        left_out = {error["name"]: error["error"] for error in bank.errors}
         return [case for case in cases if case["name"] not in left_out], list(left_out.values())
-
-    def _shown(self, message: str) -> str:
-        """A message without the server's folders, which are no client's business."""
-        return message.replace(f"{self.settings.studies.rstrip('/')}/", "")
 
     # Keeping up
 
@@ -483,7 +479,7 @@ class Segmenter:
                     f"image {image_id}: expected approved labels of other patients to guide it, found only its own; "
                     "approve the label of another image first."
                 )
-            warnings = [self._shown(problem) for problem in (self.problem, self.cases.problem) if problem]
+            warnings = [problem for problem in (self.problem, self.cases.problem) if problem]
             refreshed = time.perf_counter()
             key = _key(image, serving.bank.scaling())
             case = self._prepare(key, image, image_id or "image")

@@ -149,6 +149,13 @@ class Settings:
         return self.studies.startswith(("http://", "https://"))
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where the app's files are: no client gets to know."""
+        given = (self.app_dir, self.bundle_root, self.state_dir, self.support_dir, self.model_file)
+        studies = () if self.is_remote else (Path(self.studies),)
+        return (*studies, *(path for path in given if path))
+
+    @property
     def overlays(self) -> tuple[str, ...]:
         """Config files on top of inference.json, relative to the bundle."""
         return (f"configs/backbones/{self.backbone}.json",) if self.backbone else ()
