@@ -234,3 +234,48 @@ def test_colours_and_transparency_of_16_bits_are_read_by_their_upper_bits_and_sa
     image = read_image(tmp_path / "a.png")
     assert image.is_rgb == (channels == 3) and "the upper 8 are read" in image.warnings[0]
     assert np.array_equal(image.slices[0].transpose(1, 2, 0), stored[..., :channels] >> 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_uncompressed_grey_tiffs_are_turned_too(tmp_path, dtype, orientation):
+    """Pillow scrambles their pixels where it may map the file to memory."""
+    values = RNG.integers(0, 255, (16, 24)).astype(dtype)
+    tifffile.imwrite(tmp_path / "a.tif", values, extratags=[(274, "H", 1, orientation, True)])
+    stored = tifffile.imread(tmp_path / "a.tif")
+    turned = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.T}
+    turned |= {6: np.rot90(stored, -1), 7: stored[::-1, ::-1].T, 8: np.rot90(stored)}
+    assert np.array_equal(read_image(tmp_path / "a.tif").slices[0, 0], turned[orientation])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_signed_bytes_of_a_tiff_keep_their_sign(tmp_path, order):
+    values = RNG.integers(-128, 128, (6, 7)).astype(np.int8)
+    tifffile.imwrite(tmp_path / "a.tif", values, byteorder=order)
+    assert np.array_equal(read_image(tmp_path / "a.tif").slices[0, 0], tifffile.imread(tmp_path / "a.tif"))
+    with pytest.raises(DataError, match="class values from 0"):
+        read_label(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("dtype", [np.uint64, np.float16, np.float64])
+def test_a_tiff_of_other_pixels_is_told_as_such(tmp_path, dtype):
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((6, 7), dtype))
+    with pytest.raises(DataError, match="a.tif: expected a TIFF of 8 or 16 bits or float32.*convert it"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("dtype, photometric", [(np.float32, 0), (np.int16, 0)])
+def test_a_tiff_whose_black_is_not_known_is_refused(tmp_path, dtype, photometric):
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((6, 7), dtype), photometric=photometric)
+    with pytest.raises(DataError, match="a.tif: expected"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_a_predictor_is_undone_or_refused(tmp_path):
+    values = RNG.integers(0, 255, (6, 7)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values, compression="zlib", predictor=True)
+    assert np.array_equal(read_image(tmp_path / "a.tif").slices[0, 0], values)
+    # With compression 1, programs differ on whether it is undone.
+    Image.fromarray(values).save(tmp_path / "b.tif", tiffinfo={317: 2})
+    with pytest.raises(DataError, match="b.tif: expected a predictor with LZW"):
+        read_image(tmp_path / "b.tif")

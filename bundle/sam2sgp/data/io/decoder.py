@@ -24,8 +24,8 @@ import warnings
 # Files beside this one have the names of libraries.
 sys.path[:] = [path for path in sys.path if os.path.abspath(path) != os.path.dirname(os.path.abspath(__file__))]
 
-# Of TIFF: bits, compression, photometric interpretation, samples, extra samples, sample format.
-TAGS = (258, 259, 262, 277, 338, 339)
+# Of TIFF: bits, compression, photometric interpretation, samples, predictor, extra samples, sample format.
+TAGS = (258, 259, 262, 277, 317, 338, 339)
 ORIENTATION = 274
 # More than a file's decoding takes besides its pixels.
 SPARE_SECONDS = 1
@@ -54,7 +54,8 @@ def decode_picture(job: dict, source, target) -> tuple[dict, bytes]:
     # The other side judges sizes, by what the file can keep.
     Image.MAX_IMAGE_PIXELS = None
     _limit(job)
-    with Image.open(job["path"], formats=job["formats"]) as image:
+    # Given a path, Pillow maps uncompressed grey pixels to memory, and scrambles those of a TIFF that is to be turned.
+    with open(job["path"], "rb") as file, Image.open(file, formats=job["formats"]) as image:
         arguments = image.tile[0].args if image.tile else ""
         tags = getattr(image, "tag_v2", {})
         header = {

@@ -46,6 +46,7 @@ PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<f4", "<f8")
 # Tags of TIFF.
 BITS, ORIENTATION = 258, 274
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class DecodingError(DataError):
@@ -138,6 +139,11 @@ def _judged_header(
     try:
         header = decoder.ask(job, SECONDS)
     except _Told as error:
+        if "TIFF" in formats and _is_tiff(path):
+            raise DataError(
+                f"{path}: expected a TIFF of 8 or 16 bits or float32, grey or RGB, found another kind of pixels or "
+                "compression, or a damaged header; convert it, such as to an uncompressed TIFF of 16 bits or to PNG."
+            ) from error
         raise FormatError(
             f"{path}: expected a picture ({', '.join(formats)}), found another content ({error}); export it again."
         ) from error
@@ -159,6 +165,11 @@ def _judged_header(
             decoder.ask({}, SECONDS)
         raise
     return header, values
+
+
+def _is_tiff(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) in TIFF_MAGIC
 
 
 def _tags(header: dict) -> dict[int, int | tuple[int, ...]]:

@@ -24,6 +24,11 @@ TURNS = {
 }
 # Pillow holds no colours of 16 bits.
 UPPER_BITS = "Of its values of 16 bits the upper 8 are read, as colours and transparency are; store grey without these."
+# Of TIFF: values of SampleFormat; of Predictor, and the compressions with which libtiff undoes others (LZW, Deflate,
+# LZMA, Zstandard); of PhotometricInterpretation.
+UNSIGNED, SIGNED = 1, 2
+NO_PREDICTOR, PREDICTED = 1, (5, 8, 32946, 34925, 50000)
+WHITE_IS_ZERO = 0
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 # Palette greys below this are class values, and above it shades that show them.
 LARGEST_GREY_CLASS = 32
@@ -38,6 +43,8 @@ def read_picture(path: Path, label: bool, limit: int | None = None) -> Grid:
             f"{path}: expected one picture, found {picture.pages} pages; store each page as a picture, or the "
             "stack as a NIfTI volume."
         )
+    if image.format == "TIFF":
+        _check_tiff(path, image)
     axes, flips = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1), TURNS[1])
     is_jpeg = image.format in ("JPEG", "MPO")
     array = _picture_label(path, image, picture.stored_as) if label else _picture_image(image, picture.stored_as)
@@ -55,6 +62,23 @@ def read_picture(path: Path, label: bool, limit: int | None = None) -> Grid:
         flips=flips,
         warnings=[UPPER_BITS] if is_8_bit and ";16" in picture.stored_as else [],
     )
+
+
+def _check_tiff(path: Path, image: Image.Image) -> None:
+    """Raise DataError for a TIFF whose tags programs understand differently, so that it would be read wrong."""
+    compression = image.tag_v2.get(259, 1)
+    if image.tag_v2.get(317, NO_PREDICTOR) != NO_PREDICTOR and compression not in PREDICTED:
+        raise DataError(
+            f"{path}: expected a predictor with LZW, Deflate or Zstandard only, found one with compression "
+            f"{compression}, which few programs undo; store the TIFF without a predictor."
+        )
+    if image.tag_v2.get(262) == WHITE_IS_ZERO and (
+        image.mode == "F" or image.tag_v2.get(339, (UNSIGNED,))[0] != UNSIGNED
+    ):
+        raise DataError(
+            f"{path}: expected whole numbers from 0 up where white is zero, found others, of which black is not known; "
+            "store the TIFF with black as zero."
+        )
 
 
 def _picture_image(image: Image.Image, stored_as: str) -> np.ndarray:
@@ -79,7 +103,7 @@ def _picture_label(path: Path, image: Image.Image, stored_as: str) -> np.ndarray
             f"{path}: expected a class map, found colours or transparency of 16 bits; store it as grey, 8 or 16 bits."
         )
     if image.mode == "L":
-        values = np.asarray(image)
+        values = _grey(image)
         # Pillow stretches grey values of 2 and 4 bits to 0..255.
         low_depth = re.match(r"L;([24])", stored_as)
         return values // (255 // (2 ** int(low_depth[1]) - 1)) if low_depth else values
@@ -157,8 +181,11 @@ def _grey(image: Image.Image) -> np.ndarray:
     array = np.asarray(image)
     if image.format == "TIFF":
         bits, photometric = image.tag_v2.get(258, (1,))[0], image.tag_v2.get(262)
-        if array.dtype == np.int32 and bits == 32 and image.tag_v2.get(339, (1,))[0] == 1:
+        sample_format = image.tag_v2.get(339, (UNSIGNED,))[0]
+        if array.dtype == np.int32 and bits == 32 and sample_format == UNSIGNED:
             array = array.view(np.uint32)
+        if array.dtype == np.uint8 and bits == 8 and sample_format == SIGNED:
+            array = array.view(np.int8)
         if array.dtype.kind == "u" and bits == 16 and photometric == 0:
             array = 65535 - array
     return array
