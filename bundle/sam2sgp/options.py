@@ -145,7 +145,6 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "pmg": Option("group", "generation of the pseudo-mask"),
         "pmg::prior": Option("switch", "the support prior"),
         "pmg::regression": Option("switch", "the support regression"),
-        "pmg::prior_levels": Option("list", "levels of features that the prior matches", True),
         "pma": Option("group", "guidance by the pseudo-mask"),
         "pma::box": Option("switch", "its box as a prompt"),
         "pma::attention": Option("switch", "it guides the second decoder's attention"),
