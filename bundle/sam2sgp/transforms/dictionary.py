@@ -12,6 +12,7 @@ import logging
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.config import KeysCollection
@@ -53,7 +54,7 @@ class LoadCased(MapTransform):
         super().__init__(keys, allow_missing_keys=True)
         self.slice_axis = slice_axis
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         image = read_image(case["image"], self.slice_axis)
         listed = case.get("modality")
@@ -103,11 +104,11 @@ class ScaleIntensityByModalityd(MapTransform):
         modality: str | None = None,
     ) -> None:
         super().__init__(keys)
-        self.ct_window = tuple(ct_window)
-        self.percentiles = tuple(percentiles)
+        self.ct_window = ct_window[0], ct_window[1]
+        self.percentiles = percentiles[0], percentiles[1]
         self.modality = modality
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         stated = case.get("modality"), case.get("stated_by", "datalist")
         if is_ct(stated[0]) is None and self.modality is not None:
@@ -132,7 +133,7 @@ class FitToSquared(MapTransform):
         super().__init__(keys, allow_missing_keys=True)
         self.size = size
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         pixel = pixel_size(case["geometry"].spacing)
         case["fit"] = Fit.of(tuple(case["image"].shape[-2:]), self.size, pixel)
@@ -167,10 +168,9 @@ class OutputNames:
 
     def _name(self, source: str, ending: str) -> Path:
         name = Path(source).name
-        for stem in chain((image_stem(source), name), (f"{name}_{number}" for number in count(2))):
-            path = self.output_dir / (stem + ending)
-            if self.taken.setdefault(path, source) == source:
-                return path
+        stems = chain((image_stem(source), name), (f"{name}_{number}" for number in count(2)))
+        paths = (self.output_dir / (stem + ending) for stem in stems)
+        return next(path for path in paths if self.taken.setdefault(path, source) == source)
 
     def claim(self, source: str, ending: str) -> Path:
         """`<output_dir>/<stem><ending>` for the query at `source`, always the same; where that is another's already,
@@ -196,7 +196,7 @@ class SaveLabeld(MapTransform):
         self.names = names
         self.binary_255 = binary_255
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         for key in self.key_iterator(case):
             path = self.names.claim(case["source"], output_suffix(case["geometry"]))
@@ -216,7 +216,7 @@ class SaveMapsd(MapTransform):
         super().__init__(keys, allow_missing_keys=True)
         self.names = names
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         for key in self.key_iterator(case):
             path = self.names.claim(case["source"], f"_{key}{map_suffix(case['geometry'])}")
@@ -241,7 +241,7 @@ class SaveDicomSegd(MapTransform):
         self.class_names = class_names
         self.warned = False
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         source = case["source"]
         if not is_dicom(source):
