@@ -540,7 +540,7 @@ def make_phantoms(
         DataError: the folder holds something else, or can't be written.
 
     Example:
-        >>> folder = make_phantoms("phantoms", patients_per_modality=4, modalities=("ct",))
+        >>> make_phantoms("phantoms", patients_per_modality=4, modalities=("ct",))  # doctest: +SKIP
     """
     if patients_per_modality < MIN_PATIENTS:
         raise ConfigError(f"Phantoms need at least {MIN_PATIENTS} patients a modality, not {patients_per_modality}.")
