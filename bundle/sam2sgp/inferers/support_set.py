@@ -14,6 +14,7 @@ from torch import Tensor
 from sam2sgp import distributed
 from sam2sgp.errors import ConfigError
 from sam2sgp.heap import give_back
+from sam2sgp.inferers.adapting import Adaptation, Adapter
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.inferers.presence import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
@@ -26,7 +27,6 @@ from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.transforms.array import Region, pixel_size, to_three_channels
 
 if TYPE_CHECKING:
-    from sam2sgp.adaptation import Adapter
     from sam2sgp.runtime import GraphNetwork, GraphRuntime
 
 
@@ -79,7 +79,7 @@ class SupportSetInferer(Inferer):
         sampler: SupportSampler,
         batch_size: int = 8,
         precision: str = "fp32",
-        adapter: "Adapter | None" = None,
+        adapter: Adapter | None = None,
         region_below: float = 0.0,
         volume_memory: VolumeMemory | None = None,
         object_gate: bool = True,
@@ -96,7 +96,7 @@ class SupportSetInferer(Inferer):
         self.batch_size = batch_size
         self.precision = precision
         self.adapter = adapter
-        self.adaptation = None
+        self.adaptation: Adaptation | None = None
         self.volume_memory = volume_memory
         self.object_gate = object_gate
         self.feature_cache = feature_cache
