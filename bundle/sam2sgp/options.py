@@ -116,7 +116,6 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "three_d_memory": Option("switch", "slices of a volume guide their neighbours"),
         "memory_frames": Option("count", "how many of the last slices guide one"),
         "object_gate": Option("switch", "a class with too little evidence in an image is not segmented there"),
-        "fuse_axes": Option("switch", "isotropic volumes are segmented along all three axes and averaged"),
         "adapt_seconds": Option("number", "first adapt the network to the support set for so long"),
         "adapt_steps": Option("count", "at most so many steps of it", True),
         "adapt_seed": Option("count", "seed of the adaptation"),

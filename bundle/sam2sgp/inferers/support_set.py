@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -106,8 +105,6 @@ class SupportSetInferer(Inferer):
         self.gate = ObjectGate(bank, sampler)
         # Of the bank's encoding that it was made from.
         self._familiarity: Familiarity | None = None
-        # For other axes, each with the table of the bank that it was made from.
-        self._along: dict[int, tuple[SupportSetInferer, Tensor]] = {}
 
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
@@ -115,7 +112,6 @@ class SupportSetInferer(Inferer):
         if self.runtime is not None:
             self.runtime.forget()
         self.adaptation = None
-        self._along.clear()
         self.gate.forget()
 
     def guided_by(self, bank: SupportBank) -> "SupportSetInferer":
@@ -162,23 +158,6 @@ class SupportSetInferer(Inferer):
                 self.bank.encode_share(network, device, *distributed.place_on_machine())
                 distributed.barrier()
             self.bank.encode(network, device)
-
-    def along_axis(self, axis: int, network: SAM2SGP) -> "SupportSetInferer":
-        """The same for volumes sliced along a canonical axis (0, 1, 2), with the support set sliced alike.
-
-        An adaptation serves the support set as it is sliced here, so there is none of other axes.
-        """
-        found = self._along.get(axis)
-        if found is None or found[1] is not self.bank.holds:
-            other = copy(self)
-            other._along, other.bank = {}, self.bank.along_axis(axis)
-            other.gate = ObjectGate(other.bank, self.sampler)
-            other.region_pass = RegionPass(
-                other.bank, self.sampler, self.region_pass.below, self.batch_size, self.feature_cache
-            )
-            other.adapter = other.adaptation = other._familiarity = None
-            found = self._along[axis] = other, self.bank.holds
-        return found[0]
 
     def _adapt(self, network: SAM2SGP) -> None:
         if self.bank.embedding is None and self.adaptation is None and self.adapter:

@@ -23,8 +23,6 @@ MOST_WINDOWS = 32
 # Least overlap of neighbouring tiles, and the width of the rim over which views are blended, as shares of their side.
 OVERLAP = 0.15
 RIM = 0.15
-# Half precision holds no smaller one.
-LEAST_PROBABILITY = 1e-7
 
 
 def to_three_channels(image: Tensor) -> Tensor:
@@ -269,18 +267,6 @@ def uncertainty(logits: Tensor) -> Tensor:
     log_p = _with_background(logits).log_softmax(1)
     entropy = -(log_p.exp() * log_p).sum(1) / math.log(log_p.shape[1])
     return entropy.clamp(0.0, 1.0).half()
-
-
-def fused_logits(logits: Tensor, others: Tensor, count: int) -> Tensor:
-    """Class logits (Z, C, H, W) whose `class_probabilities` are the mean over several segmentations.
-
-    Args:
-        logits: of one segmentation.
-        others: (Z, C + 1, H, W) sum of the probabilities of `count` others.
-    """
-    mean = (_with_background(logits).softmax(1) + others) / (count + 1)
-    log_p = mean.clamp(min=LEAST_PROBABILITY).log()
-    return log_p[:, 1:] - log_p[:, :1]
 
 
 def _with_background(logits: Tensor) -> Tensor:

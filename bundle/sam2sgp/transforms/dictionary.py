@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.transforms import Compose, MapTransform
+from monai.transforms import MapTransform
 
 from sam2sgp.data.dicom_seg import DicomSourceError, write_dicom_seg
 from sam2sgp.data.io import (
@@ -76,12 +76,6 @@ def log_warnings(prepared: Mapping) -> None:
     """Log what may be wrong with a prepared case."""
     for sentence in prepared.get("warnings", ()):
         logger.warning("%s: %s", prepared["name"], sentence)
-
-
-def along_axis(transform: Compose, axis: int) -> Compose:
-    """The same preprocessing, with volumes sliced along a canonical axis (0, 1, 2)."""
-    parts = [LoadCased(part.keys, axis) if isinstance(part, LoadCased) else part for part in transform.transforms]
-    return Compose(parts)
 
 
 class ScaleIntensityByModalityd(MapTransform):
