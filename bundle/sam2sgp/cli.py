@@ -154,7 +154,7 @@ def train(
 
     Writes model.pt, which `segment --weights` takes.
     """
-    settings = {"dataset_dir": _absolute(data), "output_dir": _absolute(output)}
+    settings: dict[str, Any] = {"dataset_dir": _absolute(data), "output_dir": _absolute(output)}
     settings |= _common(context, None, None, device, resume)
     if epochs is not None:
         settings["max_epochs"] = epochs
@@ -185,7 +185,7 @@ def evaluate(
 
     Writes evaluation/metrics.csv, metrics_summary.csv and report.html.
     """
-    settings = {"dataset_dir": _absolute(data), "output_dir": _absolute(output)}
+    settings: dict[str, Any] = {"dataset_dir": _absolute(data), "output_dir": _absolute(output)}
     settings |= _common(context, k, weights, device, resume)
     if support:
         settings["support_dir"] = _absolute(support)
@@ -313,11 +313,10 @@ def _more(arguments: list[str]) -> dict[str, Any]:
     for word in words:
         if not word.startswith("--"):
             raise typer.BadParameter(f"expected --NAME VALUE, found {word!r}; options need two dashes.")
-        name, separator, value = word[2:].partition("=")
-        if not separator:
-            value = next(words, None)
-            if value is None:
-                raise typer.BadParameter(f"expected a value behind {word}.")
+        name, separator, given = word[2:].partition("=")
+        value = given if separator else next(words, None)
+        if value is None:
+            raise typer.BadParameter(f"expected a value behind {word}.")
         # As for the options that are declared here, dashes may stand for underscores.
         settings[name.replace("-", "_")] = _value(value)
     return settings

@@ -40,7 +40,8 @@ def class_colour(value: int) -> tuple[int, int, int]:
     """RGB of a class value >= 1. Beyond the palette's seven, its colours come again, mixed with white."""
     again, place = divmod(value - 1, len(PALETTE))
     whiteness = 1 - 0.5**again
-    return tuple(round(level + (255 - level) * whiteness) for level in PALETTE[place])
+    red, green, blue = (round(level + (255 - level) * whiteness) for level in PALETTE[place])
+    return red, green, blue
 
 
 def to_display(image: ArrayLike) -> Picture:

@@ -29,9 +29,9 @@ def test_every_key_of_the_method_is_one_of_the_bundles_config():
 
 
 def test_values_of_the_method_are_read_as_json_or_as_words():
-    made = settings(k="3", retrieval="random", three_d_memory="false", ct_window="[-100, 300]", fuse_axes="on")
+    made = settings(k="3", retrieval="random", three_d_memory="false", ct_window="[-100, 300]", object_gate="off")
     config = ConfigParser(made.config())
-    assert config["k"] == 3 and config["ct_window"] == [-100, 300] and config["fuse_axes"] is True
+    assert config["k"] == 3 and config["ct_window"] == [-100, 300] and config["object_gate"] is False
     sampler = config.get_parsed_content("support_sampler")
     assert (sampler.k, sampler.mode) == (3, "random")
     assert config.get_parsed_content("volume_memory") is None

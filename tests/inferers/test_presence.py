@@ -146,16 +146,6 @@ def test_each_group_teaches_its_own_thresholds():
     assert found["a"] == pytest.approx(found["unknown"]) and found["b"] == -torch.inf
 
 
-def test_what_is_made_for_another_axis_follows_the_support_set(monkeypatch):
-    support = bank(3, 12, range(3, 7))
-    monkeypatch.setattr(support, "along_axis", lambda axis: support)
-    inferer = SupportSetInferer(support, SupportSampler(k=2))
-    other = inferer.along_axis(0, Eager())
-    assert inferer.along_axis(0, Eager()) is other
-    support.reconcile(support.data[:2])
-    assert inferer.along_axis(0, Eager()) is not other
-
-
 def test_long_volumes_are_looked_at_in_batches():
     network = Eager()
     inferer = SupportSetInferer(bank(3, 12, range(3, 7)), SupportSampler(k=2), volume_memory=VolumeMemory())

@@ -19,6 +19,7 @@ from sam2sgp.networks import (
     load_sam2_checkpoint,
     save_weights,
 )
+from sam2sgp.networks.sam2_sgp import IMAGENET_MEAN, IMAGENET_STD
 
 TINY = "models/sam2.1_hiera_tiny.pt"
 
@@ -89,9 +90,10 @@ def test_fetched_checkpoint_loads_strictly_and_gives_sam2s_features(
 ):
     server.content = tiny_checkpoint.read_bytes()
     list_file(bundle_root, server.url, hashlib.sha256(server.content).hexdigest())
-    network = SAM2SGP("tiny", 256, fetch_checkpoint("tiny", bundle_root), normalization="none").eval()
+    network = SAM2SGP("tiny", 256, fetch_checkpoint("tiny", bundle_root)).eval()
     image = torch.rand(1, 3, 256, 256)
-    expected = sam2_reference(256).forward_image(image)["vision_features"]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = sam2_reference(256).forward_image((image - mean) / std)["vision_features"]
     torch.testing.assert_close(network.encode(image).embedding, expected, rtol=0, atol=1e-5)
 
 

@@ -105,7 +105,7 @@ def test_the_parts_of_every_network_are_graphs():
     switches = (
         {"pmg": {"prior": False}, "pma": {"box": False, "attention": False}},
         {"pmg": {"regression": False}, "pma": {"dense": True}},
-        {"refinement": False, "normalization": "imagenet"},
+        {"refinement": False},
         {"backbone": "lite", "lora": LORA},
     )
     for options in switches:

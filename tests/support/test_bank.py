@@ -209,7 +209,7 @@ def _other_weights(net):
 
 
 def _other_normalization(net):
-    net.normalization = "none"
+    net.normalization = "imagenet"
 
 
 @pytest.mark.parametrize("change", [_other_weights, _other_normalization])

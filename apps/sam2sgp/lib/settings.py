@@ -43,7 +43,6 @@ METHOD_KEYS = (
     "three_d_memory",
     "memory_frames",
     "object_gate",
-    "fuse_axes",
 )
 PATH_KEYS = ("bundle_root", "state_dir", "support_dir", "model_file")
 # MONAI Label's own, which it puts among them.

@@ -64,8 +64,7 @@ class _Overlap:
     """One minus the soft Dice of pairs of maps by class, over any number of batches."""
 
     def __init__(self) -> None:
-        self.product: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
+        self.product = self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, first: Tensor, second: Tensor) -> None:
         """Probabilities (B, C, S, S)."""

@@ -219,7 +219,7 @@ def _mix(below: np.ndarray, above: np.ndarray | float, cover: np.ndarray) -> np.
 
 def _noise(rng: Generator, shape: tuple[int, ...], sigma: float | tuple[float, ...]) -> np.ndarray:
     """Gaussian noise smoothed by sigma px (along z not at all), of standard deviation 1."""
-    in_plane = (sigma, sigma) if np.isscalar(sigma) else sigma
+    in_plane = sigma if isinstance(sigma, tuple) else (sigma, sigma)
     noise = gaussian_filter(rng.standard_normal(shape, np.float32), (0.0, *in_plane), mode="reflect")
     return noise / noise.std()
 
@@ -412,7 +412,7 @@ def phantom_volume(
     if num_slices < MIN_SLICES:
         raise ConfigError(f"A phantom volume needs at least {MIN_SLICES} slices, not {num_slices}.")
     patient = _draw_patient(look, rng)
-    scene = _draw_scene(look, rng, *size, num_slices)
+    scene = _draw_scene(look, rng, size[0], size[1], num_slices)
     # Rows run to posterior and columns to the patient's left: transposed, that is LPS.
     image, label = (array.transpose(2, 1, 0) for array in (_RENDERERS[look](scene, patient, rng), scene.label()))
     directions = np.diag([-1.0, -1.0, 1.0])
@@ -540,7 +540,7 @@ def make_phantoms(
         DataError: the folder holds something else, or can't be written.
 
     Example:
-        >>> folder = make_phantoms("phantoms", patients_per_modality=4, modalities=("ct",))
+        >>> make_phantoms("phantoms", patients_per_modality=4, modalities=("ct",))  # doctest: +SKIP
     """
     if patients_per_modality < MIN_PATIENTS:
         raise ConfigError(f"Phantoms need at least {MIN_PATIENTS} patients a modality, not {patients_per_modality}.")

@@ -24,13 +24,12 @@ from sam2sgp.errors import DataError, cause_of
 from sam2sgp.heap import give_back
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.familiarity import case_distance
-from sam2sgp.transforms import along_axis, class_probabilities, fused_logits, label_map, uncertainty
+from sam2sgp.transforms import class_probabilities, label_map, uncertainty
 
 logger = logging.getLogger(__name__)
 
-AXES = (0, 1, 2)
 # Entries of a case that nobody needs after it is segmented; of a long volume they are gigabytes.
-IMAGES = ("image", "image_full", "views")
+IMAGES = ("image", "image_full")
 
 
 class QueryDataset(Dataset):
@@ -40,21 +39,16 @@ class QueryDataset(Dataset):
         data: the cases.
         transform: preprocessing of a case.
         bank: the support bank that guides the cases. Where nothing is stated of a case, it is scaled like that.
-        fuse_axes: an isotropic volume is also prepared along its other two axes, at `views`; `transform` must be a
-            `Compose` then.
 
     Attributes:
         chosen: numbers in `data` of the cases to go through; None: all.
         stamp: what it makes of a case before the case is read is put at `stamp`.
     """
 
-    def __init__(
-        self, data: list[dict], transform: Callable, bank: SupportBank | None = None, fuse_axes: bool = False
-    ) -> None:
+    def __init__(self, data: list[dict], transform: Callable, bank: SupportBank | None = None) -> None:
         self.data = data
         self.transform = transform
         self.bank = bank
-        self.fuse_axes = fuse_axes
         self.chosen: Sequence[int] | None = None
         self.stamp: Callable[[dict], object] | None = None
 
@@ -68,12 +62,7 @@ class QueryDataset(Dataset):
             stamp = self.stamp(case) if self.stamp else None
             if self.bank is not None:
                 case = case | {"support_scaling": self.bank.scaling(case.get("group"))}
-            prepared = {**self.transform(case), "number": number, "stamp": stamp}
-            geometry = prepared["geometry"]
-            if self.fuse_axes and geometry.is_isotropic:
-                others = [axis for axis in AXES if axis != geometry.slice_axis]
-                prepared["views"] = [along_axis(self.transform, axis)(case) for axis in others]
-            return prepared
+            return {**self.transform(case), "number": number, "stamp": stamp}
         except Exception as error:  # whatever a reader raises for one file must not end the run
             failed = {"name": case["name"], "source": str(case["image"]), "number": number}
             return {**failed, "error": str(cause_of(error))}
@@ -244,15 +233,11 @@ class QueryEvaluator(SupervisedEvaluator):
         sums, counts = np.zeros(len(values)), np.zeros(len(values))
         patient = case.get("patient") if self.exclude_own_patient else None
         source = patient, case.get("group")
-        views = case.get("views", [])
-        self._done, self._work = 0, sum(self._looks(view) for view in (case, *views))
-        others = self._other_axes(case, views, len(values), source) if views else None
+        self._done, self._work = 0, slices * (self.inferer.looks(slices, slices > 1) + 1)
         truth = case["label"] if isinstance(case.get("label"), torch.Tensor) else None
         main, most = 0, -1
         distances, sizes = [], []
         for part, logits, chunk in self.inferer.segment_case(case, self.network, *source, step=self._step):
-            if views:
-                logits = fused_logits(logits, others[part].to(logits.device), len(views))
             index = label_map(logits).cpu()
             pred[part] = small[index.int()]
             for name, values_of in (("probability", class_probabilities), ("uncertainty", uncertainty)):
@@ -296,23 +281,3 @@ class QueryEvaluator(SupervisedEvaluator):
                 result[name] = torch.searchsorted(values, found.to(values.dtype).contiguous()).to(torch.uint8)
         result["seconds"] = time.perf_counter() - started
         return result
-
-    def _looks(self, case: dict) -> int:
-        """How many steps the slices of a case make: in the inferer, and one each in the second pass."""
-        slices = len(case["image"])
-        return slices * (self.inferer.looks(slices, slices > 1) + 1)
-
-    def _other_axes(
-        self, case: dict, views: list[dict], count: int, source: tuple[str | None, str | None]
-    ) -> torch.Tensor:
-        """Sum (Z, count, H, W) float16 of the class probabilities of views, on the case's grid."""
-        total = torch.zeros(len(case["image"]), count, *case["fit"].original, dtype=torch.float16)
-        for view in views:
-            inferer = self.inferer.along_axis(view["geometry"].slice_axis, self.network)
-            found = torch.zeros(len(view["image"]), count, *view["fit"].original, dtype=torch.float16)
-            for part, logits, _ in inferer.segment_case(view, self.network, *source, step=self._step):
-                found[part] = class_probabilities(logits).cpu()
-            for number in range(count):
-                native = view["geometry"].to_native(found[:, number].numpy())
-                total[:, number] += torch.from_numpy(case["geometry"].from_native(native))
-        return total

@@ -9,6 +9,7 @@ again in the same form: `EpisodeDataset.augmentation_variants` sees to that.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -42,7 +43,7 @@ class TrunkCache:
             self._trunk = checksum(trunk.state_dict())
         settings = self._trunk, precision(image.device)
         names = [f"trunk/{digest_of(checksum({'image': one}), *settings)}" for one in image]
-        known = [self.store.read(name) for name in names]
+        known: list[Any] = [self.store.read(name) for name in names]
         new = [number for number, levels in enumerate(known) if levels is None]
         self.found += len(names) - len(new)
         self.computed += len(new)

@@ -188,12 +188,10 @@ class TrainingProgress:
             )
 
     def _advance(self, engine: Engine) -> None:
-        self.bar.set_postfix(
-            epoch=f"{engine.state.epoch}/{engine.state.max_epochs}",
-            loss=f"{engine.state.output[0]['loss']:.3f}",
-            refresh=False,
-        )
-        self.bar.update()
+        if self.bar is not None:
+            epoch = f"{engine.state.epoch}/{engine.state.max_epochs}"
+            self.bar.set_postfix(epoch=epoch, loss=f"{engine.state.output[0]['loss']:.3f}", refresh=False)
+            self.bar.update()
 
     def _fail(self, engine: Engine, error: BaseException) -> None:
         self._close(engine)

@@ -201,7 +201,7 @@ def settings_of_run(engine: SupervisedEvaluator, *more: object) -> str:
         _network_content(engine.network),
         None if inferer.adaptation is None else inferer.adaptation.content(),
         _bank_content(inferer.bank),
-        settings_fingerprint(dataset.transform, dataset.fuse_axes),
+        settings_fingerprint(dataset.transform),
         [engine.exclude_own_patient, engine.probability, engine.uncertainty],
         [_described(part) for part in (inferer, engine.postprocessing)],
         more,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from monai.transforms import Compose
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from tqdm import tqdm
@@ -74,8 +75,8 @@ class EpisodeDataset(Dataset):
         cache_dir: str,
         episodes: int = 96,
         group_size: int = 6,
-        task_augmentation: Callable | None = None,
-        augmentation: Callable | None = None,
+        task_augmentation: Compose | None = None,
+        augmentation: Compose | None = None,
         empty_fraction: float = 0.1,
         invert_probability: float = 0.1,
         union_probability: float = 0.1,
@@ -269,7 +270,8 @@ class EpisodeDataset(Dataset):
         while len(drawn) < self.group_size:
             patient = names[rng.integers(len(names))]
             places = holders[patient]
-            drawn.append(Drawn(patient, *places[rng.integers(len(places))], len(drawn)))
+            case, place = places[rng.integers(len(places))]
+            drawn.append(Drawn(patient, case, place, len(drawn)))
         return drawn
 
     def _clip(self, rng: np.random.Generator, case: int, place: int, length: int) -> list[int]:

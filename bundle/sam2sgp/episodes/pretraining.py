@@ -7,6 +7,7 @@ real and synthetic tasks, on whole images and on regions of interest.
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def load_collection(
     if not folders or set(held_out) - set(folders):
         wanted = f"data folders, among them {', '.join(held_out)}" if held_out else "data folders"
         raise DataError(f"{root}: expected {wanted}, found {', '.join(folders) or 'none'}; correct `dataset_dir`.")
-    options = {"patient_pattern": patient_pattern, "split": split, "seed": seed}
+    options: dict[str, Any] = {"patient_pattern": patient_pattern, "split": split, "seed": seed}
     sections: dict[str, list[dict]] = defaultdict(list)
     for name, path in folders.items():
         parts = {"train": "all"}
@@ -229,7 +230,7 @@ class PretrainingDataset(EpisodeDataset):
     def _regions(rng: np.random.Generator, pairs: list[tuple[Tensor, Tensor]], side: int) -> list[tuple]:
         """Windows (centre y, x, length) around the target; around another image's where the target is absent."""
         factor = rng.uniform(1.3, 3.0)
-        boxes = []
+        boxes: list[list[float] | None] = []
         for _, mask in pairs:
             rows, columns = (torch.nonzero(mask[0].any(axis))[:, 0] for axis in (1, 0))
             if len(rows):
@@ -297,5 +298,5 @@ def _changed(mask: np.ndarray, kind: str, width: int, side: int) -> np.ndarray:
     # The outermost of the parts that are no specks, on the side asked for.
     large = [number + 1 for number, area in enumerate(areas) if area >= 0.2 * areas.max()]
     centres = {number: np.argwhere(parts == number).mean(0)[side % 2] for number in large}
-    best = (min if side < 2 else max)(centres, key=centres.get)
+    best = (min if side < 2 else max)(centres, key=lambda number: centres[number])
     return parts == best

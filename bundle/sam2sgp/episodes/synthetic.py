@@ -128,5 +128,5 @@ def threshold_task(rng: np.random.Generator, images: list[Tensor]) -> list[tuple
 
 
 def _pair(image: np.ndarray, mask: np.ndarray) -> tuple[Tensor, Tensor]:
-    image = torch.from_numpy(image.clip(0, 1).astype(np.float32))
-    return image.expand(3, -1, -1).contiguous(), torch.from_numpy(mask[None].astype(np.float32))
+    values = torch.from_numpy(image.clip(0, 1).astype(np.float32))
+    return values.expand(3, -1, -1).contiguous(), torch.from_numpy(mask[None].astype(np.float32))

@@ -99,7 +99,9 @@ def class_sizes(
     labels = _class_map(labels)
     factor, unit = _size_factor(labels.shape, spacing)
     bins = max(class_names, default=0) + 1
-    counts = sum(np.bincount(section.ravel(), minlength=bins)[:bins] for section in labels)  # bounds bincount's memory
+    counts = np.zeros(bins, np.int64)
+    for section in labels:  # slice by slice, which bounds bincount's memory
+        counts += np.bincount(section.ravel(), minlength=bins)[:bins]
     return [
         {
             "class": value,

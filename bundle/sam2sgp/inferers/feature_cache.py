@@ -4,6 +4,8 @@ In: images as the network gets them, and a fingerprint of the network. Out: the 
 them the first time. For one thread at a time.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from sam2sgp.networks import SAM2SGP, ImageFeatures
@@ -34,7 +36,7 @@ class FeatureCache:
         """
         where = fingerprint, precision(image.device)
         keys = [digest_of(checksum({"image": row}), *where) for row in image]
-        rows = {key: self.recent.get(key) for key in keys}
+        rows: dict[str, Any] = {key: self.recent.get(key) for key in keys}
         new = {key: number for number, key in enumerate(keys) if rows[key] is None}
         if new:
             encoded = network.encode(image[list(new.values())])

@@ -121,10 +121,10 @@ class ObjectGate:
         most_absent = int((~bank.holds[members]).sum(0).max())
         if most_absent < MIN_ABSENT or len({bank.items[number].patient for number in members}) < 2:
             return Thresholds.none(len(bank.class_values))
-        volumes = defaultdict(list)
+        by_volume = defaultdict(list)
         for number in members:
-            volumes[bank.items[number].source].append(number)
-        volumes = list(volumes.values())
+            by_volume[bank.items[number].source].append(number)
+        volumes = list(by_volume.values())
         count = min(len(volumes), max(2, MAX_JUDGED * len(volumes) // len(members)))
         judged = [volumes[place] for place in torch.linspace(0, len(volumes) - 1, count).round().long().tolist()]
         rows = []

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from torch import Tensor
 from sam2sgp import distributed
 from sam2sgp.errors import ConfigError
 from sam2sgp.heap import give_back
+from sam2sgp.inferers.adapting import Adaptation, Adapter
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.inferers.presence import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
@@ -26,7 +26,6 @@ from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.transforms.array import Region, pixel_size, to_three_channels
 
 if TYPE_CHECKING:
-    from sam2sgp.adaptation import Adapter
     from sam2sgp.runtime import GraphNetwork, GraphRuntime
 
 
@@ -79,7 +78,7 @@ class SupportSetInferer(Inferer):
         sampler: SupportSampler,
         batch_size: int = 8,
         precision: str = "fp32",
-        adapter: "Adapter | None" = None,
+        adapter: Adapter | None = None,
         region_below: float = 0.0,
         volume_memory: VolumeMemory | None = None,
         object_gate: bool = True,
@@ -96,7 +95,7 @@ class SupportSetInferer(Inferer):
         self.batch_size = batch_size
         self.precision = precision
         self.adapter = adapter
-        self.adaptation = None
+        self.adaptation: Adaptation | None = None
         self.volume_memory = volume_memory
         self.object_gate = object_gate
         self.feature_cache = feature_cache
@@ -106,8 +105,6 @@ class SupportSetInferer(Inferer):
         self.gate = ObjectGate(bank, sampler)
         # Of the bank's encoding that it was made from.
         self._familiarity: Familiarity | None = None
-        # For other axes, each with the table of the bank that it was made from.
-        self._along: dict[int, tuple[SupportSetInferer, Tensor]] = {}
 
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
@@ -115,7 +112,6 @@ class SupportSetInferer(Inferer):
         if self.runtime is not None:
             self.runtime.forget()
         self.adaptation = None
-        self._along.clear()
         self.gate.forget()
 
     def guided_by(self, bank: SupportBank) -> "SupportSetInferer":
@@ -162,23 +158,6 @@ class SupportSetInferer(Inferer):
                 self.bank.encode_share(network, device, *distributed.place_on_machine())
                 distributed.barrier()
             self.bank.encode(network, device)
-
-    def along_axis(self, axis: int, network: SAM2SGP) -> "SupportSetInferer":
-        """The same for volumes sliced along a canonical axis (0, 1, 2), with the support set sliced alike.
-
-        An adaptation serves the support set as it is sliced here, so there is none of other axes.
-        """
-        found = self._along.get(axis)
-        if found is None or found[1] is not self.bank.holds:
-            other = copy(self)
-            other._along, other.bank = {}, self.bank.along_axis(axis)
-            other.gate = ObjectGate(other.bank, self.sampler)
-            other.region_pass = RegionPass(
-                other.bank, self.sampler, self.region_pass.below, self.batch_size, self.feature_cache
-            )
-            other.adapter = other.adaptation = other._familiarity = None
-            found = self._along[axis] = other, self.bank.holds
-        return found[0]
 
     def _adapt(self, network: SAM2SGP) -> None:
         if self.bank.embedding is None and self.adaptation is None and self.adapter:

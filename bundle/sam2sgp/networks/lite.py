@@ -10,6 +10,7 @@ no good: the trunk keeps those of ImageNet. Folded, they cost nothing, and train
 import re
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -63,7 +64,7 @@ class LiteTrunk(nn.Module):
 
 def fold_batch_norms(module: nn.Module) -> None:
     """Fold every BatchNorm into the convolution before it, in place; its activation takes its place."""
-    convolution = None
+    convolution: Any = None
     for name, child in list(module.named_children()):
         if isinstance(child, BatchNormAct2d):
             weight, bias = fuse_conv_bn_weights(

@@ -119,9 +119,9 @@ def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor 
     """Attention with a bias (N, 1, 1, keys) added to its logits, the same for every head and token."""
     if bias is None:
         return attention(q=q, k=k, v=v)
-    heads = [
+    query, key, value = (
         projection(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
         for projection, x in ((attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v))
-    ]
-    out = F.scaled_dot_product_attention(*heads, attn_mask=bias.to(heads[0].dtype))
+    )
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
     return attention.out_proj(out.transpose(1, 2).flatten(2))

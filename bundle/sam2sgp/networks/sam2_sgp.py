@@ -35,11 +35,10 @@ from sam2sgp.networks.support_regression import SupportRegression
 
 MASK_LOGIT = 10.0
 RETRIEVAL_GRID = 4
-NORMALIZATIONS = ("imagenet", "lite", "instance", "none")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NORMALIZATION_EPS = 1e-3
-PMG_DEFAULTS = {"prior": True, "prior_levels": None, "regression": True}
+PMG_DEFAULTS = {"prior": True, "regression": True}
 PMA_DEFAULTS = {"box": True, "attention": True, "dense": False}
 
 
@@ -193,12 +192,8 @@ class SAM2SGP(nn.Module):
         checkpoint: SAM 2.1 checkpoint to start from (strictly loaded), or None.
         freeze_encoder: keep image encoder and prompt encoder as they are, except for LoRA.
         lora: None or False for none, else the arguments of `add_lora`, e.g. {"r": 8, "alpha": 16}.
-        pmg: pseudo-mask generation; switches `prior` and `regression` (which needs the prior), and `prior_levels`
-            (None: the backbone's default).
+        pmg: pseudo-mask generation; switches `prior` and `regression` (which needs the prior).
         refinement: correct the final logits at the finest grid (`sam2sgp.networks.refinement`); needs the prior.
-        normalization: "imagenet" (fixed mean and deviation, which SAM2's weights expect), "lite" (those that
-            EfficientNet-Lite's weights expect), "instance" (each image to
-            mean 0 and deviation 1) or "none"; None is the backbone's own.
         pma: pseudo-mask attention; switches `box`, `attention`, `dense`. With all off there is no second decoder.
         memory_pool: side of the square of places whose memory tokens are averaged into one; 1 keeps all, as SAM2 does.
             None is the backbone's own.
@@ -230,7 +225,6 @@ class SAM2SGP(nn.Module):
         pmg: dict | None = None,
         pma: dict | None = None,
         refinement: bool = True,
-        normalization: str | None = None,
         memory_pool: int | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -244,9 +238,7 @@ class SAM2SGP(nn.Module):
         self.trunk_cache: Callable[[Tensor, nn.Module], list[Tensor]] | None = None
         self.uses_box, self.uses_attention, self.uses_dense = pma["box"], pma["attention"], pma["dense"]
         has_pma = any(pma.values())
-        self.normalization = normalization or definition.normalization
-        if self.normalization not in NORMALIZATIONS:
-            raise ConfigError(f"normalization is {normalization!r}: expected one of {', '.join(NORMALIZATIONS)}.")
+        self.normalization = definition.normalization
 
         sam2 = build_sam2(backbone, image_size)
         self.memory_pool = _pool_size(memory_pool or definition.memory_pool, image_size // sam2.backbone_stride)
@@ -280,10 +272,10 @@ class SAM2SGP(nn.Module):
         self.prior = self.regression = self.refinement = None
         self.regression_on_trunk = definition.regression_on_trunk
         if pmg["prior"]:
-            levels = pmg["prior_levels"] or definition.prior_levels
             pretrained = definition.checkpoint is not None
             width = sam2.hidden_dim
-            self.prior = SupportPrior(width, levels, definition.prior_dim, pretrained, pmg["regression"])
+            size = definition.prior_levels, definition.prior_dim
+            self.prior = SupportPrior(width, *size, pretrained, pmg["regression"])
             if pmg["regression"]:
                 on_trunk = self.regression_on_trunk
                 widths = self.image_encoder.trunk.channel_list if on_trunk else [width] * 3
@@ -375,10 +367,8 @@ class SAM2SGP(nn.Module):
             return (image - mean) / std
         if self.normalization == "lite":
             return (image - LITE_MEAN) / LITE_STD
-        if self.normalization == "instance":
-            std, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
-            return (image - mean) / (std + NORMALIZATION_EPS)
-        return image
+        std, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
+        return (image - mean) / (std + NORMALIZATION_EPS)
 
     def retrieval_embedding(self, features: ImageFeatures) -> Tensor:
         """L2-normalised embedding (B, 16 D) pooled on a 4x4 grid; cosine similarity is the inner product."""

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam2sgp.errors import ConfigError
-
 START_TEMPERATURE = 30.0
 PROBABILITY_MARGIN = 1e-3
 LOGIT_SCALE = 0.2
@@ -64,8 +62,6 @@ class SupportPrior(nn.Module):
         self, channels: int, levels: int = 1, dim: int = 64, zero_init: bool = False, regression: bool = False
     ) -> None:
         super().__init__()
-        if levels not in (1, 2, 3):
-            raise ConfigError(f"pmg.prior_levels is {levels}: expected 1, 2 or 3 feature levels.")
         self.projections = LevelProjections([channels] * levels, dim)
         self.log_temperature = nn.Parameter(torch.tensor(START_TEMPERATURE).log())
         self.map_count = 6 if regression else 4

@@ -6,7 +6,6 @@ name asked for: files are written in a temporary folder next to their target and
 processes may save the same file at once.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,7 @@ class _Settings:
 
     backbone: str | None
     lora_rank: int | None
-    prior_levels: int
+    prior: bool
     second_decoder: bool
     guided: bool
     regression: bool
@@ -96,7 +95,7 @@ class _Settings:
         return cls(
             identify_backbone(state),
             _lora_rank(state),
-            sum(re.fullmatch(r"prior\.projections\.\d+\.weight", key) is not None for key in state),
+            any(key.startswith("prior.") for key in state),
             any(key.startswith("pma_decoder.") for key in state),
             "pma_decoder.strength" in state,
             any(key.startswith("regression.") for key in state),
@@ -121,16 +120,13 @@ def _sgp_origin(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         ranks = (f"LoRA of rank {rank}" if rank else "no LoRA" for rank in (file.lora_rank, network.lora_rank))
         remedy = f"set `lora` to rank {file.lora_rank}, or save the file anew after `merge_lora`"
         advice.append("{}, the network {}: {}".format(*ranks, remedy))
-    if file.prior_levels != network.prior_levels:
-        levels = f"{file.prior_levels} support prior levels, the network {network.prior_levels}"
-        remedy = f"`pmg.prior_levels` to {file.prior_levels}" if file.prior_levels else "`pmg.prior` to false"
-        if not network.prior_levels:
-            remedy = f"`pmg.prior` to true and {remedy}"
-        advice.append(f"{levels}: set {remedy}")
+    if file.prior != network.prior:
+        has = "a support prior" if file.prior else "no support prior"
+        advice.append(f"{has}, unlike the network: set `pmg.prior` to {str(file.prior).lower()}")
     elif file.regression != network.regression:
         has = "a support regression" if file.regression else "no support regression"
         advice.append(f"{has}, unlike the network: set `pmg.regression` to {str(file.regression).lower()}")
-    if file.prior_levels and network.prior_levels and file.refinement != network.refinement:
+    if file.prior and network.prior and file.refinement != network.refinement:
         has = "a refinement" if file.refinement else "no refinement"
         advice.append(f"{has}, unlike the network: set `refinement` to {str(file.refinement).lower()}")
     if file.second_decoder != network.second_decoder:

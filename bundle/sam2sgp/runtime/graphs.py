@@ -107,7 +107,8 @@ class MemoryStage(Stage):
 
     def compute(self, tensors: Tensors) -> Tensors:
         # The memory encoder does not look at the finer levels.
-        features = ImageFeatures(tensors["embedding"], None, None, tensors.get("prior_key"), tensors.get("pixels"))
+        read = tensors["embedding"], None, None, tensors.get("prior_key"), tensors.get("pixels")
+        features = ImageFeatures(*read)  # type: ignore[arg-type]
         memory = self.network.encode_support(features, tensors["masks"])
         return _given({MEMORY + field.name: getattr(memory, field.name) for field in fields(memory)})
 
@@ -123,10 +124,10 @@ class SegmentStage(Stage):
 
     def compute(self, tensors: Tensors) -> Tensors:
         network = self.network
-        memory = (tensors.get(MEMORY + name) for name in ("tokens", "prior_key", "prior_mask"))
+        tokens, prior_key, prior_mask = (tensors.get(MEMORY + name) for name in ("tokens", "prior_key", "prior_mask"))
         output = network.decode(
             features_of(tensors, position_of(network)),
-            SupportMemory(*memory, None, None, tensors["distance"]),
+            SupportMemory(tokens, prior_key, prior_mask, None, None, tensors["distance"]),
             tensors.get("regression_weights"),
         )
         return {field.name: getattr(output, field.name) for field in fields(SGPOutput)}

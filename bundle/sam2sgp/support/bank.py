@@ -43,7 +43,7 @@ from sam2sgp.support.items import VIEWS, Listing, Prepared, SupportItem, prepare
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.store import Store, Tensors, checksum
 from sam2sgp.transforms.array import to_three_channels
-from sam2sgp.transforms.dictionary import along_axis, log_warnings
+from sam2sgp.transforms.dictionary import log_warnings
 from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
 
 logger = logging.getLogger(__name__)
@@ -286,22 +286,6 @@ class SupportBank:
         items = [replace(item, patient=patient) for item, patient in zip(self.items, patients, strict=True)]
         part._set(items, self.class_names)
         return part
-
-    def along_axis(self, axis: int) -> "SupportBank":
-        """A bank of the same cases with volumes sliced along a canonical axis (0, 1, 2), not encoded."""
-        return SupportBank(
-            self.data,
-            along_axis(self.transform, axis),
-            self.declared,
-            self.slices_per_class,
-            self.max_items,
-            self.seed,
-            self.batch_size,
-            self.progress,
-            **self.cache,
-            skip_errors=self.skip_errors,
-            allow_empty=self.allow_empty,
-        )
 
     def masks(self, items: list[SupportItem]) -> Tensor:
         """Binary masks (len(items), C, S, S) float32 of all classes."""

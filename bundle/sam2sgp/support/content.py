@@ -47,7 +47,7 @@ class FileHashes:
         """Look up many cases at once; a case that can't be looked up is left for `of_case` to complain of."""
         if self.store is None:
             return
-        keys = {}
+        keys: dict[str, str] = {}
         for case in cases:
             try:
                 named = [os.path.abspath(case[key]) for key in ("image", "label")]
@@ -68,8 +68,8 @@ class FileHashes:
         Raises:
             DataError: a file is missing or can't be read.
         """
-        paths = [case.get("image"), case.get("label")]
-        if not all(isinstance(path, str | os.PathLike) for path in paths):
+        paths = [path for key in ("image", "label") if isinstance(path := case.get(key), str | os.PathLike)]
+        if len(paths) < 2:
             return None
         return digest_of(self.of_paths(paths), case.get("modality"), scaling_hint(case))
 

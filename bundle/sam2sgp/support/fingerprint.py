@@ -73,7 +73,8 @@ class ImageMeasures:
         """Measures of a class map (H, W) on the image's own grid, 0 background."""
         values = sorted(set(np.unique(label.numpy()).tolist()) - {0})
         targets = {int(value): TargetMeasures.of(label == value) for value in values}
-        return cls(*label.shape, is_slice, targets)
+        height, width = label.shape
+        return cls(height, width, is_slice, targets)
 
     def to_json(self) -> list:
         """As JSON types; `of_json` leads back."""

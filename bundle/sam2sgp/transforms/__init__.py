@@ -3,7 +3,6 @@
 from sam2sgp.transforms.array import (
     Fit,
     class_probabilities,
-    fused_logits,
     label_map,
     to_three_channels,
     uncertainty,
@@ -16,7 +15,6 @@ from sam2sgp.transforms.dictionary import (
     SaveLabeld,
     SaveMapsd,
     ScaleIntensityByModalityd,
-    along_axis,
 )
 from sam2sgp.transforms.scaling import (
     Scaling,
@@ -39,10 +37,8 @@ __all__ = [
     "Scaling",
     "SupportScaling",
     "agreed",
-    "along_axis",
     "choose_scaling",
     "class_probabilities",
-    "fused_logits",
     "is_open",
     "label_map",
     "scale_intensity",

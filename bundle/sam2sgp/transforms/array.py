@@ -23,8 +23,6 @@ MOST_WINDOWS = 32
 # Least overlap of neighbouring tiles, and the width of the rim over which views are blended, as shares of their side.
 OVERLAP = 0.15
 RIM = 0.15
-# Half precision holds no smaller one.
-LEAST_PROBABILITY = 1e-7
 
 
 def to_three_channels(image: Tensor) -> Tensor:
@@ -39,7 +37,7 @@ def to_three_channels(image: Tensor) -> Tensor:
 
 def pixel_size(spacing: tuple[float, float, float] | None) -> tuple[float, float]:
     """Height and width in mm of a slice's pixel, from spacing (slice, row, column); (1, 1) where it is unknown."""
-    return (1.0, 1.0) if spacing is None else tuple(spacing[1:])
+    return (1.0, 1.0) if spacing is None else (spacing[1], spacing[2])
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,9 @@ class Fit:
         """Fit slices of `shape` (H, W), with pixels of `pixel` (row, column) mm, into a square of side `size`."""
         extent = [length * spacing for length, spacing in zip(shape, pixel, strict=True)]
         scale = size / max(extent)
-        inner = tuple(min(size, max(1, round(length * scale))) for length in extent)
-        offset = tuple((size - length) // 2 for length in inner)
-        return cls(tuple(shape), inner, offset, size)
+        height, width = (min(size, max(1, round(length * scale))) for length in extent)
+        offset = (size - height) // 2, (size - width) // 2
+        return cls((shape[0], shape[1]), (height, width), offset, size)
 
     @property
     def warnings(self) -> list[str]:
@@ -186,7 +184,7 @@ class Region:
             count = 1 + math.ceil((length - tile) / ((1 - OVERLAP) * tile))
             extent.append(tile)
             starts.append([round(start) for start in torch.linspace(0, length - tile, count).tolist()])
-        fit = Fit.of(tuple(extent), size, pixel)
+        fit = Fit.of((extent[0], extent[1]), size, pixel)
         return [cls(top, left, fit) for top in starts[0] for left in starts[1]]
 
     @property
@@ -269,18 +267,6 @@ def uncertainty(logits: Tensor) -> Tensor:
     log_p = _with_background(logits).log_softmax(1)
     entropy = -(log_p.exp() * log_p).sum(1) / math.log(log_p.shape[1])
     return entropy.clamp(0.0, 1.0).half()
-
-
-def fused_logits(logits: Tensor, others: Tensor, count: int) -> Tensor:
-    """Class logits (Z, C, H, W) whose `class_probabilities` are the mean over several segmentations.
-
-    Args:
-        logits: of one segmentation.
-        others: (Z, C + 1, H, W) sum of the probabilities of `count` others.
-    """
-    mean = (_with_background(logits).softmax(1) + others) / (count + 1)
-    log_p = mean.clamp(min=LEAST_PROBABILITY).log()
-    return log_p[:, 1:] - log_p[:, :1]
 
 
 def _with_background(logits: Tensor) -> Tensor:

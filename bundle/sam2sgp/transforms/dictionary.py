@@ -12,10 +12,11 @@ import logging
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.transforms import Compose, MapTransform
+from monai.transforms import MapTransform
 
 from sam2sgp.data.dicom_seg import DicomSourceError, write_dicom_seg
 from sam2sgp.data.io import (
@@ -53,7 +54,7 @@ class LoadCased(MapTransform):
         super().__init__(keys, allow_missing_keys=True)
         self.slice_axis = slice_axis
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         image = read_image(case["image"], self.slice_axis)
         listed = case.get("modality")
@@ -77,12 +78,6 @@ def log_warnings(prepared: Mapping) -> None:
         logger.warning("%s: %s", prepared["name"], sentence)
 
 
-def along_axis(transform: Compose, axis: int) -> Compose:
-    """The same preprocessing, with volumes sliced along a canonical axis (0, 1, 2)."""
-    parts = [LoadCased(part.keys, axis) if isinstance(part, LoadCased) else part for part in transform.transforms]
-    return Compose(parts)
-
-
 class ScaleIntensityByModalityd(MapTransform):
     """Scale the image to [0, 1]: CT by a HU window, colours by their range, all else by percentiles.
 
@@ -103,11 +98,11 @@ class ScaleIntensityByModalityd(MapTransform):
         modality: str | None = None,
     ) -> None:
         super().__init__(keys)
-        self.ct_window = tuple(ct_window)
-        self.percentiles = tuple(percentiles)
+        self.ct_window = ct_window[0], ct_window[1]
+        self.percentiles = percentiles[0], percentiles[1]
         self.modality = modality
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         stated = case.get("modality"), case.get("stated_by", "datalist")
         if is_ct(stated[0]) is None and self.modality is not None:
@@ -132,7 +127,7 @@ class FitToSquared(MapTransform):
         super().__init__(keys, allow_missing_keys=True)
         self.size = size
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         pixel = pixel_size(case["geometry"].spacing)
         case["fit"] = Fit.of(tuple(case["image"].shape[-2:]), self.size, pixel)
@@ -167,10 +162,9 @@ class OutputNames:
 
     def _name(self, source: str, ending: str) -> Path:
         name = Path(source).name
-        for stem in chain((image_stem(source), name), (f"{name}_{number}" for number in count(2))):
-            path = self.output_dir / (stem + ending)
-            if self.taken.setdefault(path, source) == source:
-                return path
+        stems = chain((image_stem(source), name), (f"{name}_{number}" for number in count(2)))
+        paths = (self.output_dir / (stem + ending) for stem in stems)
+        return next(path for path in paths if self.taken.setdefault(path, source) == source)
 
     def claim(self, source: str, ending: str) -> Path:
         """`<output_dir>/<stem><ending>` for the query at `source`, always the same; where that is another's already,
@@ -196,7 +190,7 @@ class SaveLabeld(MapTransform):
         self.names = names
         self.binary_255 = binary_255
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         for key in self.key_iterator(case):
             path = self.names.claim(case["source"], output_suffix(case["geometry"]))
@@ -216,7 +210,7 @@ class SaveMapsd(MapTransform):
         super().__init__(keys, allow_missing_keys=True)
         self.names = names
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         for key in self.key_iterator(case):
             path = self.names.claim(case["source"], f"_{key}{map_suffix(case['geometry'])}")
@@ -241,7 +235,7 @@ class SaveDicomSegd(MapTransform):
         self.class_names = class_names
         self.warned = False
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         source = case["source"]
         if not is_dicom(source):

@@ -62,12 +62,6 @@ class Geometry:
         return tuple(float(f"{sizes[axis]:.6g}") for axis in self.axes)
 
     @property
-    def is_isotropic(self) -> bool:
-        """A volume of voxels about as long along every axis, which may be sliced along any."""
-        sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
-        return self.spacing is not None and min(self.shape) > 1 and sizes.max() < THICK_AXIS_RATIO * sizes.min()
-
-    @property
     def full_shape(self) -> tuple[int, ...]:
         return self.native_shape + (1,) * (3 - len(self.native_shape))
 
