@@ -361,3 +361,24 @@ def test_an_image_without_a_class_becomes_a_segmentation_of_empty_segments(tmp_p
     # A map with classes is what it is without the switch.
     write_dicom_seg(path, blobs(geometry.shape), geometry, source, NAMES, keep_empty=True)
     assert len(highdicom.seg.segread(path).SegmentSequence) == 3
+
+
+@pytest.mark.parametrize("kind", ["PROBABILITY", "OCCUPANCY"])
+def test_of_fractional_segments_voxels_of_half_the_highest_value_count(tmp_path, kind):
+    names = ("PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime")
+    empty = dict.fromkeys((*names, "AccessionNumber", "ReferringPhysicianName"), "")
+    source = series(tmp_path / "series", shuffle=False, **empty)
+    written, _ = segment(tmp_path, source)
+    described = list(highdicom.seg.segread(written).SegmentSequence)[:1]
+    sources = [pydicom.dcmread(path) for path in sorted(source.iterdir())]
+    fractions = np.zeros(SHAPE)
+    fractions[1:4, 2:9, 3:12] = np.linspace(0.1, 0.9, 9)
+    description = highdicom.seg.SegmentDescription.from_dataset(described[0])
+    segmentation = highdicom.seg.Segmentation(
+        sources, fractions, "FRACTIONAL", [description], generate_uid(), 1, generate_uid(), 1, "m", "m", "1", "1",
+        fractional_type=kind, max_fractional_value=200,
+    )  # fmt: skip
+    segmentation.save_as(tmp_path / "fractions.dcm")
+    geometry = read_image(source).geometry
+    found = geometry.to_native(read_label(tmp_path / "fractions.dcm", geometry)).T
+    assert np.array_equal(found > 0, fractions >= 0.5)

@@ -19,6 +19,7 @@ from sam2sgp.data.io import (
     is_image,
     output_suffix,
     read_image,
+    read_label,
     write_label,
 )
 from sam2sgp.errors import DataError
@@ -284,3 +285,34 @@ def test_image_without_spacing_and_frames_of_a_film_have_no_size_in_mm(tmp_path)
     assert read_image(write_dicom(tmp_path / "b.dcm", pixels[0], "DX", PixelSpacing=[0, 0])).geometry.spacing is None
     tags = {"NumberOfFrames": 4, "PixelData": pixels.tobytes(), "PixelSpacing": [0.2, 0.2]}
     assert read_image(write_dicom(tmp_path / "film.dcm", pixels[0], "US", **tags)).geometry.spacing is None
+
+
+def test_slices_in_colour_among_grey_ones_and_contours_are_told(tmp_path):
+    folder = write_series(tmp_path / "series", RNG.integers(0, 99, (4, 6, 8)).astype(np.uint16), Modality="MR")
+    path = next(folder.iterdir())
+    grey = pydicom.dcmread(path)
+    names = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+    tags = {name: grey[name].value for name in names}
+    write_dicom(path, np.zeros((6, 8, 3), np.uint8), "MR", series_uid=grey.SeriesInstanceUID, **tags)
+    with pytest.raises(DataError, match="expected slices of one size and orientation, found values per pixel"):
+        read_image(folder)
+    contours = write_object(tmp_path / "contours.dcm", "1.2.840.10008.5.1.4.1.1.481.3", "RTSTRUCT")
+    with pytest.raises(DataError, match=r"found objects without pixels only \(1 RTSTRUCT\).*convert contours"):
+        read_label(contours)
+
+
+@pytest.mark.parametrize("tags", [{}, {"SliceThickness": 5.0}, {"SpacingBetweenSlices": -7.5}])
+def test_positions_rule_over_instance_numbers_locations_and_thicknesses(tmp_path, tags):
+    volume = RNG.integers(0, 99, (5, 6, 8)).astype(np.uint16)
+    folder = write_series(tmp_path / "series", volume, intercept=0.0, **tags)
+    for path in folder.iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.SliceLocation = -float(dataset.InstanceNumber)
+        dataset.InstanceNumber = 99 - dataset.InstanceNumber
+        dataset.save_as(path)
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    expected = reader.Execute()
+    image = read_image(folder)
+    assert np.array_equal(image.slices[:, 0], SimpleITK.GetArrayFromImage(expected))
+    assert np.allclose(image.geometry.spacing, expected.GetSpacing()[::-1])

@@ -150,3 +150,27 @@ def test_file_without_preamble_and_meta_header_is_read(tmp_path, implicit):
     (tmp_path / "noise.dcm").write_bytes(RNG.bytes(2000))
     with pytest.raises(DataError, match="noise.dcm: expected a DICOM file"):
         read_image(tmp_path / "noise.dcm")
+
+
+@pytest.mark.parametrize("bits", [10, 16])
+def test_deep_colours_fill_the_range_of_colours(tmp_path, bits):
+    colours = RNG.integers(0, 2**bits, (6, 7, 3)).astype(np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", colours, "US", BitsStored=bits, HighBit=bits - 1)
+    expected = pydicom.dcmread(path).pixel_array / (2**bits - 1) * 255
+    image = read_image(path)
+    assert image.is_rgb and np.allclose(image.slices[0].transpose(1, 2, 0), expected, atol=1e-3)
+    write_dicom(path, colours, "US", BitsStored=bits, HighBit=bits - 1, PhotometricInterpretation="YBR_FULL")
+    with pytest.raises(DataError, match=f"expected colours of 8 bits or RGB, found YBR_FULL of {bits} bits"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("words, bits", [(np.uint8, 8), (np.uint16, 8), (np.uint16, 16)])
+def test_palette_entries_of_8_bits_may_be_stored_in_words_of_16(tmp_path, words, bits):
+    table = RNG.integers(0, 256, (256, 3))
+    index = RNG.integers(0, 256, (6, 7)).astype(np.uint8)
+    tags = {}
+    for column, colour in enumerate(("Red", "Green", "Blue")):
+        tags[f"{colour}PaletteColorLookupTableData"] = table[:, column].astype(words).tobytes()
+        tags[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
+    image = read_image(write_dicom(tmp_path / "a.dcm", index, "US", PhotometricInterpretation="PALETTE COLOR", **tags))
+    assert image.is_rgb and np.array_equal(image.slices[0].transpose(1, 2, 0), table[index])

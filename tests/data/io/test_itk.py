@@ -139,3 +139,21 @@ def test_voxels_of_unknown_size_have_no_spacing_and_components_are_no_colours(tm
     SimpleITK.WriteImage(vectors, str(tmp_path / f"b{suffix}"))
     with pytest.raises(DataError, match="found 3 along further axes"):
         read_image(tmp_path / f"b{suffix}")
+
+
+@pytest.mark.parametrize("spacings", [(1.0, np.nan, 2.0), (np.nan, np.nan, np.nan)])
+def test_a_spacing_of_nan_is_not_known(tmp_path, spacings):
+    nrrd.write(str(tmp_path / "a.nrrd"), np.zeros((4, 5, 6), np.int16), {"encoding": "raw", "spacings": spacings})
+    geometry = read_image(tmp_path / "a.nrrd").geometry
+    assert geometry.spacing is None and geometry.full_shape == (4, 5, 6)
+
+
+@pytest.mark.parametrize("unit, is_read", [("mm", True), ("", True), ("cm", False), ("um", False)])
+def test_units_other_than_millimetres_are_refused(tmp_path, unit, is_read):
+    header = {"space": "left-posterior-superior", "space directions": np.eye(3) / 10, "space units": [unit] * 3}
+    nrrd.write(str(tmp_path / "a.nrrd"), np.zeros((4, 5, 6), np.int16), header)
+    if is_read:
+        assert np.allclose(read_image(tmp_path / "a.nrrd").geometry.spacing, 0.1)
+        return
+    with pytest.raises(DataError, match=f"expected millimetres as the unit of space, found '{unit}'"):
+        read_image(tmp_path / "a.nrrd")

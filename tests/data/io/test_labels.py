@@ -1,6 +1,7 @@
 """Class maps and maps: laid on their image's grid, and written on it."""
 
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -254,3 +255,13 @@ def test_long_map_is_never_held_in_single_precision(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < values.nbytes / 2
+
+
+@pytest.mark.parametrize(
+    "value, dtype", [(2**64 - 1, np.uint64), (2**40, np.int64), (1e30, np.float64), (65536, np.int32)]
+)
+def test_values_that_are_no_classes_are_named_as_they_are(tmp_path, value, dtype):
+    array = np.full((3, 3, 3), value, dtype)
+    nib.save(nib.Nifti1Image(array, np.eye(4), dtype=dtype), tmp_path / "a.nii.gz")
+    with pytest.raises(DataError, match=rf"up to 65535, found {re.escape(f'{array.flat[0]:g}')};"):
+        read_label(tmp_path / "a.nii.gz")

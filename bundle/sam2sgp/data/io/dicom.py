@@ -125,9 +125,13 @@ def _dicom_stack(path: Path, files: list[Path]) -> tuple[list[_Slice], np.ndarra
     headers = {file: read_dataset(file, pixels=False) for file in files}
     without = {file.name: str(header.get("Modality")) for file, header in headers.items() if "Rows" not in header}
     headers = {file: header for file, header in headers.items() if "Rows" in header}
-    if not headers:
-        raise DataError(f"{path}: expected a DICOM series, found no DICOM image; check the path.")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(without.values()).items()))
+    if not headers:
+        found = f"objects without pixels only ({kinds})" if without else "no DICOM image"
+        raise DataError(
+            f"{path}: expected a DICOM series, found {found}; check the path, and convert contours "
+            "(RTSTRUCT) to a DICOM segmentation or a NIfTI class map."
+        )
     warnings = [f"DICOM files without pixels in its folder are not used ({kinds})."] if without else []
     _check_one_series(path, list(headers.values()))
     for file, header in headers.items():
@@ -270,6 +274,7 @@ def _stack(path: Path, slices: list[_Slice], normal: np.ndarray) -> tuple[list[_
     first = slices[0]
     for name, of, tolerance in (
         ("Rows and Columns", lambda piece: (piece.header.Rows, piece.header.Columns), 0),
+        ("values per pixel", lambda piece: samples_of(piece.header), 0),
         ("PixelSpacing", lambda piece: piece.spacing, 1e-4),
         ("ImageOrientationPatient", lambda piece: piece.orientation, 1e-3),
     ):

@@ -104,17 +104,34 @@ def read_frames(file: Path) -> np.ndarray:
     stored = dataset.pixel_array if is_native else _decoded(file, dataset)
     if photometric == "PALETTE COLOR":
         stored = apply_color_lut(_used_bits(file, stored, dataset, is_native), dataset)[..., :3]
-        return (stored / 257.0 if stored.dtype == np.uint16 else stored).reshape(*shape, 3).astype(np.float32)
+        has_16_bits = stored.dtype == np.uint16 and not _is_padded_palette(dataset)
+        return (stored / 257.0 if has_16_bits else stored).reshape(*shape, 3).astype(np.float32)
     if samples >= 3:
+        bits = int(dataset.get("BitsStored") or 8)
         if is_native and photometric != "RGB":
+            if bits > 8:
+                raise DataError(
+                    f"{file}: expected colours of 8 bits or RGB, found {photometric} of {bits} bits; export it as RGB."
+                )
             stored = convert_color_space(stored, photometric, "RGB")
-        return stored.reshape(*shape, -1).astype(np.float32)
+        scale = 255.0 / (2**bits - 1) if bits > 8 else 1.0
+        return stored.reshape(*shape, -1).astype(np.float32) * np.float32(scale)
     stored = stored.reshape(shape)
     values = np.empty((*shape, 1), np.float32)
     for frame in range(frames):
         kept = _used_bits(file, stored[frame], dataset, is_native)
         values[frame, ..., 0] = _grey_values(kept, dataset, frame, photometric)
     return values
+
+
+def _is_padded_palette(dataset: Dataset) -> bool:
+    """Whether the entries of a palette are 8 bits in words of 16, as PS3.3 C.7.6.3.1.5 says that some programs do."""
+    words = [
+        np.frombuffer(dataset.get(f"{colour}PaletteColorLookupTableData") or b"", np.uint16)
+        for colour in ("Red", "Green", "Blue")
+    ]
+    highest = max(int(entries.max(initial=0)) for entries in words)
+    return all(entries.size for entries in words) and highest < 256
 
 
 def _used_bits(file: Path, stored: np.ndarray, dataset: Dataset, is_native: bool) -> np.ndarray:

@@ -23,6 +23,8 @@ from sam2sgp.files import replacing
 GRID_TOLERANCE = 1e-2
 # A label may take this many bytes of memory for each voxel of its image: colours of 32 bits, all alike.
 LABEL_BYTES = 16
+# Results have 16 bits.
+LARGEST_CLASS = 65535
 # A picture of this many values that reaches 255 is a resized (blurred) mask, not a class map with an ignore label.
 BLURRED_MASK_VALUES = 32
 
@@ -92,7 +94,7 @@ def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry,
     if not str(path).lower().endswith(output_suffix(geometry)):
         raise DataError(f"{path}: expected a file name that ends in {output_suffix(geometry)}.")
     lowest, highest = int(labels.min()), int(labels.max())
-    limit = 1 if binary_255 and geometry.is_picture else 65535
+    limit = 1 if binary_255 and geometry.is_picture else LARGEST_CLASS
     if lowest < 0 or highest > limit:
         raise DataError(f"{path}: expected class values 0..{limit}, found {lowest}..{highest}.")
     kind = np.uint8 if highest <= 255 else np.uint16
@@ -164,9 +166,14 @@ def _class_values(path: str | os.PathLike, grid: Grid) -> np.ndarray:
                 "class map: threshold it and store whole numbers."
             )
         values = whole
+    # Before they are converted, in which values beyond 64 bits would become others.
+    for bound in (values.min(), values.max()):
+        if not 0 <= bound <= LARGEST_CLASS:
+            raise DataError(
+                f"{path}: expected class values from 0 (background) up to {LARGEST_CLASS}, found {bound:g}; renumber "
+                "them."
+            )
     values = values.astype(np.int64)
-    if values.min() < 0:
-        raise DataError(f"{path}: expected class values from 0 (background) up, found {values.min()}; renumber them.")
     if grid.is_picture and values.max() == 65535 and np.isin(values, (0, 65535)).all():
         return values // 65535
     if grid.is_8_bit:

@@ -87,6 +87,7 @@ SYNONYMS = {
     "byteskip": "byte skip",
     "datafile": "data file",
 }
+MILLIMETRES = ("", "mm", "millimeter", "millimeters", "millimetre", "millimetres")
 SKIPS = ("line skip", "byte skip")
 DATA_FILE = "data file"
 
@@ -139,7 +140,7 @@ def read_header(path: Path, detached: bool = False) -> RawHeader:
         channels=shape[ranges[0]] if ranges else None,
         channel_axis=ranges[0] if ranges else 0,
         affine=_affine(path, fields, grid, len(shape)),
-        has_spacing="space directions" in fields or "spacings" in fields,
+        has_spacing=_has_spacing(path, fields, grid),
         is_complex="complex" in kinds,
         fields=pairs,
         canonical="".join(f"{line}\n" for line in text).encode("utf-8", "surrogateescape"),
@@ -237,6 +238,21 @@ def _affine(path: Path, fields: dict[str, str], grid: list[int], dimensions: int
         affine[: len(origin or ()), 3] = origin or ()
     affine[:3] *= np.array(SPACES[space], float)[:, None]
     return affine
+
+
+def _has_spacing(path: Path, fields: dict[str, str], grid: list[int]) -> bool:
+    """Whether the header says how large a voxel is, in mm; NaN stands for a spacing that isn't known.
+
+    Raises FormatError for another unit: ITK and 3D Slicer pass over it, and so would place results elsewhere.
+    """
+    units = re.findall(r'"([^"]*)"', fields.get("space units" if "space directions" in fields else "units", ""))
+    others = [unit for unit in units if unit.strip().lower() not in MILLIMETRES]
+    if others:
+        raise _refused(path, f"millimetres as the unit of space, found {_shown(others[0])}")
+    if "space directions" in fields:
+        return True
+    spacings = fields.get("spacings", "").split()
+    return bool(spacings) and all(np.isfinite(float(spacings[axis])) for axis in grid[:3])
 
 
 def _vectors(path: Path, name: str, text: str, count: int) -> list[list[float] | None]:
