@@ -6,7 +6,7 @@ format leaves nothing to interpret; else it is written anew from what was unders
 
     NIfTI                   a fixed header that can't refer to anything: kept
     NRRD, MetaImage         a text header: written anew with the fields that are known, voxels and segment names as sent
-    DICOM                   kept, but for the 128 bytes in front of it, which mean nothing to DICOM and much to others
+    DICOM                   kept, but for a preamble of 128 bytes, which means nothing to DICOM and much to others
     PNG, JPEG, TIFF, BMP    kept; only the named format's decoder ever sees them
 
 Volumes are unpacked piece by piece and not kept, pictures in a process of their own. Header and file must agree about
@@ -28,6 +28,7 @@ from lib.checks import RequestError, TooLarge, UnsupportedFile, suffix_of
 from sam2sgp.data.io import ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, is_dicom
 from sam2sgp.data.io.decoding import decode_picture
 from sam2sgp.data.io.dicom_file import frame_shape, open_dicom, samples_of
+from sam2sgp.data.io.formats import has_dicom_magic
 from sam2sgp.data.io.itk import raw_header
 from sam2sgp.data.io.limits import BYTES_IN_MEMORY
 from sam2sgp.data.io.nifti_file import check_nifti
@@ -122,6 +123,8 @@ def _check_dicom(path: Path, written: Path, limit: int) -> None:
     """Judge a DICOM file; one with anything in its preamble is written without that."""
     if "Rows" not in _dicom_header(path, limit):
         raise NoImage(f"{path.name}: expected a DICOM image, found an object without pixels; leave it out.")
+    if not has_dicom_magic(path):
+        return  # It begins with its first element, and has no preamble.
     with open(path, "rb") as file:
         if any(file.read(PREAMBLE)):
             shutil.copyfile(path, written)
