@@ -710,6 +710,31 @@ def test_whenever_it_is_killed_a_label_goes_with_what_is_known_about_it(
     assert changes > 5 and len(seen) == 2
 
 
+def test_the_first_label_of_an_image_is_there_whole_or_not_at_all_whenever_it_is_killed(
+    opened, doing, studies, uploads, monkeypatch
+):
+    """Also beside an older file of another kind, whose record stays with it."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    new = label(uploads / "new.nii.gz", 2)
+    spleen, liver = ({"label_info": [{"idx": value, "name": name}]} for value, name in ((2, "spleen"), (1, "liver")))
+    changes, outcome, seen = 0, "killed", set()
+    while outcome == "killed":
+        store = opened()
+        for tag in store.get_labels_by_image_id("A"):
+            store.remove_label("A", tag)
+        store.save_label("A", str(label(uploads / "old.nii", 1)), "other", liver)
+        outcome = doing([["save_label", "A", str(new), "first", spleen]], changes=changes)[-1]
+        doing([["save_label", "A", str(new), "other", spleen]], changes=changes)
+        store = opened()
+        found = {tag: declared(store.get_label_info("A", tag)) for tag in store.get_labels_by_image_id("A")}
+        kinds = {tag: Path(store.get_label_uri("A", tag)).name for tag in found}
+        assert found.get("first", {2: "spleen"}) == {2: "spleen"}, changes
+        assert found["other"] == ({1: "liver"} if kinds["other"] == "A.nii" else {2: "spleen"}), changes
+        seen.add("first" in found)
+        changes += 1
+    assert seen == {True, False}
+
+
 def test_new_names_of_labels_that_come_at_once_get_values_of_their_own(opened, uploads, monkeypatch):
     """Both are checked before either is stored; the one that comes second is checked once more."""
     meeting, check = threading.Barrier(2, timeout=10), ConfinedDatastore._checked_label
@@ -753,3 +778,14 @@ def test_offering_an_image_does_not_write_the_index(store, studies):
     assert store.get_image_info("A")["known"] == 1
     with pytest.raises(RequestError):
         store.update_image_info("nobody", {"strategy": {}})
+
+
+def test_a_link_to_itself_is_left_out_and_the_rest_is_there(studies, opened):
+    (studies / "loop.nii.gz").symlink_to("loop.nii.gz")
+    for folder in ("labels/loop", "labels/final/loop.nii.gz"):
+        (studies / folder).parent.mkdir(parents=True, exist_ok=True)
+        (studies / folder).symlink_to(Path(folder).name)
+    store = opened()
+    assert store.list_images() == ["A", "B"]
+    with pytest.raises(NotFound):
+        store.get_image_uri("loop")

@@ -21,7 +21,7 @@ import lib.datastore
 from lib.audit import Audit
 from lib.checks import Conflict
 from lib.datastore import ConfinedDatastore
-from lib.decisions import FINAL, REMOVED, Busy, Decisions, ImageLocks, state_of
+from lib.decisions import FINAL, REMOVED, Busy, Decisions, FairLock, ImageLocks, state_of
 from lib.page import SupportPage
 from lib.usage import Usage
 from sam2sgp.errors import DataError
@@ -327,3 +327,26 @@ def test_datastores_of_both_kinds_decide_in_the_same_way():
         assert issubclass(kind, Decisions) and kind.approve is Decisions.approve
         for step in ("_save_label", "_remove_label", "_change_tag"):
             assert step in vars(kind)
+
+
+def test_a_fair_lock_is_given_in_the_order_in_which_it_was_asked_for():
+    lock, order = FairLock(), []
+
+    def ask(number: int) -> None:
+        with lock:
+            order.append(number)
+
+    threads = []
+    with lock:
+        for number in range(20):
+            threads.append(threading.Thread(target=ask, args=(number,)))
+            threads[-1].start()
+            while len(lock._waiting) <= number:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(20))
+    with pytest.raises(ZeroDivisionError), lock:
+        1 / 0  # noqa: B018
+    with lock:
+        pass

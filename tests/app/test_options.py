@@ -1,5 +1,7 @@
 """What requests may hold: declared names, checked values, and nothing of another shape."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
@@ -118,3 +120,12 @@ def test_a_task_sees_the_declared_options_of_its_request_only():
 
 def test_empty_texts_are_empty_objects():
     assert parse_object("", "params") == parse_object("null", "params") == parse_object(" {} ", "params") == {}
+
+
+def test_a_body_with_many_mistakes_is_one_mistake():
+    """Telling 50,000 of them takes the server seconds in which nobody else is answered."""
+    with pytest.raises(RequestError, match="at most 1024 names in a JSON object, found 50000"):
+        parse_object(json.dumps(dict.fromkeys(map(str, range(50_000)), 1)), "body")
+    with pytest.raises(ValidationError) as caught:
+        BatchParams.model_validate({"images": [0] * 50_000})
+    assert len(caught.value.errors()) < 5

@@ -6,12 +6,13 @@ rebuilt when it is damaged or gone, from the files and from a copy in the work f
 image before it is approved (tag `final`).
 
 Several threads and processes may use one folder at once. A label is changed while its image is held
-(`lib.decisions`), because it takes a while to check it. The change itself is made under the folder's lock file: what is
-needed for it is prepared, the index is written, and then one file is put in place, renamed or deleted, which makes the
-change. So a change that fails leaves everything as it was, a reader sees the old file or the new one, and a process
-killed at any moment leaves no half file. Which entries of the index hold until then stands in a file of its own
-(`_Journal`), so an old file never goes with what is known about a new one. Readers never wait for a change: they look
-at the folders' times, and read them again only when these changed.
+(`lib.decisions`), because it takes a while to check it. Then new content is copied to the disk and the audit log is
+written. The change itself is made under the folder's lock, which threads get in the order in which they came: the index
+is written, and then one file is put in place, renamed or deleted, which makes the change. So a change that fails leaves
+everything as it was, a reader sees the old file or the new one, and a process killed at any moment leaves no half file.
+Which entries of the index hold until then stands in a file of its own (`_Journal`), so an old file never goes with what
+is known about a new one. Readers never wait for a change: they look at the folders' times, and read them again only
+when these changed.
 """
 
 import errno
@@ -49,7 +50,7 @@ from lib.checks import (
     image_limit,
     suffix_of,
 )
-from lib.decisions import FINAL, Decisions, ImageLocks, state_of
+from lib.decisions import FINAL, POLL, Decisions, FairLock, ImageLocks, state_of
 from lib.dicomweb import DicomWebDatastore
 from lib.door import admitted
 from lib.naming import agreed, declared, renumber
@@ -130,7 +131,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         # Other folders may have had the same work folder before.
         self._index_copy = self._work_folder / f"index-{crc32(self._root.encode()):08x}.json"
         self._journal = _Journal(Path(self._root))
-        self._reading, self._writing = threading.RLock(), threading.Lock()
+        self._reading, self._writing = threading.RLock(), FairLock()
         # Entries of the index as they were read last, with what was made of them.
         self._parsed: dict[str, tuple[Any, ImageLabelModel, list[str]]] = {}
         self._problems: list[str] = []
@@ -274,7 +275,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             read_image(image_filename)
         target = self._writable(self._datastore.image_path()) / name
         sha256 = content_hash(image_filename)
-        with self.deciding(image_id), _copied(image_filename, target) as part, self._changing() as change:
+        with self.deciding(image_id), _copied(image_filename, target) as part, ExitStack() as stack:
+            if image_id not in self._objects():
+                self._note("add image", image=image_id, sha256=sha256)
+            change = stack.enter_context(self._changing())
             entry = change.objects.get(image_id)
             if entry:
                 there = self._inside(self._datastore.image_path(), image_id + entry.image.ext)
@@ -284,7 +288,6 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                         "content; choose another id, or remove that image first."
                     )
                 return image_id
-            self._note("add image", image=image_id, sha256=sha256)
             change.move(part, target)
             image = DataModel(info={**info, **_first_info(name)}, ext=suffix)
             change.objects[image_id] = ImageLabelModel(image=image)
@@ -292,15 +295,17 @@ class ConfinedDatastore(Decisions, LocalDatastore):
 
     def remove_image(self, image_id: str) -> None:
         """Delete an image and all its labels. Raises NotFound for an unknown id."""
-        with self.deciding(check_id(image_id)), self._changing(needs_index=False) as change:
+        with _storing(), self.deciding(check_id(image_id)), ExitStack() as stack:
+            for tag in self._entry(image_id).labels:
+                self._note_removal(image_id, tag)
+            self._note("remove image", image=image_id, sha256=content_hash(self.get_image_uri(image_id)))
+            change = stack.enter_context(self._changing(needs_index=False))
             entry = change.objects.get(image_id)
             if entry is None:
                 raise _no_image(image_id)
             for tag, label in entry.labels.items():
                 self._take_label(change, image_id, tag, label)
-            folder, name = self._datastore.image_path(), image_id + entry.image.ext
-            self._note("remove image", image=image_id, sha256=content_hash(self._inside(folder, name)))
-            change.delete(self._writable(folder) / name)
+            change.delete(self._writable(self._datastore.image_path()) / (image_id + entry.image.ext))
             del change.objects[image_id]
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
@@ -349,13 +354,15 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         """Put a label in place; `values`: of one to approve. Raises _Renumbered."""
         suffix = suffix_of(name)
         target = self._writable(self._datastore.label_path(tag)) / name
-        with _copied(label_filename, target) as part, self._changing() as change:
+        with _copied(label_filename, target) as part, ExitStack() as stack:
+            if tag == FINAL:
+                self._note("approve", image=image_id, tag=tag, sha256=content_hash(part))
+            change = stack.enter_context(self._changing())
             entry = change.objects.get(image_id)
             if entry is None:
                 raise _no_image(image_id)
             if tag == FINAL:
                 self._check_values(values, info, change.objects)
-                self._note("approve", image=image_id, tag=tag, sha256=content_hash(part))
             change.move(part, target)
             label = DataModel(info={**info, **_first_info(name)}, ext=suffix)
             change.objects[image_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: label})
@@ -370,17 +377,23 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             self._remove_label(label_id, tag)
 
     def _remove_label(self, label_id: str, tag: str) -> None:
+        self._note_removal(label_id, tag)
         with self._changing(needs_index=False) as change:
             entry, label = _labelled(change.objects, label_id, tag)
             self._take_label(change, label_id, tag, label)
             labels = {other: kept for other, kept in entry.labels.items() if other != tag}
             change.objects[label_id] = ImageLabelModel(image=entry.image, labels=labels)
 
-    def _take_label(self, change: "_Change", image_id: str, tag: str, label: DataModel) -> None:
-        """Delete a label, noted beforehand: a line too many in the audit log is better than one too few."""
-        folder = self._datastore.label_path(tag)
-        sha256 = content_hash(self._inside(folder, image_id + label.ext))
+    def _note_removal(self, image_id: str, tag: str) -> None:
+        """Note that a label goes. Raises NotFound where there is none."""
+        _labelled(self._objects(), image_id, tag)
+        with _storing():
+            sha256 = content_hash(self.get_label_uri(image_id, tag))
         self._note("remove label", image=image_id, tag=tag, sha256=sha256)
+
+    def _take_label(self, change: "_Change", image_id: str, tag: str, label: DataModel) -> None:
+        """Delete a label that was noted as removed."""
+        folder = self._datastore.label_path(tag)
         # An older label of another kind would come to light.
         for suffix in sorted(self._files(folder).get(image_id, {}), key=label.ext.__eq__):
             change.delete(self._writable(folder) / (image_id + suffix))
@@ -401,7 +414,8 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                     self._put_label(image_id, label.file, old, name, _without_stamp(label.info))
                     path = self.get_label_uri(image_id, old)
                     state = state_of(path)
-        sha256 = content_hash(path)
+        action, noted = ("approve", new) if new == FINAL else ("remove label", old)
+        self._note(action, image=image_id, tag=noted, sha256=content_hash(path))
         folder, other = (self._datastore.label_path(tag) for tag in (old, new))
         with self._changing() as change:
             entry, label = _labelled(change.objects, image_id, old)
@@ -411,8 +425,6 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 raise Conflict(f"{image_id}: expected the label that was checked, found a newer one; look at it again.")
             if new == FINAL:
                 self._check_values(values, label.info, change.objects)
-            action, tag = ("approve", new) if new == FINAL else ("remove label", old)
-            self._note(action, image=image_id, tag=tag, sha256=sha256)
             change.move(self._writable(folder) / name, self._writable(other) / name)
             for place in (old, new):
                 self._leave_only(change, image_id, place, label.ext)
@@ -479,6 +491,9 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         return path
 
     def _note(self, action: str, **facts: object) -> None:
+        """Write a line to the audit log: before the change, as a line too many is better than one too few, and before
+        the folder's lock is taken, so that nobody waits for the disk on its account.
+        """
         if self._audit:
             self._audit.write(action, **facts)
 
@@ -532,7 +547,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         return known
 
     def _remove_leftovers(self) -> None:
-        folders = [self._root, *(entry.path for entry in _entries(self._datastore.label_path(None)) if entry.is_dir())]
+        folders = [
+            self._root,
+            *(entry.path for entry in _entries(self._datastore.label_path(None)) if _is(entry.is_dir)),
+        ]
         for folder in folders:
             for entry in _entries(folder):
                 hidden = entry.name.startswith(".") and any(f"{suffix}." in entry.name for suffix in SUFFIXES)
@@ -572,7 +590,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             needs_index: whether the change is one only if the index can be written; files that are deleted are gone
                 whatever the index says.
         """
-        with _storing(), self._writing, FileLock(self._lock_file, timeout=LOCK_TIMEOUT):
+        with _storing(), self._writing, FileLock(self._lock_file, timeout=LOCK_TIMEOUT, poll_interval=POLL):
             with self._reading:
                 self._read()
                 before = self._datastore
@@ -585,7 +603,8 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 yield change
                 after = before.model_copy(update={**change.header, "objects": change.objects})
                 if needs_index:
-                    if change.moved:
+                    # Entries of files that are not there mean nothing: only those that are replaced are to be kept.
+                    if change.moved and _replaces(before.objects, after.objects):
                         self._journal.open(before.objects, after.objects, *change.moved)
                     self._write_index(after)
                 try:
@@ -636,7 +655,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         """Read index and folders, and set what is known by what is there. For one thread at a time."""
         started = time.time()
         labels = self._datastore.label_path(None)
-        tags = [entry.name for entry in _entries(labels) if entry.is_dir() and self._is_tag(labels, entry.name)]
+        tags = [entry.name for entry in _entries(labels) if _is(entry.is_dir) and self._is_tag(labels, entry.name)]
         self._tags = tuple(sorted(tags))
         times = self._times()
         header, known = self._load()
@@ -697,7 +716,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             except RequestError as error:
                 self._warn(f"{error} The file is left out.")
                 continue
-            if entry.is_file():
+            if _is(entry.is_file):
                 files.setdefault(image_id, {})[name[-len(suffix) :]] = entry
         return files
 
@@ -708,7 +727,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             path = Path(entry.path)
             if entry.name.startswith(".") or entry.name in OWN_FILES or entry.name.endswith((".lock", ".damaged")):
                 continue
-            if entry.is_dir():
+            if _is(entry.is_dir):
                 what = "DICOM files" if dicom_files(path) else "files"
                 self.left_out.append(
                     f"{entry.name}/: a folder of {what} is not an image here; convert a series to one NIfTI file, or "
@@ -818,7 +837,9 @@ class _Journal:
         """The entries of an index, with those from before a change that was not made."""
         try:
             noted = json.loads(self._path.read_bytes())
-            if content_hash(self._folder / noted["file"]) == noted["sha256"]:
+            target = self._folder / noted["file"]
+            # The file may be the first of its kind: without it the change was not made.
+            if target.exists() and content_hash(target) == noted["sha256"]:
                 return objects
             entries = dict(noted["entries"])
         except FileNotFoundError:
@@ -924,8 +945,10 @@ def _rename(source: Path, target: Path) -> None:
         with _copied(source, target) as part:
             os.replace(part, target)
         source.unlink()
-    for folder in {source.parent, target.parent}:
-        _sync_folder(folder)
+    _sync_folder(target.parent)
+    # A hidden folder goes anyway.
+    if not source.parent.name.startswith("."):
+        _sync_folder(source.parent)
 
 
 def open_datastore(settings) -> Datastore:
@@ -954,6 +977,14 @@ def open_datastore(settings) -> Datastore:
 def _entries(folder: str) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
         return list(entries)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """What an entry of a folder is; nothing, for one that can't be looked at, such as a link to itself."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _newest(files: dict[str, os.DirEntry]) -> str:
@@ -994,6 +1025,20 @@ def _entry_of(image_id: str, raw: Any) -> tuple[ImageLabelModel, list[str]]:
     image = part(ImageRecord, raw.get("image"), f"index, image {image_id}")
     made = {tag: part(LabelRecord, label, f"index, label {tag} of {image_id}") for tag, label in labels.items()}
     return ImageLabelModel(image=image, labels=made), problems
+
+
+def _replaces(before: Mapping[str, ImageLabelModel], after: Mapping[str, ImageLabelModel]) -> bool:
+    """Whether anything that is known about an image or a label is lost or changed."""
+
+    def kept(image_id: str, entry: ImageLabelModel) -> bool:
+        new = after.get(image_id)
+        if new is entry:
+            return True
+        if new is None or new.image != entry.image:
+            return False
+        return all(new.labels.get(tag) == label for tag, label in entry.labels.items())
+
+    return not all(kept(image_id, entry) for image_id, entry in before.items())
 
 
 def _without_stamp(info: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,15 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from monailabel.utils.others.generic import device_list
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from lib.checks import LONGEST_ID, MOST_CLASSES, RequestError, check_label_info, check_tag
 from lib.results import EXTENSIONS
@@ -30,6 +38,8 @@ MOST_IMAGES = 100_000
 MOST_NOTES = 64
 LONGEST_TEXT = 1024
 DEEPEST = 8
+# Of one JSON object. Each name too many is an error of its own to pydantic, and 50,000 of them keep all others waiting.
+MOST_NAMES = 1024
 DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,2})?")
 PLACE = re.compile(r"\w+")
 PARTS = ("body", "query", "path")
@@ -166,11 +176,13 @@ class LabelClass(Declared):
 
     idx: int | None = None
     name: Text | float | None = None
-    color: Annotated[list[float], Field(max_length=4)] | None = None
+    color: Annotated[list[float], Field(max_length=4, fail_fast=True)] | None = None
     description: Text | None = None
 
 
-LabelClasses = Annotated[list[LabelClass], Field(max_length=MOST_CLASSES), BeforeValidator(_class_entries)]
+LabelClasses = Annotated[
+    list[LabelClass], Field(max_length=MOST_CLASSES, fail_fast=True), BeforeValidator(_class_entries)
+]
 
 
 class Options(Declared):
@@ -185,7 +197,7 @@ class Options(Declared):
     """
 
     k: Annotated[int | None, Field(ge=1, le=MAX_K), BeforeValidator(_whole)] = None
-    classes: Annotated[tuple[Text, ...], Field(max_length=MOST_CLASSES), BeforeValidator(_classes)] = ()
+    classes: Annotated[tuple[Text, ...], Field(max_length=MOST_CLASSES, fail_fast=True), BeforeValidator(_classes)] = ()
     retrieval: Annotated[Literal[tuple(MODES)] | None, BeforeValidator(first)] = None
     three_d_memory: Annotated[bool | None, BeforeValidator(_flag)] = None
     uncertainty: Annotated[bool, BeforeValidator(lambda value: _flag(value) or False)] = False
@@ -219,7 +231,10 @@ class BatchParams(InferParams):
 
     images: (
         Literal["all", "labeled", "unlabeled"]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]], Field(max_length=MOST_IMAGES)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]],
+            Field(max_length=MOST_IMAGES, fail_fast=True),
+        ]
     ) = "all"
     max_batch_size: Annotated[int, Field(ge=0, le=MOST_IMAGES), BeforeValidator(_whole)] = 0
 
@@ -300,13 +315,18 @@ def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
     """A JSON object; {} for an empty text or null.
 
     Raises:
-        RequestError: anything else, a name that comes twice, a number that is none, or more than `DEEPEST` levels.
+        RequestError: anything else, a name that comes twice, a number that is none, more than `DEEPEST` levels or
+            `MOST_NAMES` names of an object.
     """
 
     def refuse(name: str) -> None:
         raise ValueError(name)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(pairs) > MOST_NAMES:
+            raise RequestError(
+                f"{what}: expected at most {MOST_NAMES} names in a JSON object, found {len(pairs)}; send fewer."
+            )
         found = dict(pairs)
         if len(found) < len(pairs):
             raise ValueError("a name twice")
