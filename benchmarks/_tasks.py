@@ -6,7 +6,7 @@ In: a folder whose subfolders are data folders. Out: one ordinary data folder pe
 `<output>/<task>/{support,queries}/{images,labels}`, with binary masks of the task's target, and `<output>/<set>.json`,
 which lists the tasks of a set with their support pairs in order: the first K pairs are the support set of size K.
 
-A set that pre-training may use gives its test section alone (the split of `PRETRAINING_SPLIT`); sets held out of it,
+A set that pre-training may use gives only its test section (the split of `PRETRAINING_SPLIT`); sets held out of it,
 and sets the table does not know, give all cases. Support and queries never share a patient. Slices are written at their
 own resolution; the spacing is lost, so distances are in pixels.
 """
@@ -198,7 +198,7 @@ def _make_set(root: Path, output: Path, queries: int, seen: bool, seed: int, poo
 
 
 def _cases(root: Path, seen: bool, seed: int) -> tuple[list[dict], list[dict]]:
-    """Cases to draw from, and further ones for the support side alone.
+    """Cases to draw from, and further ones only for the support side.
 
     Where the test section has one patient, the support comes from the validation section: it has selected weights, but
     no query is measured on it.

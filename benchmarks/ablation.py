@@ -101,7 +101,7 @@ def _add_nothing(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Te
 
 
 def trained_variants(parser: ConfigParser) -> list[Variant]:
-    """Every switch that is on turned off, alone; retrieval; and K."""
+    """Every switch that is on turned off, one at a time; retrieval; and K."""
     on = [key for key, value in switches(parser).items() if value]
     variants = [Variant(FULL), *(Variant(f"without {key}", silenced=(key,)) for key in on)]
     if any(key.startswith("pma::") for key in on):
@@ -195,7 +195,7 @@ def ablate_trained(tasks: Sequence[Task], output: Path, count: int, overrides: d
 
 
 def training_variants() -> list[Variant]:
-    """The training config as it is, with every switch turned alone, and without PMA."""
+    """The training config as it is, with every switch turned one at a time, and without PMA."""
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / TRAIN[0]))
     known = switches(parser)

@@ -9,7 +9,7 @@ account of those before it. With `--finetune` the app's training also runs on th
 at the start, and Dice is measured with the weights that it leaves in use: its own, or the old ones where its own are
 not clearly better on labels that they were not trained on. It takes four patients.
 
-Sets that pre-training may have used give their test section alone, so the embedded weights saw no image of pool or
+Sets that pre-training may have used give only their test section, so the embedded weights saw no image of pool or
 test. Every seed draws other first images (and, for `random`, others after them); the test set stays the same. Out: a
 line per data set, strategy and seed in `<output>/results.jsonl`, the tables as Markdown, and `<output>/curves.png`. A
 result that is there for the same settings is not computed again; `--table` prints what there is.

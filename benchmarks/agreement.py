@@ -42,7 +42,7 @@ def sam2s_own(attention, embedding, position, memory, memory_position, pool) -> 
     """`attend_to_memory` by SAM2's module as it is, each class by itself."""
     batch, classes = memory.shape[:2]
     if pool != 1:
-        raise ValueError("SAM2's module knows memory on the embedding's grid alone.")
+        raise ValueError("SAM2's module knows memory only on the embedding's grid.")
     current, current_position = (
         values.repeat_interleave(classes, 0).flatten(2).permute(2, 0, 1) for values in (embedding, position)
     )

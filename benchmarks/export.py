@@ -66,7 +66,7 @@ def exported(network: SAM2SGP, folder: Path) -> Path:
 
 
 def quantised(folder: Path) -> Path:
-    """A folder next to `folder` with its graphs in 8 bits, made anew."""
+    """A folder next to `folder` with its graphs in 8 bits, made again."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # It advises, with every graph, on a preparation that concerns static quantisation.

@@ -12,7 +12,7 @@ medians over the queries. Stages: `load` (a PNG from disk to the network's grid)
 to the image's own grid and class map), `second pass` (an object of 0.4 of the image's side is segmented again, with an
 encoder pass of its own). `query` is all but the first and the last.
 
-`authors` is the design of the paper's code, from our own parts: support images and masks are encoded anew for every
+`authors` is the design of the paper's code, from our own parts: support images and masks are encoded again for every
 query, all N of them guide it, memory is not pooled, and nothing is kept.
 
 Next to the times stands what the machine can do: the encoder's multiplications and additions, counted by PyTorch, over
@@ -96,7 +96,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Budget:
-    """A figure: `of` the first case `over` one of the second; without a second, the first case's alone in `unit`."""
+    """A figure: `of` the first case `over` one of the second; without a second, only the first case's in `unit`."""
 
     what: str
     limit: str
@@ -170,7 +170,7 @@ class Stopwatch:
         setattr(owner, name, timed)
 
     def take(self) -> dict[str, float]:
-        """The seconds so far; begins anew."""
+        """The seconds so far; begins again."""
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return seconds
 

@@ -6,7 +6,7 @@
     python benchmarks/training_speed.py --parts data --dataset DIR
 
 `steps`: a step of the overlays' episode (4 images, each guided by the 3 others) with forward pass, loss, backward pass
-and optimiser, over a pass of the frozen encoder alone over the same images. `lora` trains LoRA and all behind the
+and optimiser, over a pass of only the frozen encoder over the same images. `lora` trains LoRA and all behind the
 encoder, `frozen` only what is behind it, `cached` that with the encoder's features from the cache, `clips` is `lora`
 with two clips of two slices. `memory`: the peak of the process with and without gradient checkpointing, each in a
 process of its own. `data`: a training as `configs/train.json` declares it, and the share of its time in which the step

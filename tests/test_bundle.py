@@ -153,7 +153,7 @@ def test_run_ids(name, ids):
 
 
 def test_inference_has_the_settings_of_training():
-    """Both files state them because each must work alone; they may not drift apart."""
+    """Both files state them because each must work by itself; they may not drift apart."""
     train, inference = config("train.json"), config("inference.json")
     own = {"dataset_dir", "support_dir", "support_max_items", "report_figures", "imports", "initialize", "run"}
     own |= {"network"}
@@ -246,7 +246,7 @@ def test_a_copy_of_the_bundle_runs_by_itself(phantoms, tmp_path):
 
 @pytest.mark.slow
 def test_training_over_two_processes_has_the_gradients_of_one_that_accumulates(tmp_path):
-    """Five episodes, two in a step and process: a whole step, and one with an episode for one process alone."""
+    """Five episodes, two in a step and process: a whole step, and one with an episode for only one process."""
     torch.manual_seed(0)
     save_weights(SAM2SGP("lite", 64), tmp_path / "start.pt")
     data = write_set(tmp_path / "set", 8)

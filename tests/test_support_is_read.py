@@ -138,7 +138,7 @@ def test_a_network_that_can_not_read_its_support_fails(network, tasks):
 
 @torch.no_grad()
 def test_both_decoders_have_a_say_beside_the_prior(network, tasks):
-    """Decoders that fall silent early in training leave the prior alone, which looks like success for a while."""
+    """Decoders that fall silent early in training leave only the prior, which looks like success for a while."""
     said = {}
     for name in ("pmg_decoder", "pma_decoder"):
         getattr(network, name).register_forward_hook(lambda _, __, out, name=name: said.update({name: out[0].std()}))

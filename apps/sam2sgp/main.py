@@ -2,7 +2,7 @@
 
     monailabel start_server --app apps/sam2sgp --studies <folder or DICOMweb address>
 
-It only wires the parts together: see `lib`. MONAI Label builds it once in the server and anew in each of the processes
+It only wires the parts together: see `lib`. MONAI Label builds it once in the server and again in each of the processes
 that train, score and infer in batches; what they share is on the disk, in the datastore and in `Settings.state_dir`.
 """
 
@@ -146,7 +146,7 @@ class Sam2SgpApp(MONAILabelApp):
         return None
 
     def on_init_complete(self) -> None:
-        """Called in the server alone, when it is about to answer."""
+        """Called only in the server, when it is about to answer."""
         # Only the server has this module, and its import would start to build one.
         from monailabel.app import app
 

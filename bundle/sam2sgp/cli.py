@@ -126,7 +126,7 @@ def check(
             for row in csv.DictReader(file):
                 if row.get("dice"):
                     dice[row["class_name"]].append(float(row["dice"]))
-        typer.echo("\nDice of each labelled image, guided by the other patients' images alone:")
+        typer.echo("\nDice of each labelled image, guided only by the other patients' images:")
         for name, values in dice.items():
             values.sort()
             typer.echo(

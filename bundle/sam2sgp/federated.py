@@ -1,7 +1,7 @@
 """What MONAI's federated learning client needs beyond the training config: a filter of what a client sends.
 
 `monai.fl.client.MonaiAlgo` sends a network's whole state. With a frozen encoder most of that is the same on every
-client and never changes, so the filter leaves the trained parameters alone; the receiving side of `MonaiAlgo` takes in
+client and never changes, so the filter keeps only the trained parameters; the receiving side of `MonaiAlgo` takes in
 whatever part of the state it is given.
 """
 

@@ -86,7 +86,7 @@ def test_damaged_scores_are_made_anew_and_unusable_ones_are_named(tmp_path, capl
     path.write_bytes(b"no database at all, " * 100)
     assert scores.newer(0) == []
     path.write_bytes(rows_lost)
-    with pytest.raises(StorageError, match="found them damaged; they are made anew: try again"):
+    with pytest.raises(StorageError, match="found them damaged; they are rebuilt: try again"):
         scores.newer(0)
     scores.write("b", "s", "w", "b", score)
     assert [row.id for row in scores.newer(0)] == ["b"]

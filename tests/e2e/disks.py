@@ -1,6 +1,6 @@
 """Small disks that can be filled and made read-only, for tests; where none can be mounted, the test is skipped.
 
-On CI it fails instead. Rights alone would not do: root may write where nobody else may.
+On CI it fails instead. Rights would not do: root may write where nobody else may.
 """
 
 import os

@@ -35,7 +35,7 @@ from tests.e2e.server import Server
 WAIT = 60
 # Seconds for an answer that waits for nothing, on a machine that is busy with other things.
 QUICK = 3.0
-# Lists are asked for anew at each request.
+# Lists are asked for at each request.
 CONF = {
     "image_size": "64",
     "k": "8",

@@ -51,7 +51,7 @@ def server(tmp_path_factory, known):
 
 @pytest.fixture
 def final(server, known):
-    """The folder of approved labels, holding those of `APPROVED` alone."""
+    """The folder of approved labels, holding only those of `APPROVED`."""
     folder = server.studies / "labels" / "final"
     wanted = {Path(known[name]["label"]).name: known[name]["label"] for name in APPROVED}
     for path in folder.iterdir():

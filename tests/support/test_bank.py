@@ -638,7 +638,7 @@ def test_a_folder_that_can_not_be_written_is_read_and_memory_does_the_rest(net, 
 # Several processes and kills
 
 
-# Forks for each cache folder a process that fills it; a fork before any computation saves importing everything anew.
+# Forks for each cache folder a process that fills it; a fork before any computation saves importing everything again.
 FILL = """
 import os, sys
 sys.path.insert(0, {root!r})

@@ -27,7 +27,7 @@ def test_distances_are_measured_by_those_between_patients():
     familiarity = Familiarity.of(circle(0, 1, 20, 21, 40, 41), ["a", "a", "b", "b", "c", "c"])
     near, usual, far = familiarity(circle(10, -19.5, 120)).tolist()
     assert near < 0.4 and usual == pytest.approx(1, abs=0.1) and far > 10
-    # An image of patient c is near to his own images alone.
+    # An image of patient c is near only to his own images.
     assert familiarity(circle(41))[0] < 0.01 and familiarity(circle(41), "c")[0] > 0.9
 
 

@@ -227,7 +227,7 @@ class ArchiveIndex:
 
 
 def approved(segmentation: Dataset) -> Segmentation | None:
-    """What a SEG's header says, if a person has approved it. Raises RequestError for one with ill UIDs."""
+    """What a SEG's header says, if a person has approved it. Raises RequestError for one with invalid UIDs."""
     segments = segmentation.get("SegmentSequence") or []
     references = segmentation.get("ReferencedSeriesSequence") or []
     if segmentation.get("SOPClassUID") != SegmentationStorage or not references:
@@ -252,7 +252,7 @@ def _dataset(entry: Any) -> Dataset:
 
 
 def _series(entry: Any) -> Series:
-    """From an archive's list. Raises for one that lacks what is needed or has ill UIDs, which become file names."""
+    """From an archive's list. Raises for one that lacks what is needed or has invalid UIDs, which become file names."""
     info = {name: text for name, tag in INFO.items() if (text := _value(entry, tag))}
     uid = check_uid(_value(entry, SERIES_UID), "SeriesInstanceUID")
     study = check_uid(info.get("StudyInstanceUID"), "StudyInstanceUID")

@@ -211,7 +211,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         return {**self._entry(image_id).image.info, "path": self.get_image_uri(image_id)}
 
     def get_label_uri(self, label_id: str, label_tag: str) -> str:
-        """The label's path, or "" if there is no such label. Raises RequestError for an ill id or tag."""
+        """The label's path, or "" if there is no such label. Raises RequestError for an invalid id or tag."""
         label = self._label(label_id, label_tag)
         return self._inside(self._datastore.label_path(check_tag(label_tag)), label_id + label.ext) if label else ""
 
@@ -259,8 +259,8 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             image_info: what is to be known about it.
 
         Raises:
-            RequestError: an ill id, a file of another kind or too large, another image under this id, a full disk, a
-                record that can't be stored.
+            RequestError: an invalid id, a file of another kind or too large, another image under this id, a full disk,
+                a record that can't be stored.
             DataError: the image can't be read.
         """
         suffix = suffix_of(image_filename)
@@ -321,8 +321,8 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             The label's id, which is its image's.
 
         Raises:
-            RequestError: an ill id or tag, an unknown image, a file of another kind or too large, a full disk, a record
-                that can't be stored.
+            RequestError: an invalid id or tag, an unknown image, a file of another kind or too large, a full disk, a
+                record that can't be stored.
             BadLabel: a label to approve that can't be read, has another size than its image or undeclared values.
         """
         tag = check_tag(label_tag)

@@ -12,7 +12,7 @@ The archive is the truth about approved labels (tag `final`): those of before a 
 programs count, the latest of a series wins, and one that is deleted there is gone. A segmentation that no person has
 looked at, as its segments are called automatic, is no approved label. An approved label that is removed here stays in
 the archive, whose records are not this program's to delete; it is only not used any more. Labels with other tags are
-kept in the work folder alone.
+kept only in the work folder.
 
 Only the request that needs a file that isn't here waits for the archive. Lists are those of before where the archive is
 slow or silent; `prepare` fetches approved labels in the background, and `pairs_at_hand` gives those that have come.
@@ -79,7 +79,7 @@ class DicomWebDatastore(Decisions, Datastore):
     """The image series of a DICOMweb archive with their labels.
 
     MONAI Label's environment variables for user and password and for address prefixes (`MONAI_LABEL_DICOMWEB_USERNAME`
-    and so on) are heeded.
+    and so on) are followed.
 
     Args:
         address: of the archive, such as `http://127.0.0.1:8042/dicom-web`.
@@ -236,7 +236,7 @@ class DicomWebDatastore(Decisions, Datastore):
     def get_label_uri(self, label_id: str, label_tag: str) -> str:
         """The label's path, a NIfTI file on its series' grid, or "" if there is none that can be used.
 
-        Raises RequestError for an ill id or tag, ArchiveError.
+        Raises RequestError for an invalid id or tag, ArchiveError.
         """
         check_uid(label_id, "label id")
         path = self._label_path(label_id, check_tag(label_tag))
@@ -337,7 +337,7 @@ class DicomWebDatastore(Decisions, Datastore):
             The label's id, which is its image's.
 
         Raises:
-            RequestError: an ill id or tag, an unknown series, a file of another kind or too large, a full disk.
+            RequestError: an invalid id or tag, an unknown series, a file of another kind or too large, a full disk.
             BadLabel: the label doesn't fit its series, or is empty, to be approved, and no class is known.
             ArchiveError: the archive doesn't take it; the label approved before stays.
         """

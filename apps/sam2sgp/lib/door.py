@@ -2,10 +2,10 @@
 
 In: a file that a client sent, or a member of an archive. Out: a file whose content is of the kind that its name says,
 stands by itself and fits in memory, or an error of one sentence. It is the client's own, byte for byte, where the
-format leaves nothing to interpret; else it is written anew from what was understood:
+format leaves nothing to interpret; else it is written again from what was understood:
 
     NIfTI                   a fixed header that can't refer to anything: kept
-    NRRD, MetaImage         a text header: written anew with the fields that are known, voxels and segment names as sent
+    NRRD, MetaImage         a text header: written again with the known fields, voxels and segment names as sent
     DICOM                   kept, but for a preamble of 128 bytes, which means nothing to DICOM and much to others
     PNG, JPEG, TIFF, BMP    kept; only the named format's decoder ever sees them
 

@@ -271,7 +271,7 @@ class RequestGuard:
     async def _check_form(self, scope, body) -> None:
         charset = Headers(scope=scope).get("content-type", "").lower().partition("charset=")[2].strip(" \"';")
         if charset not in ("", "utf-8"):
-            raise RequestError(f"body: expected UTF-8, found {ascii(charset)[:80]}; encode the form anew.")
+            raise RequestError(f"body: expected UTF-8, found {ascii(charset)[:80]}; encode the form again.")
         request = Request(scope, _replay(body, None))
         try:
             async with request.form(max_files=MOST_FILES) as form:
@@ -298,7 +298,7 @@ class RequestGuard:
         # MONAI Label's client and 3D Slicer send the whole path on their machine, of which the last part counts.
         *folders, last = (upload.filename or "").replace("\\", "/").split("/")
         if ".." in folders:
-            raise RequestError(f"file name of {key}: expected one without '..'; send the name alone.")
+            raise RequestError(f"file name of {key}: expected one without '..'; send only the name.")
         name = check_file_name(last, f"file name of {key}")
         # Files of a session may lack a suffix or be an archive. What a file holds is looked at where it is taken in.
         if not path.startswith("/session"):
@@ -374,7 +374,7 @@ def _is_same(origin: str, host: str) -> bool:
     """Whether an origin is the server that a request went to."""
     scheme, _, rest = origin.partition("://")
     port = {"http": 80, "https": 443}.get(scheme)
-    # A proxy that ends TLS hands on the name with the port, or the name alone where it is the usual one.
+    # A proxy that ends TLS hands on the name with the port, or only the name where it is the usual one.
     return port is not None and _address(rest, port) == _address(host, port)
 
 

@@ -1,4 +1,4 @@
-"""Class values by class names: viewers number the segments of each label anew.
+"""Class values by class names: viewers number the segments of each label from 1.
 
 3D Slicer submits the segments of a label as 1, 2, 3 in the order in which they are listed, so that of an image without
 the second class the third comes as 2. The names that come along tell which is meant.

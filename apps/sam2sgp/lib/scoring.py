@@ -2,7 +2,7 @@
 
     datastore ─ images ─ examine ─ scores.sqlite ─ strategies
 
-MONAI Label runs a scoring method in a process of its own, in which the app is built anew. For every unlabelled image
+MONAI Label runs a scoring method in a process of its own, in which the app is built again. For every unlabelled image
 there is a row with its embedding, which depends on the image and the weights, and its uncertainty, which depends on the
 support set as well; for every labelled one there is its embedding. A row names what it was computed from, so a run goes
 on where another one ended, and what is up to date is not computed again.
@@ -59,7 +59,7 @@ class Row:
 
 
 class Scores:
-    """The file of scores, which may be deleted at any time. A damaged one is thrown away and made anew.
+    """The file of scores, which may be deleted at any time. A damaged one is thrown away and rebuilt.
 
     Args:
         path: of the SQLite file; made at the first use.
@@ -88,7 +88,7 @@ class Scores:
         except sqlite3.DatabaseError as error:
             self._throw_away(error)
             raise StorageError(
-                f"{self.path.name}: expected the scores of images, found them damaged; they are made anew: try again."
+                f"{self.path.name}: expected the scores of images, found them damaged; they are rebuilt: try again."
             ) from error
         except OSError as error:
             raise self._unusable(error) from error
@@ -106,7 +106,7 @@ class Scores:
         return connection
 
     def _throw_away(self, error: sqlite3.Error) -> None:
-        logger.warning("%s: the scores are damaged (%s): they are deleted and made anew.", self.path, error)
+        logger.warning("%s: the scores are damaged (%s): they are deleted and rebuilt.", self.path, error)
         # A log without its database is never applied to another one.
         for suffix in ("-wal", "-shm", ""):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
@@ -114,7 +114,7 @@ class Scores:
     def _unusable(self, error: Exception) -> StorageError:
         return StorageError(
             f"{self.path.name}: expected to read and write the scores of images, found {error}; free some space or "
-            "correct the permissions of the state folder, or delete the file: it is made anew."
+            "correct the permissions of the state folder, or delete the file: it is rebuilt."
         )
 
     def origins(self) -> dict[str, tuple[str, str, str | None]]:

@@ -188,7 +188,7 @@ class Segmenter:
             return None
         found = self._serving.bank.thumbnail(content)
         if found is None and self.lock.acquire(blocking=False):
-            # Somebody deleted the cache; it is made anew.
+            # Somebody deleted the cache; it is made again.
             try:
                 found = item.thumbnail
             finally:
@@ -647,7 +647,7 @@ def _with_batch_size(inferer: SupportSetInferer, batch_size: int) -> SupportSetI
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """torch's own type on a GPU; on a CPU the allocator's message alone tells."""
+    """torch's own type on a GPU; on a CPU only the allocator's message tells."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 

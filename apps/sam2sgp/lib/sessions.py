@@ -293,7 +293,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _not_a_file(name: str) -> UnsupportedFile:
-    return UnsupportedFile(f"archive: expected files and folders alone, found a link or device {ascii(name)[:80]}.")
+    return UnsupportedFile(f"archive: expected only files and folders, found a link or device {ascii(name)[:80]}.")
 
 
 def _is_session_id(text: str) -> bool:

@@ -2,7 +2,7 @@
 
 In: the app's folder, the studies (a folder or a DICOMweb address) and the `--conf` pairs, all strings. Out: `Settings`.
 Everything about the method has its default in the bundle's `configs/inference.json`, and its `--conf` key is the
-config's own; only what the server alone needs is declared here.
+config's own; only what the server needs by itself is declared here.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ class Settings:
             default a folder of its own for each `studies` in the app's `model/state`.
         support_dir: a data folder of labelled pairs that belong to the support set from the start; None for none.
         backbone: name of an overlay in the bundle's `configs/backbones`; None for what inference.json says.
-        model_file: weights to start from; None for the bundle's own, which fit its default backbone alone.
+        model_file: weights to start from; None for the bundle's own, which fit only its default backbone.
         overrides: keys of inference.json with other values than the bundle's, see `METHOD_KEYS`.
         query_cache_mb: MiB of features, of prepared images, and of results, of the queries used last.
         max_upload_mb: MiB that a request may hold.
@@ -86,7 +86,7 @@ class Settings:
         hosts: names by which browsers reach the server, besides those that the machine knows of itself.
         user_header: HTTP header with the user's name, which a reverse proxy sets; None for none.
         dicomweb_filter: what series of a DICOMweb archive must match to be listed, such as {"Modality": "CT"}. MONAI
-            Label's own variable for this is not heeded: its default hides all that isn't CT.
+            Label's own variable for this is ignored: its default hides all that isn't CT.
         dicomweb_expiry: seconds for which the archive's lists are kept.
         dicomweb_cache_gb, dicomweb_cache_days: how much of the archive's series is kept on the disk, in GiB, and for
             how many days after they were last asked for.

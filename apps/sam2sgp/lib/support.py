@@ -162,7 +162,7 @@ class LabelledCases:
         return pairs
 
     def _refresh_seeds(self) -> None:
-        """List the pairs of `support_dir` anew, unless nothing came or went there since the last time."""
+        """List the pairs of `support_dir` again, unless nothing came or went there since the last time."""
         listing, started = self._seed_listing(), time.time_ns()
         gone = None in self._seed_files()
         if listing == self._listing and self._listing_settled and self.problem is None and not gone:
@@ -175,7 +175,7 @@ class LabelledCases:
         try:
             seeds = load_datalist(folder, patient_pattern=self.settings.value("patient_pattern"))
             skipped_in(seeds)
-            # Of one group with the datastore's labels: queries are guided by their own group alone where it has items.
+            # Of one group with the datastore's labels: queries are guided only by their own group where it has items.
             self._seeds = [{**case, "name": f"{folder.name}/{case['name']}", "group": None} for case in seeds]
         except DataError as error:
             self.problem = f"support_dir is not used: {error}"

@@ -46,7 +46,7 @@ class Usage:
             with closing(self._connect()) as file:
                 return dict(file.execute("SELECT item, count FROM used"))
         except sqlite3.Error as error:
-            logger.warning("%s: expected counts of use, found %s; delete the file to begin anew.", self.path, error)
+            logger.warning("%s: expected counts of use, found %s; delete the file to begin again.", self.path, error)
             return {}
 
     def _connect(self) -> sqlite3.Connection:

@@ -2,8 +2,8 @@
 
     python -P -m lib.worker {train,scoring,batch_infer} < request.json
 
-It builds the app anew, by MONAI Label's environment variables, and calls one of its methods. The exit status is 0, or 1
-with the error's sentence in the last line.
+It builds the app again, by MONAI Label's environment variables, and calls one of its methods. The exit status is 0, or
+1 with the error's sentence in the last line.
 """
 
 import json

@@ -1,7 +1,7 @@
 """What an image looks like to the network, and how uncertain its segmentation is.
 
 In: a prepared image, the network and an inferer with its support bank. Out: an `ImageScore`. The embedding depends on
-image and network alone, the uncertainty on the support set as well. An image is encoded once; of a volume, a few slices
+only image and network, the uncertainty on the support set as well. An image is encoded once; of a volume, a few slices
 evenly spread over it stand for all, each segmented as an image of its own.
 
 Three parts, each in [0, 1] and 0 where there is no doubt. For class c let p be the probabilities sigmoid(final logits)

@@ -82,7 +82,7 @@ class Adaptation:
 
     @staticmethod
     def refuse(patient: str | None, bank: SupportBank) -> None:
-        """Raise `ConfigError` if a patient that must not guide himself is in the bank: all of it was learned from."""
+        """Raise `ConfigError` if a patient whose own labels must not be used is in the bank, which was learned from."""
         if patient in bank.patients:
             raise ConfigError(
                 f"Patient {patient!r} is in the support set that was adapted to, so a result on this patient would say "

@@ -1,7 +1,7 @@
 """Data folders as MONAI datalists: which image goes with which label, patient and section.
 
 In: a Medical Segmentation Decathlon folder, a folder with `images/` and `labels/` (or `masks/`), a MONAI datalist
-JSON, or, for queries, images alone. Out: plain dicts of paths and names. Only names and JSON files are read here, and
+JSON, or, for queries, only images. Out: plain dicts of paths and names. Only names and JSON files are read here, and
 DICOM headers.
 """
 
@@ -113,13 +113,13 @@ def load_datalist(
             MONAI datalist JSON file. Without `require_labels` also a folder of images and DICOM series folders, which
             may lie in subfolders, one image file, or one DICOM series folder.
         section: "all", or "train", "val" or "test". Sections that the JSON file gives with labels are used as they
-            are; the other labelled cases are split by patient. Cases without a label belong to "all" alone.
+            are; the other labelled cases are split by patient. Cases without a label belong only to "all".
         require_labels: leave out images without a label.
         patient_pattern: regular expression searched for in an image's stem; what it matches names the patient. Where
             it doesn't match, the whole stem does. `patient` (or `patient_id`, `subject`) in the JSON file wins.
         split: fractions of patients for train, val and test; they sum to 1. With at least three patients no section
             with a fraction above 0 is empty.
-        seed: of the split, which depends on it and the patients' names alone.
+        seed: of the split, which depends only on it and the patients' names.
 
     Returns:
         Dicts with `image` and, if there is one, `label` (absolute paths), `patient`, `group` (what was given, else
@@ -220,7 +220,7 @@ def choose_slices(areas: np.ndarray, count: int) -> list[int]:
 
     Args:
         areas: (Z,) pixels of the class in each slice.
-        count: slices wanted, at least 1. With 1 it is the largest alone, with 2 the largest and the end farther off;
+        count: slices wanted, at least 1. With 1 it is only the largest, with 2 the largest and the end farther off;
             from 4 on each further one halves the widest gap.
 
     Returns:

@@ -529,7 +529,7 @@ def make_phantoms(
         num_slices: of a volume, at least 6.
         seed: not negative.
         modalities: looks to make, of "ct", "mr", "us", "rgb".
-        force: replace a phantom data set made with other arguments, or make the same one anew.
+        force: replace a phantom data set made with other arguments, or make the same one again.
         progress: show a bar.
 
     Returns:

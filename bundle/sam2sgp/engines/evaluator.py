@@ -132,8 +132,8 @@ class QueryEvents(EventEnum):
 class QueryEvaluator(SupervisedEvaluator):
     """MONAI's evaluator for batches of one case as `QueryDataset` gives them, with a `SupportSetInferer`.
 
-    The support set is encoded anew in each run. Before it starts, `QueryEvents.RUN_PREPARED` is fired; where no case is
-    left after that, `COMPLETED` alone follows. After an iteration `state.output` is a list with one
+    The support set is encoded again in each run. Before it starts, `QueryEvents.RUN_PREPARED` is fired; where no case
+    is left after that, only `COMPLETED` follows. After an iteration `state.output` is a list with one
     dict, or an empty list for a case that failed (`state.batch` then holds the error); both are let go before the next
     case is read and at the end:
 
@@ -203,7 +203,7 @@ class QueryEvaluator(SupervisedEvaluator):
                     engine.state.output = [self.segment(batchdata)]
             except DataError as error:
                 batchdata["error"] = str(error)
-            # Not beside what saving takes.
+            # Free the image before saving, to cap peak memory.
             for name in IMAGES:
                 batchdata.pop(name, None)
         if engine.state.output:

@@ -30,7 +30,7 @@ ADAPTER = "lora"
 class EpochStart:
     """At the start of an epoch: seed PyTorch by its number and tell it to the loss.
 
-    Both depend on the epoch alone, so a resumed run draws the same numbers as an unbroken one.
+    Both depend only on the epoch, so a resumed run draws the same numbers as an unbroken one.
     """
 
     def __init__(self, seed: int, loss: SGPLoss) -> None:
@@ -257,7 +257,7 @@ class ResumableCheckpoint:
             raise WeightsError(
                 f"{path}: expected the state of a training with these settings, found one that does not fit "
                 f"({str(error).splitlines()[0]}); use another `output_dir`, the settings it was begun with, or "
-                "`--resume False` to begin anew."
+                "`--resume False` to begin again."
             ) from error
         engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]
         if self.validator is not None:

@@ -3,7 +3,7 @@
 Each finished case goes on record (`sam2sgp.engines.records`) with its rows and, for some, what is needed to draw it;
 tables and report are made from the records. So a run that was interrupted goes on with the cases that are missing, and
 several processes share the cases: each takes every n-th of those, and rank 0 waits for the records of the others. The
-processes talk to each other before the first case alone; a slow one holds up nobody until the end.
+processes talk to each other only before the first case; a slow one holds up nobody until the end.
 """
 
 import logging

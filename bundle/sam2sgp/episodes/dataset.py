@@ -41,7 +41,7 @@ class Drawn:
 
 
 class EpisodeDataset(Dataset):
-    """Random but reproducible episodes: item i is a function of the seed and i alone.
+    """Random but reproducible episodes: item i is a function of only the seed and i.
 
     Args:
         data: labelled cases, dicts with `image`, `label`, `patient` and `group`.
@@ -51,7 +51,7 @@ class EpisodeDataset(Dataset):
         group_size: images G in an episode, at least 2.
         task_augmentation: dictionary transform of `image` (3, S, S) and `label` (1, S, S), applied with the same
             random numbers to all images of an episode.
-        augmentation: likewise, but drawn anew for each image.
+        augmentation: likewise, but drawn for each image.
         empty_fraction: share of images drawn from slices without the target, where there are such.
         invert_probability: share of episodes whose target is everything but the class.
         union_probability: share of episodes whose target is the union of two classes, where there are two.

@@ -75,7 +75,7 @@ Judge = Callable[[int, list[Retrieved]], list[Tensor]]
 
 
 class ObjectGate:
-    """Thresholds that an encoded support bank teaches, learned anew when it has changed.
+    """Thresholds that an encoded support bank teaches, learned again when it has changed.
 
     Args:
         bank: the support bank. sampler: chooses the items that guide an item as a query.

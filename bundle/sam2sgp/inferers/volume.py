@@ -1,18 +1,18 @@
 """3DM: what was found on one slice of a volume guides its neighbours.
 
-    window of slices ─ encode once ─ segment each alone ─ anchors ─ from each anchor up and down, guided by support and
+    window of slices ─ encode once ─ segment each singly ─ anchors ─ from each anchor up and down, guided by support and
     neighbours ─ mean of both
 
 The volume passes in windows of a bounded number of slices, so memory does not grow with its length. In a window all
-slices are segmented with the support set alone; per class and extent, the one that the support set explains best is an
+slices are segmented with only the support set; per class and extent, the one that the support set explains best is an
 anchor. Where the support set has taught how little evidence there is without the class (`sam2sgp.inferers.presence`),
 slices with no more stay empty. From the anchors it goes on in both directions: each slice is guided by its support and
 by the last slices segmented on the way, which enter as memory with SAM2's temporal encoding, as a support item would. A
 slice is reached from its nearest anchor, and the end of the window before is an anchor too.
 
-A slice's logits are the mean of those with the support set alone and those with memory. Memory alone carries a mistake
-on from slice to slice; the support set alone does not know the neighbours. On volumes that served for the choice, the
-mean was better than either (`benchmarks/volumes.py`).
+A slice's logits are the mean of those with only the support set and those with memory. Memory by itself carries a
+mistake on from slice to slice; the support set by itself does not know the neighbours. On volumes that served for the
+choice, the mean was better than either (`benchmarks/volumes.py`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +90,7 @@ class Propagation:
         segment: (features of B slices, what was retrieved, frames by class number) -> output for all C classes;
             logits of classes without support are far below 0.
         class_values: of the C classes.
-        thresholds: evidence up to which a class is absent from a slice, by what the support set alone says.
+        thresholds: evidence up to which a class is absent from a slice, by what the support set by itself says.
         batch_size: slices segmented at a time where they don't depend on each other; bounds memory.
         step: is told how many more slices were looked at; of each, three times.
     """
@@ -130,7 +130,7 @@ class Propagation:
 class _Window:
     """Slices [start, start + W) of a volume while they are segmented.
 
-    output: (W, C, ...), at first of the support set alone. entries: {class number: its support}. anchors: {class
+    output: (W, C, ...), at first of the support set only. entries: {class number: its support}. anchors: {class
     number: where it starts}. upward: {class number: (W,) whether a slice is reached going up}. absent: {class number:
     slices without it}.
     """

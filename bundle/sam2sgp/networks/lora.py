@@ -3,7 +3,7 @@
 In the lite backbone, which has no attention, it is on the 1x1 convolutions, in which nearly all of its weights are.
 
 SAM2's Hiera computes q, k and v by one fused linear layer. `split_qkv` replaces it by three layers with the same
-weights, so that PEFT adapts q and v alone, over their full width, in the blocks that widen channels too.
+weights, so that PEFT adapts only q and v, over their full width, in the blocks that widen channels too.
 """
 
 from pathlib import Path

@@ -120,7 +120,7 @@ def _attend(
 
 
 def _averages_first(query: Tensor, memory: Tensor) -> bool:
-    """Whether that is exact and faster than PyTorch's fused attention, which takes values as wide as keys alone."""
+    """Whether that is exact and faster than PyTorch's fused attention, which takes only values as wide as keys."""
     narrower = memory.shape[-1] < query.shape[-1]
     if torch.compiler.is_exporting():
         # Runtimes have no fused attention.

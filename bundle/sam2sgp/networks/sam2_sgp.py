@@ -4,7 +4,7 @@
     support pairs ─ FE ─ memory encoder ─┘                                                          │
                            └─ PMA: box, attention guidance, dense prompt ─ second decoder ──────────┴─ logits
 
-Everything that depends on a support item alone (`encode_support`) or on an image alone (`encode`) is a method of its
+Everything that depends only on a support item (`encode_support`) or only on an image (`encode`) is a method of its
 own, so that callers can cache it. Classes are a batch dimension from the support memory on: the encoder runs once per
 image whatever their number.
 """
@@ -499,7 +499,7 @@ class SAM2SGP(nn.Module):
             support_label: (N, C, S, S), or (B, K, C, S, S), binary masks in {0, 1}. None: no support, C = 1.
             support_index: (B, C, K) which pool items each query and class uses; None: the whole pool, or own items.
             frame_index: (B, F) which of the images are slices of the query's own volume that guide it: what the network
-                makes of them with their support alone enters the query's memory. A row without any is -1 throughout.
+                makes of them with only their support enters the query's memory. A row without any is -1 throughout.
                 Needs a support.
             frame_distance: (B, F) how many slices away they are, from 1.
 

@@ -1,6 +1,6 @@
 """The support prior: a dense match of query to support features that carries the support masks over.
 
-This is our addition to the paper, one switch (`pmg.prior`). SAM2's memory attention alone must discover which of
+This is our addition to the paper, one switch (`pmg.prior`). SAM2's memory attention by itself must discover which of
 its value channels means foreground; from scratch that is never found in reasonable time. The prior states it:
 
     p_match(x) = sum_y softmax_y(t * cos(f(x), f(y))) * m(y)      over all support positions y

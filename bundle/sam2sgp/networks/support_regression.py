@@ -1,4 +1,4 @@
-"""The support regression: a pixel classifier fitted to the support set in closed form, for every query anew.
+"""The support regression: a pixel classifier fitted to the support set in closed form, for each query.
 
 Where the support prior asks which support place looks like this one, the regression asks what tells foreground from
 background in the whole support set. It is our addition to the paper (`pmg.regression`), after the closed-form learners

@@ -118,7 +118,7 @@ def _sgp_origin(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         advice.append(f"backbone {file.backbone}, the network {network.backbone}: {use}")
     if file.lora_rank is not None and file.lora_rank != network.lora_rank:
         ranks = (f"LoRA of rank {rank}" if rank else "no LoRA" for rank in (file.lora_rank, network.lora_rank))
-        remedy = f"set `lora` to rank {file.lora_rank}, or save the file anew after `merge_lora`"
+        remedy = f"set `lora` to rank {file.lora_rank}, or save the file again after `merge_lora`"
         advice.append("{}, the network {}: {}".format(*ranks, remedy))
     if file.prior != network.prior:
         has = "a support prior" if file.prior else "no support prior"
@@ -172,6 +172,6 @@ def save_lora(network: SAM2SGP, directory: str | Path) -> None:
             for name in ADAPTER_FILES:
                 with replacing(directory / name) as part:
                     Path(folder, name).replace(part)
-                    part.chmod(mode)  # safetensors lets the owner alone read its files
+                    part.chmod(mode)  # safetensors lets only the owner read its files
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{directory}: the adapters can't be written ({error}); choose another folder.") from error

@@ -101,7 +101,7 @@ class GraphRuntime:
         if name not in RUNTIMES:
             raise ConfigError(f"runtime is {name!r}: expected one of {', '.join([EAGER, *RUNTIMES])}.")
         if precision != "fp32":
-            raise ConfigError(f"precision is {precision!r}: runtime {name!r} computes in fp32 alone; set one of them.")
+            raise ConfigError(f"precision is {precision!r}: runtime {name!r} computes only in fp32; set one of them.")
         need(name, f"runtime {name!r}")
         self.name = name
         self.folder = Path(folder)

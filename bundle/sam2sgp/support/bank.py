@@ -4,8 +4,9 @@
 
 The truth is the data; all else is a cache of two layers. *Prepared* is what preprocessing makes of an item; it depends
 on the item's content and on the preprocessing. *Encoded* is what the network makes of that; it depends on the network
-as well: weights, LoRA, switches, precision. On a CPU an item is encoded alone, so that its encoding depends on nothing
-else, not even in the last bit; then results are the same with and without a folder, in one go or after an interruption.
+as well: weights, LoRA, switches, precision. On a CPU an item is encoded by itself, so that its encoding depends on
+nothing else, not even in the last bit; then results are the same with and without a folder, in one go or after an
+interruption.
 
 With a cache folder both layers are on disk (`sam2sgp.support.store`), and a bank holds of each item only a few facts
 and its embedding; pixels and memory are read when they are asked for, through a cache of bounded size. Without a folder
@@ -529,7 +530,7 @@ class SupportBank:
             try:
                 digest, listing = self._prepare(case)
             except Exception as error:
-                # The same content fails again: only a changed file is worth reading anew.
+                # The same content fails again: only a changed file is worth reading again.
                 if digest is not None and isinstance(cause := cause_of(error), DataError):
                     self._failed[digest] = str(cause)
                 raise
@@ -566,7 +567,7 @@ class SupportBank:
         if prepared["label"].max() > MAX_VALUE:
             raise DataError(
                 f"{case['label']}: expected class values up to {MAX_VALUE}, found {int(prepared['label'].max())}; "
-                "number the classes anew."
+                "number the classes again."
             )
         listing, items = prepare_items(prepared, self.slices_per_class)
         for facts, item in zip(listing.items, items, strict=True):
@@ -769,7 +770,7 @@ class SupportBank:
             items = [self.items[names[name]] for name in missing]
             made = self._encode_items(items) if part == WHOLE else [self._encode_views(items[0], part)]
             for name, encoding in zip(missing, made, strict=True):
-                # Copies, because a slice keeps the memory of the whole batch, and files hold contiguous tensors alone.
+                # Copies: a slice keeps the memory of the whole batch, and safetensors stores only contiguous tensors.
                 encoding = {key: value.clone(memory_format=torch.contiguous_format) for key, value in encoding.items()}
                 if self.store is None:
                     self._encodings[name] = encoding

@@ -35,7 +35,7 @@ class FileHashes:
     """SHA-256 of files, computed once for each (path, size, mtime, inode).
 
     Args:
-        store: where hashes are kept for other processes; None keeps them in this object alone.
+        store: where hashes are kept for other processes; None keeps them only in this object.
     """
 
     def __init__(self, store: Store | None = None) -> None:

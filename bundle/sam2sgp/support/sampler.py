@@ -61,7 +61,7 @@ class EpisodeSupportSampler:
     """Choose the support of every image of a batch of episodes among the other images of its episode.
 
     Args:
-        min_k, max_k: bounds of K, drawn anew for each batch.
+        min_k, max_k: bounds of K, drawn for each batch.
 
     Raises:
         ConfigError: the bounds are not 1 <= min_k <= max_k.

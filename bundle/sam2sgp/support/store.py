@@ -196,7 +196,7 @@ class Store:
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as error:
-            logger.warning("%s: the index of the support cache is damaged (%s) and made anew.", self.directory, error)
+            logger.warning("%s: the index of the support cache is damaged (%s) and rebuilt.", self.directory, error)
             # Database and write-ahead log leave in one step, so that no process ever sees one without the other.
             broken = mkdtemp(prefix=".broken.", dir=self.directory)
             os.rename(self._index_path.parent, broken)

@@ -58,7 +58,7 @@ class Segmentation(InferTask):
         """Returns the path of the label file, which the caller removes, and the result parameters.
 
         Raises:
-            RequestError: an ill option, no support, memory too small.
+            RequestError: an invalid option, no support, memory too small.
             DataError: the image can't be used.
         """
         started = time.perf_counter()

@@ -25,7 +25,7 @@ def halve(cases: Sequence[Mapping], known: Mapping[str, int]) -> dict[str, int]:
         known: halves of the patients that the weights to start from were trained on. They stay where they are, so that
             no half judges weights that it has trained.
 
-    The others go, in an order that depends on their names alone, to the half with fewer patients.
+    The others go, in an order that depends only on their names, to the half with fewer patients.
 
     Raises:
         DataError: there are too few patients, of all or (after labels were taken away) of a half.

@@ -51,7 +51,7 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
 
     Axial slices have rows running to posterior and columns to the patient's left, and go from inferior to superior.
     Sagittal: rows to inferior, columns to posterior. Coronal: rows to inferior, columns to left. Pictures stay as
-    they are, with Z = 1. Oblique volumes are turned to the closest of these by permutations and flips alone.
+    they are, with Z = 1. Oblique volumes are turned to the closest of these only by permutations and flips.
 
     Args:
         path: a NIfTI, NRRD, MetaImage, DICOM or picture file, or the folder of one DICOM series.

@@ -40,7 +40,7 @@ def read_label(path: str | os.PathLike, geometry: Geometry | None = None, slice_
         slice_axis: as for `read_image`; used only without `geometry`.
 
     Returns:
-        (Z, H, W) int64, 0 is background. A picture of 0 and its highest value alone (255, or 65535 of 16 bits) is read
+        (Z, H, W) int64, 0 is background. A picture of only 0 and its highest value (255, or 65535 of 16 bits) is read
         as 0 and 1, a palette picture as its indices, one in black and white as white.
 
     Raises:
@@ -63,7 +63,7 @@ def read_label(path: str | os.PathLike, geometry: Geometry | None = None, slice_
 
 
 def is_binary_255(path: str | os.PathLike) -> bool:
-    """Whether a label is an 8-bit picture of 0 and 255 alone, so that outputs can be coded alike.
+    """Whether a label is an 8-bit picture of only 0 and 255, so that outputs can be coded alike.
 
     Raises DataError if the file can't be read.
     """

@@ -1,7 +1,7 @@
 """Headers of NRRD files: http://teem.sourceforge.net/nrrd/format.html, as strictly as that page is written.
 
 In: a file. Out: a `RawHeader`, as ITK understands the same file: axes that aren't of space or time are channels, the
-other ones have their place in the world by `space directions`, or by `spacings` alone.
+other ones have their place in the world by `space directions`, or only by `spacings`.
 """
 
 import re

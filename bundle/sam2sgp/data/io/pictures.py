@@ -177,7 +177,7 @@ def _coloured(path: Path) -> DataError:
 
 
 def _grey(image: Image.Image) -> np.ndarray:
-    """Pixels of a one-channel picture as stored, where Pillow alone gets TIFF's rarer codings wrong."""
+    """Pixels of a one-channel picture as stored, where Pillow by itself gets TIFF's rarer codings wrong."""
     array = np.asarray(image)
     if image.format == "TIFF":
         bits, photometric = image.tag_v2.get(258, (1,))[0], image.tag_v2.get(262)
