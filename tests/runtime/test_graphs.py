@@ -210,7 +210,7 @@ def test_missing_graphs_say_how_to_make_them(phantoms, tmp_path):
 def test_what_can_not_work_is_refused_with_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="runtime is 'tensorrt': expected one of eager, onnxruntime"):
         GraphRuntime("tensorrt", tmp_path)
-    with pytest.raises(ConfigError, match="precision is 'bf16': runtime 'onnxruntime' computes in fp32"):
+    with pytest.raises(ConfigError, match="precision is 'bf16': runtime 'onnxruntime' computes only in fp32"):
         GraphRuntime("onnxruntime", tmp_path, "bf16")
     runtime, adapter = GraphRuntime("onnxruntime", tmp_path), Adapter(60, None, 0, None)
     with pytest.raises(ConfigError, match="leave `adapt_seconds`"):
