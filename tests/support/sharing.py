@@ -5,6 +5,7 @@ Arguments: the folder of the support set, the cache folder, and the folder for a
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def main(folder: str, cache: str, output: str) -> None:
     adapter.Run = adapted = Counter(adapter.Run)
     inferer.adapter = adapter.Adapter(0, max_steps=1, cache_dir=Path(output, "adaptation"), progress=False)
     inferer.adapt(network())
-    found |= {"adapted": adapted.calls, "adaptation": inferer.adaptation.record}
+    found |= {"adapted": adapted.calls, "adaptation": asdict(inferer.adaptation.record)}
     Path(output, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
