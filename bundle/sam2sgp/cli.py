@@ -8,7 +8,6 @@ subcommand starts in this process, with the same configs, overrides and exit cod
 
 import ast
 import csv
-import hashlib
 import os
 import platform
 import sys
@@ -22,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from sam2sgp import __version__
+from sam2sgp.files import sha256_of
 
 BUNDLE = Path(__file__).parents[1]
 APP = BUNDLE.parent / "apps" / "sam2sgp"
@@ -92,9 +92,7 @@ def segment(
         "save_probability": probability,
         "save_uncertainty": uncertainty,
     }
-    settings |= _common(context, k, weights, device, resume)
-    if adapt:
-        settings["adapt_seconds"] = adapt
+    settings |= _common(context, k, weights, device, resume, adapt)
     _run("inferring", ["inference.json", *_overlay(backbone)], settings)
 
 
@@ -186,13 +184,11 @@ def evaluate(
     Writes evaluation/metrics.csv, metrics_summary.csv and report.html.
     """
     settings: dict[str, Any] = {"dataset_dir": _absolute(data), "output_dir": _absolute(output)}
-    settings |= _common(context, k, weights, device, resume)
+    settings |= _common(context, k, weights, device, resume, adapt)
     if support:
         settings["support_dir"] = _absolute(support)
     if whole:
         settings["split"] = [0, 0, 1]
-    if adapt:
-        settings["adapt_seconds"] = adapt
     _run("evaluating", ["train.json", *_overlay(backbone), "evaluate.json"], settings)
 
 
@@ -268,8 +264,7 @@ def doctor() -> None:
         typer.echo("GPU: none that PyTorch sees; everything runs on the CPU")
     weights = BUNDLE / "models" / "model.pt"
     if weights.is_file():
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        typer.echo(f"Weights: {weights}, SHA-256 {digest}")
+        typer.echo(f"Weights: {weights}, SHA-256 {sha256_of(weights)}")
         typer.echo("  non-commercial research use only, see docs/data_license.txt in the bundle")
     else:
         typer.echo(f"Weights: {weights} is missing; give --weights, or copy the bundle again")
@@ -291,7 +286,12 @@ def _overlay(backbone: str) -> list[str]:
 
 
 def _common(
-    context: typer.Context, k: int | None, weights: Path | None, device: str | None, resume: bool | None
+    context: typer.Context,
+    k: int | None,
+    weights: Path | None,
+    device: str | None,
+    resume: bool | None,
+    adapt: float = 0,
 ) -> dict[str, Any]:
     """Overrides that several commands share, and those that follow the options."""
     settings = _more(context.args)
@@ -303,6 +303,8 @@ def _common(
         settings["device"] = f"$torch.device({device!r})"
     if resume is not None:
         settings["resume"] = resume
+    if adapt:
+        settings["adapt_seconds"] = adapt
     return settings
 
 

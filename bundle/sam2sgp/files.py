@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -10,6 +11,12 @@ from tempfile import TemporaryDirectory
 
 # The folders of `replacing`: "." and the file's name, then "." and what `tempfile` adds.
 PART_FOLDER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}")
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

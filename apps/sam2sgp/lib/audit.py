@@ -5,7 +5,6 @@ write to one file at once: each line is a single append under a lock of the file
 """
 
 import fcntl
-import hashlib
 import json
 import os
 from contextvars import ContextVar
@@ -13,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lib.checks import StorageError
+from sam2sgp.files import sha256_of
 
 # Who sent the request that is being answered, as the reverse proxy says; None without a proxy.
 current_user: ContextVar[str | None] = ContextVar("current_user", default=None)
@@ -65,5 +65,4 @@ class Audit:
 
 def content_hash(path: str | Path) -> str:
     """SHA-256 of a file, as `sha256:` and 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"sha256:{sha256_of(path)}"

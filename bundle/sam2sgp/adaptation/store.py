@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sam2sgp.adaptation.corrector import Corrector, Trunk
 from sam2sgp.adaptation.records import Record
-from sam2sgp.files import replacing
+from sam2sgp.files import replacing, sha256_of
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank
 
@@ -67,7 +67,7 @@ def save(directory: Path, record: Record, correctors: list[Corrector]) -> None:
                 states = enumerate(map(_state, correctors))
                 save_file({f"{n}.{key}": value for n, state in states for key, value in state.items()}, weights)
                 parts.append(weights)
-            record.files = {path.name: _sha256(path) for path in parts}
+            record.files = {path.name: sha256_of(path) for path in parts}
             written.write_text(record.to_json(), encoding="utf-8")
             mode = written.stat().st_mode
             for path in (*parts, written):
@@ -93,7 +93,7 @@ def load(directory: Path, network: SAM2SGP, classes: int) -> tuple[Record, list[
     try:
         record = Record.of_json((directory / RECORD).read_text(encoding="utf-8"))
         for name, digest in record.files.items():
-            if _sha256(directory / name) != digest:
+            if sha256_of(directory / name) != digest:
                 raise ValueError(f"{name} has changed since it was written")
         correctors = []
         if record.files:
@@ -113,8 +113,3 @@ def load(directory: Path, network: SAM2SGP, classes: int) -> tuple[Record, list[
 def _state(corrector: Corrector) -> dict[str, Tensor]:
     """Weights as a file holds them: contiguous."""
     return {name: value.contiguous() for name, value in corrector.state_dict().items()}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

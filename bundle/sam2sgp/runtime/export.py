@@ -7,7 +7,6 @@
 graphs of other weights are never run in silence.
 """
 
-import hashlib
 import json
 import logging
 import warnings
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from sam2sgp.errors import ConfigError, WeightsError
-from sam2sgp.files import replacing, write_text
+from sam2sgp.files import replacing, sha256_of, write_text
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.runtime.graphs import Stage, stages
 from sam2sgp.support.content import digest_of, network_fingerprint
@@ -79,7 +78,7 @@ def export_graphs(network: SAM2SGP, folder: str | Path) -> None:
             file = folder / f"{name}.onnx"
             with replacing(file) as part:
                 program.save(str(part), external_data=False)
-                hashes[file.name] = _sha256(part)
+                hashes[file.name] = sha256_of(part)
         manifest = {
             "fingerprint": graphs_fingerprint(network),
             "backbone": network.backbone,
@@ -146,11 +145,6 @@ def checked_files(network: SAM2SGP, folder: str | Path) -> dict[str, Path]:
         )
     files = {name: folder / f"{name}.onnx" for name in STAGES}
     for file in files.values():
-        if not file.is_file() or _sha256(file) != hashes.get(file.name):
+        if not file.is_file() or sha256_of(file) != hashes.get(file.name):
             raise WeightsError(f"{file}: expected the graph that {MANIFEST} names, found another or none; {again}.")
     return files
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

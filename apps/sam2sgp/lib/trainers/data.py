@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sam2sgp.errors import DataError
-from sam2sgp.files import write_text
+from sam2sgp.files import sha256_of, write_text
 
 HALVES = 2
 MIN_PATIENTS_OF_A_HALF = 2
@@ -75,7 +75,7 @@ def digest(cases: Sequence[Mapping], half_of: Mapping[str, int]) -> str:
             case["name"],
             case["patient"],
             _size(Path(case["image"])),
-            _content(Path(case["label"])),
+            sha256_of(Path(case["label"])),
         )
         for case in cases
     )
@@ -88,8 +88,3 @@ def _rank(patient: str) -> str:
 
 def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
-
-
-def _content(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
