@@ -13,7 +13,7 @@ from sam2sgp.data import load_datalist
 from sam2sgp.drawing import draw_overlay, to_display
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.networks import SAM2SGP, load_weights
-from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support import SupportBank
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd, label_map
 
 TITLES = ("support image and mask", "query", "pseudo-mask and box", "segmentation (truth dashed)")
@@ -44,7 +44,7 @@ def main() -> None:
         case = prepare(next(c for c in load_datalist(options.phantoms, "test") if c["group"] == look))
         index = int((case["label"] > 0).flatten(1).sum(1).argmax())
         query, truth = case["image"][index : index + 1], case["label"][index].numpy()
-        chunk = next(SupportSetInferer(bank, SupportSampler()).chunks(query, network))
+        chunk = next(SupportSetInferer(bank).chunks(query, network))
         item = bank.items[int(chunk.retrieved[0].index[0, 0])]
         picture = to_display(query[0])
         boxes = dict(zip(bank.class_values, chunk.output.box[0].tolist(), strict=True))

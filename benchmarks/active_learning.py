@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from lib.weights import Weights
 from sam2sgp.active import STRATEGIES, choose, embed, examine
 from sam2sgp.data import class_names, load_datalist
 from sam2sgp.data.phantom import make_phantoms
+from sam2sgp.inferers import CaseResult, CaseSegmenter
 from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.networks import load_weights
 
@@ -89,19 +91,16 @@ class Simulation:
                     {"_target_": "sam2sgp.transforms.FitToSquared", "keys": "image", "size": "@image_size"},
                 ],
             },
-            "evaluator::postprocessing": None,
-            "evaluator::val_handlers": None,
         }
         config = bundle_config(settings)
-        self.evaluator = config.get_parsed_content("evaluator")
         self.network = config.get_parsed_content("network").eval()
         self.weights = Path(config.get_parsed_content("model_file"))
         load_weights(self.network, self.weights)
         self.overrides = overrides
         self.class_names = settings["class_names"]
-        self.inferer = self.evaluator.inferer
-        self.inferer.feature_cache = FeatureCache(MIB_OF_FEATURES)
+        self.inferer = replace(config.get_parsed_content("inferer"), feature_cache=FeatureCache(MIB_OF_FEATURES))
         prepare = config.get_parsed_content("preprocessing")
+        self.segmenter = CaseSegmenter(self.network, self.inferer, prepare, exclude_own_patient=False)
         self.prepared = [prepare(case) for case in tqdm(self.pool, desc="Reading the pool", disable=None)]
         self.embedding = torch.stack([embed(self.network, case["image"]) for case in self.prepared])
 
@@ -113,9 +112,11 @@ class Simulation:
         """Mean over the test images of the mean Dice of the classes that an image holds."""
         values: list[float] = []
 
-        def measure(case: dict) -> None:
+        def measure(found: CaseResult) -> None:
             classes = len(self.inferer.bank.class_values) + 1
-            pair = [torch.nn.functional.one_hot(case[key].long(), classes) for key in ("pred_index", "truth_index")]
+            pair = [
+                torch.nn.functional.one_hot(index.long(), classes) for index in (found.pred_index, found.truth_index)
+            ]
             predicted, truth = (index.movedim(-1, 0)[None].float() for index in pair)
             score = compute_dice(predicted, truth, include_background=False)
             if score.isfinite().any():
@@ -123,10 +124,8 @@ class Simulation:
 
         self.inferer.reset()
         with torch.no_grad():
-            for case in self.evaluator.data_loader:
-                if "error" in case:
-                    raise RuntimeError(case["error"])
-                measure(self.evaluator.segment(case))
+            for case in self.test:
+                measure(self.segmenter.segment(self.segmenter.prepare(case)))
         return float(np.mean(values))
 
     def finetuned(self, chosen: Sequence[int]) -> tuple[float, dict] | None:

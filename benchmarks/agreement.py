@@ -19,7 +19,7 @@ from monai.transforms import Compose
 from torch import Tensor
 
 from sam2sgp.data import load_datalist
-from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.networks import SAM2SGP, compile_encoder, load_weights
 from sam2sgp.networks import sam2_sgp as network_module
 from sam2sgp.support import SupportBank, SupportSampler
@@ -68,7 +68,7 @@ def segment(data: list[dict], variant: str, size: int, queries: int, k: int) -> 
         first.setdefault(case["patient"], case)
     others = [case for case in data if case["patient"] not in names]
     bank = SupportBank([first[name] for name in names], prepare, slices_per_class=2, progress=False)
-    inferer = SupportSetInferer(bank, SupportSampler(k=k), batch_size=1, precision=precision)
+    inferer = SupportSetInferer(bank, InferenceSettings(SupportSampler(k=k), batch_size=1, precision=precision))
     masks = []
     for case in others[:: max(1, len(others) // queries)][:queries]:
         image = prepare(case)["image"]

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from sam2sgp.data import read_label
 from sam2sgp.errors import WeightsError
-from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.runtime import RUNTIMES, GraphRuntime, export_graphs
 from sam2sgp.runtime.export import MANIFEST, checked_files
@@ -128,7 +128,9 @@ def times(
         taken[name]["ready"].append(1000 * (clock() - started))
         bank = SupportBank(cases, lambda case: case, progress=False)
         sampler = SupportSampler(k=K)
-        inferer = SupportSetInferer(bank, sampler, 1, region_below=0.7, object_gate=False, runtime=runtime)
+        inferer = SupportSetInferer(
+            bank, InferenceSettings(sampler, 1, region_below=0.7, object_gate=False), runtime=runtime
+        )
         watched: dict[str, float] = defaultdict(float)
         for stage in ("encode", "segment"):
             count_time(runs, stage, watched, clock)

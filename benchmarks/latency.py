@@ -48,7 +48,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.transforms import (
@@ -232,7 +232,9 @@ def ours(network: SAM2SGP, case: Case, folder: str, clock: Callable) -> tuple[Ca
     with torch.no_grad():
         bank.encode(network)
     built = {"build": (clock() - started) / case.n}
-    inferer = SupportSetInferer(bank, SupportSampler(k=case.k), batch_size=1, region_below=0.7, object_gate=False)
+    inferer = SupportSetInferer(
+        bank, InferenceSettings(SupportSampler(k=case.k), batch_size=1, region_below=0.7, object_gate=False)
+    )
     watch = Stopwatch(clock)
     watch.watch(network, "encode", "encode")
     watch.watch(bank, "retrieve", "retrieve")

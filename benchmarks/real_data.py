@@ -52,15 +52,13 @@ def floors(settings: dict) -> dict[str, tuple[float, float]]:
     """Mean Dice per class of the thresholded mean mask and of the nearest copy, per case as in the evaluation."""
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / name) for name in EVALUATE])
-    parser.update({**settings, "bundle_root": str(BUNDLE)})
+    parser.update({**settings, "bundle_root": str(BUNDLE), "k": 1})
     os.chdir(BUNDLE)
     bank = parser.get_parsed_content("support_bank")
     network = parser.get_parsed_content("network").eval()
     from sam2sgp.networks import load_weights
 
     load_weights(network, parser.get_parsed_content("model_file"))
-    sampler = parser.get_parsed_content("support_sampler")
-    sampler.k = 1
     inferer = parser.get_parsed_content("validate::inferer")
     masks = bank.masks(bank.items)
     means = [masks[bank.holds[:, c], c].mean(0) for c in range(len(bank.class_values))]

@@ -46,7 +46,7 @@ from monai.bundle import ConfigParser
 
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms, phantom_volume
-from sam2sgp.inferers import SupportSetInferer, VolumeMemory, region
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory, region
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 from sam2sgp.support import SupportBank, SupportSampler, bank
 
@@ -193,13 +193,15 @@ def timed(backbone: str, slices: int) -> dict[str, float]:
 
     bank = SupportBank([case(number) for number in range(4)], lambda item: item, progress=False)
     volume = (disc + 0.1 * torch.rand(slices, 1, size, size)).clamp(0, 1)
-    alone = SupportSetInferer(bank, SupportSampler(k=4), batch_size=1)
+    alone = SupportSetInferer(bank, InferenceSettings(SupportSampler(k=4), batch_size=1))
     queries = volume[:20]
     list(alone.chunks(queries[:2], network))
     started = time.perf_counter()
     list(alone.chunks(queries, network))
     single = (time.perf_counter() - started) / len(queries)
-    together = SupportSetInferer(bank, SupportSampler(k=4), batch_size=8, volume_memory=VolumeMemory())
+    together = SupportSetInferer(
+        bank, InferenceSettings(SupportSampler(k=4), batch_size=8, volume_memory=VolumeMemory())
+    )
     started = time.perf_counter()
     for _ in together.chunks(volume, network, volume=True):
         pass

@@ -18,7 +18,7 @@ from tests.torchrun import TORCHRUN, bundle_command, finish
 BACKBONES = ["nano", "lite", "tiny", "small", "base_plus", "large"]
 
 EVALUATION = {"model_file", "report_figures", "evaluating"}
-ADAPTATION = {"adapt_seconds", "adapt_steps", "adapt_seed", "adapt_dir", "adapter", "validate::inferer::adapter"}
+ADAPTATION = {"adapt_seconds", "adapt_steps", "adapt_seed", "adapt_dir", "adapter", "job"}
 TASKS = {
     "synthetic_probability",
     "superpixel_probability",

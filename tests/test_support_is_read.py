@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import CLASS_NAMES, make_phantoms
-from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
@@ -73,7 +73,7 @@ class Task:
     def predict(self, net) -> torch.Tensor:
         """Foreground (Z, C, S, S) of every class, computed once."""
         if self.plain is None:
-            self.plain = SupportSetInferer(self.bank, SupportSampler(k=K))(self.images, net) > 0
+            self.plain = SupportSetInferer(self.bank, InferenceSettings(SupportSampler(k=K)))(self.images, net) > 0
         return self.plain
 
     @contextmanager
@@ -142,21 +142,21 @@ def test_both_decoders_have_a_say_beside_the_prior(network, tasks):
     said = {}
     for name in ("pmg_decoder", "pma_decoder"):
         getattr(network, name).register_forward_hook(lambda _, __, out, name=name: said.update({name: out[0].std()}))
-    SupportSetInferer(tasks[-1].bank, SupportSampler(k=K))(tasks[-1].images[:2], network)
+    SupportSetInferer(tasks[-1].bank, InferenceSettings(SupportSampler(k=K)))(tasks[-1].images[:2], network)
     assert said["pmg_decoder"] > 0.5 and said["pma_decoder"] > 0.03, said
 
 
 @pytest.mark.parametrize("switch", ["box", "attention"])
 def test_box_and_attention_change_the_trained_networks_result(network, tasks, switch):
     task = tasks[0]
-    on = SupportSetInferer(task.bank, SupportSampler(k=K))(task.images[:4], network)
+    on = SupportSetInferer(task.bank, InferenceSettings(SupportSampler(k=K)))(task.images[:4], network)
     strength = network.pma_decoder.strength.detach().clone()
     try:
         if switch == "box":
             network.uses_box = False
         else:
             network.pma_decoder.strength.data.zero_()
-        off = SupportSetInferer(task.bank, SupportSampler(k=K))(task.images[:4], network)
+        off = SupportSetInferer(task.bank, InferenceSettings(SupportSampler(k=K)))(task.images[:4], network)
     finally:
         network.uses_box = True
         network.pma_decoder.strength.data.copy_(strength)

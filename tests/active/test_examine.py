@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam2sgp.active import embed, examine
-from sam2sgp.inferers import SupportSetInferer, VolumeMemory
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from sam2sgp.networks import SAM2SGP, SGPOutput
 from sam2sgp.support import SupportBank, SupportSampler
 from tests.inferers.stubs import SIZE, StubNetwork
@@ -39,7 +39,7 @@ class Copying(StubNetwork):
 
 def inferer(cases: list[dict], k: int = 4, **settings) -> SupportSetInferer:
     bank = SupportBank(cases, lambda item: item, {1: "top"}, progress=False, allow_empty=True)
-    return SupportSetInferer(bank, SupportSampler(k=k), **settings)
+    return SupportSetInferer(bank, InferenceSettings(SupportSampler(k=k), **settings))
 
 
 ALIKE = [case(number) for number in range(4)]

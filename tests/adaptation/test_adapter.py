@@ -19,10 +19,10 @@ from sam2sgp.adaptation.pairs import Pair, Pairs
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.records import Record
 from sam2sgp.adaptation.training import Training
+from sam2sgp.engines import adapted
 from sam2sgp.errors import ConfigError
-from sam2sgp.inferers import SupportSetInferer, VolumeMemory
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from sam2sgp.networks import SAM2SGP
-from sam2sgp.support import SupportSampler
 from sam2sgp.transforms import to_three_channels
 from tests.adaptation.banks import SIZE, bank, phantom, queries, volume
 
@@ -65,7 +65,10 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 def segment(network, support, adapter=None) -> Tensor:
     """Logits (8, C, S, S) of the queries."""
-    inferer = SupportSetInferer(support, SupportSampler(), adapter=adapter)
+    # Without a second pass, which would take most of the time.
+    inferer = SupportSetInferer(support, InferenceSettings(region_below=0.0))
+    if adapter is not None:
+        inferer = adapted(inferer, network, adapter)
     found = inferer.segment_case(query_case(), network)
     return torch.cat([logits for _, logits, _ in found])
 
@@ -129,7 +132,7 @@ def test_correctors_that_are_right_decide_the_result(network, monkeypatch):
     finding(monkeypatch, lambda image: (image > 0.8).float())
     adapter = Adapter(None, STEPS, progress=False)
     support = bank(bright_discs())
-    inferer = SupportSetInferer(support, SupportSampler(), adapter=adapter)
+    inferer = adapted(SupportSetInferer(support, InferenceSettings(region_below=0.0)), network, adapter)
     case = bright_discs()[3]
     found = torch.cat([logits for _, logits, _ in inferer.segment_case(case, network)]) > 0
     choice = adapter.last.record.choices["class_1"]
@@ -188,7 +191,7 @@ def test_volumes_are_judged_as_volumes_and_never_guided_by_their_own_slices(netw
     chunks = SupportSetInferer.chunks
 
     def watch(self, inputs, network, patient=None, group=None, volume=False, step=None):
-        calls.append((len(inputs), patient, volume, self.volume_memory is not None))
+        calls.append((len(inputs), patient, volume, self.settings.volume_memory is not None))
         for chunk in chunks(self, inputs, network, patient, group, volume, step):
             owners = {self.bank.items[number].patient for entry in chunk.retrieved for number in entry.index.flatten()}
             assert patient not in owners and owners
@@ -196,7 +199,7 @@ def test_volumes_are_judged_as_volumes_and_never_guided_by_their_own_slices(netw
 
     monkeypatch.setattr(SupportSetInferer, "chunks", watch)
     support = bank([volume(number) for number in range(3)])
-    inferer = SupportSetInferer(support, SupportSampler(), volume_memory=VolumeMemory())
+    inferer = SupportSetInferer(support, InferenceSettings(region_below=0.0, volume_memory=VolumeMemory()))
     record = adapt(network, support, None, 1, progress=False, inferer=inferer).record
     assert [(count, volume, memory) for count, _, volume, memory in calls] == [(8, True, True)] * 3
     assert record.judged == len(record.groups) == 3
@@ -281,7 +284,7 @@ def test_switched_off_it_is_the_plain_path(network):
 
 def test_a_patient_that_was_learned_from_is_refused_as_a_query_of_its_own(network, made):
     adapter = Adapter(None, STEPS, cache_dir=made[1], progress=False)
-    inferer = SupportSetInferer(bank(CASES), SupportSampler(), adapter=adapter)
+    inferer = adapted(SupportSetInferer(bank(CASES), InferenceSettings(region_below=0.0)), network, adapter)
     with pytest.raises(ConfigError, match="'p3'"):
         inferer(queries()[0], network, patient="p3")
     assert inferer(queries()[0], network, patient="someone else").shape[1] == 1

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sam2sgp.inferers import SupportSetInferer, VolumeMemory
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from sam2sgp.inferers.presence import MAX_JUDGED, among_neighbours, learn, presence_threshold
 from sam2sgp.inferers.volume import MAX_WINDOW
 from sam2sgp.networks import ImageFeatures, SGPOutput, SupportMemory
@@ -42,7 +42,7 @@ def bank(patients: int, slices: int, present: range) -> SupportBank:
 def shown(support: SupportBank, bright: list[bool] | list[float], volume: bool = True, **settings) -> list[bool]:
     """On which slices of a volume of that brightness the class is found."""
     images = torch.tensor(bright, dtype=torch.float32)[:, None, None, None].expand(-1, 3, SIZE, SIZE)
-    inferer = SupportSetInferer(support, SupportSampler(k=2), **settings)
+    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2), **settings))
     chunks = inferer.chunks(images, Eager(), volume=volume)
     return (torch.cat([chunk.output.logits for chunk in chunks]) > 0).flatten(1).any(1).tolist()
 
@@ -99,7 +99,7 @@ def test_slices_are_compared_within_their_volume_and_images_with_all():
 
 def test_what_is_learned_follows_the_support_set():
     support = bank(3, 12, range(3, 7))
-    inferer = SupportSetInferer(support, SupportSampler(k=2))
+    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2)))
     images, network = torch.zeros(2, 3, SIZE, SIZE), Eager()
     assert not (inferer(images, network) > 0).any()
     support.reconcile(support.data[:1])
@@ -112,7 +112,11 @@ def test_of_many_cases_some_teach_as_much_as_all_do():
     for patients in (6, MAX_JUDGED + 16):
         support = bank(patients, 2, range(1))
         support.encode(network, device)
-        thresholds.append(SupportSetInferer(support, SupportSampler(k=2)).thresholds(network, device).in_volume.item())
+        thresholds.append(
+            SupportSetInferer(support, InferenceSettings(SupportSampler(k=2)))
+            .thresholds(network, device)
+            .in_volume.item()
+        )
     assert 0 < thresholds[0] == pytest.approx(thresholds[1], abs=0.01)
 
 
@@ -120,7 +124,7 @@ def test_items_that_are_guided_as_before_are_not_judged_again():
     support, network = bank(4, 12, range(3, 7)), Eager()
     cases = list(support.data)
     support.reconcile(cases[:3])
-    inferer = SupportSetInferer(support, SupportSampler(k=2))
+    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2)))
     inferer(torch.zeros(1, 3, SIZE, SIZE), network)
     support.reconcile(cases)
     before = network.encoded
@@ -128,7 +132,7 @@ def test_items_that_are_guided_as_before_are_not_judged_again():
     # The first two items of other patients guide each item, so the new patient's guide none but its own are new. These
     # are encoded for the bank, and as queries.
     assert network.encoded - before == 2 * len([item for item in support.items if item.patient == "p3"])
-    fresh = SupportSetInferer(support, SupportSampler(k=2)).thresholds(network, torch.device("cpu"))
+    fresh = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2))).thresholds(network, torch.device("cpu"))
     assert torch.equal(again.alone, fresh.alone) and torch.equal(again.in_volume, fresh.in_volume)
     assert again.in_volume.isfinite().all()
 
@@ -140,7 +144,11 @@ def test_each_group_teaches_its_own_thresholds():
         for case in bank(3, 4, range(4)).data
     ]
     support.reconcile([*support.data, *everywhere])
-    inferer, network, device = SupportSetInferer(support, SupportSampler(k=2)), Eager(), torch.device("cpu")
+    inferer, network, device = (
+        SupportSetInferer(support, InferenceSettings(SupportSampler(k=2))),
+        Eager(),
+        torch.device("cpu"),
+    )
     support.encode(network, device)
     found = {group: inferer.thresholds(network, device, group).in_volume.item() for group in ("a", "b", "unknown")}
     assert found["a"] == pytest.approx(found["unknown"]) and found["b"] == -torch.inf
@@ -148,7 +156,9 @@ def test_each_group_teaches_its_own_thresholds():
 
 def test_long_volumes_are_looked_at_in_batches():
     network = Eager()
-    inferer = SupportSetInferer(bank(3, 12, range(3, 7)), SupportSampler(k=2), volume_memory=VolumeMemory())
+    inferer = SupportSetInferer(
+        bank(3, 12, range(3, 7)), InferenceSettings(SupportSampler(k=2), volume_memory=VolumeMemory())
+    )
     list(inferer.chunks(torch.zeros(150, 3, SIZE, SIZE), network, volume=True))
     assert network.most <= 16
 

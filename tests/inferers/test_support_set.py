@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam2sgp.errors import ConfigError, DataError
-from sam2sgp.inferers import SupportSetInferer, VolumeMemory, support_set
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory, support_set
 from sam2sgp.inferers.support_set import ABSENT_LOGIT
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler
@@ -51,14 +51,17 @@ QUERY = torch.rand(5, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(99)
 
 def test_batch_size_does_not_change_the_result(network):
     cases = [case(i, [1, 2]) for i in range(4)]
-    results = [SupportSetInferer(bank(cases), SupportSampler(k=2), batch_size=b)(QUERY, network) for b in (1, 8)]
+    results = [
+        SupportSetInferer(bank(cases), InferenceSettings(SupportSampler(k=2), batch_size=b))(QUERY, network)
+        for b in (1, 8)
+    ]
     assert results[0].shape == (5, 2, SIZE, SIZE)
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
 def test_many_classes_go_through_the_network_some_at_a_time(network, monkeypatch):
     cases = [case(i, [1, 2, 3]) for i in range(3)]
-    inferer = SupportSetInferer(bank(cases), SupportSampler(k=2))
+    inferer = SupportSetInferer(bank(cases), InferenceSettings(SupportSampler(k=2)))
     expected, rows = inferer(QUERY, network), []
     decode = SAM2SGP.decode
 
@@ -76,7 +79,7 @@ def test_of_many_classes_an_image_is_searched_for_those_that_similar_items_hold(
     monkeypatch.setattr(support_bank, "FEW_CLASSES", 1)
     monkeypatch.setattr(support_bank, "NEAREST_ITEMS", 1)
     cases = [case(i, [i + 1, 4]) for i in range(3)]
-    inferer = SupportSetInferer(bank(cases), SupportSampler(k=2))
+    inferer = SupportSetInferer(bank(cases), InferenceSettings(SupportSampler(k=2)))
     images = torch.cat([entry["picture"] for entry in cases])
     (chunk,) = inferer.chunks(images, network)
     likely = torch.stack([entry.likely for entry in chunk.retrieved], 1)
@@ -88,7 +91,6 @@ def test_of_many_classes_an_image_is_searched_for_those_that_similar_items_hold(
     torch.testing.assert_close(chunk.output.logits[likely], every.output.logits[likely], atol=1e-4, rtol=1e-4)
     # Slices of a volume too, with their neighbours.
     monkeypatch.setattr(support_bank, "FEW_CLASSES", 1)
-    inferer.volume_memory = VolumeMemory()
     (chunk,) = inferer.chunks(images, network, volume=True)
     assert torch.equal((chunk.output.logits != ABSENT_LOGIT).flatten(2).any(2), likely)
 
@@ -111,7 +113,9 @@ def test_regions_of_a_few_items_are_encoded_where_there_are_many_classes(network
 def test_progress_is_told_slice_by_slice(network, volume):
     steps: list[int] = []
     memory = VolumeMemory() if volume else None
-    inferer = SupportSetInferer(bank([case(i, [1]) for i in range(3)]), SupportSampler(k=2), 2, volume_memory=memory)
+    inferer = SupportSetInferer(
+        bank([case(i, [1]) for i in range(3)]), InferenceSettings(SupportSampler(k=2), 2, volume_memory=memory)
+    )
     for _ in inferer.chunks(QUERY, network, volume=True, step=steps.append):
         pass
     assert sum(steps) == len(QUERY) * inferer.looks(len(QUERY), True) == (15 if volume else 5) and max(steps) == 2
@@ -119,7 +123,7 @@ def test_progress_is_told_slice_by_slice(network, volume):
 
 def test_result_equals_the_network_given_the_retrieved_pairs(network):
     support = bank([case(i, [1]) for i in range(5)])
-    chunk = next(SupportSetInferer(support, SupportSampler(k=2)).chunks(QUERY[:1], network))
+    chunk = next(SupportSetInferer(support, InferenceSettings(SupportSampler(k=2))).chunks(QUERY[:1], network))
     chosen = chunk.retrieved[0].index[0].tolist()
     images = torch.stack([support.items[i].image.float() for i in chosen]).expand(-1, 3, -1, -1)
     masks = support.masks([support.items[i] for i in chosen])
@@ -130,20 +134,24 @@ def test_result_equals_the_network_given_the_retrieved_pairs(network):
 
 def test_an_image_in_the_support_set_retrieves_itself_first(network):
     cases = [case(i, [1]) for i in range(6)]
-    chunk = next(SupportSetInferer(bank(cases), SupportSampler(k=3)).chunks(cases[4]["picture"], network))
+    chunk = next(
+        SupportSetInferer(bank(cases), InferenceSettings(SupportSampler(k=3))).chunks(cases[4]["picture"], network)
+    )
     assert chunk.retrieved[0].index[0, 0] == 4
     assert chunk.retrieved[0].similarity[0, 0] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_items_of_the_querys_own_patient_are_not_used(network):
     cases = [case(i, [1], patient="same" if i < 2 else None) for i in range(4)]
-    chunk = next(SupportSetInferer(bank(cases), SupportSampler(k=4)).chunks(QUERY, network, patient="same"))
+    chunk = next(
+        SupportSetInferer(bank(cases), InferenceSettings(SupportSampler(k=4))).chunks(QUERY, network, patient="same")
+    )
     assert set(chunk.retrieved[0].index.flatten().tolist()) == {2, 3}
 
 
 def test_items_of_the_querys_group_are_used_where_there_are_any(network):
     cases = [case(i, [1], group="ct" if i < 2 else "mr") for i in range(4)]
-    inferer = SupportSetInferer(bank(cases), SupportSampler(k=4))
+    inferer = SupportSetInferer(bank(cases), InferenceSettings(SupportSampler(k=4)))
     of = {g: next(inferer.chunks(QUERY, network, group=g)).retrieved[0].index.unique().tolist() for g in ("ct", "us")}
     assert of == {"ct": [0, 1], "us": [0, 1, 2, 3]}
 
@@ -151,7 +159,7 @@ def test_items_of_the_querys_group_are_used_where_there_are_any(network):
 def test_each_class_is_guided_by_items_that_hold_it_and_unknown_ones_stay_empty(network):
     cases = [case(0, [1]), case(1, [1, 2]), case(2, [2])]
     support = bank(cases, class_names={1: "liver", 2: "spleen", 7: "declared only"})
-    chunk = next(SupportSetInferer(support, SupportSampler(k=3)).chunks(QUERY, network))
+    chunk = next(SupportSetInferer(support, InferenceSettings(SupportSampler(k=3))).chunks(QUERY, network))
     used = {entry.value: sorted(entry.index[0].tolist()) for entry in chunk.retrieved}
     assert used == {1: [0, 1], 2: [1, 2]}
     assert (chunk.output.logits[:, 2] == ABSENT_LOGIT).all()
@@ -159,7 +167,7 @@ def test_each_class_is_guided_by_items_that_hold_it_and_unknown_ones_stay_empty(
 
 
 def test_reset_encodes_the_support_set_with_the_network_as_it_is_now(network):
-    inferer = SupportSetInferer(bank([case(i, [1]) for i in range(3)]), SupportSampler(k=2))
+    inferer = SupportSetInferer(bank([case(i, [1]) for i in range(3)]), InferenceSettings(SupportSampler(k=2)))
     before = inferer(QUERY, network)
     other = SAM2SGP("nano", SIZE).eval()
     stale = inferer.bank.memory.tokens
@@ -195,4 +203,4 @@ def test_a_support_set_without_objects_or_with_undeclared_values_is_refused():
 
 def test_precision_is_checked(network):
     with pytest.raises(ConfigError, match="precision"):
-        SupportSetInferer(bank([case(0, [1])]), SupportSampler(), precision="int4")(QUERY, network)
+        SupportSetInferer(bank([case(0, [1])]), InferenceSettings(SupportSampler(), precision="int4"))(QUERY, network)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.errors import ConfigError
-from sam2sgp.inferers import SupportSetInferer, VolumeMemory
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from sam2sgp.inferers import volume as volume_module
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
@@ -77,7 +77,7 @@ def volume(strength: list[float], channel: int = 0) -> Tensor:
 
 def found(images: Tensor, network: Stub, memory: VolumeMemory | None = None, classes: int = 1) -> Tensor:
     """Which slices (Z, C) show each class."""
-    inferer = SupportSetInferer(support(classes), SupportSampler(k=2), volume_memory=memory)
+    inferer = SupportSetInferer(support(classes), InferenceSettings(SupportSampler(k=2), volume_memory=memory))
     chunks = list(inferer.chunks(images, network, volume=True))
     assert [chunk.start for chunk in chunks] == [8 * number for number in range(len(chunks))]
     assert sum(len(chunk.retrieved[0].index) for chunk in chunks) == len(images)
@@ -96,7 +96,7 @@ def test_it_goes_both_ways_from_where_the_support_explains_the_volume():
 
 
 def test_a_slice_is_the_mean_of_what_it_is_alone_and_with_memory():
-    inferer = SupportSetInferer(support(), SupportSampler(k=2), volume_memory=VolumeMemory())
+    inferer = SupportSetInferer(support(), InferenceSettings(SupportSampler(k=2), volume_memory=VolumeMemory()))
     logits = inferer(volume([0.5, 0.9, 0]), Stub(), volume=True)[:, 0, 3, 3]
     assert logits.tolist() == [(-3 + 7) / 2, 7, -3]
 
@@ -167,14 +167,14 @@ def test_without_3d_memory_or_for_single_pictures_nothing_guides_a_slice():
     network = Stub()
     found(volume(FAINT_AT_BOTH_ENDS), network)
     assert network.distances == []
-    inferer = SupportSetInferer(support(), SupportSampler(k=2), volume_memory=VolumeMemory())
+    inferer = SupportSetInferer(support(), InferenceSettings(SupportSampler(k=2), volume_memory=VolumeMemory()))
     pictures = inferer(volume(FAINT_AT_BOTH_ENDS), network)
     assert network.distances == [] and (pictures > 0).flatten(1).any(1).sum() == 2
 
 
 def test_pictures_and_volumes_guide_a_volume_together():
     bank = support(slices=(1, 6))
-    inferer = SupportSetInferer(bank, SupportSampler(k=6), volume_memory=VolumeMemory())
+    inferer = SupportSetInferer(bank, InferenceSettings(SupportSampler(k=6), volume_memory=VolumeMemory()))
     chunks = list(inferer.chunks(volume(FAINT_AT_BOTH_ENDS), Stub(), volume=True))
     used = {bank.items[item].id for chunk in chunks for item in chunk.retrieved[0].index.flatten().tolist()}
     assert "case0" in used and {name.split("#")[0] for name in used} == {"case0", "case1"}

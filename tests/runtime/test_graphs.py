@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -15,13 +16,12 @@ from PIL import Image
 
 from sam2sgp.adaptation import Adapter
 from sam2sgp.data.phantom import make_phantoms
+from sam2sgp.engines import adapted
 from sam2sgp.errors import ConfigError, WeightsError, cause_of
-from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory, load_weights, save_weights
 from sam2sgp.runtime import RUNTIMES, GraphRuntime, export_graphs
 from sam2sgp.runtime import export as export_module
 from sam2sgp.runtime.graphs import exportable, stages
-from sam2sgp.support import SupportSampler
 from tests.bundle_runs import BUNDLE, run
 
 SIZE = 64
@@ -214,7 +214,7 @@ def test_what_can_not_work_is_refused_with_the_remedy(tmp_path, monkeypatch):
         GraphRuntime("onnxruntime", tmp_path, "bf16")
     runtime, adapter = GraphRuntime("onnxruntime", tmp_path), Adapter(60, None, 0, None)
     with pytest.raises(ConfigError, match="leave `adapt_seconds`"):
-        SupportSetInferer(None, SupportSampler(), adapter=adapter, runtime=runtime)
+        adapted(SimpleNamespace(runtime=runtime), None, adapter)
     with pytest.raises(ConfigError, match="computes on the CPU, the network is on meta"):
         runtime(SAM2SGP("nano", SIZE).to("meta"))
 

@@ -10,7 +10,7 @@ from monai.transforms import Compose
 from torch import Tensor
 
 from sam2sgp.data import load_datalist
-from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
@@ -68,7 +68,7 @@ def query(seed: int = 99, count: int = 3) -> Tensor:
 def segment(support: SupportBank, net: SAM2SGP, image: Tensor | None = None) -> Tensor:
     """Logits of queries, with the second pass in regions and tiles."""
     image = query() if image is None else image
-    inferer = SupportSetInferer(support, SupportSampler(k=3), region_below=1.0)
+    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=3), region_below=1.0))
     logits = inferer(image, net)
     return inferer.second_pass(logits, image, net)
 

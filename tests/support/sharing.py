@@ -13,8 +13,9 @@ from monai.transforms import Compose
 
 from sam2sgp.adaptation import adapter
 from sam2sgp.data import load_datalist
+from sam2sgp.engines import adapted
 from sam2sgp.inferers import SupportSetInferer
-from sam2sgp.support import SupportSampler, shared_support_bank
+from sam2sgp.support import shared_support_bank
 from sam2sgp.transforms import LoadCased
 from tests.support.pairs import NAMES, Counter, network, preprocessing
 
@@ -39,14 +40,14 @@ def main(folder: str, cache: str, output: str) -> None:
         class_names=NAMES,
         progress=False,
     )
-    inferer = SupportSetInferer(bank, SupportSampler())
+    inferer = SupportSetInferer(bank)
     inferer.encode(net)
     found = {"read": CountedLoad.calls, "encoded": encoded.calls, "embedding": bank.embedding.tolist()}
     inferer.reset()
-    adapter.Run = adapted = Counter(adapter.Run)
-    inferer.adapter = adapter.Adapter(0, max_steps=1, cache_dir=Path(output, "adaptation"), progress=False)
-    inferer.adapt(network())
-    found |= {"adapted": adapted.calls, "adaptation": asdict(inferer.adaptation.record)}
+    adapter.Run = runs = Counter(adapter.Run)
+    made = adapter.Adapter(0, max_steps=1, cache_dir=Path(output, "adaptation"), progress=False)
+    inferer = adapted(inferer, network(), made)
+    found |= {"adapted": runs.calls, "adaptation": asdict(inferer.adaptation.record)}
     Path(output, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

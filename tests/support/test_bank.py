@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import torch
 from monai.transforms import Compose
 
 from sam2sgp.errors import ConfigError, DataError
-from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler, content, store
@@ -791,7 +792,7 @@ def test_a_query_costs_the_same_however_large_the_bank_is(tmp_path, net, encoder
     for count in (6, 36):
         support = bank(write_set(tmp_path / f"set{count}", count), tmp_path / "cache", cache_mb=0)
         support.encode(net)
-        inferer = SupportSetInferer(support, SupportSampler(k=3), batch_size=1)
+        inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=3), batch_size=1))
         inferer(query(count=1), net, patient="case0", group="set6")
         support.items = Visits(support.items)
         Visits.count = encoder.calls = reads.calls = 0
@@ -845,14 +846,18 @@ def test_an_impossible_size_is_refused(folder, cache, size):
 
 def test_a_second_request_on_an_image_skips_the_encoder(folder, net, encoder):
     support = bank(folder)
-    inferer = SupportSetInferer(support, SupportSampler(k=2), batch_size=2, feature_cache=FeatureCache())
+    inferer = SupportSetInferer(
+        support, InferenceSettings(SupportSampler(k=2), batch_size=2), feature_cache=FeatureCache()
+    )
     first = inferer(query(), net)
     calls = encoder.calls
     assert torch.equal(inferer(query(), net), first) and encoder.calls == calls
-    inferer.sampler = SupportSampler(k=3)
+    inferer = replace(inferer, settings=replace(inferer.settings, sampler=SupportSampler(k=3)))
     more = inferer(query(), net)
     assert encoder.calls == calls and not torch.equal(more, first)
-    assert torch.equal(more, SupportSetInferer(support, SupportSampler(k=3), batch_size=2)(query(), net))
+    assert torch.equal(
+        more, SupportSetInferer(support, InferenceSettings(SupportSampler(k=3), batch_size=2))(query(), net)
+    )
     calls = encoder.calls
     inferer(query(98), net)
     assert encoder.calls == calls + 2
@@ -860,15 +865,17 @@ def test_a_second_request_on_an_image_skips_the_encoder(folder, net, encoder):
 
 def test_features_of_another_network_or_precision_are_not_used(folder):
     support, feature_cache = bank(folder), FeatureCache()
-    inferer = SupportSetInferer(support, SupportSampler(k=2), feature_cache=feature_cache)
+    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2)), feature_cache=feature_cache)
     for seed in (0, 1, 0):
         inferer.reset()
         assert torch.equal(
             inferer(query(), network(seed)),
-            SupportSetInferer(bank(folder), SupportSampler(k=2))(query(), network(seed)),
+            SupportSetInferer(bank(folder), InferenceSettings(SupportSampler(k=2)))(query(), network(seed)),
         )
     assert len(feature_cache.recent) == 2 * len(query())
-    half = SupportSetInferer(support, SupportSampler(k=2), feature_cache=feature_cache, precision="bf16")
+    half = SupportSetInferer(
+        support, InferenceSettings(SupportSampler(k=2), precision="bf16"), feature_cache=feature_cache
+    )
     half(query(), network(0))
     assert len(feature_cache.recent) == 3 * len(query())
 
@@ -892,7 +899,9 @@ def test_cached_features_are_bounded(net, folder):
     whole = FeatureCache()
     whole(query(count=1).expand(-1, 3, -1, -1), net, "")
     small = FeatureCache(2.5 * whole.recent.currsize / 2**20)
-    SupportSetInferer(bank(folder), SupportSampler(k=2), batch_size=1, feature_cache=small)(query(count=5), net)
+    SupportSetInferer(bank(folder), InferenceSettings(SupportSampler(k=2), batch_size=1), feature_cache=small)(
+        query(count=5), net
+    )
     assert len(small.recent) == 2 and small.recent.currsize <= small.recent.maxsize
 
 

@@ -230,8 +230,9 @@ class Scoring(ScoringMethod):
             try:
                 case = segmenter.prepare(path, name)
                 inferer, network = segmenter.inferer, segmenter.network
+                settings = inferer.settings
                 if labelled:
-                    embedding = embed(network, case["image"], inferer.batch_size, inferer.precision)
+                    embedding = embed(network, case["image"], settings.batch_size, settings.precision)
                     score = ImageScore(embedding, None, {})
                 else:
                     score = examine(inferer, network, {**case, "group": None})

@@ -1,8 +1,8 @@
 """The one network of the server, guided by the support bank: requests in, segmentations out.
 
     labelled cases ─ reconcile ─ bank ─┐
-    weights in use ─ load ─ network ───┼─ inferer, evaluator ─ class map, confidence, support items used
-    image ─ prepare (kept) ────────────┘                  (kept until the support set or the weights change)
+    weights in use ─ load ─ network ───┼─ CaseSegmenter ─ class map, confidence, support items used
+    image ─ prepare (kept) ────────────┘             (kept until the support set or the weights change)
 
 Network, transforms, bank and inferer are built by MONAI's `ConfigParser` from the bundle's `configs/inference.json`;
 nothing of them is declared here.
@@ -23,7 +23,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,8 @@ from lib.settings import Settings
 from lib.stamps import image_stamp
 from lib.support import LabelledCases
 from lib.weights import Version, Weights
-from sam2sgp.engines import QueryEvaluator
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
-from sam2sgp.inferers import SupportSetInferer
+from sam2sgp.inferers import CaseSegmenter, SupportSetInferer
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.networks import SAM2SGP, load_weights
@@ -104,8 +102,7 @@ class _Serving:
     parser: ConfigParser
     network: SAM2SGP
     bank: SupportBank
-    evaluator: QueryEvaluator
-    features: FeatureCache
+    segmenter: CaseSegmenter
     results: ByteLRU
     device: torch.device
     inferers: "OrderedDict[tuple, SupportSetInferer]"
@@ -381,7 +378,7 @@ class Segmenter:
         """Make all tokens that are not there yet."""
         with torch.no_grad():
             inferer = self._inferer(serving, Options())
-            with autocast(serving.device.type, inferer.precision):
+            with autocast(serving.device.type, inferer.settings.precision):
                 serving.bank.encode(serving.network, serving.device)
                 inferer.thresholds(serving.network, serving.device)
 
@@ -399,10 +396,6 @@ class Segmenter:
                 "support_bank::skip_errors": True,
                 "support_bank::allow_empty": True,
                 "inferer::feature_cache": FeatureCache(self.settings.query_cache_mb),
-                "evaluator::val_data_loader": [],
-                "evaluator::epoch_length": 1,
-                "evaluator::postprocessing": None,
-                "evaluator::val_handlers": [],
             }
         )
         return parser
@@ -412,20 +405,20 @@ class Segmenter:
         network = parser.get_parsed_content("network")
         load_weights(network, version.path)
         network.eval()
+        inferer = parser.get_parsed_content("inferer")
         return _Serving(
             version,
             parser,
             network,
-            parser.get_parsed_content("support_bank"),
-            parser.get_parsed_content("evaluator"),
-            parser.get_parsed_content("inferer::feature_cache"),
+            inferer.bank,
+            CaseSegmenter(network, inferer, parser.get_parsed_content("preprocessing")),
             ByteLRU(self.settings.query_cache_mb, _bytes),
             parser.get_parsed_content("device"),
             OrderedDict(),
         )
 
     def _inferer(self, serving: _Serving, options: Options) -> SupportSetInferer:
-        """One for these options; it keeps what it learned from the bank."""
+        """One for these options, kept with what it learned from the bank."""
         chosen = {
             name: getattr(options, name)
             for name in ("k", "retrieval", "three_d_memory")
@@ -433,9 +426,8 @@ class Segmenter:
         }
         key = tuple(sorted(chosen.items()))
         if key not in serving.inferers:
-            parser = ConfigParser({**serving.parser.config, **chosen})
-            parser.update({"support_bank": serving.bank, "inferer::feature_cache": serving.features})
-            serving.inferers[key] = parser.get_parsed_content("inferer")
+            settings = ConfigParser({**serving.parser.config, **chosen}).get_parsed_content("inferer::settings")
+            serving.inferers[key] = replace(serving.segmenter.inferer, settings=settings, gate=None)
         serving.inferers.move_to_end(key)
         while len(serving.inferers) > INFERERS_KEPT:
             serving.inferers.popitem(last=False)
@@ -453,7 +445,7 @@ class Segmenter:
                 patient's labels: its result is then one that could be expected without them.
 
         Returns:
-            What `QueryEvaluator` puts out for the case, with class values that `class_names` names, and
+            The entries of the prepared case and of its `CaseResult`, with class values that `class_names` names, and
 
                 names {value: name} of the classes segmented; confidence {name: mean probability or None};
                 used {name: [{item, image, slice, similarity, slices}]}, most used first; weights (name of the version);
@@ -530,13 +522,11 @@ class Segmenter:
     def prepare(self, image: str | Path, name: str) -> dict[str, Any]:
         """An image, preprocessed as for a request. Raises DataError if it can't be used, which calls it `name`."""
         with self.lock:
-            dataset = self._ready().parser.get_parsed_content("dataset")
-            dataset.data = [{"name": name, "image": str(image)}]
-            case = dataset[0]
-        if "error" in case:
-            # Clients know it by its id.
-            raise DataError(case["error"].replace(str(image), name))
-        return case
+            try:
+                return self._ready().segmenter.prepare({"name": name, "image": str(image)})
+            except Exception as error:  # whatever a reader raises for one file
+                # Clients know it by its id.
+                raise DataError(str(cause_of(error)).replace(str(image), name)) from error
 
     def _prepare(self, key: Hashable | None, image: str | Path, name: str) -> dict[str, Any]:
         """The same, kept for the next request."""
@@ -554,23 +544,22 @@ class Segmenter:
         found = serving.results.get(asked) if asked else None
         if found is None:
             told = len(warnings)
-            output = self._run(serving, case, options, warnings)
-            found = {name: value for name, value in output.items() if name not in case}
+            found = self._run(serving, case, options, warnings)
             if asked and len(warnings) == told:
                 serving.results[asked] = found
         return {**case, **found}
 
     def _run(self, serving: _Serving, case: dict, options: Options, warnings: list[str]) -> dict:
-        """Segment, in smaller batches and at last on the CPU if memory runs out."""
+        """The entries of the `CaseResult`, segmented in smaller batches and at last on the CPU if memory runs out."""
         inferer = self._inferer(serving, options)
-        evaluator = serving.evaluator
-        evaluator.exclude_own_patient = True
-        evaluator.uncertainty = options.uncertainty
-        for device, batch_size in attempts(serving.device, inferer.batch_size):
+        whole = inferer.settings.batch_size
+        for device, batch_size in attempts(serving.device, whole):
             try:
                 with _on(serving, inferer, device) as usable, torch.no_grad():
-                    evaluator.inferer = _with_batch_size(usable, batch_size)
-                    output = evaluator.segment(case)
+                    if batch_size != whole:
+                        usable = replace(usable, settings=replace(usable.settings, batch_size=batch_size))
+                    segmenter = replace(serving.segmenter, inferer=usable, uncertainty=options.uncertainty)
+                    result = segmenter.segment(case)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -578,11 +567,10 @@ class Segmenter:
                 if serving.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
-            if (device, batch_size) != (serving.device, inferer.batch_size):
+            if (device, batch_size) != (serving.device, whole):
                 where = f"{batch_size} slices at a time" + ("" if device == serving.device else ", on the CPU")
                 warnings.append(f"Memory ran out, so the image was segmented with {where}; that takes longer.")
-            output["device"] = str(device)
-            return output
+            return result.entries() | {"device": str(device)}
         raise OutOfMemory(
             "image: expected one that fits into the server's memory, found that it does not even slice by slice; crop "
             "it, or choose a smaller image_size."
@@ -623,10 +611,7 @@ def _on(serving: _Serving, inferer: SupportSetInferer, device: torch.device) -> 
     if device == serving.device:
         yield inferer
         return
-    moved = copy(inferer)
-    moved.feature_cache = None
-    moved.region_pass = copy(inferer.region_pass)
-    moved.region_pass.feature_cache = None
+    moved = replace(inferer, feature_cache=None)
     moved.reset()
     serving.network.to(device)
     try:
@@ -634,16 +619,6 @@ def _on(serving: _Serving, inferer: SupportSetInferer, device: torch.device) -> 
     finally:
         serving.network.to(serving.device)
         inferer.reset()
-
-
-def _with_batch_size(inferer: SupportSetInferer, batch_size: int) -> SupportSetInferer:
-    if batch_size == inferer.batch_size:
-        return inferer
-    smaller = copy(inferer)
-    smaller.batch_size = batch_size
-    smaller.region_pass = copy(inferer.region_pass)
-    smaller.region_pass.batch_size = batch_size
-    return smaller
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

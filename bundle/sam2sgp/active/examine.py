@@ -18,8 +18,7 @@ A part is the mean over the classes of which there is at least about a pixel, an
 parts. Where no class is found at all, nothing tells an image without objects from a failure: then it is `UNDECIDED`.
 """
 
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +83,7 @@ def embed(
 
     Args:
         network: in evaluation mode.
-        batch_size, precision: as of `SupportSetInferer`.
+        batch_size, precision: as of `InferenceSettings`.
         max_slices: slices looked at, evenly spread.
     """
     return _embed(network, _spread(image, max_slices), batch_size, precision, None, None)
@@ -99,13 +98,13 @@ def examine(inferer: SupportSetInferer, network: SAM2SGP, case: dict, max_slices
         case: prepared for inference, with `image` (Z, C', S, S) in [0, 1], and `group` where it has one.
         max_slices: slices looked at, evenly spread.
     """
-    image = _spread(case["image"], max_slices)
+    image, settings = _spread(case["image"], max_slices), inferer.settings
     if not inferer.bank.items:
-        return ImageScore(_embed(network, image, inferer.batch_size, inferer.precision, None, None), None, {})
+        return ImageScore(_embed(network, image, settings.batch_size, settings.precision, None, None), None, {})
     # Room for all features of this image: it is encoded once for all that follows.
     cache = FeatureCache(2**20)
-    whole = _guided(inferer, inferer.sampler, cache)
-    halves = [_guided(inferer, _EveryOther(inferer.sampler, first), cache) for first in (0, 1)]
+    whole = _guided(inferer, settings.sampler, cache)
+    halves = [_guided(inferer, _EveryOther(settings.sampler, first), cache) for first in (0, 1)]
     group, columns = case.get("group"), len(inferer.bank.class_values)
     pseudo, support = _Overlap(), _Overlap()
     doubt, mass = torch.zeros(2, columns, dtype=torch.float64)
@@ -127,15 +126,14 @@ def examine(inferer: SupportSetInferer, network: SAM2SGP, case: dict, max_slices
     known = {name: min(max(value, 0.0), 1.0) for name, value in values.items() if value is not None}
     uncertainty = sum(known.values()) / len(known) if known else UNDECIDED
     fingerprint = inferer.bank.fingerprint
-    embedding = _embed(network, image, inferer.batch_size, inferer.precision, cache, fingerprint)
+    embedding = _embed(network, image, settings.batch_size, settings.precision, cache, fingerprint)
     return ImageScore(embedding, uncertainty, known)
 
 
 def _guided(inferer: SupportSetInferer, sampler, cache: FeatureCache) -> SupportSetInferer:
     """The same with another sampler and cache; slices don't guide each other."""
-    other = copy(inferer)
-    other.sampler, other.feature_cache, other.volume_memory = sampler, cache, None
-    return other
+    settings = replace(inferer.settings, sampler=sampler, volume_memory=None)
+    return replace(inferer, settings=settings, feature_cache=cache)
 
 
 def _spread(image: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ the same weights again on the same machine, if there was time for all of them.
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -33,7 +33,6 @@ from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.content import checksum
 from sam2sgp.support.familiarity import trust
-from sam2sgp.support.sampler import SupportSampler
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +123,10 @@ def adapt(
     _check(seconds, max_steps)
     if not seconds and not max_steps:
         raise ConfigError("Adaptation expected a limit, found none: set `adapt_seconds` or `adapt_steps`.")
-    inferer = inferer or SupportSetInferer(bank, SupportSampler())
+    inferer = inferer or SupportSetInferer(bank)
     settings = {"version": VERSION, "seconds": seconds, "max_steps": max_steps, "seed": seed}
-    settings["inferer"] = inferer.settings
+    # The batch size decides nothing but the last bits.
+    settings["inferer"] = {name: value for name, value in asdict(inferer.settings).items() if name != "batch_size"}
     directory = None
     if cache_dir is not None:
         directory = Path(cache_dir, store.key_of(network, bank, settings))
@@ -145,7 +145,7 @@ def adapt(
 
 
 class Adapter:
-    """The settings of an adaptation, and the last one made: what `SupportSetInferer` takes.
+    """The settings of an adaptation, and the last one made: what `SegmentationJob` takes.
 
     As a string it says what was done, for a report.
 

@@ -13,6 +13,7 @@ from sam2sgp.engines.handlers import (
     growing_average,
     warmup_stable_decay,
 )
+from sam2sgp.engines.job import SegmentationJob, adapted
 from sam2sgp.engines.loss import SGPLoss
 from sam2sgp.engines.prepare import PrepareEpisodes
 from sam2sgp.engines.results import ResultWriter
@@ -32,8 +33,10 @@ __all__ = [
     "ResultWriter",
     "ResumableCheckpoint",
     "SGPLoss",
+    "SegmentationJob",
     "TrainingProgress",
     "TrunkCache",
+    "adapted",
     "class_maps",
     "first",
     "growing_average",

@@ -1,12 +1,10 @@
 """Evaluation and inference over whole cases, on the case's own grid.
 
-One iteration is one case: its slices go through the inferer in batches, the logits come back to the case's grid, and
-the result is a class map. A case that can't be read is recorded and passed over.
+One iteration is one case, which a `CaseSegmenter` segments. A case that can't be read is recorded and passed over.
 """
 
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 
 import ignite.distributed as idist
@@ -19,12 +17,11 @@ from monai.engines.utils import IterationEvents
 from monai.metrics import compute_dice
 from torch.utils.data import Dataset
 
-from sam2sgp.data.folders import check_label_values
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.heap import give_back
+from sam2sgp.inferers import CaseSegmenter, prepare_case
 from sam2sgp.support.bank import SupportBank
-from sam2sgp.support.familiarity import case_distance
-from sam2sgp.transforms import class_probabilities, label_map, uncertainty
+from sam2sgp.transforms.cases import Case, PreparedCase
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +42,12 @@ class QueryDataset(Dataset):
         stamp: what it makes of a case before the case is read is put at `stamp`.
     """
 
-    def __init__(self, data: list[dict], transform: Callable, bank: SupportBank | None = None) -> None:
+    def __init__(self, data: Sequence[Case], transform: Callable, bank: SupportBank | None = None) -> None:
         self.data = data
         self.transform = transform
         self.bank = bank
         self.chosen: Sequence[int] | None = None
-        self.stamp: Callable[[dict], object] | None = None
+        self.stamp: Callable[[Case], object] | None = None
 
     def __len__(self) -> int:
         return len(self.data if self.chosen is None else self.chosen)
@@ -60,9 +57,7 @@ class QueryDataset(Dataset):
         case = self.data[number]
         try:
             stamp = self.stamp(case) if self.stamp else None
-            if self.bank is not None:
-                case = case | {"support_scaling": self.bank.scaling(case.get("group"))}
-            return {**self.transform(case), "number": number, "stamp": stamp}
+            return {**prepare_case(case, self.transform, self.bank), "number": number, "stamp": stamp}
         except Exception as error:  # whatever a reader raises for one file must not end the run
             failed = {"name": case["name"], "source": str(case["image"]), "number": number}
             return {**failed, "error": str(cause_of(error))}
@@ -135,20 +130,10 @@ class QueryEvaluator(SupervisedEvaluator):
     The support set is encoded again in each run. Before it starts, `QueryEvents.RUN_PREPARED` is fired; where no case
     is left after that, only `COMPLETED` follows. After an iteration `state.output` is a list with one
     dict, or an empty list for a case that failed (`state.batch` then holds the error); both are let go before the next
-    case is read and at the end:
-
-        pred (Z, H, W) class values, uint8 or int32;
-        pred_index and truth_index, if labelled, (Z, H, W) class numbers 0..C;
-        main, the slice with the most of all classes, labelled ones too; pseudo (S, S) class numbers of the pseudo-masks
-        there; box (Z, C, 4); confidence {value: mean probability};
-        support {value: (item numbers (Z, K), similarities (Z, K))}; support_distance, see
-        `sam2sgp.support.familiarity`; seconds; and all entries of the case but its images;
-        where asked for, probability (Z, C + 1, H, W) and uncertainty (Z, H, W), float16 in [0, 1].
+    case is read and at the end. The dict has the entries of a `CaseResult`, and all those of the case but its images.
 
     Args:
-        exclude_own_patient: never guide a case by support of its own patient.
-        probability: keep the probabilities of background and classes, see `class_probabilities`.
-        uncertainty: keep their normalised entropy, see `sam2sgp.transforms.uncertainty`.
+        exclude_own_patient, probability, uncertainty: see `CaseSegmenter`.
         postprocessing: transform of the one output of an iteration.
     """
 
@@ -195,7 +180,7 @@ class QueryEvaluator(SupervisedEvaluator):
         else:
             self.fire_event(Events.COMPLETED)
 
-    def _iteration(self, engine, batchdata: dict) -> list[dict]:
+    def _iteration(self, engine, batchdata) -> list[dict]:
         engine.state.batch, engine.state.output = [batchdata], []
         if "error" not in batchdata:
             try:
@@ -213,71 +198,15 @@ class QueryEvaluator(SupervisedEvaluator):
             logger.error("%s", batchdata["error"])
         return engine.state.output
 
-    def segment(self, case: dict) -> dict:
+    def segment(self, case: PreparedCase) -> dict:
         """One prepared case -> what an iteration puts out for it; `inferer` and `network` as they are now."""
-        started = time.perf_counter()
-        bank = self.inferer.bank
-        values = torch.tensor([0, *bank.class_values])
-        slices = len(case["image"])
-        # As small as the values allow: of a long volume these arrays are gigabytes.
-        small = values.to(torch.uint8 if values.max() <= 255 else torch.int32)
-        pred = torch.zeros(slices, *case["fit"].original, dtype=small.dtype)
-        box = torch.zeros(slices, len(bank.class_values), 4)
-        support: dict[int, list] = {}
-        # In half precision: of a long volume these are the largest arrays by far.
-        maps = {}
-        if self.probability:
-            maps["probability"] = torch.zeros(slices, len(values), *case["fit"].original, dtype=torch.float16)
-        if self.uncertainty:
-            maps["uncertainty"] = torch.zeros(slices, *case["fit"].original, dtype=torch.float16)
-        sums, counts = np.zeros(len(values)), np.zeros(len(values))
-        patient = case.get("patient") if self.exclude_own_patient else None
-        source = patient, case.get("group")
-        self._done, self._work = 0, slices * (self.inferer.looks(slices, slices > 1) + 1)
-        truth = case["label"] if isinstance(case.get("label"), torch.Tensor) else None
-        main, most = 0, -1
-        distances, sizes = [], []
-        for part, logits, chunk in self.inferer.segment_case(case, self.network, *source, step=self._step):
-            index = label_map(logits).cpu()
-            pred[part] = small[index.int()]
-            for name, values_of in (("probability", class_probabilities), ("uncertainty", uncertainty)):
-                if name in maps:
-                    maps[name][part] = values_of(logits).cpu()
-            shown = (index > 0).flatten(1).sum(1)
-            distances.append(chunk.distance)
-            sizes.append(shown.clone())
-            if truth is not None:
-                shown += (truth[part] > 0).flatten(1).sum(1)
-            if shown.max() > most:
-                row = int(shown.argmax())
-                main, most = part.start + row, int(shown[row])
-                pseudo = label_map(chunk.output.pseudo_logits[row, None])[0].cpu()
-            box[part] = chunk.output.box.cpu()
-            winner = logits.max(1).values.sigmoid()
-            sums += np.bincount(index.flatten(), winner.flatten().cpu().double(), minlength=len(values))
-            counts += np.bincount(index.flatten(), minlength=len(values))
-            for entry in chunk.retrieved:
-                support.setdefault(entry.value, []).append((entry.index.cpu(), entry.similarity.cpu()))
-        result = {
-            **{key: value for key, value in case.items() if key not in IMAGES},
-            "pred": pred,
-            "main": main,
-            "pseudo": pseudo,
-            "box": box,
-            **maps,
-            "confidence": {
-                value: float(sums[i] / counts[i]) if counts[i] else float("nan")
-                for i, value in enumerate(bank.class_values, 1)
-            },
-            "support_distance": case_distance(torch.cat(distances), torch.cat(sizes)),
-            "support": {
-                value: tuple(torch.cat(part) for part in zip(*parts, strict=True)) for value, parts in support.items()
-            },
-        }
-        if truth is not None:
-            found = torch.unique(truth).tolist()
-            check_label_values(case["source"], found, bank.class_names)
-            for name, found in (("pred_index", pred), ("truth_index", truth)):
-                result[name] = torch.searchsorted(values, found.to(values.dtype).contiguous()).to(torch.uint8)
-        result["seconds"] = time.perf_counter() - started
-        return result
+        segmenter = CaseSegmenter(
+            self.network,
+            self.inferer,
+            exclude_own_patient=self.exclude_own_patient,
+            probability=self.probability,
+            uncertainty=self.uncertainty,
+        )
+        self._done, self._work = 0, segmenter.work(case)
+        result = segmenter.segment(case, self._step)
+        return {key: value for key, value in case.items() if key not in IMAGES} | result.entries()

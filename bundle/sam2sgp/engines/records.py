@@ -17,6 +17,7 @@ import inspect
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,13 @@ from sam2sgp.data.io import writing
 from sam2sgp.errors import DataError
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.content import FileHashes, digest_of, network_fingerprint, settings_fingerprint, signature_of
+from sam2sgp.transforms.cases import Case
 
 # Part of every key: to be raised when the same cases and settings give another result by the code.
 VERSION = 3
 FOLDER = "records"
-# Arguments that don't decide a result. The support set and the adaptation count by their content.
-NOT_DECIDING = {"bank", "adapter", "feature_cache", "names", "folder"}
+# Arguments that don't decide a result.
+NOT_DECIDING = {"names", "folder"}
 POLL_SECONDS = 1.0
 
 
@@ -56,7 +58,7 @@ class CaseRecords:
         self.run = ""
         self._hashes = FileHashes()
 
-    def stamp(self, case: dict) -> dict | None:
+    def stamp(self, case: Case) -> dict | None:
         """The content of a case's files, and how to know them unchanged; to be made before the case is read.
 
         None where they can't be read: whoever reads the case will say why.
@@ -70,7 +72,7 @@ class CaseRecords:
 
     def save(
         self,
-        case: dict,
+        case: Case,
         stamp: dict | None,
         result: Mapping,
         files: Sequence[Path] = (),
@@ -99,12 +101,12 @@ class CaseRecords:
         self._write(path, record)
         return record
 
-    def save_error(self, case: dict, error: str) -> None:
+    def save_error(self, case: Case, error: str) -> None:
         """Put on record that a case failed in this run; the next one tries again."""
         self.drop_figure(case)
         self._write(self._path(case), {"error": error, "run": self.run})
 
-    def find(self, case: dict) -> dict | None:
+    def find(self, case: Case) -> dict | None:
         """The record of a case whose result is whole and what it would be now; None where there is none."""
         record = self.load(case)
         if record is None or "error" in record:
@@ -118,7 +120,7 @@ class CaseRecords:
             return None
         return record if whole and record["key"] == self._key(case, content) else None
 
-    def load(self, case: dict) -> dict | None:
+    def load(self, case: Case) -> dict | None:
         """The record of a case, whatever it is of; None where there is none that can be read."""
         try:
             record = json.loads(self._path(case).read_bytes())
@@ -126,7 +128,7 @@ class CaseRecords:
             return None
         return record if isinstance(record, dict) and record.get("version") == VERSION else None
 
-    def wait(self, case: dict, seconds: float) -> dict:
+    def wait(self, case: Case, seconds: float) -> dict:
         """The record that this run makes of a case.
 
         Raises:
@@ -145,11 +147,11 @@ class CaseRecords:
                 )
             time.sleep(POLL_SECONDS)
 
-    def has_figure(self, case: dict) -> bool:
+    def has_figure(self, case: Case) -> bool:
         """Whether there are arrays for the report."""
         return self._path(case).with_suffix(".npz").is_file()
 
-    def figure(self, case: dict, record: Mapping) -> dict[str, np.ndarray] | None:
+    def figure(self, case: Case, record: Mapping) -> dict[str, np.ndarray] | None:
         """The arrays that were saved with a record; None where there are none."""
         try:
             with np.load(self._path(case).with_suffix(".npz"), allow_pickle=False) as arrays:
@@ -158,20 +160,20 @@ class CaseRecords:
             return None
         return figure if str(figure.pop("key", "")) == record["key"] else None
 
-    def drop_figure(self, case: dict) -> None:
+    def drop_figure(self, case: Case) -> None:
         """Delete the arrays for the report."""
         self._path(case).with_suffix(".npz").unlink(missing_ok=True)
 
-    def _path(self, case: dict) -> Path:
+    def _path(self, case: Case) -> Path:
         return self.output_dir / FOLDER / f"{digest_of(case['name'])[:32]}.json"
 
-    def _paths(self, case: dict) -> list[str]:
+    def _paths(self, case: Case) -> list[str]:
         return [case["image"], case["label"]] if self.scored else [case["image"]]
 
-    def _content(self, case: dict) -> str:
+    def _content(self, case: Case) -> str:
         return digest_of(self._hashes.of_paths(self._paths(case)))
 
-    def _key(self, case: dict, content: str | None) -> str:
+    def _key(self, case: Case, content: str | None) -> str:
         return digest_of(self.settings, content, [case.get(name) for name in ("modality", "patient", "group")])
 
     @staticmethod
@@ -188,8 +190,8 @@ def _state(file: Path) -> list[int]:
 def settings_of_run(engine: SupervisedEvaluator, *more: object) -> str:
     """Hash of all that a `QueryEvaluator` makes of a case, next to the case: support set, network, settings.
 
-    What the inferer and the postprocessing were made with counts by the names of their arguments; so a new argument
-    counts too, unless it is in `NOT_DECIDING`.
+    Of the postprocessing and the runtime, what they were made with counts by the names of the arguments; so a new
+    argument counts too, unless it is in `NOT_DECIDING`.
 
     Args:
         more: further settings, of JSON types.
@@ -203,7 +205,8 @@ def settings_of_run(engine: SupervisedEvaluator, *more: object) -> str:
         _bank_content(inferer.bank),
         settings_fingerprint(dataset.transform),
         [engine.exclude_own_patient, engine.probability, engine.uncertainty],
-        [_described(part) for part in (inferer, engine.postprocessing)],
+        asdict(inferer.settings),
+        [_described(part) for part in (inferer.runtime, engine.postprocessing)],
         more,
     )
 

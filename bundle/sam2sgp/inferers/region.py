@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sam2sgp.errors import ConfigError
 from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.inferers.settings import InferenceSettings
 from sam2sgp.networks import SAM2SGP, SupportMemory
 from sam2sgp.support.bank import FEW_CLASSES, SupportBank
-from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.transforms.array import Region, label_map, to_three_channels
 
 SECOND_PASS_WEIGHT = 0.5
@@ -45,32 +44,15 @@ class RegionPass:
 
     Args:
         bank: the support bank, whose items hold a region per class.
-        sampler: chooses among these regions.
-        below: an object is small if its extent is less than this share of the image's longer side; 0 switches the
-            second pass off.
-        batch_size: regions at a time.
+        settings: `region_below` says which objects are small, `sampler` chooses among the items' regions.
         feature_cache: features of regions that may come again; None: each is encoded whenever it comes.
-
-    Raises:
-        ConfigError: `below` is not in [0, 1].
     """
 
     def __init__(
-        self,
-        bank: SupportBank,
-        sampler: SupportSampler,
-        below: float = 0.4,
-        batch_size: int = 8,
-        feature_cache: FeatureCache | None = None,
+        self, bank: SupportBank, settings: InferenceSettings, feature_cache: FeatureCache | None = None
     ) -> None:
-        if not 0 <= below <= 1:
-            raise ConfigError(
-                f"region_below is {below}: expected a share of the image in [0, 1], 0 for no second pass."
-            )
         self.bank = bank
-        self.sampler = sampler
-        self.below = below
-        self.batch_size = batch_size
+        self.settings = settings
         self.feature_cache = feature_cache
 
     @torch.no_grad()
@@ -95,7 +77,7 @@ class RegionPass:
         Returns:
             The logits, those in regions averaged with the second pass.
         """
-        if not self.below:
+        if not self.settings.region_below:
             return logits
         shape = tuple(logits.shape[-2:])
         jobs = []
@@ -111,8 +93,9 @@ class RegionPass:
         jobs.sort(key=lambda job: (job.row, job.region.top, job.region.left))
         second = torch.zeros_like(logits)
         weights = torch.zeros_like(logits)
-        for start in range(0, len(jobs), self.batch_size):
-            for job, values in self._segment(jobs[start : start + self.batch_size], network, patient, group):
+        for start in range(0, len(jobs), self.settings.batch_size):
+            batch = jobs[start : start + self.settings.batch_size]
+            for job, values in self._segment(batch, network, patient, group):
                 place = (job.row, job.column, *job.region.place)
                 window = job.region.window(shape).to(logits.device)
                 second[place] += window * job.region.restore(values[None])[0, 0]
@@ -139,11 +122,11 @@ class RegionPass:
         least = min((share for share in shares.values() if share is not None), default=None)
         jobs = []
         for column in columns:
-            if shares[column] is not None:
-                share = least if same_tiles else shares[column]
+            share = least if same_tiles and shares[column] is not None else shares[column]
+            if share is not None:
                 regions = Region.tiles(tuple(masks.shape[-2:]), size, share, pixel)
             else:
-                found = Region.around(masks[column], size, pixel, self.below)
+                found = Region.around(masks[column], size, pixel, self.settings.region_below)
                 regions = [] if found is None else [found]
             jobs += [_Job(row, column, region, images[row]) for region in regions]
         return jobs
@@ -166,7 +149,8 @@ class RegionPass:
         # Rows of whatever classes go through the network together where they have equally many support items.
         by_count: dict[int, list[tuple[list[int], SupportMemory]]] = defaultdict(list)
         for column, numbers in by_class.items():
-            support = self.bank.region_support(network, features[numbers], self.sampler, column, patient, group)
+            sampler = self.settings.sampler
+            support = self.bank.region_support(network, features[numbers], sampler, column, patient, group)
             if support is not None:
                 by_count[support.tokens.shape[2]].append((numbers, support))
         for parts in by_count.values():

@@ -11,19 +11,19 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 from sam2sgp import distributed
-from sam2sgp.errors import ConfigError
 from sam2sgp.heap import give_back
-from sam2sgp.inferers.adapting import Adaptation, Adapter
+from sam2sgp.inferers.adapting import Adaptation
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.inferers.presence import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
 from sam2sgp.inferers.region import RegionPass
-from sam2sgp.inferers.volume import Propagation, VolumeMemory
+from sam2sgp.inferers.settings import InferenceSettings
+from sam2sgp.inferers.volume import Propagation
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support.bank import Retrieved, SupportBank
 from sam2sgp.support.familiarity import Familiarity
-from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.transforms.array import Region, pixel_size, to_three_channels
+from sam2sgp.transforms.cases import PreparedCase
 
 if TYPE_CHECKING:
     from sam2sgp.runtime import GraphNetwork, GraphRuntime
@@ -49,60 +49,34 @@ class Chunk:
     distance: Tensor
 
 
+@dataclass(eq=False, repr=False)
 class SupportSetInferer(Inferer):
     """Segment with the support items that the sampler chooses for each slice and class.
 
+    A variant is made by `dataclasses.replace`, as in `replace(inferer, settings=replace(inferer.settings, k=1))`. It
+    shares the bank and what the support set taught; with `gate=None` it learns again.
+
     Args:
         bank: the support bank. It is encoded at the first use and again after `reset`.
-        sampler: chooses the items.
-        batch_size: slices at a time; bounds memory.
-        precision: "fp32", "bf16" or, on a GPU, "fp16".
-        adapter: adapts the network to the bank before it is encoded; None, or one without a limit, does not.
-        region_below: objects of an extent below this share of the image are segmented a second time in a region of
-            interest, see `RegionPass`; 0 for never.
-        volume_memory: how the slices of a volume guide each other, see `sam2sgp.inferers.volume`; None: not at all.
-        object_gate: an image with too little evidence of a class gets nothing of it, where the support set teaches how
-            little; see `sam2sgp.inferers.presence`.
+        settings: by what is segmented.
         feature_cache: features of queries that may come again; None: each is encoded whenever it comes.
         runtime: runs the network by exported graphs, which is faster on a CPU; None: PyTorch does.
-
-    Raises:
-        ConfigError: both `adapter` and `runtime` are given: the graphs are of the weights before the adaptation.
+        gate: tells which classes are absent, where `settings.object_gate` is on; None: a new one.
+        adaptation: to the bank, by whose results those of whole cases are averaged; None: there is none.
 
     Classes without an eligible support item get `ABSENT_LOGIT` everywhere: they are not segmented.
     """
 
-    def __init__(
-        self,
-        bank: SupportBank,
-        sampler: SupportSampler,
-        batch_size: int = 8,
-        precision: str = "fp32",
-        adapter: Adapter | None = None,
-        region_below: float = 0.0,
-        volume_memory: VolumeMemory | None = None,
-        object_gate: bool = True,
-        feature_cache: FeatureCache | None = None,
-        runtime: "GraphRuntime | None" = None,
-    ) -> None:
-        if runtime is not None and adapter is not None and adapter.active:
-            raise ConfigError(
-                f"runtime is {runtime.name!r} and an adaptation is asked for: the exported graphs are of the weights "
-                "before it; set `runtime` to 'eager', or leave `adapt_seconds` and `adapt_steps` out."
-            )
-        self.bank = bank
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.precision = precision
-        self.adapter = adapter
-        self.adaptation: Adaptation | None = None
-        self.volume_memory = volume_memory
-        self.object_gate = object_gate
-        self.feature_cache = feature_cache
-        self.runtime = runtime
-        self.region_below = region_below
-        self.region_pass = RegionPass(bank, sampler, region_below, batch_size, feature_cache)
-        self.gate = ObjectGate(bank, sampler)
+    bank: SupportBank
+    settings: InferenceSettings = InferenceSettings()
+    feature_cache: FeatureCache | None = None
+    runtime: "GraphRuntime | None" = None
+    gate: ObjectGate | None = None
+    adaptation: Adaptation | None = None
+
+    def __post_init__(self) -> None:
+        self._gate = self.gate = self.gate or ObjectGate(self.bank, self.settings.sampler)
+        self.region_pass = RegionPass(self.bank, self.settings, self.feature_cache)
         # Of the bank's encoding that it was made from.
         self._familiarity: Familiarity | None = None
 
@@ -112,40 +86,11 @@ class SupportSetInferer(Inferer):
         if self.runtime is not None:
             self.runtime.forget()
         self.adaptation = None
-        self.gate.forget()
+        self._gate.forget()
 
     def guided_by(self, bank: SupportBank) -> "SupportSetInferer":
         """The same settings with another bank, and without an adaptation."""
-        return SupportSetInferer(
-            bank,
-            self.sampler,
-            self.batch_size,
-            self.precision,
-            region_below=self.region_pass.below,
-            volume_memory=self.volume_memory,
-            object_gate=self.object_gate,
-        )
-
-    @property
-    def settings(self) -> dict:
-        """As JSON types what it segments by, next to bank and network."""
-        memory = None if self.volume_memory is None else vars(self.volume_memory)
-        return {
-            "sampler": vars(self.sampler),
-            "precision": self.precision,
-            "region_below": self.region_pass.below,
-            "volume_memory": memory,
-            "object_gate": self.object_gate,
-        }
-
-    def adapt(self, network: SAM2SGP) -> None:
-        """Adapt the network now, not at the first image, if there is an adapter.
-
-        Of several processes the first one does it, and the others find the result in the adapter's folder.
-        """
-        if self.adapter:
-            with distributed.rank_0_first():
-                self._adapt(network)
+        return SupportSetInferer(bank, self.settings)
 
     def encode(self, network: SAM2SGP) -> None:
         """Encode the support set now, not at the first image.
@@ -153,15 +98,11 @@ class SupportSetInferer(Inferer):
         Several processes share the work where the bank has a folder; all of them must call this.
         """
         device = next(network.parameters()).device
-        with torch.no_grad(), autocast(device.type, self.precision):
+        with torch.no_grad(), autocast(device.type, self.settings.precision):
             if distributed.is_active():
                 self.bank.encode_share(network, device, *distributed.place_on_machine())
                 distributed.barrier()
             self.bank.encode(network, device)
-
-    def _adapt(self, network: SAM2SGP) -> None:
-        if self.bank.embedding is None and self.adaptation is None and self.adapter:
-            self.adaptation = self.adapter(network, self)
 
     def __call__(self, inputs: Tensor, network: SAM2SGP, *args, **kwargs) -> Tensor:
         """Images (Z, C', S, S) in [0, 1] -> logits (Z, C, S, S); keyword arguments as of `chunks`."""
@@ -189,11 +130,10 @@ class SupportSetInferer(Inferer):
             step: is told of the progress: each slice counts `looks` times.
         """
         device = next(network.parameters()).device
-        self._adapt(network)
         if self.adaptation is not None:
             self.adaptation.refuse(patient, self.bank)
         network = self._run_by(network)
-        with autocast(device.type, self.precision):
+        with autocast(device.type, self.settings.precision):
             if self.bank.embedding is None:
                 self.bank.encode(network, device)
             thresholds = self.thresholds(network, device, group)
@@ -203,7 +143,7 @@ class SupportSetInferer(Inferer):
                 yield from self._propagated(batches, network, thresholds, patient, group, step)
                 return
             for start, features in batches:
-                retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
+                retrieved = self.bank.retrieve(network, features, self.settings.sampler, patient, group)
                 output = self._segment(network, features, retrieved)
                 output.logits = without_absent(output.logits, thresholds.absent(evidence_of(output)))
                 step(len(features))
@@ -212,7 +152,7 @@ class SupportSetInferer(Inferer):
     @torch.no_grad()
     def segment_case(
         self,
-        case: dict,
+        case: PreparedCase,
         network: SAM2SGP,
         patient: str | None = None,
         group: str | None = None,
@@ -247,7 +187,7 @@ class SupportSetInferer(Inferer):
 
     def looks(self, slices: int, volume: bool) -> int:
         """How often `chunks` looks at each of so many slices: once, and again in both directions of a volume."""
-        return 3 if volume and self.volume_memory and slices > 1 else 1
+        return 3 if volume and self.settings.volume_memory and slices > 1 else 1
 
     def _run_by(self, network: SAM2SGP) -> "SAM2SGP | GraphNetwork":
         """What computes as the network does."""
@@ -255,9 +195,9 @@ class SupportSetInferer(Inferer):
 
     def thresholds(self, network: SAM2SGP, device: torch.device, group: str | None = None) -> Thresholds:
         """Up to which evidence each class counts as absent, learned once from the encoded bank."""
-        if not self.object_gate or not self.bank.items:
+        if not self.settings.object_gate or not self.bank.items:
             return Thresholds.none(len(self.bank.class_values)).to(device)
-        return self.gate(partial(self._judge, network, device), group).to(device)
+        return self._gate(partial(self._judge, network, device), group).to(device)
 
     def _judge(self, network: SAM2SGP, device: torch.device, number: int, retrieved: list[Retrieved]) -> list[Tensor]:
         """An item as a query: evidence, pixels of the classes and pixels found, each (C,), see `learn`."""
@@ -269,8 +209,9 @@ class SupportSetInferer(Inferer):
 
     def _encoded(self, inputs: Tensor, network: SAM2SGP, device: torch.device) -> Iterator[tuple[int, ImageFeatures]]:
         """Start and features of each batch."""
-        for start in range(0, len(inputs), self.batch_size):
-            image = to_three_channels(inputs[start : start + self.batch_size].to(device, torch.float32))
+        batch_size = self.settings.batch_size
+        for start in range(0, len(inputs), batch_size):
+            image = to_three_channels(inputs[start : start + batch_size].to(device, torch.float32))
             if self.feature_cache is None:
                 yield start, network.encode(image)
             else:
@@ -287,9 +228,9 @@ class SupportSetInferer(Inferer):
     ) -> Iterator[Chunk]:
         """The chunks of a volume, window by window."""
         segment = partial(self._segment, network)
-        propagation = Propagation(
-            self.volume_memory, network, segment, self.bank.class_values, thresholds, self.batch_size, step
-        )
+        memory, batch_size, values = self.settings.volume_memory, self.settings.batch_size, self.bank.class_values
+        assert memory is not None, "slices guide each other only where there is a setting for it"
+        propagation = Propagation(memory, network, segment, values, thresholds, batch_size, step)
         held: list[ImageFeatures] = []
         begin, window = 0, 0
 
@@ -297,18 +238,18 @@ class SupportSetInferer(Inferer):
             features = ImageFeatures.concatenate(held)
             count = len(features)
             held.clear()
-            retrieved = self.bank.retrieve(network, features, self.sampler, patient, group)
+            retrieved = self.bank.retrieve(network, features, self.settings.sampler, patient, group)
             distance = self._distance(network, features, patient)
             output = propagation(features, retrieved)
             # Not beside what the caller does with the results.
             del features
             give_back()
-            for start in range(0, count, self.batch_size):
-                rows = slice(start, start + self.batch_size)
+            for start in range(0, count, batch_size):
+                rows = slice(start, start + batch_size)
                 yield Chunk(begin + start, output.rows(rows), [entry.rows(rows) for entry in retrieved], distance[rows])
 
         for start, features in batches:
-            window = window or self.volume_memory.window(features, len(self.bank.class_values), network.image_size)
+            window = window or memory.window(features, len(values), network.image_size)
             if held and start + len(features) - begin > window:
                 yield from flush()
                 begin = start
@@ -353,7 +294,7 @@ class SupportSetInferer(Inferer):
     ) -> Tensor:
         """Logits with those of small objects corrected, see `RegionPass`."""
         network = self._run_by(network)
-        with autocast(logits.device.type, self.precision):
+        with autocast(logits.device.type, self.settings.precision):
             return self.region_pass(logits, images, network, pixel, patient, group)
 
     def _segment(
@@ -371,12 +312,12 @@ class SupportSetInferer(Inferer):
             frames: for some numbers of classes, memory (B, 1, M) of slices next to the support.
         """
         if not all(bool(entry.likely.all()) for entry in retrieved):
-            parts = []
+            rows = []
             for row in range(len(features)):
                 own = slice(row, row + 1)
                 likely = [entry.rows(own) for entry in retrieved if entry.likely[row]]
-                parts.append(self._segment(network, features[own], likely, frames))
-            return SGPOutput.concatenate(parts)
+                rows.append(self._segment(network, features[own], likely, frames))
+            return SGPOutput.concatenate(rows)
         frames = frames or {}
         batch, classes = len(features), len(self.bank.class_values)
         size = network.image_size
@@ -388,7 +329,7 @@ class SupportSetInferer(Inferer):
             iou=torch.zeros(batch, classes, device=device),
             object_score=torch.full((batch, classes), ABSENT_LOGIT, device=device),
         )
-        by_count = defaultdict(list)
+        by_count: dict[tuple[int, int], list[tuple[Retrieved, int]]] = defaultdict(list)
         for entry in retrieved:
             column = self.bank.class_values.index(entry.value)
             more = frames[column].tokens.shape[2] if column in frames else 0

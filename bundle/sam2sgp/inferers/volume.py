@@ -52,20 +52,21 @@ class Frame:
         return replace(self.memory, distance=tokens.new_full((1, 1, 1), abs(place - self.place), dtype=torch.int64))
 
 
+@dataclass(frozen=True)
 class VolumeMemory:
     """The settings of 3D memory.
-
-    Args:
-        frames: neighbouring slices that guide a slice, at least 1.
 
     Raises:
         ConfigError: `frames` is below 1.
     """
 
-    def __init__(self, frames: int = 2) -> None:
+    frames: int = 2
+    """Neighbouring slices that guide a slice, at least 1."""
+
+    def __post_init__(self) -> None:
+        frames = self.frames
         if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
             raise ConfigError(f"memory_frames is {frames!r}: expected the number of neighbouring slices, at least 1.")
-        self.frames = frames
 
     @staticmethod
     def window(features: ImageFeatures, classes: int, size: int) -> int:

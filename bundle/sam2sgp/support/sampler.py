@@ -4,6 +4,8 @@
 ones). `EpisodeSupportSampler` serves training, where a batch is its own pool: never the query, never its patient.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,27 +14,29 @@ from sam2sgp.errors import ConfigError, DataError
 MODES = ("similarity", "random")
 
 
+@dataclass(frozen=True)
 class SupportSampler:
     """Choose K support items per query and class.
-
-    Args:
-        mode: "similarity" takes the K items of the highest cosine similarity, ties by their number; "random" draws
-            without replacement, the same for every query of a call.
-        k: items per query and class, at least 1; fewer where fewer are eligible.
-        seed: of the random mode.
 
     Raises:
         ConfigError: unknown mode, or k below 1.
     """
 
-    def __init__(self, mode: str = "similarity", k: int = 8, seed: int = 0) -> None:
-        if mode not in MODES:
-            raise ConfigError(f"retrieval is {mode!r}: expected one of {', '.join(MODES)}.")
-        if k < 1:
-            raise ConfigError(f"k is {k}: expected at least one support item per query.")
-        self.mode = mode
-        self.k = k
-        self.seed = seed
+    mode: str = "similarity"
+    """"similarity" takes the K items of the highest cosine similarity, ties by their number; "random" draws without
+    replacement, the same for every query of a call."""
+
+    k: int = 8
+    """Items per query and class, at least 1; fewer where fewer are eligible."""
+
+    seed: int = 0
+    """Of the random mode."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"retrieval is {self.mode!r}: expected one of {', '.join(MODES)}.")
+        if self.k < 1:
+            raise ConfigError(f"k is {self.k}: expected at least one support item per query.")
 
     def __call__(self, similarity: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
         """Choose for one class.

@@ -1,0 +1,216 @@
+"""The one way from a case to its result, for evaluation, inference, the server and Python alike.
+
+case ─ prepare ─ prepared case ─ segment ─ CaseResult: class map on the case's own grid, confidence, support used
+
+>>> segmenter = CaseSegmenter(network, inferer, transform)  # doctest: +SKIP
+>>> result = segmenter.segment(segmenter.prepare({"name": "a", "image": "a.nii.gz"}))  # doctest: +SKIP
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam2sgp.data.folders import check_label_values
+from sam2sgp.inferers.support_set import Chunk, Step, SupportSetInferer
+from sam2sgp.networks import SAM2SGP
+from sam2sgp.support.bank import SupportBank
+from sam2sgp.support.familiarity import case_distance
+from sam2sgp.transforms.array import class_probabilities, label_map, uncertainty
+from sam2sgp.transforms.cases import Case, PreparedCase
+
+
+@dataclass(eq=False)
+class CaseResult:
+    """What was found in a case of Z slices, for C classes; maps are on the case's own grid, on the CPU."""
+
+    pred: Tensor
+    """(Z, H, W) class values, uint8 or int32."""
+
+    main: int
+    """The slice with the most of all classes, labelled ones too."""
+
+    pseudo: Tensor
+    """(S, S) class indices of the pseudo-masks there, at the network's size."""
+
+    box: Tensor
+    """(Z, C, 4) box prompts at the network's size; negative where there was none."""
+
+    confidence: dict[int, float]
+    """Mean probability of each class where it was found, by value; NaN where it was not."""
+
+    support: dict[int, tuple[Tensor, Tensor]]
+    """By class value, the items that guided: their numbers and similarities (Z, K)."""
+
+    support_distance: float
+    """How unlike the support images it is, see `sam2sgp.support.familiarity`."""
+
+    seconds: float
+    """What segmenting took."""
+
+    probability: Tensor | None = None
+    """(Z, C + 1, H, W) float16, of background and classes, where asked for."""
+
+    uncertainty: Tensor | None = None
+    """(Z, H, W) float16 in [0, 1]: their normalised entropy, where asked for."""
+
+    pred_index: Tensor | None = None
+    """(Z, H, W) uint8 class indices 0..C, where the case is labelled."""
+
+    truth_index: Tensor | None = None
+    """(Z, H, W) uint8 true class indices, where the case is labelled."""
+
+    def entries(self) -> dict:
+        """Those that there are, by name, for transforms on dicts."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def prepare_case(case: Case, transform: Callable, bank: SupportBank | None = None) -> PreparedCase:
+    """Preprocess a case; where nothing is stated of it, it is scaled like the cases of the bank.
+
+    Raises:
+        Exception: whatever a reader raises for a file; `sam2sgp.errors.cause_of` finds the cause in it.
+    """
+    if bank is not None:
+        case = {**case, "support_scaling": bank.scaling(case.get("group"))}
+    return transform(case)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CaseSegmenter:
+    """Segments whole cases, one at a time. A variant is made by `dataclasses.replace`."""
+
+    network: SAM2SGP
+    """In evaluation mode, on the device to compute on."""
+
+    inferer: SupportSetInferer
+    """Segments slices, guided by its bank."""
+
+    transform: Callable | None = None
+    """Preprocessing of a case, which only `prepare` needs."""
+
+    exclude_own_patient: bool = True
+    """Never guide a case by support of its own patient."""
+
+    probability: bool = False
+    """Keep the probabilities of background and classes, see `class_probabilities`."""
+
+    uncertainty: bool = False
+    """Keep their normalised entropy, see `sam2sgp.transforms.uncertainty`."""
+
+    def prepare(self, case: Case) -> PreparedCase:
+        """See `prepare_case`."""
+        assert self.transform is not None, "a CaseSegmenter without transform segments only prepared cases"
+        return prepare_case(case, self.transform, self.inferer.bank)
+
+    def work(self, case: PreparedCase) -> int:
+        """What the numbers add up to that `segment` tells of its progress."""
+        slices = len(case["image"])
+        return slices * (self.inferer.looks(slices, slices > 1) + 1)
+
+    def segment(self, case: PreparedCase, step: Step | None = None) -> CaseResult:
+        """Segment a prepared case.
+
+        Args:
+            step: is told of the progress, see `work`.
+
+        Raises:
+            DataError: the case is scored, and its label has a value that the support set does not declare.
+        """
+        started = time.perf_counter()
+        bank = self.inferer.bank
+        patient = case.get("patient") if self.exclude_own_patient else None
+        truth = case.get("label")
+        truth = truth if isinstance(truth, Tensor) else None
+        maps = [name for name in ("probability", "uncertainty") if getattr(self, name)]
+        found = _Collected(case, bank.class_values, truth, maps)
+        for part, logits, chunk in self.inferer.segment_case(case, self.network, patient, case.get("group"), step):
+            found.add(part, logits, chunk)
+        result = found.result()
+        if truth is not None:
+            check_label_values(case["source"], torch.unique(truth).tolist(), bank.class_names)
+            result.pred_index = _indices(result.pred, bank.class_values)
+            result.truth_index = _indices(truth, bank.class_values)
+        result.seconds = time.perf_counter() - started
+        return result
+
+
+class _Collected:
+    """The results of a case's slices, put together chunk by chunk.
+
+    Args:
+        truth: (Z, H, W) labelled class values; None: not labelled.
+        maps: names of the maps to keep.
+    """
+
+    def __init__(self, case: PreparedCase, class_values: list[int], truth: Tensor | None, maps: list[str]) -> None:
+        self.class_values, self.truth = class_values, truth
+        values = torch.tensor([0, *class_values])
+        slices, shape = len(case["image"]), case["fit"].original
+        # As small as the values allow: of a long volume these arrays are gigabytes.
+        self.values = values.to(torch.uint8 if values.max() <= 255 else torch.int32)
+        self.pred = torch.zeros(slices, *shape, dtype=self.values.dtype)
+        self.box = torch.zeros(slices, len(class_values), 4)
+        # In half precision: of a long volume these are the largest arrays by far.
+        shapes = {"probability": (len(values), *shape), "uncertainty": shape}
+        self.maps = {name: torch.zeros(slices, *shapes[name], dtype=torch.float16) for name in maps}
+        # Per class index, the sum of the winning probabilities, and of how many pixels.
+        self.sums, self.counts = np.zeros(len(values)), np.zeros(len(values))
+        self.support: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.distances: list[Tensor] = []
+        self.sizes: list[Tensor] = []
+        self.main, self.most = 0, -1
+        self.pseudo = torch.zeros(0)
+
+    def add(self, part: slice, logits: Tensor, chunk: Chunk) -> None:
+        """Logits (B, C, H, W) of some slices, after all passes."""
+        index = label_map(logits).cpu()
+        self.pred[part] = self.values[index.int()]
+        for name, values_of in (("probability", class_probabilities), ("uncertainty", uncertainty)):
+            if name in self.maps:
+                self.maps[name][part] = values_of(logits).cpu()
+        shown = (index > 0).flatten(1).sum(1)
+        self.distances.append(chunk.distance)
+        self.sizes.append(shown.clone())
+        if self.truth is not None:
+            shown += (self.truth[part] > 0).flatten(1).sum(1)
+        if shown.max() > self.most:
+            row = int(shown.argmax())
+            self.main, self.most = part.start + row, int(shown[row])
+            self.pseudo = label_map(chunk.output.pseudo_logits[row, None])[0].cpu()
+        self.box[part] = chunk.output.box.cpu()
+        winner = logits.max(1).values.sigmoid()
+        self.sums += np.bincount(index.flatten(), winner.flatten().cpu().double(), minlength=len(self.values))
+        self.counts += np.bincount(index.flatten(), minlength=len(self.values))
+        for entry in chunk.retrieved:
+            self.support.setdefault(entry.value, []).append((entry.index.cpu(), entry.similarity.cpu()))
+
+    def result(self) -> CaseResult:
+        """Of all slices; how long it took is not known here."""
+        return CaseResult(
+            pred=self.pred,
+            main=self.main,
+            pseudo=self.pseudo,
+            box=self.box,
+            confidence={
+                value: float(self.sums[i] / self.counts[i]) if self.counts[i] else float("nan")
+                for i, value in enumerate(self.class_values, 1)
+            },
+            support={
+                value: (torch.cat([index for index, _ in parts]), torch.cat([similarity for _, similarity in parts]))
+                for value, parts in self.support.items()
+            },
+            support_distance=case_distance(torch.cat(self.distances), torch.cat(self.sizes)),
+            seconds=0.0,
+            **self.maps,
+        )
+
+
+def _indices(values: Tensor, class_values: list[int]) -> Tensor:
+    """Class values -> class indices 0..C, uint8."""
+    known = torch.tensor([0, *class_values])
+    return torch.searchsorted(known, values.to(known.dtype).contiguous()).to(torch.uint8)

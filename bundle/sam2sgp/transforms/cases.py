@@ -1,0 +1,88 @@
+"""The keys of a case: as a list of cases has it, and as preprocessing leaves it.
+
+Cases are dicts because MONAI's transforms are made for dicts; these types say which keys there are, and a type checker
+compares. What a segmentation gives is no dict, see `sam2sgp.inferers.CaseResult`.
+"""
+
+from typing import NotRequired, TypedDict
+
+from torch import Tensor
+
+from sam2sgp.data.io.geometry import Geometry
+from sam2sgp.transforms.array import Fit
+from sam2sgp.transforms.scaling import Scaling, SupportScaling
+
+
+class Case(TypedDict):
+    """One image file or series, as `sam2sgp.data.load_datalist` lists it."""
+
+    name: str
+    """For people: the file's name without ending."""
+
+    image: str
+    """Path of the file, or of the folder of a DICOM series."""
+
+    label: NotRequired[str]
+    """Path of its label."""
+
+    patient: NotRequired[str | None]
+    """Who is shown; a patient's own labels are not used in evaluation."""
+
+    group: NotRequired[str | None]
+    """Cases of one kind within a collection of data sets."""
+
+    modality: NotRequired[str | None]
+    """As a datalist states it, such as "CT"."""
+
+    support_scaling: NotRequired[SupportScaling]
+    """How the support set is scaled, which decides where nothing is stated of a case."""
+
+
+class PreparedCase(TypedDict):
+    """A case of Z slices after preprocessing; S is the network's size, H and W are the image's own."""
+
+    name: str
+    """As listed."""
+
+    image: Tensor
+    """(Z, C, S, S) float32 in [0, 1]."""
+
+    image_full: Tensor
+    """(Z, C, H, W) float32 in [0, 1]: the same at its own size."""
+
+    label: NotRequired[Tensor | str | None]
+    """(Z, H, W) class values where the case is scored or guides; in a support case at the network's size. Otherwise as
+    listed."""
+
+    label_full: NotRequired[Tensor]
+    """(Z, H, W) class values of a support case at its own size."""
+
+    source: str
+    """Path of the image."""
+
+    geometry: Geometry
+    """Spacing and orientation: the way back to a file."""
+
+    fit: Fit
+    """The way back from the network's size to the image's own."""
+
+    scaling: Scaling
+    """How the intensities were scaled, and why."""
+
+    warnings: list[str]
+    """Sentences on what may be wrong with the image."""
+
+    is_rgb: bool
+    """Whether it is a colour image."""
+
+    modality: str | None
+    """As the datalist states it, or else the file's header."""
+
+    stated_by: str
+    """Who states the modality."""
+
+    patient: NotRequired[str | None]
+    """As listed."""
+
+    group: NotRequired[str | None]
+    """As listed."""

@@ -1,0 +1,50 @@
+"""The settings of an inference: one default each, and variants that share nothing but what they must."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from sam2sgp.errors import ConfigError
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
+from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.support import SupportBank, SupportSampler
+from tests.bundle_runs import CONFIGS
+
+
+@pytest.mark.parametrize("name", ["inference.json", "train.json"])
+def test_the_defaults_are_those_of_the_shipped_configs(name):
+    config = json.loads((CONFIGS / name).read_text())
+    shipped = InferenceSettings(
+        SupportSampler(config["retrieval"], config["k"], config["support_seed"]),
+        config["val_batch_size"],
+        config["precision"],
+        config["region_below"],
+        VolumeMemory(config["memory_frames"]) if config["three_d_memory"] else None,
+        config["object_gate"],
+    )
+    assert shipped == InferenceSettings()
+
+
+def test_settings_are_plain_values_and_never_change():
+    settings = InferenceSettings(SupportSampler(k=3), volume_memory=None)
+    assert json.loads(json.dumps(asdict(settings)))["sampler"] == {"mode": "similarity", "k": 3, "seed": 0}
+    assert hash(settings) == hash(replace(settings)) and settings != replace(settings, batch_size=1)
+    with pytest.raises(AttributeError):
+        settings.batch_size = 1
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_second_pass_of_more_than_the_image_is_refused(share):
+    with pytest.raises(ConfigError, match="region_below"):
+        InferenceSettings(region_below=share)
+
+
+def test_a_variant_has_its_settings_in_all_passes_and_shares_what_was_learned():
+    bank = SupportBank([], lambda case: case, progress=False, allow_empty=True)
+    inferer = SupportSetInferer(bank, InferenceSettings(batch_size=8), feature_cache=FeatureCache(1))
+    smaller = replace(inferer, settings=replace(inferer.settings, batch_size=2), feature_cache=None)
+    assert (smaller.region_pass.settings.batch_size, inferer.region_pass.settings.batch_size) == (2, 8)
+    assert smaller.region_pass.feature_cache is None and inferer.region_pass.feature_cache is not None
+    assert smaller.gate is inferer.gate and smaller.bank is bank
+    assert replace(inferer, gate=None).gate is not inferer.gate
