@@ -48,7 +48,7 @@ from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms, phantom_volume
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory, region
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
-from sam2sgp.support import SupportBank, SupportSampler, bank
+from sam2sgp.support import SupportBank, SupportSampler, bank, catalogue
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"
 EVALUATE = ["configs/train.json", "configs/evaluate.json"]
@@ -300,7 +300,7 @@ def classes(support: Path, queries: Path, options: argparse.Namespace) -> None:
     searched(bank.FEW_CLASSES, support, queries, options)  # encodes the support set and its regions
     print("| classes searched for | found | s per slice | Dice |")
     print("| --- | --- | --- | --- |")
-    for what, few in (("the likely ones", bank.FEW_CLASSES), ("all", bank.MAX_VALUE)):
+    for what, few in (("the likely ones", bank.FEW_CLASSES), ("all", catalogue.MAX_VALUE)):
         count, seconds, dice = searched(few, support, queries, options)
         print(f"| {what} | {count} | {seconds:.2f} | {dice:.3f} |", flush=True)
 

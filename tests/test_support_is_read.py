@@ -17,6 +17,7 @@ from sam2sgp.data.phantom import CLASS_NAMES, make_phantoms
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support.encodings import Encodings
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
 from tests.bundle_runs import run
 
@@ -79,13 +80,15 @@ class Task:
     @contextmanager
     def told(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator["Task"]:
         """The same with other masks (B, C, S, S) than the items' own."""
-        other, masks = copy(self), SupportBank.masks
-        other.plain, other.bank.embedding = None, None
-        SupportBank.masks = lambda bank, items: change(masks(bank, items))
+        other, masks = copy(self), Encodings.masks
+        other.plain = None
+        other.bank.forget()
+        Encodings.masks = lambda encodings, items: change(masks(encodings, items))
         try:
             yield other
         finally:
-            SupportBank.masks, self.bank.embedding = masks, None
+            Encodings.masks = masks
+            self.bank.forget()
 
     def truth(self) -> torch.Tensor:
         return torch.stack([self.labels == value for value in self.bank.class_values], 1)

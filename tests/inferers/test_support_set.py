@@ -9,7 +9,7 @@ from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory, support_set
 from sam2sgp.inferers.support_set import ABSENT_LOGIT
 from sam2sgp.networks import SAM2SGP
-from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support import SupportBank, SupportSampler, encodings
 from sam2sgp.support import bank as support_bank
 
 SIZE = 64
@@ -98,15 +98,15 @@ def test_of_many_classes_an_image_is_searched_for_those_that_similar_items_hold(
 def test_regions_of_a_few_items_are_encoded_where_there_are_many_classes(network, monkeypatch):
     support = bank([case(i, [1], patient=f"p{i % 4}") for i in range(12)])
     support.encode(network)
-    monkeypatch.setattr(support_bank, "MAX_VIEWED", 6)
-    monkeypatch.setattr(support_bank, "LEAST_VIEWED", 2)
+    monkeypatch.setattr(encodings, "MAX_VIEWED", 6)
+    monkeypatch.setattr(encodings, "LEAST_VIEWED", 2)
     features = network.encode(QUERY.expand(-1, 3, -1, -1))
     assert support.region_support(network, features, SupportSampler(k=8), 0).tokens.shape[2] == 6
-    chosen = support._pools["regions.1"].owner.unique().tolist()
+    chosen = support.encodings._pools["regions.1"].owner.unique().tolist()
     # A case that comes changes the choice only by itself.
     support.reconcile([*support.data, case(12, [1])])
     support.region_support(network, features, SupportSampler(k=8), 0)
-    assert len(set(chosen) & set(support._pools["regions.1"].owner.unique().tolist())) >= 5
+    assert len(set(chosen) & set(support.encodings._pools["regions.1"].owner.unique().tolist())) >= 5
 
 
 @pytest.mark.parametrize("volume", [False, True])

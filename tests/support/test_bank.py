@@ -108,8 +108,8 @@ def test_encoding_an_item_does_not_depend_on_the_others(folder, net):
     for support in (whole, alone):
         support.encode(net)
     assert torch.equal(whole.embedding[3], alone.embedding[0])
-    for name, values in alone._encodings[f"{alone.items[0].content}.item"].items():
-        assert torch.equal(values, whole._encodings[f"{whole.items[3].content}.item"][name])
+    for name, values in alone.encodings._held[f"{alone.items[0].content}.item"].items():
+        assert torch.equal(values, whole.encodings._held[f"{whole.items[3].content}.item"][name])
 
 
 def test_items_from_the_folder_have_the_pixels_of_those_in_memory(folder, cache):
@@ -378,7 +378,7 @@ def test_unchanged_files_are_neither_hashed_nor_read(folder, cache, monkeypatch)
     again = bank(folder, cache, transform=preprocessing)
     support.reconcile(data(folder))
     assert hashed.calls == 0 and preprocessing.calls == 0
-    again._hashes = content.FileHashes()
+    again.catalogue._hashes = content.FileHashes()
     again.reconcile(data(folder))
     assert hashed.calls == 2 * COUNT
 
@@ -813,7 +813,7 @@ def test_memory_read_is_bounded(folder, cache, net):
     small = bank(folder, cache, cache_mb=2.5 * encoding / 2**20)
     segment(small, net)
     assert small.store.recent.currsize <= 2.5 * encoding < whole.store.recent.currsize
-    assert not small._encodings and not small._pixels and not small.store._unsaved
+    assert not small.encodings._held and not small.catalogue._pixels and not small.store._unsaved
 
 
 def _item(support: SupportBank) -> str:
@@ -912,3 +912,23 @@ def test_a_part_has_tables_of_its_own_and_writes_nothing(folder, cache, net):
     assert part.holds.tolist() == [[True, True], [True, False]]
     segment(part, net)
     assert not files(cache) and support.embedding is None
+
+
+def test_the_version_counts_up_when_items_or_network_change_and_only_then(folder, net):
+    support = bank(folder)
+    first = support.version
+    support.reconcile(support.data)
+    support.encodings.adopt(net, torch.device("cpu"))
+    segment(support, net)
+    encoded = support.version
+    assert encoded > first
+    segment(support, net)
+    support.reconcile(list(support.data))
+    assert support.version == encoded
+    versions = [encoded]
+    for change in (support.data[:-1], [case | {"patient": "another"} for case in support.data[:-1]]):
+        support.reconcile(change)
+        versions.append(support.version)
+    support.forget()
+    versions.append(support.version)
+    assert versions == sorted(set(versions))

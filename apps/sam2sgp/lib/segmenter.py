@@ -220,8 +220,8 @@ class Segmenter:
             cases = self.cases.cases()
             # What is new to `cases` is not new any more, but the bank that serves does not know it yet.
             self._behind = True
-            bank.declared = self.cases.declared()
-        bank.reconcile(cases)
+            declared = self.cases.declared()
+        bank.reconcile(cases, declared)
         left_out = {error["name"]: error["error"] for error in bank.errors}
         return [case for case in cases if case["name"] not in left_out], list(left_out.values())
 
@@ -330,8 +330,7 @@ class Segmenter:
                 logger.warning("Not in the support set: %s", error["error"])
 
     def _bring_in_line(self, serving: _Serving, cases: list[dict]) -> None:
-        serving.bank.declared = self.cases.declared()
-        changes = serving.bank.reconcile(cases)
+        changes = serving.bank.reconcile(cases, self.cases.declared())
         if changes.added or changes.removed:
             logger.info("Support set: %d items in, %d out", len(changes.added), len(changes.removed))
             serving.results.clear()

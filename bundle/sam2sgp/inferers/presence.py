@@ -88,10 +88,10 @@ class ObjectGate:
 
     def forget(self) -> None:
         """Forget what was learned, because the network has changed."""
-        # By group, and the table of the bank that this was learned from.
+        # By group, and the version of the bank that this was learned from.
         self._thresholds: dict[str | None, Thresholds] = {}
-        self._holds: Tensor | None = None
-        # What was found in items, by what it depends on: of this table, and of the one before.
+        self._version: int | None = None
+        # What was found in items, by what it depends on: of this version, and of the one before.
         self._judged: dict[tuple, list[Tensor]] = {}
         self._judged_before: dict[tuple, list[Tensor]] = {}
 
@@ -103,8 +103,8 @@ class ObjectGate:
             group: where the bank holds items of this group, only those teach.
         """
         bank = self.bank
-        if self._holds is not bank.holds:
-            self._holds, self._thresholds = bank.holds, {}
+        if self._version != bank.version:
+            self._version, self._thresholds = bank.version, {}
             self._judged, self._judged_before = {}, self._judged
         group = group if group in bank.groups else None
         if group not in self._thresholds:

@@ -77,8 +77,9 @@ class SupportSetInferer(Inferer):
     def __post_init__(self) -> None:
         self._gate = self.gate = self.gate or ObjectGate(self.bank, self.settings.sampler)
         self.region_pass = RegionPass(self.bank, self.settings, self.feature_cache)
-        # Of the bank's encoding that it was made from.
         self._familiarity: Familiarity | None = None
+        # Of the bank, when that was made.
+        self._version = 0
 
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
@@ -178,11 +179,11 @@ class SupportSetInferer(Inferer):
 
     def _distance(self, network: "SAM2SGP | GraphNetwork", features: ImageFeatures, patient: str | None) -> Tensor:
         """How far images (B,) are from the support images, of other patients than `patient`."""
-        if self._familiarity is None or self._familiarity.embedding is not self.bank.embedding:
+        if self._familiarity is None or self._version != self.bank.version:
             patients = [item.patient for item in self.bank.items]
             if self.adaptation is not None:
                 patients = self.adaptation.owners
-            self._familiarity = Familiarity.of(self.bank.embedding, patients)
+            self._familiarity, self._version = Familiarity.of(self.bank.embedding, patients), self.bank.version
         return self._familiarity(network.retrieval_embedding(features), patient)
 
     def looks(self, slices: int, volume: bool) -> int:

@@ -1,72 +1,41 @@
 """The support bank: labelled slices, and what the network makes of them.
 
-    data ─ reconcile ─ items: prepared pixels ─ encode ─ embedding and memory ─ retrieve, select ─ support of a query
+    data ─ catalogue ─ items: prepared pixels ─ encodings ─ embedding and memory ─ retrieve, select ─ support of a query
 
-The truth is the data; all else is a cache of two layers. *Prepared* is what preprocessing makes of an item; it depends
-on the item's content and on the preprocessing. *Encoded* is what the network makes of that; it depends on the network
-as well: weights, LoRA, switches, precision. On a CPU an item is encoded by itself, so that its encoding depends on
-nothing else, not even in the last bit; then results are the same with and without a folder, in one go or after an
-interruption.
-
-With a cache folder both layers are on disk (`sam2sgp.support.store`), and a bank holds of each item only a few facts
-and its embedding; pixels and memory are read when they are asked for, through a cache of bounded size. Without a folder
-everything is held in memory. A query costs the same however large the bank is, but for the cosine similarities.
+The truth is the data; all else is a cache of two layers. *Prepared* is what preprocessing makes of an item, see
+`sam2sgp.support.catalogue`; *encoded* is what the network makes of that, see `sam2sgp.support.encodings`. With a cache
+folder both layers are on disk (`sam2sgp.support.store`), otherwise in memory. A query costs the same however large the
+bank is, but for the cosine similarities.
 
 A bank is for one thread at a time, but for `thumbnail`: `reconcile`, `encode` and `forget` renumber or drop items, so
 none of them may be called while a query that has retrieved is still being segmented. Any number of processes may share
 a cache folder; each has a bank of its own and encodes what it does not find there.
 """
 
-import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sam2sgp import distributed
-from sam2sgp.data.coding import LabelCoding
-from sam2sgp.data.folders import check_label_values, complete_class_names
-from sam2sgp.errors import DataError, cause_of
-from sam2sgp.heap import give_back
+from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
-from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, network_fingerprint, settings_fingerprint
+from sam2sgp.support.catalogue import Catalogue
+from sam2sgp.support.encodings import WHOLE, Encodings
 from sam2sgp.support.fingerprint import LARGEST_TILE, fingerprint, tile_share
-from sam2sgp.support.items import VIEWS, Listing, Prepared, SupportItem, prepare_items
+from sam2sgp.support.items import VIEWS, SupportItem
 from sam2sgp.support.sampler import SupportSampler
-from sam2sgp.support.store import Store, Tensors, checksum
-from sam2sgp.transforms.array import to_three_channels
-from sam2sgp.transforms.dictionary import log_warnings
-from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
+from sam2sgp.support.store import Store
+from sam2sgp.transforms.scaling import SupportScaling
 
-logger = logging.getLogger(__name__)
-
-# Part of the keys of both layers: counted up when what is prepared or encoded changes by the code.
-VERSION = 4
-CASE, ENCODED = "case", "encoded"
-WHOLE = "item"
-CASES_PER_LOOKUP = 256
-NAMES_PER_COMMIT = 64
-# After how many batches memory that is not used goes back to the system.
-BATCHES_PER_TIDYING = 8
-# Items whose regions are encoded, over all classes, and of each class at least: a set of many classes in many slices
-# would encode thousands of regions before its first result.
-MAX_VIEWED, LEAST_VIEWED = 480, 8
-MAX_VALUE = 255
 # So few classes are looked for in every image. Of more, those that one of the most similar items holds, and as many of
 # those whose own items are the most similar.
 FEW_CLASSES = 8
 NEAREST_ITEMS = 8
-# Memory of an item by itself and by class; some are missing where the network has no prior.
-OF_ITEM, OF_CLASS = ("prior_key", "gram"), ("tokens", "prior_mask", "gram_foreground")
 
 
 @dataclass
@@ -95,20 +64,6 @@ class Changes:
     removed: list[str]
 
 
-@dataclass
-class _Pool:
-    """Encoded rows of one part of the items: each item as a whole, or the views of one class.
-
-    embedding: (R, D). spans: first and past-the-last row of each encoding, by its name. owner: (R,) number of the item
-    that a row is of. place: per row, its number within the item's encoding.
-    """
-
-    embedding: Tensor
-    spans: dict[str, tuple[int, int]]
-    owner: Tensor
-    place: list[int]
-
-
 class SupportBank:
     """Support items of a data folder, encoded on demand.
 
@@ -128,10 +83,10 @@ class SupportBank:
         allow_empty: a bank without items is fine.
 
     Attributes:
+        data: the cases.
         items: the `SupportItem`s. class_names: by value; class_values: of the C classes, sorted.
+        version: counts up whenever items, classes or the network that encodes change, and numbers of items with them.
         holds: (N, C) bool, which item holds which class.
-        embedding: (N, D) L2-normalised embeddings; None where nothing is encoded.
-        fingerprint: hash of network and preprocessing that the encoding is of; None where nothing is encoded.
         patients, groups: who has items here, and of which groups; numbers by name.
         errors: cases left out, dicts with `name`, `source` (path of the image) and `error`.
 
@@ -155,154 +110,138 @@ class SupportBank:
         skip_errors: bool = False,
         allow_empty: bool = False,
     ) -> None:
+        store = None if cache_dir is None else Store(cache_dir, cache_mb)
+        self.catalogue = Catalogue(
+            transform,
+            store,
+            dict(class_names or {}),
+            slices_per_class,
+            max_items,
+            seed,
+            progress,
+            skip_errors,
+            allow_empty,
+        )
+        self.encodings = Encodings(store, self.catalogue.settings, batch_size, progress)
+        self.version = 0
         self.data: list[dict] = []
-        self.transform = transform
-        self.declared = dict(class_names or {})
-        self.slices_per_class = slices_per_class
-        self.max_items = max_items
-        self.seed = seed
-        self.batch_size = batch_size
-        self.progress = progress
-        self.skip_errors = skip_errors
-        self.allow_empty = allow_empty
-        self.cache = {"cache_dir": cache_dir, "cache_mb": cache_mb}
-        self.store = None if cache_dir is None else Store(cache_dir, cache_mb)
-        self.settings = settings_fingerprint(transform, VERSION)
-        self.items: list[SupportItem] = []
         self.errors: list[dict] = []
-        self._hashes = FileHashes(self.store)
-        self._listings: dict[str, Listing] = {}
-        self._failed: dict[str, str] = {}
-        self._scalings: list[tuple[str, Scaling]] = []
-        # Held without a folder: pixels by the item's content, encodings by name.
-        self._pixels: dict[str, Prepared] = {}
-        self._encodings: dict[str, Tensors] = {}
-        self.forget()
+        self.items: list[SupportItem] = []
+        self.class_names: dict[int, str] = {}
         self.reconcile(data)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def forget(self) -> None:
-        """Drop what was encoded, because the network has changed. What is on disk stays."""
-        self.embedding: Tensor | None = None
-        self.fingerprint: str | None = None
-        self._network: SAM2SGP | None = None
-        self._device = torch.device("cpu")
-        self._pools: dict[str, _Pool] = {}
-        self._outdated: dict[str, _Pool] = {}
-        self._encodings.clear()
+    # Which items there are
 
-    def reconcile(self, data: list[dict]) -> Changes:
+    @property
+    def transform(self) -> Callable:
+        """Preprocessing of a case."""
+        return self.catalogue.transform
+
+    @property
+    def settings(self) -> str:
+        """Hash of the preprocessing."""
+        return self.catalogue.settings
+
+    @property
+    def store(self) -> Store | None:
+        """Where both layers are kept; None: in memory."""
+        return self.encodings.store
+
+    def reconcile(self, data: list[dict], declared: dict[int, str] | None = None) -> Changes:
         """Bring the bank in line with a new list of cases: those added, removed, renamed and changed, also in place.
 
         Nothing that is unchanged is read or encoded again. The next `retrieve` uses the new state: it encodes new items
         with the network at hand. Numbers of items change.
 
+        Args:
+            declared: names of classes by value; None: as before.
+
         Raises:
             DataError: as at first; the bank then stays as it was.
         """
-        found, errors, values, count = [], [], set(), 0
-        order = np.random.default_rng(self.seed).permutation(len(data)) if self.max_items else range(len(data))
-        bar = tqdm(total=len(data), desc="Reading the support set", unit="case", disable=not self.progress)
-        with bar:
-            for case, listing, digest, error in self._listed([data[i] for i in order]):
-                bar.update()
-                if error is not None:
-                    errors.append({"name": case["name"], "source": _source(case), "error": error})
-                    continue
-                found.append((case, listing, digest))
-                count += len(listing.items)
-                values |= {value for value in listing.values if value}
-                if self.max_items and count >= self.max_items:
-                    break
-        found = self._agreed_on_scaling(found)
-        listings = {digest: listing for _, listing, digest in found}
-        items = [item for entry in found for item in self._items(*entry)]
-        present = {item.content for item in items}
-        items = items[: self.max_items or None]
-        if not items and not self.allow_empty:
-            where = Path(data[0]["label"]).parent if data else "the support set"
-            raise DataError(
-                f"{where}: expected labelled images with at least one object, found {len(data)} without any; add pairs "
-                "whose label is not empty."
-            )
+        if declared is not None:
+            self.catalogue.declared = dict(declared)
+        found = self.catalogue.read(data)
         before = [(item.id, item.content) for item in self.items]
-        after = [(item.id, item.content) for item in items]
+        after = [(item.id, item.content) for item in found.items]
         changes = Changes(
             [identifier for identifier, _ in _without(after, before)],
             [identifier for identifier, _ in _without(before, after)],
         )
         if changes.added or changes.removed:
-            scalings = [listing.scaling for _, listing, _ in found]
-            log_scalings(logger, "Support set", [case["name"] for case, _, _ in found], scalings)
-        self._scalings = [(case["group"], listing.scaling) for case, listing, _ in found]
-        self.data, self._listings, self.errors = list(data), listings, errors
-        class_names = complete_class_names(self.declared, values)
-        same = before == after and class_names == getattr(self, "class_names", None)
-        holds = self.holds if same else None
-        self._set(items, class_names)
-        if same:
-            # What was learned from the items is known to be of them by this very table.
-            self.holds = holds
-        self._outdated |= self._pools
-        self._pools = {}
-        self._pixels = {content: pixels for content, pixels in self._pixels.items() if content in present}
-        self._encodings = {name: value for name, value in self._encodings.items() if name.split(".")[0] in present}
+            found.log_scalings()
+        self.data, self.errors = list(data), found.errors
+        self._found = found
+        if _table(found.items) != _table(self.items) or found.class_names != self.class_names:
+            self.version += 1
+        self._set(found.items, found.class_names)
+        self.encodings.keep_only(found.contents)
         return changes
 
     def scaling(self, group: str | None = None) -> SupportScaling:
         """How the support set is scaled; where it holds cases of `group`, these."""
-        of_group = [scaling for of, scaling in self._scalings if of == group]
-        return SupportScaling.of(of_group or [scaling for _, scaling in self._scalings])
-
-    def _agreed_on_scaling(self, found: list[tuple[dict, Listing, str]]) -> list[tuple[dict, Listing, str]]:
-        """Cases with what they have, of which those whose scaling is open follow the others of their group."""
-        by_group = defaultdict(list)
-        for case, listing, _ in found:
-            by_group[case["group"]].append(listing.scaling)
-        common = {group: agreed(scalings) for group, scalings in by_group.items()}
-        result = list(found)
-        for number, (case, listing, _) in enumerate(found):
-            if is_open(listing.scaling) and common[case["group"]]:
-                followed = case | {"support_scaling": common[case["group"]]}
-                ((_, listing, digest, error),) = self._listed([followed])
-                if error is None:
-                    result[number] = followed, listing, digest
-        return result
+        return self._found.scaling(group)
 
     def part(self, index: Sequence[int]) -> "SupportBank":
         """A bank of some items, in memory and not encoded, which shares the items themselves."""
-        part = copy(self)
-        part.store = None
-        part.progress = False
-        part._encodings = {}
-        part._set([self.items[i] for i in index], self.class_names)
-        part.forget()
-        return part
+        return self._of([self.items[i] for i in index])
 
     def of_patients(self, patients: Sequence[str]) -> "SupportBank":
         """A bank of the same items, in memory and not encoded, with other names of the patient of each."""
-        part = self.part(range(len(self)))
-        items = [replace(item, patient=patient) for item, patient in zip(self.items, patients, strict=True)]
-        part._set(items, self.class_names)
-        return part
+        return self._of([replace(item, patient=patient) for item, patient in zip(self.items, patients, strict=True)])
 
-    def masks(self, items: list[SupportItem]) -> Tensor:
-        """Binary masks (len(items), C, S, S) float32 of all classes."""
-        labels = torch.stack([item.label for item in items])
-        return torch.stack([labels == value for value in self.class_values], 1).float()
+    def _of(self, items: list[SupportItem]) -> "SupportBank":
+        """A bank of items of this one, with encodings of its own."""
+        bank = copy(self)
+        bank.encodings = Encodings(None, self.settings, self.encodings.batch_size, progress=False)
+        bank._set(items, self.class_names)
+        return bank
 
     def thumbnail(self, content: str) -> Tensor | None:
         """The thumbnail (H, W, 3) uint8 of the item with this content, if it is at hand.
 
         Any thread may ask for it while another one uses the bank.
         """
-        if self.store is None:
-            prepared = self._pixels.get(content)
-            return None if prepared is None else prepared.drawn()
-        tensors = self.store.peek(self._prepared_name(content))
-        return None if tensors is None else tensors["thumbnail"]
+        return self.catalogue.thumbnail(content)
+
+    def _set(self, items: list[SupportItem], class_names: dict[int, str]) -> None:
+        """Take over items, and make the tables that queries need."""
+        self.items, self.class_names = items, class_names
+        self.encodings.set_items(items, class_names)
+        self.class_values = self.encodings.class_values
+        columns = {value: column for column, value in enumerate(self.class_values)}
+        self.holds = torch.zeros(len(items), len(columns), dtype=torch.bool)
+        # Items that have regions, and tiles, by class.
+        counts = np.zeros((len(VIEWS), len(columns)), dtype=int)
+        for number, item in enumerate(items):
+            self.holds[number, [columns[value] for value in item.facts.holds]] = True
+            for kind, values in enumerate((item.facts.regions, item.facts.tiles)):
+                # A class may be so small that it is only seen at the image's own size.
+                counts[kind, [columns[value] for value in values if value in columns]] += 1
+        self._thin = (2 * counts[1] > counts[0]).tolist()
+        self._targets = fingerprint(items).targets
+        self.patients, self._patient_of = _numbered([item.patient for item in items])
+        self.groups, self._group_of = _numbered([item.group for item in items])
+
+    # What the network makes of them
+
+    @property
+    def embedding(self) -> Tensor | None:
+        """(N, D) L2-normalised embeddings; None where nothing is encoded."""
+        return self.encodings.embedding
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Hash of network and preprocessing that the encoding is of; None where nothing is encoded."""
+        return self.encodings.fingerprint
+
+    def forget(self) -> None:
+        """Drop what was encoded, because the network has changed. What is on disk stays."""
+        self.version += 1
+        self.encodings.forget()
 
     def encode(self, network: SAM2SGP, device: torch.device | str = "cpu") -> None:
         """Encode every item with the network as it is now; with a cache folder, every item that is not yet there.
@@ -311,8 +250,8 @@ class SupportBank:
         one has written by then. So that no item is encoded twice, let each call `encode_share` before.
         """
         self.forget()
-        self._adopt(network, torch.device(device))
-        self._pool(WHOLE)
+        self.encodings.adopt(network, torch.device(device))
+        self.encodings.pool(WHOLE)
 
     def encode_share(self, network: SAM2SGP, device: torch.device | str, number: int, count: int) -> None:
         """Encode the items of one of `count` processes that are not yet in the cache folder, for all of them.
@@ -322,14 +261,39 @@ class SupportBank:
         if self.store is None:
             return
         self.forget()
-        self._adopt(network, torch.device(device))
-        # Items of the same content are one.
-        first: dict[str, int] = {}
-        for n, item in enumerate(self.items):
-            first.setdefault(self._name(item, WHOLE), n)
-        own = dict(list(first.items())[number::count])
-        there = self._find(list(own))
-        self._encode_all([n for name, n in own.items() if name not in there], WHOLE)
+        self.encodings.adopt(network, torch.device(device))
+        self.encodings.encode_share(number, count)
+
+    def prune(self, keep: Iterable[str] = ()) -> list[str]:
+        """Delete from the cache folder what other networks and preprocessings encoded.
+
+        A process that still uses such an encoding makes it again.
+
+        Args:
+            keep: fingerprints whose encodings stay, next to the bank's own.
+
+        Returns:
+            The fingerprints deleted.
+        """
+        return self.encodings.prune(keep)
+
+    def masks(self, items: list[SupportItem]) -> Tensor:
+        """Binary masks (len(items), C, S, S) float32 of all classes."""
+        return self.encodings.masks(items)
+
+    @property
+    def memory(self) -> SupportMemory | None:
+        """Memory (P, 1) of all pairs of an item and a class it holds, in order; None before `encode`.
+
+        It reads the whole bank: for tests and for looking inside.
+        """
+        if self.embedding is None:
+            return None
+        pairs = [(number, value) for number, item in enumerate(self.items) for value in item.facts.holds]
+        parts = [self.encodings.gather(WHOLE, torch.tensor([[[number]]]), [value]) for number, value in pairs]
+        return SupportMemory.concatenate(parts)
+
+    # Which of them guide a query
 
     def retrieve(
         self,
@@ -357,7 +321,7 @@ class SupportBank:
         """Embeddings (N, D) of the items as they are now."""
         if self.embedding is None:
             raise DataError("The support set is not encoded: call `encode` with the network first.")
-        return self._pool(WHOLE).embedding
+        return self.encodings.pool(WHOLE).embedding
 
     def _retrieve(
         self, embedding: Tensor, sampler: SupportSampler, patient: str | None, group: str | None
@@ -392,10 +356,16 @@ class SupportBank:
         best = [similarity.masked_fill(~column, -torch.inf).amax(1) for column in eligible.unbind(1)]
         return likely.scatter(1, torch.stack(best, 1).topk(FEW_CLASSES, 1).indices, True)
 
+    def _allowed(self, patient: str | None, group: str | None) -> Tensor:
+        """(N,) bool: items of other patients, and of the group where there are such."""
+        allowed = self._patient_of != self.patients.get(patient, -1)
+        of_group = allowed & (self._group_of == self.groups.get(group, -1))
+        return of_group if bool(of_group.any()) else allowed
+
     def select(self, retrieved: list[Retrieved]) -> SupportMemory:
         """Memory with leading dimensions (B, C, K) of classes that share one K."""
         index = torch.stack([entry.index for entry in retrieved], 1)
-        return self._gather(WHOLE, index, [entry.value for entry in retrieved])
+        return self.encodings.gather(WHOLE, index, [entry.value for entry in retrieved])
 
     def region_support(
         self,
@@ -417,16 +387,16 @@ class SupportBank:
         Returns:
             None where no item may be used.
         """
-        if self._network is None:
-            self._adopt(network, features.embedding.device)
+        if self.encodings.network is None:
+            self.encodings.adopt(network, features.embedding.device)
         value = self.class_values[column]
         name = f"{VIEWS[self.is_thin(column)]}.{value}"
-        pool = self._pool(name)
+        pool = self.encodings.pool(name)
         eligible = self._allowed(patient, group)[pool.owner].to(pool.embedding.device)
         if not eligible.any():
             return None
         index, _ = sampler(network.retrieval_embedding(features) @ pool.embedding.T, eligible)
-        return self._gather(name, index[:, None], [value])
+        return self.encodings.gather(name, index[:, None], [value])
 
     def is_thin(self, column: int) -> bool:
         """Whether a class is thin in most of its items, so that tiles of the image show it better than one region."""
@@ -440,419 +410,6 @@ class SupportBank:
         if not self.is_thin(column):
             return None
         return tile_share(self._targets[self.class_values[column]].thickness_share, size) or LARGEST_TILE
-
-    @property
-    def memory(self) -> SupportMemory | None:
-        """Memory (P, 1) of all pairs of an item and a class it holds, in order; None before `encode`.
-
-        It reads the whole bank: for tests and for looking inside.
-        """
-        if self.embedding is None:
-            return None
-        pairs = [(number, value) for number, item in enumerate(self.items) for value in item.facts.holds]
-        parts = [self._gather(WHOLE, torch.tensor([[[number]]]), [value]) for number, value in pairs]
-        return SupportMemory.concatenate(parts)
-
-    def prune(self, keep: Iterable[str] = ()) -> list[str]:
-        """Delete from the cache folder what other networks and preprocessings encoded.
-
-        A process that still uses such an encoding makes it again.
-
-        Args:
-            keep: fingerprints whose encodings stay, next to the bank's own.
-
-        Returns:
-            The fingerprints deleted.
-        """
-        if self.store is None:
-            return []
-        kept = {*keep, self.fingerprint}
-        folder = self.store.directory / ENCODED
-        found = sorted(path.name for path in folder.iterdir() if path.name not in kept) if folder.is_dir() else []
-        self.store.remove([f"{ENCODED}/{name}" for name in found], ENCODED)
-        self.store.sweep()
-        return found
-
-    # The list of cases
-
-    def _listed(self, cases: list[dict]) -> Iterator[tuple[dict, Listing | None, str, str | None]]:
-        """Each case with what it has, the hash of its content, and what is wrong with it (None: nothing)."""
-        new: dict[str, bytes] = {}
-        coding = LabelCoding(self.declared)
-        try:
-            # With a limit, few cases may be enough: each is hashed when it is looked up.
-            step = CASES_PER_LOOKUP if self.max_items is None else 1
-            for start in range(0, len(cases), step):
-                block = cases[start : start + step]
-                self._hashes.prefetch(block)
-                digests = [self._digest(case) for case in block]
-                known = self._known(digests)
-                for case, digest in zip(block, digests, strict=True):
-                    listing, error = None, None
-                    try:
-                        if isinstance(digest, DataError):
-                            raise digest
-                        digest, listing = self._list(case, digest, known, new)
-                        check_label_values(case["label"], listing.values, self.declared)
-                        coding.check(case["label"], listing.values)
-                    except Exception as raised:  # whatever a reader raises for one file must not end the others
-                        cause = cause_of(raised)
-                        if not self.skip_errors:
-                            raise cause from None
-                        error = str(cause)
-                    yield case, listing, digest, error
-                self._commit(new)
-        finally:
-            self._commit(new)
-
-    def _digest(self, case: dict) -> str | DataError | None:
-        """Hash of a case's content, or why there is none; None where the case has no files."""
-        try:
-            return self._hashes.of_case(case)
-        except DataError as error:
-            return error
-
-    def _known(self, digests: list) -> dict[str, Listing]:
-        """Listings from the folder by the hash of a case's content; without those at hand."""
-        if self.store is None:
-            return {}
-        keys = {self._listing_key(d): d for d in digests if isinstance(d, str) and d not in self._listings}
-        return {keys[key]: Listing.of_json(value) for key, value in self.store.facts(CASE, keys).items()}
-
-    def _list(
-        self, case: dict, digest: str | None, known: dict[str, Listing], new: dict[str, bytes]
-    ) -> tuple[str, Listing]:
-        """The hash of a case's content, and what the case has."""
-        if digest in self._failed:
-            raise DataError(self._failed[digest])
-        listing = self._listings.get(digest) or known.get(digest)
-        if listing is None:
-            try:
-                digest, listing = self._prepare(case)
-            except Exception as error:
-                # The same content fails again: only a changed file is worth reading again.
-                if digest is not None and isinstance(cause := cause_of(error), DataError):
-                    self._failed[digest] = str(cause)
-                raise
-            if self.store is not None:
-                new[self._listing_key(digest)] = listing.to_json()
-        return digest, listing
-
-    def _listing_key(self, digest: str) -> str:
-        return digest_of(digest, self.settings, self.slices_per_class)
-
-    def _commit(self, new: dict[str, bytes]) -> None:
-        self._hashes.flush()
-        if self.store is not None:
-            self.store.add_facts(CASE, new)
-        new.clear()
-
-    def _prepare(self, case: dict) -> tuple[str, Listing]:
-        """Preprocess a case and keep its items. Returns the hash of its content, and what it has."""
-        for _ in range(ATTEMPTS):
-            digest = self._hashes.of_case(case)
-            prepared = self.transform(case)
-            # Otherwise what was read may be newer than the hash.
-            if self._hashes.of_case(case) == digest:
-                break
-        else:
-            raise DataError(
-                f"{case['label']}: expected a finished case, found that its files change while they are read; try "
-                "again later."
-            )
-        if digest is None:
-            named = {key: prepared[key] for key in ("image", "label", "image_full", "label_full")}
-            digest = digest_of(checksum(named), prepared["geometry"].spacing, case.get("modality"), scaling_hint(case))
-        log_warnings(prepared)
-        if prepared["label"].max() > MAX_VALUE:
-            raise DataError(
-                f"{case['label']}: expected class values up to {MAX_VALUE}, found {int(prepared['label'].max())}; "
-                "number the classes again."
-            )
-        listing, items = prepare_items(prepared, self.slices_per_class)
-        for facts, item in zip(listing.items, items, strict=True):
-            content = digest_of(digest, facts.slice)
-            if self.store is None:
-                self._pixels[content] = item
-            else:
-                self.store.write(self._prepared_name(content), item.tensors())
-        return digest, listing
-
-    def _items(self, case: dict, listing: Listing, digest: str) -> list[SupportItem]:
-        items = []
-        for facts in listing.items:
-            content = digest_of(digest, facts.slice)
-            load = partial(self._load, content, case)
-            if self.store is None:
-                load = partial(_itself, self._pixels[content])
-            items.append(
-                SupportItem(
-                    id=case["name"] if facts.slice is None else f"{case['name']}#{facts.slice}",
-                    content=content,
-                    source=_source(case),
-                    patient=case["patient"],
-                    group=case["group"],
-                    case=case,
-                    facts=facts,
-                    load=load,
-                )
-            )
-        return items
-
-    def _prepared_name(self, content: str) -> str:
-        return f"prepared/{self.settings}/{content}"
-
-    def _load(self, content: str, case: dict) -> Prepared:
-        """Pixels of an item from the folder, or else from the case's files."""
-        name = self._prepared_name(content)
-        tensors = self.store.read(name)
-        if tensors is None:
-            self._prepare(case)
-            tensors = self.store.read(name)
-        if tensors is None:
-            raise DataError(
-                f"{case['label']}: expected the label that the support set was built from, found another one; call "
-                "`reconcile` with the present cases."
-            )
-        return Prepared.of_tensors(tensors)
-
-    def _set(self, items: list[SupportItem], class_names: dict[int, str]) -> None:
-        """Take over items, and make the tables that queries need."""
-        self.items = items
-        self.class_names = class_names
-        self.class_values = sorted(class_names)
-        columns = {value: column for column, value in enumerate(self.class_values)}
-        self.holds = torch.zeros(len(items), len(columns), dtype=torch.bool)
-        # Items that have regions, and tiles, by class.
-        counts = np.zeros((len(VIEWS), len(columns)), dtype=int)
-        for number, item in enumerate(items):
-            self.holds[number, [columns[value] for value in item.facts.holds]] = True
-            for kind, values in enumerate((item.facts.regions, item.facts.tiles)):
-                # A class may be so small that it is only seen at the image's own size.
-                counts[kind, [columns[value] for value in values if value in columns]] += 1
-        self._thin = (2 * counts[1] > counts[0]).tolist()
-        self._targets = fingerprint(items).targets
-        self.patients, self._patient_of = _numbered([item.patient for item in items])
-        self.groups, self._group_of = _numbered([item.group for item in items])
-
-    def _allowed(self, patient: str | None, group: str | None) -> Tensor:
-        """(N,) bool: items of other patients, and of the group where there are such."""
-        allowed = self._patient_of != self.patients.get(patient, -1)
-        of_group = allowed & (self._group_of == self.groups.get(group, -1))
-        return of_group if bool(of_group.any()) else allowed
-
-    # Encoding
-
-    def _adopt(self, network: SAM2SGP, device: torch.device) -> None:
-        """Encode with this network from now on, in the precision of the caller's autocast."""
-        self._network, self._device = network, device
-        self._precision = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        self.fingerprint = digest_of(network_fingerprint(network, device), self.settings)
-
-    def _name_of(self, part: str) -> str:
-        """The class whose views a part holds."""
-        return self.class_names[int(part.partition(".")[2])]
-
-    def _name(self, item: SupportItem, part: str) -> str:
-        return f"{item.content}.{part}"
-
-    def _folder(self) -> str:
-        return f"{ENCODED}/{self.fingerprint}"
-
-    def _pool(self, part: str) -> _Pool:
-        """The encoded rows of a part, encoding what is missing."""
-        if part not in self._pools:
-            self._pools[part] = self._build(part)
-            if part == WHOLE:
-                self.embedding = self._pools[part].embedding
-        return self._pools[part]
-
-    def _build(self, part: str) -> _Pool:
-        kind, _, value = part.partition(".")
-        numbers = range(len(self.items))
-        if part != WHOLE:
-            numbers = self._viewed([n for n in numbers if int(value) in getattr(self.items[n].facts, kind)])
-        names = [self._name(self.items[n], part) for n in numbers]
-        first = dict(zip(reversed(names), reversed(numbers), strict=True))
-        old = self._outdated.pop(part, None)
-        found = {name: old.embedding[slice(*old.spans[name])] for name in first if name in old.spans} if old else {}
-        found |= self._find([name for name in first if name not in found])
-        missing = sorted(number for name, number in first.items() if name not in found)
-        found |= self._encode_all(missing, part)
-        spans, owner, place, stop = {}, [], [], 0
-        parts = []
-        for name, number in zip(names, numbers, strict=True):
-            rows = len(found[name])
-            spans[name] = stop, stop + rows
-            stop += rows
-            owner += [number] * rows
-            place += range(rows)
-            if rows:
-                parts.append(found[name])
-        embedding = torch.cat(parts).to(self._device) if parts else torch.zeros(0, 0, device=self._device)
-        return _Pool(embedding, spans, torch.tensor(owner, dtype=torch.long), place)
-
-    def _viewed(self, numbers: list[int]) -> list[int]:
-        """At most so many of some items, by turns from each case; the same ones when others come or go."""
-        most = max(LEAST_VIEWED, MAX_VIEWED // max(1, len(self.class_values)))
-        if len(numbers) <= most:
-            return numbers
-        of_case: dict[str, int] = defaultdict(int)
-        turns = []
-        for number in sorted(numbers, key=lambda number: self.items[number].content):
-            item = self.items[number]
-            turns.append((of_case[item.source], item.content, number))
-            of_case[item.source] += 1
-        return sorted(number for *_, number in sorted(turns)[:most])
-
-    def _find(self, names: list[str]) -> Tensors:
-        """Embeddings (R, D) of those names that are encoded already."""
-        if self.store is None:
-            return {name: self._encodings[name]["embedding"] for name in names if name in self._encodings}
-        folder = self._folder()
-        there = self.store.names(folder)
-        facts = self.store.facts(ENCODED, [f"{folder}/{name}" for name in names if f"{folder}/{name}" in there])
-        found = {key.rpartition("/")[2]: safetensors.torch.load(value)["embedding"] for key, value in facts.items()}
-        # A process that was killed leaves files without rows.
-        unlisted = {}
-        for name in names:
-            if name not in found and f"{folder}/{name}" in there:
-                encoding = self.store.read(f"{folder}/{name}")
-                if encoding is not None:
-                    unlisted[name] = encoding["embedding"]
-        self._commit_embeddings(unlisted)
-        return found | unlisted
-
-    def _commit_embeddings(self, embeddings: Tensors) -> None:
-        if self.store is not None:
-            packed = {name: safetensors.torch.save({"embedding": value}) for name, value in embeddings.items()}
-            self.store.add_facts(ENCODED, {f"{self._folder()}/{name}": value for name, value in packed.items()})
-
-    def _encode_all(self, numbers: list[int], part: str) -> Tensors:
-        """Encode items. Returns the embeddings (R, D) by name."""
-        found: Tensors = {}
-        unlisted: Tensors = {}
-        batch = self.batch_size if self._device.type == "cuda" and part == WHOLE else 1
-        start = len(numbers) * distributed.rank() // distributed.world_size()
-        numbers = numbers[start:] + numbers[:start]
-        whole = part == WHOLE
-        what = "Encoding the support set" if whole else f"Encoding regions of {self._name_of(part)}"
-        silent = not self.progress or not numbers
-        bar = tqdm(desc=what, total=len(numbers), unit="item", leave=whole, disable=silent)
-        try:
-            with bar:
-                for start in range(0, len(numbers), batch):
-                    chosen = numbers[start : start + batch]
-                    for name, encoding in self._encode(chosen, part).items():
-                        found[name] = unlisted[name] = encoding["embedding"]
-                    if len(unlisted) >= NAMES_PER_COMMIT:
-                        self._commit_embeddings(unlisted)
-                        unlisted = {}
-                    if (start // batch + 1) % BATCHES_PER_TIDYING == 0:
-                        give_back()
-                    bar.update(len(chosen))
-        finally:
-            self._commit_embeddings(unlisted)
-            give_back()
-        return found
-
-    def _encode(self, numbers: list[int], part: str) -> dict[str, Tensors]:
-        """Encodings by name, as far as they are not there yet; they are kept."""
-        names = {self._name(self.items[n], part): n for n in numbers}
-        encodings = {}
-        if self.store is not None:
-            for name in names:
-                encoding = self.store.read(f"{self._folder()}/{name}")
-                if encoding is not None:
-                    encodings[name] = encoding
-        missing = [name for name in names if name not in encodings]
-        if missing:
-            items = [self.items[names[name]] for name in missing]
-            made = self._encode_items(items) if part == WHOLE else [self._encode_views(items[0], part)]
-            for name, encoding in zip(missing, made, strict=True):
-                # Copies: a slice keeps the memory of the whole batch, and safetensors stores only contiguous tensors.
-                encoding = {key: value.clone(memory_format=torch.contiguous_format) for key, value in encoding.items()}
-                if self.store is None:
-                    self._encodings[name] = encoding
-                else:
-                    encoding = {key: value.cpu() for key, value in encoding.items()}
-                    self.store.write(f"{self._folder()}/{name}", encoding)
-                encodings[name] = encoding
-        return encodings
-
-    def _encode_items(self, items: list[SupportItem]) -> list[Tensors]:
-        """One row per item: memory for the classes it holds, in the order of `Facts.holds`."""
-        held = sorted(set(chain.from_iterable(item.facts.holds for item in items)))
-        masks = self.masks(items)[:, [self.class_values.index(value) for value in held]]
-        embedding, memory = self._through_network([item.image for item in items], masks)
-        if memory is None:
-            return [{"embedding": row[None]} for row in embedding]
-        encodings = []
-        for row, item in enumerate(items):
-            columns = [held.index(value) for value in item.facts.holds]
-            fields = {name: getattr(memory, name) for name in (*OF_ITEM, *OF_CLASS)}
-            encoding = {
-                name: values[row : row + 1] if name in OF_ITEM else values[row : row + 1, columns]
-                for name, values in fields.items()
-                if values is not None
-            }
-            encoding["embedding"] = embedding[row : row + 1]
-            encodings.append(encoding)
-        return encodings
-
-    def _encode_views(self, item: SupportItem, part: str) -> Tensors:
-        """One row per region or tile that shows the class."""
-        kind, _, value = part.partition(".")
-        images, masks = getattr(item, kind)[int(value)]
-        shown = masks.flatten(1).any(1)
-        if not shown.any():
-            return {"embedding": torch.zeros(0, 0)}
-        embedding, memory = self._through_network(list(images[shown]), masks[shown][:, None].float())
-        fields = {name: getattr(memory, name) for name in (*OF_ITEM, *OF_CLASS)}
-        return {"embedding": embedding} | {name: values for name, values in fields.items() if values is not None}
-
-    @torch.no_grad()
-    def _through_network(self, images: list[Tensor], masks: Tensor) -> tuple[Tensor, SupportMemory | None]:
-        """Embeddings (n, D) and memory (n, C) of images (C', S, S) with masks (n, C, S, S); None for C = 0."""
-        enabled, dtype = self._precision
-        image = torch.stack([to_three_channels(image.float()) for image in images]).to(self._device)
-        with torch.autocast(self._device.type, dtype=dtype, enabled=enabled):
-            features = self._network.encode(image)
-            embedding = self._network.retrieval_embedding(features)
-            memory = self._network.encode_support(features, masks.to(self._device)) if masks.shape[1] else None
-            return embedding, memory
-
-    def _encoding(self, number: int, part: str) -> Tensors:
-        """The encoding of an item; made again if its file is gone."""
-        name = self._name(self.items[number], part)
-        found = self._encodings.get(name) if self.store is None else self.store.read(f"{self._folder()}/{name}")
-        return self._encode([number], part)[name] if found is None else found
-
-    def _gather(self, part: str, index: Tensor, values: list[int]) -> SupportMemory:
-        """Memory (B, C, K) of rows `index` (B, C, K) of a part, for C classes. Reads each row once."""
-        pool = self._pool(part)
-        rows, row = index.unique(return_inverse=True)
-        owners = pool.owner[rows.cpu()].tolist()
-        encodings = [self._encoding(number, part) for number in owners]
-        places = [pool.place[i] for i in rows.tolist()]
-        classes = torch.arange(len(values), device=index.device)[None, :, None]
-        pairs, pair = (row * len(values) + classes).unique(return_inverse=True)
-        chosen = []
-        for position, number in (divmod(number, len(values)) for number in pairs.tolist()):
-            # A view shows one class, a whole item all that it holds.
-            held = self.items[owners[position]].facts.holds if part == WHOLE else values
-            chosen.append((encodings[position], places[position], held.index(values[number])))
-        memory: dict[str, Tensor | None] = {}
-        for name in (*OF_ITEM, *OF_CLASS):
-            if name not in encodings[0]:
-                memory[name] = None
-            elif name in OF_ITEM:
-                stack = torch.stack([e[name][place] for e, place in zip(encodings, places, strict=True)])
-                memory[name] = stack.to(index.device)[row]
-            else:
-                stack = torch.stack([encoding[name][place, column] for encoding, place, column in chosen])
-                memory[name] = stack.to(index.device)[pair]
-        return SupportMemory(**memory)
 
 
 def shared_support_bank(data: list[dict], cache_dir: str | Path | None = None, **settings) -> SupportBank:
@@ -873,22 +430,18 @@ def shared_support_bank(data: list[dict], cache_dir: str | Path | None = None, *
     return SupportBank(data, cache_dir=cache_dir, **settings)
 
 
-def _source(case: dict) -> str:
-    """Path of a case's image; its name where it has tensors instead."""
-    return str(case["image"]) if isinstance(case.get("image"), str | Path) else case["name"]
-
-
-def _itself(value: Prepared) -> Prepared:
-    return value
-
-
 def _without(items: list[tuple[str, str]], others: list[tuple[str, str]]) -> list[tuple[str, str]]:
     gone = set(others)
     return [item for item in items if item not in gone]
 
 
-def _numbered(names: list[str]) -> tuple[dict[str, int], Tensor]:
+def _table(items: list[SupportItem]) -> list[tuple[str, str, str, str]]:
+    """What retrieval knows of items, next to their encodings."""
+    return [(item.id, item.content, item.patient, item.group) for item in items]
+
+
+def _numbered(names: Sequence[str | None]) -> tuple[dict[str | None, int], Tensor]:
     """Number of each name in the order of their first appearance, and of every entry (N,)."""
-    numbers: dict[str, int] = {}
+    numbers: dict[str | None, int] = {}
     entries = [numbers.setdefault(name, len(numbers)) for name in names]
     return numbers, torch.tensor(entries, dtype=torch.long)

@@ -1,0 +1,341 @@
+"""Which items labelled cases have: cases in, support items out.
+
+    cases ─ hash of the content ─ known? else prepare ─ listing: slices and classes ─ items, whose pixels are read late
+
+What preprocessing makes of an item depends on the item's content and on the preprocessing. With a store it is on disk
+(`sam2sgp.support.store`), and of each item only its `Facts` are held. Without one everything is held in memory.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from sam2sgp.data.coding import LabelCoding
+from sam2sgp.data.folders import check_label_values, complete_class_names
+from sam2sgp.errors import DataError, cause_of
+from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, settings_fingerprint
+from sam2sgp.support.items import Listing, Prepared, SupportItem, prepare_items
+from sam2sgp.support.store import Store, checksum
+from sam2sgp.transforms.dictionary import log_warnings
+from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
+
+logger = logging.getLogger(__name__)
+
+# Part of the keys of what is prepared and encoded: counted up when that changes by the code.
+VERSION = 4
+CASE = "case"
+CASES_PER_LOOKUP = 256
+MAX_VALUE = 255
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a list of cases has.
+
+    items: the support items. class_names: by value, of all values found. errors: cases left out, dicts with `name`,
+    `source` (path of the image) and `error`. contents: of all items, those over the limit too. scalings: name and group
+    of each case, and how it was scaled.
+    """
+
+    items: list[SupportItem]
+    class_names: dict[int, str]
+    errors: list[dict]
+    contents: set[str]
+    scalings: list[tuple[str, str, Scaling]]
+
+    def scaling(self, group: str | None = None) -> SupportScaling:
+        """How the cases are scaled; where there are some of `group`, these."""
+        of_group = [scaling for _, of, scaling in self.scalings if of == group]
+        return SupportScaling.of(of_group or [scaling for *_, scaling in self.scalings])
+
+    def log_scalings(self) -> None:
+        """Tell how the cases are scaled."""
+        log_scalings(logger, "Support set", [name for name, *_ in self.scalings], [s for *_, s in self.scalings])
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """A case, the hash of its content, and what it has."""
+
+    case: dict
+    digest: str
+    listing: Listing
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """A case that can't be used, and why."""
+
+    case: dict
+    error: str
+
+
+class Catalogue:
+    """Items of cases. What is unchanged is not read again.
+
+    Args:
+        transform: preprocessing of a case (image and label).
+        store: where prepared items and what is known of cases are kept; None: in memory.
+        declared: names of classes by value.
+        slices_per_class: slices taken from each volume for each class.
+        max_items: keep at most this many items, drawn evenly over the cases with `seed`; None keeps all.
+        seed: of that choice.
+        progress: show a bar.
+        skip_errors: leave out cases that can't be used; otherwise the first one raises.
+        allow_empty: no items at all are fine.
+
+    Attributes:
+        settings: hash of the preprocessing.
+    """
+
+    def __init__(
+        self,
+        transform: Callable,
+        store: Store | None,
+        declared: dict[int, str],
+        slices_per_class: int,
+        max_items: int | None,
+        seed: int,
+        progress: bool,
+        skip_errors: bool,
+        allow_empty: bool,
+    ) -> None:
+        self.transform = transform
+        self.store = store
+        self.declared = declared
+        self.slices_per_class = slices_per_class
+        self.max_items = max_items
+        self.seed = seed
+        self.progress = progress
+        self.skip_errors = skip_errors
+        self.allow_empty = allow_empty
+        self.settings = settings_fingerprint(transform, VERSION)
+        self._hashes = FileHashes(store)
+        self._listings: dict[str, Listing] = {}
+        self._failed: dict[str, str] = {}
+        # Without a store, pixels by the item's content.
+        self._pixels: dict[str, Prepared] = {}
+
+    def read(self, data: list[dict]) -> Found:
+        """The items of cases.
+
+        Raises:
+            DataError: there is no labelled image, or none with an object; a label has an undeclared value. What was
+                known before stays.
+        """
+        found: list[_Listed] = []
+        errors: list[dict] = []
+        values: set[int] = set()
+        count = 0
+        order = np.random.default_rng(self.seed).permutation(len(data)) if self.max_items else range(len(data))
+        bar = tqdm(total=len(data), desc="Reading the support set", unit="case", disable=not self.progress)
+        with bar:
+            for entry in self._listed([data[i] for i in order]):
+                bar.update()
+                if isinstance(entry, _LeftOut):
+                    errors.append({"name": entry.case["name"], "source": _source(entry.case), "error": entry.error})
+                    continue
+                found.append(entry)
+                count += len(entry.listing.items)
+                values |= {value for value in entry.listing.values if value}
+                if self.max_items and count >= self.max_items:
+                    break
+        found = self._agreed_on_scaling(found)
+        items = [item for entry in found for item in self._items(entry)]
+        contents = {item.content for item in items}
+        items = items[: self.max_items or None]
+        if not items and not self.allow_empty:
+            where = Path(data[0]["label"]).parent if data else "the support set"
+            raise DataError(
+                f"{where}: expected labelled images with at least one object, found {len(data)} without any; add pairs "
+                "whose label is not empty."
+            )
+        self._listings = {entry.digest: entry.listing for entry in found}
+        self._pixels = {content: pixels for content, pixels in self._pixels.items() if content in contents}
+        scalings = [(entry.case["name"], entry.case["group"], entry.listing.scaling) for entry in found]
+        return Found(items, complete_class_names(self.declared, values), errors, contents, scalings)
+
+    def thumbnail(self, content: str) -> Tensor | None:
+        """The thumbnail (H, W, 3) uint8 of the item with this content, if it is at hand.
+
+        Any thread may ask for it while another one uses the bank.
+        """
+        if self.store is None:
+            prepared = self._pixels.get(content)
+            return None if prepared is None else prepared.drawn()
+        tensors = self.store.peek(self._prepared_name(content))
+        return None if tensors is None else tensors["thumbnail"]
+
+    def _agreed_on_scaling(self, found: list[_Listed]) -> list[_Listed]:
+        """The same cases, of which those whose scaling is open follow the others of their group."""
+        by_group = defaultdict(list)
+        for entry in found:
+            by_group[entry.case["group"]].append(entry.listing.scaling)
+        common = {group: agreed(scalings) for group, scalings in by_group.items()}
+        result = list(found)
+        for number, entry in enumerate(found):
+            scaling = common[entry.case["group"]]
+            if is_open(entry.listing.scaling) and scaling:
+                (followed,) = self._listed([entry.case | {"support_scaling": scaling}])
+                if isinstance(followed, _Listed):
+                    result[number] = followed
+        return result
+
+    def _listed(self, cases: list[dict]) -> Iterator["_Listed | _LeftOut"]:
+        """Each case with what it has, or with what is wrong with it."""
+        new: dict[str, bytes] = {}
+        coding = LabelCoding(self.declared)
+        try:
+            # With a limit, few cases may be enough: each is hashed when it is looked up.
+            step = CASES_PER_LOOKUP if self.max_items is None else 1
+            for start in range(0, len(cases), step):
+                block = cases[start : start + step]
+                self._hashes.prefetch(block)
+                digests = [self._digest(case) for case in block]
+                known = self._known(digests)
+                for case, digest in zip(block, digests, strict=True):
+                    entry: _Listed | _LeftOut
+                    try:
+                        if isinstance(digest, DataError):
+                            raise digest
+                        entry = self._list(case, digest, known, new)
+                        check_label_values(case["label"], entry.listing.values, self.declared)
+                        coding.check(case["label"], entry.listing.values)
+                    except Exception as raised:  # whatever a reader raises for one file must not end the others
+                        cause = cause_of(raised)
+                        if not self.skip_errors:
+                            raise cause from None
+                        entry = _LeftOut(case, str(cause))
+                    yield entry
+                self._commit(new)
+        finally:
+            self._commit(new)
+
+    def _digest(self, case: dict) -> str | DataError | None:
+        """Hash of a case's content, or why there is none; None where the case has no files."""
+        try:
+            return self._hashes.of_case(case)
+        except DataError as error:
+            return error
+
+    def _known(self, digests: list) -> dict[str, Listing]:
+        """Listings from the folder by the hash of a case's content; without those at hand."""
+        if self.store is None:
+            return {}
+        keys = {self._listing_key(d): d for d in digests if isinstance(d, str) and d not in self._listings}
+        return {keys[key]: Listing.of_json(value) for key, value in self.store.facts(CASE, keys).items()}
+
+    def _list(self, case: dict, digest: str | None, known: dict[str, Listing], new: dict[str, bytes]) -> _Listed:
+        """What a case has, which is prepared if that is not known of its content."""
+        if digest is not None:
+            if digest in self._failed:
+                raise DataError(self._failed[digest])
+            listing = self._listings.get(digest) or known.get(digest)
+            if listing is not None:
+                return _Listed(case, digest, listing)
+        try:
+            found = _Listed(case, *self._prepare(case))
+        except Exception as error:
+            # The same content fails again: only a changed file is worth reading again.
+            if digest is not None and isinstance(cause := cause_of(error), DataError):
+                self._failed[digest] = str(cause)
+            raise
+        if self.store is not None:
+            new[self._listing_key(found.digest)] = found.listing.to_json()
+        return found
+
+    def _listing_key(self, digest: str) -> str:
+        return digest_of(digest, self.settings, self.slices_per_class)
+
+    def _commit(self, new: dict[str, bytes]) -> None:
+        self._hashes.flush()
+        if self.store is not None:
+            self.store.add_facts(CASE, new)
+        new.clear()
+
+    def _prepare(self, case: dict) -> tuple[str, Listing]:
+        """Preprocess a case and keep its items. Returns the hash of its content, and what it has."""
+        for _ in range(ATTEMPTS):
+            digest = self._hashes.of_case(case)
+            prepared = self.transform(case)
+            # Otherwise what was read may be newer than the hash.
+            if self._hashes.of_case(case) == digest:
+                break
+        else:
+            raise DataError(
+                f"{case['label']}: expected a finished case, found that its files change while they are read; try "
+                "again later."
+            )
+        if digest is None:
+            named = {key: prepared[key] for key in ("image", "label", "image_full", "label_full")}
+            digest = digest_of(checksum(named), prepared["geometry"].spacing, case.get("modality"), scaling_hint(case))
+        log_warnings(prepared)
+        if prepared["label"].max() > MAX_VALUE:
+            raise DataError(
+                f"{case['label']}: expected class values up to {MAX_VALUE}, found {int(prepared['label'].max())}; "
+                "number the classes again."
+            )
+        listing, items = prepare_items(prepared, self.slices_per_class)
+        for facts, item in zip(listing.items, items, strict=True):
+            content = digest_of(digest, facts.slice)
+            if self.store is None:
+                self._pixels[content] = item
+            else:
+                self.store.write(self._prepared_name(content), item.tensors())
+        return digest, listing
+
+    def _items(self, entry: _Listed) -> list[SupportItem]:
+        items = []
+        case = entry.case
+        for facts in entry.listing.items:
+            content = digest_of(entry.digest, facts.slice)
+            if self.store is None:
+                load = partial(_itself, self._pixels[content])
+            else:
+                load = partial(self._load, self.store, content, case)
+            items.append(
+                SupportItem(
+                    id=case["name"] if facts.slice is None else f"{case['name']}#{facts.slice}",
+                    content=content,
+                    source=_source(case),
+                    patient=case["patient"],
+                    group=case["group"],
+                    case=case,
+                    facts=facts,
+                    load=load,
+                )
+            )
+        return items
+
+    def _prepared_name(self, content: str) -> str:
+        return f"prepared/{self.settings}/{content}"
+
+    def _load(self, store: Store, content: str, case: dict) -> Prepared:
+        """Pixels of an item from the store, or else from the case's files."""
+        name = self._prepared_name(content)
+        tensors = store.read(name)
+        if tensors is None:
+            self._prepare(case)
+            tensors = store.read(name)
+        if tensors is None:
+            raise DataError(
+                f"{case['label']}: expected the label that the support set was built from, found another one; call "
+                "`reconcile` with the present cases."
+            )
+        return Prepared.of_tensors(tensors)
+
+
+def _source(case: dict) -> str:
+    """Path of a case's image; its name where it has tensors instead."""
+    return str(case["image"]) if isinstance(case.get("image"), str | Path) else case["name"]
+
+
+def _itself(value: Prepared) -> Prepared:
+    return value
