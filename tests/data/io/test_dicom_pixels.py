@@ -121,7 +121,10 @@ def test_padding_is_as_dark_as_the_darkest_pixel(tmp_path, photometric, dark, sy
 def test_padding_of_signed_values_may_be_written_as_an_unsigned_number(tmp_path):
     values = RNG.integers(-1000, 1000, (6, 7)).astype(np.int16)
     values[0] = -2000
-    path = write_dicom(tmp_path / "a.dcm", values, "MR", PixelPaddingValue=63536)
+    path = write_dicom(tmp_path / "a.dcm", values, "MR")
+    dataset = pydicom.dcmread(path)
+    dataset.add_new("PixelPaddingValue", "US", 63536)
+    dataset.save_as(path)
     assert np.array_equal(view(path), np.where(values == -2000, values[1:].min(), values))
 
 
