@@ -1,12 +1,19 @@
-"""DICOM files, opened by pydicom once it is known that they can't unpack to more than they should."""
+"""DICOM files, opened by pydicom so that they can't unpack, or be understood, to more than they should.
+
+pydicom makes objects of some hundred bytes of elements and items that take eight bytes in a file, unpacks a deflated
+file whole, and counts on nothing of it being large. So it gets the file through `_Reads`, which counts.
+"""
 
 import math
 import os
+import time
 from pathlib import Path
+from typing import IO
 
 import pydicom
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -17,8 +24,14 @@ from sam2sgp.data.io.limits import check_memory, check_present, check_ratio
 from sam2sgp.errors import DataError, FormatError
 
 UNCOMPRESSED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
-# Where the file meta header of a file ends, at the latest.
-LONGEST_META = 4096
+# pydicom reads two or three times for an element, once for an item: for an enhanced object of a thousand frames
+# 100,000 times, in a second or two of work.
+MOST_READS, MOST_SECONDS = 500_000, 4.0
+# Of values that are only understood when they are asked for, and of sequences among these.
+LONGEST_TEXT = 1 << 20
+LONGEST_SEQUENCE, MOST_ITEMS = 16 << 20, 200_000
+ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
+TEXTS = ("AE", "AS", "AT", "CS", "DA", "DS", "DT", "IS", "LO", "PN", "SH", "TM", "UC", "UI", "UR")
 PIXEL_TAGS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
@@ -33,7 +46,7 @@ def open_dicom(path: Path, pixels: bool = False, limit: int | None = None) -> py
         limit: bytes that it may take as float32; see `sam2sgp.data.io.limits`.
 
     Raises:
-        FormatError: it is deflated as a whole.
+        FormatError: it is deflated as a whole, or its header has more elements than any image's.
         DataError: its pixels are missing in part, or too many.
         Exception: pydicom's of many kinds for another content.
     """
@@ -43,13 +56,8 @@ def open_dicom(path: Path, pixels: bool = False, limit: int | None = None) -> py
             f"{path}: expected a DICOM file, found neither the letters DICM nor the first tags of one; copy it again."
         )
     with open(path, "rb") as file:
-        meta = file.read(LONGEST_META)
-    if DeflatedExplicitVRLittleEndian.encode() in meta:
-        # It would be unpacked whole, whatever it unpacks to.
-        raise FormatError(
-            f"{path}: expected DICOM that isn't deflated as a whole; store it in another transfer syntax."
-        )
-    dataset = pydicom.dcmread(path, stop_before_pixels=not pixels, force=bare)
+        dataset = pydicom.dcmread(_Reads(file, path), stop_before_pixels=not pixels, force=bare)
+    _check_values(dataset, path)
     if "TransferSyntaxUID" not in dataset.file_meta:
         little = ImplicitVRLittleEndian if dataset.is_implicit_VR else ExplicitVRLittleEndian
         dataset.file_meta.TransferSyntaxUID = little if dataset.is_little_endian else ExplicitVRBigEndian
@@ -57,6 +65,48 @@ def open_dicom(path: Path, pixels: bool = False, limit: int | None = None) -> py
         stored = sum(len(dataset.get(name) or b"") for name in PIXEL_TAGS) if pixels else os.path.getsize(path)
         _check_pixels(dataset, stored, path, limit)
     return dataset
+
+
+class _Reads:
+    """A file as pydicom reads it: piece by piece, and not too many of them."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self._left, self._end = MOST_READS, time.thread_time() + MOST_SECONDS
+        self.name = str(path)
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            # All that is left, to be unpacked whole, whatever it unpacks to.
+            raise FormatError(
+                f"{self._path}: expected DICOM that isn't deflated as a whole; store it in another transfer syntax."
+            )
+        self._left -= 1
+        if self._left < 0 or time.thread_time() > self._end:
+            raise _too_many(self._path)
+        return self._file.read(size)
+
+
+def _check_values(dataset: pydicom.Dataset, path: Path) -> None:
+    """Refuse values that become far larger once they are understood. Pixels and private values aren't looked at."""
+    for element in dataset.values():
+        value = element.value
+        if not isinstance(element, RawDataElement) or element.tag.is_private or len(value or b"") <= LONGEST_TEXT:
+            continue
+        try:
+            kind = element.VR if element.VR not in (None, "UN") else dictionary_VR(element.tag)
+        except KeyError:
+            continue
+        items = sum(value.count(tag) for tag in ITEM_TAGS) if kind == "SQ" else 0
+        if kind in TEXTS or items > MOST_ITEMS or (kind == "SQ" and len(value) > LONGEST_SEQUENCE):
+            raise _too_many(path)
+
+
+def _too_many(path: Path) -> FormatError:
+    return FormatError(
+        f"{path}: expected the header of a DICOM image, found one of more elements than any has; export it again."
+    )
 
 
 def frame_shape(dataset: pydicom.Dataset) -> tuple[int, int, int]:
