@@ -90,9 +90,7 @@ class Handler(BaseHTTPRequestHandler):
             files, uid = self.archive.files, parts.path.split("/")[5]
             if not self.archive.foreign and "/instances/" not in parts.path:
                 files = [of_series(file, uid) for file in files]
-            self.answer(
-                multipart(files), f'multipart/related; type="application/dicom"; boundary={BOUNDARY}'
-            )
+            self.answer(multipart(files), f'multipart/related; type="application/dicom"; boundary={BOUNDARY}')
         else:
             self.answer(b"", status=404)
 

@@ -186,3 +186,12 @@ def test_settings_of_the_archive_are_checked(tmp_path):
     for key, value in (("dicomweb_filter", "CT"), ("dicomweb_expiry", "-1"), ("dicomweb_timeout", "0")):
         with pytest.raises(ConfigError, match=key):
             Settings.from_conf(app, "http://127.0.0.1:9", {key: value})
+
+
+def test_instances_of_another_series_are_no_image_of_this_one(fake, make):
+    fake.series = [series_entry("1.5")]
+    fake.foreign = True
+    with pytest.raises(ArchiveError, match="an instance of series 1.5, found one with SeriesInstanceUID"):
+        make().get_image_uri("1.5")
+    fake.foreign = False
+    assert len(list(Path(make().get_image_uri("1.5")).iterdir())) == 2

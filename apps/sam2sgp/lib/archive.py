@@ -292,7 +292,9 @@ class Archive:
     def _json(self, url: str, what: str, anyway: bool = False) -> list[Any]:
         content = self._run(self._read(url, what), LIST * self._silence, what, anyway)
         if sum(map(content.count, (b"{", b"[", b","))) > MOST_VALUES:
-            raise ArchiveError(f"archive: expected {what}, found more than {MOST_VALUES} values; narrow dicomweb_filter.")
+            raise ArchiveError(
+                f"archive: expected {what}, found more than {MOST_VALUES} values; narrow dicomweb_filter."
+            )
         try:
             found = json.loads(content) if content.strip() else []
         except (ValueError, RecursionError) as error:

@@ -869,7 +869,6 @@ class _Journal:
         kept = {image_id: entry for image_id, entry in objects.items() if image_id not in entries}
         return kept | {image_id: entry for image_id, entry in entries.items() if entry is not None}
 
-
     def _hash_of(self, name: str) -> str | None:
         """Of a file of the datastore; None where there is none."""
         try:

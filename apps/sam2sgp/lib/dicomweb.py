@@ -553,8 +553,8 @@ class DicomWebDatastore(Decisions, Datastore):
     def _checked(self, file: Path, what: str, limit: int, **asked: str) -> str:
         """The UID of an instance from the archive. `asked`: UIDs that it must have, by keyword.
 
-        Raises ArchiveError for a file that can't be one or is another's, DataError for one that promises what it doesn't hold or more
-        than `limit` bytes of voxels.
+        Raises ArchiveError for a file that can't be one or is another's, DataError for one that promises what it
+        doesn't hold or more than `limit` bytes of voxels.
         """
         try:
             header = check_instance(file, limit)
