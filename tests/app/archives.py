@@ -41,8 +41,11 @@ def multipart(files: list[bytes]) -> bytes:
 
 
 def of_series(file: bytes, uid: str) -> bytes:
-    """A file as one of a series."""
-    dataset = pydicom.dcmread(io.BytesIO(file))
+    """A file as one of a series; what isn't DICOM stays as it is."""
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(file))
+    except Exception:
+        return file
     dataset.SeriesInstanceUID = uid
     target = io.BytesIO()
     dataset.save_as(target)

@@ -24,6 +24,7 @@ SOON = 10.0
 @pytest.fixture
 def fake():
     with fake_archive() as made:
+        made.foreign = True
         yield made
 
 
@@ -325,7 +326,7 @@ def test_lists_without_end_are_given_up_by_their_size(fake, monkeypatch):
 
 def test_a_message_of_too_many_parts_is_given_up(fake, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.archive.MOST_PARTS", 5)
-    fake.files, fake.foreign = [b"x"] * 6, True
+    fake.files = [b"x"] * 6
     with pytest.raises(ArchiveError, match="at most 5 files"):
         Archive(fake.address).fetch_series("1", "2", tmp_path)
 

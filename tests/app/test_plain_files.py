@@ -273,6 +273,8 @@ def test_a_label_of_an_image_named_like_a_segmentation_is_not_another_images(stu
     datastore.save_label("A.seg", str(tmp_path / "l.nrrd"), "original", {})
     assert datastore.get_labels_by_image_id("A") == {"final": "A"}
     assert datastore.get_labels_by_image_id("A.seg") == {"original": "A.seg"}
-    assert Path(datastore.get_label_uri("A.seg", "original")).read_bytes() == nrrd()
+    assert Path(datastore.get_label_uri("A.seg", "original")).name == "A.seg.seg.nrrd"
+    datastore.remove_label("A.seg", "original")
+    assert datastore.get_labels_by_image_id("A.seg") == {}
     datastore.add_image("C.seg", str(tmp_path / "l.nrrd"), {})
     assert set(datastore.list_images()) == {"A", "A.seg", "B", "C.seg"}

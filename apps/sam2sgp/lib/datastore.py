@@ -53,7 +53,7 @@ from lib.checks import (
 )
 from lib.decisions import FINAL, POLL, Decisions, FairLock, ImageLocks, state_of
 from lib.dicomweb import DicomWebDatastore
-from lib.door import admitted
+from lib.door import admitted, label_limit
 from lib.folders import open_plain, read_plain
 from lib.naming import agreed, declared, renumber
 from lib.records import ImageRecord, LabelRecord, Record, checked, readable
@@ -341,10 +341,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         """
         tag = check_tag(label_tag)
         # An unknown image comes before what may be wrong with the label.
-        self.get_image_uri(image_id)
+        limit = label_limit(self.get_image_uri(image_id), self._max_unpacked)
         name = image_id + _suffix_for(image_id, suffix_of(label_filename))
         info = _without_stamp(checked(LabelRecord, label_info, f"label of {image_id}"))
-        with admitted(label_filename, self._max_unpacked, name, label=True) as content, self.deciding(image_id):
+        with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):
             return self._save_label(image_id, str(content), name, tag, info)
 
     @_again_if_renumbered
@@ -741,20 +741,20 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             path = Path(entry.path)
             if entry.name.startswith(".") or entry.name in OWN_FILES or entry.name.endswith((".lock", ".damaged")):
                 continue
-            # Whatever letters it has: it goes into the log and into answers.
-            shown = entry.name if entry.name.isprintable() else ascii(entry.name)
             if _is(partial(entry.is_dir, follow_symlinks=False)):
                 what = "DICOM files" if dicom_files(path) else "files"
                 self.left_out.append(
-                    f"{shown}/: a folder of {what} is not an image here; convert a series to one NIfTI file, or "
+                    f"{entry.name}/: a folder of {what} is not an image here; convert a series to one NIfTI file, or "
                     "serve it from a DICOMweb archive."
                 )
                 continue
             has_suffix = any(entry.name.lower().endswith(suffix) for suffix in SUFFIXES)
             if not _is(partial(entry.is_file, follow_symlinks=has_suffix)):
-                self.left_out.append(f"{shown}: a link, a pipe, a socket or a device, not a file.")
+                self.left_out.append(f"{entry.name}: a link, a pipe, a socket or a device, not a file.")
             elif not has_suffix:
-                self.left_out.append(f"{shown}: {file_not_used(path)}.")
+                self.left_out.append(f"{entry.name}: {file_not_used(path)}.")
+        # Names may hold any bytes, and go from here into the log and into answers.
+        self.left_out = [sentence if sentence.isprintable() else ascii(sentence)[1:-1] for sentence in self.left_out]
         for sentence in self.left_out:
             self._warn(f"Not offered as an image: {sentence}")
 

@@ -56,7 +56,7 @@ from lib.checks import (
     suffix_of,
 )
 from lib.decisions import FINAL, Decisions, ImageLocks
-from lib.door import ImageTooLarge, admitted, check_instance, check_series
+from lib.door import ImageTooLarge, admitted, check_instance, check_series, label_limit
 from lib.naming import agreed, declared, renumber
 from lib.records import ImageRecord, LabelRecord, checked, readable
 from lib.refresher import Refresher
@@ -344,7 +344,8 @@ class DicomWebDatastore(Decisions, Datastore):
         tag = check_tag(label_tag)
         name = check_uid(image_id) + suffix_of(label_filename)
         info = checked(LabelRecord, label_info, f"label of series {image_id}")
-        with admitted(label_filename, self._max_unpacked, name, label=True) as content, self.deciding(image_id):
+        limit = label_limit(self.get_image_uri(image_id), self._max_unpacked)
+        with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):
             return self._save_label(image_id, str(content), name, tag, info)
 
     def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
