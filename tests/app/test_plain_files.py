@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.checks import RequestError
+from lib.checks import Conflict, RequestError
 from lib.datastore import ConfinedDatastore
 from lib.folders import open_plain
 from sam2sgp.data import read_image
@@ -278,3 +279,14 @@ def test_a_label_of_an_image_named_like_a_segmentation_is_not_another_images(stu
     assert datastore.get_labels_by_image_id("A.seg") == {}
     datastore.add_image("C.seg", str(tmp_path / "l.nrrd"), {})
     assert set(datastore.list_images()) == {"A", "A.seg", "B", "C.seg"}
+
+
+@pytest.mark.parametrize("twin", ["e\u0301", "\uff41", "\ufb01"])
+def test_an_id_that_looks_like_another_is_refused(studies, tmp_path, twin):
+    """Written with other letters: people would approve the label of the wrong image."""
+    datastore = opened(studies)
+    looks = unicodedata.normalize("NFKC", twin)
+    datastore.add_image(looks, str(studies / "A.nii"), {})
+    with pytest.raises(Conflict, match="looks? like another"):
+        datastore.add_image(twin, str(studies / "A.nii"), {})
+    assert set(datastore.list_images()) == {"A", "B", looks}

@@ -24,6 +24,7 @@ import shutil
 import tempfile
 import threading
 import time
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -288,6 +289,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         with _naming(image_filename, name):
             read_image(image_filename)
         target = self._writable(self._datastore.image_path()) / name
+        self._check_looks(image_id)
         sha256 = content_hash(image_filename)
         with self.deciding(image_id), _copied(image_filename, target) as part, ExitStack() as stack:
             if image_id not in self._objects():
@@ -306,6 +308,19 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             image = DataModel(info={**info, **_first_info(name)}, ext=suffix)
             change.objects[image_id] = ImageLabelModel(image=image)
         return image_id
+
+    def _check_looks(self, image_id: str) -> None:
+        """Raise Conflict where people would take an id for another one, such as one whose accents are letters."""
+        look = unicodedata.normalize("NFKC", image_id)
+        twin = next(
+            (other for other in self._objects() if other != image_id and unicodedata.normalize("NFKC", other) == look),
+            None,
+        )
+        if twin is not None:
+            raise Conflict(
+                f"image {ascii(image_id)}: expected an id that doesn't look like another, found {ascii(twin)}; choose "
+                "another id."
+            )
 
     def remove_image(self, image_id: str) -> None:
         """Delete an image and all its labels. Raises NotFound for an unknown id."""
