@@ -3,6 +3,7 @@
 Whoever may write to that folder must neither learn of a file elsewhere by way of the server nor keep it waiting.
 """
 
+import errno
 import json
 import os
 import socket
@@ -290,3 +291,19 @@ def test_an_id_that_looks_like_another_is_refused(studies, tmp_path, twin):
     with pytest.raises(Conflict, match="looks? like another"):
         datastore.add_image(twin, str(studies / "A.nii"), {})
     assert set(datastore.list_images()) == {"A", "B", looks}
+
+
+def test_an_index_that_can_not_be_read_now_is_not_set_aside(studies, monkeypatch):
+    """As where the process may open no further file."""
+    datastore = opened(studies)
+    datastore.update_image_info("A", {"note": "kept"})
+
+    def busy(path, most):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.datastore.read_plain", busy)
+        with pytest.raises(OSError, match="Too many"):
+            datastore.refresh()
+    datastore.refresh()
+    assert datastore.get_image_info("A")["note"] == "kept" and not list(studies.glob("*.damaged*"))

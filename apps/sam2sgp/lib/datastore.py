@@ -78,6 +78,8 @@ LEFTOVER_AGE = 3600.0
 JOURNAL = ".datastore_v2.unfinished.json"
 # Bytes; of an index of 100,000 images with all that may be known about a few.
 LARGEST_INDEX = 256 << 20
+# Of links, pipes, sockets and devices.
+NO_FILE = (errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 # Damaged indexes that are kept, and sentences about bad entries that are told.
 MOST_SET_ASIDE = 1000
 PROBLEMS_TOLD = 20
@@ -889,7 +891,7 @@ class _Journal:
         try:
             with open_plain(self._folder / name, self._folder) as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
+        except FileNotFoundError:
             return None
 
 
@@ -1018,7 +1020,7 @@ def open_datastore(settings) -> Datastore:
 
 def _suffix_for(image_id: str, suffix: str) -> str:
     """The suffix with which a file of an image is found again: `x.seg` and `.nrrd` would be another image's, `x`."""
-    return suffix if suffix_of(image_id + suffix) == suffix else suffix_of(image_id + suffix)
+    return suffix_of(image_id + suffix)
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
@@ -1048,12 +1050,13 @@ def _parsed_index(path: Path) -> dict[str, Any]:
     """The content of an index file. Raises FileNotFoundError if there is nothing, ValueError if it is no index."""
     try:
         content = json.loads(read_plain(path, LARGEST_INDEX))
-    except FileNotFoundError:
-        raise
     except RecursionError as error:
         raise ValueError("too deep") from error
     except OSError as error:
-        raise ValueError(f"not a file that can be read: {error.strerror}") from error
+        if error.errno in NO_FILE:
+            raise ValueError("no file") from error
+        # It may be whole, and there for the next question.
+        raise
     if not isinstance(content, dict) or not isinstance(content.get("objects"), dict):
         raise ValueError("not an index")
     return content

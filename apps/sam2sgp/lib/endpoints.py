@@ -241,9 +241,7 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
         return datastore.datalist(full_path=False) if query.output is Listing.train else datastore.status()
 
     # Where the files lie that are sent.
-    root = os.path.realpath(
-        app.settings.state_dir if isinstance(datastore, DicomWebDatastore) else app.settings.studies
-    )
+    root = os.path.realpath(app.settings.state_dir if app.settings.is_remote else app.settings.studies)
 
     @made.get("/datastore/dataset", dependencies=[ANNOTATOR])
     @in_threads(STORING)
