@@ -129,9 +129,9 @@ def test_a_series_with_a_file_that_is_not_dicom_is_refused_whole(fake, make, tmp
 
 def test_uploads_are_refused_where_there_is_no_place_for_them(nowhere, tmp_path):
     upload = tmp_path / "upload.nii.gz"
-    upload.write_bytes(b"label")
+    # The name is judged first, then whether there is such an image, and then the file.
     with pytest.raises(UnsupportedFile):
-        nowhere.save_label("1.2.3", str(upload), "final", {})
+        nowhere.save_label("1.2.3", str(tmp_path / "upload.txt"), "final", {})
     nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4)), upload)
     with pytest.raises(ArchiveError):
         nowhere.save_label("1.2.3", str(upload), "final", {})
