@@ -23,6 +23,17 @@ def test_a_complete_write_replaces_and_makes_folders(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_the_longest_name_of_a_file_can_be_written(tmp_path):
+    path = tmp_path / ("é" * 125 + "a.png")
+    with replacing(path) as part:
+        part.write_bytes(b"whole")
+        killed = tmp_path / (part.parent.name[:-8] + "abcd1234")
+    assert path.read_bytes() == b"whole"
+    killed.mkdir()
+    remove_parts(tmp_path, {path.name})
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_what_killed_processes_leave_is_removed_and_nothing_else(tmp_path):
     with replacing(tmp_path / "a.png") as part:
         folder = part.parent.name

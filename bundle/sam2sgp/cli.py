@@ -22,9 +22,8 @@ import typer
 
 from sam2sgp import __version__
 from sam2sgp.files import sha256_of
+from sam2sgp.places import APP, BUNDLE
 
-BUNDLE = Path(__file__).parents[1]
-APP = BUNDLE.parent / "apps" / "sam2sgp"
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 MORE_SETTINGS = "Any setting of the run may follow, as in --ct_window '[-1000, 400]'; docs/settings.md lists them."
 EXIT_CODES = "Exit codes: 0 done; 1 an image failed or the run could not start; 2 wrong command line."
@@ -203,7 +202,7 @@ def serve(
 ) -> None:
     """Start the MONAI Label server for 3D Slicer and OHIF."""
     if not (APP / "main.py").is_file():
-        _refuse(f"{APP}: expected the MONAI Label app there, found none; run this from a clone of the repository.")
+        _refuse(f"{APP}: expected the MONAI Label app there, found none; install sam2sgp again.")
     if not studies.startswith(("http://", "https://")):
         studies = _absolute(Path(studies))
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies", studies]

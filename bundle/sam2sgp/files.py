@@ -11,6 +11,8 @@ from tempfile import TemporaryDirectory
 
 # The folders of `replacing`: "." and the file's name, then "." and what `tempfile` adds.
 PART_FOLDER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}")
+# File systems allow a name 255 bytes; with what is added to it, a longer one than this stands for itself by its hash.
+LONGEST_NAME = 255 - 10
 
 
 def sha256_of(path: str | Path) -> str:
@@ -33,7 +35,7 @@ def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with TemporaryDirectory(prefix=f".{_part_name(path.name)}.", dir=path.parent) as folder:
         part = Path(folder, path.name)
         yield part
         if durable:
@@ -48,8 +50,14 @@ def write_text(path: str | Path, text: str, durable: bool = True) -> None:
         part.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
+def _part_name(name: str) -> str:
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= LONGEST_NAME else hashlib.sha256(encoded).hexdigest()
+
+
 def remove_parts(directory: str | Path, names: Collection[str]) -> None:
     """Delete what killed processes left half written of the files of these names; nobody may be writing them now."""
+    names = {_part_name(name) for name in names}
     with os.scandir(directory) as entries:
         for entry in entries:
             match = PART_FOLDER.fullmatch(entry.name)

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
 from types import UnionType
 from typing import Union, get_args, get_origin, get_type_hints
 
@@ -24,8 +23,9 @@ from monai.bundle.reference_resolver import ReferenceResolver
 from torch import Tensor
 
 from sam2sgp.errors import ConfigError
+from sam2sgp.places import BUNDLE
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = BUNDLE / "configs"
 # Of MONAI itself: its tracking of experiments.
 FOREIGN = {"tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0"}
 # What a value starts with that is computed when the run begins.

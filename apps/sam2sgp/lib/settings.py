@@ -16,6 +16,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from sam2sgp.errors import ConfigError
+from sam2sgp.places import BUNDLE
 
 CONFIG = "configs/inference.json"
 # Keys of inference.json that an operator may set; the others are the app's own or make no sense in a server.
@@ -71,7 +72,7 @@ class Settings:
     Attributes:
         app_dir: the app's folder.
         studies: folder of the images, or the address of a DICOMweb server.
-        bundle_root: the bundle. By default the one next to the app in the repository.
+        bundle_root: the bundle. By default the one that was installed, or stands in the clone, with the package.
         state_dir: the app's own files: `support/` (the bank's cache), `weights/`, `training/`, scores, audit log. By
             default a folder of its own for each `studies` in the app's `model/state`.
         support_dir: a data folder of labelled pairs that belong to the support set from the start; None for none.
@@ -132,7 +133,7 @@ class Settings:
                 raise ConfigError(f"--conf {key}: expected one of {', '.join(known)}, found an unknown key.")
         app_dir = Path(app_dir).resolve()
         values: dict[str, Any] = {
-            "bundle_root": app_dir.parents[1] / "bundle",
+            "bundle_root": BUNDLE,
             "state_dir": _state_dir(app_dir, studies),
         }
         for key in own & given.keys():

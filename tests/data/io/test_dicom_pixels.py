@@ -10,7 +10,7 @@ import SimpleITK
 from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.pixel_data_handlers.util import apply_modality_lut
-from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
 from sam2sgp.data.io import read_image
 from sam2sgp.errors import DataError
@@ -101,6 +101,49 @@ def test_low_values_that_are_bright_are_inverted_once(tmp_path, photometric, sha
     if syntax:
         compressed(path, syntax)
     assert np.array_equal(view(path), 4095.0 - values if inverted else values)
+
+
+@pytest.mark.parametrize("syntax", [None, JPEG2000Lossless])
+@pytest.mark.parametrize(("photometric", "dark"), [("MONOCHROME2", 700), ("MONOCHROME1", 3000)])
+def test_padding_is_as_dark_as_the_darkest_pixel(tmp_path, photometric, dark, syntax):
+    values = RNG.integers(700, 3001, (64, 64)).astype(np.uint16)
+    values[:2, :2] = [[700, 3000], [700, 3000]]
+    padded = values.copy()
+    padded[40:], padded[:, 50:] = 0, 5
+    tags = {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 8, "PhotometricInterpretation": photometric}
+    path = write_dicom(tmp_path / "a.dcm", padded, "DX", BitsStored=12, HighBit=11, **tags)
+    if syntax:
+        compressed(path, syntax)
+    values[padded < 9] = dark
+    assert np.array_equal(view(path), 4095.0 - values if photometric == "MONOCHROME1" else values)
+
+
+def test_padding_of_signed_values_may_be_written_as_an_unsigned_number(tmp_path):
+    values = RNG.integers(-1000, 1000, (6, 7)).astype(np.int16)
+    values[0] = -2000
+    path = write_dicom(tmp_path / "a.dcm", values, "MR")
+    dataset = pydicom.dcmread(path)
+    dataset.add_new("PixelPaddingValue", "US", 63536)
+    dataset.save_as(path)
+    assert np.array_equal(view(path), np.where(values == -2000, values[1:].min(), values))
+
+
+@pytest.mark.parametrize("tag", ["RGB", "YBR_FULL_422"])
+@pytest.mark.parametrize("stored", ["RGB", "YCbCr"])
+def test_a_jpeg_streams_own_marker_tells_its_colours(tmp_path, tag, stored):
+    rows, columns = np.mgrid[:48, :64]
+    pixels = np.stack([rows * 4, columns * 3, 255 - rows * 2], -1).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=95, keep_rgb=stored == "RGB", subsampling=0)
+    path = write_dicom(tmp_path / "a.dcm", pixels, "US", PhotometricInterpretation=tag)
+    dataset = pydicom.dcmread(path)
+    dataset.PixelData = encapsulate([stream.getvalue()])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    dataset.save_as(path)
+    found = read_image(path).slices[0].transpose(1, 2, 0)
+    # Decoders of one standard differ by rounding.
+    assert np.abs(found - np.asarray(Image.open(stream).convert("RGB"), float)).max() < 6
 
 
 def test_hounsfield_units_are_never_inverted(tmp_path):

@@ -26,6 +26,17 @@ def test_header_in_microns_is_read_in_mm(tmp_path):
     assert np.allclose(SimpleITK.ReadImage(str(tmp_path / "b.nii.gz")).GetSpacing(), 0.5)
 
 
+@pytest.mark.parametrize(("name", "renamed"), [("a.nii.gz", "b.nii"), ("a.nii", "b.nii.gz")])
+def test_whether_a_file_is_compressed_is_told_by_its_content(tmp_path, name, renamed):
+    array = RNG.integers(0, 900, (5, 6, 4)).astype(np.int16)
+    path = save_nifti(tmp_path / name, array, np.diag([2.0, 2.0, 2.0, 1.0]))
+    expected = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+    image = read_image(path.rename(tmp_path / renamed), slice_axis=2)
+    written = tmp_path / "c.nii.gz"
+    write_label(written, image.slices[:, 0].astype(np.int64), image.geometry)
+    assert np.array_equal(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(written))), expected)
+
+
 @pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (1, 5, 6), (5, 1, 6)])
 def test_one_slice_image_gives_one_slice_and_its_own_dimensions_back(tmp_path, shape):
     array = np.arange(30, dtype=np.int16).reshape(shape)

@@ -2,7 +2,8 @@
 
 Stored values are decoded, cut to the bits that are stored (PS3.5 8.1.1), and sent through the modality transformation
 (PS3.3 C.11.1): a lookup table or a slope and an intercept, of the frame where it has its own. Grey values where low is
-bright are inverted (MONOCHROME1, Presentation LUT Shape INVERSE), Hounsfield units excepted. Colours become RGB.
+bright are inverted (MONOCHROME1, Presentation LUT Shape INVERSE), Hounsfield units excepted. Padding around the image
+(PS3.3 C.7.5.1.1.2) becomes as dark as the darkest pixel. Colours become RGB.
 """
 
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from pydicom import Dataset
 from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import generate_pixel_data_frame
 from pydicom.pixel_data_handlers.util import apply_color_lut, apply_modality_lut, convert_color_space
 from pydicom.uid import (
     JPEG2000,
@@ -53,6 +55,9 @@ GDCM_SYNTAXES = (
     *HTJ2K_SYNTAXES,
 )
 STANDARD_ROOT = "1.2.840.10008."
+# Of these the code stream may say itself what its colours are.
+JPEG_SYNTAXES = (JPEGBaseline8Bit, JPEGExtended12Bit)
+JFIF, ADOBE, START_OF_SCAN = 0xE0, 0xEE, 0xDA
 # What a decoder needs to know of a file; nothing else of it is shown to GDCM.
 PIXEL_TAGS = (
     "Rows",
@@ -121,7 +126,26 @@ def read_frames(file: Path) -> np.ndarray:
     for frame in range(frames):
         kept = _used_bits(file, stored[frame], dataset, is_native)
         values[frame, ..., 0] = _grey_values(kept, dataset, frame, photometric)
+        _darken(values[frame, ..., 0], _padding(kept, dataset))
     return values
+
+
+def _padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray:
+    """Which stored values are padding: one value, or all up to a limit."""
+    if dataset.get("PixelPaddingValue") is None or "PixelData" not in dataset:
+        return np.zeros(stored.shape, bool)
+    bounds = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit", dataset.PixelPaddingValue)]
+    if dataset.PixelRepresentation:
+        # Some programs write the bits of a negative value as an unsigned one.
+        full = 1 << int(dataset.BitsAllocated)
+        bounds = [bound - full if bound >= full // 2 else bound for bound in bounds]
+    return (stored >= min(bounds)) & (stored <= max(bounds))
+
+
+def _darken(values: np.ndarray, padding: np.ndarray) -> None:
+    """Give padding, in place, the lowest of the other values."""
+    if padding.any() and not padding.all():
+        values[padding] = values[~padding].min()
 
 
 def _is_padded_palette(dataset: Dataset) -> bool:
@@ -199,6 +223,8 @@ def _decoded(file: Path, dataset: Dataset) -> np.ndarray:
             bare[name] = dataset[name]
     if int(dataset.get("SamplesPerPixel") or 1) == 1:
         bare.PhotometricInterpretation = "MONOCHROME2"
+    elif syntax in JPEG_SYNTAXES:
+        bare.PhotometricInterpretation = _colours_of(dataset) or dataset.PhotometricInterpretation
     with tempfile.TemporaryDirectory(prefix="sam2sgp-") as folder:
         path = Path(folder) / "pixels.dcm"
         bare.save_as(path, write_like_original=False)
@@ -206,3 +232,21 @@ def _decoded(file: Path, dataset: Dataset) -> np.ndarray:
             return decode_dicom(path, frame_shape(dataset), max(3, int(dataset.get("SamplesPerPixel") or 1)))
         except DataError as error:
             raise DataError(str(error).replace(str(path), str(file))) from error
+
+
+def _colours_of(dataset: Dataset) -> str | None:
+    """What a JPEG stream says of its colours, which rules over the tag as in image viewers; None where it says nothing.
+
+    Adobe's marker tells RGB from YCbCr; JFIF allows no colours but YCbCr.
+    """
+    stream = next(generate_pixel_data_frame(dataset.PixelData, int(dataset.get("NumberOfFrames") or 1)), b"")
+    place, found = 2, None
+    while place + 4 <= len(stream) and stream[place] == 0xFF and stream[place + 1] != START_OF_SCAN:
+        length = int.from_bytes(stream[place + 2 : place + 4], "big")
+        content = stream[place + 4 : place + 2 + length]
+        if stream[place + 1] == ADOBE and content.startswith(b"Adobe") and len(content) >= 12:
+            return "YBR_FULL" if content[11] else "RGB"
+        if stream[place + 1] == JFIF and content.startswith(b"JFIF"):
+            found = "YBR_FULL"
+        place += 2 + length
+    return found

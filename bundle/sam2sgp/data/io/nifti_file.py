@@ -24,6 +24,7 @@ from sam2sgp.errors import DataError, FormatError
 KINDS = {348: (nib.Nifti1Header, 344, b"n+1\0"), 540: (nib.Nifti2Header, 4, b"n+2\0\r\n\x1a\n")}
 ORDERS = ("little", "big")
 HEADER_BYTES = 540
+GZIP_MAGIC = b"\x1f\x8b"
 # Extensions hold text and DICOM headers.
 LARGEST_OFFSET = 64 << 20
 
@@ -32,7 +33,7 @@ def open_nifti(path: Path, label: bool = False, limit: int | None = None) -> nib
     """A file whose voxels are all there, as nibabel's image; compressed ones are unpacked in memory.
 
     Args:
-        path: ends in .nii.gz or .nii.
+        path: of any name; whether it is compressed is told by its content.
         label: a class map, which may have shrunk more than an image can.
         limit: bytes that it may take as float32; see `sam2sgp.data.io.limits`.
 
@@ -45,6 +46,9 @@ def open_nifti(path: Path, label: bool = False, limit: int | None = None) -> nib
     if _is_gzip(path):
         content = io.BytesIO()
         content.writelines(_unpacked(path, header))
+    elif content.lower().endswith(".gz"):
+        # nibabel goes by the name.
+        content = io.BytesIO(path.read_bytes())
     return kind(ArrayProxy(content, header), header.get_best_affine(), header)
 
 
@@ -134,7 +138,9 @@ def _reading_gzip(name: object) -> Iterator[None]:
 
 
 def _is_gzip(path: Path) -> bool:
-    return path.name.lower().endswith(".gz")
+    """Whether a file is compressed, whatever its name says: files are renamed."""
+    with open(path, "rb") as file:
+        return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
 
 
 def _data_bytes(header: nib.Nifti1Header) -> int:

@@ -1,0 +1,148 @@
+"""How much is found where there is nothing: images without the target, of each kind of image.
+
+    python benchmarks/false_spots.py --data DIR --output out/false_spots [--weights FILE ...]
+
+In: a folder of data folders, from which `_tasks.py` makes tasks, and phantoms. Of each query image the largest square
+window without the target is the image without it ("window"); a query image of another data set is one that has nothing
+to do with the support set ("foreign"); phantoms that lack a class are "phantom". Out: per kind of image the share of
+images in which anything is found, the share of the image that it covers, and what the bundle says of it: the mean
+confidence and the share of images that get a warning. For comparison, Dice on phantoms that hold the class.
+"""
+
+import argparse
+import csv
+import shutil
+import zlib
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from _tasks import Task, add_task_arguments, make_tasks, write_pairs
+from fewshot import bundle_config, dice, line
+from PIL import Image
+from scipy.ndimage import distance_transform_cdt
+
+from sam2sgp.data import class_names, load_datalist, read_label
+from sam2sgp.data.phantom import make_phantoms
+from sam2sgp.transforms import LoadCased
+
+# A window smaller than this share of the image's shorter side shows too little of it.
+LEAST_WINDOW = 0.35
+
+
+def window_beside(mask: np.ndarray) -> tuple[slice, slice] | None:
+    """The largest square without the target in a mask (H, W) bool; None where all are too small."""
+    padded = np.pad(~mask, 1)
+    reach = distance_transform_cdt(padded, "chessboard")[1:-1, 1:-1]
+    row, column = np.unravel_index(int(reach.argmax()), reach.shape)
+    reach = int(reach[row, column])
+    if 2 * reach - 1 < LEAST_WINDOW * min(mask.shape):
+        return None
+    return slice(row - reach + 1, row + reach), slice(column - reach + 1, column + reach)
+
+
+def infer(support: Path, queries: Path, output: Path, settings: dict) -> dict[str, tuple[np.ndarray, dict]]:
+    """Label maps (Z, H, W) and rows of the summary by query."""
+    shutil.rmtree(output, ignore_errors=True)
+    places = {"support_dir": str(support), "dataset_dir": str(queries), "output_dir": str(output), "report_figures": 0}
+    bundle_config({**settings, **places}).get_parsed_content("inferring")
+    found = {}
+    with open(output / "summary.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            name = row["case"]
+            path = next(path for path in output.iterdir() if path.name in (f"{name}.png", f"{name}.nii.gz"))
+            found.setdefault(name, (read_label(path), []))[1].append(row)
+    return found
+
+
+def judge(found: dict[str, tuple[np.ndarray, list[dict]]]) -> list[tuple[bool, float, float, bool]]:
+    """Per image: anything found, its share of the image, confidence where found, warned of."""
+    rows = []
+    for label, said in found.values():
+        share = float((label > 0).mean())
+        confidence = [float(row["mean_confidence"]) for row in said if row["mean_confidence"]]
+        rows.append((share > 0, share, np.mean(confidence) if confidence else np.nan, any(r["warnings"] for r in said)))
+    return rows
+
+
+def task_rows(task: Task, tasks: list[Task], k: int, output: Path, settings: dict) -> dict[str, list]:
+    """Images without the target of one task."""
+    folder = output / task.name
+    support = write_pairs(
+        folder / "support",
+        [task.image("support", stem) for stem in task.support[:k]],
+        [task.mask("support", stem) for stem in task.support[:k]],
+    )
+    others = [other for other in tasks if other.dataset != task.dataset]
+    other = others[zlib.crc32(task.name.encode()) % len(others)]
+    rows = {}
+    for kind in ("window", "foreign"):
+        queries = folder / kind
+        shutil.rmtree(queries, ignore_errors=True)
+        queries.mkdir(parents=True)
+        if kind == "foreign":
+            for stem in other.queries:
+                shutil.copyfile(other.image("queries", stem), queries / f"{stem}.png")
+        else:
+            for stem in task.queries:
+                place = window_beside(task.mask("queries", stem))
+                if place is not None:
+                    pixels = np.asarray(Image.open(task.image("queries", stem)))[place]
+                    Image.fromarray(pixels).save(queries / f"{stem}.png")
+        if any(queries.iterdir()):
+            rows[kind] = judge(infer(support, queries, folder / f"{kind}_found", settings))
+    return rows
+
+
+def phantom_rows(output: Path, settings: dict) -> tuple[list, list[float]]:
+    """Phantoms: what is found of a class that an image lacks, and Dice of those that it holds."""
+    root = output / "phantoms"
+    if not root.is_dir():
+        make_phantoms(root, patients_per_modality=16, seed=3, progress=False)
+    absent, dices = [], []
+    for look in ("ct", "mr", "us", "rgb"):
+        truths = {case["name"]: LoadCased()(case)["label"].numpy() for case in load_datalist(root, "all")}
+        found = infer(root / "support" / look, root / "queries" / look, output / "found" / look, settings)
+        for name, (label, _) in found.items():
+            truth = truths.get(name)
+            if truth is None:
+                continue
+            for value in class_names(root):
+                for mask, plane in zip(label == value, truth == value, strict=True):
+                    if plane.any():
+                        dices.append(dice(mask, plane))
+                    else:
+                        absent.append((mask.any(), float(mask.mean()), np.nan, False))
+    return absent, dices
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_task_arguments(arguments)
+    arguments.add_argument("--output", type=Path, required=True)
+    arguments.add_argument("--weights", nargs="+", default=[None], help="files to compare; the bundle's without")
+    arguments.add_argument("--k", type=int, default=8, help="support pairs")
+    options = arguments.parse_args()
+    tasks = make_tasks(options.data, options.output / "tasks", options.queries, options.held_out, options.seed)
+    print(line("weights", "images", "number", "with a find", "found share", "confidence", "warned"))
+    print(line(*["---"] * 7))
+    for weights in options.weights:
+        settings = {"model_file": str(Path(weights).resolve())} if weights else {}
+        name = Path(weights).stem if weights else "the bundle's"
+        folder = options.output / name
+        rows = defaultdict(list)
+        rows["phantom"], dices = phantom_rows(folder, settings)
+        for task in tasks:
+            for kind, judged in task_rows(task, tasks, options.k, folder, settings).items():
+                rows[f"{kind}, {'seen kind' if task.seen else 'unseen'}"] += judged
+        for kind, judged in rows.items():
+            any_found, share, confidence, warned = zip(*judged, strict=True)
+            with np.errstate(all="ignore"):
+                mean = np.nanmean(confidence) if not np.isnan(confidence).all() else np.nan
+            values = (f"{np.mean(any_found):.3f}", f"{np.mean(share):.4f}", f"{mean:.3f}", f"{np.mean(warned):.3f}")
+            print(line(name, kind, len(judged), *values), flush=True)
+        print(line(name, f"phantom, Dice {np.mean(dices):.3f}", len(dices), *[""] * 4), flush=True)
+
+
+if __name__ == "__main__":
+    main()
