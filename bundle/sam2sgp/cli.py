@@ -74,6 +74,9 @@ def segment(
     k: Items = None,
     weights: Weights = None,
     backbone: Backbone = "lite",
+    labelled: Annotated[
+        bool, typer.Option("--labelled", help="Also segment the images of the support set.", rich_help_panel=DATA)
+    ] = False,
     dicom_seg: Annotated[bool, typer.Option(help="Also write DICOM-SEG.", rich_help_panel=DATA)] = False,
     probability: Annotated[bool, typer.Option(help="Also write probabilities.", rich_help_panel=DATA)] = False,
     uncertainty: Annotated[bool, typer.Option(help="Also write uncertainty.", rich_help_panel=DATA)] = False,
@@ -88,6 +91,7 @@ def segment(
         "support_dir": _absolute(support),
         "dataset_dir": _absolute(queries),
         "output_dir": _absolute(output),
+        "segment_labelled": labelled,
         "dicom_seg": dicom_seg,
         "save_probability": probability,
         "save_uncertainty": uncertainty,
