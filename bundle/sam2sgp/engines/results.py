@@ -23,13 +23,15 @@ from tqdm import tqdm
 from sam2sgp import distributed
 from sam2sgp.data.folders import Skipped
 from sam2sgp.data.io import read_image
-from sam2sgp.drawing import draw_overlay, montage, spread_slices, to_display
+from sam2sgp.drawing import draw_overlay, spread_slices, to_display
 from sam2sgp.engines.evaluator import QueryEvents
 from sam2sgp.engines.records import CaseRecords, settings_of_run
 from sam2sgp.errors import ConfigError
 from sam2sgp.evaluation import METRICS, case_metrics, class_sizes, summarise, write_csv
 from sam2sgp.files import remove_parts
+from sam2sgp.report.facts import facts_of_run
 from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
+from sam2sgp.report.slices import frames, frames_per_case, sides_of, slice_position
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.content import digest_of
 from sam2sgp.support.familiarity import is_unlike
@@ -301,7 +303,7 @@ class ResultWriter:
             Report(
                 title=self.title,
                 subtitle=f"{self._count()} images, {len(self.bank.class_names)} classes, {len(self.bank)} supports",
-                meta={name: str(value) for name, value in self.facts.items()},
+                meta=facts_of_run(self.facts),
                 classes=self.bank.class_names,
                 summary_rows=summary,
                 case_rows=[row for row in rows if "skipped" not in row],
@@ -383,7 +385,8 @@ class ResultWriter:
     def _show(self, case: dict) -> tuple[dict, dict[str, np.ndarray]]:
         """What it takes to draw a case, as JSON types and arrays: the slices that are shown, on the case's own grid."""
         pred, truth = case["pred"].numpy(), case["label"].numpy() if self.scored else None
-        slices = [int(number) for number in spread_slices(pred, truth)]
+        count = frames_per_case(min(len(self.cases), self.max_figures))
+        slices = [int(number) for number in spread_slices(pred, truth, count)]
         main, fit, values = case["main"], case["fit"], [0, *self.bank.class_values]
         pseudo = fit.restore_label(case["pseudo"][None])[0].long().numpy()
         boxes = zip(self.bank.class_values, case["box"][main], strict=True)
@@ -448,21 +451,17 @@ class ResultWriter:
         boxes = {value: tuple(box) for value, box in shown["boxes"]}
         panels.append(("Pseudo-mask and box", draw_overlay(picture, arrays["pseudo"], box=boxes)))
         panels.append(("Segmentation", draw_overlay(picture, arrays["pred"][0], truth=truth)))
-        volume = total > 1
         return CaseFigure(
             name=case["name"],
-            caption=f"Slice {shown['main'] + 1} of {total}" if volume else "",
+            caption=slice_position(image.geometry, shown["main"]),
             panels=panels,
             metrics=[{key: row[key] for key in row if key in SHOWN_COLUMNS} for row in self._rows_of(number)],
             support=shown["support"],
-            montage=self._montage(shown["slices"], arrays, slices[1:], total) if volume else None,
+            frames=frames(image.geometry, shown["slices"], slices[1:], arrays) if total > 1 else [],
             section=section,
+            sides=sides_of(image.geometry),
+            width_mm=image.geometry.spacing and image.geometry.spacing[2] * image.geometry.shape[2],
         )
-
-    @staticmethod
-    def _montage(numbers: list[int], arrays: dict[str, np.ndarray], slices: torch.Tensor, total: int) -> np.ndarray:
-        truth = arrays["truth"][1:] if "truth" in arrays else None
-        return montage(slices, arrays["pred"][1:], truth, numbers=numbers, total=total)
 
     def _thumb(self, identifier: str) -> SupportThumb:
         item = next(item for item in self.bank.items if item.id == identifier)
