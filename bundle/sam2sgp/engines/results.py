@@ -29,6 +29,7 @@ from sam2sgp.engines.records import CaseRecords, settings_of_run
 from sam2sgp.errors import ConfigError
 from sam2sgp.evaluation import METRICS, case_metrics, class_sizes, summarise, write_csv
 from sam2sgp.files import remove_parts
+from sam2sgp.report.colour_tables import write_colour_tables
 from sam2sgp.report.facts import facts_of_run
 from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
 from sam2sgp.report.slices import frames, frames_per_case, sides_of, slice_position
@@ -295,6 +296,8 @@ class ResultWriter:
                     *(row[f"{metric}_mean"] for metric in METRICS),
                     row["dice_n"],
                 )
+        if not self.scored:
+            write_colour_tables(self.output_dir, self.bank.class_names)
         path = self.output_dir / "report.html"
         shown = self._shown()
         used = {entry["id"] for number, _ in shown for entry in self.results[number]["shown"]["support"]}
@@ -302,7 +305,7 @@ class ResultWriter:
             path,
             Report(
                 title=self.title,
-                subtitle=f"{self._count()} images, {len(self.bank.class_names)} classes, {len(self.bank)} supports",
+                subtitle=f"Images: {self._count()}, classes: {len(self.bank.class_names)}, supports: {len(self.bank)}",
                 meta=facts_of_run(self.facts),
                 classes=self.bank.class_names,
                 summary_rows=summary,
@@ -484,5 +487,4 @@ SHOWN_COLUMNS = {
     "truth_size",
     "size_unit",
     "mean_confidence",
-    "unlike_support",
 }

@@ -186,7 +186,7 @@ def write_report(path: str | Path, report: Report) -> None:
         sections=sections,
         thumbs=thumbs.values(),
         rows=_table(rows, colours, HIDDEN, folder),
-        errors=_table(report.errors, colours, {"output"}, folder),
+        errors=_table(report.errors, colours, HIDDEN, folder),
         warnings=_table([{key: row[key] for key in ("case", "warnings")} for row in report.warnings], colours),
         skipped=_table([{key: row[key] for key in ("source", "skipped")} for row in report.skipped], colours),
         script=script,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-LOW_CONFIDENCE = 0.75
+LOW_CONFIDENCE = 0.85
 LOW_DICE = 0.7
 # Of the median size of a class.
 TINY_SHARE = 0.1
