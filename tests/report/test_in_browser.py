@@ -85,3 +85,6 @@ def test_nothing_is_wider_than_the_page(address, width):
         assert found.evaluate("document.documentElement.scrollWidth") <= width
         wide = "[...document.querySelectorAll('.scroll')].filter(part => part.scrollWidth > part.clientWidth).length"
         assert found.evaluate(wide) == 0
+        # Small pictures are enlarged to their place, so that sides and scale bar can be read.
+        shown = found.locator("article").first.locator(".panels .view")
+        assert all(shown.nth(number).bounding_box()["width"] > 120 for number in range(shown.count()))

@@ -152,15 +152,15 @@ def pair(
     fits: dict[Path, list[tuple[int, Path]]] = defaultdict(list)
     several: dict[Path, tuple[int, list[Path]]] = {}
     lost: dict[Path, str] = {}
-    for label in label_files:
-        rank, found = _images_of(label, at)
+    for file in label_files:
+        rank, found = _images_of(file, at)
         if len(found) > 1:
-            several[label.path] = rank, found
-            found = [image for image in found if _have_one_name(image, label.path)]
+            several[file.path] = rank, found
+            found = [image for image in found if _have_one_name(image, file.path)]
         if len(found) == 1:
-            fits[found[0]].append((rank, label.path))
+            fits[found[0]].append((rank, file.path))
         else:
-            lost[label.path] = "a label without an image of its name"
+            lost[file.path] = "a label without an image of its name"
     label_of: dict[Path, Path] = {}
     unclear: list[tuple[list[Path], list[Path]]] = []
     for image, ranked in fits.items():

@@ -67,7 +67,8 @@ def read_tree(folder: Path) -> Tree:
         raise DataError(
             f"{folder}: expected one DICOM series, found {len(series)}: {listed}; put each in a folder of its own."
         )
-    tree, hidden = Tree(), []
+    tree = Tree()
+    hidden: list[Path] = []
     _walk(folder, tree, hidden, set())
     skip_hidden(hidden, tree.skipped)
     for found in (tree.images, tree.segmentations):
