@@ -3,6 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
+from sam2sgp.evaluation import summarise
 from sam2sgp.report.html import CaseFigure, Frame, Report, write_report
 from tests.drawn import plain
 from tests.e2e.browsers import page
@@ -10,12 +11,12 @@ from tests.e2e.browsers import page
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """A report of a picture with a lesion, and of a volume of three slices with a liver."""
+    """A report of a picture with a lesion, a volume of three slices with a liver, and nine measured cases."""
     path = tmp_path_factory.mktemp("report") / "report.html"
     row = {"source": "a/rather/long/path/to/an/image.nii.gz", "scaling": "percentiles (a grey picture)", "seconds": 1.0}
     rows = [
         row | {"case": "lesion_1", "class_name": "lesion", "size": 5.0, "size_unit": "mm2", "mean_confidence": 0.4},
-        row | {"case": "liver_1", "class_name": "liver", "size": 900.0, "size_unit": "ml", "mean_confidence": 0.9},
+        row | {"case": "liver_1", "class_name": "liver", "size": 4e5, "size_unit": "ml", "mean_confidence": 0.9},
     ]
     frames = [Frame(plain(), f"Slice {number} of 3") for number in (1, 2, 3)]
     figures = [
@@ -23,7 +24,18 @@ def address(tmp_path_factory):
         CaseFigure("lesion_1", panels=[("Query", plain()), ("Segmentation", plain())]),
     ]
     classes = {1: "liver", 2: "lesion"}
-    write_report(path, Report("Run", classes=classes, case_rows=rows, figures=figures, meta={"Command": "x " * 200}))
+    measured = {
+        "truth_size": 5.0,
+        "predicted_size": 500000.0,
+        "size_unit": "mm2",
+        "unit": "mm",
+        "support_items": "a; b",
+    }
+    scores = [{"class": 1, "class_name": "liver", "case": str(n), "dice": n / 9, "iou": 0.5} for n in range(9)]
+    scores = [row | score | measured | {"hd95": 100.0, "nsd": 0.5} for score in scores]
+    report = Report("Run", classes=classes, case_rows=rows + scores, figures=figures, meta={"Command": "x " * 200})
+    report.summary_rows = summarise(scores)
+    write_report(path, report)
     return path.as_uri()
 
 
@@ -39,12 +51,12 @@ def opened(address):
 
 
 def test_the_filter_leaves_the_cases_of_a_class_or_those_that_need_a_look(opened):
-    tiles = opened.locator(".tile:visible .name")
+    tiles = opened.locator(".tile:visible", has=opened.locator("img")).locator(".name")
     expect(tiles).to_have_text(["lesion_1", "liver_1"])
     opened.get_by_role("button", name="liver", exact=True).click()
     expect(tiles).to_have_text(["liver_1"])
     expect(opened.locator("article:visible h3")).to_have_text(["liver_1"])
-    expect(opened.locator("#count")).to_have_text("1 of 2 tiles")
+    expect(opened.locator("#count")).to_have_text("8 of 9 tiles")
     opened.get_by_role("button", name="Needs a look").click()
     expect(tiles).to_have_text(["lesion_1"])
     opened.get_by_role("button", name="All", exact=True).click()

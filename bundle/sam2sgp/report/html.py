@@ -317,6 +317,7 @@ def _summary(rows: Sequence[Mapping], colours: Mapping[str, str]) -> list[dict]:
 def _summary_row(row: Mapping, colours: Mapping[str, str]) -> dict:
     metrics = [
         {
+            "title": LABELS[metric],
             "mean": _number(metric, row[f"{metric}_mean"]),
             "std": _number(metric, row[f"{metric}_std"]),
             "median": _number(metric, row[f"{metric}_median"]),
