@@ -58,8 +58,9 @@ from lib.door import admitted, label_limit
 from lib.folders import open_plain, read_plain
 from lib.naming import agreed, declared, renumber
 from lib.records import ImageRecord, LabelRecord, Record, checked, readable
-from sam2sgp.data.folders import DESCRIPTIONS, SYSTEM_FILES, check_label_values, class_names, file_not_used
+from sam2sgp.data.folders import check_label_values, class_names
 from sam2sgp.data.io import SUFFIXES, dicom_files, output_suffix, read_image, read_label, write_label
+from sam2sgp.data.tree import DESCRIPTIONS, SYSTEM_FILES, file_not_used
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing, write_text
 
