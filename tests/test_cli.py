@@ -51,7 +51,8 @@ def test_check_tells_the_dice_of_left_out_patients(phantoms, weights, tmp_path):
     with (tmp_path / "evaluation" / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["class_name"] == "disc" and row["dice"]]
     mean = sum(float(row["dice"]) for row in rows) / len(rows)
-    assert f"disc: mean {mean:.3f}" in output and f"({len(rows)} images)" in output
+    median = np.median([float(row["dice"]) for row in rows])
+    assert f"disc: mean {mean:.3f}, median {median:.3f}" in output and f"({len(rows)} images)" in output
     assert {row["case"] for row in rows} <= {path.stem for path in (phantoms / "support" / "us" / "images").iterdir()}
 
 
@@ -84,6 +85,13 @@ def test_train_starts_the_training_with_the_overlays_in_order(tmp_path, monkeypa
         "resume": False,
         "max_epochs": 3,
     }
+
+
+def test_segment_passes_what_is_asked_for(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(cli, "_run", lambda run_id, configs, settings: seen.update(settings))
+    call("segment", "-s", tmp_path, "-q", tmp_path, "-o", tmp_path / "out", "--labelled", "--overlay")
+    assert seen["segment_labelled"] and seen["save_overlay"] and not seen["save_coloured"]
 
 
 def test_serve_passes_settings_and_paths_with_spaces(tmp_path, monkeypatch):

@@ -322,6 +322,7 @@ def test_dicom_queries_get_segmentations_and_without_the_settings_nothing_more_i
     picture(queries / "colour.png", (30, 40, 3))
     support = phantoms / "support" / "rgb"
     plain = {"scan.nii.gz", "colour.png", "summary.csv", "report.html", "records"}
+    plain |= {"labels.json", "labels.txt", "labels.ctbl"}
     infer(model, support, queries, tmp_path / "off", **FAST)
     assert {path.name for path in (tmp_path / "off").iterdir()} == plain
     # Into a folder of the queries' own: a second run must not take the results for queries.

@@ -47,6 +47,8 @@ OTHER = {
     "dicom_seg": True,
     "save_probability": True,
     "save_uncertainty": True,
+    "save_overlay": True,
+    "save_coloured": True,
     "image_size": 96,
 }
 OF_NETWORK = {"lora", "pmg", "refinement", "pma", "image_size", "memory_pool"}
@@ -54,7 +56,7 @@ OF_NETWORK = {"lora", "pmg", "refinement", "pma", "image_size", "memory_pool"}
 NOT_DECIDING = {
     *("bundle_root", "dataset_dir", "support_dir", "output_dir", "model_file", "device", "progress", "resume"),
     *("support_cache_dir", "support_cache_mb", "adapt_seconds", "adapt_steps", "adapt_seed", "adapt_dir"),
-    *("report_figures", "backbone", "freeze_encoder", "support_seed", "compile"),
+    *("report_figures", "segment_labelled", "backbone", "freeze_encoder", "support_seed", "compile"),
 }
 
 
@@ -223,7 +225,10 @@ def key_of(tmp_path_factory):
         parser = ConfigParser()
         parser.read_config(str(CONFIGS / "inference.json"))
         folders = {"support_dir": folder, "dataset_dir": folder, "output_dir": folder.parent}
-        parser.update({"bundle_root": str(BUNDLE), **FAST} | {name: str(path) for name, path in folders.items()})
+        parser.update(
+            {"bundle_root": str(BUNDLE), "segment_labelled": True, **FAST}
+            | {name: str(path) for name, path in folders.items()}
+        )
         parser.update(settings)
         if not OF_NETWORK & settings.keys():
             parser["network"] = known.get("network") or parser["network"]

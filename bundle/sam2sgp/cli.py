@@ -10,6 +10,7 @@ import ast
 import csv
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -73,9 +74,18 @@ def segment(
     k: Items = None,
     weights: Weights = None,
     backbone: Backbone = "lite",
+    labelled: Annotated[
+        bool, typer.Option("--labelled", help="Also segment the images of the support set.", rich_help_panel=DATA)
+    ] = False,
     dicom_seg: Annotated[bool, typer.Option(help="Also write DICOM-SEG.", rich_help_panel=DATA)] = False,
     probability: Annotated[bool, typer.Option(help="Also write probabilities.", rich_help_panel=DATA)] = False,
     uncertainty: Annotated[bool, typer.Option(help="Also write uncertainty.", rich_help_panel=DATA)] = False,
+    overlay: Annotated[
+        bool, typer.Option(help="Also write PNGs of the images with contours.", rich_help_panel=DATA)
+    ] = False,
+    coloured: Annotated[
+        bool, typer.Option(help="Also write coloured PNGs of pictures' labels.", rich_help_panel=DATA)
+    ] = False,
     device: Device = None,
     resume: Resume = True,
 ) -> None:
@@ -87,9 +97,12 @@ def segment(
         "support_dir": _absolute(support),
         "dataset_dir": _absolute(queries),
         "output_dir": _absolute(output),
+        "segment_labelled": labelled,
         "dicom_seg": dicom_seg,
         "save_probability": probability,
         "save_uncertainty": uncertainty,
+        "save_overlay": overlay,
+        "save_coloured": coloured,
     }
     settings |= _common(context, k, weights, device, resume, adapt)
     _run("inferring", ["inference.json", *_overlay(backbone)], settings)
@@ -125,10 +138,9 @@ def check(
                     dice[row["class_name"]].append(float(row["dice"]))
         typer.echo("\nDice of each labelled image, guided only by the other patients' images:")
         for name, values in dice.items():
-            values.sort()
             typer.echo(
-                f"  {name}: mean {sum(values) / len(values):.3f}, median {values[len(values) // 2]:.3f}, "
-                f"worst {values[0]:.3f} ({len(values)} images)"
+                f"  {name}: mean {statistics.mean(values):.3f}, median {statistics.median(values):.3f}, "
+                f"worst {min(values):.3f} ({len(values)} images)"
             )
         if output:
             typer.echo(f"Report: {folder / 'evaluation' / 'report.html'}")

@@ -124,6 +124,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "Results": {
         "resume": Option("switch", "go on where an earlier run stopped"),
         "report_figures": Option("count", "cases with pictures in the report"),
+        "segment_labelled": Option("switch", "also segment the images of the support set"),
+        "save_overlay": Option("switch", "also write a PNG of the image with contours for each query"),
+        "save_coloured": Option("switch", "also write a coloured PNG of the class map for pictures"),
         "dicom_seg": Option("switch", "also write a DICOM Segmentation object for DICOM queries"),
         "save_probability": Option("switch", "also write the probabilities"),
         "save_uncertainty": Option("switch", "also write the uncertainty"),

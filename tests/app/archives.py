@@ -1,5 +1,6 @@
 """An archive in a thread that answers as a test wants it to: well, slowly, with nonsense, or not at all."""
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
+import pydicom
 
 from tests.data.dicom_files import write_series
 
@@ -38,12 +40,25 @@ def multipart(files: list[bytes]) -> bytes:
     return b"".join(parts) + f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
+def of_series(file: bytes, uid: str) -> bytes:
+    """A file as one of a series; what isn't DICOM stays as it is."""
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(file))
+    except Exception:
+        return file
+    dataset.SeriesInstanceUID = uid
+    target = io.BytesIO()
+    dataset.save_as(target)
+    return target.getvalue()
+
+
 class FakeArchive:
     """What it holds, and how it behaves.
 
     Attributes:
         address: what `--studies` gets.
-        series: QIDO entries, of images and SEGs. files: of every series.
+        series: QIDO entries, of images and SEGs. files: of every series, which each becomes its own when it is asked
+            for. foreign: whether the files are sent as they are, whatever series they are of.
         stored: bodies that were stored. told: the answer to that.
         asked: the paths that were asked for, with their queries.
         behave: called with the handler before each answer; True if it has answered itself.
@@ -54,6 +69,7 @@ class FakeArchive:
         self.address = f"http://127.0.0.1:{port}/dicom-web"
         self.series: list = []
         self.files: list[bytes] = []
+        self.foreign = False
         self.stored: list[bytes] = []
         self.told = b"{}"
         self.asked: list[str] = []
@@ -74,9 +90,10 @@ class Handler(BaseHTTPRequestHandler):
         if parts.path.endswith("/dicom-web/series"):
             self.lists()
         elif "/instances/" in parts.path or parts.path.count("/") == 5:
-            self.answer(
-                multipart(self.archive.files), f'multipart/related; type="application/dicom"; boundary={BOUNDARY}'
-            )
+            files, uid = self.archive.files, parts.path.split("/")[5]
+            if not self.archive.foreign and "/instances/" not in parts.path:
+                files = [of_series(file, uid) for file in files]
+            self.answer(multipart(files), f'multipart/related; type="application/dicom"; boundary={BOUNDARY}')
         else:
             self.answer(b"", status=404)
 

@@ -1,6 +1,7 @@
 """An archive that is silent, drips, redirects, answers nonsense or too much: each request ends, with one sentence."""
 
 import asyncio
+import gzip
 import json
 import logging
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 from lib import archive as module
 from lib.archive import Archive, ArchiveError, Breaker, Busy, Unreachable
+from lib.checks import NotFound
 from tests.app.archives import Handler, fake_archive, multipart, series_entry, series_files
 
 SILENCE = 0.2
@@ -22,6 +24,7 @@ SOON = 10.0
 @pytest.fixture
 def fake():
     with fake_archive() as made:
+        made.foreign = True
         yield made
 
 
@@ -281,3 +284,71 @@ def test_viewers_reach_dicomweb_alone(fake, archive):
         with pytest.raises(module.NotFound):
             forwarded(archive, path)
     assert fake.asked == []
+
+
+def one_list(fake, series: int = 1, **headers: str):
+    """A list as the archive sends it, packed as `headers` say."""
+    content = json.dumps([series_entry(f"1.{number}") for number in range(series)]).encode()
+    packed = headers.get("content-encoding", "identity")
+    for _ in range(packed.count("gzip")):
+        content = gzip.compress(content)
+    fake.behave = lambda handler: handler.answer(content, **headers) or True
+
+
+@pytest.mark.parametrize("packed", ["gzip, gzip", "br", "gzip, identity"])
+def test_an_answer_that_is_packed_more_than_once_or_otherwise_is_refused(fake, packed):
+    one_list(fake, **{"content-encoding": packed})
+    with pytest.raises(ArchiveError, match="packed"):
+        Archive(fake.address).metadata("1", "2")
+    one_list(fake, **{"content-encoding": "gzip"})
+    assert len(Archive(fake.address).metadata("1", "2")) == 1
+
+
+def test_an_answer_of_more_values_than_memory_is_refused_unparsed(fake, monkeypatch):
+    monkeypatch.setattr("lib.archive.MOST_VALUES", 1000)
+    fake.behave = lambda handler: handler.answer(b"[" + b"[]," * 1000 + b"[]]") or True
+    with pytest.raises(ArchiveError, match="values"):
+        Archive(fake.address).metadata("1", "2")
+
+
+def test_lists_without_end_are_given_up_by_their_size(fake, monkeypatch):
+    monkeypatch.setattr("lib.archive.LARGEST_LIST", 10_000)
+
+    def page(handler) -> bool:
+        handler.answer(json.dumps([series_entry(f"1.{handler.query['offset']}") | {"00081030": "x" * 3000}]).encode())
+        return True
+
+    fake.behave = page
+    with pytest.raises(ArchiveError, match="found more"):
+        Archive(fake.address).search_series({}, ())
+    assert len(fake.asked) < 6
+
+
+def test_a_message_of_too_many_parts_is_given_up(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.archive.MOST_PARTS", 5)
+    fake.files = [b"x"] * 6
+    with pytest.raises(ArchiveError, match="at most 5 files"):
+        Archive(fake.address).fetch_series("1", "2", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "studies/..;/..;/secret",
+        "studies/1.2;x=/series",
+        "studies/1 2",
+        "studies//evil",
+        "studies/%2e%2e/x",
+        "studies\\x",
+    ],
+)
+def test_viewers_get_addresses_of_dicomweb_only(fake, path):
+    with pytest.raises(NotFound, match="proxy"):
+        forwarded(Archive(fake.address), path)
+    assert fake.asked == []
+
+
+def test_a_failure_of_the_archive_is_told_as_one(fake):
+    fake.behave = lambda handler: handler.answer(b"/srv/archive/secret", status=500) or True
+    with pytest.raises(ArchiveError, match="HTTP status 500"):
+        forwarded(Archive(fake.address), "studies/1.2/series")

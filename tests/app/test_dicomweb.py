@@ -129,9 +129,9 @@ def test_a_series_with_a_file_that_is_not_dicom_is_refused_whole(fake, make, tmp
 
 def test_uploads_are_refused_where_there_is_no_place_for_them(nowhere, tmp_path):
     upload = tmp_path / "upload.nii.gz"
-    upload.write_bytes(b"label")
+    # The name is judged first, then whether there is such an image, and then the file.
     with pytest.raises(UnsupportedFile):
-        nowhere.save_label("1.2.3", str(upload), "final", {})
+        nowhere.save_label("1.2.3", str(tmp_path / "upload.txt"), "final", {})
     nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4)), upload)
     with pytest.raises(ArchiveError):
         nowhere.save_label("1.2.3", str(upload), "final", {})
@@ -186,3 +186,12 @@ def test_settings_of_the_archive_are_checked(tmp_path):
     for key, value in (("dicomweb_filter", "CT"), ("dicomweb_expiry", "-1"), ("dicomweb_timeout", "0")):
         with pytest.raises(ConfigError, match=key):
             Settings.from_conf(app, "http://127.0.0.1:9", {key: value})
+
+
+def test_instances_of_another_series_are_no_image_of_this_one(fake, make):
+    fake.series = [series_entry("1.5")]
+    fake.foreign = True
+    with pytest.raises(ArchiveError, match="an instance of series 1.5, found one with SeriesInstanceUID"):
+        make().get_image_uri("1.5")
+    fake.foreign = False
+    assert len(list(Path(make().get_image_uri("1.5")).iterdir())) == 2

@@ -1,6 +1,7 @@
 """The app's routes over HTTP, in front of parts that note what reached them."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,7 +101,7 @@ def app(tmp_path):
         infer=infer,
         next_sample=next_sample,
         asked=asked,
-        settings=SimpleNamespace(max_upload_mb=1.0, max_image_mb=8.0, is_remote=False),
+        settings=SimpleNamespace(max_upload_mb=1.0, max_image_mb=8.0, is_remote=False, studies=str(studies)),
         datastore=lambda: datastore,
         sessions=lambda: sessions,
         info=lambda: {"trainers": {"finetune": {}}, "scoring": {"scores": {}}, "models": {"sam2sgp": {}}},
@@ -326,6 +327,8 @@ def test_pages_for_people_load_nothing_from_elsewhere_and_are_not_framed(client)
     assert 'href="sam2sgp/"' in home.text and "http" not in home.text.replace("http-equiv", "")
     ohif = client.get("/ohif/")
     assert "OHIF" in ohif.text and client.get("/ohif/viewer/1.2.3").text == ohif.text
+    for path in ("a" * 300, "a/" * 2000, "../../main.py", "..%2f..%2fmain.py", "app-config.js/x"):
+        assert client.get(f"/ohif/{path}").status_code in (200, 400, 404)
     assert client.get("/ohif/app-config.js").headers["content-type"].startswith("text/javascript")
     for answer in (home, ohif):
         policy = answer.headers["content-security-policy"]
@@ -336,3 +339,31 @@ def test_pages_for_people_load_nothing_from_elsewhere_and_are_not_framed(client)
             and "unsafe-eval'" not in policy.replace("wasm-unsafe-eval'", "")
         )
         assert "script-src 'unsafe-inline'" not in policy
+
+
+def test_a_file_is_sent_whole_and_from_its_folder_whatever_comes_to_its_place(client, app, tmp_path, monkeypatch):
+    expected = (app.studies / "a.png").read_bytes()
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"secret")
+    found = app.datastore().get_image_uri
+    swapped = {"removed": lambda path: None, "a link out": lambda path: path.symlink_to(secret), "a pipe": os.mkfifo}
+    for what, make in swapped.items():
+
+        def swap(image_id, make=make):
+            """Between the look-up and the answer."""
+            path = found(image_id)
+            os.unlink(path)
+            make(Path(path))
+            return path
+
+        monkeypatch.setattr(app.datastore(), "get_image_uri", swap)
+        answer = client.get("/datastore/image?image=a")
+        assert answer.status_code == 404 and b"secret" not in answer.content, what
+        monkeypatch.setattr(app.datastore(), "get_image_uri", found)
+        (app.studies / "a.png").unlink(missing_ok=True)
+        (app.studies / "a.png").write_bytes(expected)
+    answer = client.get("/datastore/image?image=a")
+    assert answer.content == expected and answer.headers["content-length"] == str(len(expected))
+    assert client.head("/datastore/image?image=a").headers["content-length"] == str(len(expected))
+    part = client.get("/datastore/image?image=a", headers={"Range": "bytes=0-3"})
+    assert part.content == expected[:4]

@@ -61,6 +61,8 @@ ATTACKS = {
     "zip bomb": lambda path: zipped(path, ("a", bytes(LIMIT + 1))),
     "many small": lambda path: packed(path, *((str(number), bytes(LIMIT // 4)) for number in range(5))),
     "empty": lambda path: packed(path),
+    "deep": lambda path: zipped(path, ("d/" * 40 + "a.nii", b"x")),
+    "endless path": lambda path: zipped(path, (("d" * 200 + "/") * 20 + "a.nii", b"x")),
     "wrong image": lambda path: packed(path, ("a.png", b"no picture")),
     "no archive": lambda path: path.write_bytes(b"x" * 1000) and path,
     "cut": lambda path: path.write_bytes(packed(path, ("a", bytes(range(256)) * 99)).read_bytes()[:-60]) and path,
@@ -150,3 +152,14 @@ def test_only_expired_sessions_of_the_server_are_removed(sessions, tmp_path):
     sessions._write_meta_info(old, sessions[old])
     assert sessions.remove_expired() == 1
     assert sorted(path.name for path in (tmp_path / "sessions").iterdir()) == sorted([new, "stranger"])
+
+
+def test_an_archive_that_unpacks_to_a_hundred_times_its_size_is_a_bomb(tmp_path):
+    """However much an upload may unpack to, filling the disk with zeros takes an attacker nothing."""
+    sessions = ConfinedSessions(str(tmp_path / "sessions"), 3600, 1 << 40)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("zeros", "w") as member:
+            for _ in range(80):
+                member.write(bytes(1 << 20))
+    with pytest.raises(TooLarge, match="at most 64 MB"):
+        sessions.add_session(str(tmp_path / "a.zip"), uncompress=True)

@@ -1,5 +1,6 @@
 """Uploads that come too slowly or hold more than they seem to, looked at before they cost anything."""
 
+import gzip
 import socket
 import struct
 import threading
@@ -17,9 +18,13 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, generate_uid
 
 from lib import guard
 from lib.checks import RequestError, TooLarge, UnsupportedFile, check_label_info, clean_class_name
+from lib.datastore import ConfinedDatastore
+from lib.door import ImageTooLarge
 from lib.sessions import ConfinedSessions
 from tests.app.test_guard import Given
 from tests.data.dicom_files import write_series
+from tests.e2e.test_crafted_files import with_dims
+from tests.uploads import dicom, metaimage, nifti
 
 LIMIT = 1 << 20
 
@@ -139,3 +144,16 @@ def test_a_body_that_pauses_for_a_moment_is_taken(slow_server):
         time.sleep(0.1)
         connection.sendall(b"  ")
         assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("tag", ["final", "original"])
+def test_a_label_that_promises_far_more_than_its_image_is_refused_before_it_is_unpacked(tmp_path, tag):
+    """Class maps may shrink by any factor, so only their image tells what is too much."""
+    store = ConfinedDatastore(str(tmp_path / "studies"), tmp_path / "state", 1 << 31)
+    (tmp_path / "studies" / "a.nii").write_bytes(nifti())
+    (tmp_path / "studies" / "b.mha").write_bytes(metaimage())
+    (tmp_path / "studies" / "c.dcm").write_bytes(dicom())
+    (tmp_path / "l.nii.gz").write_bytes(gzip.compress(with_dims(500, 500, 500)))
+    for image_id in "abc":
+        with pytest.raises(ImageTooLarge, match="expected an image of at most 64 MB"):
+            store.save_label(image_id, str(tmp_path / "l.nii.gz"), tag, {})

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import resource
 import socket
 import sys
@@ -405,6 +406,97 @@ def test_uploads_without_a_length_or_cut_short_are_refused(server):
     raw(server, head + b"Content-Length: -5\r\n\r\n" + body)
     assert requests.get(f"{server.url}/info/", timeout=TIMEOUT).ok
     assert state(server.folder) == before
+
+
+def to_secret(path: Path) -> None:
+    path.symlink_to(path.parents[1] / "secret.nii.gz")
+
+
+def detached(header: str, name: str = "odd.mhd", make=None):
+    """A header in the folder, and what it names: a link out, or a pipe."""
+
+    def write(studies: Path) -> None:
+        (studies / name).write_text(header)
+        (make or to_secret)(studies / "odd.raw")
+
+    return write
+
+
+def pair(make, magic: bytes = b"ni1\0", beside: str = "hdr"):
+    def write(studies: Path) -> None:
+        nib.save(nib.Nifti1Pair(np.zeros((4, 4, 4), np.int16), np.eye(4)), studies / "odd.img")
+        content = (studies / "odd.hdr").read_bytes()
+        (studies / "odd.hdr").write_bytes(content[:344] + magic + content[348:])
+        (studies / f"odd.{beside}").unlink(missing_ok=True)
+        make(studies / f"odd.{beside}")
+
+    return write
+
+
+MHD = "NDims = 3\nDimSize = 4 4 4\nElementType = MET_SHORT\nElementDataFile = {}\n"
+NHDR = "NRRD0004\ntype: short\ndimension: 3\nsizes: 4 4 4\nendian: little\nencoding: raw\n{}\n\n"
+# What somebody who may write to the folder puts there.
+PUT_THERE = {
+    "a link out": lambda studies: to_secret(studies / "odd.nii.gz"),
+    "a link to a device": lambda studies: (studies / "odd.nii").symlink_to("/dev/zero"),
+    "a pipe": lambda studies: os.mkfifo(studies / "odd.nii.gz"),
+    "a pipe without a suffix": lambda studies: os.mkfifo(studies / "odd"),
+    "a folder elsewhere": lambda studies: (studies / "odd").symlink_to(studies.parent),
+    "a pipe as a label": lambda studies: os.mkfifo(studies / "labels" / "final" / "C.nii.gz"),
+    "a link out as a label": lambda studies: (studies / "labels" / "final" / "C.nii.gz").symlink_to(
+        studies.parent / "secret.nii.gz"
+    ),
+    "a pipe as the journal": lambda studies: os.mkfifo(studies / ".datastore_v2.unfinished.json"),
+    "a pair with a link": pair(to_secret),
+    "a pair with a pipe": pair(os.mkfifo),
+    "a pair of SPM with a pipe": pair(os.mkfifo, bytes(4), "mat"),
+    "MetaImage with a link": detached(MHD.format("odd.raw")),
+    "MetaImage with a pipe": detached(MHD.format("odd.raw"), make=os.mkfifo),
+    "MetaImage with a list": detached(MHD.format("LIST\nodd.raw")),
+    "NRRD with a link": detached(NHDR.format("data file: odd.raw"), "odd.nhdr"),
+    "NRRD with a way up": detached(NHDR.format("data file: ../secret.nii.gz"), "odd.nhdr"),
+    "NRRD that skips backwards": detached(NHDR.format("byte skip: -1\ndata file: odd.raw"), "odd.nhdr"),
+    "a name of no letters": lambda studies: open(os.fsencode(studies) + b"/odd\xff\n.txt", "wb").close(),
+}
+MOST_SECONDS = 10
+
+
+@pytest.mark.parametrize("name", PUT_THERE)
+def test_what_lies_in_the_folder_leads_nowhere_and_keeps_nobody_waiting(server, name):
+    before = set(server.studies.rglob("*"))
+    PUT_THERE[name](server.studies)
+    asked = [
+        get("/info/"),
+        get("/datastore/", output="all"),
+        get("/sam2sgp/"),
+        get("/datastore/image", image="odd"),
+        get("/datastore/label", label="C", tag="final"),
+        get("/sam2sgp/picture", image="odd"),
+        infer("odd"),
+    ]
+    try:
+        for number, request in enumerate(asked):
+            sent = dict(request)
+            path = server.url + sent.pop("path")
+            answer = requests.request(sent.pop("method"), path, timeout=MOST_SECONDS, **sent)
+            assert answer.status_code < 500 and SECRET not in answer.content, (request, answer.text[:200])
+            assert answer.ok or number > 2, (request, answer.text[:200])
+            # A header alone is what lies in the folder; its voxels come from nowhere else.
+            assert number < 5 or not answer.ok, (request, answer.text[:200])
+    finally:
+        for path in set(server.studies.rglob("*")) - before:
+            if path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
+
+
+def test_an_index_that_is_a_pipe_is_set_aside(server):
+    index = server.studies / "datastore_v2.json"
+    index.unlink(missing_ok=True)
+    os.mkfifo(index)
+    listed = requests.get(f"{server.url}/datastore/", {"output": "all"}, timeout=MOST_SECONDS).json()["objects"]
+    assert set(listed) == {"A", "B", "C"} and set(listed["A"]["labels"]) >= {"final"}
+    for path in server.studies.glob("datastore_v2.json.damaged*"):
+        path.unlink()
 
 
 def test_conflicting_saves_at_once_leave_one_whole_label_each(server):

@@ -190,3 +190,22 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     monkeypatch.undo()
     write_csv(path, [])
     assert path.read_text() == ""
+
+
+def test_intervals_draw_whole_cases_and_are_always_the_same():
+    def row(case, value, class_index=1):
+        return {"case": case, "class": class_index, "class_name": "x", "unit": "mm", **dict.fromkeys(METRICS, value)}
+
+    rng = np.random.default_rng(1)
+    values = rng.normal(0.8, 0.1, 200)
+    (summary, _) = summarise([row(str(number), value) for number, value in enumerate(values)])
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert summary["dice_low"] == pytest.approx(values.mean() - half, abs=0.003)
+    assert summary["dice_high"] == pytest.approx(values.mean() + half, abs=0.003)
+    again = summarise([row(str(number), value) for number, value in enumerate(values)])[0]
+    assert again == summary
+    # Ten classes of two cases are no twenty independent cases.
+    rows = [row(case, value, number) for case, value in (("a", 0.2), ("b", 1.0)) for number in range(1, 11)]
+    overall = summarise(rows)[-1]
+    assert (overall["dice_low"], overall["dice_high"]) == pytest.approx((0.2, 1.0))
+    assert math.isnan(summarise([row("a", 0.5)])[0]["dice_low"])

@@ -3,14 +3,24 @@
 import base64
 import hashlib
 import io
+import shlex
+import sys
 from html.parser import HTMLParser
+from importlib.metadata import version
+from urllib.parse import unquote, urlsplit
 
+import nibabel as nib
 import numpy as np
+import torch
 from PIL import Image
 
+from sam2sgp.data import read_image
 from sam2sgp.drawing import class_colour, draw_overlay
 from sam2sgp.evaluation import case_metrics, summarise
+from sam2sgp.report.facts import facts_of_run
 from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
+from sam2sgp.report.overview import histograms, looks
+from sam2sgp.report.slices import frames, sides_of, slice_position
 from tests.drawn import GREY, plain, square_map
 
 NASTY = "<img src=x onerror=alert(1)>\"'&.png"
@@ -78,10 +88,13 @@ def test_report_is_self_contained(tmp_path):
     page, html = page_of(tmp_path, evaluation_report())
     for tag, attributes in page.tags:
         for key in ("src", "href", "srcset", "action", "poster"):
-            assert attributes.get(key, "#").startswith(("#", "data:")), (tag, key)
+            address = attributes.get(key, "#")
+            # Links lead to files beside the report.
+            assert address.startswith(("#", "data:")) or (tag == "a" and not urlsplit(address).scheme), (tag, key)
     assert "@import" not in html and "url(" not in html and not page.all("link")
     targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
-    links = {attributes["href"][1:] for tag, attributes in page.tags if tag in ("a", "use")}
+    addresses = [attributes["href"] for tag, attributes in page.tags if tag in ("a", "use")]
+    links = {address[1:] for address in addresses if address.startswith("#")}
     assert links and links <= targets
     policy = page.all("meta")[1]["content"]
     script = html.partition("<script>")[2].partition("</script>")[0]
@@ -91,7 +104,8 @@ def test_report_is_self_contained(tmp_path):
 
 def test_pictures_decode_to_the_right_colours_and_size(tmp_path):
     page, _ = page_of(tmp_path, evaluation_report())
-    query, final = page.all("img")
+    tile, query, final = page.all("img")
+    assert tile["alt"] == "case_1.png" and decode(tile["src"]).shape == (160, 160, 3)
     assert decode(query["src"]).shape == (320, 160, 3)
     assert query["alt"] == "case_1.png: Query"
     picture = decode(final["src"]).astype(int)
@@ -137,8 +151,8 @@ def test_everything_is_escaped(tmp_path):
     report.case_rows[0][NASTY] = NASTY
     page, html = page_of(tmp_path, report)
     assert "<img src=x" not in html
-    assert len(page.all("img")) == 2 and all("onerror" not in attributes for _, attributes in page.tags)
-    assert page.all("img")[0]["alt"] == f"{NASTY}: {NASTY}"
+    assert len(page.all("img")) == 3 and all("onerror" not in attributes for _, attributes in page.tags)
+    assert page.all("img")[1]["alt"] == f"{NASTY}: {NASTY}"
     assert sum(NASTY in part for part in page.text) >= 10
 
 
@@ -156,3 +170,110 @@ def test_inference_report_leaves_out_what_it_has_not(tmp_path):
     assert not {"Metrics per class", "Failed cases", "truth"} & set(text)
     empty, _ = page_of(tmp_path, Report("Nothing"))
     assert not empty.all("section")
+
+
+def test_what_needs_a_look_stands_first_and_the_number_of_pictures_is_told(tmp_path):
+    rows = [
+        {"case": name, "class_name": "liver", "size": size, "size_unit": "ml", "mean_confidence": confidence, **more}
+        for name, size, confidence, more in [
+            ("fine", 100.0, 0.95, {}),
+            ("fine too", 110.0, 0.93, {}),
+            ("usual", 90.0, 0.92, {}),
+            ("odd", 95.0, 0.94, {"unlike_support": True}),
+            ("small", 2.0, 0.91, {}),
+            ("unsure", 100.0, 0.5, {}),
+            ("nothing", 0.0, float("nan"), {}),
+            ("other scaling", 100.0, 0.9, {"warnings": "scaled otherwise"}),
+        ]
+    ]
+    errors = [{"case": "broken", "error": "can't be read"}]
+    figures = [CaseFigure(name, panels=[("Segmentation", plain())]) for name in ("fine", "unsure")]
+    page, html = page_of(tmp_path, Report("Run", classes={1: "liver"}, case_rows=rows, errors=errors, figures=figures))
+    text = [part.strip() for part in page.text if part.strip()]
+    tiles = text[text.index("All") + 3 : text.index("Distributions", text.index("All"))]
+    assert tiles == [
+        *("no picture", "broken", "failed"),
+        *("no picture", "other scaling", "warning"),
+        *("unsure", "confidence 0.50"),
+        *("no picture", "odd", "unlike support set"),
+        *("no picture", "small", "tiny liver"),
+        *("no picture", "nothing", "nothing found"),
+        "fine",
+    ]
+    assert "6 of 9 images may need a look" in html and "2 of 9 are shown with pictures" in html
+    # The cases with pictures are in the same order.
+    assert [article["id"] for article in page.all("article")] == ["case-0", "case-1"]
+    assert html.index("<h3>unsure") < html.index("<h3>fine")
+
+
+def test_dice_decides_the_order_of_an_evaluation():
+    found = looks([row | {"case": name} for name in "ab" for row in evaluation_report().case_rows[:1]])
+    assert [look.reasons for look in found] == [[], []]
+    (worse, better) = looks(
+        [
+            {"case": name, "class_name": "x", "dice": dice, "predicted_size": 5.0}
+            for name, dice in (("a", 0.9), ("b", 0.3))
+        ]
+    )
+    assert (worse.name, worse.reasons, better.reasons) == ("b", ["Dice 0.30"], [])
+
+
+def test_columns_that_say_nothing_are_named_once(tmp_path):
+    rows = [
+        {"case": f"c{n}", "class_name": "liver", "size": float(n), "size_unit": "ml", "scaling": "CT", "warnings": ""}
+        for n in range(3)
+    ]
+    page, _ = page_of(tmp_path, Report("Run", case_rows=rows))
+    assert [row["data-title"] for row in page.all("td")] == ["Case", "Size"] * 3
+    caption = next(part for part in page.text if "full precision" in part)
+    assert "Class: liver." in caption and "Scaling: CT." in caption and "No values: Warnings." in caption
+
+
+def test_links_lead_from_the_report_to_the_files(tmp_path):
+    image, label = tmp_path / "data" / "a #1 ü.png", tmp_path / "out" / "a #1 ü.png"
+    rows = [{"case": "a", "class_name": "x", "size": 1.0, "source": str(image), "output": str(label)}]
+    page, _ = page_of(tmp_path, Report("Run", case_rows=rows, figures=[CaseFigure("a")]))
+    links = [attributes["href"] for attributes in page.all("a") if not attributes["href"].startswith("#")]
+    reached = {(tmp_path / "out" / unquote(link)).resolve() for link in links}
+    assert reached == {image, label}
+
+
+def test_histograms_count_every_case_and_mark_the_median(tmp_path):
+    rows = [
+        {"case": str(n), "class_name": "x", "mean_confidence": value, "size": 10.0 * value, "size_unit": "mm2"}
+        for n, value in enumerate([0.1, 0.9, 0.91, 0.99, 1.0])
+    ]
+    confidence, size = histograms(rows)
+    assert (confidence.title, confidence.number, confidence.median) == ("Confidence", 5, 0.91)
+    assert confidence.counts[2] == 1 and confidence.counts[18:] == (2, 2)
+    assert (size.high, size.unit, size.number) == (10.0, "mm2", 5)
+    assert histograms(rows[:2]) == []
+
+
+def test_pictures_of_a_volume_say_sides_scale_and_place(tmp_path):
+    affine = np.diag([-0.5, -0.5, 3.0, 1.0])
+    affine[:3, 3] = (40, 60, -30)
+    nib.save(nib.Nifti1Image(np.zeros((160, 200, 12), np.int16), affine), tmp_path / "v.nii.gz")
+    image = read_image(tmp_path / "v.nii.gz")
+    assert sides_of(image.geometry) == "RLAP"
+    assert slice_position(image.geometry, 0) == "Slice 1 of 12, 30.0 mm I"
+    assert slice_position(image.geometry, 11) == "Slice 12 of 12, 3.0 mm S"
+    coronal = read_image(tmp_path / "v.nii.gz", slice_axis=1).geometry
+    assert sides_of(coronal) == "RLSI" and slice_position(coronal, 0) == "Slice 1 of 200, 60.0 mm A"
+    sagittal = read_image(tmp_path / "v.nii.gz", slice_axis=0).geometry
+    assert sides_of(sagittal) == "APSI" and slice_position(sagittal, 0)[-9:] == "40.0 mm R"
+    shown = frames(image.geometry, [3, 7], torch.zeros(2, 1, 200, 160), {"pred": np.zeros((3, 200, 160), int)})
+    assert [frame.caption for frame in shown] == ["Slice 4 of 12, 21.0 mm I", "Slice 8 of 12, 9.0 mm I"]
+    panels = [("Query", plain())]
+    page, html = page_of(
+        tmp_path, Report("R", figures=[CaseFigure("v", "", panels, frames=shown, sides="RLAP", width_mm=80)])
+    )
+    # A bar of 20 mm in a picture of 80 mm, and four letters, on the panel and both frames.
+    assert html.count('class="bar" style="width:25.00%">20 mm<') == 3 and html.count('class="side ') == 12
+
+
+def test_a_run_can_be_repeated(tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"weights")
+    facts = facts_of_run({"Weights": tmp_path / "w.pt", "Retrieval": "K = 8"})
+    assert facts["SHA-256 of the weights"] == hashlib.sha256(b"weights").hexdigest()
+    assert shlex.split(facts["Command"]) == sys.orig_argv and f"torch {version('torch')}" in facts["Versions"]

@@ -22,6 +22,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -51,15 +52,22 @@ TRANSFERS, WAITING, VIEWERS = 16, 32, 64
 MOST_REDIRECTS = 3
 LARGEST_JSON = 64 << 20
 LARGEST_SERIES = 16 << 30
+# Objects, lists and values of one answer: `[[],[],` and the like take thirty times their text in memory.
+MOST_VALUES = 8_000_000
+# Bytes of all pages of a list together, and parts of one message.
+LARGEST_LIST, MOST_PARTS = 256 << 20, 50_000
 # An archive that pages by one is none; one that has more series is to be filtered.
 MOST_PAGES, MOST_SERIES = 2000, 200_000
 CHUNK = 1 << 18
-# What DICOMweb has addresses for.
+# What DICOMweb has addresses for, and what they are made of: some servers take `..;` for `..`.
 RESOURCES = ("studies", "series", "instances")
+PLACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,-]*")
 DICOM = "application/dicom"
 JSON = "application/dicom+json"
 BOUNDARY = "sam2sgp-7c1e42f09d5b4a6e"
 DOWN = (502, 503, 504)
+# Of answers: each unpacks to a thousand times its size at most.
+ENCODINGS = ("identity", "gzip", "deflate")
 
 
 class ArchiveError(RequestError):
@@ -182,7 +190,7 @@ class Archive:
         query = [(key, str(value)) for key, value in filters.items()] + [("includefield", name) for name in fields]
         found: list[Any] = []
         seen: set[str] = set()
-        offset, end = 0, time.monotonic() + BULK * self._silence
+        offset, size, end = 0, 0, time.monotonic() + BULK * self._silence
         for _ in range(MOST_PAGES):
             url = f"{self._url('qido')}/series?{urlencode([*query, ('offset', str(offset))])}"
             page = self._json(url, what, anyway=True)
@@ -195,6 +203,9 @@ class Archive:
                 break
             seen |= new.keys()
             found += new.values()
+            size += sum(map(len, new))
+            if size > LARGEST_LIST:
+                raise _too_large(what, LARGEST_LIST)
             offset += len(page)
             if len(found) > MOST_SERIES:
                 logger.warning("The archive lists more than %d series; narrow dicomweb_filter", MOST_SERIES)
@@ -238,6 +249,8 @@ class Archive:
         service, _, rest = path.partition("/")
         named = service in ("qido", "wado")
         path = rest if named else path
+        if not all(PLACE.fullmatch(part) for part in path.removesuffix("/").split("/")):
+            raise NotFound(f"proxy: expected an address of DICOMweb, found {ascii(path)[:80]}; correct it.")
         if path.partition("/")[0] not in RESOURCES:
             raise NotFound(f"proxy: expected one of {', '.join(RESOURCES)}, found {ascii(path)[:80]}; correct it.")
         # Viewers search for metadata, which is to be fetched.
@@ -250,6 +263,11 @@ class Archive:
         what, end = "an answer for a viewer", asyncio.get_running_loop().time() + BULK * self._silence
         async with self._telling(what, asyncio.timeout_at(end), counts=False):
             answer = await self._send(self._viewers, "GET", url, headers={"Accept-Encoding": "identity"})
+            if answer.status_code >= 500:
+                await answer.aclose()
+                raise ArchiveError(
+                    f"archive: expected {what}, found HTTP status {answer.status_code}; see the archive's log."
+                )
 
         async def content() -> AsyncIterator[bytes]:
             try:
@@ -273,6 +291,10 @@ class Archive:
 
     def _json(self, url: str, what: str, anyway: bool = False) -> list[Any]:
         content = self._run(self._read(url, what), LIST * self._silence, what, anyway)
+        if sum(map(content.count, (b"{", b"[", b","))) > MOST_VALUES:
+            raise ArchiveError(
+                f"archive: expected {what}, found more than {MOST_VALUES} values; narrow dicomweb_filter."
+            )
         try:
             found = json.loads(content) if content.strip() else []
         except (ValueError, RecursionError) as error:
@@ -384,6 +406,10 @@ class Archive:
                 raise ArchiveError(
                     f"archive: expected {what}, found HTTP status {answer.status_code}; see the archive's log."
                 )
+            packed = answer.headers.get("content-encoding", "identity")
+            if packed.strip().lower() not in ENCODINGS:
+                # Packed twice, a piece of it unpacks to a million times its size.
+                raise ArchiveError(f"archive: expected {what}, found it packed by {ascii(packed)[:80]}; see its log.")
             yield answer
             # Not at its head: an answer of which the rest doesn't come is none.
             self.breaker.answered()
@@ -475,6 +501,8 @@ class _Files:
         }
 
     def begin(self) -> None:
+        if len(self._paths) >= MOST_PARTS:
+            raise ArchiveError(f"archive: expected at most {MOST_PARTS} files in an answer, found more; see its log.")
         self._paths.append(self._folder / f"{len(self._paths)}.dcm")
         self._file = open(self._paths[-1], "wb")
 

@@ -16,6 +16,7 @@ when these changed.
 """
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -23,12 +24,13 @@ import shutil
 import tempfile
 import threading
 import time
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -52,11 +54,13 @@ from lib.checks import (
 )
 from lib.decisions import FINAL, POLL, Decisions, FairLock, ImageLocks, state_of
 from lib.dicomweb import DicomWebDatastore
-from lib.door import admitted
+from lib.door import admitted, label_limit
+from lib.folders import open_plain, read_plain
 from lib.naming import agreed, declared, renumber
 from lib.records import ImageRecord, LabelRecord, Record, checked, readable
-from sam2sgp.data.folders import DESCRIPTIONS, SYSTEM_FILES, check_label_values, class_names, file_not_used
+from sam2sgp.data.folders import check_label_values, class_names
 from sam2sgp.data.io import SUFFIXES, dicom_files, output_suffix, read_image, read_label, write_label
+from sam2sgp.data.tree import DESCRIPTIONS, SYSTEM_FILES, file_not_used
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing, write_text
 
@@ -73,6 +77,10 @@ LOCK_TIMEOUT = 30.0
 LEFTOVER_AGE = 3600.0
 # Hidden, next to the index: the entries from before a change that may not have been made.
 JOURNAL = ".datastore_v2.unfinished.json"
+# Bytes; of an index of 100,000 images with all that may be known about a few.
+LARGEST_INDEX = 256 << 20
+# Of links, pipes, sockets and devices.
+NO_FILE = (errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 # Damaged indexes that are kept, and sentences about bad entries that are told.
 MOST_SET_ASIDE = 1000
 PROBLEMS_TOLD = 20
@@ -243,6 +251,15 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             raise _storage_error("data set", "to write an archive", error) from error
         return str(archive)
 
+    def declared_names(self) -> dict[int, str]:
+        """Class names by value, as the folder's own files declare them.
+
+        Raises DataError: they can't be understood, or links lead out of the folder.
+        """
+        for name in DESCRIPTIONS:
+            self._inside(self._root, name)
+        return class_names(self._root)
+
     def refresh(self) -> None:
         """Read the folders again, whatever their times say."""
         self._seen = None
@@ -265,15 +282,17 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         """
         suffix = suffix_of(image_filename)
         image_id = check_id(image_id or os.path.basename(image_filename)[: -len(suffix)])
+        suffix = _suffix_for(image_id, suffix)
         with admitted(image_filename, self._max_unpacked, image_id + suffix) as content:
             return self._add_image(image_id, str(content), image_id + suffix, image_info)
 
     def _add_image(self, image_id: str, image_filename: str, name: str, image_info: dict[str, Any]) -> str:
-        suffix = suffix_of(name)
+        suffix = name[len(image_id) :]
         info = _without_stamp(checked(ImageRecord, image_info, f"image {image_id}"))
         with _naming(image_filename, name):
             read_image(image_filename)
         target = self._writable(self._datastore.image_path()) / name
+        self._check_looks(image_id)
         sha256 = content_hash(image_filename)
         with self.deciding(image_id), _copied(image_filename, target) as part, ExitStack() as stack:
             if image_id not in self._objects():
@@ -292,6 +311,19 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             image = DataModel(info={**info, **_first_info(name)}, ext=suffix)
             change.objects[image_id] = ImageLabelModel(image=image)
         return image_id
+
+    def _check_looks(self, image_id: str) -> None:
+        """Raise Conflict where people would take an id for another one, such as one whose accents are letters."""
+        look = unicodedata.normalize("NFKC", image_id)
+        twin = next(
+            (other for other in self._objects() if other != image_id and unicodedata.normalize("NFKC", other) == look),
+            None,
+        )
+        if twin is not None:
+            raise Conflict(
+                f"image {ascii(image_id)}: expected an id that doesn't look like another, found {ascii(twin)}; choose "
+                "another id."
+            )
 
     def remove_image(self, image_id: str) -> None:
         """Delete an image and all its labels. Raises NotFound for an unknown id."""
@@ -327,10 +359,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         """
         tag = check_tag(label_tag)
         # An unknown image comes before what may be wrong with the label.
-        self.get_image_uri(image_id)
-        name = image_id + suffix_of(label_filename)
+        limit = label_limit(self.get_image_uri(image_id), self._max_unpacked)
+        name = image_id + _suffix_for(image_id, suffix_of(label_filename))
         info = _without_stamp(checked(LabelRecord, label_info, f"label of {image_id}"))
-        with admitted(label_filename, self._max_unpacked, name, label=True) as content, self.deciding(image_id):
+        with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):
             return self._save_label(image_id, str(content), name, tag, info)
 
     @_again_if_renumbered
@@ -339,7 +371,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             return self._put_label(image_id, label_filename, tag, name, info)
         with tempfile.TemporaryDirectory() as scratch:
             label = self._checked_label(self.get_image_uri(image_id), label_filename, name, info, Path(scratch))
-            name = image_id + suffix_of(label.file)
+            name = image_id + _suffix_for(image_id, suffix_of(label.file))
             return self._put_label(image_id, label.file, tag, name, label.info, label.values)
 
     def _put_label(
@@ -352,7 +384,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         values: tuple[int, ...] = (),
     ) -> str:
         """Put a label in place; `values`: of one to approve. Raises _Renumbered."""
-        suffix = suffix_of(name)
+        suffix = name[len(image_id) :]
         target = self._writable(self._datastore.label_path(tag)) / name
         with _copied(label_filename, target) as part, ExitStack() as stack:
             if tag == FINAL:
@@ -410,7 +442,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 values = label.values
                 if label.file != path:
                     # The same label, with the values that other labels have for its names.
-                    name = image_id + suffix_of(label.file)
+                    name = image_id + _suffix_for(image_id, suffix_of(label.file))
                     self._put_label(image_id, label.file, old, name, _without_stamp(label.info))
                     path = self.get_label_uri(image_id, old)
                     state = state_of(path)
@@ -509,7 +541,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             with _naming(label, name):
                 geometry = read_image(image).geometry
                 labels = read_label(label, geometry)
-                names = class_names(self._root)
+                names = self.declared_names()
                 sent = declared(info)
                 known = self._known_names(names, self._objects())
                 changes, agreed_on = agreed(np.unique(labels).tolist(), sent, known)
@@ -534,7 +566,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
     ) -> None:
         """Raise _Renumbered where labels that have come since a label was checked give its names other values."""
         sent = declared(info)
-        if agreed(values, sent, self._known_names(class_names(self._root), objects)) != ({}, sent):
+        if agreed(values, sent, self._known_names(self.declared_names(), objects)) != ({}, sent):
             raise _Renumbered
 
     def _known_names(self, names: Mapping[int, str], objects: Mapping[str, ImageLabelModel]) -> dict[str, int]:
@@ -727,14 +759,20 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             path = Path(entry.path)
             if entry.name.startswith(".") or entry.name in OWN_FILES or entry.name.endswith((".lock", ".damaged")):
                 continue
-            if _is(entry.is_dir):
+            if _is(partial(entry.is_dir, follow_symlinks=False)):
                 what = "DICOM files" if dicom_files(path) else "files"
                 self.left_out.append(
                     f"{entry.name}/: a folder of {what} is not an image here; convert a series to one NIfTI file, or "
                     "serve it from a DICOMweb archive."
                 )
-            elif not any(entry.name.lower().endswith(suffix) for suffix in SUFFIXES):
+                continue
+            has_suffix = any(entry.name.lower().endswith(suffix) for suffix in SUFFIXES)
+            if not _is(partial(entry.is_file, follow_symlinks=has_suffix)):
+                self.left_out.append(f"{entry.name}: a link, a pipe, a socket or a device, not a file.")
+            elif not has_suffix:
                 self.left_out.append(f"{entry.name}: {file_not_used(path)}.")
+        # Names may hold any bytes, and go from here into the log and into answers.
+        self.left_out = [sentence if sentence.isprintable() else ascii(sentence)[1:-1] for sentence in self.left_out]
         for sentence in self.left_out:
             self._warn(f"Not offered as an image: {sentence}")
 
@@ -836,19 +874,26 @@ class _Journal:
     def applied(self, objects: dict[str, Any]) -> dict[str, Any]:
         """The entries of an index, with those from before a change that was not made."""
         try:
-            noted = json.loads(self._path.read_bytes())
-            target = self._folder / noted["file"]
+            noted = json.loads(read_plain(self._path, LARGEST_INDEX))
             # The file may be the first of its kind: without it the change was not made.
-            if target.exists() and content_hash(target) == noted["sha256"]:
+            if self._hash_of(noted["file"]) == noted["sha256"]:
                 return objects
             entries = dict(noted["entries"])
         except FileNotFoundError:
             return objects
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             logger.warning("%s: expected what an unfinished change began with, found %r; left aside", JOURNAL, error)
             return objects
         kept = {image_id: entry for image_id, entry in objects.items() if image_id not in entries}
         return kept | {image_id: entry for image_id, entry in entries.items() if entry is not None}
+
+    def _hash_of(self, name: str) -> str | None:
+        """Of a file of the datastore; None where there is none."""
+        try:
+            with open_plain(self._folder / name, self._folder) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            return None
 
 
 class _Change:
@@ -974,6 +1019,11 @@ def open_datastore(settings) -> Datastore:
     return ConfinedDatastore(settings.studies, settings.state_dir, limit, audit)
 
 
+def _suffix_for(image_id: str, suffix: str) -> str:
+    """The suffix with which a file of an image is found again: `x.seg` and `.nrrd` would be another image's, `x`."""
+    return suffix_of(image_id + suffix)
+
+
 def _entries(folder: str) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
         return list(entries)
@@ -998,11 +1048,16 @@ def _foremost(files: dict[str, os.DirEntry]) -> str:
 
 
 def _parsed_index(path: Path) -> dict[str, Any]:
-    """The content of an index file. Raises ValueError if it is none."""
+    """The content of an index file. Raises FileNotFoundError if there is nothing, ValueError if it is no index."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_plain(path, LARGEST_INDEX))
     except RecursionError as error:
         raise ValueError("too deep") from error
+    except OSError as error:
+        if error.errno in NO_FILE:
+            raise ValueError("no file") from error
+        # It may be whole, and there for the next question.
+        raise
     if not isinstance(content, dict) or not isinstance(content.get("objects"), dict):
         raise ValueError("not an index")
     return content

@@ -56,7 +56,7 @@ from lib.checks import (
     suffix_of,
 )
 from lib.decisions import FINAL, Decisions, ImageLocks
-from lib.door import ImageTooLarge, admitted, check_instance, check_series
+from lib.door import ImageTooLarge, admitted, check_instance, check_series, label_limit
 from lib.naming import agreed, declared, renumber
 from lib.records import ImageRecord, LabelRecord, checked, readable
 from lib.refresher import Refresher
@@ -344,7 +344,8 @@ class DicomWebDatastore(Decisions, Datastore):
         tag = check_tag(label_tag)
         name = check_uid(image_id) + suffix_of(label_filename)
         info = checked(LabelRecord, label_info, f"label of series {image_id}")
-        with admitted(label_filename, self._max_unpacked, name, label=True) as content, self.deciding(image_id):
+        limit = label_limit(self.get_image_uri(image_id), self._max_unpacked)
+        with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):
             return self._save_label(image_id, str(content), name, tag, info)
 
     def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
@@ -544,21 +545,28 @@ class DicomWebDatastore(Decisions, Datastore):
             files = self._archive.fetch_series(series.study, series.uid, folder)
             if not files:
                 raise ArchiveError(f"series {series.uid}: expected files from the archive, found none.")
+            what = f"an instance of series {series.uid}"
             for file in files:
-                file.rename(
-                    folder / f"{self._checked(file, f'an instance of series {series.uid}', self._max_unpacked)}.dcm"
-                )
+                uid = self._checked(file, what, self._max_unpacked, SeriesInstanceUID=series.uid)
+                file.rename(folder / f"{uid}.dcm")
             check_series(folder, self._max_unpacked, f"series {series.uid}")
 
-    def _checked(self, file: Path, what: str, limit: int) -> str:
-        """The UID of an instance from the archive.
+    def _checked(self, file: Path, what: str, limit: int, **asked: str) -> str:
+        """The UID of an instance from the archive. `asked`: UIDs that it must have, by keyword.
 
-        Raises ArchiveError for a file that can't be one, DataError for one that promises what it doesn't hold or more
-        than `limit` bytes of voxels.
+        Raises ArchiveError for a file that can't be one or is another's, DataError for one that promises what it
+        doesn't hold or more than `limit` bytes of voxels.
         """
         try:
-            return check_uid(str(check_instance(file, limit).SOPInstanceUID), "instance")
-        except OSError:
+            header = check_instance(file, limit)
+            for name, uid in asked.items():
+                if header.get(name) != uid:
+                    raise ArchiveError(
+                        f"archive: expected {what}, found one with {name} {ascii(str(header.get(name)))[:80]}; see its "
+                        "log."
+                    )
+            return check_uid(str(header.SOPInstanceUID), "instance")
+        except (OSError, ArchiveError):
             raise
         except Exception as error:
             if type(error) in (DataError, ImageTooLarge):
@@ -594,7 +602,8 @@ class DicomWebDatastore(Decisions, Datastore):
             file = self._archive.fetch_instance(
                 segmentation.study, segmentation.series, segmentation.uid, Path(scratch)
             )
-            self._checked(file, f"segmentation {segmentation.uid}", sys.maxsize)
+            what = f"segmentation {segmentation.uid}"
+            self._checked(file, what, sys.maxsize, SOPInstanceUID=segmentation.uid)
             geometry = read_image(folder).geometry
             labels, names = read_dicom_seg(file, geometry, folder, lambda text: self._value_of(clean_class_name(text)))
             names = {value: clean_class_name(text) or f"class_{value}" for value, text in names.items()}

@@ -25,13 +25,14 @@ from pathlib import Path
 import pydicom
 
 from lib.checks import RequestError, TooLarge, UnsupportedFile, suffix_of
-from sam2sgp.data.io import ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, is_dicom
+from sam2sgp.data.io import ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, dicom_files, is_dicom
 from sam2sgp.data.io.decoding import decode_picture
 from sam2sgp.data.io.dicom_file import frame_shape, open_dicom, samples_of
 from sam2sgp.data.io.formats import has_dicom_magic
 from sam2sgp.data.io.itk import raw_header
-from sam2sgp.data.io.limits import BYTES_IN_MEMORY
-from sam2sgp.data.io.nifti_file import check_nifti
+from sam2sgp.data.io.labels import LABEL_BYTES
+from sam2sgp.data.io.limits import BYTES_IN_MEMORY, SMALL_ENOUGH
+from sam2sgp.data.io.nifti_file import check_nifti, nifti_header
 from sam2sgp.errors import DataError, FormatError, TooLargeError
 
 PICTURE_FORMATS = {
@@ -93,6 +94,34 @@ def admitted(path: str | Path, limit: int, name: str | None = None, label: bool 
             else:
                 _check_dicom(path, written, limit)
         yield written if written.exists() else path
+
+
+def label_limit(image: str | Path, limit: int) -> int:
+    """Bytes that a label may take as float32: no more than one that `read_label` takes for this image.
+
+    Class maps shrink by so much that a label may promise anything, and unpacking that would take long. So the image's
+    header is looked at first.
+
+    Args:
+        image: of the server's own, a file or a folder of DICOM files.
+        limit: for any image.
+    """
+    image = Path(image)
+    suffix = "" if image.is_dir() else suffix_of(image)
+    try:
+        if suffix in ITK_SUFFIXES:
+            voxels = math.prod(raw_header(image, detached=True).shape)
+        elif suffix in NIFTI_SUFFIXES:
+            voxels = math.prod(nifti_header(image, limit=limit).get_data_shape())
+        elif suffix in PICTURE_SUFFIXES:
+            return limit
+        else:
+            files = dicom_files(image) if image.is_dir() else [image]
+            voxels = sum(math.prod(frame_shape(_dicom_header(file, limit))) for file in files)
+    except (DataError, AttributeError):
+        # What is wrong with the image is said where it is read.
+        return limit
+    return min(limit, max(SMALL_ENOUGH, voxels * LABEL_BYTES))
 
 
 def admit(path: Path, limit: int) -> None:

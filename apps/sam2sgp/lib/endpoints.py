@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import fastapi
 from fastapi import APIRouter, Request, UploadFile
@@ -35,10 +35,12 @@ from monailabel.utils.sessions import SessionInfo
 from pydantic import BeforeValidator, Field
 from requests_toolbelt import MultipartEncoder
 from starlette.background import BackgroundTask
+from starlette.types import Receive, Scope, Send
 
 from lib.checks import NotFound, RequestError, check_file_name, image_limit, suffix_of
 from lib.dicomweb import DicomWebDatastore
 from lib.door import admit
+from lib.folders import open_plain
 from lib.options import ImageParams, InferParams, LabelNotes, LabelParams, Notes, SampleParams, in_form
 from lib.routing import ADMIN, ANNOTATOR, Form, Id, OptionalId, Query, Tag, in_threads, router, taken
 from sam2sgp.data import read_image, read_label, write_dicom_seg
@@ -238,6 +240,9 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
             return datastore.json()
         return datastore.datalist(full_path=False) if query.output is Listing.train else datastore.status()
 
+    # Where the files lie that are sent.
+    root = os.path.realpath(app.settings.state_dir if app.settings.is_remote else app.settings.studies)
+
     @made.get("/datastore/dataset", dependencies=[ANNOTATOR])
     @in_threads(STORING)
     def dataset(query: Annotated[DatasetQuery, fastapi.Query()]) -> FileResponse:
@@ -250,7 +255,7 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
     @in_threads(STORING)
     def image(query: Annotated[ImageQuery, fastapi.Query()]) -> FileResponse:
         is_remote = isinstance(datastore, DicomWebDatastore)
-        return _file(datastore.image_file(query.image) if is_remote else datastore.get_image_uri(query.image))
+        return _file(datastore.image_file(query.image) if is_remote else datastore.get_image_uri(query.image), root)
 
     @made.put("/datastore/", include_in_schema=False)
     @made.put("/datastore/image")
@@ -287,7 +292,7 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
     @made.head("/datastore/label", include_in_schema=False)
     @made.get("/datastore/label")
     def label(query: Annotated[LabelQuery, fastapi.Query()]) -> FileResponse:
-        return _file(datastore.get_label_uri(query.label, query.tag))
+        return _file(datastore.get_label_uri(query.label, query.tag), root)
 
     @made.put("/datastore/label")
     @in_threads(STORING)
@@ -337,7 +342,7 @@ def _add_sessions(made: APIRouter, app: MONAILabelApp) -> None:
     @made.get("/session/{session_id}")
     def show(session_id: str, query: Annotated[SessionQuery, fastapi.Query()]) -> Any:
         session = _session(app, session_id, query.update_ts)
-        return _file(session.image) if query.image else _told(session)
+        return _file(session.image, os.path.realpath(session.path)) if query.image else _told(session)
 
     @made.delete("/session/{session_id}")
     def remove(session_id: str) -> dict[str, Any]:
@@ -377,10 +382,30 @@ def _stored(upload: UploadFile, folder: Path) -> Path:
     return path
 
 
-def _file(path: str | Path) -> FileResponse:
-    if not os.path.isfile(path):
-        raise NotFound("file: expected one that exists, found none; load the list again.")
-    return FileResponse(path, media_type=get_mime_type(str(path)), filename=os.path.basename(path))
+class _Opened(FileResponse):
+    """A file that was opened before: whatever comes to its place meanwhile, it is sent whole, and nothing else."""
+
+    def __init__(self, file: IO[bytes], path: str) -> None:
+        self._file = file
+        super().__init__(
+            f"/dev/fd/{file.fileno()}",
+            media_type=get_mime_type(path),
+            filename=os.path.basename(path),
+            stat_result=os.fstat(file.fileno()),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._file:
+            await super().__call__(scope, receive, send)
+
+
+def _file(path: str | Path, within: str) -> FileResponse:
+    try:
+        if not path:
+            raise FileNotFoundError()
+        return _Opened(open_plain(os.path.realpath(path), within), str(path))
+    except OSError:
+        raise NotFound("file: expected one that exists, found none; load the list again.") from None
 
 
 def _sessions(app: MONAILabelApp) -> Any:

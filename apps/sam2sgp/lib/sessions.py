@@ -37,12 +37,15 @@ from lib.checks import (
 )
 from lib.door import NoImage, admitted
 from sam2sgp.data.io import is_image
+from sam2sgp.data.io.limits import LARGEST_RATIO, SMALL_ENOUGH
 from sam2sgp.errors import DataError
 
 # DICOM series of a long CT have a few thousand slices.
 MOST_MEMBERS = 20_000
 CHUNK = 1 << 20
 LARGEST_READ = 1 << 24
+# Of a member's path; that of the session's own folder comes before it.
+DEEPEST, LONGEST_PATH = 32, 1024
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 DAMAGE = (
     tarfile.TarError,
@@ -189,7 +192,8 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
         UnsupportedFile: not an archive, damaged, empty, or with a link, a device or a name that leads out.
         TooLarge: more than `limit` bytes or `MOST_MEMBERS` members.
     """
-    left = limit
+    # What images shrink to is bounded in `sam2sgp.data.io.limits` for the same reason.
+    left = limit = min(limit, max(SMALL_ENOUGH, LARGEST_RATIO * os.path.getsize(archive)))
     files = 0
     try:
         with closing(_members(archive)) as content:
@@ -283,12 +287,13 @@ def _parts(name: str) -> list[str]:
     """The folders and file name of a member, each a name that can't lead elsewhere."""
     parts = [part for part in name.rstrip("/").split("/") if part != "."]
     try:
-        if name.startswith("/"):
-            raise RequestError("absolute")
+        if name.startswith("/") or len(parts) > DEEPEST or len(name.encode("utf-8", "replace")) > LONGEST_PATH:
+            raise RequestError("absolute, or too deep or long")
         return [check_file_name(part) for part in parts]
     except RequestError as error:
         raise UnsupportedFile(
-            f"archive: expected names within the archive's own folder, found {ascii(name)[:80]}; pack it again."
+            f"archive: expected names within the archive's own folder, at most {DEEPEST} folders deep, found "
+            f"{ascii(name)[:80]}; pack it again."
         ) from error
 
 

@@ -198,7 +198,7 @@ class LabelledCases:
 
     def _read_declared(self) -> dict[int, str]:
         declared = class_names(self.settings.support_dir) if self.settings.support_dir else {}
-        return {**declared, **({} if self.settings.is_remote else class_names(self.settings.studies))}
+        return {**declared, **({} if self.settings.is_remote else self.datastore.declared_names())}
 
     def _state(self, ids: list[str]) -> tuple:
         """What tells a change: ids, the folders' times, and time and size of each file."""

@@ -31,6 +31,7 @@ def viewer_routes(app: MONAILabelApp) -> APIRouter:
     home = environment.get_template("home.html.j2").render(has_archive=app.settings.is_remote)
     index = (OHIF / "index.html").read_bytes()
     policy = _ohif_policy(index.decode())
+    files = {str(file.relative_to(OHIF)): file for file in OHIF.rglob("*") if file.is_file()}
 
     @made.get("/", include_in_schema=False)
     def first_page() -> HTMLResponse:
@@ -42,10 +43,8 @@ def viewer_routes(app: MONAILabelApp) -> APIRouter:
 
     @made.get("/ohif/{path:path}", include_in_schema=False)
     def ohif(path: str) -> FileResponse:
-        file = (OHIF / path).resolve()
         # Other paths are places within OHIF, which its page knows.
-        if not (file.is_relative_to(OHIF.resolve()) and file.is_file()):
-            file = OHIF / "index.html"
+        file = files.get(path, OHIF / "index.html")
         return FileResponse(file, headers={"content-security-policy": policy})
 
     return made

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from sam2sgp.data.folders import image_stem
+from sam2sgp.data.io import image_stem
 
 # Side in pixels at which images are compared, and side of the square of a local mean.
 SIDE = 64

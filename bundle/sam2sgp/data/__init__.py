@@ -4,12 +4,12 @@ from sam2sgp.data.dicom_seg import read_dicom_seg, write_dicom_seg
 from sam2sgp.data.folders import (
     DEFAULT_PATIENT_PATTERN,
     Datalist,
-    Skipped,
     check_label_values,
     choose_slices,
     class_names,
     complete_class_names,
     load_datalist,
+    load_queries,
     skipped_in,
     subset,
 )
@@ -26,6 +26,7 @@ from sam2sgp.data.io import (
     write_label,
     write_map,
 )
+from sam2sgp.data.tree import Skipped
 
 __all__ = [
     "DEFAULT_PATIENT_PATTERN",
@@ -42,6 +43,7 @@ __all__ = [
     "is_binary_255",
     "is_image",
     "load_datalist",
+    "load_queries",
     "output_suffix",
     "read_dicom_seg",
     "read_image",

@@ -1,10 +1,10 @@
 """Data folders as MONAI datalists: which image goes with which label, patient and section.
 
-In: a Medical Segmentation Decathlon folder, a folder with `images/` and `labels/` (or `masks/`), a MONAI datalist
-JSON, or, for queries, only images. Out: plain dicts of paths and names. Only names and JSON files are read here, and
-DICOM headers.
+In: a folder of any usual layout (docs/data.md lists them), a MONAI datalist JSON, or, for queries, only images. Out:
+plain dicts of paths and names. Only names and JSON files are read here, and DICOM headers.
 """
 
+import filecmp
 import json
 import logging
 import os
@@ -12,22 +12,22 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
 
-from sam2sgp.data.io import (
-    data_files,
-    dicom_files,
-    image_stem,
-    is_dicom,
-    is_dicom_seg,
-    is_image,
-    is_picture,
-    without_pixels,
+from sam2sgp.data.io import image_stem, is_image
+from sam2sgp.data.pairing import (
+    IMAGE_FOLDERS,
+    LABEL_FOLDERS,
+    NAMES_SHOWN,
+    check_channels,
+    pair,
+    several_channels,
+    some,
+    sort_out,
 )
+from sam2sgp.data.tree import DESCRIPTIONS, Skipped, Tree, is_hidden, read_tree, skip_hidden
 from sam2sgp.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_PATIENT_PATTERN = (
     r"(?i)^(?:sub-[a-z0-9]+|TCGA-[a-z0-9]{2}-[a-z0-9]{4}|(?:patient|pat|subject|subj|case|STS)[-_ ]?\d+)(?![a-z0-9])"
 )
-LABEL_FOLDERS = ("labels", "masks")
-LABEL_ENDINGS = ("_mask", "_segmentation")
 SECTIONS = ("train", "val", "test")
 SECTION_OF_KEY = {
     "training": "train",
@@ -49,32 +47,9 @@ SECTION_OF_KEY = {
 }
 LAYOUTS = (
     "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
-    "masks/) whose files have equal stems, or a MONAI datalist JSON file"
+    "masks/) whose files have equal stems, images and labels side by side (a.png and a_seg.png, or one folder a case), "
+    "or a MONAI datalist JSON file"
 )
-# An image folder, and the label folders that may lie beside it.
-PAIRED_FOLDERS = (("images", *LABEL_FOLDERS), ("imagesTr", "labelsTr"))
-DESCRIPTIONS = {"dataset.json", "labels.json"}
-# Folders of nnU-Net and the Decathlon, in which `liver_000_0001` is channel 1 of the case `liver_000`.
-CHANNEL_FOLDERS = ("imagesTr", "imagesVal", "imagesTs")
-CHANNEL = re.compile(r"(.+)_(\d{4})")
-LABEL_FOLDER_NAMES = {"labels", "label", "masks", "mask", "labelstr", "labelsts", "segmentations", "annotations"}
-SYSTEM_FILES = {"Thumbs.db", "desktop.ini", "__MACOSX"}
-# Of images in formats that are not read.
-UNREAD_SUFFIXES = (
-    *(".npz", ".npy", ".mat", ".h5", ".hdf5", ".zarr", ".gif", ".webp", ".heic", ".jp2", ".j2k", ".jpx", ".avif"),
-    *(".ppm", ".pgm", ".svs", ".ndpi", ".czi", ".lif", ".vsi", ".mgz", ".mgh", ".mnc", ".par", ".rec", ".gipl"),
-    *(".hdr", ".raw", ".zraw", ".vtk", ".zip", ".tar", ".tar.gz", ".7z", ".rar", ".pdf", ".svg", ".mp4", ".avi"),
-)
-SERIES_TAGS = ["SeriesInstanceUID", "SeriesDescription", "ImagePositionPatient"]
-NAMES_IN_A_WARNING = 5
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A file or folder that was found among images or labels and is not used, and why."""
-
-    path: Path
-    why: str
 
 
 class Datalist(list):
@@ -86,16 +61,19 @@ class Datalist(list):
 def skipped_in(*datalists: list[dict]) -> list[Skipped]:
     """What was found beside some cases and is used by none of these lists, each once; each is said in the log."""
     used = {case[key] for cases in datalists for case in cases for key in ("image", "label") if key in case}
-    found = {file.path: file for cases in datalists for file in getattr(cases, "skipped", ())}
+    found: dict[Path, Skipped] = {}
+    for file in (file for cases in datalists for file in getattr(cases, "skipped", ())):
+        if file.used_elsewhere or file.path not in found:
+            found[file.path] = file
     # A folder that another list takes its cases from is used.
-    left = [file for path, file in found.items() if not any(_lies_in(name, path) for name in used)]
+    left = [file for path, file in found.items() if file.used_elsewhere or not _is_used(path, used)]
     for file in left:
         logger.warning("Not used: %s: %s.", file.path, file.why)
     return left
 
 
-def _lies_in(path: str, folder: Path) -> bool:
-    return path == str(folder) or path.startswith(f"{folder}{os.sep}") and folder.is_dir()
+def _is_used(path: Path, used: set[str]) -> bool:
+    return str(path) in used or path.is_dir() and any(name.startswith(f"{path}{os.sep}") for name in used)
 
 
 def load_datalist(
@@ -110,8 +88,9 @@ def load_datalist(
 
     Args:
         root: a Decathlon or nnU-Net folder with `dataset.json`; a folder with `images/` and `labels/` or `masks/`; a
-            MONAI datalist JSON file. Without `require_labels` also a folder of images and DICOM series folders, which
-            may lie in subfolders, one image file, or one DICOM series folder.
+            folder, with subfolders or without, in which labels are told from images by their names; a MONAI datalist
+            JSON file. Without `require_labels` also a folder without labels, one image file, or one DICOM series
+            folder. Files that are labels by their names or folders are never images.
         section: "all", or "train", "val" or "test". Sections that the JSON file gives with labels are used as they
             are; the other labelled cases are split by patient. Cases without a label belong only to "all".
         require_labels: leave out images without a label.
@@ -127,7 +106,8 @@ def load_datalist(
         the files that were found and are not used, and why.
 
     Raises:
-        DataError: nothing usable is there, a listed file is missing, or equal stems make pairs ambiguous.
+        DataError: nothing usable is there, a listed file is missing, a case has several channels, or pairs are
+            ambiguous.
         ConfigError: an unknown section, a split that doesn't sum to 1, or a pattern that isn't a regular expression.
     """
     if section not in ("all", *SECTIONS):
@@ -146,12 +126,63 @@ def load_datalist(
     if require_labels:
         cases = _labelled(root, cases, skipped)
     _name_cases(root, cases, pattern)
+    if not require_labels:
+        _warn_of_equal_stems(cases)
     if section != "all":
         _assign_sections(cases, split, seed)
         cases = [case for case in cases if case.get("section") == section]
     listed = Datalist({key: value for key, value in case.items() if key != "section"} for case in cases)
     listed.skipped = skipped
     return listed
+
+
+def load_queries(
+    root: str | os.PathLike,
+    support: Sequence[dict],
+    segment_labelled: bool = False,
+    patient_pattern: str = DEFAULT_PATIENT_PATTERN,
+) -> Datalist:
+    """The images to segment: all in `root`, without those of the support set unless they are asked for.
+
+    Args:
+        root: as for `load_datalist` without labels.
+        support: the support set's cases.
+        segment_labelled: keep images of the support set; each gets a warning, and so does in any case an image whose
+            file has the same content as one of the support set.
+        patient_pattern: as for `load_datalist`.
+
+    Returns:
+        As `load_datalist`; images that are left out are in `skipped`.
+
+    Raises:
+        DataError: as `load_datalist`; or every image is in the support set and none is asked for.
+    """
+    queries = load_datalist(root, require_labels=False, patient_pattern=patient_pattern)
+    known = {os.path.realpath(case["image"]): case["image"] for case in support}
+    of_size: dict[int, list[str]] = defaultdict(list)
+    for path in known:
+        if os.path.isfile(path):
+            of_size[os.path.getsize(path)].append(path)
+    kept, own = Datalist(), []
+    for case in queries:
+        path = os.path.realpath(case["image"])
+        if path in known and not segment_labelled:
+            why = "a labelled image of the support set; --segment_labelled True segments it too"
+            own.append(Skipped(Path(case["image"]), why, used_elsewhere=True))
+            continue
+        alike = [path] if path in known else of_size[os.path.getsize(path)] if os.path.isfile(path) else []
+        same = next((other for other in alike if other == path or filecmp.cmp(path, other, shallow=False)), None)
+        if same is not None:
+            told = f"The same image is in the support set ({known[same]}): its own label guides it."
+            case = case | {"warnings": [*case.get("warnings", ()), told]}
+        kept.append(case)
+    if not kept:
+        raise DataError(
+            f"{root}: expected images to segment, found {len(own)} that are all in the support set; give other images, "
+            "or --segment_labelled True to segment these too."
+        )
+    kept.skipped = [*queries.skipped, *own]
+    return kept
 
 
 def subset(datalist: Sequence[dict], count: int | None, seed: int = 0) -> list[dict]:
@@ -206,7 +237,7 @@ def check_label_values(path: str | os.PathLike, values: Iterable[int], names: di
     undeclared = [int(value) for value in values if value and int(value) not in names]
     if names and undeclared:
         declared = ", ".join(f"{value} {name}" for value, name in sorted(names.items()))
-        found = ", ".join(str(value) for value in undeclared[:NAMES_IN_A_WARNING])
+        found = ", ".join(str(value) for value in undeclared[:NAMES_SHOWN])
         raise DataError(
             f"{path}: expected only the declared classes ({declared}), found value {found}; correct the label, or "
             "declare the class in dataset.json or labels.json."
@@ -262,17 +293,10 @@ def _find_cases(root: Path, require_labels: bool, skipped: list[Skipped]) -> lis
     if isinstance(content.get("dataset"), dict):
         cases = _cases_of_nnunet(listing, content["dataset"])
         _skip_unlisted(root, cases, skipped)
-    elif (root / "imagesTr").is_dir() or (root / "images").is_dir():
-        cases = _cases_of_folders(root, require_labels, skipped)
-    elif require_labels:
-        raise DataError(
-            f"{root}: expected {LAYOUTS}, found {_contents(root)}{_lacks(content)}; arrange the folder like one of "
-            "these."
-        )
+    elif _folders_of(root, IMAGE_FOLDERS):
+        cases = _cases_of_folders(root, content, require_labels, skipped)
     else:
-        images = _images_or_series(root, skipped)
-        _check_channels(root, images)
-        cases = [{"image": str(path)} for path in images]
+        cases = _cases_of_tree(root, content, require_labels, skipped)
     if not cases:
         raise DataError(
             f"{root}: expected images (NIfTI, NRRD, MetaImage, DICOM series folders, PNG, JPEG, TIFF, BMP), found "
@@ -286,33 +310,146 @@ def _lacks(content: dict) -> str:
     if not content:
         return ""
     return (
-        f" (dataset.json has {_some(sorted(map(repr, content)))}, but neither lists of images such as 'training' nor "
+        f" (dataset.json has {some(sorted(map(repr, content)))}, but neither lists of images such as 'training' nor "
         "an imagesTr/ or images/ folder beside it)"
     )
 
 
-def _cases_of_folders(root: Path, require_labels: bool, skipped: list[Skipped]) -> list[dict]:
+def _cases_of_folders(root: Path, content: dict, require_labels: bool, skipped: list[Skipped]) -> list[dict]:
     """Pairs of an image folder and a label folder beside it, and for queries nnU-Net's and the Decathlon's imagesTs."""
-    image_folder, *names = next(names for names in PAIRED_FOLDERS if (root / names[0]).is_dir())
-    label_folder = next((root / name for name in names if (root / name).is_dir()), None)
-    labels = _images_in(label_folder, skipped) if label_folder else []
-    images = _images_or_series(root / image_folder, skipped)
-    cases = _pair(root, root / image_folder, images, label_folder, labels, require_labels, skipped)
-    used = {image_folder, *([label_folder.name] if label_folder else [])}
-    if image_folder == "imagesTr" and not require_labels and (root / "imagesTs").is_dir():
-        more = _images_or_series(root / "imagesTs", skipped)
-        _check_channels(root / "imagesTs", more)
-        cases += [{"image": str(path)} for path in more]
-        used.add("imagesTs")
+    folders = sorted(_folders_of(root, IMAGE_FOLDERS), key=lambda path: path.name.lower() != "imagestr")
+    beside = sorted(_folders_of(root, LABEL_FOLDERS), key=lambda path: path.name.lower() != "labelstr")
+    if folders[0].name.lower() != "imagestr":
+        beside = [path for path in beside if path.name.lower() not in ("labelstr", "labelsts")]
+    used = [folders[0], *beside[:1]]
+    trees = [read_tree(folder) for folder in used]
+    for tree in trees:
+        skipped += tree.skipped
+    found = Tree([path for tree in trees for path in tree.images], [p for tree in trees for p in tree.segmentations])
+    _leave_other_endings(found, content, skipped)
+    images, labels = sort_out(root, found, skipped)
+    cases = pair(root, images, labels, require_labels, skipped)
+    if require_labels and images and labels and not any("label" in case for case in cases):
+        raise _without_pairs(root, images, labels)
+    if folders[0].name.lower() == "imagestr" and not require_labels:
+        for folder in (path for path in folders if path.name.lower() == "imagests"):
+            more = read_tree(folder)
+            skipped += more.skipped
+            check_channels(folder, more.images)
+            cases += [{"image": str(path)} for path in more.images]
+            used.append(folder)
     hidden = []
     for path in sorted(root.iterdir()):
-        if _is_hidden(path):
+        if is_hidden(path):
             hidden.append(path)
-        elif path.name not in used | DESCRIPTIONS:
-            what = f"a folder beside {image_folder}/" if path.is_dir() else f"a file beside {image_folder}/"
-            skipped.append(Skipped(path, f"{what}, from which the images are taken"))
-    _skip_hidden(hidden, skipped)
+        elif path in beside and path not in used:
+            skipped.append(Skipped(path, f"a second folder of labels; those in {beside[0].name}/ are used"))
+        elif path not in used and path.name not in DESCRIPTIONS:
+            what = "a folder" if path.is_dir() else "a file"
+            skipped.append(Skipped(path, f"{what} beside {folders[0].name}/, from which the images are taken"))
+    skip_hidden(hidden, skipped)
+    _compare_number(root, content, sum("label" in case for case in cases))
     return cases
+
+
+def _cases_of_tree(root: Path, content: dict, require_labels: bool, skipped: list[Skipped]) -> list[dict]:
+    """Cases of a folder in which labels are told from images by their names and folders."""
+    tree = read_tree(root)
+    images, labels = sort_out(root, tree, skipped)
+    if not require_labels and root.name.lower() in LABEL_FOLDERS and _folders_of(root.parent, IMAGE_FOLDERS):
+        raise DataError(
+            f"{root}: expected images, found a folder of labels by its name, with "
+            f"{_folders_of(root.parent, IMAGE_FOLDERS)[0].name}/ beside it; give that one."
+        )
+    cases = pair(root, images, labels, require_labels, skipped)
+    if require_labels and not any("label" in case for case in cases):
+        raise _without_pairs(root, images, labels, _lacks(content))
+    if labels and not images:
+        raise DataError(
+            f"{root}: expected images, found {_counted(root, labels, 'file')} of labels' names and no image; give the "
+            "folder of the images, rename them, or list them in a MONAI datalist JSON."
+        )
+    check_channels(root, [Path(case["image"]) for case in cases if "label" not in case])
+    skipped += tree.skipped
+    return cases
+
+
+def _folders_of(root: Path, names: Sequence[str]) -> list[Path]:
+    """Folders in `root` of these names, in whatever case, in the order of the names."""
+    found = [path for path in sorted(root.iterdir()) if path.name.lower() in names and path.is_dir()]
+    return sorted(found, key=lambda path: names.index(path.name.lower()))
+
+
+def _leave_other_endings(tree: Tree, content: dict, skipped: list[Skipped]) -> None:
+    """nnU-Net's dataset.json says which ending its files have."""
+    ending = content.get("file_ending")
+    if isinstance(ending, str) and ending:
+        for path in [path for path in tree.images if not path.name.endswith(ending)]:
+            tree.images.remove(path)
+            skipped.append(Skipped(path, f"not of the ending {ending} that dataset.json gives"))
+
+
+def _compare_number(root: Path, content: dict, pairs: int) -> None:
+    stated = content.get("numTraining")
+    if isinstance(stated, int) and stated != pairs:
+        logger.warning("%s: dataset.json says numTraining %d, found %d images with labels.", root, stated, pairs)
+
+
+def _without_pairs(root: Path, images: list[Path], labels: list[Path], lacks: str = "") -> DataError:
+    """The refusal of a folder without a pair of image and label: what was seen, and the nearest layout."""
+    if not images and not labels:
+        return DataError(f"{root}: expected {LAYOUTS}, found {_contents(root)}{lacks}; arrange the folder like these.")
+    seen = f"{_counted(root, images, 'image')} and {_counted(root, labels, 'label') if labels else 'no label'}"
+    return DataError(f"{root}: expected {LAYOUTS}, found {seen}{lacks}. {_nearest(root, images, labels)}")
+
+
+def _nearest(root: Path, images: list[Path], labels: list[Path]) -> str:
+    """What to do to come to the layout that is nearest to what was found."""
+    if not images:
+        return "All are labels by their names: put the images beside them."
+    if labels:
+        example, suffix = image_stem(images[0]), labels[0].name[len(image_stem(labels[0])) :]
+        return (
+            f"Give each label its image's stem: for {images[0].name}, labels/{example}{suffix} or, beside the image, "
+            f"{example}_seg{suffix}."
+        )
+    stems: dict[str, set[Path]] = defaultdict(set)
+    for path in images:
+        stems[image_stem(path)].add(path.parent)
+    both = Counter(frozenset(folders) for folders in stems.values() if len(folders) == 2).most_common(1)
+    if both:
+        first, second = sorted(path.relative_to(root).as_posix() or "." for path in both[0][0])
+        return (
+            f"{first}/ and {second}/ have {both[0][1]} names in common: if one of them holds the labels, call it "
+            "labels/ and the other images/."
+        )
+    suffixes = Counter((image_stem(path), path.parent) for path in images)
+    twice = [f"{stem}.*" for (stem, _), count in suffixes.items() if count > 1]
+    if twice:
+        return (
+            f"{len(twice)} names are there in two formats ({some(twice)}): if one of them is the label, put those into "
+            "labels/ and the images into images/."
+        )
+    example = image_stem(images[0])
+    return f"Put labels into labels/ and the images into images/, or beside each other as {example}_seg.nii.gz or .png."
+
+
+def _counted(root: Path, paths: list[Path], noun: str) -> str:
+    names = some([str(path.relative_to(root)) for path in paths]) if paths else ""
+    return f"{len(paths)} {noun}{'s' * (len(paths) != 1)}" + f" ({names})" * bool(paths)
+
+
+def _warn_of_equal_stems(cases: list[dict]) -> None:
+    """Two files of one stem in a folder may be one image twice, or an image and its label."""
+    alike: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    for case in cases:
+        path = Path(case["image"])
+        alike[str(path.parent), unicodedata.normalize("NFC", image_stem(path))].append(case)
+    for found in alike.values():
+        for case in found if len(found) > 1 else []:
+            others = some([Path(other["image"]).name for other in found if other is not case])
+            told = f"{others} has the same stem in the same folder: if that is a label, or the same image, remove one."
+            case["warnings"] = [*case.get("warnings", ()), told]
 
 
 def _cases_of_nnunet(path: Path, dataset: dict) -> list[dict]:
@@ -326,27 +463,21 @@ def _cases_of_nnunet(path: Path, dataset: dict) -> list[dict]:
                 f"{name!r}; correct it."
             )
         if len(images) > 1:
-            raise _several_channels(path, name, [Path(str(image)).name for image in images])
+            raise several_channels(path, name, [Path(str(image)).name for image in images])
         listed = {"image": images[0]} | ({"label": entry["label"]} if entry.get("label") else {})
         cases.append(_case_of_entry(path, path.parent, "dataset", listed))
     return cases
 
 
-def _several_channels(root: Path, name: str, files: list[str]) -> DataError:
-    return DataError(
-        f"{root}: expected one image for each case, found {len(files)} channels of {name!r} ({_some(files)}); several "
-        "volumes of one case are not read together: choose one channel and list its images in a MONAI datalist JSON."
-    )
-
-
 def _skip_unlisted(root: Path, cases: list[dict], skipped: list[Skipped]) -> None:
     """Images in the folders of a data set of which dataset.json says nothing."""
     listed = {os.path.realpath(case[key]) for case in cases for key in ("image", "label") if key in case}
-    for name in ("imagesTr", "imagesTs", "images"):
-        if (root / name).is_dir():
-            for path in _images_or_series(root / name, skipped):
-                if os.path.realpath(path) not in listed:
-                    skipped.append(Skipped(path, "not listed in dataset.json"))
+    for folder in _folders_of(root, IMAGE_FOLDERS):
+        tree = read_tree(folder)
+        skipped += tree.skipped
+        skipped += [
+            Skipped(path, "not listed in dataset.json") for path in tree.images if os.path.realpath(path) not in listed
+        ]
 
 
 def _read_json(path: Path) -> dict:
@@ -387,7 +518,7 @@ def _case_of_entry(path: Path, base: Path, key: str, entry: object) -> dict:
     if isinstance(entry, str):
         entry = {"image": entry}
     if isinstance(entry, dict) and isinstance(entry.get("image"), list) and len(entry["image"]) > 1:
-        raise _several_channels(path, str(entry.get("label", key)), list(map(str, entry["image"])))
+        raise several_channels(path, str(entry.get("label", key)), list(map(str, entry["image"])))
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
         raise DataError(
             f"{path}: expected entries of `{key}` to be a path or an object with one `image` path, found {entry!r}; "
@@ -425,223 +556,12 @@ def _existing(path: Path) -> Path | None:
     return None
 
 
-def _images_or_series(folder: Path, skipped: list[Skipped]) -> list[Path]:
-    """The folder itself if it is one DICOM series, else the images in it and its subfolders.
-
-    Raises DataError if it holds several series of which one has several slices: no file there is an image by itself.
-    """
-    series = _series_of(dicom_files(folder))
-    if len(series) > 1 and max(series.values()) > 1:
-        listed = "; ".join(f"{name}: {count} files" for name, count in sorted(series.items()))
-        raise DataError(
-            f"{folder}: expected one DICOM series, found {len(series)}: {listed}; put each in a folder of its own."
-        )
-    return _images_in(folder, skipped)
-
-
-def _images_in(folder: Path, skipped: list[Skipped]) -> list[Path]:
-    """Images of a folder and its subfolders, by name; what is none of them is put on `skipped` with the reason."""
-    images: list[Path] = []
-    hidden: list[Path] = []
-    _walk(folder, images, hidden, skipped, set())
-    _skip_hidden(hidden, skipped)
-    return sorted(images, key=lambda path: (path.name, str(path)))
-
-
-def _walk(folder: Path, images: list[Path], hidden: list[Path], skipped: list[Skipped], above: set[str]) -> None:
-    real = os.path.realpath(folder)
-    if real in above:
-        skipped.append(Skipped(folder, "a link to a folder that it lies in"))
-        return
-    entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    slices = _slices_of_series(folder, entries)
-    if slices:
-        images.append(folder)
-    data = {part for path in entries if path.is_file() for part in data_files(path)}
-    for path in entries:
-        if _is_hidden(path):
-            hidden.append(path)
-        elif path.is_dir():
-            why = _folder_not_used(path)
-            if why:
-                skipped.append(Skipped(path, why))
-            else:
-                _walk(path, images, hidden, skipped, above | {real})
-        elif path in slices or path in data or (path.name in DESCRIPTIONS and not above):
-            continue
-        elif is_image(path) and is_dicom(path) and is_dicom_seg(path):
-            skipped.append(Skipped(path, "a DICOM segmentation, not an image"))
-        elif is_image(path):
-            images.append(path)
-        else:
-            skipped.append(Skipped(path, file_not_used(path)))
-    if not entries:
-        skipped.append(Skipped(folder, "an empty folder"))
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name in SYSTEM_FILES
-
-
-def _skip_hidden(hidden: list[Path], skipped: list[Skipped]) -> None:
-    """One entry for all hidden files."""
-    if hidden:
-        more = f", and {len(hidden) - 1} more" if len(hidden) > 1 else ""
-        skipped.append(Skipped(hidden[0], f"a hidden or system file{more}"))
-
-
-def _folder_not_used(path: Path) -> str | None:
-    """Why a folder among images is not looked into; None if it is."""
-    if path.name.lower() in LABEL_FOLDER_NAMES:
-        return "a folder of labels, not of images"
-    if (path / "records").is_dir() and any((path / name).is_file() for name in ("summary.csv", "metrics.csv")):
-        return "results of an earlier run"
-    return None
-
-
-def file_not_used(path: Path) -> str:
-    """Why a file among images is not used."""
-    if path.name.upper() == "DICOMDIR":
-        return "an index of DICOM files, not an image"
-    if path.stat().st_size == 0:
-        return "an empty file"
-    kind = without_pixels(path) if is_dicom(path) else None
-    if kind is not None:
-        return f"a DICOM object without pixels ({kind})"
-    suffix = next((suffix for suffix in UNREAD_SUFFIXES if path.name.lower().endswith(suffix)), None)
-    if suffix is not None:
-        return f"{suffix} files are not read; convert it to NIfTI, NRRD, MetaImage, DICOM, PNG or TIFF"
-    return f"not an image ({path.suffix or 'a name without an ending'})"
-
-
-def _slices_of_series(folder: Path, entries: list[Path]) -> set[Path]:
-    """The DICOM files of a folder if they are slices of a series, so that the folder is an image; else none.
-
-    Files of several series are too: reading the folder says which.
-    """
-    files = dicom_files(folder)
-    series = _series_of(files)
-    several = bool(series) and max(series.values()) > 1
-    only = len(series) == 1 and len([path for path in entries if path.is_file() and is_image(path)]) == 1
-    return set(files) if several or only else set()
-
-
-def _series_of(files: list[Path]) -> Counter:
-    """How many files with a position in space each DICOM series has; damaged files don't count."""
-    series: Counter = Counter()
-    for file in files:
-        try:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=SERIES_TAGS, force=True)
-        except Exception:  # whatever is wrong with a damaged file, reading it as an image tells
-            continue
-        if "ImagePositionPatient" in header:
-            series[f"{header.get('SeriesInstanceUID')} ({header.get('SeriesDescription', 'no description')})"] += 1
-    return series
-
-
-def _pair(
-    root: Path,
-    image_folder: Path,
-    images: list[Path],
-    label_folder: Path | None,
-    labels: list[Path],
-    require_labels: bool,
-    skipped: list[Skipped],
-) -> list[dict]:
-    """Join images and labels by subfolder and stem; by whole name where stems aren't unique."""
-    by_stem: dict[str, list[Path]] = defaultdict(list)
-    for label in labels:
-        by_stem[_place(label_folder, label)].append(label)
-    image_stems: dict[str, list[Path]] = defaultdict(list)
-    for image in images:
-        image_stems[_place(image_folder, image)].append(image)
-    image_stems = _without_channels(root, image_folder, image_stems, by_stem)
-    cases, used = [], set()
-    for stem, sharing in image_stems.items():
-        endings = ("", *LABEL_ENDINGS)
-        candidates = next((by_stem[stem + ending] for ending in endings if stem + ending in by_stem), [])
-        if len(sharing) == 1 and len(candidates) == 1:
-            pairs = {sharing[0]: candidates[0]}
-        else:
-            pairs = {image: label for image in sharing for label in candidates if _full_stem(label) == image.name}
-            if candidates and len(pairs) < len(sharing):
-                raise DataError(
-                    f"{root}: expected one label for each image of the stem {stem!r}, found the images "
-                    f"{[path.name for path in sharing]} and the labels {[path.name for path in candidates]}; give them "
-                    "different stems."
-                )
-        used.update(pairs.values())
-        cases += [{"image": str(image)} | ({"label": str(pairs[image])} if image in pairs else {}) for image in sharing]
-    if require_labels and images and labels and not used:
-        raise DataError(
-            f"{root}: expected {LAYOUTS}, found no pair among the images {_some([path.name for path in images])} and "
-            f"the labels {_some([path.name for path in labels])}; give each label its image's stem."
-        )
-    skipped += [Skipped(label, "a label without an image of its name") for label in labels if label not in used]
-    return cases
-
-
-def _place(folder: Path, path: Path) -> str:
-    """Subfolder and stem of an image or label, alike for both forms of Unicode."""
-    relative = path.relative_to(folder)
-    return unicodedata.normalize("NFC", str(relative.with_name(image_stem(path))) if relative.parts else path.name)
-
-
-def _without_channels(
-    root: Path, folder: Path, image_stems: dict[str, list[Path]], labels: dict[str, list[Path]]
-) -> dict[str, list[Path]]:
-    """Images by their case: `liver_000_0000` is channel 0 of `liver_000` in nnU-Net's folders, and where that label is.
-
-    Raises DataError for a case of several channels.
-    """
-    by_case: dict[str, list[Path]] = defaultdict(list)
-    for stem, images in image_stems.items():
-        match = CHANNEL.fullmatch(stem)
-        is_channel = match and stem not in labels and (folder.name in CHANNEL_FOLDERS or match[1] in labels)
-        by_case[match[1] if is_channel else stem] += images
-    for case, images in by_case.items():
-        if len(images) > 1 and all(CHANNEL.fullmatch(image_stem(image)) for image in images):
-            raise _several_channels(root, case, [image.name for image in images])
-    return by_case
-
-
-def _check_channels(folder: Path, queries: list[Path]) -> None:
-    """Raise DataError for cases of several channels in one of nnU-Net's folders.
-
-    In any other folder, names such as `case_0000` may count images as well. Volumes of such names are only warned of.
-    """
-    found: dict[str, list[Path]] = defaultdict(list)
-    for path in queries:
-        match = CHANNEL.fullmatch(_place(folder, path))
-        if match and not is_picture(path):
-            found[match[1]].append(path)
-    several = {case: images for case, images in found.items() if len(images) > 1}
-    for case, images in several.items():
-        if folder.name in CHANNEL_FOLDERS:
-            raise _several_channels(folder, case, [image.name for image in images])
-        if any(image_stem(image).endswith("_0000") for image in images):
-            logger.warning(
-                "%s: %s may be channels of one case; each is segmented by itself.",
-                folder,
-                _some([image.name for image in images]),
-            )
-
-
-def _full_stem(label: Path) -> str:
-    """A label's file name without `_mask` or `_segmentation`, to compare with an image's whole name."""
-    stem = image_stem(label)
-    suffix = label.name[len(stem) :]
-    for ending in LABEL_ENDINGS:
-        stem = stem.removesuffix(ending)
-    return stem + suffix
-
-
 def _labelled(root: Path, cases: list[dict], skipped: list[Skipped]) -> list[dict]:
     labelled = [case for case in cases if "label" in case]
     if not labelled:
         raise DataError(
             f"{root}: expected images with labels ({LAYOUTS}), found {len(cases)} images and no label for any of them "
-            f"({_contents(root)}); add labels of equal stems."
+            f"({_contents(root)}). {_nearest(root, [Path(case['image']) for case in cases], [])}"
         )
     skipped += [Skipped(Path(case["image"]), "an image without a label") for case in cases if "label" not in case]
     return labelled
@@ -729,9 +649,4 @@ def _contents(folder: Path) -> str:
     if not folder.is_dir():
         return "a file"
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
-    return _some(names) if names else "an empty folder"
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - NAMES_IN_A_WARNING
-    return ", ".join(names[:NAMES_IN_A_WARNING]) + (f" and {more} more" if more > 0 else "")
+    return some(names) if names else "an empty folder"

@@ -8,10 +8,11 @@ import torch
 from tqdm import tqdm
 
 from sam2sgp.data.io import read_image
-from sam2sgp.drawing import draw_overlay, montage, spread_slices, to_display
+from sam2sgp.drawing import draw_overlay, spread_slices, to_display
 from sam2sgp.engines.job import SegmentationJob
 from sam2sgp.evaluation import METRICS
 from sam2sgp.report.html import CaseFigure, SupportThumb
+from sam2sgp.report.slices import frames, frames_per_case, sides_of, slice_position
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.transforms import ScaleIntensityByModalityd
 from sam2sgp.transforms.scaling import CT, Scaling, scale_intensity
@@ -26,7 +27,6 @@ SHOWN_COLUMNS = {
     "truth_size",
     "size_unit",
     "mean_confidence",
-    "unlike_support",
 }
 
 Arrays = dict[str, np.ndarray]
@@ -80,7 +80,8 @@ class CaseFigures:
     def keep(self, case: dict) -> tuple[dict, Arrays]:
         """What it takes to draw a case, as JSON types and arrays: the slices that are shown, on the case's own grid."""
         pred, truth = case["pred"].numpy(), case["label"].numpy() if self.job.scored else None
-        slices = [int(number) for number in spread_slices(pred, truth)]
+        count = frames_per_case(min(len(self.job.cases), self.most))
+        slices = [int(number) for number in spread_slices(pred, truth, count)]
         main, fit, values = case["main"], case["fit"], [0, *self.bank.class_values]
         pseudo = fit.restore_label(case["pseudo"][None])[0].long().numpy()
         boxes = zip(self.bank.class_values, case["box"][main], strict=True)
@@ -157,21 +158,17 @@ class CaseFigures:
         boxes = {value: tuple(box) for value, box in shown["boxes"]}
         panels.append(("Pseudo-mask and box", draw_overlay(picture, arrays["pseudo"], box=boxes)))
         panels.append(("Segmentation", draw_overlay(picture, arrays["pred"][0], truth=truth)))
-        volume = total > 1
         return CaseFigure(
             name=case["name"],
-            caption=f"Slice {shown['main'] + 1} of {total}" if volume else "",
+            caption=slice_position(image.geometry, shown["main"]),
             panels=panels,
             metrics=[{key: row[key] for key in row if key in SHOWN_COLUMNS} for row in record["rows"]],
             support=shown["support"],
-            montage=_montage(shown["slices"], arrays, slices[1:], total) if volume else None,
+            frames=frames(image.geometry, shown["slices"], slices[1:], arrays) if total > 1 else [],
             section=section,
+            sides=sides_of(image.geometry),
+            width_mm=image.geometry.spacing and image.geometry.spacing[2] * image.geometry.shape[2],
         )
-
-
-def _montage(numbers: list[int], arrays: Arrays, slices: torch.Tensor, total: int) -> np.ndarray:
-    truth = arrays["truth"][1:] if "truth" in arrays else None
-    return montage(slices, arrays["pred"][1:], truth, numbers=numbers, total=total)
 
 
 def _ranking(number: int, record: Mapping) -> tuple[bool, float, int]:

@@ -22,6 +22,8 @@ from sam2sgp.engines.figures import CaseFigures
 from sam2sgp.engines.job import SegmentationJob
 from sam2sgp.evaluation import METRICS, case_metrics, class_sizes, summarise, write_csv
 from sam2sgp.files import remove_parts
+from sam2sgp.report.colour_tables import write_colour_tables
+from sam2sgp.report.facts import facts_of_run
 from sam2sgp.report.html import Report, write_report
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.familiarity import is_unlike
@@ -204,14 +206,16 @@ class ResultWriter:
                     *(row[f"{metric}_mean"] for metric in METRICS),
                     row["dice_n"],
                 )
+        if not self.job.scored:
+            write_colour_tables(self.job.output_dir, self.bank.class_names)
         path = self.job.output_dir / "report.html"
         shown = self.figures.chosen()
         write_report(
             path,
             Report(
                 title=self.title,
-                subtitle=f"{self._count()} images, {len(self.bank.class_names)} classes, {len(self.bank)} supports",
-                meta={name: str(value) for name, value in self.facts.items()},
+                subtitle=f"Images: {self._count()}, classes: {len(self.bank.class_names)}, supports: {len(self.bank)}",
+                meta=facts_of_run(self.facts),
                 classes=self.bank.class_names,
                 summary_rows=summary,
                 case_rows=[row for row in rows if "skipped" not in row],

@@ -19,6 +19,7 @@ from scipy.ndimage import find_objects
 
 from sam2sgp.files import write_text
 
+DRAWS = 2000
 METRICS = ("dice", "iou", "hd95", "nsd")
 DISTANCE_METRICS = ("hd95", "nsd")
 NAN = float("nan")
@@ -118,8 +119,10 @@ def summarise(rows: Sequence[Mapping]) -> list[dict]:
     """Summary of `case_metrics` rows of many cases: a dict per class in order of appearance, and one over all rows.
 
     Each has class and class_name (None and "all" for the last), unit, and for every metric m of `METRICS` m_mean,
-    m_std (of the sample; NaN for fewer than two values), m_median and m_n, the number of rows counted: those where m
-    is not NaN. Where rows in mm meet rows in pixels, unit is "mixed", and HD95 and NSD are not summarised.
+    m_std (of the sample; NaN for fewer than two values), m_median, m_low and m_high (the 95 % confidence interval of
+    the mean: percentiles over 2000 draws of the cases with replacement, always the same ones; NaN for fewer than two
+    cases) and m_n, the number of rows counted: those where m is not NaN. Where rows in mm meet rows in pixels, unit is
+    "mixed", and HD95 and NSD are not summarised.
     """
     classes: dict[int, list[Mapping]] = {}
     for row in rows:
@@ -197,8 +200,24 @@ def _summary(value: int | None, name: str, rows: Sequence[Mapping]) -> dict:
         summary[f"{metric}_mean"] = float(values.mean()) if len(values) else NAN
         summary[f"{metric}_std"] = float(values.std(ddof=1)) if len(values) > 1 else NAN
         summary[f"{metric}_median"] = float(np.median(values)) if len(values) else NAN
+        low, high = _interval(metric, rows) if comparable else (NAN, NAN)
+        summary[f"{metric}_low"], summary[f"{metric}_high"] = low, high
         summary[f"{metric}_n"] = len(values)
     return summary
+
+
+def _interval(metric: str, rows: Sequence[Mapping]) -> tuple[float, float]:
+    """The 95 % confidence interval of a mean over rows. Rows of one case stay together: they are not independent."""
+    values: dict[object, list[float]] = {}
+    for number, row in enumerate(rows):
+        if not math.isnan(row[metric]):
+            values.setdefault(row.get("case", number), []).append(row[metric])
+    if len(values) < 2:
+        return NAN, NAN
+    sums, counts = (np.array([measure(found) for found in values.values()], float) for measure in (sum, len))
+    drawn = np.random.default_rng(0).integers(len(sums), size=(DRAWS, len(sums)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def _cell(value: object) -> object:

@@ -65,7 +65,7 @@ class LoadCased(MapTransform):
             is_rgb=image.is_rgb,
             modality=listed if listed and is_ct(listed) is not None else image.modality or listed,
             stated_by="datalist" if listed and is_ct(listed) is not None else "DICOM header",
-            warnings=list(image.warnings),
+            warnings=[*case.get("warnings", ()), *image.warnings],
         )
         if "label" in self.keys and case.get("label") is not None:
             case["label"] = torch.as_tensor(read_label(case["label"], image.geometry, self.slice_axis))

@@ -187,6 +187,7 @@ def _head(path: Path, length: int) -> bytes:
 def _storage_class(path: str | os.PathLike) -> str | None:
     """What a DICOM file holds (Media Storage SOP Class UID), by its file meta information; None where it has none."""
     try:
-        return pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID")
+        found = pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID")
     except Exception:  # whatever is wrong with a damaged file, reading it as an image tells
         return None
+    return found if isinstance(found, str) else None

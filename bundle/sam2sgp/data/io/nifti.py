@@ -5,12 +5,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from sam2sgp.data.io.formats import suffix_of
+from sam2sgp.data.io.formats import data_files, suffix_of
 from sam2sgp.data.io.geometry import Geometry, Grid, check_one_volume, with_channels
 from sam2sgp.data.io.limits import check_memory
 from sam2sgp.data.io.nifti_file import lacks_voxel_sizes, open_nifti
 from sam2sgp.errors import DataError
 
+# Headers of pairs: their class, and where which magic stands.
+PAIRS = ((nib.Nifti1Pair, 344, b"ni1\0"), (nib.Nifti2Pair, 4, b"ni2\0"))
+LONGEST_MAGIC = 348
 MM_PER_UNIT = {"meter": 1e3, "micron": 1e-3}
 # Of a NIfTI header, all that says where its voxels lie.
 PLACING_FIELDS = (
@@ -66,13 +69,24 @@ def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Gri
 
 
 def _open_pair(path: Path, limit: int | None) -> nib.Nifti1Pair:
-    """The image of a header in one file and voxels in another. Raises DataError for an Analyze file."""
-    image = nib.load(path)
-    if not isinstance(image, nib.Nifti1Pair):
+    """The image of a header in one file and voxels in another, both plain files of one folder.
+
+    Raises DataError for an Analyze file, and for anything else.
+    """
+    header = next((file for file in data_files(path) if not file.is_symlink()), None)
+    if header is None:
+        raise DataError(f"{path}: expected its header in a .hdr file of the same folder, found none; copy it there.")
+    with open(header, "rb") as file:
+        content = file.read(LONGEST_MAGIC)
+    kind = next((kind for kind, where, magic in PAIRS if content[where:].startswith(magic)), None)
+    if kind is None:
         raise DataError(
-            f"{path}: expected NIfTI, found {type(image).__name__}, whose header does not say which side is left; "
-            "convert it to NIfTI."
+            f"{path}: expected a NIfTI pair, found another header, such as Analyze's, which does not say which side is "
+            "left; convert it to NIfTI."
         )
+    # Not by nibabel's guess: some of the classes that it may choose look for further files.
+    files = {"header": nib.FileHolder(str(header)), "image": nib.FileHolder(str(path))}
+    image = kind.from_file_map(files)
     check_memory(path, image.shape, limit=limit)
     return image
 

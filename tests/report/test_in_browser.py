@@ -1,0 +1,102 @@
+"""The report in a browser: filter, enlarge and scroll, without a network."""
+
+import pytest
+from playwright.sync_api import expect
+
+from sam2sgp.evaluation import summarise
+from sam2sgp.report.html import CaseFigure, Frame, Report, write_report
+from tests.drawn import plain
+from tests.e2e.browsers import page
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A report of a picture with a lesion, a volume of three slices with a liver, and nine measured cases."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    row = {"source": "a/rather/long/path/to/an/image.nii.gz", "scaling": "percentiles (a grey picture)", "seconds": 1.0}
+    rows = [
+        row | {"case": "lesion_1", "class_name": "lesion", "size": 5.0, "size_unit": "mm2", "mean_confidence": 0.4},
+        row | {"case": "liver_1", "class_name": "liver", "size": 4e5, "size_unit": "ml", "mean_confidence": 0.9},
+    ]
+    frames = [Frame(plain(), f"Slice {number} of 3") for number in (1, 2, 3)]
+    figures = [
+        CaseFigure("liver_1", panels=[("Query", plain()), ("Segmentation", plain())], frames=frames, sides="RLAP"),
+        CaseFigure("lesion_1", panels=[("Query", plain()), ("Segmentation", plain())]),
+    ]
+    classes = {1: "liver", 2: "lesion"}
+    measured = {
+        "truth_size": 5.0,
+        "predicted_size": 500000.0,
+        "size_unit": "mm2",
+        "unit": "mm",
+        "support_items": "a; b",
+    }
+    scores = [{"class": 1, "class_name": "liver", "case": str(n), "dice": n / 9, "iou": 0.5} for n in range(9)]
+    scores = [row | score | measured | {"hd95": 100.0, "nsd": 0.5} for score in scores]
+    report = Report("Run", classes=classes, case_rows=rows + scores, figures=figures, meta={"Command": "x " * 200})
+    report.summary_rows = summarise(scores)
+    write_report(path, report)
+    return path.as_uri()
+
+
+@pytest.fixture
+def opened(address):
+    with page() as found:
+        problems = []
+        found.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        found.on("pageerror", lambda error: problems.append(str(error)))
+        found.goto(address)
+        yield found
+        assert problems == []
+
+
+def test_the_filter_leaves_the_cases_of_a_class_or_those_that_need_a_look(opened):
+    tiles = opened.locator(".tile:visible", has=opened.locator("img")).locator(".name")
+    expect(tiles).to_have_text(["lesion_1", "liver_1"])
+    opened.get_by_role("button", name="liver", exact=True).click()
+    expect(tiles).to_have_text(["liver_1"])
+    expect(opened.locator("article:visible h3")).to_have_text(["liver_1"])
+    expect(opened.locator("#count")).to_have_text("8 of 9 tiles")
+    opened.get_by_role("button", name="Needs a look").click()
+    expect(tiles).to_have_text(["lesion_1"])
+    opened.get_by_role("button", name="All", exact=True).click()
+    expect(tiles).to_have_count(2)
+
+
+def test_a_click_enlarges_and_slices_scroll_by_keys_wheel_and_slider(opened):
+    dialog = opened.locator("dialog")
+    expect(dialog).to_be_hidden()
+    opened.locator(".tile", has_text="liver_1").locator("a").click()
+    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 2 of 3")
+    expect(dialog.locator(".side")).to_have_text(["R", "L", "A", "P"])
+    opened.keyboard.press("ArrowRight")
+    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 3 of 3")
+    dialog.locator(".stage").hover()
+    opened.mouse.wheel(0, -100)
+    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 2 of 3")
+    dialog.get_by_role("button", name="Previous").click()
+    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 1 of 3")
+    assert dialog.locator("img").bounding_box()["width"] > 400
+    opened.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    opened.locator("article", has_text="lesion_1").get_by_role("button", name="Query").click()
+    expect(dialog.locator("strong")).to_have_text("lesion_1: Query")
+    dialog.get_by_role("button", name="Close").click()
+    # Without enlarging, too.
+    volume = opened.locator(".volume")
+    expect(volume.locator("figcaption:visible")).to_have_text(["Slice 2 of 3"])
+    volume.get_by_label("Slice", exact=True).fill("0")
+    expect(volume.locator("figcaption:visible")).to_have_text(["Slice 1 of 3"])
+
+
+@pytest.mark.parametrize("width", [400, 820, 1280])
+def test_nothing_is_wider_than_the_page(address, width):
+    with page(width) as found:
+        found.goto(address)
+        found.locator("#rows summary").click()
+        assert found.evaluate("document.documentElement.scrollWidth") <= width
+        wide = "[...document.querySelectorAll('.scroll')].filter(part => part.scrollWidth > part.clientWidth).length"
+        assert found.evaluate(wide) == 0
+        # Small pictures are enlarged to their place, so that sides and scale bar can be read.
+        shown = found.locator("article").first.locator(".panels .view")
+        assert all(shown.nth(number).bounding_box()["width"] > 120 for number in range(shown.count()))
