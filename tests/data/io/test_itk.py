@@ -36,6 +36,16 @@ def test_itk_formats_have_values_and_world_positions_of_simpleitk(tmp_path, suff
     assert np.allclose(written.TransformIndexToPhysicalPoint((5, 1, 2)), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mhd"])
+def test_what_itk_passes_on_of_a_nifti_header_does_not_matter(tmp_path, suffix):
+    array = RNG.integers(0, 100, (4, 5, 6)).astype(np.int16)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), str(tmp_path / "a.nii.gz"))
+    # Keys such as `dim[0]` and `srow_x`.
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(tmp_path / "a.nii.gz")), str(tmp_path / f"b{suffix}"))
+    image = read_image(tmp_path / f"b{suffix}")
+    assert np.array_equal(image.geometry.to_native(image.slices[:, 0]), array.T)
+
+
 def test_two_dimensional_nrrd_and_colour_metaimage(tmp_path):
     array = np.arange(20, dtype=np.uint8).reshape(4, 5)
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), str(tmp_path / "a.nrrd"))

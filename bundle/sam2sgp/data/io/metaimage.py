@@ -13,7 +13,7 @@ from sam2sgp.data.io.nrrd import beside
 from sam2sgp.data.io.raw import LONGEST_HEADER, RawHeader
 from sam2sgp.errors import FormatError
 
-KEY = re.compile(r"[\w|()/.,-]+(?: [\w|()/.,-]+)*", re.ASCII)
+KEY = re.compile(r"[\w|()\[\]/.,-]+(?: [\w|()\[\]/.,-]+)*", re.ASCII)
 WHOLE = re.compile(r"[1-9]\d{0,9}")
 NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 LONGEST_LINE = 4096

@@ -1,0 +1,337 @@
+"""Segmentation by example from Python: what `sam2sgp segment` does, on files, arrays and images in memory.
+
+>>> from sam2sgp import Segmenter
+>>> segmenter = Segmenter.from_folder("labelled")  # doctest: +SKIP
+>>> mask = segmenter("new.nii.gz")  # doctest: +SKIP
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import monai.bundle
+import numpy as np
+import torch
+
+from sam2sgp.adaptation import Adapter
+from sam2sgp.data import class_names, load_datalist
+from sam2sgp.data.io import output_suffix, write_label
+from sam2sgp.data.objects import ImageFile, as_file
+from sam2sgp.errors import DataError, Sam2SgpError, cause_of
+from sam2sgp.inferers import CaseResult, CaseSegmenter
+from sam2sgp.networks import load_weights
+from sam2sgp.options import check, check_places
+from sam2sgp.places import BUNDLE
+from sam2sgp.support import SupportBank
+from sam2sgp.support.familiarity import is_unlike
+from sam2sgp.transforms.cases import Case
+
+logger = logging.getLogger(__name__)
+
+SETTINGS, LISTED = "settings.json", "support.json"
+PARTS = ("image", "label")
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What a `Segmenter` can say of its last result.
+
+    confidence: mean probability of each class where it was found, by name; NaN where it was not.
+    support_used: ids of the labelled images (of volumes `NAME#SLICE`) that guided each class, the most similar first.
+    unlike_support: whether the image is unlike every labelled one; then check the result first.
+    warnings: sentences on what may be wrong with the image.
+    seconds: what segmenting took.
+    probabilities: background and classes, each an object of the query's kind, by name; only with `maps=True`.
+    uncertainty: normalised entropy in [0, 1], an object of the query's kind; only with `maps=True`.
+    """
+
+    confidence: dict[str, float]
+    support_used: dict[str, list[str]]
+    unlike_support: bool
+    warnings: list[str]
+    seconds: float
+    probabilities: dict[str, Any] | None = None
+    uncertainty: Any = None
+
+
+class Segmenter:
+    """Segments images guided by a few labelled ones.
+
+    Args:
+        weights: a weights file; None: the bundle's.
+        names: class names by value; classes without one are called `class_1`, ….
+        device: such as "cpu" or "cuda:0"; None: a GPU if there is one.
+        **settings: any setting of `configs/inference.json`, such as `k=4` or `ct_window=[-1000, 400]`.
+
+    Attributes:
+        last: the `Explanation` of the last result; None before the first.
+
+    Raises:
+        ConfigError: a setting that there is not, or that can't work.
+
+    Example:
+        >>> segmenter = Segmenter()  # doctest: +SKIP
+        >>> segmenter.add(image, label, spacing=(3, 0.8, 0.8))  # doctest: +SKIP
+        >>> mask = segmenter(query, spacing=(3, 0.8, 0.8))  # doctest: +SKIP
+        >>> segmenter.last.confidence  # doctest: +SKIP
+        {'liver': 0.97}
+    """
+
+    def __init__(
+        self,
+        weights: str | Path | None = None,
+        names: Mapping[int, str] | None = None,
+        device: str | None = None,
+        **settings: Any,
+    ) -> None:
+        self.settings = {"weights": str(Path(weights).absolute()) if weights else None, "device": device, **settings}
+        self.names = {int(value): name for value, name in (names or {}).items()}
+        self.last: Explanation | None = None
+        self._cases: list[dict] = []
+        self._folder = Path(tempfile.mkdtemp(prefix="sam2sgp-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._written = 0
+        self._segmenter: CaseSegmenter | None = None
+        self._config = self._read_config(settings)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, **arguments: Any) -> "Segmenter":
+        """Guided by a folder of labelled images, of any layout that `sam2sgp segment --support` takes.
+
+        Args:
+            **arguments: of `Segmenter`.
+
+        Raises:
+            DataError: there are no labelled images.
+        """
+        made = cls(**{"names": class_names(folder), **arguments})
+        pattern = made._config.get_parsed_content("patient_pattern")
+        made._cases = load_datalist(folder, patient_pattern=pattern)
+        return made
+
+    def add(
+        self,
+        image: Any,
+        label: Any,
+        spacing: tuple[float, ...] | None = None,
+        name: str | None = None,
+        patient: str | None = None,
+    ) -> None:
+        """Add a labelled image, which guides from now on; an adaptation made before is dropped.
+
+        Args:
+            image: a path, a NumPy array, a torch tensor, or an image of nibabel, SimpleITK or ITK, 2D or 3D; for the
+                order of an array's axes see `sam2sgp.data.objects.as_file`.
+            label: its class map, integers of which 0 is the background, on the same grid: of the same kind, or a path.
+            spacing: of arrays, in mm.
+            name: for `support_used`.
+            patient: who is shown. Images of one patient never judge each other in an adaptation.
+
+        Raises:
+            DataError: an object of another kind, or a label that does not fit its image.
+        """
+        own = name or f"support_{len(self._cases) + 1}"
+        pair = [self._file(part, spacing if _is_array(part) else None) for part in (image, label)]
+        case = {"name": own, "image": str(pair[0].path), "label": str(pair[1].path), "patient": patient or own}
+        case["group"] = "support"
+        self._prepare_pair(case)
+        self._cases.append(case)
+        if self._segmenter is not None:
+            if self._segmenter.inferer.adaptation is not None:
+                logger.warning("%s was added, so the adaptation of before is dropped; call `adapt` again.", own)
+            inferer = replace(self._segmenter.inferer, adaptation=None)
+            inferer.bank.reconcile(self._cases)
+            self._segmenter = replace(self._segmenter, inferer=inferer)
+
+    def adapt(self, seconds: float = 60.0, seed: int = 0) -> str:
+        """Adapt to the labelled images, as far as those left out in turn show that it helps; see docs/adaptation.md.
+
+        Returns:
+            what was done and found, in a sentence or two.
+        """
+        segmenter = self._ready()
+        plain = replace(segmenter.inferer, adaptation=None)
+        adaptation = Adapter(seconds, seed=seed, progress=False)(segmenter.network, plain)
+        self._segmenter = replace(segmenter, inferer=replace(plain, adaptation=adaptation))
+        return str(adaptation.record) if adaptation else "Not adapted: no time was given."
+
+    def __call__(
+        self,
+        query: Any,
+        spacing: tuple[float, ...] | None = None,
+        output: str | Path | None = None,
+        maps: bool = False,
+    ) -> Any:
+        """Segment an image; `last` then says more of the result.
+
+        Args:
+            query: as for `add`.
+            spacing: of arrays, in mm.
+            output: write the class map to this file, on the query's own grid: .png for pictures, .nii.gz for volumes.
+            maps: keep probabilities and uncertainty in `last`.
+
+        Returns:
+            class values on the query's grid, of the query's kind; of a path an array in the order of the file's axes
+            (of a picture its rows and columns), or with `output` that path.
+
+        Raises:
+            DataError: the query can't be read, nothing guides it, or `output` has another ending.
+        """
+        file = self._file(query, spacing)
+        segmenter = replace(self._ready(), probability=maps, uncertainty=maps)
+        case: Case = {"name": file.path.name, "image": str(file.path), "patient": None, "group": None}
+        try:
+            prepared = segmenter.prepare(case)
+        except Exception as error:
+            raise _plain(error) from error
+        result = segmenter.segment(prepared)
+        geometry = prepared["geometry"]
+        self.last = self._explain(result, prepared["warnings"], lambda values: file.restore(values, geometry))
+        if self.last.unlike_support:
+            logger.warning("%s is unlike every labelled image: check the result.", case["name"])
+        for sentence in self.last.warnings:
+            logger.warning("%s: %s", case["name"], sentence)
+        values = result.pred.numpy()
+        if output is None:
+            return file.restore(values, geometry)
+        path = Path(output).expanduser()
+        if not path.name.lower().endswith(output_suffix(geometry)):
+            raise DataError(f"{path}: expected a name that ends in {output_suffix(geometry)}.")
+        write_label(path, values, geometry)
+        return path
+
+    def save(self, folder: str | Path) -> None:
+        """Keep the labelled images and settings in a folder that must not be there yet; `load` reads it.
+
+        An adaptation is not kept: it is of a machine and its time, and is made again by `adapt`.
+        """
+        folder = Path(folder).expanduser()
+        if folder.exists():
+            raise DataError(f"{folder}: expected a new folder, found one that is there; remove it or give another.")
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=_made(folder.parent)) as temporary:
+            root = Path(temporary, "segmenter")
+            listed = []
+            for number, case in enumerate(self._cases):
+                paths = {part: _copied(Path(case[part]), root / f"{part}s" / f"{number:05d}") for part in PARTS}
+                listed.append({**case, **{part: path.relative_to(root).as_posix() for part, path in paths.items()}})
+            root.mkdir(exist_ok=True)
+            (root / LISTED).write_text(json.dumps(listed, indent=1))
+            (root / SETTINGS).write_text(json.dumps({"names": self.names, **self.settings}, indent=1))
+            root.rename(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Segmenter":
+        """A segmenter as `save` has kept it.
+
+        Raises:
+            DataError: the folder holds none.
+        """
+        folder = Path(folder).expanduser().absolute()
+        try:
+            settings = json.loads((folder / SETTINGS).read_text())
+            cases = json.loads((folder / LISTED).read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder}: expected what `Segmenter.save` writes, found that {error}.") from error
+        made = cls(**settings)
+        made._cases = [{**case, **{part: str(folder / case[part]) for part in PARTS}} for case in cases]
+        return made
+
+    def _read_config(self, settings: Mapping[str, Any]) -> monai.bundle.ConfigParser:
+        overlays = []
+        if settings.get("backbone", "lite") != "lite":
+            overlays.append(f"configs/backbones/{settings['backbone']}.json")
+        files = [str(BUNDLE / name) for name in ("configs/inference.json", *overlays)]
+        content = monai.bundle.ConfigParser.load_config_files(files)
+        check_places(content, dict(settings))
+        given = {"bundle_root": str(BUNDLE), "progress": False, **settings}
+        if self.settings["weights"]:
+            given["model_file"] = self.settings["weights"]
+        if self.settings["device"]:
+            given["device"] = torch.device(self.settings["device"])
+        config = monai.bundle.ConfigParser(content)
+        config.update(given)
+        check(config)
+        return config
+
+    def _ready(self) -> CaseSegmenter:
+        """Network and support set, made at the first use."""
+        if not self._cases:
+            raise DataError(
+                "A Segmenter expected labelled images, found none: call `add`, or make it by `from_folder`."
+            )
+        if self._segmenter is None:
+            config = self._config
+            config["support_data"], config["class_names"] = self._cases, self.names
+            config.parse(True)
+            try:
+                network = config.get_parsed_content("network").eval()
+                load_weights(network, config.get_parsed_content("model_file"))
+                inferer = config.get_parsed_content("inferer")
+            except Exception as error:
+                raise _plain(error) from error
+            self._segmenter = CaseSegmenter(network, inferer, config.get_parsed_content("preprocessing"), False)
+        return self._segmenter
+
+    def _file(self, image: Any, spacing: tuple[float, ...] | None) -> ImageFile:
+        self._written += 1
+        return as_file(image, self._folder, f"image_{self._written}", spacing)
+
+    def _prepare_pair(self, case: dict) -> None:
+        """Read a pair once, so that a mistake is told where it is made."""
+        try:
+            self._config.get_parsed_content("load_pair")(dict(case))
+        except Exception as error:
+            raise _plain(error) from error
+
+    def _explain(self, result: CaseResult, warnings: list[str], restore: Any) -> Explanation:
+        bank: SupportBank = self._ready().inferer.bank
+        names = bank.class_names
+        used = {}
+        for value, (index, similarity) in result.support.items():
+            order = np.argsort(-similarity.numpy().ravel(), kind="stable")
+            items = [bank.items[number].id for number in index.numpy().ravel()[order]]
+            used[names[value]] = list(dict.fromkeys(items))
+        maps: dict[str, Any] = {}
+        if result.probability is not None and result.uncertainty is not None:
+            values = result.probability.float().numpy()
+            labels = ["background", *(names[value] for value in bank.class_values)]
+            maps["probabilities"] = {name: restore(values[:, number]) for number, name in enumerate(labels)}
+            maps["uncertainty"] = restore(result.uncertainty.float().numpy())
+        return Explanation(
+            confidence={names[value]: confidence for value, confidence in result.confidence.items()},
+            support_used=used,
+            unlike_support=bool(is_unlike(result.support_distance)),
+            warnings=list(warnings),
+            seconds=result.seconds,
+            **maps,
+        )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray | torch.Tensor)
+
+
+def _plain(error: Exception) -> Exception:
+    """The error that a reader or a config ran into, without what MONAI wraps round it."""
+    cause = cause_of(error)
+    return cause if isinstance(cause, Sam2SgpError) else DataError(str(cause))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _copied(source: Path, target: Path) -> Path:
+    """A file under a new stem, or a folder of a DICOM series."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        return Path(shutil.copytree(source, target))
+    suffix = "".join(source.suffixes[-2:]) if source.name.lower().endswith((".gz", ".seg.nrrd")) else source.suffix
+    return Path(shutil.copyfile(source, target.with_name(target.name + suffix)))
