@@ -172,7 +172,7 @@ def test_the_slurm_example_segments_an_archive_on_two_machines(model, tmp_path):
         "SUPPORT": support,
         "QUERIES": support / "images",
         "OUTPUT": tmp_path / "out",
-        "ARGS": f"--model_file {model} --image_size 64 --region_below 0 --report_figures 0",
+        "ARGS": f"--model_file {model} --image_size 64 --region_below 0 --report_figures 0 --segment_labelled True",
         "TMPDIR": tmp_path,
         **{"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": 2, "SLURM_JOB_ID": 7, "SLURM_SUBMIT_DIR": tmp_path},
         **{"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", "PROCESSES": 1},

@@ -91,7 +91,8 @@ def parser(folder: Path, output: Path, *configs: str) -> ConfigParser:
     made = ConfigParser()
     made.read_config([str(CONFIGS / name) for name in configs])
     places = {"bundle_root": str(BUNDLE), "dataset_dir": str(folder), "support_dir": str(folder)}
-    made.update({**places, "output_dir": str(output), "image_size": 64, "progress": False})
+    settings = {"image_size": 64, "progress": False, "segment_labelled": True}
+    made.update({**places, "output_dir": str(output), **settings})
     return made
 
 

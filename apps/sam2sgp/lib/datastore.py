@@ -888,10 +888,10 @@ class _Journal:
         return kept | {image_id: entry for image_id, entry in entries.items() if entry is not None}
 
     def _hash_of(self, name: str) -> str | None:
-        """Of a file of the datastore; None where there is none."""
+        """Of a file of the datastore, as `content_hash` gives it; None where there is none."""
         try:
             with open_plain(self._folder / name, self._folder) as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+                return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
         except FileNotFoundError:
             return None
 

@@ -6,6 +6,7 @@ way from slices on the file's grid back to an object of the same kind on the sam
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,8 @@ def _of_itk(image: Any, folder: Path, name: str, kind: str) -> ImageFile:
         SimpleITK.WriteImage(image, str(path))
         make = SimpleITK.GetImageFromArray
     else:
-        import itk
-
+        # Who has such an image has the library, which nothing else here needs.
+        itk = import_module("itk")
         itk.imwrite(image, str(path))
         make = itk.image_from_array
 
