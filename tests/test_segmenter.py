@@ -126,6 +126,20 @@ def test_pairs_may_be_added_one_by_one_saved_and_loaded(weights, tmp_path):
         sam2sgp.Segmenter.load(tmp_path)
 
 
+def test_voxels_beside_their_header_are_saved_with_it(weights, tmp_path):
+    array = np.zeros((3, 40, 44), np.int16)
+    array[:, 10:22, 10:26] = 900
+    for name, values in (("image", array), ("label", (array > 0).astype(np.uint8))):
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values), str(tmp_path / f"{name}.mhd"))
+    segmenter = sam2sgp.Segmenter(weights=weights, **SMALL)
+    segmenter.add(tmp_path / "image.mhd", tmp_path / "label.mhd")
+    expected = segmenter(array)
+    segmenter.save(tmp_path / "kept")
+    for path in tmp_path.glob("*.*"):
+        path.unlink()
+    assert np.array_equal(sam2sgp.Segmenter.load(tmp_path / "kept")(array), expected)
+
+
 def test_adaptation_is_told_in_a_sentence_and_dropped_with_a_new_pair(phantoms, weights, caplog):
     segmenter = sam2sgp.Segmenter.from_folder(phantoms / "support" / "rgb", weights=weights, adapt_steps=2, **SMALL)
     said = segmenter.adapt(seconds=20)
@@ -160,3 +174,5 @@ def test_a_label_that_does_not_fit_is_refused_when_it_is_added(weights):
 def test_a_misspelt_setting_is_told_at_once():
     with pytest.raises(ConfigError, match="object_gate"):
         sam2sgp.Segmenter(objct_gate=False)
+    with pytest.raises(ConfigError, match="expected one of .*lite.*found 'lit'"):
+        sam2sgp.Segmenter(backbone="lit")

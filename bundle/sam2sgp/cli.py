@@ -22,8 +22,9 @@ from typing import Annotated, Any
 import typer
 
 from sam2sgp import __version__
+from sam2sgp.errors import ConfigError
 from sam2sgp.files import sha256_of
-from sam2sgp.places import APP, BUNDLE
+from sam2sgp.places import APP, BUNDLE, overlays_of
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 MORE_SETTINGS = "Any setting of the run may follow, as in --ct_window '[-1000, 400]'; docs/settings.md lists them."
@@ -289,11 +290,10 @@ def _absolute(path: Path) -> str:
 
 
 def _overlay(backbone: str) -> list[str]:
-    """The overlay of a backbone; the configs' own default needs none."""
-    known = sorted(path.stem for path in (BUNDLE / "configs" / "backbones").glob("*.json"))
-    if backbone not in known:
-        raise typer.BadParameter(f"expected one of {', '.join(known)}, found {backbone!r}.", param_hint="--backbone")
-    return [] if backbone == "lite" else [f"backbones/{backbone}.json"]
+    try:
+        return overlays_of(backbone)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--backbone") from None
 
 
 def _common(

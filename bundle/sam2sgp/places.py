@@ -2,8 +2,22 @@
 
 from pathlib import Path
 
+from sam2sgp.errors import ConfigError
+
 PACKAGE = Path(__file__).parent
 # A wheel holds copies of both inside the package, see setup.py; in a clone they stand where they are written.
 IS_INSTALLED = (PACKAGE / "_bundle").is_dir()
 BUNDLE = PACKAGE / "_bundle" if IS_INSTALLED else PACKAGE.parent
 APP = PACKAGE / "_app" if IS_INSTALLED else BUNDLE.parent / "apps" / "sam2sgp"
+
+
+def overlays_of(backbone: str) -> list[str]:
+    """Names in `configs/` of what follows a run's own configs for a backbone; the default one needs nothing.
+
+    Raises:
+        ConfigError: there is no such backbone.
+    """
+    known = sorted(path.stem for path in (BUNDLE / "configs" / "backbones").glob("*.json"))
+    if backbone not in known:
+        raise ConfigError(f"backbone: expected one of {', '.join(known)}, found {backbone!r}.")
+    return [] if backbone == "lite" else [f"backbones/{backbone}.json"]

@@ -10,7 +10,8 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ import torch
 
 from sam2sgp.adaptation import Adapter
 from sam2sgp.data import class_names, load_datalist
-from sam2sgp.data.io import output_suffix, write_label
-from sam2sgp.data.objects import ImageFile, as_file
+from sam2sgp.data.io import data_files, output_suffix, write_label
+from sam2sgp.data.objects import as_file
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
 from sam2sgp.inferers import CaseResult, CaseSegmenter
 from sam2sgp.networks import load_weights
 from sam2sgp.options import check, check_places
-from sam2sgp.places import BUNDLE
+from sam2sgp.places import BUNDLE, overlays_of
 from sam2sgp.support import SupportBank
 from sam2sgp.support.familiarity import is_unlike
 from sam2sgp.transforms.cases import Case
@@ -96,7 +97,6 @@ class Segmenter:
         self._cases: list[dict] = []
         self._folder = Path(tempfile.mkdtemp(prefix="sam2sgp-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._written = 0
         self._segmenter: CaseSegmenter | None = None
         self._config = self._read_config(settings)
 
@@ -136,11 +136,15 @@ class Segmenter:
         Raises:
             DataError: an object of another kind, or a label that does not fit its image.
         """
-        own = name or f"support_{len(self._cases) + 1}"
-        pair = [self._file(part, spacing if _is_array(part) else None) for part in (image, label)]
-        case = {"name": own, "image": str(pair[0].path), "label": str(pair[1].path), "patient": patient or own}
-        case["group"] = "support"
-        self._prepare_pair(case)
+        number = len(self._cases) + 1
+        own = name or f"support_{number}"
+        case = {"name": own, "patient": patient or own, "group": "support"}
+        for part, given in zip(PARTS, (image, label), strict=True):
+            file = as_file(given, self._folder, f"{part}_{number}", spacing if _is_array(given) else None)
+            case[part] = str(file.path)
+        # Read once, so that a mistake is told where it is made.
+        with _in_one_sentence():
+            self._config.get_parsed_content("load_pair")(dict(case))
         self._cases.append(case)
         if self._segmenter is not None:
             if self._segmenter.inferer.adaptation is not None:
@@ -183,13 +187,12 @@ class Segmenter:
         Raises:
             DataError: the query can't be read, nothing guides it, or `output` has another ending.
         """
-        file = self._file(query, spacing)
         segmenter = replace(self._ready(), probability=maps, uncertainty=maps)
-        case: Case = {"name": file.path.name, "image": str(file.path), "patient": None, "group": None}
-        try:
-            prepared = segmenter.prepare(case)
-        except Exception as error:
-            raise _plain(error) from error
+        with tempfile.TemporaryDirectory(prefix="sam2sgp-") as folder:
+            file = as_file(query, Path(folder), "query", spacing)
+            case: Case = {"name": file.path.name, "image": str(file.path), "patient": None, "group": None}
+            with _in_one_sentence():
+                prepared = segmenter.prepare(case)
         result = segmenter.segment(prepared)
         geometry = prepared["geometry"]
         self.last = self._explain(result, prepared["warnings"], lambda values: file.restore(values, geometry))
@@ -218,7 +221,7 @@ class Segmenter:
             root = Path(temporary, "segmenter")
             listed = []
             for number, case in enumerate(self._cases):
-                paths = {part: _copied(Path(case[part]), root / f"{part}s" / f"{number:05d}") for part in PARTS}
+                paths = {part: _copied(Path(case[part]), root / f"{part}s" / str(number)) for part in PARTS}
                 listed.append({**case, **{part: path.relative_to(root).as_posix() for part, path in paths.items()}})
             root.mkdir(exist_ok=True)
             (root / LISTED).write_text(json.dumps(listed, indent=1))
@@ -243,10 +246,8 @@ class Segmenter:
         return made
 
     def _read_config(self, settings: Mapping[str, Any]) -> monai.bundle.ConfigParser:
-        overlays = []
-        if settings.get("backbone", "lite") != "lite":
-            overlays.append(f"configs/backbones/{settings['backbone']}.json")
-        files = [str(BUNDLE / name) for name in ("configs/inference.json", *overlays)]
+        names = ["inference.json", *overlays_of(settings.get("backbone", "lite"))]
+        files = [str(BUNDLE / "configs" / name) for name in names]
         content = monai.bundle.ConfigParser.load_config_files(files)
         check_places(content, dict(settings))
         given = {"bundle_root": str(BUNDLE), "progress": False, **settings}
@@ -269,25 +270,12 @@ class Segmenter:
             config = self._config
             config["support_data"], config["class_names"] = self._cases, self.names
             config.parse(True)
-            try:
+            with _in_one_sentence():
                 network = config.get_parsed_content("network").eval()
                 load_weights(network, config.get_parsed_content("model_file"))
                 inferer = config.get_parsed_content("inferer")
-            except Exception as error:
-                raise _plain(error) from error
             self._segmenter = CaseSegmenter(network, inferer, config.get_parsed_content("preprocessing"), False)
         return self._segmenter
-
-    def _file(self, image: Any, spacing: tuple[float, ...] | None) -> ImageFile:
-        self._written += 1
-        return as_file(image, self._folder, f"image_{self._written}", spacing)
-
-    def _prepare_pair(self, case: dict) -> None:
-        """Read a pair once, so that a mistake is told where it is made."""
-        try:
-            self._config.get_parsed_content("load_pair")(dict(case))
-        except Exception as error:
-            raise _plain(error) from error
 
     def _explain(self, result: CaseResult, warnings: list[str], restore: Any) -> Explanation:
         bank: SupportBank = self._ready().inferer.bank
@@ -317,10 +305,14 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray | torch.Tensor)
 
 
-def _plain(error: Exception) -> Exception:
-    """The error that a reader or a config ran into, without what MONAI wraps round it."""
-    cause = cause_of(error)
-    return cause if isinstance(cause, Sam2SgpError) else DataError(str(cause))
+@contextmanager
+def _in_one_sentence() -> Iterator[None]:
+    """Raise the error that a reader or a config ran into, without what MONAI wraps round it."""
+    try:
+        yield
+    except Exception as error:
+        cause = cause_of(error)
+        raise (cause if isinstance(cause, Sam2SgpError) else DataError(str(cause))) from error
 
 
 def _made(folder: Path) -> Path:
@@ -328,10 +320,11 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _copied(source: Path, target: Path) -> Path:
-    """A file under a new stem, or a folder of a DICOM series."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _copied(source: Path, folder: Path) -> Path:
+    """A file with those that belong to it, or a DICOM series, in a folder of its own."""
     if source.is_dir():
-        return Path(shutil.copytree(source, target))
-    suffix = "".join(source.suffixes[-2:]) if source.name.lower().endswith((".gz", ".seg.nrrd")) else source.suffix
-    return Path(shutil.copyfile(source, target.with_name(target.name + suffix)))
+        return Path(shutil.copytree(source, folder / source.name))
+    folder.mkdir(parents=True)
+    for path in (source, *data_files(source)):
+        shutil.copyfile(path, folder / path.name)
+    return folder / source.name

@@ -51,7 +51,7 @@ def as_file(image: Any, folder: Path, name: str, spacing: tuple[float, ...] | No
     if spacing is not None and not is_array:
         raise DataError(f"{name}: expected `spacing` only with arrays, which have none; leave it out.")
     if isinstance(image, str | Path):
-        return ImageFile(Path(image).expanduser().absolute(), lambda values, geometry: _native(values, geometry))
+        return ImageFile(Path(image).expanduser().absolute(), _native)
     if is_array:
         return _of_array(image, folder, name, spacing)
     if isinstance(image, SpatialImage):
