@@ -265,9 +265,7 @@ class Archive:
             answer = await self._send(self._viewers, "GET", url, headers={"Accept-Encoding": "identity"})
             if answer.status_code >= 500:
                 await answer.aclose()
-                raise ArchiveError(
-                    f"archive: expected {what}, found HTTP status {answer.status_code}; see the archive's log."
-                )
+                raise _bad_status(what, answer)
 
         async def content() -> AsyncIterator[bytes]:
             try:
@@ -403,9 +401,7 @@ class Archive:
                     f"{answer.status_code}); correct MONAI_LABEL_DICOMWEB_USERNAME and _PASSWORD."
                 )
             if answer.is_error:
-                raise ArchiveError(
-                    f"archive: expected {what}, found HTTP status {answer.status_code}; see the archive's log."
-                )
+                raise _bad_status(what, answer)
             packed = answer.headers.get("content-encoding", "identity")
             if packed.strip().lower() not in ENCODINGS:
                 # Packed twice, a piece of it unpacks to a million times its size.
@@ -523,6 +519,10 @@ class _Files:
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     return url.scheme, url.host, url.port
+
+
+def _bad_status(what: str, answer: httpx.Response) -> ArchiveError:
+    return ArchiveError(f"archive: expected {what}, found HTTP status {answer.status_code}; see the archive's log.")
 
 
 def _too_large(what: str, limit: int) -> ArchiveError:

@@ -5,14 +5,15 @@ write to one file at once: each line is a single append under a lock of the file
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 from lib.checks import StorageError
-from sam2sgp.files import sha256_of
 
 # Who sent the request that is being answered, as the reverse proxy says; None without a proxy.
 current_user: ContextVar[str | None] = ContextVar("current_user", default=None)
@@ -65,4 +66,10 @@ class Audit:
 
 def content_hash(path: str | Path) -> str:
     """SHA-256 of a file, as `sha256:` and 64 hexadecimal digits."""
-    return f"sha256:{sha256_of(path)}"
+    with open(path, "rb") as file:
+        return open_hash(file)
+
+
+def open_hash(file: IO[bytes]) -> str:
+    """`content_hash` of a file that is open."""
+    return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

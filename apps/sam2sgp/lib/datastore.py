@@ -16,7 +16,6 @@ when these changed.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -40,7 +39,7 @@ from filelock import FileLock, Timeout
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.datastore import Datastore
 
-from lib.audit import Audit, content_hash
+from lib.audit import Audit, content_hash, open_hash
 from lib.checks import (
     BadLabel,
     Conflict,
@@ -891,7 +890,7 @@ class _Journal:
         """Of a file of the datastore, as `content_hash` gives it; None where there is none."""
         try:
             with open_plain(self._folder / name, self._folder) as file:
-                return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+                return open_hash(file)
         except FileNotFoundError:
             return None
 
