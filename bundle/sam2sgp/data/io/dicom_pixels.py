@@ -223,8 +223,8 @@ def _decoded(file: Path, dataset: Dataset) -> np.ndarray:
             bare[name] = dataset[name]
     if int(dataset.get("SamplesPerPixel") or 1) == 1:
         bare.PhotometricInterpretation = "MONOCHROME2"
-    elif syntax in JPEG_SYNTAXES:
-        bare.PhotometricInterpretation = _colours_of(dataset) or dataset.PhotometricInterpretation
+    elif syntax in JPEG_SYNTAXES and (colours := _colours_of(dataset)):
+        bare.PhotometricInterpretation = colours
     with tempfile.TemporaryDirectory(prefix="sam2sgp-") as folder:
         path = Path(folder) / "pixels.dcm"
         bare.save_as(path, write_like_original=False)
