@@ -99,9 +99,9 @@ def phantom_rows(output: Path, settings: dict) -> tuple[list, list[float]]:
     root = output / "phantoms"
     if not root.is_dir():
         make_phantoms(root, patients_per_modality=16, seed=3, progress=False)
+    truths = {case["name"]: LoadCased()(case)["label"].numpy() for case in load_datalist(root)}
     absent, dices = [], []
     for look in ("ct", "mr", "us", "rgb"):
-        truths = {case["name"]: LoadCased()(case)["label"].numpy() for case in load_datalist(root, "all")}
         found = infer(root / "support" / look, root / "queries" / look, output / "found" / look, settings)
         for name, (label, _) in found.items():
             truth = truths.get(name)

@@ -61,12 +61,6 @@ def read_tree(folder: Path) -> Tree:
     Raises:
         DataError: it holds several DICOM series of which one has several slices: no file there is an image by itself.
     """
-    series = _series_of(dicom_files(folder))
-    if len(series) > 1 and max(series.values()) > 1:
-        listed = "; ".join(f"{name}: {count} files" for name, count in sorted(series.items()))
-        raise DataError(
-            f"{folder}: expected one DICOM series, found {len(series)}: {listed}; put each in a folder of its own."
-        )
     tree = Tree()
     hidden: list[Path] = []
     _walk(folder, tree, hidden, set())
@@ -108,7 +102,14 @@ def _walk(folder: Path, tree: Tree, hidden: list[Path], above: set[str]) -> None
         tree.skipped.append(Skipped(folder, "a link to a folder that it lies in"))
         return
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    slices = _slices_of_series(folder, entries)
+    files = dicom_files(folder)
+    series = _series_of(files)
+    if not above and len(series) > 1 and max(series.values()) > 1:
+        listed = "; ".join(f"{name}: {count} files" for name, count in sorted(series.items()))
+        raise DataError(
+            f"{folder}: expected one DICOM series, found {len(series)}: {listed}; put each in a folder of its own."
+        )
+    slices = set(files) if _is_series(series, entries) else set()
     if slices:
         tree.images.append(folder)
     data = {part for path in entries if path.is_file() for part in data_files(path)}
@@ -137,16 +138,14 @@ def _holds_results(path: Path) -> bool:
     return (path / "records").is_dir() and any((path / name).is_file() for name in ("summary.csv", "metrics.csv"))
 
 
-def _slices_of_series(folder: Path, entries: list[Path]) -> set[Path]:
-    """The DICOM files of a folder if they are slices of a series, so that the folder is an image; else none.
+def _is_series(series: Counter, entries: list[Path]) -> bool:
+    """Whether the DICOM files of a folder are slices, so that the folder is an image.
 
     Files of several series are too: reading the folder says which.
     """
-    files = dicom_files(folder)
-    series = _series_of(files)
-    several = bool(series) and max(series.values()) > 1
-    only = len(series) == 1 and len([path for path in entries if path.is_file() and is_image(path)]) == 1
-    return set(files) if several or only else set()
+    if len(series) == 1 and max(series.values()) == 1:
+        return len([path for path in entries if path.is_file() and is_image(path)]) == 1
+    return bool(series) and max(series.values()) > 1
 
 
 def _series_of(files: list[Path]) -> Counter:
