@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from sam2sgp.data.io import read_image
@@ -12,10 +11,10 @@ from sam2sgp.drawing import draw_overlay, spread_slices, to_display
 from sam2sgp.engines.job import SegmentationJob
 from sam2sgp.evaluation import METRICS
 from sam2sgp.report.html import CaseFigure, SupportThumb
-from sam2sgp.report.slices import frames, frames_per_case, sides_of, slice_position
+from sam2sgp.report.slices import frames, frames_per_case, scaled_slices, sides_of, slice_position
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.transforms import ScaleIntensityByModalityd
-from sam2sgp.transforms.scaling import CT, Scaling, scale_intensity
+from sam2sgp.transforms.scaling import Scaling
 
 SHOWN_COLUMNS = {
     "class",
@@ -141,15 +140,8 @@ class CaseFigures:
         case, record = self.job.cases[number], self.job.results[number]
         shown = record["shown"]
         image = read_image(case["image"], shown["slice_axis"])
-        slices = torch.from_numpy(image.slices)
-        total, kept = len(slices), [shown["main"], *shown["slices"]]
-        scaling = Scaling.of_dict(shown["scaling"])
-        settings = self.scale_intensity.ct_window, self.scale_intensity.percentiles
-        # A window needs no other slices, and a long CT is gigabytes.
-        if scaling.kind == CT:
-            slices = scale_intensity(slices[kept], scaling, *settings)
-        else:
-            slices = scale_intensity(slices, scaling, *settings)[kept]
+        total, kept = len(image.slices), [shown["main"], *shown["slices"]]
+        slices = scaled_slices(image, Scaling.of_dict(shown["scaling"]), self.scale_intensity, kept)
         picture = to_display(slices[0])
         truth = arrays["truth"][0] if "truth" in arrays else None
         panels = [("Query", picture)]

@@ -7,7 +7,6 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from PIL import Image
@@ -15,8 +14,8 @@ from PIL import Image
 from sam2sgp.data.io import read_image
 from sam2sgp.drawing import class_colour, draw_overlay, montage, spread_slices, to_display
 from sam2sgp.files import replacing
+from sam2sgp.report.slices import scaled_slices
 from sam2sgp.transforms import OutputNames, ScaleIntensityByModalityd
-from sam2sgp.transforms.scaling import scale_intensity
 
 
 class SavePicturesd(MapTransform):
@@ -63,13 +62,12 @@ class SavePicturesd(MapTransform):
 
     def _overlay(self, case: dict, labels: np.ndarray) -> np.ndarray:
         # The case has let its image go by now.
-        slices = torch.from_numpy(read_image(case["source"], case["geometry"].slice_axis).slices)
-        settings = self.scale_intensity.ct_window, self.scale_intensity.percentiles
-        slices = scale_intensity(slices, case["scaling"], *settings)
+        image = read_image(case["source"], case["geometry"].slice_axis)
+        shown = [0] if len(labels) == 1 else spread_slices(labels)
+        slices = scaled_slices(image, case["scaling"], self.scale_intensity, shown)
         if len(labels) == 1:
             return draw_overlay(to_display(slices[0]), labels[0], scale=1)
-        shown = spread_slices(labels)
-        return montage(slices[shown], labels[shown], numbers=shown, total=len(labels))
+        return montage(slices, labels[shown], numbers=shown, total=len(labels))
 
 
 def coloured(labels: np.ndarray) -> np.ndarray:

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from sam2sgp.data.io import Geometry
+from sam2sgp.data.io import Geometry, MedicalImage
 from sam2sgp.drawing import draw_overlay, to_display
 from sam2sgp.report.html import Frame
+from sam2sgp.transforms import ScaleIntensityByModalityd
+from sam2sgp.transforms.scaling import CT, Scaling, scale_intensity
 
 # Of all volumes of a report, and of one; a picture is about 10 KB.
 FRAMES, FEWEST, MOST = 600, 9, 32
@@ -28,6 +30,18 @@ def frames_per_case(cases: int) -> int:
         (32, 10)
     """
     return min(MOST, max(FEWEST, FRAMES // max(1, cases)))
+
+
+def scaled_slices(
+    image: MedicalImage, scaling: Scaling, settings: ScaleIntensityByModalityd, numbers: Sequence[int]
+) -> torch.Tensor:
+    """Some slices (N, C, H, W) of an image in [0, 1], as a run scaled it."""
+    slices = torch.from_numpy(image.slices)
+    bounds = settings.ct_window, settings.percentiles
+    # A window needs no other slices, and a long CT is gigabytes.
+    if scaling.kind == CT:
+        return scale_intensity(slices[list(numbers)], scaling, *bounds)
+    return scale_intensity(slices, scaling, *bounds)[list(numbers)]
 
 
 def sides_of(geometry: Geometry) -> str:
