@@ -277,3 +277,12 @@ def test_a_run_can_be_repeated(tmp_path):
     facts = facts_of_run({"Weights": tmp_path / "w.pt", "Retrieval": "K = 8"})
     assert facts["SHA-256 of the weights"] == hashlib.sha256(b"weights").hexdigest()
     assert shlex.split(facts["Command"]) == sys.orig_argv and f"torch {version('torch')}" in facts["Versions"]
+
+
+def test_a_size_is_tiny_beside_sizes_of_its_own_unit_only():
+    sizes = [("ml", 10 + number) for number in range(6)] + [("px", 900 + number) for number in range(6)] + [("px", 20)]
+    rows = [
+        {"case": f"{size} {unit}", "class_name": "liver", "size": size, "size_unit": unit, "mean_confidence": 0.99}
+        for unit, size in sizes
+    ]
+    assert {look.name: look.reasons for look in looks(rows) if look.reasons} == {"20 px": ["tiny liver"]}

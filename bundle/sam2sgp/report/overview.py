@@ -49,23 +49,20 @@ def looks(rows: Sequence[Mapping]) -> list[Look]:
     by_case: dict[str, list[Mapping]] = defaultdict(list)
     for row in rows:
         by_case[str(row["case"])].append(row)
-    sizes: dict[str, list[float]] = defaultdict(list)
-    counts: Counter = Counter()
+    sizes: dict[tuple, list[float]] = defaultdict(list)
     for row in rows:
         if "error" not in row and "class_name" in row:
-            counts[row["class_name"]] += 1
-            if _size(row):
-                sizes[row["class_name"]].append(_size(row))
-    usual = {
-        name: float(np.median(found))
-        for name, found in sizes.items()
-        if counts[name] >= FEWEST_CASES and len(found) >= USUAL_SHARE * counts[name]
-    }
+            sizes[_kind(row)].append(_size(row))
+    usual = {}
+    for kind, every in sizes.items():
+        found = [size for size in every if size]
+        if len(every) >= FEWEST_CASES and len(found) >= USUAL_SHARE * len(every):
+            usual[kind] = float(np.median(found))
     made = [_look(name, found, usual) for name, found in by_case.items()]
     return sorted(made, key=lambda look: (look.urgency, math.isnan(look.score), look.score, look.name))
 
 
-def _look(name: str, rows: list[Mapping], usual: Mapping[str, float]) -> Look:
+def _look(name: str, rows: list[Mapping], usual: Mapping[tuple, float]) -> Look:
     look, told = Look(name, found=rows), []
     errors = [str(row["error"]) for row in rows if row.get("error")]
     if errors:
@@ -86,9 +83,9 @@ def _look(name: str, rows: list[Mapping], usual: Mapping[str, float]) -> Look:
         told.append((UNLIKE, "unlike support set"))
     for row in rows:
         class_name, size = row["class_name"], _size(row)
-        if size and size < TINY_SHARE * usual.get(class_name, 0):
+        if size and size < TINY_SHARE * usual.get(_kind(row), 0):
             told.append((TINY, f"tiny {class_name}"))
-        elif not size and class_name in usual and len(rows) > 1:
+        elif not size and _kind(row) in usual and len(rows) > 1:
             told.append((EMPTY, f"no {class_name}"))
     if rows and not any(_size(row) for row in rows):
         told.append((EMPTY, "nothing found"))
@@ -96,6 +93,11 @@ def _look(name: str, rows: list[Mapping], usual: Mapping[str, float]) -> Look:
         look.urgency = min(told)[0]
         look.reasons = [reason for _, reason in sorted(told)]
     return look
+
+
+def _kind(row: Mapping) -> tuple:
+    """What sizes can be compared of: one class, in one unit."""
+    return row["class_name"], row.get("size_unit")
 
 
 def _size(row: Mapping) -> float:
