@@ -78,6 +78,11 @@ def test_every_described_setting_is_in_some_config_and_every_documented_one_is_d
         (INFERENCE, {"evaluator::probability": 1}, "--evaluator::probability: expected True or False, found 1"),
         (("train.json",), {"optimizer::lr": "fast"}, "--optimizer::lr: expected a number, found 'fast'"),
         (("train.json",), {"weights": True}, "--weights: expected a path, or None, or False, found True"),
+        (("train.json",), {"weights": 0}, "--weights: expected a path, or None, or False, found 0"),
+        (("train.json",), {"clip_probability": 40}, "--clip_probability: expected a number from 0 to 1, found 40"),
+        (INFERENCE, {"ct_window": [-100, "high"]}, "--ct_window: expected a list of numbers such as .*, found"),
+        (INFERENCE, {"slice_axis": 3}, "--slice_axis: expected auto, 0, 1 or 2, found 3"),
+        (INFERENCE, {"slice_axis": True}, "--slice_axis: expected auto, 0, 1 or 2, found True"),
     ],
 )
 def test_a_mistake_is_told_with_what_was_meant(files, overrides, message):
@@ -124,5 +129,6 @@ def test_a_run_checks_its_options_before_any_work_and_lists_them_for_help(tmp_pa
         run("evaluating", *EVALUATION, help=True)
     assert not ended.value.code
     shown = capsys.readouterr().out
+    assert re.search(r"--retrieval +which items.*; similarity\s+or random \[similarity\]", shown.replace("'", ""))
     assert re.search(r"--object_gate +a class with too little evidence .* \[True\]", shown)
     assert re.search(r"^Segmenting$", shown, re.MULTILINE) and "--max_epochs" in shown

@@ -3,7 +3,8 @@
 In: the merged config of `python -m monai.bundle run`, overrides included. Out: nothing, or one `ConfigError` that names
 the option, what was expected and the nearest valid name; for `--help`, the list of options.
 
-`OPTIONS` says what each setting means and what its value may be; its default stands in the JSON configs.
+Each setting is declared once, as a field of a pydantic model: what it means and what its value may be. Its default
+stands in the JSON configs.
 """
 
 import inspect
@@ -13,14 +14,16 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from types import UnionType
-from typing import Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from monai.bundle import ConfigParser
 from monai.bundle.config_item import ConfigComponent
 from monai.bundle.reference_resolver import ReferenceResolver
-from torch import Tensor
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
 
 from sam2sgp.errors import ConfigError
 from sam2sgp.places import BUNDLE
@@ -31,180 +34,209 @@ FOREIGN = {"tracking_uri", "experiment_name", "run_name", "save_execute_config",
 # What a value starts with that is computed when the run begins.
 EXPRESSION_MARKS = ("$", "@", "%")
 
-KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "switch": ((bool,), "True or False"),
-    "count": ((int,), "a whole number"),
-    "number": ((int, float), "a number"),
-    "text": ((str,), "a word or text"),
-    "path": ((str,), "a path"),
-    "device": ((str, object), "a device such as cpu or cuda:0"),
-    "axis": ((int, str), "auto, 0, 1 or 2"),
-    "numbers": ((list, tuple), "a list of numbers such as '[-160, 240]'"),
-    "list": ((list, tuple), "a list"),
-    "group": ((dict,), "a group such as \"{'r': 8, 'alpha': 16}\""),
+# What a value must be, in words.
+WORDS: dict[object, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "None",
 }
 
 
 @dataclass(frozen=True)
+class Expected:
+    """Says of an annotated type, in words, what a value must be."""
+
+    words: str
+
+
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("on")
+    return value
+
+
+Off = Annotated[bool, AfterValidator(_off), Expected("False")]
+Axis = Annotated[Literal["auto"] | Annotated[int, Field(ge=0, le=2)], Expected("auto, 0, 1 or 2")]
+PathText = Annotated[str, Expected("a path")]
+Device = Annotated[str | InstanceOf[torch.device], Expected("a device such as cpu or cuda:0")]
+Share = Annotated[float, Field(ge=0, le=1), Expected("a number from 0 to 1")]
+Numbers = Annotated[list[float] | tuple[float, ...], Expected("a list of numbers such as '[-160, 240]'")]
+Entries = Annotated[list | tuple, Expected("a list")]
+Group = Annotated[dict, Expected("a group such as \"{'r': 8, 'alpha': 16}\"")]
+
+
+class OptionGroup(BaseModel):
+    """Settings of a run: each with its type and its meaning, in one line. An alias is an id within a config."""
+
+
+class Data(OptionGroup):
+    dataset_dir: PathText = Field(
+        description="labelled data (training, evaluating) or the images to segment (inferring)"
+    )
+    support_dir: PathText | None = Field(
+        description="labelled images that guide; evaluating: None takes the training section"
+    )
+    output_dir: PathText = Field(description="where results go")
+    bundle_root: PathText = Field(description="folder of the bundle")
+    cache_dir: PathText = Field(description="prepared training images; may be deleted")
+    patient_pattern: str = Field(description="regular expression that finds the patient in a file's stem")
+    split: Numbers = Field(description="shares of patients for train, val and test")
+    split_seed: int = Field(description="seed of that draw")
+    held_out: Entries = Field(description="pre-training: data sets that are not trained on")
+    related: Entries = Field(description="pre-training: groups of data sets of the same persons")
+
+
+class Images(OptionGroup):
+    modality: str | None = Field(
+        description="of images that don't state it themselves, such as CT or MR; decides the scaling"
+    )
+    ct_window: Numbers = Field(description="HU mapped to 0..1, for the network and in the report")
+    percentiles: Numbers = Field(description="of the intensities, mapped to 0..1 for all that is neither CT nor colour")
+    slice_axis: Axis = Field(
+        description="how volumes are sliced: 0 sagittal, 1 coronal, 2 axial; auto: along a thick axis"
+    )
+
+
+class SupportSet(OptionGroup, title="Support set"):
+    k: int = Field(description="support items per query slice and class")
+    retrieval: Literal["similarity", "random"] = Field(description="which items: the most similar, or random ones")
+    slices_per_class: int = Field(description="slices taken from each support volume for each class")
+    support_max_items: int | None = Field(description="limit of the support set")
+    support_seed: int = Field(description="seed of the choice of items, and of the run")
+    support_cache_dir: PathText | None = Field(description="folder that keeps the encoded support set for the next run")
+    support_cache_mb: float = Field(description="MiB of it held in memory")
+
+
+class Segmenting(OptionGroup):
+    val_batch_size: int = Field(description="slices at a time; lower it if memory runs out")
+    region_below: float = Field(description="objects below this share of the image get a second pass; 0 for never")
+    three_d_memory: bool = Field(description="slices of a volume guide their neighbours")
+    memory_frames: int = Field(description="how many of the last slices guide one")
+    object_gate: bool = Field(description="a class with too little evidence in an image is not segmented there")
+    adapt_seconds: float = Field(description="first adapt the network to the support set for so long")
+    adapt_steps: int | None = Field(description="at most so many steps of it")
+    adapt_seed: int = Field(description="seed of the adaptation")
+    adapt_dir: PathText = Field(description="where the adapted weights are kept")
+
+
+class Results(OptionGroup):
+    resume: bool = Field(description="go on where an earlier run stopped")
+    report_figures: int = Field(description="cases with pictures in the report")
+    segment_labelled: bool = Field(description="also segment the images of the support set")
+    save_overlay: bool = Field(description="also write a PNG of the image with contours for each query")
+    save_coloured: bool = Field(description="also write a coloured PNG of the class map for pictures")
+    dicom_seg: bool = Field(description="also write a DICOM Segmentation object for DICOM queries")
+    save_probability: bool = Field(description="also write the probabilities")
+    save_uncertainty: bool = Field(description="also write the uncertainty")
+    progress: bool = Field(description="show progress bars")
+    export_file: PathText = Field(description="where the exported weights go")
+
+
+class Network(OptionGroup):
+    backbone: str = Field(description="image encoder; chosen by an overlay in configs/backbones")
+    model_file: PathText = Field(description="weights to segment with")
+    weights: PathText | None | Off = Field(description="what training starts from; False for random weights")
+    checkpoint: PathText | None = Field(description="SAM 2.1 checkpoint that training starts from")
+    image_size: int = Field(description="side in pixels of the network's input, a multiple of 32")
+    freeze_encoder: bool = Field(description="train nothing of the encoder but LoRA")
+    lora: Group | None = Field(description="LoRA on the encoder")
+    lora_r: int = Field(description="rank", alias="lora::r")
+    lora_alpha: float = Field(description="scale", alias="lora::alpha")
+    lora_dropout: Share = Field(description="share of inputs dropped in training", alias="lora::dropout")
+    pmg: Group = Field(description="generation of the pseudo-mask")
+    pmg_prior: bool = Field(description="the support prior", alias="pmg::prior")
+    pmg_regression: bool = Field(description="the support regression", alias="pmg::regression")
+    pma: Group = Field(description="guidance by the pseudo-mask")
+    pma_box: bool = Field(description="its box as a prompt", alias="pma::box")
+    pma_attention: bool = Field(description="it guides the second decoder's attention", alias="pma::attention")
+    pma_dense: bool = Field(description="it is a dense prompt", alias="pma::dense")
+    refinement: bool = Field(description="correct the mask at the finest grid")
+    memory_pool: int | None = Field(description="side of the square of memory tokens averaged into one")
+
+
+class Computing(OptionGroup):
+    device: Device = Field(description="what is computed on")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(description="number format")
+    compile: bool = Field(description="torch.compile of the image encoder")
+    runtime: Literal["eager", "onnxruntime"] = Field(description="what runs the network")
+    graphs_dir: PathText = Field(description="folder of exported graphs")
+    num_workers: int = Field(description="processes that load training data")
+    gradient_checkpointing: bool = Field(description="training in half the memory, a fifth slower")
+    feature_cache: bool = Field(description="training: a frozen encoder runs once per image")
+    feature_cache_dir: PathText = Field(description="where its features are kept")
+    feature_cache_mb: float = Field(description="MiB of them held in memory")
+
+
+class Training(OptionGroup):
+    seed: int = Field(description="of all random choices")
+    max_epochs: int = Field(description="epochs")
+    episodes_per_epoch: int = Field(description="episodes in an epoch")
+    episodes_per_step: int = Field(description="episodes in a batch, per GPU")
+    images_per_episode: int = Field(description="images of one class in an episode")
+    min_k: int = Field(description="least support images of a query")
+    max_k: int = Field(description="most support images of a query")
+    accumulation_steps: int = Field(description="batches per optimiser step")
+    learning_rate: float = Field(description="highest learning rate")
+    weight_decay: float = Field(description="of AdamW")
+    warmup_steps: int = Field(description="steps in which the learning rate rises")
+    decay_steps: int = Field(description="pre-training: last steps, in which it falls to zero")
+    trunk_rate: float = Field(
+        description="pre-training: learning rate of a pretrained trunk, as a share of the others'"
+    )
+    frozen_levels: int = Field(description="pre-training: first levels of a pretrained trunk that are not trained")
+    max_gradient_norm: float = Field(description="gradients are clipped to it")
+    ema_decay: Share = Field(description="of the moving average of the weights")
+    loss_kind: Literal["dice_ce", "dice_focal"] = Field(description="loss")
+    invert_probability: Share = Field(description="share of episodes whose target is all but the class")
+    union_probability: Share = Field(description="share of episodes whose target is two classes")
+    empty_fraction: Share = Field(description="share of images without the target")
+    clip_probability: Share = Field(description="share of episodes of volumes that consist of clips")
+    clip_length: int = Field(description="slices of a clip")
+    clip_stride: int = Field(description="distance between two slices of a clip")
+    augmentation_variants: int | None = Field(description="forms in which each slice comes; None: a new one each time")
+    synthetic_probability: Share = Field(description="share of episodes of invented anatomies")
+    superpixel_probability: Share = Field(description="share of episodes of superpixels")
+    threshold_probability: Share = Field(description="share of episodes of bands of intensity")
+    label_operation_probability: Share = Field(description="share of targets that are changed")
+    region_probability: Share = Field(description="share of images cut to a region around the target")
+    crop_probability: Share = Field(description="share of images cut at random")
+    val_interval: int = Field(description="epochs between validations")
+    val_max_cases: int | None = Field(description="cases in a validation")
+    val_episodes_per_group: int = Field(description="pre-training: episodes of a group in a validation")
+    patience: int = Field(description="stop after so many epochs without a better Dice; 0 never does")
+    keep_best: bool = Field(description="write the weights of the best epoch, not of the last")
+    federated_rounds: int = Field(description="rounds of a federated training")
+
+
+@dataclass(frozen=True)
 class Option:
-    """A setting of a run.
+    """A setting of a run, as an `OptionGroup` declares it."""
 
-    Attributes:
-        kind: a key of `KINDS`, or the words to choose from with "|" between them.
-        meaning: in one line.
-        optional: None is a value too. off: False is one too.
-    """
+    hint: Any
+    """Its type."""
 
-    kind: str
     meaning: str
-    optional: bool = False
-    off: bool = False
+    """In one line."""
 
     @property
     def expected(self) -> str:
-        words = KINDS[self.kind][1] if self.kind in KINDS else " or ".join(self.kind.split("|"))
-        return words + ", or None" * self.optional + ", or False" * self.off
+        return _expected(self.hint)
 
     def allows(self, value: object) -> bool:
-        if value is None:
-            return self.optional
-        if self.off and value is False:
-            return True
-        if self.kind not in KINDS:
-            return value in self.kind.split("|")
-        types = KINDS[self.kind][0]
-        if isinstance(value, bool) and bool not in types and object not in types:
-            return False
-        return isinstance(value, types)
+        return _allows(self.hint, value)
 
 
-OPTIONS: dict[str, dict[str, Option]] = {
-    "Data": {
-        "dataset_dir": Option("path", "labelled data (training, evaluating) or the images to segment (inferring)"),
-        "support_dir": Option("path", "labelled images that guide; evaluating: None takes the training section", True),
-        "output_dir": Option("path", "where results go"),
-        "bundle_root": Option("path", "folder of the bundle"),
-        "cache_dir": Option("path", "prepared training images; may be deleted"),
-        "patient_pattern": Option("text", "regular expression that finds the patient in a file's stem"),
-        "split": Option("numbers", "shares of patients for train, val and test"),
-        "split_seed": Option("count", "seed of that draw"),
-        "held_out": Option("list", "pre-training: data sets that are not trained on"),
-        "related": Option("list", "pre-training: groups of data sets of the same persons"),
-    },
-    "Images": {
-        "modality": Option(
-            "text", "of images that don't state it themselves, such as CT or MR; decides the scaling", True
-        ),
-        "ct_window": Option("numbers", "HU mapped to 0..1, for the network and in the report"),
-        "percentiles": Option("numbers", "of the intensities, mapped to 0..1 for all that is neither CT nor colour"),
-        "slice_axis": Option(
-            "axis", "how volumes are sliced: 0 sagittal, 1 coronal, 2 axial; auto: along a thick axis"
-        ),
-    },
-    "Support set": {
-        "k": Option("count", "support items per query slice and class"),
-        "retrieval": Option("similarity|random", "which items: the most similar, or random ones"),
-        "slices_per_class": Option("count", "slices taken from each support volume for each class"),
-        "support_max_items": Option("count", "limit of the support set", True),
-        "support_seed": Option("count", "seed of the choice of items, and of the run"),
-        "support_cache_dir": Option("path", "folder that keeps the encoded support set for the next run", True),
-        "support_cache_mb": Option("number", "MiB of it held in memory"),
-    },
-    "Segmenting": {
-        "val_batch_size": Option("count", "slices at a time; lower it if memory runs out"),
-        "region_below": Option("number", "objects below this share of the image get a second pass; 0 for never"),
-        "three_d_memory": Option("switch", "slices of a volume guide their neighbours"),
-        "memory_frames": Option("count", "how many of the last slices guide one"),
-        "object_gate": Option("switch", "a class with too little evidence in an image is not segmented there"),
-        "adapt_seconds": Option("number", "first adapt the network to the support set for so long"),
-        "adapt_steps": Option("count", "at most so many steps of it", True),
-        "adapt_seed": Option("count", "seed of the adaptation"),
-        "adapt_dir": Option("path", "where the adapted weights are kept"),
-    },
-    "Results": {
-        "resume": Option("switch", "go on where an earlier run stopped"),
-        "report_figures": Option("count", "cases with pictures in the report"),
-        "segment_labelled": Option("switch", "also segment the images of the support set"),
-        "save_overlay": Option("switch", "also write a PNG of the image with contours for each query"),
-        "save_coloured": Option("switch", "also write a coloured PNG of the class map for pictures"),
-        "dicom_seg": Option("switch", "also write a DICOM Segmentation object for DICOM queries"),
-        "save_probability": Option("switch", "also write the probabilities"),
-        "save_uncertainty": Option("switch", "also write the uncertainty"),
-        "progress": Option("switch", "show progress bars"),
-        "export_file": Option("path", "where the exported weights go"),
-    },
-    "Network": {
-        "backbone": Option("text", "image encoder; chosen by an overlay in configs/backbones"),
-        "model_file": Option("path", "weights to segment with"),
-        "weights": Option("path", "what training starts from; False for random weights", True, True),
-        "checkpoint": Option("path", "SAM 2.1 checkpoint that training starts from", True),
-        "image_size": Option("count", "side in pixels of the network's input, a multiple of 32"),
-        "freeze_encoder": Option("switch", "train nothing of the encoder but LoRA"),
-        "lora": Option("group", "LoRA on the encoder", True),
-        "lora::r": Option("count", "rank"),
-        "lora::alpha": Option("number", "scale"),
-        "lora::dropout": Option("number", "share of inputs dropped in training"),
-        "pmg": Option("group", "generation of the pseudo-mask"),
-        "pmg::prior": Option("switch", "the support prior"),
-        "pmg::regression": Option("switch", "the support regression"),
-        "pma": Option("group", "guidance by the pseudo-mask"),
-        "pma::box": Option("switch", "its box as a prompt"),
-        "pma::attention": Option("switch", "it guides the second decoder's attention"),
-        "pma::dense": Option("switch", "it is a dense prompt"),
-        "refinement": Option("switch", "correct the mask at the finest grid"),
-        "memory_pool": Option("count", "side of the square of memory tokens averaged into one", True),
-    },
-    "Computing": {
-        "device": Option("device", "what is computed on"),
-        "precision": Option("fp32|bf16|fp16", "number format"),
-        "compile": Option("switch", "torch.compile of the image encoder"),
-        "runtime": Option("eager|onnxruntime", "what runs the network"),
-        "graphs_dir": Option("path", "folder of exported graphs"),
-        "num_workers": Option("count", "processes that load training data"),
-        "gradient_checkpointing": Option("switch", "training in half the memory, a fifth slower"),
-        "feature_cache": Option("switch", "training: a frozen encoder runs once per image"),
-        "feature_cache_dir": Option("path", "where its features are kept"),
-        "feature_cache_mb": Option("number", "MiB of them held in memory"),
-    },
-    "Training": {
-        "seed": Option("count", "of all random choices"),
-        "max_epochs": Option("count", "epochs"),
-        "episodes_per_epoch": Option("count", "episodes in an epoch"),
-        "episodes_per_step": Option("count", "episodes in a batch, per GPU"),
-        "images_per_episode": Option("count", "images of one class in an episode"),
-        "min_k": Option("count", "least support images of a query"),
-        "max_k": Option("count", "most support images of a query"),
-        "accumulation_steps": Option("count", "batches per optimiser step"),
-        "learning_rate": Option("number", "highest learning rate"),
-        "weight_decay": Option("number", "of AdamW"),
-        "warmup_steps": Option("count", "steps in which the learning rate rises"),
-        "decay_steps": Option("count", "pre-training: last steps, in which it falls to zero"),
-        "trunk_rate": Option("number", "pre-training: learning rate of a pretrained trunk, as a share of the others'"),
-        "frozen_levels": Option("count", "pre-training: first levels of a pretrained trunk that are not trained"),
-        "max_gradient_norm": Option("number", "gradients are clipped to it"),
-        "ema_decay": Option("number", "of the moving average of the weights"),
-        "loss_kind": Option("dice_ce|dice_focal", "loss"),
-        "invert_probability": Option("number", "share of episodes whose target is all but the class"),
-        "union_probability": Option("number", "share of episodes whose target is two classes"),
-        "empty_fraction": Option("number", "share of images without the target"),
-        "clip_probability": Option("number", "share of episodes of volumes that consist of clips"),
-        "clip_length": Option("count", "slices of a clip"),
-        "clip_stride": Option("count", "distance between two slices of a clip"),
-        "augmentation_variants": Option("count", "forms in which each slice comes; None: a new one each time", True),
-        "synthetic_probability": Option("number", "share of episodes of invented anatomies"),
-        "superpixel_probability": Option("number", "share of episodes of superpixels"),
-        "threshold_probability": Option("number", "share of episodes of bands of intensity"),
-        "label_operation_probability": Option("number", "share of targets that are changed"),
-        "region_probability": Option("number", "share of images cut to a region around the target"),
-        "crop_probability": Option("number", "share of images cut at random"),
-        "val_interval": Option("count", "epochs between validations"),
-        "val_max_cases": Option("count", "cases in a validation", True),
-        "val_episodes_per_group": Option("count", "pre-training: episodes of a group in a validation"),
-        "patience": Option("count", "stop after so many epochs without a better Dice; 0 never does"),
-        "keep_best": Option("switch", "write the weights of the best epoch, not of the last"),
-        "federated_rounds": Option("count", "rounds of a federated training"),
-    },
-}
+def _options(group: type[OptionGroup]) -> dict[str, Option]:
+    hints = get_type_hints(group, include_extras=True)
+    return {
+        field.alias or name: Option(hints[name], field.description or "") for name, field in group.model_fields.items()
+    }
+
+
+GROUPS = (Data, Images, SupportSet, Segmenting, Results, Network, Computing, Training)
+OPTIONS = {group.model_config.get("title") or group.__name__: _options(group) for group in GROUPS}
 ALL = {name: option for options in OPTIONS.values() for name, option in options.items()}
 
 
@@ -272,7 +304,8 @@ def help_text(config: Mapping) -> str:
         lines.append(group)
         for name, value in shown.items():
             default = "computed" if _is_expression(value) else repr(value)
-            text = f"  --{name:<22} {options[name].meaning} [{default}]"
+            kind = "" if options[name].hint is bool else f"; {options[name].expected}"
+            text = f"  --{name:<22} {options[name].meaning}{kind} [{default}]"
             lines += textwrap.wrap(text, 118, subsequent_indent=" " * 27, drop_whitespace=True)
         lines.append("")
     lines.append("Anything else in the config is overridden by its id, as --train::dataset::episodes 10.")
@@ -377,7 +410,7 @@ def _unknown(name: str, config: Mapping) -> ConfigError:
 def _spelled(option: Option, value: object) -> str:
     """How to write what was probably meant."""
     text = str(value).strip().lower()
-    if option.kind == "switch" or option.off:
+    if option.allows(False):
         meant = {
             "true": True,
             "yes": True,
@@ -390,14 +423,15 @@ def _spelled(option: Option, value: object) -> str:
         }
         if text in meant:
             return f" Write {meant[text]}, with a capital letter."
-    if option.optional and text in ("none", "null"):
+    if option.allows(None) and text in ("none", "null"):
         return " Write None, with a capital letter."
-    near = get_close_matches(text, option.kind.split("|"), 1) if "|" in option.kind else []
+    near = get_close_matches(text, [str(word) for word in _literals(option.hint) if isinstance(word, str)], 1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def _components(value: object, identifier: str = "") -> Iterator[tuple[str, Mapping]]:
     """All that the config makes by a `_target_`, by its id."""
+    entries: Iterable[tuple[object, object]]
     if isinstance(value, Mapping):
         if isinstance(value.get("_target_"), str) and not _is_expression(value["_target_"]):
             yield identifier, value
@@ -414,7 +448,7 @@ def _components(value: object, identifier: str = "") -> Iterator[tuple[str, Mapp
 def _check_arguments(identifier: str, component: Mapping, parser: ConfigParser) -> None:
     """A component's arguments are those of its class or function, and plain values are of the annotated types."""
     target = ConfigComponent(dict(component), identifier, parser.locator).resolve_module_name()
-    made = pydoc.locate(target) if isinstance(target, str) else target
+    made: Any = pydoc.locate(target) if isinstance(target, str) else target
     try:
         parameters = inspect.signature(made).parameters
     except (TypeError, ValueError):
@@ -424,34 +458,55 @@ def _check_arguments(identifier: str, component: Mapping, parser: ConfigParser) 
         if name.startswith("_"):
             continue
         if name in parameters:
-            types = _plain_types(made, parameters[name])
-            if types and not _is_expression(value) and not _fits(value, types):
-                expected = " or ".join(_NAMES[kind] for kind in types)
-                raise ConfigError(f"--{identifier}::{name}: expected {expected}, found {value!r}.")
+            hint = _plain_type(made, parameters[name])
+            if hint is not None and not _is_expression(value) and not _allows(hint, value):
+                raise ConfigError(f"--{identifier}::{name}: expected {_expected(hint)}, found {value!r}.")
         elif not is_open:
             near = get_close_matches(name, parameters, 1)
             hint = f"did you mean --{identifier}::{near[0]}?" if near else f"expected one of {', '.join(parameters)}."
             raise ConfigError(f"--{identifier}::{name}: {component['_target_']} has no such argument; {hint}")
 
 
-_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
-
-
-def _plain_types(made: object, parameter: inspect.Parameter) -> tuple[type, ...]:
-    """The types that an argument may have, if its annotation names plain ones only; else none."""
+def _plain_type(made: Any, parameter: inspect.Parameter) -> Any:
+    """The type that an argument may have, if its annotation names plain ones only; else None."""
     hint = parameter.annotation
     if isinstance(hint, str):
         try:
-            hint = get_type_hints(made.__init__ if isinstance(made, type) else made)[parameter.name]
+            function = inspect.getattr_static(made, "__init__") if isinstance(made, type) else made
+            hint = get_type_hints(function)[parameter.name]
         except Exception:  # annotations may name what is only imported for type checkers
-            return ()
-    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            return None
     # A configuration holds no tensors.
-    types = tuple(kind for kind in types if kind is not Tensor)
-    return types if all(kind in _NAMES for kind in types) else ()
+    types = [kind for kind in _members(hint) if kind is not torch.Tensor]
+    return reduce(or_, types) if types and all(kind in WORDS for kind in types) else None
 
 
-def _fits(value: object, types: tuple[type, ...]) -> bool:
-    if isinstance(value, bool):
-        return bool in types
-    return isinstance(value, types) or (isinstance(value, int) and float in types)
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type that there is."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _literals(hint: Any) -> list[Any]:
+    """The values that a type names one by one."""
+    return [value for kind in _members(hint) if get_origin(kind) is Literal for value in get_args(kind)]
+
+
+def _expected(hint: Any) -> str:
+    """What a value of a type must be, in words."""
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, Expected):
+            return mark.words
+    if get_origin(hint) is Literal:
+        *others, last = map(str, get_args(hint))
+        return f"{', '.join(others)} or {last}" if others else last
+    members = _members(hint)
+    return WORDS[hint] if len(members) == 1 else ", or ".join(map(_expected, members))
+
+
+def _allows(hint: Any, value: object) -> bool:
+    """Whether a value is of a type as it stands: no text counts as a number, and no number as True or False."""
+    try:
+        TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
+        return False
+    return True
