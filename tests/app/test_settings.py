@@ -55,6 +55,12 @@ def test_a_backbone_is_an_overlay_of_the_bundle(tmp_path):
         ("image_size", "@k", "which a config would run as code"),
         ("max_upload_mb", "many", "expected a number of MiB, found 'many'"),
         ("max_upload_mb", "0", "expected a number of MiB"),
+        ("dicomweb_cache_gb", "inf", "expected a number of GiB, found 'inf'"),
+        ("dicomweb_filter", "CT", "expected attributes as JSON such as .*, found 'CT'"),
+        ("dicomweb_filter", "[1]", "expected attributes as JSON such as .*, found \\[1\\]"),
+        ("hosts", "a.example, b/c", "expected names such as viewer.example, found 'b/c'"),
+        ("k", "many", "--conf k: expected a whole number, found 'many'"),
+        ("object_gate", "perhaps", "--conf object_gate: expected True or False, found 'perhaps'"),
         ("allow_overrides", "maybe", "expected true or false, found 'maybe'"),
         ("cors_origins", "viewer.example", "expected origins such as https://viewer.example"),
         ("backbone", "huge", "expected one of base_plus, large, lite, nano, small, tiny, found 'huge'"),
@@ -80,3 +86,6 @@ def test_origins_and_flags_are_read():
     made = settings(cors_origins="https://a.example/, http://b:3000", allow_overrides="yes", max_upload_mb="10")
     assert made.cors_origins == ("https://a.example", "http://b:3000")
     assert made.allow_overrides and made.max_upload_mb == 10
+    made = settings(hosts="Viewer.Example, other", dicomweb_filter='{"Modality": "CT"}', dicomweb_expiry="0")
+    assert made.hosts == ("viewer.example", "other") and made.dicomweb_filter == {"Modality": "CT"}
+    assert made.dicomweb_expiry == 0

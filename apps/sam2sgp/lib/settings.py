@@ -7,15 +7,23 @@ config's own; only what the server needs by itself is declared here.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 from monai.bundle import ConfigParser
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from sam2sgp.errors import ConfigError
+from sam2sgp.options import ALL as OPTIONS
+from sam2sgp.options import Expected
 from sam2sgp.places import BUNDLE
 
 CONFIG = "configs/inference.json"
@@ -45,88 +53,132 @@ METHOD_KEYS = (
     "memory_frames",
     "object_gate",
 )
-PATH_KEYS = ("bundle_root", "state_dir", "support_dir", "model_file")
 # MONAI Label's own, which it puts among them.
 FOREIGN_KEYS = ("server_mode",)
-NUMBERS = {
-    "max_upload_mb": "MiB",
-    "max_image_mb": "MiB",
-    "query_cache_mb": "MiB",
-    "dicomweb_expiry": "seconds",
-    "dicomweb_cache_gb": "GiB",
-    "dicomweb_cache_days": "days",
-    "dicomweb_timeout": "seconds",
-    "max_connections": "connections",
-    "max_connections_per_address": "connections",
-}
-NOT_ZERO = ("max_upload_mb", "max_image_mb", "dicomweb_timeout", "max_connections", "max_connections_per_address")
-HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+HOST = r"^[a-z0-9_-]+(\.[a-z0-9_-]+)*$"
+ORIGIN = r"^https?://"
 CODE_MARKS = ("$", "@", "%")
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the app was started with.
+def _resolved(text: Any) -> Path:
+    return Path(str(text)).expanduser().resolve()
 
-    Attributes:
-        app_dir: the app's folder.
-        studies: folder of the images, or the address of a DICOMweb server.
-        bundle_root: the bundle. By default the one that was installed, or stands in the clone, with the package.
-        state_dir: the app's own files: `support/` (the bank's cache), `weights/`, `training/`, scores, audit log. By
-            default a folder of its own for each `studies` in the app's `model/state`.
-        support_dir: a data folder of labelled pairs that belong to the support set from the start; None for none.
-        backbone: name of an overlay in the bundle's `configs/backbones`; None for what inference.json says.
-        model_file: weights to start from; None for the bundle's own, which fit only its default backbone.
-        overrides: keys of inference.json with other values than the bundle's, see `METHOD_KEYS`.
-        query_cache_mb: MiB of features, of prepared images, and of results, of the queries used last.
-        max_upload_mb: MiB that a request may hold.
-        max_image_mb: MiB that an image of a client or an archive may take in memory, as float32; reading holds it up to
-            three times for a moment.
-        cors_origins: other sites whose pages may use the server from a browser; none by default.
-        hosts: names by which browsers reach the server, besides those that the machine knows of itself.
-        user_header: HTTP header with the user's name, which a reverse proxy sets; None for none.
-        dicomweb_filter: what series of a DICOMweb archive must match to be listed, such as {"Modality": "CT"}. MONAI
-            Label's own variable for this is ignored: its default hides all that isn't CT.
-        dicomweb_expiry: seconds for which the archive's lists are kept.
-        dicomweb_cache_gb, dicomweb_cache_days: how much of the archive's series is kept on the disk, in GiB, and for
-            how many days after they were last asked for.
-        dicomweb_timeout: seconds after which an archive that sends nothing is given up.
-        max_connections, max_connections_per_address: that the server keeps open at once, of all clients and of one.
-        allow_overrides: whether clients may choose the device of a training.
+
+def _entries(text: Any) -> Any:
+    """Of a text with commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if isinstance(text, str) else text
+
+
+def _from_json(text: Any) -> Any:
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
+
+
+ResolvedPath = Annotated[Path, BeforeValidator(_resolved)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Megabytes = Expected("a number of MiB")
+Connections = Expected("a number of connections")
+
+
+class Settings(BaseModel):
+    """What the app was started with.
 
     Raises:
         ConfigError: by `from_conf`, for an unknown key or a value that can't work.
     """
 
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
     app_dir: Path
+    """The app's folder."""
+
     studies: str
-    bundle_root: Path
-    state_dir: Path
-    support_dir: Path | None = None
+    """Folder of the images, or the address of a DICOMweb server."""
+
+    bundle_root: ResolvedPath
+    """The bundle. By default the one that was installed, or stands in the clone, with the package."""
+
+    state_dir: ResolvedPath
+    """The app's own files: `support/` (the bank's cache), `weights/`, `training/`, scores, audit log. By default a
+    folder of its own for each `studies` in the app's `model/state`."""
+
+    support_dir: ResolvedPath | None = None
+    """A data folder of labelled pairs that belong to the support set from the start; None for none."""
+
     backbone: str | None = None
-    model_file: Path | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    query_cache_mb: float = 256.0
-    max_upload_mb: float = 2048.0
-    max_image_mb: float = 2048.0
-    cors_origins: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ()
+    """Name of an overlay in the bundle's `configs/backbones`; None for what inference.json says."""
+
+    model_file: ResolvedPath | None = None
+    """Weights to start from; None for the bundle's own, which fit only its default backbone."""
+
+    overrides: Mapping[str, Any] = {}
+    """Keys of inference.json with other values than the bundle's, see `METHOD_KEYS`."""
+
+    query_cache_mb: Annotated[Amount, Megabytes] = 256.0
+    """MiB of features, of prepared images, and of results, of the queries used last."""
+
+    max_upload_mb: Annotated[Positive, Megabytes] = 2048.0
+    """MiB that a request may hold."""
+
+    max_image_mb: Annotated[Positive, Megabytes] = 2048.0
+    """MiB that an image of a client or an archive may take in memory, as float32; reading holds it up to three times
+    for a moment."""
+
+    cors_origins: Annotated[
+        tuple[Annotated[str, AfterValidator(lambda text: text.rstrip("/")), Field(pattern=ORIGIN)], ...],
+        BeforeValidator(_entries),
+        Expected("origins such as https://viewer.example"),
+    ] = ()
+    """Other sites whose pages may use the server from a browser; none by default."""
+
+    hosts: Annotated[
+        tuple[Annotated[str, Field(pattern=HOST), BeforeValidator(str.lower)], ...],
+        BeforeValidator(_entries),
+        Expected("names such as viewer.example"),
+    ] = ()
+    """Names by which browsers reach the server, besides those that the machine knows of itself."""
+
     user_header: str | None = None
-    dicomweb_filter: Mapping[str, Any] = field(default_factory=dict)
-    dicomweb_expiry: float = 10.0
-    dicomweb_cache_gb: float = 50.0
-    dicomweb_cache_days: float = 30.0
-    dicomweb_timeout: float = 20.0
-    max_connections: float = 1000.0
-    max_connections_per_address: float = 200.0
-    allow_overrides: bool = False
+    """HTTP header with the user's name, which a reverse proxy sets; None for none."""
+
+    dicomweb_filter: Annotated[
+        dict[str, Any],
+        BeforeValidator(_from_json),
+        Expected('attributes as JSON such as {"Modality": "CT"}'),
+    ] = {}
+    """What series of a DICOMweb archive must match to be listed, such as {"Modality": "CT"}. MONAI Label's own variable
+    for this is ignored: its default hides all that isn't CT."""
+
+    dicomweb_expiry: Annotated[Amount, Expected("a number of seconds")] = 10.0
+    """Seconds for which the archive's lists are kept."""
+
+    dicomweb_cache_gb: Annotated[Amount, Expected("a number of GiB")] = 50.0
+    """How much of the archive's series is kept on the disk, in GiB."""
+
+    dicomweb_cache_days: Annotated[Amount, Expected("a number of days")] = 30.0
+    """For how many days after they were last asked for."""
+
+    dicomweb_timeout: Annotated[Positive, Expected("a number of seconds")] = 20.0
+    """Seconds after which an archive that sends nothing is given up."""
+
+    max_connections: Annotated[Positive, Connections] = 1000.0
+    """That the server keeps open at once, of all clients."""
+
+    max_connections_per_address: Annotated[Positive, Connections] = 200.0
+    """That it keeps open of one client."""
+
+    allow_overrides: Annotated[bool, Expected("true or false")] = False
+    """Whether clients may choose the device of a training."""
 
     @classmethod
-    def from_conf(cls, app_dir: str | Path, studies: str, conf: Mapping[str, str] | None = None) -> "Settings":
+    def from_conf(cls, app_dir: str | Path, studies: str, conf: Mapping[str, str] | None = None) -> Self:
         """Check `--conf` pairs and fill in the rest."""
         given = {key: value for key, value in (conf or {}).items() if key not in FOREIGN_KEYS}
-        own = {entry.name for entry in fields(cls)} - {"app_dir", "studies", "overrides"}
+        own = cls.model_fields.keys() - {"app_dir", "studies", "overrides"}
         known = sorted(own | set(METHOD_KEYS))
         for key in given:
             if key not in known:
@@ -136,10 +188,12 @@ class Settings:
             "bundle_root": BUNDLE,
             "state_dir": _state_dir(app_dir, studies),
         }
-        for key in own & given.keys():
-            values[key] = _own_value(key, given[key])
+        values.update({key: given[key] for key in own & given.keys()})
         values["overrides"] = {key: _method_value(key, given[key]) for key in METHOD_KEYS if key in given}
-        settings = cls(app_dir=app_dir, studies=studies, **values)
+        try:
+            settings = cls(app_dir=app_dir, studies=studies, **values)
+        except ValidationError as error:
+            raise ConfigError(_sentence(error)) from error
         settings._check()
         return settings
 
@@ -205,54 +259,25 @@ def _state_dir(app_dir: Path, studies: str) -> Path:
     return app_dir / "model" / "state" / hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def _own_value(key: str, text: Any) -> Any:
-    if key in PATH_KEYS:
-        return Path(str(text)).expanduser().resolve()
-    if key == "allow_overrides":
-        value = WORDS.get(str(text).strip().lower())
-        if value is None:
-            raise ConfigError(f"--conf {key}: expected true or false, found {text!r}.")
-        return value
-    if key == "dicomweb_filter":
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise ConfigError(
-                f'--conf {key}: expected attributes as JSON such as {{"Modality": "CT"}}, found {text!r}.'
-            )
-        return value
-    if key in NUMBERS:
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value < float("inf") or (key in NOT_ZERO and value == 0):
-            raise ConfigError(f"--conf {key}: expected a number of {NUMBERS[key]}, found {text!r}.")
-        return value
-    if key == "hosts":
-        hosts = tuple(part.strip().lower() for part in str(text).split(",") if part.strip())
-        for host in hosts:
-            if not HOST.fullmatch(host):
-                raise ConfigError(f"--conf {key}: expected names such as viewer.example, found {host!r}.")
-        return hosts
-    if key == "cors_origins":
-        origins = tuple(part.strip().rstrip("/") for part in str(text).split(",") if part.strip())
-        for origin in origins:
-            if not origin.startswith(("http://", "https://")):
-                raise ConfigError(f"--conf {key}: expected origins such as https://viewer.example, found {origin!r}.")
-        return origins
-    return str(text)
+def _sentence(error: ValidationError) -> str:
+    """The first mistake, with what the setting's declaration expects."""
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    marks = Settings.model_fields[key].metadata
+    expected = next((mark.words for mark in marks if isinstance(mark, Expected)), first["msg"])
+    return f"--conf {key}: expected {expected}, found {first['input']!r}."
 
 
 def _method_value(key: str, text: Any) -> Any:
     """A value of inference.json: JSON, or a bare word."""
-    if not isinstance(text, str):
-        return text
-    if text.startswith(CODE_MARKS):
-        raise ConfigError(f"--conf {key}: expected a value, found {text!r}, which a config would run as code.")
-    try:
-        return json.loads(text)
-    except ValueError:
-        return WORDS.get(text.strip().lower(), text)
+    value = text
+    if isinstance(text, str):
+        if text.startswith(CODE_MARKS):
+            raise ConfigError(f"--conf {key}: expected a value, found {text!r}, which a config would run as code.")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = WORDS.get(text.strip().lower(), text)
+    if not OPTIONS[key].allows(value):
+        raise ConfigError(f"--conf {key}: expected {OPTIONS[key].expected}, found {text!r}.")
+    return value

@@ -147,6 +147,10 @@ def test_the_task_shows_what_can_be_segmented_now_and_the_options(task):
         "save_label": False,
         "classes": ["all", "class_1", "class_2", "class_3"],
     }
+    options = info["options"]["properties"]
+    assert info["config"].keys() <= options.keys() and "client_id" not in options
+    assert options["k"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 64}
+    assert options["k"]["description"] == "Support items per class."
     task.studio.label("us_000_0").unlink()
     task.studio.label("us_001_0").unlink()
     task.segmenter.refresh()

@@ -222,6 +222,8 @@ def test_options_are_the_bundles_and_the_panels_lists_count_as_their_first_eleme
     train, overlay = (json.loads((BUNDLE / "configs" / name).read_text()) for name in ("train.json", "finetune.json"))
     declared = {**train, **overlay}
     config = task.info()["config"]
+    schema = task.info()["options"]["properties"]
+    assert schema.keys() == config.keys() and schema["learning_rate"]["anyOf"][0]["maximum"] == 10
     assert config["max_epochs"] == declared["max_epochs"] and config["learning_rate"] == declared["learning_rate"]
     assert config["action"] == ["train", "roll_back"]
     options = task._options({**config, "device": ["cpu"]})

@@ -7,7 +7,7 @@ from typing import Any
 
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from lib.serving.options import ALL, Options
+from lib.serving.options import ALL, InferParams, Options
 from lib.serving.result_files import uncertainty_map, write_result
 from lib.serving.segmenter import Segmenter
 from sam2sgp.support.familiarity import is_unlike
@@ -46,9 +46,12 @@ class Segmentation(InferTask):
         return True
 
     def info(self) -> dict[str, Any]:
-        """As MONAI Label's; `labels` are the classes that can be segmented now, by name."""
+        """As MONAI Label's, with `options`, the schema of a request's `params`.
+
+        `labels` are the classes that can be segmented now, by name.
+        """
         self.labels = {name: value for value, name in self.segmenter.class_names().items()}
-        return super().info()
+        return {**super().info(), "options": InferParams.described()}
 
     def config(self) -> dict[str, Any]:
         """The options of a request with their defaults, which are the bundle's; of a list the first."""

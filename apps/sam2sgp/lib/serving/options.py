@@ -136,7 +136,14 @@ Note = Text | bool | Annotated[int, Field(ge=-(1 << 53), le=1 << 53)] | Annotate
 class Declared(BaseModel):
     """Options by name; a name that is not declared is refused, and so is a value of another type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def described(cls) -> dict[str, Any]:
+        """The JSON schema of the options that tasks use: of each its type, limits, choices and meaning."""
+        schema = cls.model_json_schema()
+        used = {name: entry for name, entry in schema["properties"].items() if name not in FromClients.model_fields}
+        return {**schema, "properties": used}
 
     @classmethod
     def of_request(cls, request: Mapping[str, Any]) -> Self:
@@ -186,48 +193,45 @@ LabelClasses = Annotated[
 
 
 class Options(Declared):
-    """How an image is to be segmented. None: as in inference.json.
-
-    Attributes:
-        k: support items per class, 1 to `MAX_K`.
-        classes: names or values of the classes wanted; () for all.
-        retrieval: "similarity" or "random".
-        three_d_memory: whether the slices of a volume guide each other.
-        uncertainty: whether the normalised entropy is put out too.
-    """
+    """How an image is to be segmented. None: as in inference.json."""
 
     k: Annotated[int | None, Field(ge=1, le=MAX_K), BeforeValidator(_whole)] = None
+    """Support items per class."""
+
     classes: Annotated[tuple[Text, ...], Field(max_length=MOST_CLASSES, fail_fast=True), BeforeValidator(_classes)] = ()
+    """Names or values of the classes wanted; none for all."""
+
     retrieval: Annotated[Literal[tuple(MODES)] | None, BeforeValidator(first)] = None
+    """Which support items: the most similar, or random ones."""
+
     three_d_memory: Annotated[bool | None, BeforeValidator(_flag)] = None
+    """Whether the slices of a volume guide each other."""
+
     uncertainty: Annotated[bool, BeforeValidator(lambda value: _flag(value) or False)] = False
+    """Whether the normalised entropy is put out too."""
 
 
 class InferParams(Options, FromClients):
-    """`params` of an inference.
-
-    Attributes:
-        save_label: whether the result of a datastore's image is saved.
-        label_tag: under which tag; `final` approves it.
-        result_extension: format of the result.
-        device: of no effect: there is one network, on one device.
-        label_info: of no effect: the classes are those of the support set.
-    """
+    """`params` of an inference."""
 
     save_label: Annotated[bool | None, BeforeValidator(_flag)] = None
+    """Whether the result of a datastore's image is saved."""
+
     label_tag: Annotated[Tag | None, BeforeValidator(first)] = None
+    """Under which tag; `final` approves it."""
+
     result_extension: Annotated[Annotated[str, AfterValidator(_extension)] | None, BeforeValidator(first)] = None
+    """Format of the result."""
+
     device: Annotated[Device | None, BeforeValidator(first)] = None
+    """Of no effect: there is one network, on one device."""
+
     label_info: LabelClasses | None = None
+    """Of no effect: the classes are those of the support set."""
 
 
 class BatchParams(InferParams):
-    """The body of a batch inference.
-
-    Attributes:
-        images: which images of the datastore: a kind of them, or their ids.
-        max_batch_size: at most so many images; 0 for all.
-    """
+    """The body of a batch inference."""
 
     images: (
         Literal["all", "labeled", "unlabeled"]
@@ -236,21 +240,29 @@ class BatchParams(InferParams):
             Field(max_length=MOST_IMAGES, fail_fast=True),
         ]
     ) = "all"
+    """Which images of the datastore: a kind of them, or their ids."""
+
     max_batch_size: Annotated[int, Field(ge=0, le=MOST_IMAGES), BeforeValidator(_whole)] = 0
+    """At most so many images; 0 for all."""
 
 
 class TrainParams(FromClients):
-    """The body of a training: see `FineTuning`. None: as in the bundle's configs.
-
-    Attributes:
-        device: taken only where the setting `allow_overrides` says so.
-    """
+    """The body of a training: see `FineTuning`. None: as in the bundle's configs."""
 
     action: Annotated[Literal["train", "roll_back"] | None, BeforeValidator(first)] = None
+    """Train, or go back to the weights before."""
+
     max_epochs: Annotated[int | None, Field(ge=1, le=MOST_EPOCHS), BeforeValidator(_whole)] = None
+    """Epochs."""
+
     episodes_per_epoch: Annotated[int | None, Field(ge=1, le=MOST_EPISODES), BeforeValidator(_whole)] = None
+    """Episodes in an epoch."""
+
     learning_rate: Annotated[float | None, Field(gt=0, le=10, allow_inf_nan=False), BeforeValidator(_number)] = None
+    """Highest learning rate."""
+
     device: Annotated[Device | None, BeforeValidator(first)] = None
+    """Taken only where the setting `allow_overrides` says so."""
 
 
 class AllTrainParams(FromClients):
@@ -277,14 +289,11 @@ class ImageParams(Declared):
 
 
 class LabelParams(Declared):
-    """`params` of a submitted label.
-
-    Attributes:
-        label_info: which value stands for which class.
-    """
+    """`params` of a submitted label."""
 
     client_id: Text | None = None
     label_info: LabelClasses | None = None
+    """Which value stands for which class."""
 
 
 class Notes(BaseModel):

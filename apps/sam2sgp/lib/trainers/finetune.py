@@ -121,6 +121,10 @@ class FineTuning(TrainTask):
             "device": device_list(),
         }
 
+    def info(self) -> dict[str, Any]:
+        """As MONAI Label's, with `options`, the schema of a request."""
+        return {**super().info(), "options": TrainParams.described()}
+
     def config(self) -> dict[str, Any]:
         """The options of a request with their defaults, which are the bundle's."""
         return self._config
