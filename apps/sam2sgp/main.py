@@ -200,7 +200,7 @@ class Sam2SgpApp(MONAILabelApp):
         """MONAI Label's, with `support`: the state of the support set and of the weights, and `archive`: its state."""
         self.segmenter.keep_up(certain=False)
         archive = {"archive": self.datastore().state()} if self.settings.is_remote else {}
-        return {**super().info(), "support": self.segmenter.facts(), **archive}
+        return {**super().info(), "support": self.segmenter.status(), **archive}
 
     def infer(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
         """Segment an image of the datastore, of a session, or sent along.
@@ -291,8 +291,8 @@ class Sam2SgpApp(MONAILabelApp):
         """
         super().on_save_label(image_id, label_id)
         joined = self.segmenter.keep_up()
-        facts = self.segmenter.facts()
-        return {"support_items": facts["items"], "warnings": facts["errors"], "pending": not joined}
+        status = self.segmenter.status()
+        return {"support_items": status["items"], "warnings": status["errors"], "pending": not joined}
 
 
 @contextmanager

@@ -183,9 +183,9 @@ def test_volumes_give_a_few_slices_for_each_class():
     volume["label_map"][25:] = 0
     volume["label_map"][12, 40:60, 40:60] = 1
     support = bank([volume], slices_per_class=4)
-    slices = [item.slice for item in support.items if item.facts.holds]
+    slices = [item.slice for item in support.items if item.info.holds]
     assert {5, 12, 24} <= set(slices) and len(slices) <= 5
-    assert [item.slice for item in support.items if not item.facts.holds] == [0, 4, 25, 29], "what is empty looks so"
+    assert [item.slice for item in support.items if not item.info.holds] == [0, 4, 25, 29], "what is empty looks so"
     assert [item.id for item in support.items][0] == "case0#0"
 
 

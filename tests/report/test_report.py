@@ -17,9 +17,9 @@ from PIL import Image
 from sam2sgp.data import read_image
 from sam2sgp.drawing import class_colour, draw_overlay
 from sam2sgp.evaluation import case_metrics, summarise
-from sam2sgp.report.facts import facts_of_run
 from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
 from sam2sgp.report.overview import histograms, looks
+from sam2sgp.report.run_info import run_info_of
 from sam2sgp.report.slices import frames, sides_of, slice_position
 from tests.drawn import GREY, plain, square_map
 
@@ -274,9 +274,9 @@ def test_pictures_of_a_volume_say_sides_scale_and_place(tmp_path):
 
 def test_a_run_can_be_repeated(tmp_path):
     (tmp_path / "w.pt").write_bytes(b"weights")
-    facts = facts_of_run({"Weights": tmp_path / "w.pt", "Retrieval": "K = 8"})
-    assert facts["SHA-256 of the weights"] == hashlib.sha256(b"weights").hexdigest()
-    assert shlex.split(facts["Command"]) == sys.orig_argv and f"torch {version('torch')}" in facts["Versions"]
+    run_info = run_info_of({"Weights": tmp_path / "w.pt", "Retrieval": "K = 8"})
+    assert run_info["SHA-256 of the weights"] == hashlib.sha256(b"weights").hexdigest()
+    assert shlex.split(run_info["Command"]) == sys.orig_argv and f"torch {version('torch')}" in run_info["Versions"]
 
 
 def test_a_size_is_tiny_beside_sizes_of_its_own_unit_only():

@@ -194,7 +194,7 @@ def test_slices_of_a_volume_are_items_of_their_own(tmp_path, cache, net, encoder
     wide = bank(tmp_path / "set", cache, slices_per_class=4)
     wide.encode(net)
     assert [item.id for item in wide.items] == [f"scan#{item.slice}" for item in wide.items] and encoder.calls == 4 + 3
-    assert [item.slice for item in wide.items if not item.facts.holds] == [0, 1, 11], "which hold nothing"
+    assert [item.slice for item in wide.items if not item.info.holds] == [0, 1, 11], "which hold nothing"
     assert not wide.holds[[0, 1, -1]].any() and len(wide.memory.tokens) == 4
     narrow = bank(tmp_path / "set", cache, slices_per_class=2)
     narrow.encode(net)

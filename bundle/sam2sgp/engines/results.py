@@ -23,8 +23,8 @@ from sam2sgp.engines.job import SegmentationJob
 from sam2sgp.evaluation import METRICS, case_metrics, class_sizes, summarise, write_csv
 from sam2sgp.files import remove_parts
 from sam2sgp.report.colour_tables import write_colour_tables
-from sam2sgp.report.facts import facts_of_run
 from sam2sgp.report.html import Report, write_report
+from sam2sgp.report.run_info import run_info_of
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.familiarity import is_unlike
 from sam2sgp.transforms import ScaleIntensityByModalityd
@@ -75,7 +75,7 @@ class ResultWriter:
         job: whose results are written; it is attached with the writer.
         bank: the support bank that guided the run.
         title: of the report.
-        facts: {name: value} of the run, shown in the report.
+        run_info: {name: value} of the run, shown in the report.
         max_figures: cases shown with pictures.
         nsd_tolerance: of the surface Dice, in mm (pixels where the spacing is unknown).
         progress: show a bar.
@@ -91,7 +91,7 @@ class ResultWriter:
         job: SegmentationJob,
         bank: SupportBank,
         title: str,
-        facts: dict[str, str] | None = None,
+        run_info: dict[str, str] | None = None,
         max_figures: int = 12,
         nsd_tolerance: float = 2.0,
         progress: bool = True,
@@ -101,7 +101,7 @@ class ResultWriter:
         self.job = job
         self.bank = bank
         self.title = title
-        self.facts = facts or {}
+        self.run_info = run_info or {}
         self.nsd_tolerance = nsd_tolerance
         self.progress = progress
         self.figures = CaseFigures(job, bank, max_figures, scale_intensity or ScaleIntensityByModalityd(), progress)
@@ -215,7 +215,7 @@ class ResultWriter:
             Report(
                 title=self.title,
                 subtitle=f"Images: {self._count()}, classes: {len(self.bank.class_names)}, supports: {len(self.bank)}",
-                meta=facts_of_run(self.facts),
+                meta=run_info_of(self.run_info),
                 classes=self.bank.class_names,
                 summary_rows=summary,
                 case_rows=[row for row in rows if "skipped" not in row],

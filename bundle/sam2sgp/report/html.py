@@ -105,7 +105,7 @@ class Report:
 
     Args:
         title, subtitle: what was run, on what.
-        meta: facts of the run, {name: value}, by which it can be repeated.
+        meta: what is known of the run, {name: value}, by which it can be repeated.
         classes: {class value: name}, for the colour legend.
         summary_rows: of `sam2sgp.evaluation.summarise`.
         case_rows: every row of the run's CSV file.

@@ -217,8 +217,8 @@ class SupportBank:
         # Items that have regions, and tiles, by class.
         counts = np.zeros((len(VIEWS), len(columns)), dtype=int)
         for number, item in enumerate(items):
-            self.holds[number, [columns[value] for value in item.facts.holds]] = True
-            for kind, values in enumerate((item.facts.regions, item.facts.tiles)):
+            self.holds[number, [columns[value] for value in item.info.holds]] = True
+            for kind, values in enumerate((item.info.regions, item.info.tiles)):
                 # A class may be so small that it is only seen at the image's own size.
                 counts[kind, [columns[value] for value in values if value in columns]] += 1
         self._thin = (2 * counts[1] > counts[0]).tolist()
@@ -289,7 +289,7 @@ class SupportBank:
         """
         if self.embedding is None:
             return None
-        pairs = [(number, value) for number, item in enumerate(self.items) for value in item.facts.holds]
+        pairs = [(number, value) for number, item in enumerate(self.items) for value in item.info.holds]
         parts = [self.encodings.gather(WHOLE, torch.tensor([[[number]]]), [value]) for number, value in pairs]
         return SupportMemory.concatenate(parts)
 

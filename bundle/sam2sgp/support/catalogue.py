@@ -3,7 +3,7 @@
     cases ─ hash of the content ─ known? else prepare ─ listing: slices and classes ─ items, whose pixels are read late
 
 What preprocessing makes of an item depends on the item's content and on the preprocessing. With a store it is on disk
-(`sam2sgp.support.store`), and of each item only its `Facts` are held. Without one everything is held in memory.
+(`sam2sgp.support.store`), and of each item only its `ItemInfo` are held. Without one everything is held in memory.
 """
 
 import logging
@@ -230,7 +230,7 @@ class Catalogue:
         if self.store is None:
             return {}
         keys = {self._listing_key(d): d for d in digests if isinstance(d, str) and d not in self._listings}
-        return {keys[key]: Listing.of_json(value) for key, value in self.store.facts(CASE, keys).items()}
+        return {keys[key]: Listing.of_json(value) for key, value in self.store.metadata(CASE, keys).items()}
 
     def _list(self, case: dict, digest: str | None, known: dict[str, Listing], new: dict[str, bytes]) -> _Listed:
         """What a case has, which is prepared if that is not known of its content."""
@@ -257,7 +257,7 @@ class Catalogue:
     def _commit(self, new: dict[str, bytes]) -> None:
         self._hashes.flush()
         if self.store is not None:
-            self.store.add_facts(CASE, new)
+            self.store.add_metadata(CASE, new)
         new.clear()
 
     def _prepare(self, case: dict) -> tuple[str, Listing]:
@@ -283,8 +283,8 @@ class Catalogue:
                 "number the classes again."
             )
         listing, items = prepare_items(prepared, self.slices_per_class)
-        for facts, item in zip(listing.items, items, strict=True):
-            content = digest_of(digest, facts.slice)
+        for info, item in zip(listing.items, items, strict=True):
+            content = digest_of(digest, info.slice)
             if self.store is None:
                 self._pixels[content] = item
             else:
@@ -294,21 +294,21 @@ class Catalogue:
     def _items(self, entry: _Listed) -> list[SupportItem]:
         items = []
         case = entry.case
-        for facts in entry.listing.items:
-            content = digest_of(entry.digest, facts.slice)
+        for info in entry.listing.items:
+            content = digest_of(entry.digest, info.slice)
             if self.store is None:
                 load = partial(_itself, self._pixels[content])
             else:
                 load = partial(self._load, self.store, content, case)
             items.append(
                 SupportItem(
-                    id=case["name"] if facts.slice is None else f"{case['name']}#{facts.slice}",
+                    id=case["name"] if info.slice is None else f"{case['name']}#{info.slice}",
                     content=content,
                     source=_source(case),
                     patient=case["patient"],
                     group=case["group"],
                     case=case,
-                    facts=facts,
+                    info=info,
                     load=load,
                 )
             )

@@ -55,7 +55,7 @@ class FileHashes:
             except (OSError, KeyError, TypeError):
                 continue
             keys |= {_key(path): path for path in paths if path not in self._known}
-        for key, value in self.store.facts(KIND, keys).items():
+        for key, value in self.store.metadata(KIND, keys).items():
             signature, sha256 = json.loads(value)
             self._known[keys[key]] = signature, sha256
 
@@ -90,7 +90,7 @@ class FileHashes:
     def flush(self) -> None:
         """Put new hashes into the store."""
         if self.store is not None:
-            self.store.add_facts(KIND, self._new)
+            self.store.add_metadata(KIND, self._new)
         self._new = {}
 
     def _of_path(self, path: str | os.PathLike) -> str:

@@ -150,7 +150,7 @@ class Encodings:
         chosen = []
         for position, number in (divmod(number, len(values)) for number in pairs.tolist()):
             # A view shows one class, a whole item all that it holds.
-            held = self.items[owners[position]].facts.holds if part == WHOLE else values
+            held = self.items[owners[position]].info.holds if part == WHOLE else values
             chosen.append((encodings[position], places[position], held.index(values[number])))
         memory: dict[str, Tensor | None] = {}
         for name in (*OF_ITEM, *OF_CLASS):
@@ -189,7 +189,7 @@ class Encodings:
         kind, _, value = part.partition(".")
         numbers = list(range(len(self.items)))
         if part != WHOLE:
-            numbers = self._viewed([n for n in numbers if int(value) in getattr(self.items[n].facts, kind)])
+            numbers = self._viewed([n for n in numbers if int(value) in getattr(self.items[n].info, kind)])
         names = [self._name(self.items[n], part) for n in numbers]
         first = dict(zip(reversed(names), reversed(numbers), strict=True))
         old = self._outdated.pop(part, None)
@@ -231,8 +231,8 @@ class Encodings:
             return {name: self._held[name]["embedding"] for name in names if name in self._held}
         folder = self._folder()
         there = self.store.names(folder)
-        facts = self.store.facts(ENCODED, [f"{folder}/{name}" for name in names if f"{folder}/{name}" in there])
-        found = {key.rpartition("/")[2]: safetensors.torch.load(value)["embedding"] for key, value in facts.items()}
+        known = self.store.metadata(ENCODED, [f"{folder}/{name}" for name in names if f"{folder}/{name}" in there])
+        found = {key.rpartition("/")[2]: safetensors.torch.load(value)["embedding"] for key, value in known.items()}
         # A process that was killed leaves files without rows.
         unlisted = {}
         for name in names:
@@ -246,7 +246,7 @@ class Encodings:
     def _commit_embeddings(self, embeddings: Tensors) -> None:
         if self.store is not None:
             packed = {name: safetensors.torch.save({"embedding": value}) for name, value in embeddings.items()}
-            self.store.add_facts(ENCODED, {f"{self._folder()}/{name}": value for name, value in packed.items()})
+            self.store.add_metadata(ENCODED, {f"{self._folder()}/{name}": value for name, value in packed.items()})
 
     def _encode_all(self, numbers: list[int], part: str) -> Tensors:
         """Encode items. Returns the embeddings (R, D) by name."""
@@ -301,15 +301,15 @@ class Encodings:
         return encodings
 
     def _encode_items(self, items: list[SupportItem]) -> list[Tensors]:
-        """One row per item: memory for the classes it holds, in the order of `Facts.holds`."""
-        held = sorted(set(chain.from_iterable(item.facts.holds for item in items)))
+        """One row per item: memory for the classes it holds, in the order of `ItemInfo.holds`."""
+        held = sorted(set(chain.from_iterable(item.info.holds for item in items)))
         masks = self.masks(items)[:, [self.class_values.index(value) for value in held]]
         embedding, memory = self._through_network([item.image for item in items], masks)
         if memory is None:
             return [{"embedding": row[None]} for row in embedding]
         encodings = []
         for row, item in enumerate(items):
-            columns = [held.index(value) for value in item.facts.holds]
+            columns = [held.index(value) for value in item.info.holds]
             fields = {name: getattr(memory, name) for name in (*OF_ITEM, *OF_CLASS)}
             encoding = {
                 name: values[row : row + 1] if name in OF_ITEM else values[row : row + 1, columns]

@@ -75,7 +75,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ItemInfo:
     """Which slice an item is (None: a 2D image), and class values: those it holds at the network's size, those that it
     has a region of, and those that it has tiles of; and the measures of its targets at its own size."""
 
@@ -86,7 +86,7 @@ class Facts:
     measures: ImageMeasures
 
     @classmethod
-    def of(cls, index: int | None, prepared: Prepared, measures: ImageMeasures) -> "Facts":
+    def of(cls, index: int | None, prepared: Prepared, measures: ImageMeasures) -> "ItemInfo":
         holds = tuple(value for value in torch.unique(prepared.label).tolist() if value)
         return cls(index, holds, tuple(prepared.regions), tuple(prepared.tiles), measures)
 
@@ -96,7 +96,7 @@ class Listing:
     """What a case has: class values found in its whole label, its items, and how it was scaled."""
 
     values: tuple[int, ...]
-    items: tuple[Facts, ...]
+    items: tuple[ItemInfo, ...]
     scaling: Scaling
 
     def to_json(self) -> bytes:
@@ -106,7 +106,7 @@ class Listing:
     @classmethod
     def of_json(cls, text: bytes) -> "Listing":
         values, rows, scaling = json.loads(text)
-        items = (Facts(index, *map(tuple, classes), ImageMeasures.of_json(own)) for index, *classes, own in rows)
+        items = (ItemInfo(index, *map(tuple, classes), ImageMeasures.of_json(own)) for index, *classes, own in rows)
         return cls(tuple(values), tuple(items), Scaling.of_dict(scaling))
 
 
@@ -120,7 +120,7 @@ class SupportItem:
         source: path of the case's image.
         patient, group: of the case.
         case: where it comes from, to be prepared again.
-        facts: its slice and classes.
+        info: its slice and classes.
         load: gives its pixels.
     """
 
@@ -130,18 +130,18 @@ class SupportItem:
     patient: str
     group: str
     case: dict = field(repr=False)
-    facts: Facts
+    info: ItemInfo
     load: Callable[[], Prepared] = field(repr=False)
 
     @property
     def slice(self) -> int | None:
         """Its index in the volume, None for a 2D image."""
-        return self.facts.slice
+        return self.info.slice
 
     @property
     def measures(self) -> ImageMeasures:
         """Its targets at its own size."""
-        return self.facts.measures
+        return self.info.measures
 
     @property
     def image(self) -> Tensor:
@@ -211,11 +211,11 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
         Prepared(case["image"][index].half(), label[index].to(torch.uint8), **_views(case, index, measures[index]))
         for index in sorted(chosen)
     ]
-    facts = [
-        Facts.of(index if len(label) > 1 else None, item, measures[index])
+    infos = [
+        ItemInfo.of(index if len(label) > 1 else None, item, measures[index])
         for index, item in zip(sorted(chosen), items, strict=True)
     ]
-    return Listing(tuple(values), tuple(facts), case.get("scaling", AS_GIVEN)), items
+    return Listing(tuple(values), tuple(infos), case.get("scaling", AS_GIVEN)), items
 
 
 def _in_windows(case: dict) -> dict:

@@ -1,6 +1,6 @@
-"""Tensors and small facts on disk, found again by keys that say all they depend on.
+"""Tensors and metadata on disk, found again by keys that say all they depend on.
 
-    directory/index/index.sqlite             facts: rows (kind, key, value, checksum)
+    directory/index/index.sqlite             metadata: rows (kind, key, value, checksum) of `facts`
     directory/<name>.safetensors             tensors, with their own name and checksum in the metadata
 
 Every row and every file is a pure function of its key. So nothing is ever out of date, the whole folder may be deleted
@@ -65,7 +65,7 @@ class Store:
         self.directory = Path(os.path.abspath(directory))
         self.recent = ByteLRU(megabytes, _size)
         self._unsaved: dict[str, Tensors] = {}
-        self._unsaved_facts: dict[tuple[str, str], bytes] = {}
+        self._unsaved_metadata: dict[tuple[str, str], bytes] = {}
         self._warned = False
 
     def read(self, name: str) -> Tensors | None:
@@ -103,10 +103,10 @@ class Store:
             name for name in self._unsaved if name.startswith(f"{folder}/")
         }
 
-    def facts(self, kind: str, keys: Iterable[str]) -> dict[str, bytes]:
+    def metadata(self, kind: str, keys: Iterable[str]) -> dict[str, bytes]:
         """The values of those keys that have one."""
         keys = list(keys)
-        found = {key: value for key in keys if (value := self._unsaved_facts.get((kind, key))) is not None}
+        found = {key: value for key in keys if (value := self._unsaved_metadata.get((kind, key))) is not None}
 
         def query(index: sqlite3.Connection) -> None:
             for start in range(0, len(keys), KEYS_PER_QUERY):
@@ -115,7 +115,7 @@ class Store:
                 rows = index.execute(
                     f"SELECT key, value, checksum FROM facts WHERE kind = ? AND key IN ({marks})", (kind, *part)
                 )
-                found.update((key, value) for key, value, sha256 in rows if sha256 == _fact_checksum(kind, key, value))
+                found.update((key, value) for key, value, sha256 in rows if sha256 == _row_checksum(kind, key, value))
 
         if keys and self._index_path.exists():
             try:
@@ -128,9 +128,9 @@ class Store:
                     self._warn(error)
         return found
 
-    def add_facts(self, kind: str, facts: Mapping[str, bytes]) -> None:
+    def add_metadata(self, kind: str, metadata: Mapping[str, bytes]) -> None:
         """Put values on disk, or hold them in memory where that fails."""
-        rows = [(kind, key, value, _fact_checksum(kind, key, value)) for key, value in facts.items()]
+        rows = [(kind, key, value, _row_checksum(kind, key, value)) for key, value in metadata.items()]
         if not rows:
             return
 
@@ -141,11 +141,11 @@ class Store:
         try:
             self._with_index(insert)
         except (sqlite3.Error, OSError) as error:
-            self._unsaved_facts |= {(kind, key): value for key, value in facts.items()}
+            self._unsaved_metadata |= {(kind, key): value for key, value in metadata.items()}
             self._warn(error)
 
     def remove(self, folders: Iterable[str], kind: str) -> None:
-        """Delete folders of tensors, and the facts of a kind whose keys begin with their names."""
+        """Delete folders of tensors, and the metadata of a kind whose keys begin with their names."""
         folders = list(folders)
         for folder in folders:
             shutil.rmtree(self.directory / folder, ignore_errors=True)
@@ -250,5 +250,5 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _fact_checksum(kind: str, key: str, value: bytes) -> bytes:
+def _row_checksum(kind: str, key: str, value: bytes) -> bytes:
     return hashlib.sha256(f"{kind}/{key}/".encode() + value).digest()[:16]

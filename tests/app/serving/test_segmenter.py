@@ -109,7 +109,7 @@ def test_a_label_that_cannot_be_used_leaves_the_others_at_work(studio):
     made.label("us_001_0").write_bytes(_png(np.ones((32, 32), np.uint8)))
     segmenter = made.segmenter()
     assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0"}
-    (error,) = segmenter.facts()["errors"]
+    (error,) = segmenter.status()["errors"]
     assert error.startswith(f"{made.label('us_001_0')}: expected a label of its image's size") and "32" in error
 
 
@@ -334,7 +334,7 @@ def test_new_weights_serve_only_when_their_tokens_are_made(studio, monkeypatch, 
     for _ in range(2):
         during = segmenter.segment(made.image(QUERY))
         assert during["weights"] == "embedded" and torch.equal(during["pred"], old["pred"])
-    assert segmenter.facts()["rebuilding"] == "1"
+    assert segmenter.status()["rebuilding"] == "1"
     # Approved while tokens are made: used at once by the old weights, and by the new ones as soon as they serve.
     made.approve("us_002_0")
     between = segmenter.segment(made.image(QUERY))
@@ -345,7 +345,7 @@ def test_new_weights_serve_only_when_their_tokens_are_made(studio, monkeypatch, 
     assert new["weights"] == "1" and used(new) == set(PICTURES[:3])
     fresh = made.segmenter(weights, state_dir=str(made.folder / "fresh")).segment(made.image(QUERY))
     assert torch.equal(new["pred"], fresh["pred"]) and not torch.equal(new["pred"], between["pred"])
-    assert segmenter.facts()["rebuilding"] is None
+    assert segmenter.status()["rebuilding"] is None
     weights.roll_back()
     segmenter.refresh()
     segmenter.wait()
@@ -393,9 +393,9 @@ def test_two_threads_get_what_one_would(studio):
 def test_the_state_of_the_support_set_costs_nothing_to_ask(studio):
     made = studio(PICTURES, PICTURES[:2])
     segmenter = made.segmenter()
-    assert segmenter.facts()["items"] == 0, "nothing is loaded before it is needed"
+    assert segmenter.status()["items"] == 0, "nothing is loaded before it is needed"
     segmenter.refresh()
-    assert segmenter.facts()["items"] == 2 and set(segmenter.class_names().values()) == {
+    assert segmenter.status()["items"] == 2 and set(segmenter.class_names().values()) == {
         "class_1",
         "class_2",
         "class_3",
@@ -418,11 +418,11 @@ def test_asking_for_the_state_does_not_wait_for_a_request(studio):
     thread.start()
     held.wait(60)
     assert not segmenter.keep_up(wait=0)
-    assert segmenter.facts()["items"] == 2
+    assert segmenter.status()["items"] == 2
     release.set()
     thread.join()
     assert segmenter.keep_up(wait=60)
-    assert segmenter.facts()["items"] == 3
+    assert segmenter.status()["items"] == 3
 
 
 def _png(values: np.ndarray) -> bytes:

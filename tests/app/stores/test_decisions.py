@@ -296,7 +296,7 @@ def test_nothing_but_a_segmentation_waits_for_a_segmentation(studio, monkeypatch
                 assert removal.status_code == 200 and removal.json() == {"image": "us_001_0", "label_tag": "removed"}
                 assert "approved label of us_001_0" not in client.get("/sam2sgp/").text
                 assert datastore.status()["completed"] == 3
-                assert segmenter.facts()["items"] == 2 and segmenter.class_names()
+                assert segmenter.status()["items"] == 2 and segmenter.class_names()
 
             pool.submit(others).result(60)
             assert not segmenting.done() and joined == [False] * 3
@@ -317,9 +317,9 @@ def test_a_label_is_taken_in_once_nothing_is_segmented_without_any_request(studi
         with ThreadPoolExecutor(1) as pool:
             assert not pool.submit(segmenter.keep_up, 0).result(60)
     end = time.monotonic() + 60
-    while segmenter.facts()["items"] < 3 and time.monotonic() < end:
+    while segmenter.status()["items"] < 3 and time.monotonic() < end:
         time.sleep(0.01)
-    assert segmenter.facts()["items"] == 3 and segmenter.keep_up()
+    assert segmenter.status()["items"] == 3 and segmenter.keep_up()
 
 
 def test_datastores_of_both_kinds_decide_in_the_same_way():

@@ -168,7 +168,7 @@ class SupportPage:
             {
                 "id": item.id,
                 "content": item.content,
-                "classes": ", ".join(names[value] for value in item.facts.holds) or "nothing of any class",
+                "classes": ", ".join(names[value] for value in item.info.holds) or "nothing of any class",
                 "used": counts.get(item.content, 0),
                 "image": state.images.get(item.source),
             }

@@ -27,7 +27,7 @@ from sam2sgp.files import write_text
 
 EMBEDDED = "embedded"
 MODEL_FILE = "model.pt"
-FACTS_FILE = "version.json"
+VERSION_FILE = "version.json"
 ACTIVE_FILE = "active.json"
 _PART = ".part."
 
@@ -75,7 +75,7 @@ class Weights:
 
     def versions(self) -> list[Version]:
         """The embedded version, then all published ones that are still there, oldest first."""
-        names = (path.parent.name for path in self.folder.glob(f"[0-9]*/{FACTS_FILE}"))
+        names = (path.parent.name for path in self.folder.glob(f"[0-9]*/{VERSION_FILE}"))
         return [self._embedded(), *(self._version(name) for name in sorted(names, key=_number))]
 
     def publish(
@@ -97,7 +97,7 @@ class Weights:
                 for leftover in self.folder.glob(f"{_PART}*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 name = str(1 + max((_number(path.name) for path in self.folder.glob("[0-9]*")), default=0))
-                facts = {
+                version = {
                     "published": datetime.now(UTC).isoformat(timespec="seconds"),
                     "metrics": dict(metrics),
                     "replaced": self.active().name,
@@ -106,7 +106,7 @@ class Weights:
                     shutil.copyfile(weights, Path(part, MODEL_FILE))
                     for file, source in (more or {}).items():
                         shutil.copyfile(source, Path(part, file))
-                    Path(part, FACTS_FILE).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+                    Path(part, VERSION_FILE).write_text(json.dumps(version, indent=2), encoding="utf-8")
                     for file in Path(part).iterdir():
                         with open(file, "rb+") as opened:
                             os.fsync(opened.fileno())
@@ -161,9 +161,13 @@ class Weights:
                 f"{self.folder}: the weights version {name!r} is not there; put its folder back, or delete "
                 f"{ACTIVE_FILE} to use the embedded weights."
             )
-        facts = self._read(self.folder / name / FACTS_FILE)
+        version = self._read(self.folder / name / VERSION_FILE)
         return Version(
-            name, self.folder / name / MODEL_FILE, facts.get("published"), facts.get("metrics", {}), facts["replaced"]
+            name,
+            self.folder / name / MODEL_FILE,
+            version.get("published"),
+            version.get("metrics", {}),
+            version["replaced"],
         )
 
     def _read(self, path: Path) -> dict:

@@ -8,7 +8,7 @@ Network, transforms, bank and inferer are built by MONAI's `ConfigParser` from t
 nothing of them is declared here.
 
 Concurrency: `segment`, `refresh` and everything else that touches network or bank hold `lock`, so one request is worked
-on at a time, by whatever thread. Whoever only looks (`state`, `facts`, `class_names`, `thumbnail`) waits for nobody:
+on at a time, by whatever thread. Whoever only looks (`state`, `status`, `class_names`, `thumbnail`) waits for nobody:
 each change of the support set publishes a `SupportState`, which never changes. Whoever changed a label calls `keep_up`,
 which has a thread of its own take it in; a request that comes before that does it itself. When other weights are put in
 use, a thread of its own builds a second network and a second bank on the same cache folder and encodes the support set
@@ -192,7 +192,7 @@ class Segmenter:
                 self.lock.release()
         return None if found is None else found.numpy()
 
-    def facts(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """The state of the support set and the weights, for people; it waits for nobody."""
         state = self.state()
         problems = [problem for problem in (self._trouble, self.cases.problem) if problem]

@@ -1,7 +1,7 @@
 """The audit log: one JSON line for each approval, removal, training and publication, appended and never rewritten.
 
-In: an action and its facts. Out: a line with the time (UTC), the user and the facts. Several processes and threads may
-write to one file at once: each line is a single append under a lock of the file, and on the disk when `write` returns.
+In: an action and its details. Out: a line with the time (UTC), the user and the details. Several processes and threads
+may write to one file at once: each line is a single append under a lock of the file, and on the disk when `write` returns.
 """
 
 import fcntl
@@ -29,18 +29,18 @@ class Audit:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def write(self, action: str, **facts: object) -> None:
-        """Append one line: `time`, `user` (None if unknown), `action` and the facts.
+    def write(self, action: str, **details: object) -> None:
+        """Append one line: `time`, `user` (None if unknown), `action` and the details.
 
         Args:
             action: what was done: "approve", "remove", "train", "publish", …
-            facts: JSON values, or anything with a text.
+            details: JSON values, or anything with a text.
 
         Raises:
             StorageError: the line can't be written.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        entry = {"time": now, "user": current_user.get(), "action": action, **facts}
+        entry = {"time": now, "user": current_user.get(), "action": action, **details}
         line = json.dumps(entry, default=str).encode("ascii") + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -184,7 +184,7 @@ class DicomWebDatastore(Decisions, Datastore):
         """In the form of MONAI Label's local datastore."""
         objects = {
             image_id: {
-                "image": {"ext": "", "info": self._image_facts(series)},
+                "image": {"ext": "", "info": self._image_notes(series)},
                 "labels": {
                     tag: {"ext": SUFFIX, "info": self.get_label_info(image_id, tag)}
                     for tag in self.get_labels_by_image_id(image_id)
@@ -222,7 +222,7 @@ class DicomWebDatastore(Decisions, Datastore):
         raise NotFound("image: expected to be asked for its path; a series is no single file.")
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
-        return self._image_facts(self._series(image_id))
+        return self._image_notes(self._series(image_id))
 
     def image_file(self, image_id: str) -> Path:
         """A series as one file, for clients that don't speak DICOM: NIfTI, float32, on the series' own grid."""
@@ -419,8 +419,8 @@ class DicomWebDatastore(Decisions, Datastore):
             segmentation = dcmread(path, stop_before_pixels=True)
             self._archive.store(path)
             if self._audit:
-                facts = {"image": series.uid, "tag": FINAL, "segmentation": segmentation.SOPInstanceUID}
-                self._audit.write("approve", **facts, sha256=content_hash(path))
+                details = {"image": series.uid, "tag": FINAL, "segmentation": segmentation.SOPInstanceUID}
+                self._audit.write("approve", **details, sha256=content_hash(path))
         info["segmentation"] = str(segmentation.SOPInstanceUID)
         self._index.add(approved(segmentation))
 
@@ -436,8 +436,8 @@ class DicomWebDatastore(Decisions, Datastore):
             raise NotFound(f"label {label_id}: expected a label with tag {tag}, found none; look at the list.")
         if self._audit:
             latest = self._latest(label_id, self._lists())
-            facts = {"segmentation": latest.uid} if tag == FINAL and latest else {}
-            self._audit.write("remove label", image=label_id, tag=tag, **facts)
+            details = {"segmentation": latest.uid} if tag == FINAL and latest else {}
+            self._audit.write("remove label", image=label_id, tag=tag, **details)
         with _storing("to remove the label"):
             if tag == FINAL:
                 gone = {entry.uid for entry in self._lists().labels.get(label_id, ())} | self._removed(label_id)
@@ -446,7 +446,7 @@ class DicomWebDatastore(Decisions, Datastore):
                 _discard(path)
             else:
                 path.unlink(missing_ok=True)
-            _discard(_facts_of(path))
+            _discard(_notes_of(path))
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Add to what is known about a series; the archive isn't told. Raises NotFound for an unknown id."""
@@ -468,7 +468,7 @@ class DicomWebDatastore(Decisions, Datastore):
                     f"label {label_id}: expected a label with tag {label_tag}, found none; look at the list."
                 )
             known = checked(LabelRecord, {**self._label_record(path), **info}, f"label of series {label_id}")
-            write_text(_facts_of(path), json.dumps(known))
+            write_text(_notes_of(path), json.dumps(known))
 
     # The archive
 
@@ -587,14 +587,14 @@ class DicomWebDatastore(Decisions, Datastore):
                 logger.warning("Copies of series can't be deleted: %s", error)
 
     def _keep_label(self, path: Path, labels: np.ndarray, geometry: Geometry, info: dict[str, Any]) -> None:
-        """Write a label and what is known about it; of two at once the one does not get the facts of the other."""
+        """Write a label and what is known about it; of two at once the one does not get the notes of the other."""
         with self._lock:
             write_label(path, labels, geometry)
-            write_text(_facts_of(path), json.dumps(info, default=str))
+            write_text(_notes_of(path), json.dumps(info, default=str))
 
     def _fetch_label(self, segmentation: Segmentation, path: Path) -> None:
         """Bring the file of an approved label in line with the archive."""
-        known, _ = readable(LabelRecord, _read_json(_facts_of(path)))
+        known, _ = readable(LabelRecord, _read_json(_notes_of(path)))
         if path.exists() and known.get("segmentation") == segmentation.uid:
             return
         folder = self.get_image_uri(segmentation.image)
@@ -618,7 +618,7 @@ class DicomWebDatastore(Decisions, Datastore):
 
     def _label_record(self, path: Path) -> dict[str, Any]:
         """What is known about a label, as far as it can be used."""
-        known, faults = readable(LabelRecord, _read_json(_facts_of(path)))
+        known, faults = readable(LabelRecord, _read_json(_notes_of(path)))
         for fault in faults:
             logger.warning("label of series %s: %s; this is left out.", path.name.removesuffix(SUFFIX), fault)
         return known
@@ -628,8 +628,8 @@ class DicomWebDatastore(Decisions, Datastore):
     def _known_names(self) -> dict[str, int]:
         """Values of class names: those given to names without one, and those of the labels here."""
         known = {str(text): int(value) for text, value in _read_json(self._folder / "classes.json").items()}
-        for facts in sorted((self._folder / "labels").glob("*/*.json")):
-            for value, text in declared(readable(LabelRecord, _read_json(facts))[0]).items():
+        for notes in sorted((self._folder / "labels").glob("*/*.json")):
+            for value, text in declared(readable(LabelRecord, _read_json(notes))[0]).items():
                 known.setdefault(text, value)
         return known
 
@@ -666,12 +666,12 @@ class DicomWebDatastore(Decisions, Datastore):
         path = self._removals(image_id)
         return set(_read_json(path)) if path.exists() else set()
 
-    def _image_facts(self, series: Series) -> dict[str, Any]:
+    def _image_notes(self, series: Series) -> dict[str, Any]:
         known, _ = readable(ImageRecord, _read_json(self._folder / "facts" / f"{series.uid}.json"))
         return {**series.info, "SeriesInstanceUID": series.uid, **known}
 
 
-def _facts_of(label: Path) -> Path:
+def _notes_of(label: Path) -> Path:
     return label.with_name(label.name.removesuffix(SUFFIX) + ".json")
 
 
@@ -682,12 +682,12 @@ def _without_segmentation(info: dict[str, Any]) -> dict[str, Any]:
 
 def _files(label: Path) -> dict[Path, bytes]:
     """The content of a label's files, as far as there are any."""
-    return {path: path.read_bytes() for path in (label, _facts_of(label)) if path.exists()}
+    return {path: path.read_bytes() for path in (label, _notes_of(label)) if path.exists()}
 
 
 def _restore(label: Path, files: dict[Path, bytes]) -> None:
     """Have a label's files as they were."""
-    for path in (label, _facts_of(label)):
+    for path in (label, _notes_of(label)):
         if path in files:
             with replacing(path) as part:
                 part.write_bytes(files[path])

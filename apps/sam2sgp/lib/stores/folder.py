@@ -521,12 +521,12 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _note(self, action: str, **facts: object) -> None:
+    def _note(self, action: str, **details: object) -> None:
         """Write a line to the audit log: before the change, as a line too many is better than one too few, and before
         the folder's lock is taken, so that nobody waits for the disk on its account.
         """
         if self._audit:
-            self._audit.write(action, **facts)
+            self._audit.write(action, **details)
 
     def _checked_label(
         self, image: str, label: str, name: str, info: Mapping[str, Any], scratch: Path

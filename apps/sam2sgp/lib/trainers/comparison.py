@@ -48,7 +48,7 @@ class Comparison:
         return self.after - self.before > self.error
 
     @property
-    def facts(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """For logs and status."""
         return {
             "start_metric": self.before,

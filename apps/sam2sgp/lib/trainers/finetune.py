@@ -82,7 +82,7 @@ class FineTuning(TrainTask):
         class_names: gives the declared names of their classes.
         overrides: keys of inference.json with the app's values; those that training has too are used.
         overlays: config files, relative to the bundle's folder, between train.json and finetune.json: a backbone's.
-        audit: called with an action and facts when a training begins and when the weights in use change.
+        audit: called with an action and its details when a training begins and when the weights in use change.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class FineTuning(TrainTask):
         class_names: Callable[[], Mapping[int, str]],
         overrides: Mapping[str, Any] | None = None,
         overlays: Sequence[str] = (),
-        audit: Callable[..., None] = lambda action, **facts: None,
+        audit: Callable[..., None] = lambda action, **details: None,
     ) -> None:
         super().__init__(
             "LoRA fine-tuning on the approved labels; new weights are used only if better on labels they have not seen"
@@ -215,8 +215,8 @@ class FineTuning(TrainTask):
             logger.warning("Left out of the training: %s", " ".join(left_out))
         start = self.weights.active()
         half_of = halve(cases, _known_halves(start.path))
-        facts = {"labels": len(cases), "patients": len(half_of), "start_weights": start.name}
-        self.status.update(message="Preparing.", epoch=0, max_epochs=HALVES * options["max_epochs"], **facts)
+        details = {"labels": len(cases), "patients": len(half_of), "start_weights": start.name}
+        self.status.update(message="Preparing.", epoch=0, max_epochs=HALVES * options["max_epochs"], **details)
         settings = {
             **self.overrides,
             "bundle_root": str(self.bundle_root),
@@ -228,7 +228,7 @@ class FineTuning(TrainTask):
         }
         measured = self._prepare(digest(cases, half_of), [start.name, settings, options])
         resumed = any(self.work.glob(f"*/{LAST_FILE}"))
-        self.audit("train", resumed=resumed, **facts, **options)
+        self.audit("train", resumed=resumed, **details, **options)
         if resumed:
             self.status.update(message="Training goes on from where it was stopped.", history=list(history))
         else:
@@ -243,13 +243,13 @@ class FineTuning(TrainTask):
         )
         compared = Comparison.of(before, after)
         if compared.is_better:
-            version = self._publish(files, half_of, settings, compared, facts)
-            self.audit("publish", weights=version.name, replaced=start.name, **compared.facts)
+            version = self._publish(files, half_of, settings, compared, details)
+            self.audit("publish", weights=version.name, replaced=start.name, **compared.metrics)
             state, verdict = PUBLISHED, f"The new weights {version.name!r} are in use."
         else:
-            self.audit("keep", weights=start.name, **compared.facts)
+            self.audit("keep", weights=start.name, **compared.metrics)
             state, verdict = KEPT, f"Not clearly better, so the weights {start.name!r} stay in use."
-        self.status.finish(state, f"{compared} {verdict}", **compared.facts)
+        self.status.finish(state, f"{compared} {verdict}", **compared.metrics)
         # Nothing to go on with any more; images don't stay longer than they are needed.
         for path in [*self.work.iterdir(), *self.work.glob("*/*")]:
             if path.is_file():
@@ -360,13 +360,13 @@ class FineTuning(TrainTask):
         half_of: Mapping[str, int],
         settings: Mapping[str, Any],
         compared: Comparison,
-        facts: Mapping[str, Any],
+        details: Mapping[str, Any],
     ) -> Version:
         """Put the mean of both halves' weights in use; they themselves are kept with it."""
         mean, halves = self.work / MODEL_FILE, self.work / HALVES_FILE
         self._save_mean(files, mean, settings)
         write_text(halves, json.dumps(half_of))
-        metrics = {"dice": compared.after, "dice_before": compared.before, "judged": compared.patients, **facts}
+        metrics = {"dice": compared.after, "dice_before": compared.before, "judged": compared.patients, **details}
         return self.weights.publish(mean, metrics, {HALVES_FILE: halves, **dict(zip(HALF_FILES, files, strict=True))})
 
     def _save_mean(self, files: Sequence[Path], path: Path, settings: Mapping[str, Any]) -> None:

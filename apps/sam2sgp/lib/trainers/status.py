@@ -33,13 +33,13 @@ class Status:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.facts: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
         self._stamp: Stamp | None = None
         self._read: dict[str, Any] = {}
 
     def start(self, message: str) -> None:
         """Begin again: this process trains from now on."""
-        self.facts = {
+        self.values = {
             "state": RUNNING,
             "message": message,
             "start_ts": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -49,17 +49,17 @@ class Status:
         self._started = time.monotonic()
         self.update()
 
-    def update(self, **facts: Any) -> None:
-        """Add facts and write all; numbers that are not finite are left out, as JSON has none."""
-        self.facts |= facts
-        self.facts["total_time"] = round(time.monotonic() - self._started, 1)
-        finite = {k: v for k, v in self.facts.items() if not isinstance(v, float) or math.isfinite(v)}
+    def update(self, **values: Any) -> None:
+        """Add values and write all; numbers that are not finite are left out, as JSON has none."""
+        self.values |= values
+        self.values["total_time"] = round(time.monotonic() - self._started, 1)
+        finite = {k: v for k, v in self.values.items() if not isinstance(v, float) or math.isfinite(v)}
         write_text(self.path, json.dumps(finite, indent=1))
 
-    def finish(self, state: str, message: str, **facts: Any) -> None:
+    def finish(self, state: str, message: str, **values: Any) -> None:
         """The last word: what came of it, in one sentence."""
         logger.info("%s", message)
-        self.update(state=state, message=message, **facts)
+        self.update(state=state, message=message, **values)
 
     def read(self) -> dict[str, Any]:
         """What was written last, by any process; {} before the first training. Costs a stat while nothing changes."""
@@ -70,15 +70,15 @@ class Status:
         except (OSError, ValueError):
             return {}
         # The process that trains may know more than it could write.
-        written = self.facts if self.facts and self.facts["pid"] == self._read.get("pid") else self._read
-        facts = {key: value for key, value in written.items() if key not in ("pid", "pid_created")}
-        if facts.get("state") == RUNNING and not _is_alive(self._read.get("pid"), self._read.get("pid_created")):
-            facts["state"] = STOPPED
-            facts["message"] = (
-                f"The training was stopped after {facts.get('epoch', 0)} of {facts.get('max_epochs', '?')} epochs; the "
+        written = self.values if self.values and self.values["pid"] == self._read.get("pid") else self._read
+        values = {key: value for key, value in written.items() if key not in ("pid", "pid_created")}
+        if values.get("state") == RUNNING and not _is_alive(self._read.get("pid"), self._read.get("pid_created")):
+            values["state"] = STOPPED
+            values["message"] = (
+                f"The training was stopped after {values.get('epoch', 0)} of {values.get('max_epochs', '?')} epochs; the "
                 "weights are as before. Started again with the same labels and options, it goes on from there."
             )
-        return facts
+        return values
 
 
 class StatusHandler:
@@ -114,39 +114,39 @@ class StatusHandler:
             self.status.update(**self._progress(engine))
 
     def _epoch(self, engine: Engine) -> None:
-        facts, state = self._progress(engine), self.validator.state
-        facts["epoch"] = epoch = self.part * engine.state.max_epochs + engine.state.epoch
+        values, state = self._progress(engine), self.validator.state
+        values["epoch"] = epoch = self.part * engine.state.max_epochs + engine.state.epoch
         if state.best_metric_epoch > 0:
             best_epoch = self.part * engine.state.max_epochs + state.best_metric_epoch
-            facts |= {"best_metric": float(state.best_metric), "best_epoch": best_epoch}
+            values |= {"best_metric": float(state.best_metric), "best_epoch": best_epoch}
         if self.metric in state.metrics:
-            facts["metric"] = float(state.metrics[self.metric])
-            measured = {"epoch": epoch, "part": self.part, "metric": facts["metric"]}
-            history = self.status.facts.get("history", [])
+            values["metric"] = float(state.metrics[self.metric])
+            measured = {"epoch": epoch, "part": self.part, "metric": values["metric"]}
+            history = self.status.values.get("history", [])
             if state.epoch == engine.state.epoch and measured not in history:
-                facts["history"] = [*history, measured]
+                values["history"] = [*history, measured]
             logger.info(
                 "Epoch %d of %d: loss %.3f, mean Dice %.4f (best %.4f, epoch %d)",
                 epoch,
-                facts["max_epochs"],
-                facts["loss"],
-                facts["metric"],
-                facts["best_metric"],
-                facts["best_epoch"],
+                values["max_epochs"],
+                values["loss"],
+                values["metric"],
+                values["best_metric"],
+                values["best_epoch"],
             )
-        self.status.update(**facts)
+        self.status.update(**values)
 
     def _progress(self, engine: Engine) -> dict[str, Any]:
         state = engine.state
         steps = state.max_epochs * state.epoch_length
-        facts = {
+        values = {
             "max_epochs": self.parts * state.max_epochs,
             "step": self.part * steps + state.iteration,
             "steps": self.parts * steps,
         }
         if state.output:
-            facts["loss"] = float(state.output[0]["loss"])
-        return facts
+            values["loss"] = float(state.output[0]["loss"])
+        return values
 
 
 def _is_alive(pid: int | None, created: float | None) -> bool:

@@ -13,16 +13,16 @@ from sam2sgp.files import sha256_of
 PACKAGES = ("torch", "monai", "numpy")
 
 
-def facts_of_run(given: Mapping[str, object]) -> dict[str, str]:
-    """The facts that a run gives of itself, in its order, then how to repeat it.
+def run_info_of(given: Mapping[str, object]) -> dict[str, str]:
+    """What a run says of itself, in its order, then how to repeat it.
 
     Args:
         given: {name: value}; the file at "Weights" is hashed.
     """
-    facts = {name: str(value) for name, value in given.items()}
-    weights = Path(facts.get("Weights", ""))
+    run_info = {name: str(value) for name, value in given.items()}
+    weights = Path(run_info.get("Weights", ""))
     if weights.is_file():
-        facts["SHA-256 of the weights"] = sha256_of(weights)
+        run_info["SHA-256 of the weights"] = sha256_of(weights)
     versions = [f"sam2sgp {__version__}", f"Python {platform.python_version()}"]
     versions += [f"{name} {metadata.version(name)}" for name in PACKAGES]
-    return {**facts, "Versions": ", ".join(versions), "Command": shlex.join(sys.orig_argv)}
+    return {**run_info, "Versions": ", ".join(versions), "Command": shlex.join(sys.orig_argv)}
