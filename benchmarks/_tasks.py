@@ -30,7 +30,7 @@ from sam2sgp.data import class_names, complete_class_names, load_datalist
 from sam2sgp.errors import DataError
 from sam2sgp.files import write_text
 from sam2sgp.transforms import LoadCased, ScaleIntensityByModalityd, to_three_channels
-from sam2sgp.transforms.array import Fit
+from sam2sgp.transforms.array import Letterbox
 
 # The targets of the sets known here: name and the label values that make it up.
 TARGETS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -218,7 +218,7 @@ def _list_slices(cases: list[dict]) -> list[_Slice]:
     slices = []
     for position, case in enumerate(cases):
         label = LoadCased()(case)["label"]
-        small = Fit.of(tuple(label.shape[-2:]), SIDE).apply_label(label)
+        small = Letterbox.of(tuple(label.shape[-2:]), SIDE).apply_label(label)
         patient, volume = case["patient"], volumes[case["patient"]]
         volumes[patient] += 1
         for index, plane in enumerate(small):

@@ -47,7 +47,7 @@ from sam2sgp.networks import SAM2SGP
 from sam2sgp.runtime import RUNTIMES, GraphRuntime, export_graphs
 from sam2sgp.runtime.export import MANIFEST, checked_files
 from sam2sgp.support import SupportBank, SupportSampler
-from sam2sgp.transforms import Fit, label_map
+from sam2sgp.transforms import Letterbox, label_map
 
 CASES = ("lite:256:1", "lite:256:8", "tiny:512:1")
 EAGER, INT8 = "eager", "int8"
@@ -117,7 +117,7 @@ def times(
         folder = exported(network, output / f"{backbone}_{size}.graphs")
     cases = [support_case(number, size, classes) for number in range(ITEMS)]
     own = int(OWN_SIDE * size)
-    fit = Fit.of((own, own), size)
+    letterbox = Letterbox.of((own, own), size)
     taken: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in names}
     parts = {}
     for name, runtime in runtimes(folder, names).items():
@@ -144,7 +144,7 @@ def times(
             watched.clear()
             started = clock()
             (chunk,) = inferer.chunks(image, own_network)
-            label_map(fit.restore(chunk.output.logits))
+            label_map(letterbox.restore(chunk.output.logits))
             seconds = {"query": clock() - started, **watched}
             started = clock()
             inferer.second_pass(found, full, own_network)

@@ -240,7 +240,7 @@ class Bench:
         predictions = {}
         for case in parser.get_parsed_content("dataset"):
             maps = predict(to_three_channels(case["image"]).to(self.device))
-            predictions[case["name"]] = case["fit"].restore(maps)[0, 0].cpu().numpy() > 0
+            predictions[case["name"]] = case["letterbox"].restore(maps)[0, 0].cpu().numpy() > 0
         return predictions, facts
 
 

@@ -52,8 +52,8 @@ from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.transforms import (
-    Fit,
     FitToSquared,
+    Letterbox,
     LoadCased,
     ScaleIntensityByModalityd,
     label_map,
@@ -217,11 +217,11 @@ def build(backbone: str, size: int, memory_pool: int | None = None) -> SAM2SGP:
     return network.eval()
 
 
-def own_grid(size: int, classes: int) -> tuple[Fit, Tensor, Tensor]:
+def own_grid(size: int, classes: int) -> tuple[Letterbox, Tensor, Tensor]:
     """How an image of its own size fits the network; logits (1, C, H, W) of a disc there, and the image."""
     own = int(OWN_SIDE * size)
     found = (10 * disc(own) - 5).expand(1, classes, own, own)
-    return Fit.of((own, own), size), found, labelled_image(own, classes)[0]
+    return Letterbox.of((own, own), size), found, labelled_image(own, classes)[0]
 
 
 def ours(network: SAM2SGP, case: Case, folder: str, clock: Callable) -> tuple[Callable, dict[str, float]]:
@@ -240,12 +240,12 @@ def ours(network: SAM2SGP, case: Case, folder: str, clock: Callable) -> tuple[Ca
     watch.watch(bank, "retrieve", "retrieve")
     watch.watch(bank, "select", "read")
     watch.watch(network, "_condition", "attention")
-    watch.watch(network, "fit", "prior")
+    watch.watch(network, "fit_regression", "prior")
     watch.watch(network, "_support_maps", "prior")
     watch.watch(network.pmg_decoder, "forward", "pseudo-mask")
     watch.watch(network, "guide", "PMA")
     watch.watch(network.refinement, "forward", "refinement")
-    fit, found, full = own_grid(size, case.c)
+    letterbox, found, full = own_grid(size, case.c)
     path = Path(folder, "query.png")
     load = Compose([LoadCased("image"), ScaleIntensityByModalityd("image"), FitToSquared("image", size)])
 
@@ -257,7 +257,7 @@ def ours(network: SAM2SGP, case: Case, folder: str, clock: Callable) -> tuple[Ca
         started = clock()
         (chunk,) = inferer.chunks(image, network)
         segmented = clock()
-        label_map(fit.restore(chunk.output.logits))
+        label_map(letterbox.restore(chunk.output.logits))
         ended = clock()
         seconds = {"load": started - begun, "query": ended - started, "restore": ended - segmented, **watch.take()}
         started = clock()
@@ -274,13 +274,13 @@ def authors(network: SAM2SGP, case: Case, clock: Callable) -> Callable:
     images = to_three_channels(torch.cat([entry["image"] for entry in cases]))
     labels = torch.cat([entry["label"] for entry in cases])
     masks = torch.stack([labels == value for value in range(1, case.c + 1)], 1).float()
-    fit = own_grid(size, 1)[0]
+    letterbox = own_grid(size, 1)[0]
 
     def query() -> dict[str, float]:
         image = labelled_image(size, case.c)[0]
         started = clock()
         logits = network(to_three_channels(image), images, masks)
-        label_map(fit.restore(logits))
+        label_map(letterbox.restore(logits))
         return {"query": clock() - started}
 
     return query

@@ -74,11 +74,11 @@ def floors(settings: dict) -> dict[str, tuple[float, float]]:
             for entry in chunk.retrieved:
                 c = bank.class_values.index(entry.value)
                 copies[chunk.start : chunk.start + len(entry.index), c] = masks[entry.index[:, 0], c]
-        fit = case["fit"]
-        nearest = fit.restore(copies) > 0.5
+        letterbox = case["letterbox"]
+        nearest = letterbox.restore(copies) > 0.5
         for c, (value, name) in enumerate(bank.class_names.items()):
             truth = (case["label"] == value)[None, None].float()
-            constant = fit.restore((means[c] - levels[c] + 0.5)[None, None])[0, 0] > 0.5
+            constant = letterbox.restore((means[c] - levels[c] + 0.5)[None, None])[0, 0] > 0.5
             constant = constant.expand(len(case["label"]), -1, -1)
             if truth.any():
                 pair = (constant[None, None].float(), nearest[:, c][None, None].float())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.support import SupportBank
-from sam2sgp.transforms.array import Fit
+from sam2sgp.transforms.array import Letterbox
 
 SIZE = 64
 
@@ -50,7 +50,7 @@ def case(name: str, image: Tensor, label: Tensor, patient: str) -> dict:
         "image_full": image,
         "label": label,
         "label_full": label,
-        "fit": Fit.of((SIZE, SIZE), SIZE),
+        "letterbox": Letterbox.of((SIZE, SIZE), SIZE),
         "geometry": SimpleNamespace(spacing=None),
         "patient": patient,
         "group": "a",

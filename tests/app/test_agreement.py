@@ -114,11 +114,11 @@ def test_each_input_is_the_same_to_training_evaluation_inference_and_the_app(fol
         others = {"evaluation": evaluation[number], "app": segmenter.prepare(case["image"], name)}
         for way, other in others.items():
             assert torch.equal(query["image"], other["image"]), (name, way)
-            assert query["scaling"] == other["scaling"] and query["fit"] == other["fit"], (name, way)
+            assert query["scaling"] == other["scaling"] and query["letterbox"] == other["letterbox"], (name, way)
             assert query["geometry"].shape == other["geometry"].shape
             assert np.array_equal(query["geometry"].affine, other["geometry"].affine), (name, way)
         assert trained[name].scaling.kind == query["scaling"].kind, name
         assert np.abs(np.asarray(trained[name].image, np.float32) - query["image"].numpy()).max() < 1e-3, name
-        assert trained[name].valid == (*query["fit"].offset, *query["fit"].inner), name
+        assert trained[name].valid == (*query["letterbox"].offset, *query["letterbox"].inner), name
         stated = "CT window" if name.startswith("ct") else "colour" if name in ("turned_jpg", "colour_tif") else "perc"
         assert stated in str(query["scaling"]), (name, str(query["scaling"]))

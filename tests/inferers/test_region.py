@@ -128,10 +128,10 @@ def test_tiles_cover_the_image_overlap_and_are_the_smaller_the_smaller_their_sha
         for tile in tiles:
             seen[tile.place] += 1
         assert len(tiles) == count and seen.min() >= 1 and seen.max() > 1
-        assert all(tile.fit.original == (200 * share, 200 * share) for tile in tiles)
+        assert all(tile.letterbox.original == (200 * share, 200 * share) for tile in tiles)
     assert len(Region.tiles((50, 200), SIZE, 0.38)) == 3
     (whole,) = Region.tiles((10, 20), SIZE, 1.0)
-    assert whole.fit.original == (10, 20)
+    assert whole.letterbox.original == (10, 20)
 
 
 def test_windows_fall_towards_other_parts_of_the_image_only():

@@ -12,7 +12,7 @@ from sam2sgp.data.phantom import phantom_picture, phantom_volume
 from sam2sgp.networks import load_weights
 from sam2sgp.support.familiarity import UNLIKE, Familiarity, case_distance, is_unlike, trust
 from sam2sgp.transforms import to_three_channels
-from sam2sgp.transforms.array import Fit
+from sam2sgp.transforms.array import Letterbox
 from tests.bundle_runs import BUNDLE, CONFIGS
 
 
@@ -65,7 +65,7 @@ def embed():
     @torch.no_grad()
     def embedding(slices: list[np.ndarray]) -> Tensor:
         images = [torch.from_numpy(np.asarray(values, np.float32))[None, None] for values in slices]
-        fitted = [Fit.of(tuple(image.shape[-2:]), network.image_size).apply(image) for image in images]
+        fitted = [Letterbox.of(tuple(image.shape[-2:]), network.image_size).apply(image) for image in images]
         return network.retrieval_embedding(network.encode(to_three_channels(torch.cat(fitted))))
 
     return embedding

@@ -1,4 +1,4 @@
-"""The fit into the network's square, and the way back."""
+"""The letterbox in the network's square, and the way back."""
 
 import math
 from itertools import pairwise
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sam2sgp.transforms import (
-    Fit,
+    Letterbox,
     class_probabilities,
     label_map,
     to_three_channels,
@@ -26,23 +26,23 @@ def test_channels():
 
 @pytest.mark.parametrize("shape", [(37, 91), (200, 128), (128, 128), (1, 50), (700, 3)])
 def test_aspect_is_kept_and_the_way_back_has_the_original_size(shape):
-    fit = Fit.of(shape, 128)
-    assert max(fit.inner) == 128
-    assert fit.inner[0] / fit.inner[1] == pytest.approx(shape[0] / shape[1], rel=0.5)
-    assert fit.apply(torch.rand(2, 3, *shape)).shape == (2, 3, 128, 128)
-    assert fit.restore(torch.rand(2, 3, 128, 128)).shape == (2, 3, *shape)
+    letterbox = Letterbox.of(shape, 128)
+    assert max(letterbox.inner) == 128
+    assert letterbox.inner[0] / letterbox.inner[1] == pytest.approx(shape[0] / shape[1], rel=0.5)
+    assert letterbox.apply(torch.rand(2, 3, *shape)).shape == (2, 3, 128, 128)
+    assert letterbox.restore(torch.rand(2, 3, 128, 128)).shape == (2, 3, *shape)
 
 
 def test_aspect_is_physical_where_pixels_are_not_square():
-    assert Fit.of((100, 100), 128, pixel=(2.0, 0.5)).inner == (128, 32)
+    assert Letterbox.of((100, 100), 128, pixel=(2.0, 0.5)).inner == (128, 32)
 
 
 def test_round_trip_of_a_disc_keeps_place_and_area():
     rows, columns = torch.meshgrid(torch.arange(300), torch.arange(200), indexing="ij")
     disc = ((rows - 100) ** 2 + (columns - 60) ** 2 < 40**2).long()[None]
-    fit = Fit.of((300, 200), 128)
-    small = fit.apply_label(disc)
-    back = (fit.restore((small[:, None].float() - 0.5) * 2) > 0)[0, 0].long()
+    letterbox = Letterbox.of((300, 200), 128)
+    small = letterbox.apply_label(disc)
+    back = (letterbox.restore((small[:, None].float() - 0.5) * 2) > 0)[0, 0].long()
     overlap = 2 * (back * disc[0]).sum() / (back.sum() + disc[0].sum())
     assert overlap > 0.97
     assert back.sum() / disc.sum() == pytest.approx(1.0, abs=0.02)
@@ -52,13 +52,13 @@ def test_masks_do_not_shrink_on_the_way_in():
     """Bilinear resizing with truncation, as in the authors' code, loses 9 % of the area."""
     rows, columns = torch.meshgrid(torch.arange(512), torch.arange(512), indexing="ij")
     disc = ((rows - 256) ** 2 + (columns - 256) ** 2 < 60**2).long()[None]
-    share = Fit.of((512, 512), 128).apply_label(disc).float().mean() / disc.float().mean()
+    share = Letterbox.of((512, 512), 128).apply_label(disc).float().mean() / disc.float().mean()
     assert share == pytest.approx(1.0, abs=0.02)
 
 
 def test_label_values_stay_whole():
     label = torch.randint(0, 7, (1, 50, 80)) * 30
-    small = Fit.of((50, 80), 64).apply_label(label)
+    small = Letterbox.of((50, 80), 64).apply_label(label)
     assert set(small.unique().tolist()) <= set(label.unique().tolist()) | {0}
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sam2sgp.adaptation.augment import Augmentation, Strength, flip_axes
 from sam2sgp.adaptation.corrector import LIMIT
-from sam2sgp.adaptation.plan import Plan, fitted_logits
-from sam2sgp.transforms.array import Fit, to_three_channels
+from sam2sgp.adaptation.plan import Plan, letterboxed_logits
+from sam2sgp.transforms.array import Letterbox, to_three_channels
 
 WHOLE = Strength(0.4, 0.28, 0.08, 0.1, 0.2, 0.045, gamma=0.5, colour=0.1, bias=0.18, noise=0.05, blur=0.25)
 # Of patches, scale means more and place nothing.
@@ -52,15 +52,19 @@ class Pairs:
         self.plan = plan
         self.images, self.found, self.masks = [], [], []
         for pair in pairs:
-            fit = plan.fit(tuple(pair.image.shape[-2:]), pair.pixel)
+            letterbox = plan.letterbox(tuple(pair.image.shape[-2:]), pair.pixel)
             image, mask = to_three_channels(pair.image)[None].float(), pair.mask.to(torch.uint8)
             found = pair.found[None].float()
-            if fit is not None:
-                image, mask, found = fit.apply(image), fit.apply_label(mask), fitted_logits(fit, found)
+            if letterbox is not None:
+                image, mask, found = (
+                    letterbox.apply(image),
+                    letterbox.apply_label(mask),
+                    letterboxed_logits(letterbox, found),
+                )
             self.images.append(image[0].half().to(device))
             self.found.append(found[0].half().to(device))
             self.masks.append(mask.to(device))
-        small = [Fit.of(tuple(mask.shape[-2:]), COMPARED).apply_label(mask) for mask in self.masks]
+        small = [Letterbox.of(tuple(mask.shape[-2:]), COMPARED).apply_label(mask) for mask in self.masks]
         self.small = torch.stack(small).float()
 
     def __len__(self) -> int:

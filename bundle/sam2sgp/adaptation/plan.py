@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sam2sgp.adaptation.corrector import LIMIT, Corrector, bounded
 from sam2sgp.support.fingerprint import SupportFingerprint
-from sam2sgp.transforms.array import Fit, to_three_channels
+from sam2sgp.transforms.array import Letterbox, to_three_channels
 
 WHOLE_SIZE = 224
 PATCH_SIZE = 256
@@ -40,21 +40,21 @@ class Plan:
         patches = 2 * sum(thin) > len(thin) and max(support.height, support.width) >= MIN_GAIN * WHOLE_SIZE
         return cls(PATCH_SIZE if patches else WHOLE_SIZE, patches)
 
-    def fit(self, shape: tuple[int, int], pixel: tuple[float, float]) -> Fit | None:
+    def letterbox(self, shape: tuple[int, int], pixel: tuple[float, float]) -> Letterbox | None:
         """How images (H, W), with pixels of `pixel` mm, come to the corrector's grid; None: they stay as they are."""
         if not self.patches:
-            return Fit.of(shape, self.size, pixel)
-        return Fit.of(shape, LONGEST) if max(shape) > LONGEST else None
+            return Letterbox.of(shape, self.size, pixel)
+        return Letterbox.of(shape, LONGEST) if max(shape) > LONGEST else None
 
     @torch.no_grad()
     def predict(
         self, correctors: Sequence[Corrector], images: Tensor, logits: Tensor, pixel: tuple[float, float] = (1.0, 1.0)
     ) -> Tensor:
         """Mean probabilities (B, C, H, W) of correctors for images (B, C', H, W) in [0, 1] and the network's logits."""
-        fit = self.fit(tuple(images.shape[-2:]), pixel)
+        letterbox = self.letterbox(tuple(images.shape[-2:]), pixel)
         images, found = to_three_channels(images).float(), bounded(logits)
-        if fit is not None:
-            images, found = fit.apply(images), fitted_logits(fit, found)
+        if letterbox is not None:
+            images, found = letterbox.apply(images), letterboxed_logits(letterbox, found)
         fitted = torch.cat([images, found], 1)
 
         def mean_of(batch: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ class Plan:
             found = sliding_window_inference(fitted, (self.size,) * 2, 1, mean_of, overlap=OVERLAP, mode="gaussian")
         else:
             found = torch.cat([mean_of(image) for image in fitted.split(1)])
-        return found if fit is None else fit.restore(found)
+        return found if letterbox is None else letterbox.restore(found)
 
 
-def fitted_logits(fit: Fit, found: Tensor) -> Tensor:
+def letterboxed_logits(letterbox: Letterbox, found: Tensor) -> Tensor:
     """`bounded` logits (B, C, H, W) -> (B, C, S, S); in the padding nothing is found."""
-    return fit.apply(found + LIMIT) - LIMIT
+    return letterbox.apply(found + LIMIT) - LIMIT

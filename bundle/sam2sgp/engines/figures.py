@@ -81,8 +81,8 @@ class CaseFigures:
         pred, truth = case["pred"].numpy(), case["label"].numpy() if self.job.scored else None
         count = frames_per_case(min(len(self.job.cases), self.most))
         slices = [int(number) for number in spread_slices(pred, truth, count)]
-        main, fit, values = case["main"], case["fit"], [0, *self.bank.class_values]
-        pseudo = fit.restore_label(case["pseudo"][None])[0].long().numpy()
+        main, letterbox, values = case["main"], case["letterbox"], [0, *self.bank.class_values]
+        pseudo = letterbox.restore_label(case["pseudo"][None])[0].long().numpy()
         boxes = zip(self.bank.class_values, case["box"][main], strict=True)
         support = [
             {"id": self.bank.items[item].id, "class_name": self.bank.class_names[value], "similarity": similarity}
@@ -95,7 +95,7 @@ class CaseFigures:
             "slice_axis": case["geometry"].slice_axis,
             "main": main,
             "slices": slices,
-            "boxes": [[value, list(fit.restore_box(box.tolist()))] for value, box in boxes if box[0] >= 0],
+            "boxes": [[value, list(letterbox.restore_box(box.tolist()))] for value, box in boxes if box[0] >= 0],
             "support": support,
         }
         arrays = {"pred": pred[kept], "pseudo": np.asarray(values)[pseudo]}

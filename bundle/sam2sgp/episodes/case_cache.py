@@ -39,7 +39,7 @@ class CaseCache:
 
     Args:
         directory: where the files go; made if missing.
-        transform: case dict -> case dict with `image`, `label`, `fit` and `scaling`, see `sam2sgp.transforms`.
+        transform: case dict -> case dict with `image`, `label`, `letterbox` and `scaling`, see `sam2sgp.transforms`.
 
     Raises:
         DataError: a case can't be read, or the folder can't be written.
@@ -61,7 +61,7 @@ class CaseCache:
     def _prepare(self, case: dict, paths: list[Path]) -> None:
         prepared = self.transform(case)
         log_warnings(prepared)
-        fit = prepared["fit"]
+        letterbox = prepared["letterbox"]
         label = prepared["label"].numpy()
         label = label.astype(np.uint8 if label.max(initial=0) < 256 else np.int32)
         try:
@@ -71,7 +71,7 @@ class CaseCache:
                 np.save(part, label)
             # The last file to appear marks the case as complete.
             with replacing(paths[2]) as part:
-                known = {"valid": [*fit.offset, *fit.inner], "scaling": asdict(prepared["scaling"])}
+                known = {"valid": [*letterbox.offset, *letterbox.inner], "scaling": asdict(prepared["scaling"])}
                 part.write_text(json.dumps(known))
         except OSError as error:
             raise DataError(

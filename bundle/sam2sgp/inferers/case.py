@@ -150,7 +150,7 @@ class _Collected:
     def __init__(self, case: PreparedCase, class_values: list[int], truth: Tensor | None, maps: list[str]) -> None:
         self.class_values, self.truth = class_values, truth
         values = torch.tensor([0, *class_values])
-        slices, shape = len(case["image"]), case["fit"].original
+        slices, shape = len(case["image"]), case["letterbox"].original
         # As small as the values allow: of a long volume these arrays are gigabytes.
         self.values = values.to(torch.uint8 if values.max() <= 255 else torch.int32)
         self.pred = torch.zeros(slices, *shape, dtype=self.values.dtype)

@@ -170,7 +170,7 @@ class SupportSetInferer(Inferer):
         for chunk in self.chunks(case["image"], network, patient, group, volume=volume, step=step):
             part = slice(chunk.start, chunk.start + len(chunk.output.logits))
             images = case["image_full"][part]
-            logits = case["fit"].restore(chunk.output.logits)
+            logits = case["letterbox"].restore(chunk.output.logits)
             logits = self.second_pass(logits, images, network, pixel, patient, group)
             if self.adaptation is not None:
                 logits = self.adaptation.average(logits, images, pixel, chunk.distance)

@@ -409,9 +409,9 @@ class SAM2SGP(nn.Module):
         """
         if support is not None and support.tokens.shape[2] == 0:
             support = None
-        return self.decode(features, support, self.fit(support))
+        return self.decode(features, support, self.fit_regression(support))
 
-    def fit(self, support: SupportMemory | None) -> Tensor | None:
+    def fit_regression(self, support: SupportMemory | None) -> Tensor | None:
         """Weights (B, C, 2, d) of the support regression; None where there is none."""
         if self.regression is None or support is None or support.gram is None:
             return None

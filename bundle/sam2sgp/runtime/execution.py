@@ -81,7 +81,7 @@ class GraphNetwork(nn.Module):
         """As `SAM2SGP.segment`, which also does the case without support."""
         if support is None or support.tokens.shape[2] == 0:
             return self.network.segment(features, support)
-        selected = selected_tensors(support, self.network.fit(support))
+        selected = selected_tensors(support, self.network.fit_regression(support))
         return SGPOutput(**self.graphs["segment"]({**feature_tensors(features), **selected}))
 
 

@@ -155,7 +155,7 @@ def stages(network: SAM2SGP) -> dict[str, Stage]:
     pooled = SupportMemory(*(memory.sample_outputs.get(MEMORY + field.name) for field in fields(SupportMemory))).select(
         torch.randint(0, pool, (batch, classes, items))
     )
-    selected = selected_tensors(pooled, network.fit(pooled))
+    selected = selected_tensors(pooled, network.fit_regression(pooled))
     segment = SegmentStage(network, {**{name: value[:batch] for name, value in features.items()}, **selected})
     return {"encode": encode, "memory": memory, "segment": segment}
 

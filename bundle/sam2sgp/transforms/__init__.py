@@ -1,7 +1,7 @@
 """Preprocessing of images and labels, and the way back to the query's own grid."""
 
 from sam2sgp.transforms.array import (
-    Fit,
+    Letterbox,
     class_probabilities,
     label_map,
     to_three_channels,
@@ -26,7 +26,7 @@ from sam2sgp.transforms.scaling import (
 )
 
 __all__ = [
-    "Fit",
+    "Letterbox",
     "FitToSquared",
     "LoadCased",
     "OutputNames",

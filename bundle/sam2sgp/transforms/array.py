@@ -41,8 +41,8 @@ def pixel_size(spacing: tuple[float, float, float] | None) -> tuple[float, float
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How slices were fitted into the network's square: resized to `inner` (h, w), placed at `offset` (top, left)."""
+class Letterbox:
+    """How slices are letterboxed into the network's square: resized to `inner` (h, w), placed at `offset` (top, left)."""
 
     original: tuple[int, int]
     inner: tuple[int, int]
@@ -50,8 +50,8 @@ class Fit:
     size: int
 
     @classmethod
-    def of(cls, shape: tuple[int, int], size: int, pixel: tuple[float, float] = (1.0, 1.0)) -> "Fit":
-        """Fit slices of `shape` (H, W), with pixels of `pixel` (row, column) mm, into a square of side `size`."""
+    def of(cls, shape: tuple[int, int], size: int, pixel: tuple[float, float] = (1.0, 1.0)) -> "Letterbox":
+        """Letterbox slices of `shape` (H, W), with pixels of `pixel` (row, column) mm, into a square of side `size`."""
         extent = [length * spacing for length, spacing in zip(shape, pixel, strict=True)]
         scale = size / max(extent)
         height, width = (min(size, max(1, round(length * scale))) for length in extent)
@@ -60,7 +60,7 @@ class Fit:
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences on why the network can hardly see what is fitted; none as a rule."""
+        """Sentences on why the network can hardly see what is letterboxed; none as a rule."""
         found = []
         if min(self.original) < SMALLEST_SIDE:
             height, width = self.original
@@ -116,14 +116,14 @@ class Fit:
 
 @dataclass(frozen=True)
 class Region:
-    """A rectangle of an image, fitted into the network's square like an image of its own.
+    """A rectangle of an image, letterboxed into the network's square like an image of its own.
 
-    top, left: of the rectangle in pixels; fit: of its height and width.
+    top, left: of the rectangle in pixels; letterbox: of its height and width.
     """
 
     top: int
     left: int
-    fit: Fit
+    letterbox: Letterbox
 
     @classmethod
     def around(
@@ -153,7 +153,7 @@ class Region:
             first = max(0, round(centre - half))
             edges.append((first, min(length, max(round(centre + half), first + 1))))
         (top, bottom), (left, right) = edges
-        return cls(top, left, Fit.of((bottom - top, right - left), size, pixel))
+        return cls(top, left, Letterbox.of((bottom - top, right - left), size, pixel))
 
     @classmethod
     def tiles(
@@ -184,13 +184,13 @@ class Region:
             count = 1 + math.ceil((length - tile) / ((1 - OVERLAP) * tile))
             extent.append(tile)
             starts.append([round(start) for start in torch.linspace(0, length - tile, count).tolist()])
-        fit = Fit.of((extent[0], extent[1]), size, pixel)
-        return [cls(top, left, fit) for top in starts[0] for left in starts[1]]
+        letterbox = Letterbox.of((extent[0], extent[1]), size, pixel)
+        return [cls(top, left, letterbox) for top in starts[0] for left in starts[1]]
 
     @property
     def place(self) -> tuple[slice, slice]:
         """Rows and columns of the rectangle."""
-        height, width = self.fit.original
+        height, width = self.letterbox.original
         return slice(self.top, self.top + height), slice(self.left, self.left + width)
 
     def window(self, shape: tuple[int, int]) -> Tensor:
@@ -199,7 +199,7 @@ class Region:
         There is no rim where the rectangle ends with the image (H, W), beyond which nothing else is seen.
         """
         profiles = []
-        for start, extent, length in zip((self.top, self.left), self.fit.original, shape, strict=True):
+        for start, extent, length in zip((self.top, self.left), self.letterbox.original, shape, strict=True):
             place = torch.arange(extent) + 0.5
             rim = max(1.0, RIM * extent)
             before = place if start > 0 else torch.full_like(place, rim)
@@ -209,15 +209,15 @@ class Region:
 
     def apply(self, slices: Tensor) -> Tensor:
         """Images (Z, C, H, W) -> the rectangle as (Z, C, S, S)."""
-        return self.fit.apply(slices[(..., *self.place)])
+        return self.letterbox.apply(slices[(..., *self.place)])
 
     def apply_label(self, labels: Tensor) -> Tensor:
         """Class maps (Z, H, W) -> the rectangle as (Z, S, S)."""
-        return self.fit.apply_label(labels[(..., *self.place)])
+        return self.letterbox.apply_label(labels[(..., *self.place)])
 
     def restore(self, maps: Tensor) -> Tensor:
         """Maps (Z, C, S, S) on the network's grid -> on the rectangle's own, (Z, C, height, width)."""
-        return self.fit.restore(maps)
+        return self.letterbox.restore(maps)
 
 
 def thickness(mask: Tensor) -> float:

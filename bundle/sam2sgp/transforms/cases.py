@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict
 from torch import Tensor
 
 from sam2sgp.data.io.geometry import Geometry
-from sam2sgp.transforms.array import Fit
+from sam2sgp.transforms.array import Letterbox
 from sam2sgp.transforms.scaling import Scaling, SupportScaling
 
 
@@ -63,7 +63,7 @@ class PreparedCase(TypedDict):
     geometry: Geometry
     """Spacing and orientation: the way back to a file."""
 
-    fit: Fit
+    letterbox: Letterbox
     """The way back from the network's size to the image's own."""
 
     scaling: Scaling

@@ -31,7 +31,7 @@ from sam2sgp.data.io import (
     write_map,
 )
 from sam2sgp.errors import DataError
-from sam2sgp.transforms.array import Fit, Region, pixel_size
+from sam2sgp.transforms.array import Letterbox, Region, pixel_size
 from sam2sgp.transforms.scaling import choose_scaling, is_ct, scale_intensity
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class ScaleIntensityByModalityd(MapTransform):
 class FitToSquared(MapTransform):
     """Resize with the aspect (in mm where known) kept and pad to `size`.
 
-    The way back is put at `fit`, and what was resized at `<key>_full`. Of an image so small that the network can hardly
+    The way back is put at `letterbox`, and what was resized at `<key>_full`. Of an image so small that the network can hardly
     see it, or so long that windows (`Region.windows`) don't help, `warnings` tell.
     """
 
@@ -130,14 +130,16 @@ class FitToSquared(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
         pixel = pixel_size(case["geometry"].spacing)
-        case["fit"] = Fit.of(tuple(case["image"].shape[-2:]), self.size, pixel)
-        windows = Region.windows(case["fit"].original, self.size, pixel)
-        seen = windows[0].fit if windows else case["fit"]
+        case["letterbox"] = Letterbox.of(tuple(case["image"].shape[-2:]), self.size, pixel)
+        windows = Region.windows(case["letterbox"].original, self.size, pixel)
+        seen = windows[0].letterbox if windows else case["letterbox"]
         case["warnings"] = [*case.get("warnings", ()), *seen.warnings]
         for key in self.key_iterator(case):
             if isinstance(case[key], torch.Tensor):
                 case[f"{key}_full"] = case[key]
-                case[key] = case["fit"].apply_label(case[key]) if key == "label" else case["fit"].apply(case[key])
+                case[key] = (
+                    case["letterbox"].apply_label(case[key]) if key == "label" else case["letterbox"].apply(case[key])
+                )
         return case
 
 

@@ -1,7 +1,8 @@
 """The audit log: one JSON line for each approval, removal, training and publication, appended and never rewritten.
 
 In: an action and its details. Out: a line with the time (UTC), the user and the details. Several processes and threads
-may write to one file at once: each line is a single append under a lock of the file, and on the disk when `write` returns.
+may write to one file at once: each line is a single append under a lock of the file, and on the disk when `write`
+returns.
 """
 
 import fcntl

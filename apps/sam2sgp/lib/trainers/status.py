@@ -75,8 +75,8 @@ class Status:
         if values.get("state") == RUNNING and not _is_alive(self._read.get("pid"), self._read.get("pid_created")):
             values["state"] = STOPPED
             values["message"] = (
-                f"The training was stopped after {values.get('epoch', 0)} of {values.get('max_epochs', '?')} epochs; the "
-                "weights are as before. Started again with the same labels and options, it goes on from there."
+                f"The training was stopped after {values.get('epoch', 0)} of {values.get('max_epochs', '?')} epochs; "
+                "the weights are as before. Started again with the same labels and options, it goes on from there."
             )
         return values
 
