@@ -161,7 +161,7 @@ class Bench:
         weights = Path(bundle_config(overrides).get_parsed_content("model_file")).read_bytes()
         if cpu_time:
             clock = SimpleNamespace(monotonic=time.process_time)
-            sam2sgp.adaptation.adapter.time = sam2sgp.adaptation.run.time = clock
+            sam2sgp.adaptation.support_adaptation.time = sam2sgp.adaptation.run.time = clock
         decides = [queries, overrides, adaptation, cpu_time, hashlib.sha256(weights).hexdigest()]
         self.settings = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
         self.rows = read_rows(self.path)

@@ -20,7 +20,7 @@ import monai.bundle
 import numpy as np
 import torch
 
-from sam2sgp.adaptation import Adapter
+from sam2sgp.adaptation import SupportAdaptation
 from sam2sgp.data import class_names, load_datalist
 from sam2sgp.data.io import data_files, output_suffix, write_label
 from sam2sgp.data.objects import as_file
@@ -161,7 +161,7 @@ class Segmenter:
         """
         segmenter = self._ready()
         plain = replace(segmenter.inferer, adaptation=None)
-        adaptation = Adapter(seconds, seed=seed, progress=False)(segmenter.network, plain)
+        adaptation = SupportAdaptation(seconds, seed=seed, progress=False)(segmenter.network, plain)
         self._segmenter = replace(segmenter, inferer=replace(plain, adaptation=adaptation))
         return str(adaptation.record) if adaptation else "Not adapted: no time was given."
 

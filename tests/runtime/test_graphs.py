@@ -14,7 +14,7 @@ import torch
 from monai.metrics import compute_dice
 from PIL import Image
 
-from sam2sgp.adaptation import Adapter
+from sam2sgp.adaptation import SupportAdaptation
 from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.engines import adapted
 from sam2sgp.errors import ConfigError, WeightsError, cause_of
@@ -212,7 +212,7 @@ def test_what_can_not_work_is_refused_with_the_remedy(tmp_path, monkeypatch):
         GraphRuntime("tensorrt", tmp_path)
     with pytest.raises(ConfigError, match="precision is 'bf16': runtime 'onnxruntime' computes only in fp32"):
         GraphRuntime("onnxruntime", tmp_path, "bf16")
-    runtime, adapter = GraphRuntime("onnxruntime", tmp_path), Adapter(60, None, 0, None)
+    runtime, adapter = GraphRuntime("onnxruntime", tmp_path), SupportAdaptation(60, None, 0, None)
     with pytest.raises(ConfigError, match="leave `adapt_seconds`"):
         adapted(SimpleNamespace(runtime=runtime), None, adapter)
     with pytest.raises(ConfigError, match="computes on the CPU, the network is on meta"):

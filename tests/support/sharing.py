@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from monai.transforms import Compose
 
-from sam2sgp.adaptation import adapter
+from sam2sgp.adaptation import support_adaptation
 from sam2sgp.data import load_datalist
 from sam2sgp.engines import adapted
 from sam2sgp.inferers import SupportSetInferer
@@ -44,8 +44,8 @@ def main(folder: str, cache: str, output: str) -> None:
     inferer.encode(net)
     found = {"read": CountedLoad.calls, "encoded": encoded.calls, "embedding": bank.embedding.tolist()}
     inferer.reset()
-    adapter.Run = runs = Counter(adapter.Run)
-    made = adapter.Adapter(0, max_steps=1, cache_dir=Path(output, "adaptation"), progress=False)
+    support_adaptation.Run = runs = Counter(support_adaptation.Run)
+    made = support_adaptation.SupportAdaptation(0, max_steps=1, cache_dir=Path(output, "adaptation"), progress=False)
     inferer = adapted(inferer, network(), made)
     found |= {"adapted": runs.calls, "adaptation": asdict(inferer.adaptation.record)}
     Path(output, f"{rank}.json").write_text(json.dumps(found))

@@ -1,5 +1,5 @@
 """Adaptation to a support set before inference."""
 
-from sam2sgp.adaptation.adapter import Adaptation, Adapter, adapt
+from sam2sgp.adaptation.support_adaptation import Adaptation, SupportAdaptation, adapt
 
-__all__ = ["Adaptation", "Adapter", "adapt"]
+__all__ = ["Adaptation", "SupportAdaptation", "adapt"]

@@ -22,7 +22,7 @@ from sam2sgp.engines.evaluator import QueryEvents
 from sam2sgp.engines.records import CaseRecords, settings_of_run
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import SupportSetInferer
-from sam2sgp.inferers.adapting import Adapter
+from sam2sgp.inferers.adapting import SupportAdaptation
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.content import digest_of
 from sam2sgp.transforms import OutputNames
@@ -58,7 +58,7 @@ class SegmentationJob:
         self,
         output_dir: str,
         scored: bool = False,
-        adapter: Adapter | None = None,
+        adapter: SupportAdaptation | None = None,
         names: OutputNames | None = None,
         resume: bool = True,
         max_wait: float = 6 * 3600.0,
@@ -184,7 +184,7 @@ class SegmentationJob:
             )
 
 
-def adapted(inferer: SupportSetInferer, network: SAM2SGP, adapter: Adapter) -> SupportSetInferer:
+def adapted(inferer: SupportSetInferer, network: SAM2SGP, adapter: SupportAdaptation) -> SupportSetInferer:
     """The inferer with an adaptation to its support set, if the adapter is active.
 
     Of several processes the first one adapts, and the others find the result in the adapter's folder.

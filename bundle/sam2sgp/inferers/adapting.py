@@ -29,7 +29,7 @@ class Adaptation(Protocol):
         """As JSON types what decides its results."""
 
 
-class Adapter(Protocol):
+class SupportAdaptation(Protocol):
     """Makes an adaptation; active where it has a limit of time or steps."""
 
     active: bool

@@ -42,7 +42,7 @@ def pixel_size(spacing: tuple[float, float, float] | None) -> tuple[float, float
 
 @dataclass(frozen=True)
 class Letterbox:
-    """How slices are letterboxed into the network's square: resized to `inner` (h, w), placed at `offset` (top, left)."""
+    """How slices were put into the network's square: resized to `inner` (h, w), placed at `offset` (top, left)."""
 
     original: tuple[int, int]
     inner: tuple[int, int]

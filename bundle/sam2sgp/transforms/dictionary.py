@@ -119,8 +119,8 @@ class ScaleIntensityByModalityd(MapTransform):
 class FitToSquared(MapTransform):
     """Resize with the aspect (in mm where known) kept and pad to `size`.
 
-    The way back is put at `letterbox`, and what was resized at `<key>_full`. Of an image so small that the network can hardly
-    see it, or so long that windows (`Region.windows`) don't help, `warnings` tell.
+    The way back is put at `letterbox`, and what was resized at `<key>_full`. Of an image so small that the network can
+    hardly see it, or so long that windows (`Region.windows`) don't help, `warnings` tell.
     """
 
     def __init__(self, keys: KeysCollection = ("image", "label"), size: int = 128) -> None:

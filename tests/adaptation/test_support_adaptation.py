@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sam2sgp.adaptation import Adaptation, Adapter, adapt, plan, store
+from sam2sgp.adaptation import Adaptation, SupportAdaptation, adapt, plan, store
 from sam2sgp.adaptation.corrector import Corrector, Trunk, bounded
 from sam2sgp.adaptation.groups import Groups
 from sam2sgp.adaptation.judging import Choice
@@ -130,7 +130,7 @@ def test_the_same_steps_give_the_same_correctors_and_another_seed_others(network
 
 def test_correctors_that_are_right_decide_the_result(network, monkeypatch):
     finding(monkeypatch, lambda image: (image > 0.8).float())
-    adapter = Adapter(None, STEPS, progress=False)
+    adapter = SupportAdaptation(None, STEPS, progress=False)
     support = bank(bright_discs())
     inferer = adapted(SupportSetInferer(support, InferenceSettings(region_below=0.0)), network, adapter)
     case = bright_discs()[3]
@@ -143,7 +143,7 @@ def test_correctors_that_are_right_decide_the_result(network, monkeypatch):
 
 def test_correctors_that_do_not_help_are_dropped_and_leave_the_plain_result(network, monkeypatch):
     finding(monkeypatch, lambda image: torch.zeros_like(image))
-    adapter = Adapter(None, STEPS, progress=False)
+    adapter = SupportAdaptation(None, STEPS, progress=False)
     assert torch.equal(segment(network, bank(CASES), adapter), segment(network, bank(CASES)))
     assert not adapter.last.correctors and "no clear gain" in str(adapter)
 
@@ -220,7 +220,7 @@ def test_a_time_limit_decides_the_number_of_steps_and_nothing_else(network, monk
         # A clock that advances when it is read: the limit then means the same on a machine of any load.
         ticks = itertools.count()
         clock = SimpleNamespace(monotonic=lambda: next(ticks) / 50)
-        for module in ("adapter", "run"):
+        for module in ("support_adaptation", "run"):
             patch.setattr(f"sam2sgp.adaptation.{module}.time", clock)
         patch.setattr("sam2sgp.adaptation.run.WARMUP", 2)
         limited = adapt(network, bank(CASES), 1.0, progress=False)
@@ -276,14 +276,14 @@ def test_a_query_unlike_the_support_set_leans_on_the_plain_network(network, dist
 
 
 def test_switched_off_it_is_the_plain_path(network):
-    adapter = Adapter(0, None, progress=False)
+    adapter = SupportAdaptation(0, None, progress=False)
     assert not adapter.active and str(adapter) == "none"
     assert torch.equal(segment(network, bank(CASES), adapter), segment(network, bank(CASES)))
     assert adapter.last is None
 
 
 def test_a_patient_that_was_learned_from_is_refused_as_a_query_of_its_own(network, made):
-    adapter = Adapter(None, STEPS, cache_dir=made[1], progress=False)
+    adapter = SupportAdaptation(None, STEPS, cache_dir=made[1], progress=False)
     inferer = adapted(SupportSetInferer(bank(CASES), InferenceSettings(region_below=0.0)), network, adapter)
     with pytest.raises(ConfigError, match="'p3'"):
         inferer(queries()[0], network, patient="p3")
@@ -293,7 +293,7 @@ def test_a_patient_that_was_learned_from_is_refused_as_a_query_of_its_own(networ
 @pytest.mark.parametrize("seconds, steps", [(-1, None), (True, None), ("60", None), (0, -2), (0, 1.5)])
 def test_limits_that_can_not_work_are_refused(seconds, steps):
     with pytest.raises(ConfigError, match="adapt_"):
-        Adapter(seconds, steps)
+        SupportAdaptation(seconds, steps)
 
 
 def test_the_api_wants_a_limit(network):

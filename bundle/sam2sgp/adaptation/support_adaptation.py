@@ -144,7 +144,7 @@ def adapt(
     return Adaptation(correctors, record)
 
 
-class Adapter:
+class SupportAdaptation:
     """The settings of an adaptation, and the last one made: what `SegmentationJob` takes.
 
     As a string it says what was done, for a report.
