@@ -44,7 +44,7 @@ from sam2sgp.active import STRATEGIES, choose, embed, examine
 from sam2sgp.data import class_names, load_datalist
 from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.inferers import CaseResult, CaseSegmenter
-from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.networks import load_weights
 
 ALL = ("random", *STRATEGIES)
@@ -98,7 +98,7 @@ class Simulation:
         load_weights(self.network, self.weights)
         self.overrides = overrides
         self.class_names = settings["class_names"]
-        self.inferer = replace(config.get_parsed_content("inferer"), feature_cache=FeatureCache(MIB_OF_FEATURES))
+        self.inferer = replace(config.get_parsed_content("inferer"), query_cache=QueryCache(MIB_OF_FEATURES))
         prepare = config.get_parsed_content("preprocessing")
         self.segmenter = CaseSegmenter(self.network, self.inferer, prepare, exclude_own_patient=False)
         self.prepared = [prepare(case) for case in tqdm(self.pool, desc="Reading the pool", disable=None)]

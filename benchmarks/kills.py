@@ -52,7 +52,7 @@ from sam2sgp.data import load_datalist  # noqa: E402
 from sam2sgp.data.io import read_label  # noqa: E402
 from sam2sgp.data.phantom import make_phantoms  # noqa: E402
 from sam2sgp.networks import save_weights  # noqa: E402
-from sam2sgp.support.store import load  # noqa: E402
+from sam2sgp.support.tensor_store import load  # noqa: E402
 from tests.e2e.server import Server  # noqa: E402
 
 PATIENTS = 8

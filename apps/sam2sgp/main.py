@@ -36,7 +36,7 @@ from lib.http.logs import keep_logs, log_routes, quiet_libraries
 from lib.http.page import SupportPage
 from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
-from lib.infers.segmentation import Segmentation
+from lib.infers.segmentation import SegmentationTask
 from lib.refusals import refuse
 from lib.scratch import own_temporary_folder
 from lib.serving.approved_cases import FINAL, LabelledCases
@@ -113,7 +113,7 @@ class Sam2SgpApp(MONAILabelApp):
         if self._in_background:
             self.cases.prepare(BACKGROUND_WAIT)
         self.segmenter = Segmenter(self.settings, self.weights, self.cases)
-        return {MODEL: Segmentation(self.segmenter)}
+        return {MODEL: SegmentationTask(self.segmenter)}
 
     def init_trainers(self):
         return {

@@ -7,7 +7,7 @@ import pytest
 
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
-from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.support import SupportBank, SupportSampler
 from tests.bundle_runs import CONFIGS
 
@@ -42,9 +42,9 @@ def test_a_second_pass_of_more_than_the_image_is_refused(share):
 
 def test_a_variant_has_its_settings_in_all_passes_and_shares_what_was_learned():
     bank = SupportBank([], lambda case: case, progress=False, allow_empty=True)
-    inferer = SupportSetInferer(bank, InferenceSettings(batch_size=8), feature_cache=FeatureCache(1))
-    smaller = replace(inferer, settings=replace(inferer.settings, batch_size=2), feature_cache=None)
-    assert (smaller.region_pass.settings.batch_size, inferer.region_pass.settings.batch_size) == (2, 8)
-    assert smaller.region_pass.feature_cache is None and inferer.region_pass.feature_cache is not None
+    inferer = SupportSetInferer(bank, InferenceSettings(batch_size=8), query_cache=QueryCache(1))
+    smaller = replace(inferer, settings=replace(inferer.settings, batch_size=2), query_cache=None)
+    assert (smaller.small_objects.settings.batch_size, inferer.small_objects.settings.batch_size) == (2, 8)
+    assert smaller.small_objects.query_cache is None and inferer.small_objects.query_cache is not None
     assert smaller.gate is inferer.gate and smaller.bank is bank
     assert replace(inferer, gate=None).gate is not inferer.gate

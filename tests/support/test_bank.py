@@ -22,7 +22,7 @@ from monai.transforms import Compose
 
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
-from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler, content, store
 from sam2sgp.support.lru import ByteLRU
@@ -846,9 +846,7 @@ def test_an_impossible_size_is_refused(folder, cache, size):
 
 def test_a_second_request_on_an_image_skips_the_encoder(folder, net, encoder):
     support = bank(folder)
-    inferer = SupportSetInferer(
-        support, InferenceSettings(SupportSampler(k=2), batch_size=2), feature_cache=FeatureCache()
-    )
+    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2), batch_size=2), query_cache=QueryCache())
     first = inferer(query(), net)
     calls = encoder.calls
     assert torch.equal(inferer(query(), net), first) and encoder.calls == calls
@@ -864,24 +862,22 @@ def test_a_second_request_on_an_image_skips_the_encoder(folder, net, encoder):
 
 
 def test_features_of_another_network_or_precision_are_not_used(folder):
-    support, feature_cache = bank(folder), FeatureCache()
-    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2)), feature_cache=feature_cache)
+    support, query_cache = bank(folder), QueryCache()
+    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2)), query_cache=query_cache)
     for seed in (0, 1, 0):
         inferer.reset()
         assert torch.equal(
             inferer(query(), network(seed)),
             SupportSetInferer(bank(folder), InferenceSettings(SupportSampler(k=2)))(query(), network(seed)),
         )
-    assert len(feature_cache.recent) == 2 * len(query())
-    half = SupportSetInferer(
-        support, InferenceSettings(SupportSampler(k=2), precision="bf16"), feature_cache=feature_cache
-    )
+    assert len(query_cache.recent) == 2 * len(query())
+    half = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2), precision="bf16"), query_cache=query_cache)
     half(query(), network(0))
-    assert len(feature_cache.recent) == 3 * len(query())
+    assert len(query_cache.recent) == 3 * len(query())
 
 
 def test_only_the_images_that_are_new_are_encoded(net):
-    cache, encoded = FeatureCache(), []
+    cache, encoded = QueryCache(), []
     images = query(count=4).expand(-1, 3, -1, -1)
 
     def encode(image):
@@ -896,10 +892,10 @@ def test_only_the_images_that_are_new_are_encoded(net):
 
 
 def test_cached_features_are_bounded(net, folder):
-    whole = FeatureCache()
+    whole = QueryCache()
     whole(query(count=1).expand(-1, 3, -1, -1), net, "")
-    small = FeatureCache(2.5 * whole.recent.currsize / 2**20)
-    SupportSetInferer(bank(folder), InferenceSettings(SupportSampler(k=2), batch_size=1), feature_cache=small)(
+    small = QueryCache(2.5 * whole.recent.currsize / 2**20)
+    SupportSetInferer(bank(folder), InferenceSettings(SupportSampler(k=2), batch_size=1), query_cache=small)(
         query(count=5), net
     )
     assert len(small.recent) == 2 and small.recent.currsize <= small.recent.maxsize

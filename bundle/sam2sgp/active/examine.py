@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.inferers.episode import autocast
-from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportSampler
 from sam2sgp.transforms import to_three_channels
@@ -102,7 +102,7 @@ def examine(inferer: SupportSetInferer, network: SAM2SGP, case: dict, max_slices
     if not inferer.bank.items:
         return ImageScore(_embed(network, image, settings.batch_size, settings.precision, None, None), None, {})
     # Room for all features of this image: it is encoded once for all that follows.
-    cache = FeatureCache(2**20)
+    cache = QueryCache(2**20)
     whole = _guided(inferer, settings.sampler, cache)
     halves = [_guided(inferer, _EveryOther(settings.sampler, first), cache) for first in (0, 1)]
     group, columns = case.get("group"), len(inferer.bank.class_values)
@@ -130,10 +130,10 @@ def examine(inferer: SupportSetInferer, network: SAM2SGP, case: dict, max_slices
     return ImageScore(embedding, uncertainty, known)
 
 
-def _guided(inferer: SupportSetInferer, sampler, cache: FeatureCache) -> SupportSetInferer:
+def _guided(inferer: SupportSetInferer, sampler, cache: QueryCache) -> SupportSetInferer:
     """The same with another sampler and cache; slices don't guide each other."""
     settings = replace(inferer.settings, sampler=sampler, volume_memory=None)
-    return replace(inferer, settings=settings, feature_cache=cache)
+    return replace(inferer, settings=settings, query_cache=cache)
 
 
 def _spread(image: Tensor, count: int) -> Tensor:
@@ -150,7 +150,7 @@ def _embed(
     image: Tensor,
     batch_size: int,
     precision: str,
-    cache: FeatureCache | None,
+    cache: QueryCache | None,
     fingerprint: str | None,
 ) -> Tensor:
     device = next(network.parameters()).device

@@ -19,7 +19,7 @@ from sam2sgp.episodes.dataset import EpisodeDataset
 from sam2sgp.errors import ConfigError
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.content import digest_of, precision
-from sam2sgp.support.store import Store, checksum
+from sam2sgp.support.tensor_store import TensorStore, checksum
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class TrunkCache:
     """
 
     def __init__(self, directory: str | Path, megabytes: float) -> None:
-        self.store = Store(directory, megabytes)
+        self.store = TensorStore(directory, megabytes)
         self.found = self.computed = 0
         self._trunk: str | None = None
 

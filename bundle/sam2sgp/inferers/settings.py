@@ -26,14 +26,14 @@ class InferenceSettings:
 
     region_below: float = 0.7
     """Objects of an extent below this share of the image's longer side are segmented a second time in a region of
-    interest, see `RegionPass`; 0 for never."""
+    interest, see `SecondPass`; 0 for never."""
 
     volume_memory: VolumeMemory | None = VolumeMemory()
     """How the slices of a volume guide each other, see `sam2sgp.inferers.volume`; None: not at all."""
 
     object_gate: bool = True
     """An image with too little evidence of a class gets nothing of it, where the support set teaches how little, see
-    `sam2sgp.inferers.presence`."""
+    `sam2sgp.inferers.object_gate`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.region_below <= 1:

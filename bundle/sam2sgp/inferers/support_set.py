@@ -14,9 +14,9 @@ from sam2sgp import distributed
 from sam2sgp.heap import give_back
 from sam2sgp.inferers.adapting import Adaptation
 from sam2sgp.inferers.episode import autocast
-from sam2sgp.inferers.feature_cache import FeatureCache
-from sam2sgp.inferers.presence import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
-from sam2sgp.inferers.region import RegionPass
+from sam2sgp.inferers.object_gate import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
+from sam2sgp.inferers.query_cache import QueryCache
+from sam2sgp.inferers.second_pass import SecondPass
 from sam2sgp.inferers.settings import InferenceSettings
 from sam2sgp.inferers.volume import Propagation
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
@@ -59,7 +59,7 @@ class SupportSetInferer(Inferer):
     Args:
         bank: the support bank. It is encoded at the first use and again after `reset`.
         settings: by what is segmented.
-        feature_cache: features of queries that may come again; None: each is encoded whenever it comes.
+        query_cache: features of queries that may come again; None: each is encoded whenever it comes.
         runtime: runs the network by exported graphs, which is faster on a CPU; None: PyTorch does.
         gate: tells which classes are absent, where `settings.object_gate` is on; None: a new one.
         adaptation: to the bank, by whose results those of whole cases are averaged; None: there is none.
@@ -69,14 +69,14 @@ class SupportSetInferer(Inferer):
 
     bank: SupportBank
     settings: InferenceSettings = InferenceSettings()
-    feature_cache: FeatureCache | None = None
+    query_cache: QueryCache | None = None
     runtime: "GraphRuntime | None" = None
     gate: ObjectGate | None = None
     adaptation: Adaptation | None = None
 
     def __post_init__(self) -> None:
         self._gate = self.gate = self.gate or ObjectGate(self.bank, self.settings.sampler)
-        self.region_pass = RegionPass(self.bank, self.settings, self.feature_cache)
+        self.small_objects = SecondPass(self.bank, self.settings, self.query_cache)
         self._familiarity: Familiarity | None = None
         # Of the bank, when that was made.
         self._version = 0
@@ -213,10 +213,10 @@ class SupportSetInferer(Inferer):
         batch_size = self.settings.batch_size
         for start in range(0, len(inputs), batch_size):
             image = to_three_channels(inputs[start : start + batch_size].to(device, torch.float32))
-            if self.feature_cache is None:
+            if self.query_cache is None:
                 yield start, network.encode(image)
             else:
-                yield start, self.feature_cache(image, network, self.bank.fingerprint)
+                yield start, self.query_cache(image, network, self.bank.fingerprint)
 
     def _propagated(
         self,
@@ -266,7 +266,7 @@ class SupportSetInferer(Inferer):
         patient: str | None = None,
         group: str | None = None,
     ) -> Tensor:
-        """Correct logits (B, C, H, W) that `chunks` gave, brought to the images' grid: see `RegionPass`.
+        """Correct logits (B, C, H, W) that `chunks` gave, brought to the images' grid: see `SecondPass`.
 
         Images much longer than wide are segmented again window by window instead, see `Region.windows`.
         """
@@ -293,10 +293,10 @@ class SupportSetInferer(Inferer):
         patient: str | None,
         group: str | None,
     ) -> Tensor:
-        """Logits with those of small objects corrected, see `RegionPass`."""
+        """Logits with those of small objects corrected, see `SecondPass`."""
         network = self._run_by(network)
         with autocast(logits.device.type, self.settings.precision):
-            return self.region_pass(logits, images, network, pixel, patient, group)
+            return self.small_objects(logits, images, network, pixel, patient, group)
 
     def _segment(
         self,

@@ -5,10 +5,11 @@
 
 The volume passes in windows of a bounded number of slices, so memory does not grow with its length. In a window all
 slices are segmented with only the support set; per class and extent, the one that the support set explains best is an
-anchor. Where the support set has taught how little evidence there is without the class (`sam2sgp.inferers.presence`),
-slices with no more stay empty. From the anchors it goes on in both directions: each slice is guided by its support and
-by the last slices segmented on the way, which enter as memory with SAM2's temporal encoding, as a support item would. A
-slice is reached from its nearest anchor, and the end of the window before is an anchor too.
+anchor. Where the support set has taught how little evidence there is without the class
+(`sam2sgp.inferers.object_gate`), slices with no more stay empty. From the anchors it goes on in both directions: each
+slice is guided by its support and by the last slices segmented on the way, which enter as memory with SAM2's temporal
+encoding, as a support item would. A slice is reached from its nearest anchor, and the end of the window before is an
+anchor too.
 
 A slice's logits are the mean of those with only the support set and those with memory. Memory by itself carries a
 mistake on from slice to slice; the support set by itself does not know the neighbours. On volumes that served for the
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.errors import ConfigError
-from sam2sgp.inferers.presence import Thresholds, among_neighbours, evidence_of, without_absent
+from sam2sgp.inferers.object_gate import Thresholds, among_neighbours, evidence_of, without_absent
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support.bank import Retrieved
 from sam2sgp.transforms.array import label_map

@@ -4,8 +4,8 @@
 
 The truth is the data; all else is a cache of two layers. *Prepared* is what preprocessing makes of an item, see
 `sam2sgp.support.catalogue`; *encoded* is what the network makes of that, see `sam2sgp.support.encodings`. With a cache
-folder both layers are on disk (`sam2sgp.support.store`), otherwise in memory. A query costs the same however large the
-bank is, but for the cosine similarities.
+folder both layers are on disk (`sam2sgp.support.tensor_store`), otherwise in memory. A query costs the same however
+large the bank is, but for the cosine similarities.
 
 A bank is for one thread at a time, but for `thumbnail`: `reconcile`, `encode` and `forget` renumber or drop items, so
 none of them may be called while a query that has retrieved is still being segmented. Any number of processes may share
@@ -29,7 +29,7 @@ from sam2sgp.support.encodings import WHOLE, Encodings
 from sam2sgp.support.fingerprint import LARGEST_TILE, fingerprint, tile_share
 from sam2sgp.support.items import VIEWS, SupportItem
 from sam2sgp.support.sampler import SupportSampler
-from sam2sgp.support.store import Store
+from sam2sgp.support.tensor_store import TensorStore
 from sam2sgp.transforms.scaling import SupportScaling
 
 # So few classes are looked for in every image. Of more, those that one of the most similar items holds, and as many of
@@ -110,7 +110,7 @@ class SupportBank:
         skip_errors: bool = False,
         allow_empty: bool = False,
     ) -> None:
-        store = None if cache_dir is None else Store(cache_dir, cache_mb)
+        store = None if cache_dir is None else TensorStore(cache_dir, cache_mb)
         self.catalogue = Catalogue(
             transform,
             store,
@@ -146,7 +146,7 @@ class SupportBank:
         return self.catalogue.settings
 
     @property
-    def store(self) -> Store | None:
+    def store(self) -> TensorStore | None:
         """Where both layers are kept; None: in memory."""
         return self.encodings.store
 

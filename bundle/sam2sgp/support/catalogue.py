@@ -3,7 +3,8 @@
     cases ─ hash of the content ─ known? else prepare ─ listing: slices and classes ─ items, whose pixels are read late
 
 What preprocessing makes of an item depends on the item's content and on the preprocessing. With a store it is on disk
-(`sam2sgp.support.store`), and of each item only its `ItemInfo` are held. Without one everything is held in memory.
+(`sam2sgp.support.tensor_store`), and of each item only its `ItemInfo` are held. Without one everything is held in
+memory.
 """
 
 import logging
@@ -22,7 +23,7 @@ from sam2sgp.data.folders import check_label_values, complete_class_names
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, settings_fingerprint
 from sam2sgp.support.items import Listing, Prepared, SupportItem, prepare_items
-from sam2sgp.support.store import Store, checksum
+from sam2sgp.support.tensor_store import TensorStore, checksum
 from sam2sgp.transforms.dictionary import log_warnings
 from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
 
@@ -98,7 +99,7 @@ class Catalogue:
     def __init__(
         self,
         transform: Callable,
-        store: Store | None,
+        store: TensorStore | None,
         declared: dict[int, str],
         slices_per_class: int,
         max_items: int | None,
@@ -317,7 +318,7 @@ class Catalogue:
     def _prepared_name(self, content: str) -> str:
         return f"prepared/{self.settings}/{content}"
 
-    def _load(self, store: Store, content: str, case: dict) -> Prepared:
+    def _load(self, store: TensorStore, content: str, case: dict) -> Prepared:
         """Pixels of an item from the store, or else from the case's files."""
         name = self._prepared_name(content)
         tensors = store.read(name)

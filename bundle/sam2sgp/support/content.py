@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from sam2sgp.data.io import data_files
 from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP
-from sam2sgp.support.store import Store, checksum
+from sam2sgp.support.tensor_store import TensorStore, checksum
 from sam2sgp.transforms.fingerprint import transform_fingerprint
 from sam2sgp.transforms.scaling import scaling_hint
 
@@ -38,7 +38,7 @@ class FileHashes:
         store: where hashes are kept for other processes; None keeps them only in this object.
     """
 
-    def __init__(self, store: Store | None = None) -> None:
+    def __init__(self, store: TensorStore | None = None) -> None:
         self.store = store
         self._known: dict[str, tuple[list[int], str]] = {}
         self._new: dict[str, bytes] = {}

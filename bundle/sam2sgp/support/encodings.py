@@ -26,7 +26,7 @@ from sam2sgp.heap import give_back
 from sam2sgp.networks import SAM2SGP, SupportMemory
 from sam2sgp.support.content import digest_of, network_fingerprint
 from sam2sgp.support.items import SupportItem
-from sam2sgp.support.store import Store, Tensors
+from sam2sgp.support.tensor_store import Tensors, TensorStore
 from sam2sgp.transforms.array import to_three_channels
 
 ENCODED = "encoded"
@@ -71,7 +71,7 @@ class Encodings:
         network: that encodes; None: none yet.
     """
 
-    def __init__(self, store: Store | None, settings: str, batch_size: int = 8, progress: bool = True) -> None:
+    def __init__(self, store: TensorStore | None, settings: str, batch_size: int = 8, progress: bool = True) -> None:
         self.store = store
         self.settings = settings
         self.batch_size = batch_size

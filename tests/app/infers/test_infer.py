@@ -12,7 +12,7 @@ from fastapi import HTTPException
 from PIL import ExifTags, Image
 
 from lib.checks import RequestError
-from lib.infers.segmentation import Segmentation
+from lib.infers.segmentation import SegmentationTask
 from lib.serving.result_files import EXTENSIONS, write_result
 from lib.tasks.batch import BatchInference
 from sam2sgp.data.io import read_image, read_label
@@ -122,7 +122,7 @@ def test_formats_that_cannot_hold_a_result_are_refused(volume, tmp_path):
 @pytest.fixture
 def task(studio):
     made = studio(["us_000_0", "us_001_0", "us_002_0", "mr_000", "mr_001"], ["us_000_0", "us_001_0"])
-    task = Segmentation(made.segmenter())
+    task = SegmentationTask(made.segmenter())
     task.studio = made
     return task
 

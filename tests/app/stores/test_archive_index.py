@@ -8,7 +8,7 @@ import pytest
 from pydicom import Dataset
 
 from lib.stores.archive import Archive, ArchiveError, Unreachable
-from lib.stores.archive_index import ArchiveIndex, Segmentation, approved
+from lib.stores.archive_index import ArchiveIndex, SegInstance, approved
 from tests.app.archives import series_entry
 
 SOON = 10.0
@@ -186,7 +186,7 @@ def test_slow_lists_are_asked_for_again_within_a_minute(archive, monkeypatch):
 
 
 def test_a_label_that_is_stored_while_lists_are_made_is_not_lost(archive):
-    stored = Segmentation("2.9.1", "2.9", "1.2", "1.5", ("20240601", "2.9.1"))
+    stored = SegInstance("2.9.1", "2.9", "1.2", "1.5", ("20240601", "2.9.1"))
     archive.images = [series_entry("1.5")]
     index = index_of(archive, expiry=1000.0)
     index.lists()

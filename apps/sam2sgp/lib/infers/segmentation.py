@@ -14,7 +14,7 @@ from sam2sgp.support.familiarity import is_unlike
 from sam2sgp.support.sampler import MODES
 
 
-class Segmentation(InferTask):
+class SegmentationTask(InferTask):
     """Segmentation of pictures and volumes, guided by the approved labels.
 
     Request: `image` (a path), `image_id` if it is an image of the datastore, `k`, `classes`, `retrieval`,

@@ -41,7 +41,7 @@ from lib.stamps import image_stamp
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
 from sam2sgp.inferers import CaseSegmenter, SupportSetInferer
 from sam2sgp.inferers.episode import autocast
-from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.support import SupportBank, SupportItem
 from sam2sgp.support.lru import ByteLRU
@@ -394,7 +394,7 @@ class Segmenter:
                 "support_cache_dir": str(self.settings.state_dir / "support"),
                 "support_bank::skip_errors": True,
                 "support_bank::allow_empty": True,
-                "inferer::feature_cache": FeatureCache(self.settings.query_cache_mb),
+                "inferer::query_cache": QueryCache(self.settings.query_cache_mb),
             }
         )
         return parser
@@ -610,7 +610,7 @@ def _on(serving: _Serving, inferer: SupportSetInferer, device: torch.device) -> 
     if device == serving.device:
         yield inferer
         return
-    moved = replace(inferer, feature_cache=None)
+    moved = replace(inferer, query_cache=None)
     moved.reset()
     serving.network.to(device)
     try:

@@ -65,7 +65,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class SegInstance:
     """An approved label in the archive: one SEG instance.
 
     `when` orders those of one series: digits of the date and time of its content, which many programs give in whole
@@ -84,7 +84,7 @@ class Lists:
     """Series by their UIDs, in order, and the approved labels of each."""
 
     images: Mapping[str, Series] = field(default_factory=dict)
-    labels: Mapping[str, tuple[Segmentation, ...]] = field(default_factory=dict)
+    labels: Mapping[str, tuple[SegInstance, ...]] = field(default_factory=dict)
 
 
 class ArchiveIndex:
@@ -122,9 +122,9 @@ class ArchiveIndex:
         self._lock = threading.Lock()
         self._round = Refresher(self._refresh, "archive-lists")
         # By the UID of a SEG series and its number of instances, whose content never changes; () for no approved label.
-        self._known: dict[tuple[str, int], tuple[Segmentation, ...]] = {}
+        self._known: dict[tuple[str, int], tuple[SegInstance, ...]] = {}
         # Stored here, and when: a list that was asked for before lacks them.
-        self._stored: dict[Segmentation, float] = {}
+        self._stored: dict[SegInstance, float] = {}
         self._complaints: set[str] = set()
         self.problem: str | None = None
         self.since: datetime | None = None
@@ -141,7 +141,7 @@ class ArchiveIndex:
         """The next question asks the archive."""
         self._until, self._expired = 0.0, time.monotonic()
 
-    def add(self, segmentation: Segmentation) -> None:
+    def add(self, segmentation: SegInstance) -> None:
         """Take in an approved label that has just been stored."""
         with self._lock:
             self._stored[segmentation] = time.monotonic()
@@ -181,8 +181,8 @@ class ArchiveIndex:
             series = self._read(_series, entry)
             if series and series.info.get("Modality") in MODALITIES:
                 images[series.uid] = series
-        known: dict[tuple[str, int], tuple[Segmentation, ...]] = {}
-        labels: dict[str, list[Segmentation]] = {}
+        known: dict[tuple[str, int], tuple[SegInstance, ...]] = {}
+        labels: dict[str, list[SegInstance]] = {}
         for entry in segmentations:
             series = self._read(_series, entry)
             if series is None:
@@ -197,7 +197,7 @@ class ArchiveIndex:
         self._known = known
         return Lists(dict(sorted(images.items())), {image: tuple(entries) for image, entries in labels.items()})
 
-    def _examine(self, series: Series) -> tuple[Segmentation, ...] | None:
+    def _examine(self, series: Series) -> tuple[SegInstance, ...] | None:
         """The approved labels in a SEG series; None if the archive can't tell now."""
         try:
             entries = self._archive.metadata(series.study, series.uid)
@@ -226,7 +226,7 @@ class ArchiveIndex:
             logger.warning("%s", text)
 
 
-def approved(segmentation: Dataset) -> Segmentation | None:
+def approved(segmentation: Dataset) -> SegInstance | None:
     """What a SEG's header says, if a person has approved it. Raises RequestError for one with invalid UIDs."""
     segments = segmentation.get("SegmentSequence") or []
     references = segmentation.get("ReferencedSeriesSequence") or []
@@ -238,7 +238,7 @@ def approved(segmentation: Dataset) -> Segmentation | None:
     uid, series, study = (check_uid(str(segmentation.get(name)), name) for name in names)
     image = check_uid(str(references[0].get("SeriesInstanceUID")), "referenced series")
     when = (_moment(segmentation, name) for name in ("Content", "InstanceCreation", "Series"))
-    return Segmentation(uid, series, study, image, (*when, uid))
+    return SegInstance(uid, series, study, image, (*when, uid))
 
 
 def _moment(segmentation: Dataset, name: str) -> str:

@@ -54,7 +54,7 @@ from lib.checks import (
 )
 from lib.refresher import Refresher
 from lib.stores.archive import SILENCE, Archive, ArchiveError, Busy, Unreachable
-from lib.stores.archive_index import PATIENCE, ArchiveIndex, Lists, Segmentation, Series, approved
+from lib.stores.archive_index import PATIENCE, ArchiveIndex, Lists, SegInstance, Series, approved
 from lib.stores.audit import Audit, content_hash
 from lib.stores.decisions import FINAL, Decisions, ImageLocks
 from lib.stores.door import ImageTooLarge, admitted, check_instance, check_series, label_limit
@@ -491,7 +491,7 @@ class DicomWebDatastore(Decisions, Datastore):
             raise NotFound(f"image {image_id}: expected a series of the archive, found none; take an id from the list.")
         return series
 
-    def _latest(self, image_id: str, lists: Lists) -> Segmentation | None:
+    def _latest(self, image_id: str, lists: Lists) -> SegInstance | None:
         entries = lists.labels.get(image_id)
         if not entries:
             return None
@@ -592,7 +592,7 @@ class DicomWebDatastore(Decisions, Datastore):
             write_label(path, labels, geometry)
             write_text(_notes_of(path), json.dumps(info, default=str))
 
-    def _fetch_label(self, segmentation: Segmentation, path: Path) -> None:
+    def _fetch_label(self, segmentation: SegInstance, path: Path) -> None:
         """Bring the file of an approved label in line with the archive."""
         known, _ = readable(LabelRecord, _read_json(_notes_of(path)))
         if path.exists() and known.get("segmentation") == segmentation.uid:

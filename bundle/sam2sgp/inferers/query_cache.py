@@ -14,7 +14,7 @@ from sam2sgp.support.lru import ByteLRU
 from sam2sgp.support.store import checksum
 
 
-class FeatureCache:
+class QueryCache:
     """Features of the images used last, on the device they were computed on.
 
     Args:

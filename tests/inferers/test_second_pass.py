@@ -7,7 +7,7 @@ import torch
 
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import InferenceSettings, region
-from sam2sgp.inferers.region import RegionPass
+from sam2sgp.inferers.second_pass import SecondPass
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.transforms import FitToSquared
@@ -88,14 +88,14 @@ def test_second_pass_averages_in_the_region_and_leaves_the_rest():
     support = bank()
     query = picture(9)
     first = torch.where(query["label"][:, None] > 0, 3.0, -3.0)
-    run = RegionPass(support, InferenceSettings(SupportSampler(k=2), region_below=0.4))
+    run = SecondPass(support, InferenceSettings(SupportSampler(k=2), region_below=0.4))
     result = run(first.clone(), query["image"], network)
     rows, columns = Region.around(query["label"][0] > 0, SIZE).place
     outside = torch.ones_like(first, dtype=torch.bool)
     outside[..., rows, columns] = False
     assert torch.equal(result[outside], first[outside])
     assert (result[..., rows, columns] != first[..., rows, columns]).float().mean() > 0.9
-    off = RegionPass(support, InferenceSettings(SupportSampler(k=2), region_below=0))(
+    off = SecondPass(support, InferenceSettings(SupportSampler(k=2), region_below=0))(
         first.clone(), query["image"], network
     )
     assert torch.equal(off, first)
@@ -106,11 +106,11 @@ def test_own_patient_never_guides_the_second_pass():
     torch.manual_seed(0)
     network = SAM2SGP("nano", SIZE).eval()
     support = bank(2)
-    run = RegionPass(support, InferenceSettings(SupportSampler(k=4), region_below=0.4))
+    run = SecondPass(support, InferenceSettings(SupportSampler(k=4), region_below=0.4))
     query = picture(0)
     first = torch.where(query["label"][:, None] > 0, 3.0, -3.0)
     without = run(first.clone(), query["image"], network, patient="0")
-    alone = RegionPass(
+    alone = SecondPass(
         SupportBank([picture(1)], prepare, progress=False), InferenceSettings(SupportSampler(k=4), region_below=0.4)
     )(first.clone(), query["image"], network)
     torch.testing.assert_close(without, alone, atol=1e-4, rtol=1e-4)
@@ -172,7 +172,7 @@ def test_thin_targets_are_seen_in_tiles_that_classes_share(monkeypatch):
     first = torch.where(query["label"][:, None] > 0, 3.0, -3.0).expand(-1, 2, -1, -1).contiguous()
     encoded = []
     encode = network.encode
-    run = RegionPass(made, InferenceSettings(SupportSampler(k=2), batch_size=18))
+    run = SecondPass(made, InferenceSettings(SupportSampler(k=2), batch_size=18))
     run(first, query["image"], network)  # encodes the support
     monkeypatch.setattr(network, "encode", lambda image: encoded.append(len(image)) or encode(image))
     result = run(first.clone(), query["image"], network)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.inferers.settings import InferenceSettings
 from sam2sgp.networks import SAM2SGP, SupportMemory
 from sam2sgp.support.bank import FEW_CLASSES, SupportBank
@@ -39,21 +39,19 @@ class _Job:
     image: Tensor
 
 
-class RegionPass:
+class SecondPass:
     """Segment small objects a second time in a region of interest.
 
     Args:
         bank: the support bank, whose items hold a region per class.
         settings: `region_below` says which objects are small, `sampler` chooses among the items' regions.
-        feature_cache: features of regions that may come again; None: each is encoded whenever it comes.
+        query_cache: features of regions that may come again; None: each is encoded whenever it comes.
     """
 
-    def __init__(
-        self, bank: SupportBank, settings: InferenceSettings, feature_cache: FeatureCache | None = None
-    ) -> None:
+    def __init__(self, bank: SupportBank, settings: InferenceSettings, query_cache: QueryCache | None = None) -> None:
         self.bank = bank
         self.settings = settings
-        self.feature_cache = feature_cache
+        self.query_cache = query_cache
 
     @torch.no_grad()
     def __call__(
@@ -140,7 +138,7 @@ class RegionPass:
         number_of = {view: number for number, view in enumerate(views)}
         cut = torch.cat([job.region.apply(job.image[None]) for job in views.values()]).to(device, torch.float32)
         cut = to_three_channels(cut)
-        cache = self.feature_cache
+        cache = self.query_cache
         features = network.encode(cut) if cache is None else cache(cut, network, self.bank.fingerprint)
         features = features[[number_of[job.row, job.region] for job in jobs]]
         by_class = defaultdict(list)

@@ -50,7 +50,7 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
-class Store:
+class TensorStore:
     """See the module's docstring.
 
     Args:

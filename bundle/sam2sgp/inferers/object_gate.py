@@ -170,13 +170,13 @@ def learn(evidence: Tensor, size: Tensor, found: Tensor, volume: Tensor) -> Thre
     alone, in_volume = [], []
     for column in range(evidence.shape[1]):
         pixels = torch.stack([size[:, column], found[:, column]])
-        alone.append(CAUTION * presence_threshold(evidence[:, column], *pixels))
+        alone.append(CAUTION * gate_threshold(evidence[:, column], *pixels))
         with_class = of_volume[:, column] > 0
-        in_volume.append(presence_threshold(share[with_class, column], *pixels[:, with_class]))
+        in_volume.append(gate_threshold(share[with_class, column], *pixels[:, with_class]))
     return Thresholds(torch.tensor(alone), torch.tensor(in_volume))
 
 
-def presence_threshold(evidence: Tensor, size: Tensor, found: Tensor) -> float:
+def gate_threshold(evidence: Tensor, size: Tensor, found: Tensor) -> float:
     """The evidence up to which a class counts as absent; minus infinity where no threshold pays.
 
     It lies above those images of which those without the class have the most pixels found, less three times the size of

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
-from sam2sgp.inferers.presence import MAX_JUDGED, among_neighbours, learn, presence_threshold
+from sam2sgp.inferers.object_gate import MAX_JUDGED, among_neighbours, gate_threshold, learn
 from sam2sgp.inferers.volume import MAX_WINDOW
 from sam2sgp.networks import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
@@ -180,4 +180,4 @@ def test_long_volumes_are_looked_at_in_batches():
 def test_a_threshold_is_kept_where_it_takes_away_more_than_it_costs(absent, present, expected):
     evidence = torch.tensor([*absent, *present])
     gone = torch.arange(len(evidence)) < len(absent)
-    assert presence_threshold(evidence, 50 * ~gone, torch.full((len(evidence),), 50)) == expected
+    assert gate_threshold(evidence, 50 * ~gone, torch.full((len(evidence),), 50)) == expected
