@@ -47,7 +47,8 @@ def flip_axes(masks: Tensor) -> tuple[bool, bool]:
         masks: (N, C, S, S) in {0, 1}.
     """
     base = _mean_overlap(masks, masks)
-    return tuple(_mean_overlap(masks.flip(axis), masks) >= FLIP_TOLERANCE * base for axis in (2, 3))
+    rows, columns = (_mean_overlap(masks.flip(axis), masks) >= FLIP_TOLERANCE * base for axis in (2, 3))
+    return rows, columns
 
 
 def _mean_overlap(first: Tensor, second: Tensor) -> float:

@@ -83,10 +83,11 @@ class Pairs:
         order = torch.randperm(len(index), generator=generator).repeat(-(-count // len(index)))[:count]
         chosen = [index[place] for place in order.tolist()]
         if not self.plan.patches:
-            batch = [[of[i] for i in chosen] for of in (self.images, self.found, self.masks)]
+            drawn = [(self.images[i], self.found[i], self.masks[i]) for i in chosen]
         else:
-            batch = zip(*(self._patch(i, generator) for i in chosen), strict=True)
-        return tuple(torch.stack(list(values)).float() for values in batch)
+            drawn = [self._patch(i, generator) for i in chosen]
+        images, found, masks = (torch.stack(values).float() for values in zip(*drawn, strict=True))
+        return images, found, masks
 
     def _patch(self, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """A patch of a pair, padded where the image is smaller."""

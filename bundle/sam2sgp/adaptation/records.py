@@ -51,7 +51,7 @@ class Record:
     def __str__(self) -> str:
         """A few sentences for people."""
         support = f"{self.cases} labelled images, {self.groups}."
-        if not self.choices:
+        if self.plan is None or not self.choices:
             return (
                 f"Not adapted: {support} The evidence is thin: at least {MIN_GROUPS} groups are needed to tell whether "
                 "adapting helps. Label images of more patients."

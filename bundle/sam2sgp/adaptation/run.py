@@ -5,7 +5,7 @@ In: a network, a support bank and limits. Out: a record of what was done, and th
 
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -121,9 +121,9 @@ class Run:
                 index = [number for number, own in enumerate(folds) if own != fold]
                 corrector = Corrector(trunk, len(self.bank.class_values))
                 trainings.append(Training(corrector, prepared, index, self.seed + fold))
-            self._train(trainings, judged, record.plan, bar)
+            record.planned = self._train(trainings, judged, record.plan, bar)
             correctors = [training.finish() for training in trainings]
-            record.planned, record.steps = trainings[0].planned, [training.steps for training in trainings]
+            record.steps = [training.steps for training in trainings]
             record.choices = self._choose(judged, correctors, record.plan)
             bar.n = bar.total
         return record, correctors if record.is_adapted else []
@@ -202,15 +202,15 @@ class Run:
         """Cases as a user would get them, each guided by other groups; one of each group in turn, as time allows."""
         bank = self.bank.of_patients(owners)
         inferer = self.inferer.guided_by(bank)
-        ranked = defaultdict(int)
-        order = []
+        seen: Counter[str] = Counter()
+        rounds = []
         for case in cases:
-            order.append((ranked[case.group], case))
-            ranked[case.group] += 1
-        order = [case for _, case in sorted(order, key=lambda entry: entry[0])][:MAX_JUDGED]
+            rounds.append((seen[case.group], case))
+            seen[case.group] += 1
+        order = [case for _, case in sorted(rounds, key=lambda entry: entry[0])][:MAX_JUDGED]
         training = self.network.training
         self.network.eval()
-        judged = []
+        judged: list[_Judged] = []
         for case in order:
             held = sum(entry.logits.nbytes for entry in judged)
             if judged and (self._elapsed_share() > PLAIN_UNTIL or held > MAX_BYTES):
@@ -243,8 +243,11 @@ class Run:
 
     # Training
 
-    def _train(self, trainings: list[Training], judged: list[_Judged], plan: Plan, bar: tqdm) -> None:
-        """Train all correctors at the same time: the warm-up, by which the number of steps is planned, and the rest."""
+    def _train(self, trainings: list[Training], judged: list[_Judged], plan: Plan, bar: tqdm) -> int:
+        """Train all correctors at the same time: the warm-up, by which the number of steps is planned, and the rest.
+
+        Returns that number.
+        """
         limit = min(WARMUP, self.max_steps)
         began = time.monotonic()
         self._advance(trainings, limit, bar, None)
@@ -258,6 +261,7 @@ class Run:
         for training in trainings:
             training.planned = planned
         self._advance(trainings, planned, bar, deadline)
+        return planned
 
     def _judging_takes(self, training: Training, judged: list[_Judged], plan: Plan) -> float:
         """Seconds that it takes to judge the correctors, by what one slice takes."""

@@ -17,6 +17,7 @@ the same weights again on the same machine, if there was time for all of them.
 import logging
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,6 +67,7 @@ class Adaptation:
             return logits
         shares = torch.tensor([choice.share for choice in self.record.choices.values()])
         shares = (trust(distance)[:, None] * shares)[..., None, None].to(logits.device)
+        assert self.record.plan is not None
         corrected = self.record.plan.predict(self.correctors, images.to(logits.device), logits, pixel)
         return mix(logits.float(), corrected, shares)
 
@@ -124,9 +126,15 @@ def adapt(
     if not seconds and not max_steps:
         raise ConfigError("Adaptation expected a limit, found none: set `adapt_seconds` or `adapt_steps`.")
     inferer = inferer or SupportSetInferer(bank)
-    settings = {"version": VERSION, "seconds": seconds, "max_steps": max_steps, "seed": seed}
     # The batch size decides nothing but the last bits.
-    settings["inferer"] = {name: value for name, value in asdict(inferer.settings).items() if name != "batch_size"}
+    inference = {name: value for name, value in asdict(inferer.settings).items() if name != "batch_size"}
+    settings = {
+        "version": VERSION,
+        "seconds": seconds,
+        "max_steps": max_steps,
+        "seed": seed,
+        "inferer": inference,
+    }
     directory = None
     if cache_dir is not None:
         directory = Path(cache_dir, store.key_of(network, bank, settings))
@@ -166,18 +174,14 @@ class SupportAdaptation:
     ) -> None:
         _check(seconds, max_steps)
         self.active = bool(seconds or max_steps)
-        self.settings = {
-            "seconds": seconds,
-            "max_steps": max_steps,
-            "seed": seed,
-            "cache_dir": cache_dir,
-            "progress": progress,
-        }
+        self._adapt = partial(
+            adapt, seconds=seconds, max_steps=max_steps, seed=seed, cache_dir=cache_dir, progress=progress
+        )
         self.last: Adaptation | None = None
 
     def __call__(self, network: SAM2SGP, inferer: SupportSetInferer) -> Adaptation | None:
         """The adaptation to an inferer's bank; None where it is switched off."""
-        self.last = adapt(network, inferer.bank, **self.settings, inferer=inferer) if self.active else None
+        self.last = self._adapt(network, inferer.bank, inferer=inferer) if self.active else None
         return self.last
 
     def __str__(self) -> str:

@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -629,7 +629,7 @@ def _apportion(shares: np.ndarray, total: int) -> list[int]:
     return counts.tolist()
 
 
-def _names_by_value(path: Path, declared: object) -> dict[int, str]:
+def _names_by_value(path: Path, declared: Mapping) -> dict[int, str]:
     """{"1": "liver"} or {"liver": 1} -> {1: "liver"}, without background."""
     names: dict[int, str] = {}
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sam2sgp.networks import SAM2SGP, ImageFeatures
 from sam2sgp.support.content import digest_of, precision
 from sam2sgp.support.lru import ByteLRU
-from sam2sgp.support.store import checksum
+from sam2sgp.support.tensor_store import checksum
 
 
 class QueryCache:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -221,7 +222,7 @@ class SAM2SGP(nn.Module):
         image_size: int = 128,
         checkpoint: str | Path | None = None,
         freeze_encoder: bool = False,
-        lora: dict | bool | None = None,
+        lora: dict | Literal[False] | None = None,
         pmg: dict | None = None,
         pma: dict | None = None,
         refinement: bool = True,
@@ -346,8 +347,10 @@ class SAM2SGP(nn.Module):
         """Of normalised images: the trunk's levels, the coarsest first; the neck's three, the finest first; and the
         coarsest of these one's position."""
         encoder = self.image_encoder
-        cached = self.trunk_cache is not None and self.training
-        trunk_levels = self.trunk_cache(image, encoder.trunk) if cached else encoder.trunk(image)
+        if self.trunk_cache is not None and self.training:
+            trunk_levels = self.trunk_cache(image, encoder.trunk)
+        else:
+            trunk_levels = encoder.trunk(image)
         levels, positions = encoder.neck(trunk_levels)
         last = len(levels) - encoder.scalp
         return trunk_levels[::-1], levels[last - 3 : last], positions[last - 1]
@@ -431,13 +434,13 @@ class SAM2SGP(nn.Module):
         conditioned = self._condition(features, support, classes)
         maps = self._support_maps(features, support, regression_weights)
         dense = self._no_mask(conditioned.shape[-1]).expand(conditioned.shape[0], -1, -1, -1)
-        if maps is not None:
+        if self.prior is not None and maps is not None:
             dense = dense + self.prior.dense(maps, conditioned.shape[-1])
         sparse = self._sparse(None, conditioned.shape[0])
         position = self.prompt_encoder.get_dense_pe()
         high_res = self._share(features.high_res, "pmg")
         pseudo, iou, score = self.pmg_decoder(conditioned, position, sparse, dense, high_res)
-        if maps is not None:
+        if self.prior is not None and maps is not None:
             pseudo = pseudo + self.prior.logits(maps)
         box = self.box(pseudo)
         logits = pseudo
@@ -459,7 +462,7 @@ class SAM2SGP(nn.Module):
     def guide(
         self, conditioned: Tensor, dense: Tensor, high_res: tuple[Tensor, Tensor], pseudo: Tensor, box: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """PMA: what the second decoder makes of a pseudo-mask.
+        """PMA: what the second decoder, which must be there, makes of a pseudo-mask.
 
         Args:
             conditioned: (N, D, g, g) memory-conditioned embedding. dense: (N, D, g, g) dense prompt of the PMG.
@@ -470,6 +473,7 @@ class SAM2SGP(nn.Module):
             Final logits (N, 1, 4g, 4g), the pseudo logits with the decoder's correction added; predicted IoU (N,);
             object score logits (N,).
         """
+        assert self.pma_decoder is not None
         side = conditioned.shape[-1]
         guidance = F.adaptive_avg_pool2d(pseudo.sigmoid(), side)
         sparse = self._sparse(box if self.uses_box else None, conditioned.shape[0])
@@ -515,6 +519,7 @@ class SAM2SGP(nn.Module):
         if frame_index is None:
             output = self._segment_all(features, support)
         else:
+            assert support is not None
             output = self._segment_clips(features, support, frame_index, frame_distance)
         if self.training:
             return {field.name: getattr(output, field.name) for field in fields(output)}
@@ -599,13 +604,13 @@ class SAM2SGP(nn.Module):
         self, features: ImageFeatures, support: SupportMemory | None, regression_weights: Tensor | None
     ) -> Tensor | None:
         """What the support says at the finest grid, (B * C, M, 4g, 4g); None without support or prior."""
-        if self.prior is None or support is None:
+        if self.prior is None or support is None or support.prior_mask is None:
             return None
         match = self.prior(features.prior_key, support.prior_key, support.prior_mask)
         match = _square(match.flatten(0, 1)[:, None])
         position = _square(support.prior_mask.mean(2).flatten(0, 1)[:, None])
         scores = None
-        if regression_weights is not None:
+        if self.regression is not None and regression_weights is not None:
             with torch.autocast(match.device.type, enabled=False):
                 scores = self.regression.score(features.pixels, regression_weights)
             scores = _square(scores.flatten(0, 1))

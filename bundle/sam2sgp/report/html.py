@@ -374,11 +374,12 @@ def _cell(key: str, row: Mapping, colours: Mapping[str, str]) -> _Cell:
     if isinstance(value, bool):
         return _Cell("yes" if value else "no", str(value), False)
     if isinstance(value, Real):
-        text = _number(key, value)
+        number = int(value) if isinstance(value, Integral) else float(value)
+        text = _number(key, number)
         unit = row.get(UNITS.get(key))
-        if unit and not math.isnan(value):
+        if unit and not math.isnan(number):
             text += f" {UNIT_TEXT.get(unit, unit)}"
-        return _Cell(text, "" if math.isnan(value) else value, True)
+        return _Cell(text, "" if math.isnan(number) else number, True)
     return _Cell(str(value), str(value), False, colours.get(value) if key == "class_name" else None)
 
 

@@ -106,7 +106,10 @@ class Listing:
     @classmethod
     def of_json(cls, text: bytes) -> "Listing":
         values, rows, scaling = json.loads(text)
-        items = (ItemInfo(index, *map(tuple, classes), ImageMeasures.of_json(own)) for index, *classes, own in rows)
+        items = (
+            ItemInfo(index, tuple(holds), tuple(regions), tuple(tiles), ImageMeasures.of_json(measures))
+            for index, holds, regions, tiles, measures in rows
+        )
         return cls(tuple(values), tuple(items), Scaling.of_dict(scaling))
 
 
@@ -148,14 +151,14 @@ class SupportItem:
         """(C, S, S) float16 in [0, 1]."""
         return self.load().image
 
+    @image.setter
+    def image(self, image: Tensor) -> None:
+        self._replace(image=image)
+
     @property
     def label(self) -> Tensor:
         """(S, S) uint8 class map."""
         return self.load().label
-
-    @image.setter
-    def image(self, image: Tensor) -> None:
-        self._replace(image=image)
 
     @label.setter
     def label(self, label: Tensor) -> None:
@@ -242,7 +245,8 @@ def _views(case: dict, index: int, measures: ImageMeasures) -> dict[str, dict[in
     found: dict[str, dict] = {kind: {} for kind in VIEWS}
     for value, target in measures.targets.items():
         mask = label == value
-        views = {"regions": [Region.around(mask, size, pixel, below=torch.inf)]}
+        whole = Region.around(mask, size, pixel, below=torch.inf)
+        views = {} if whole is None else {"regions": [whole]}
         share = tile_share(target.thickness / max(label.shape), size)
         if share is not None:
             tiles = Region.tiles(tuple(label.shape), size, share, pixel)

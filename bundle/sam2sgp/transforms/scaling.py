@@ -143,7 +143,7 @@ def choose_scaling(
     return chosen
 
 
-def _checked(kind: str, because: str, evidence: str, stated: bool) -> Scaling:
+def _checked(kind: str, because: str, evidence: str | None, stated: bool) -> Scaling:
     """A kind that is stated, or is that of the support set, with what the voxels say to it."""
     chosen = Scaling(kind, because, evidence, stated)
     if kind != CT:

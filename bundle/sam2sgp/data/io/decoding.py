@@ -199,6 +199,7 @@ class _Decoder:
 
     def tell(self, message: dict) -> None:
         content = json.dumps(message).encode()
+        assert self.process.stdin is not None
         self.process.stdin.write(len(content).to_bytes(4, "big") + content)
 
     def ask(self, message: dict, seconds: float) -> dict:
@@ -216,6 +217,7 @@ class _Decoder:
         """So many bytes. Raises TimeoutError or EOFError."""
         content = bytearray(size)
         left = memoryview(content)
+        assert self.process.stdout is not None
         pipe = self.process.stdout.fileno()
         poll = select.poll()
         poll.register(pipe, select.POLLIN | select.POLLHUP)
@@ -231,8 +233,9 @@ class _Decoder:
 
     def end(self) -> None:
         self.process.kill()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
         self.process.wait()
 
 

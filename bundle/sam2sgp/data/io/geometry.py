@@ -47,7 +47,8 @@ class Geometry:
     def shape(self) -> tuple[int, int, int]:
         """(Z, H, W) in display orientation."""
         full = self.full_shape
-        return tuple(full[axis] for axis in self.axes)
+        slices, rows, columns = (full[axis] for axis in self.axes)
+        return slices, rows, columns
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
@@ -59,7 +60,8 @@ class Geometry:
         if self.is_picture or not self.has_spacing:
             return None
         sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
-        return tuple(float(f"{sizes[axis]:.6g}") for axis in self.axes)
+        between, row, column = (float(f"{sizes[axis]:.6g}") for axis in self.axes)
+        return between, row, column
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -133,14 +135,15 @@ def geometry_of(grid: Grid, slice_axis: str | int) -> Geometry:
         chosen = thickest if sizes[thickest] >= THICK_AXIS_RATIO * np.median(others) else 2
     # Canonical axes (0 left, 1 posterior, 2 superior) of (slice, row, column); rows of upright views run downwards.
     canonical, downwards = {0: ((0, 2, 1), True), 1: ((1, 2, 0), True), 2: ((2, 1, 0), False)}[chosen]
-    axes = tuple(int(native[axis]) for axis in canonical)
-    flips = tuple(bool(against[axis]) != (row and downwards) for axis, row in zip(canonical, (0, 1, 0), strict=True))
+    slices, rows, columns = (int(native[axis]) for axis in canonical)
+    # Whether they run against their canonical directions.
+    turned = [bool(against[axis]) for axis in canonical]
     return Geometry(
         grid.native_shape,
         grid.affine,
         False,
-        axes,
-        flips,
+        (slices, rows, columns),
+        (turned[0], turned[1] != downwards, turned[2]),
         chosen,
         has_spacing=grid.has_spacing,
         affines=grid.affines,

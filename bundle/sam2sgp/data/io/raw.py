@@ -97,7 +97,7 @@ class RawHeader:
         self.check(label=label, limit=limit)
         array = np.empty(self.file_shape, self.dtype, order="F")
         # Memory is only taken where something is written, so a promise that isn't kept costs nothing.
-        target = memoryview(array.reshape(-1, order="F").view(np.uint8))
+        target = array.reshape(-1, order="F").view(np.uint8).data
         filled = 0
         for data in self._unpacked():
             filled_after = min(filled + len(data), len(target))
