@@ -8,7 +8,7 @@ kill, which comes after a random part of that work's `WINDOW`. After each restar
 
 - labels: every approved label is there, whole: the last one that was acknowledged, or the one that was on its way;
 - support set: an answer over HTTP lists exactly the approved labels' items, and its pixels are those of a bank made
-  anew, in an empty folder, with the weights in use;
+  in an empty folder, with the weights in use;
 - files: every file of the support cache is valid, SQLite finds no fault with any database, and every line of the audit
   log is whole;
 - training: it says that it was stopped, or what came of it; started again, it goes on where there was something to go
@@ -267,7 +267,7 @@ class Trial:
         return f"{len(self.labels)} of {len(self.labels)}" + (", one on its way kept" if kept else "")
 
     def check_support(self) -> tuple[int, int]:
-        """An answer rests on exactly the approved labels, and is that of a bank made anew. Items, and files of them."""
+        """An answer rests on exactly the approved labels, and is that of a new bank. Items, and files of them."""
         url = f"{self.server.url}/infer/sam2sgp?image={self.query}"
         answer = requests.post(f"{url}&output=json", timeout=WAIT)
         answer.raise_for_status()
@@ -280,10 +280,10 @@ class Trial:
         shown = self.folder / "answer.png"
         shown.write_bytes(image.content)
         with tempfile.TemporaryDirectory(dir=self.folder) as empty:
-            anew = self._segmenter(Path(empty)).segment(self.studies / f"{self.query}.png", Options())
-        items = {entry["image"]: entry["item"] for entries in anew["used"].values() for entry in entries}
-        require(items == used, "the items of a bank made anew, found others")
-        require(np.array_equal(read_label(shown), anew["pred"].numpy()), "the pixels of a bank made anew, found others")
+            fresh = self._segmenter(Path(empty)).segment(self.studies / f"{self.query}.png", Options())
+        items = {entry["image"]: entry["item"] for entries in fresh["used"].values() for entry in entries}
+        require(items == used, "the items of a new bank, found others")
+        require(np.array_equal(read_label(shown), fresh["pred"].numpy()), "the pixels of a new bank, found others")
         files = list((self.server.state / "support" / "encoded").rglob("*.safetensors"))
         return len(used), len(files)
 
@@ -314,7 +314,7 @@ class Trial:
         before = len(self._trainings())
         self._train()
         self.wait_for(lambda: len(self._trainings()) > before, "a training that knows whether it goes on")
-        require(self._trainings()[-1]["resumed"], "a training that goes on, found one that began anew")
+        require(self._trainings()[-1]["resumed"], "a training that goes on, found one that began again")
         requests.delete(f"{self.server.url}/train/", timeout=WAIT).raise_for_status()
         return ", went on"
 

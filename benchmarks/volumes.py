@@ -46,7 +46,7 @@ from monai.bundle import ConfigParser
 
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms, phantom_volume
-from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory, region
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory, second_pass
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 from sam2sgp.support import SupportBank, SupportSampler, bank, catalogue
 
@@ -288,7 +288,7 @@ def searched(few: int, support: Path, queries: Path, options: argparse.Namespace
             found.add(case)
             names.update(case["pred"].unique().tolist())
 
-    with mock.patch.object(bank, "FEW_CLASSES", few), mock.patch.object(region, "FEW_CLASSES", few):
+    with mock.patch.object(bank, "FEW_CLASSES", few), mock.patch.object(second_pass, "FEW_CLASSES", few):
         evaluator.run()
     rows = parser.get_parsed_content("validate::handlers")[0].rows
     dice = float(np.mean([row["dice"] for row in rows if row["truth_size"] > 0]))

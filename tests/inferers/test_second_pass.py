@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam2sgp.errors import ConfigError
-from sam2sgp.inferers import InferenceSettings, region
+from sam2sgp.inferers import InferenceSettings, second_pass
 from sam2sgp.inferers.second_pass import SecondPass
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler
@@ -181,14 +181,14 @@ def test_thin_targets_are_seen_in_tiles_that_classes_share(monkeypatch):
 
 
 def test_of_many_classes_the_views_that_show_most_of_each_come_first(monkeypatch):
-    monkeypatch.setattr(region, "MOST_VIEWS", 4)
+    monkeypatch.setattr(second_pass, "MOST_CROPS", 4)
     masks = torch.zeros(3, FULL, FULL, dtype=torch.bool)
     masks[0, 40:60, 40:60], masks[1, :90, :90], masks[1, 200:210, 200:210] = True, True, True
     tiles = Region.tiles((FULL, FULL), SIZE, 0.38)
-    jobs = [region._Job(0, 1, tile, masks) for tile in tiles]
-    jobs += [region._Job(0, 0, Region.around(masks[0], SIZE), masks)]
-    jobs += [region._Job(0, 2, tile, masks) for tile in tiles]
-    chosen = region._most_useful(jobs, masks)
+    jobs = [second_pass._Job(0, 1, tile, masks) for tile in tiles]
+    jobs += [second_pass._Job(0, 0, Region.around(masks[0], SIZE), masks)]
+    jobs += [second_pass._Job(0, 2, tile, masks) for tile in tiles]
+    chosen = second_pass._most_useful(jobs, masks)
     assert [(job.column, job.region) for job in chosen[:2]] == [(1, tiles[0]), (0, jobs[9].region)]
     # The next ones of the second class, and none of the one that isn't there.
     assert len(chosen) == 4 and {job.column for job in chosen[2:]} == {1}

@@ -98,8 +98,8 @@ def test_of_many_classes_an_image_is_searched_for_those_that_similar_items_hold(
 def test_regions_of_a_few_items_are_encoded_where_there_are_many_classes(network, monkeypatch):
     support = bank([case(i, [1], patient=f"p{i % 4}") for i in range(12)])
     support.encode(network)
-    monkeypatch.setattr(encodings, "MAX_VIEWED", 6)
-    monkeypatch.setattr(encodings, "LEAST_VIEWED", 2)
+    monkeypatch.setattr(encodings, "MAX_CROPPED", 6)
+    monkeypatch.setattr(encodings, "LEAST_CROPPED", 2)
     features = network.encode(QUERY.expand(-1, 3, -1, -1))
     assert support.region_support(network, features, SupportSampler(k=8), 0).tokens.shape[2] == 6
     chosen = support.encodings._pools["regions.1"].owner.unique().tolist()

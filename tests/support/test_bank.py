@@ -24,7 +24,7 @@ from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.networks import SAM2SGP
-from sam2sgp.support import SupportBank, SupportSampler, content, store
+from sam2sgp.support import SupportBank, SupportSampler, content, tensor_store
 from sam2sgp.support.lru import ByteLRU
 from tests.bundle_runs import computing_with_one_thread
 from tests.support import pairs
@@ -104,7 +104,7 @@ def test_results_are_the_same_to_the_last_bit_with_and_without_a_folder(folder, 
 
 def test_encoding_an_item_does_not_depend_on_the_others(folder, net):
     whole = bank(folder)
-    alone = bank(folder).part([3])
+    alone = bank(folder).subset([3])
     for support in (whole, alone):
         support.encode(net)
     assert torch.equal(whole.embedding[3], alone.embedding[0])
@@ -520,7 +520,7 @@ def test_damage_while_the_bank_is_in_use_is_repaired(folder, cache, net, expecte
     for path in files(cache):
         _truncate(path)
     assert torch.equal(segment(support, net), expected)
-    valid = [path for path in files(cache) if store.load(path, str(path.relative_to(cache).with_suffix("")))]
+    valid = [path for path in files(cache) if tensor_store.load(path, str(path.relative_to(cache).with_suffix("")))]
     assert valid, "what was read is whole again"
 
 
@@ -786,8 +786,8 @@ class Visits(list):
 
 
 def test_a_query_costs_the_same_however_large_the_bank_is(tmp_path, net, encoder, monkeypatch):
-    reads = Counter(store.load)
-    monkeypatch.setattr(store, "load", reads)
+    reads = Counter(tensor_store.load)
+    monkeypatch.setattr(tensor_store, "load", reads)
     costs = []
     for count in (6, 36):
         support = bank(write_set(tmp_path / f"set{count}", count), tmp_path / "cache", cache_mb=0)
@@ -903,10 +903,10 @@ def test_cached_features_are_bounded(net, folder):
 
 def test_a_part_has_tables_of_its_own_and_writes_nothing(folder, cache, net):
     support = bank(folder, cache)
-    part = support.part([1, 4])
-    assert [item.id for item in part.items] == ["case1", "case4"] and set(part.patients) == {"case1", "case4"}
-    assert part.holds.tolist() == [[True, True], [True, False]]
-    segment(part, net)
+    subset = support.subset([1, 4])
+    assert [item.id for item in subset.items] == ["case1", "case4"] and set(subset.patients) == {"case1", "case4"}
+    assert subset.holds.tolist() == [[True, True], [True, False]]
+    segment(subset, net)
     assert not files(cache) and support.embedding is None
 
 

@@ -39,7 +39,7 @@ class SegmentationJob:
         scored: whether the cases are labelled and measured.
         adapter: adapts to the support set before the first case; None, or one without a limit, does not.
         names: of the files that are written for a case.
-        resume: leave cases alone whose results are whole and would be the same.
+        resume: skip cases whose results are whole and would be the same.
         max_wait: seconds that rank 0 waits at the end for the next result of another process.
 
     Attributes:

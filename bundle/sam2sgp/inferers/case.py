@@ -128,8 +128,8 @@ class CaseSegmenter:
         truth = truth if isinstance(truth, Tensor) else None
         maps = [name for name in ("probability", "uncertainty") if getattr(self, name)]
         found = _Collected(case, bank.class_values, truth, maps)
-        for part, logits, chunk in self.inferer.segment_case(case, self.network, patient, case.get("group"), step):
-            found.add(part, logits, chunk)
+        for rows, logits, chunk in self.inferer.segment_case(case, self.network, patient, case.get("group"), step):
+            found.add(rows, logits, chunk)
         result = found.result()
         if truth is not None:
             check_label_values(case["source"], torch.unique(truth).tolist(), bank.class_names)
@@ -166,23 +166,23 @@ class _Collected:
         self.main, self.most = 0, -1
         self.pseudo = torch.zeros(0)
 
-    def add(self, part: slice, logits: Tensor, chunk: Chunk) -> None:
+    def add(self, rows: slice, logits: Tensor, chunk: Chunk) -> None:
         """Logits (B, C, H, W) of some slices, after all passes."""
         index = label_map(logits).cpu()
-        self.pred[part] = self.values[index.int()]
+        self.pred[rows] = self.values[index.int()]
         for name, values_of in (("probability", class_probabilities), ("uncertainty", uncertainty)):
             if name in self.maps:
-                self.maps[name][part] = values_of(logits).cpu()
+                self.maps[name][rows] = values_of(logits).cpu()
         shown = (index > 0).flatten(1).sum(1)
         self.distances.append(chunk.distance)
         self.sizes.append(shown.clone())
         if self.truth is not None:
-            shown += (self.truth[part] > 0).flatten(1).sum(1)
+            shown += (self.truth[rows] > 0).flatten(1).sum(1)
         if shown.max() > self.most:
             row = int(shown.argmax())
-            self.main, self.most = part.start + row, int(shown[row])
+            self.main, self.most = rows.start + row, int(shown[row])
             self.pseudo = label_map(chunk.output.pseudo_logits[row, None])[0].cpu()
-        self.box[part] = chunk.output.box.cpu()
+        self.box[rows] = chunk.output.box.cpu()
         winner = logits.max(1).values.sigmoid()
         self.sums += np.bincount(index.flatten(), winner.flatten().cpu().double(), minlength=len(self.values))
         self.counts += np.bincount(index.flatten(), minlength=len(self.values))

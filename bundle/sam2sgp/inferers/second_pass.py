@@ -5,7 +5,7 @@ what the first pass found, cuts the support images around their own masks by the
 the same size, and segments the one guided by the other. Thin structures, which may be anywhere, such as vessels, are
 seen in overlapping tiles instead, the smaller the thinner they are in the support set; at most nine of them, each
 encoded once for all classes, so that a slice takes at most ten times as long. Where the support set has many classes, a
-class counts as found where it wins, and the views of a slice are limited, those that show most of a class first.
+class counts as found where it wins, and the crops of a slice are limited, those that show most of a class first.
 
 The mean of both passes' logits is the result, blended over the rims of regions and tiles.
 """
@@ -25,8 +25,8 @@ from sam2sgp.transforms.array import Region, label_map, to_three_channels
 
 SECOND_PASS_WEIGHT = 0.5
 EPS = 1e-6
-# Of an image with many classes, views of classes that are segmented again.
-MOST_VIEWS = 20
+# Of an image with many classes, crops of classes that are segmented again.
+MOST_CROPS = 20
 
 
 @dataclass
@@ -134,9 +134,9 @@ class SecondPass:
     ) -> Iterator[tuple[_Job, Tensor]]:
         """Jobs with their logits (1, S, S); without those of classes of which no support may be used."""
         device = next(network.parameters()).device
-        views = {(job.row, job.region): job for job in jobs}
-        number_of = {view: number for number, view in enumerate(views)}
-        cut = torch.cat([job.region.apply(job.image[None]) for job in views.values()]).to(device, torch.float32)
+        crops = {(job.row, job.region): job for job in jobs}
+        number_of = {crop: number for number, crop in enumerate(crops)}
+        cut = torch.cat([job.region.apply(job.image[None]) for job in crops.values()]).to(device, torch.float32)
         cut = to_three_channels(cut)
         cache = self.query_cache
         features = network.encode(cut) if cache is None else cache(cut, network, self.bank.fingerprint)
@@ -159,7 +159,7 @@ class SecondPass:
 
 
 def _most_useful(jobs: list[_Job], masks: Tensor) -> list[_Job]:
-    """At most `MOST_VIEWS` of an image's jobs: of each class in masks (C, H, W) its best view, then the next one."""
+    """At most `MOST_CROPS` of an image's jobs: of each class in masks (C, H, W) its best crop, then the next one."""
     ranked = []
     by_class = defaultdict(list)
     for job in jobs:
@@ -168,4 +168,4 @@ def _most_useful(jobs: list[_Job], masks: Tensor) -> list[_Job]:
         own.sort(key=lambda entry: -entry[0])
         ranked += [(place, -pixels, job) for place, (pixels, job) in enumerate(own) if pixels]
     ranked.sort(key=lambda entry: entry[:2])
-    return [job for *_, job in ranked[:MOST_VIEWS]]
+    return [job for *_, job in ranked[:MOST_CROPS]]

@@ -168,14 +168,14 @@ class SupportSetInferer(Inferer):
         pixel = pixel_size(case["geometry"].spacing)
         volume = len(case["image"]) > 1
         for chunk in self.chunks(case["image"], network, patient, group, volume=volume, step=step):
-            part = slice(chunk.start, chunk.start + len(chunk.output.logits))
-            images = case["image_full"][part]
+            rows = slice(chunk.start, chunk.start + len(chunk.output.logits))
+            images = case["image_full"][rows]
             logits = case["letterbox"].restore(chunk.output.logits)
             logits = self.second_pass(logits, images, network, pixel, patient, group)
             if self.adaptation is not None:
                 logits = self.adaptation.average(logits, images, pixel, chunk.distance)
             step(len(logits))
-            yield part, logits, chunk
+            yield rows, logits, chunk
 
     def _distance(self, network: "SAM2SGP | GraphNetwork", features: ImageFeatures, patient: str | None) -> Tensor:
         """How far images (B,) are from the support images, of other patients than `patient`."""
@@ -276,9 +276,9 @@ class SupportSetInferer(Inferer):
             return self._small_objects(logits, images, network, pixel, patient, group)
         total, weights = torch.zeros_like(logits), logits.new_zeros(shape)
         for window in windows:
-            part = images[(..., *window.place)]
+            cropped = images[(..., *window.place)]
             found = window.restore(self(window.apply(images), network, patient=patient, group=group))
-            found = self._small_objects(found, part, network, pixel, patient, group)
+            found = self._small_objects(found, cropped, network, pixel, patient, group)
             weight = window.window(shape).to(logits.device)
             total[(..., *window.place)] += weight * found
             weights[window.place] += weight
@@ -342,8 +342,8 @@ class SupportSetInferer(Inferer):
             support = self.bank.select(entries)
             if more:
                 support = support.beside(SupportMemory.of_classes([frames[column] for column in columns]))
-            part = network.segment(features, support)
-            for name, values in vars(part).items():
+            output = network.segment(features, support)
+            for name, values in vars(output).items():
                 getattr(out, name)[:, columns] = values.float()
         return out
 

@@ -154,7 +154,7 @@ def merge_lora(network: SAM2SGP) -> None:
 def save_lora(network: SAM2SGP, directory: str | Path) -> None:
     """Write the adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors` in a folder.
 
-    Each file is replaced only by a complete one; others in the folder are left alone. `load_lora` reads it back.
+    Each file is replaced only by a complete one; others in the folder stay. `load_lora` reads it back.
 
     Raises:
         ConfigError: the network has no LoRA.

@@ -27,7 +27,7 @@ from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
 from sam2sgp.support.catalogue import Catalogue
 from sam2sgp.support.encodings import WHOLE, Encodings
 from sam2sgp.support.fingerprint import LARGEST_TILE, fingerprint, tile_share
-from sam2sgp.support.items import VIEWS, SupportItem
+from sam2sgp.support.items import CROPS, SupportItem
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.tensor_store import TensorStore
 from sam2sgp.transforms.scaling import SupportScaling
@@ -185,7 +185,7 @@ class SupportBank:
         """How the support set is scaled; where it holds cases of `group`, these."""
         return self._found.scaling(group)
 
-    def part(self, index: Sequence[int]) -> "SupportBank":
+    def subset(self, index: Sequence[int]) -> "SupportBank":
         """A bank of some items, in memory and not encoded, which shares the items themselves."""
         return self._of([self.items[i] for i in index])
 
@@ -215,7 +215,7 @@ class SupportBank:
         columns = {value: column for column, value in enumerate(self.class_values)}
         self.holds = torch.zeros(len(items), len(columns), dtype=torch.bool)
         # Items that have regions, and tiles, by class.
-        counts = np.zeros((len(VIEWS), len(columns)), dtype=int)
+        counts = np.zeros((len(CROPS), len(columns)), dtype=int)
         for number, item in enumerate(items):
             self.holds[number, [columns[value] for value in item.info.holds]] = True
             for kind, values in enumerate((item.info.regions, item.info.tiles)):
@@ -390,7 +390,7 @@ class SupportBank:
         if self.encodings.network is None:
             self.encodings.adopt(network, features.embedding.device)
         value = self.class_values[column]
-        name = f"{VIEWS[self.is_thin(column)]}.{value}"
+        name = f"{CROPS[self.is_thin(column)]}.{value}"
         pool = self.encodings.pool(name)
         eligible = self._allowed(patient, group)[pool.owner].to(pool.embedding.device)
         if not eligible.any():

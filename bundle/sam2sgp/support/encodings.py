@@ -1,8 +1,8 @@
 """What a network makes of support items: items in, tensors out.
 
-    items ─ adopt a network ─ encode what is missing ─ pool of embeddings, by part ─ gather memory of some rows
+    items ─ adopt a network ─ encode what is missing ─ pool of embeddings, by crop ─ gather memory of some rows
 
-A part is each item as a whole, or the regions or tiles of one class. What is encoded depends on the item's content, on
+A crop is each item as a whole, or the regions or tiles of one class. What is encoded depends on the item's content, on
 the preprocessing and on the network: weights, LoRA, switches, precision. On a CPU an item is encoded by itself, so that
 its encoding depends on nothing else, not even in the last bit; then results are the same with and without a folder, in
 one go or after an interruption.
@@ -36,14 +36,14 @@ NAMES_PER_COMMIT = 64
 BATCHES_PER_TIDYING = 8
 # Items whose regions are encoded, over all classes, and of each class at least: a set of many classes in many slices
 # would encode thousands of regions before its first result.
-MAX_VIEWED, LEAST_VIEWED = 480, 8
+MAX_CROPPED, LEAST_CROPPED = 480, 8
 # Memory of an item by itself and by class; some are missing where the network has no prior.
 OF_ITEM, OF_CLASS = ("prior_key", "gram"), ("tokens", "prior_mask", "gram_foreground")
 
 
 @dataclass
 class Pool:
-    """Encoded rows of one part of the items: each item as a whole, or the views of one class.
+    """Encoded rows of one crop of the items: each item as a whole, or the regions or tiles of one class.
 
     embedding: (R, D). spans: first and past-the-last row of each encoding, by its name. owner: (R,) number of the item
     that a row is of. place: per row, its number within the item's encoding.
@@ -130,27 +130,27 @@ class Encodings:
         there = self._find(list(own))
         self._encode_all([n for name, n in own.items() if name not in there], WHOLE)
 
-    def pool(self, part: str) -> Pool:
-        """The encoded rows of a part, encoding what is missing."""
-        if part not in self._pools:
-            self._pools[part] = self._build(part)
-            if part == WHOLE:
-                self.embedding = self._pools[part].embedding
-        return self._pools[part]
+    def pool(self, crop: str) -> Pool:
+        """The encoded rows of a crop, encoding what is missing."""
+        if crop not in self._pools:
+            self._pools[crop] = self._build(crop)
+            if crop == WHOLE:
+                self.embedding = self._pools[crop].embedding
+        return self._pools[crop]
 
-    def gather(self, part: str, index: Tensor, values: list[int]) -> SupportMemory:
-        """Memory (B, C, K) of rows `index` (B, C, K) of a part, for C classes. Reads each row once."""
-        pool = self.pool(part)
+    def gather(self, crop: str, index: Tensor, values: list[int]) -> SupportMemory:
+        """Memory (B, C, K) of rows `index` (B, C, K) of a crop, for C classes. Reads each row once."""
+        pool = self.pool(crop)
         rows, row = index.unique(return_inverse=True)
         owners = pool.owner[rows.cpu()].tolist()
-        encodings = [self._encoding(number, part) for number in owners]
+        encodings = [self._encoding(number, crop) for number in owners]
         places = [pool.place[i] for i in rows.tolist()]
         classes = torch.arange(len(values), device=index.device)[None, :, None]
         pairs, pair = (row * len(values) + classes).unique(return_inverse=True)
         chosen = []
         for position, number in (divmod(number, len(values)) for number in pairs.tolist()):
-            # A view shows one class, a whole item all that it holds.
-            held = self.items[owners[position]].info.holds if part == WHOLE else values
+            # A region or tile shows one class, a whole item all that it holds.
+            held = self.items[owners[position]].info.holds if crop == WHOLE else values
             chosen.append((encodings[position], places[position], held.index(values[number])))
         memory: dict[str, Tensor | None] = {}
         for name in (*OF_ITEM, *OF_CLASS):
@@ -175,28 +175,28 @@ class Encodings:
         self.store.sweep()
         return found
 
-    def _name_of(self, part: str) -> str:
-        """The class whose views a part holds."""
-        return self.class_names[int(part.partition(".")[2])]
+    def _name_of(self, crop: str) -> str:
+        """The class that a crop shows."""
+        return self.class_names[int(crop.partition(".")[2])]
 
-    def _name(self, item: SupportItem, part: str) -> str:
-        return f"{item.content}.{part}"
+    def _name(self, item: SupportItem, crop: str) -> str:
+        return f"{item.content}.{crop}"
 
     def _folder(self) -> str:
         return f"{ENCODED}/{self.fingerprint}"
 
-    def _build(self, part: str) -> Pool:
-        kind, _, value = part.partition(".")
+    def _build(self, crop: str) -> Pool:
+        kind, _, value = crop.partition(".")
         numbers = list(range(len(self.items)))
-        if part != WHOLE:
-            numbers = self._viewed([n for n in numbers if int(value) in getattr(self.items[n].info, kind)])
-        names = [self._name(self.items[n], part) for n in numbers]
+        if crop != WHOLE:
+            numbers = self._cropped([n for n in numbers if int(value) in getattr(self.items[n].info, kind)])
+        names = [self._name(self.items[n], crop) for n in numbers]
         first = dict(zip(reversed(names), reversed(numbers), strict=True))
-        old = self._outdated.pop(part, None)
+        old = self._outdated.pop(crop, None)
         found = {name: old.embedding[slice(*old.spans[name])] for name in first if name in old.spans} if old else {}
         found |= self._find([name for name in first if name not in found])
         missing = sorted(number for name, number in first.items() if name not in found)
-        found |= self._encode_all(missing, part)
+        found |= self._encode_all(missing, crop)
         spans: dict[str, tuple[int, int]] = {}
         owner: list[int] = []
         place: list[int] = []
@@ -212,9 +212,9 @@ class Encodings:
         embedding = torch.cat(parts).to(self._device) if parts else torch.zeros(0, 0, device=self._device)
         return Pool(embedding, spans, torch.tensor(owner, dtype=torch.long), place)
 
-    def _viewed(self, numbers: list[int]) -> list[int]:
+    def _cropped(self, numbers: list[int]) -> list[int]:
         """At most so many of some items, by turns from each case; the same ones when others come or go."""
-        most = max(LEAST_VIEWED, MAX_VIEWED // max(1, len(self.class_values)))
+        most = max(LEAST_CROPPED, MAX_CROPPED // max(1, len(self.class_values)))
         if len(numbers) <= most:
             return numbers
         of_case: dict[str, int] = defaultdict(int)
@@ -248,22 +248,22 @@ class Encodings:
             packed = {name: safetensors.torch.save({"embedding": value}) for name, value in embeddings.items()}
             self.store.add_metadata(ENCODED, {f"{self._folder()}/{name}": value for name, value in packed.items()})
 
-    def _encode_all(self, numbers: list[int], part: str) -> Tensors:
+    def _encode_all(self, numbers: list[int], crop: str) -> Tensors:
         """Encode items. Returns the embeddings (R, D) by name."""
         found: Tensors = {}
         unlisted: Tensors = {}
-        batch = self.batch_size if self._device.type == "cuda" and part == WHOLE else 1
+        batch = self.batch_size if self._device.type == "cuda" and crop == WHOLE else 1
         start = len(numbers) * distributed.rank() // distributed.world_size()
         numbers = numbers[start:] + numbers[:start]
-        whole = part == WHOLE
-        what = "Encoding the support set" if whole else f"Encoding regions of {self._name_of(part)}"
+        whole = crop == WHOLE
+        what = "Encoding the support set" if whole else f"Encoding regions of {self._name_of(crop)}"
         silent = not self.progress or not numbers
         bar = tqdm(desc=what, total=len(numbers), unit="item", leave=whole, disable=silent)
         try:
             with bar:
                 for start in range(0, len(numbers), batch):
                     chosen = numbers[start : start + batch]
-                    for name, encoding in self._encode(chosen, part).items():
+                    for name, encoding in self._encode(chosen, crop).items():
                         found[name] = unlisted[name] = encoding["embedding"]
                     if len(unlisted) >= NAMES_PER_COMMIT:
                         self._commit_embeddings(unlisted)
@@ -276,9 +276,9 @@ class Encodings:
             give_back()
         return found
 
-    def _encode(self, numbers: list[int], part: str) -> dict[str, Tensors]:
+    def _encode(self, numbers: list[int], crop: str) -> dict[str, Tensors]:
         """Encodings by name, as far as they are not there yet; they are kept."""
-        names = {self._name(self.items[n], part): n for n in numbers}
+        names = {self._name(self.items[n], crop): n for n in numbers}
         encodings = {}
         if self.store is not None:
             for name in names:
@@ -288,7 +288,7 @@ class Encodings:
         missing = [name for name in names if name not in encodings]
         if missing:
             items = [self.items[names[name]] for name in missing]
-            made = self._encode_items(items) if part == WHOLE else [self._encode_views(items[0], part)]
+            made = self._encode_items(items) if crop == WHOLE else [self._encode_crops(items[0], crop)]
             for name, encoding in zip(missing, made, strict=True):
                 # Copies: a slice keeps the memory of the whole batch, and safetensors stores only contiguous tensors.
                 encoding = {key: value.clone(memory_format=torch.contiguous_format) for key, value in encoding.items()}
@@ -320,9 +320,9 @@ class Encodings:
             encodings.append(encoding)
         return encodings
 
-    def _encode_views(self, item: SupportItem, part: str) -> Tensors:
+    def _encode_crops(self, item: SupportItem, crop: str) -> Tensors:
         """One row per region or tile that shows the class."""
-        kind, _, value = part.partition(".")
+        kind, _, value = crop.partition(".")
         images, masks = getattr(item, kind)[int(value)]
         shown = masks.flatten(1).any(1)
         if not shown.any():
@@ -344,8 +344,8 @@ class Encodings:
             memory = network.encode_support(features, masks.to(self._device)) if masks.shape[1] else None
             return embedding, memory
 
-    def _encoding(self, number: int, part: str) -> Tensors:
+    def _encoding(self, number: int, crop: str) -> Tensors:
         """The encoding of an item; made again if its file is gone."""
-        name = self._name(self.items[number], part)
+        name = self._name(self.items[number], crop)
         found = self._held.get(name) if self.store is None else self.store.read(f"{self._folder()}/{name}")
-        return self._encode([number], part)[name] if found is None else found
+        return self._encode([number], crop)[name] if found is None else found

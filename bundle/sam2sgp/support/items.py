@@ -22,7 +22,7 @@ THUMBNAIL = 128
 EMPTY_SLICES = 4
 # Tiles kept of an item for each of its thin classes: those with most of it.
 MAX_TILES = 4
-VIEWS = ("regions", "tiles")
+CROPS = ("regions", "tiles")
 # Of a preprocessing that does not say how it scales.
 AS_GIVEN = Scaling(PERCENTILES, "as given", stated=True)
 
@@ -46,7 +46,7 @@ class Prepared:
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors for a file, with a thumbnail; `of_tensors` leads back."""
         named = {"image": self.image, "label": self.label, "thumbnail": self.drawn()}
-        for kind in VIEWS:
+        for kind in CROPS:
             for value, (images, masks) in getattr(self, kind).items():
                 named |= {f"{kind}.{value}.image": images, f"{kind}.{value}.mask": masks}
         # Slices of a volume are views of one storage, which a file can't hold.
@@ -55,15 +55,15 @@ class Prepared:
     @classmethod
     def of_tensors(cls, named: dict[str, Tensor]) -> "Prepared":
         """The inverse of `tensors`."""
-        views: dict[str, dict] = {kind: {} for kind in VIEWS}
+        crops: dict[str, dict] = {kind: {} for kind in CROPS}
         for name in named:
             kind, _, rest = name.partition(".")
-            if kind in views and rest.endswith(".image"):
+            if kind in crops and rest.endswith(".image"):
                 value = int(rest.removesuffix(".image"))
-                views[kind][value] = named[name], named[f"{kind}.{value}.mask"]
-        for kind in VIEWS:
-            views[kind] = dict(sorted(views[kind].items()))
-        return cls(named["image"], named["label"], **views, thumbnail=named["thumbnail"])
+                crops[kind][value] = named[name], named[f"{kind}.{value}.mask"]
+        for kind in CROPS:
+            crops[kind] = dict(sorted(crops[kind].items()))
+        return cls(named["image"], named["label"], **crops, thumbnail=named["thumbnail"])
 
     def drawn(self) -> Tensor:
         """The thumbnail."""
@@ -211,7 +211,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
         chosen |= set(choose_slices((flat == 0).all(1).numpy().astype(int), EMPTY_SLICES))
     measures = {index: ImageMeasures.of(case["label_full"][index], volume) for index in chosen}
     items = [
-        Prepared(case["image"][index].half(), label[index].to(torch.uint8), **_views(case, index, measures[index]))
+        Prepared(case["image"][index].half(), label[index].to(torch.uint8), **_crops(case, index, measures[index]))
         for index in sorted(chosen)
     ]
     infos = [
@@ -237,22 +237,22 @@ def _in_windows(case: dict) -> dict:
     return case | {key: torch.stack(parts, 1).flatten(0, 1) for key, parts in seen.items()}
 
 
-def _views(case: dict, index: int, measures: ImageMeasures) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
+def _crops(case: dict, index: int, measures: ImageMeasures) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
     """Regions and tiles of one slice."""
     image, label = case["image_full"][index][None], case["label_full"][index]
     pixel = pixel_size(case["geometry"].spacing)
     size = case["image"].shape[-1]
-    found: dict[str, dict] = {kind: {} for kind in VIEWS}
+    found: dict[str, dict] = {kind: {} for kind in CROPS}
     for value, target in measures.targets.items():
         mask = label == value
         whole = Region.around(mask, size, pixel, below=torch.inf)
-        views = {} if whole is None else {"regions": [whole]}
+        crops = {} if whole is None else {"regions": [whole]}
         share = tile_share(target.thickness / max(label.shape), size)
         if share is not None:
             tiles = Region.tiles(tuple(label.shape), size, share, pixel)
             tiles.sort(key=lambda tile: -int(mask[tile.place].sum()))
-            views["tiles"] = tiles[:MAX_TILES]
-        for kind, rectangles in views.items():
+            crops["tiles"] = tiles[:MAX_TILES]
+        for kind, rectangles in crops.items():
             images = torch.cat([rectangle.apply(image) for rectangle in rectangles]).half()
             masks = [rectangle.apply_label(mask[None].to(torch.uint8)) > 0 for rectangle in rectangles]
             found[kind][value] = images, torch.cat(masks)
