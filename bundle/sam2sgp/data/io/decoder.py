@@ -118,7 +118,7 @@ def _lift_limits() -> None:
         resource.setrlimit(kind, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def _limit(job: dict) -> None:
+def _limit(job: dict | None) -> None:
     """Bound what comes next by `seconds` and `memory`. Raises ValueError without them."""
     if not job:
         raise ValueError("not wanted")

@@ -42,7 +42,7 @@ class _Slice:
     header: Dataset
     position: np.ndarray | None
     orientation: np.ndarray | None
-    spacing: tuple[float, float] | None
+    spacing: tuple[float, ...] | None
     # The last decimal place to which positions are given, in mm.
     precision: float
 
@@ -114,6 +114,7 @@ def _pixels(slices: list[_Slice]) -> np.ndarray:
             stack = np.empty((len(slices), *frames.shape[1:]), np.float32)
         for place, frame in places:
             stack[place] = frames[frame]
+    assert stack is not None
     return stack
 
 

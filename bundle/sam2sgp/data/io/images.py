@@ -68,7 +68,8 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
     grid = read_grid(path)
     geometry = geometry_of(grid, slice_axis)
     # Turned before it grows to 32 bits, and the file's own copy let go: a long CT is gigabytes.
-    stored, grid.array = geometry.display(grid.array), None
+    stored = geometry.display(grid.array)
+    grid.array = np.empty(0)
     with np.errstate(over="ignore"):
         array = stored.astype(np.float32)
     del stored

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.openers import Opener
 from nibabel.volumeutils import array_to_file
 from PIL import Image
 
@@ -47,7 +48,7 @@ def read_label(path: str | os.PathLike, geometry: Geometry | None = None, slice_
         DataError: the file can't be read, doesn't lie on the image's grid, or holds something else than class values.
     """
     # A label is as large as its image, or wrong.
-    limit = geometry and max(SMALL_ENOUGH, int(np.prod(geometry.shape)) * LABEL_BYTES)
+    limit = None if geometry is None else max(SMALL_ENOUGH, int(np.prod(geometry.shape)) * LABEL_BYTES)
     grid = read_grid(path, label=True, limit=limit)
     if grid.array.shape[3] != 1:
         raise DataError(
@@ -134,7 +135,7 @@ def write_map(path: str | os.PathLike, values: np.ndarray, geometry: Geometry) -
         header = result_header(geometry)
         header.set_data_dtype(np.float32)
         header.set_data_shape(geometry.native_shape if values.ndim == 3 else (*geometry.full_shape, len(channels)))
-        with nib.openers.Opener(part, "wb") as file:
+        with Opener(part, "wb") as file:
             header.write_to(file)
             for channel in channels:
                 array_to_file(geometry.to_native(channel), file, np.float32, offset=None)
@@ -144,7 +145,7 @@ def write_map(path: str | os.PathLike, values: np.ndarray, geometry: Geometry) -
 def writing(path: str | os.PathLike, what: str) -> Iterator[Path]:
     """`sam2sgp.files.replacing` for a result, `what` ("a label"); raises DataError where it can't be written."""
     try:
-        with replacing(path) as part:
+        with replacing(Path(path)) as part:
             yield part
     except OSError as error:
         raise DataError(
@@ -232,8 +233,9 @@ def _align(path: str | os.PathLike, values: np.ndarray, grid: Grid, geometry: Ge
     pairs = list(product((grid.affine, *grid.affines), (geometry.affine, *geometry.affines)))
     if grid.may_be_cropped and values.shape != shape:
         return _laid_in_place(path, values, pairs, geometry)
-    fits = [_closest_order(values.shape, label, shape, image) for label, image in pairs]
-    if fits[0] is None:
+    found = [_closest_order(values.shape, label, shape, image) for label, image in pairs]
+    fits = [fit for fit in found if fit is not None]
+    if not fits:
         raise _wrong_size(path, geometry, grid.native_shape)
     close = [fit for fit in fits if fit[2] <= GRID_TOLERANCE]
     if not close:

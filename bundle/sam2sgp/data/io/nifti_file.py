@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
@@ -22,7 +23,7 @@ from sam2sgp.errors import DataError, FormatError
 
 # By the header's size: its class, and where its magic is.
 KINDS = {348: (nib.Nifti1Header, 344, b"n+1\0"), 540: (nib.Nifti2Header, 4, b"n+2\0\r\n\x1a\n")}
-ORDERS = ("little", "big")
+ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
 HEADER_BYTES = 540
 GZIP_MAGIC = b"\x1f\x8b"
 # Extensions hold text and DICOM headers.
@@ -42,11 +43,11 @@ def open_nifti(path: Path, label: bool = False, limit: int | None = None) -> nib
     """
     header = nifti_header(path, label, limit)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    content = str(path)
+    content: str | io.BytesIO = str(path)
     if _is_gzip(path):
-        content = io.BytesIO()
-        content.writelines(_unpacked(path, header))
-    elif content.lower().endswith(".gz"):
+        content = unpacked = io.BytesIO()
+        unpacked.writelines(_unpacked(path, header))
+    elif str(path).lower().endswith(".gz"):
         # nibabel goes by the name.
         content = io.BytesIO(path.read_bytes())
     return kind(ArrayProxy(content, header), header.get_best_affine(), header)

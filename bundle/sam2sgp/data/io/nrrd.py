@@ -218,13 +218,14 @@ def _affine(path: Path, fields: dict[str, str], grid: list[int], dimensions: int
         columns = [vectors[axis] for axis in axes]
         while columns and columns[-1] is None:
             columns.pop()
-        if any(column is None for column in columns):
+        given = [column for column in columns if column is not None]
+        if len(given) < len(columns):
             raise _refused(path, "directions of the first axes, found none")
-        for axis, column in enumerate(columns):
+        for axis, column in enumerate(given):
             affine[:3, axis] = 0.0
             affine[: len(column), axis] = column
-        if len(columns) == 2 and len(columns[0]) == 3:
-            normal = np.cross(columns[0], columns[1])
+        if len(given) == 2 and len(given[0]) == 3:
+            normal = np.cross(given[0], given[1])
             affine[:3, 2] = normal / (np.linalg.norm(normal) or 1.0)
     elif "spacings" in fields:
         spacings = fields["spacings"]
