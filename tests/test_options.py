@@ -81,6 +81,8 @@ def test_every_described_setting_is_in_some_config_and_every_documented_one_is_d
         (("train.json",), {"weights": 0}, "--weights: expected a path, or None, or False, found 0"),
         (("train.json",), {"clip_probability": 40}, "--clip_probability: expected a number from 0 to 1, found 40"),
         (INFERENCE, {"ct_window": [-100, "high"]}, "--ct_window: expected a list of numbers such as .*, found"),
+        (INFERENCE, {"val_batch_size": 0}, "--val_batch_size: expected a whole number of at least 1, found 0"),
+        (INFERENCE, {"region_below": 70}, "--region_below: expected a number from 0 to 1, found 70"),
         (INFERENCE, {"slice_axis": 3}, "--slice_axis: expected auto, 0, 1 or 2, found 3"),
         (INFERENCE, {"slice_axis": True}, "--slice_axis: expected auto, 0, 1 or 2, found True"),
     ],

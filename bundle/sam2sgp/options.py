@@ -61,6 +61,7 @@ Off = Annotated[bool, AfterValidator(_off), Expected("False")]
 Axis = Annotated[Literal["auto"] | Annotated[int, Field(ge=0, le=2)], Expected("auto, 0, 1 or 2")]
 PathText = Annotated[str, Expected("a path")]
 Device = Annotated[str | InstanceOf[torch.device], Expected("a device such as cpu or cuda:0")]
+Positive = Annotated[int, Field(ge=1), Expected("a whole number of at least 1")]
 Share = Annotated[float, Field(ge=0, le=1), Expected("a number from 0 to 1")]
 Numbers = Annotated[list[float] | tuple[float, ...], Expected("a list of numbers such as '[-160, 240]'")]
 Entries = Annotated[list | tuple, Expected("a list")]
@@ -110,8 +111,8 @@ class SupportSet(OptionGroup, title="Support set"):
 
 
 class Segmenting(OptionGroup):
-    val_batch_size: int = Field(description="slices at a time; lower it if memory runs out")
-    region_below: float = Field(description="objects below this share of the image get a second pass; 0 for never")
+    val_batch_size: Positive = Field(description="slices at a time; lower it if memory runs out")
+    region_below: Share = Field(description="objects below this share of the image get a second pass; 0 for never")
     three_d_memory: bool = Field(description="slices of a volume guide their neighbours")
     memory_frames: int = Field(description="how many of the last slices guide one")
     object_gate: bool = Field(description="a class with too little evidence in an image is not segmented there")
