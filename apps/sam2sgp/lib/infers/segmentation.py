@@ -74,6 +74,7 @@ class Segmentation(InferTask):
             "support_items": output["support_items"],
             "scaling": output["scaling"],
             "unlike_support": is_unlike(output["support_distance"]),
+            "maybe_absent": [output["names"][value] for value in output["maybe_absent"] if value in output["names"]],
             "weights": output["weights"],
             "device": output["device"],
             "warnings": output["warnings"],
