@@ -2,11 +2,11 @@
 
 In: SAM2's object scores. Out: which of the classes found may not be there at all.
 
-The network was mostly shown images that hold the class, so it finds something in most others, too, and its probabilities
-are as high there. Its object score is lower, but by how much differs from task to task. So some support images are
-segmented like queries, each guided by other patients: an image with a score clearly below all of theirs shows less sign
-of the class than any labelled image does. What was found there is not taken away, because it may be a faint object; it
-is said. Measured by `benchmarks/false_spots.py`, see docs/results.md.
+The network was mostly shown images that hold the class, so it finds something in most others, too, and its
+probabilities are as high there. Its object score is lower, but by how much differs from task to task. So some support
+images are segmented like queries, each guided by other patients: an image with a score clearly below all of theirs
+shows less sign of the class than any labelled image does. What was found there is not taken away, because it may be a
+faint object; it is said. Measured by `benchmarks/false_spots.py`, see docs/results.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ class LeastSigns:
         return self._least[group]
 
     def _chosen(self, group: str | None) -> list[int]:
-        """One item of each patient, that with the most classes, of them the largest; of many patients an even choice."""
+        """One item of each patient, that with the most classes, the largest of these; of many patients an even choice."""
         bank = self.bank
         best: dict[str, tuple[int, float, int]] = {}
         for number, item in enumerate(bank.items):
