@@ -64,7 +64,7 @@ class LeastSigns:
         return self._least[group]
 
     def _chosen(self, group: str | None) -> list[int]:
-        """One item of each patient, that with the most classes, the largest of these; of many patients an even choice."""
+        """Of each patient the item with the most classes, the largest of these; of many patients an even choice."""
         bank = self.bank
         best: dict[str, tuple[int, float, int]] = {}
         for number, item in enumerate(bank.items):
