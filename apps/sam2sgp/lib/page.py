@@ -196,7 +196,7 @@ class SupportPage:
 
     def asset(self, name: str) -> Response:
         if name not in ASSETS:
-            raise refuse(DataError(f"{name}: expected one of {', '.join(ASSETS)}."))
+            raise refuse(NotFound(f"{ascii(name)[:80]}: expected one of {', '.join(ASSETS)}; load the page again."))
         return FileResponse(TEMPLATES / name, media_type=ASSETS[name])
 
     def item(self, content: str) -> Response:
