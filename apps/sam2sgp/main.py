@@ -29,9 +29,10 @@ import sam2sgp
 from lib.audit import Audit
 from lib.background import DONE, BackgroundTasks
 from lib.batch import BatchInference
-from lib.checks import NotFound
+from lib.checks import Conflict, NotFound
 from lib.connections import ConnectionLimits, limit_connections
 from lib.datastore import open_datastore
+from lib.decisions import state_of
 from lib.endpoints import routes, without_path
 from lib.guard import install, refuse, serve_only
 from lib.infers.segmentation import Segmentation
@@ -227,6 +228,8 @@ class Sam2SgpApp(MONAILabelApp):
                 f"image {image_id or 'of the session'}: expected an image, found none; take one of the list."
             )
         params = InferParams.of_request(request)
+        # A series of an archive never changes; a file may be another one by the time that it is segmented.
+        seen = state_of(path) if image_id and os.path.isfile(path) else None
         label, result = task({**params.given(), "image": str(path), "image_id": image_id})
         self.usage.add(used["item"] for items in result["support"].values() for used in items)
         tag = params.label_tag or DefaultLabelTag.ORIGINAL.value
@@ -234,6 +237,11 @@ class Sam2SgpApp(MONAILabelApp):
         if image_id and params.save_label:
             info = of_prediction(request["model"], result)
             try:
+                if seen and state_of(datastore.get_image_uri(image_id)) != seen:
+                    raise Conflict(
+                        f"image {image_id}: expected the image that was segmented, found another one under its id; "
+                        "segment it again."
+                    )
                 label_id = datastore.save_label(image_id, label, tag, info)
             except BaseException:
                 # Nobody gets to know of the file.

@@ -1,7 +1,9 @@
 """The app's routes over HTTP, in front of parts that note what reached them."""
 
+import io
 import json
 import os
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,7 +103,9 @@ def app(tmp_path):
         infer=infer,
         next_sample=next_sample,
         asked=asked,
-        settings=SimpleNamespace(max_upload_mb=1.0, max_image_mb=8.0, is_remote=False, studies=str(studies)),
+        settings=SimpleNamespace(
+            max_upload_mb=1.0, max_image_mb=8.0, is_remote=False, studies=str(studies), state_dir=tmp_path / "work"
+        ),
         datastore=lambda: datastore,
         sessions=lambda: sessions,
         info=lambda: {"trainers": {"finetune": {}}, "scoring": {"scores": {}}, "models": {"sam2sgp": {}}},
@@ -367,3 +371,28 @@ def test_a_file_is_sent_whole_and_from_its_folder_whatever_comes_to_its_place(cl
     assert client.head("/datastore/image?image=a").headers["content-length"] == str(len(expected))
     part = client.get("/datastore/image?image=a", headers={"Range": "bytes=0-3"})
     assert part.content == expected[:4]
+
+
+def test_an_archive_of_the_data_set_holds_files_of_the_folder_only(client, app, tmp_path, monkeypatch):
+    label = app.studies / "labels" / "final" / "a.png"
+    label.parent.mkdir(parents=True, exist_ok=True)
+    label.write_bytes((app.studies / "a.png").read_bytes())
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    found = app.datastore().datalist
+
+    answer = client.get("/datastore/dataset")
+    assert answer.status_code == 200 and zipfile.ZipFile(io.BytesIO(answer.content)).testzip() is None
+    for make in (lambda path: path.symlink_to(tmp_path / "secret.png"), os.mkfifo):
+
+        def swap(make=make):
+            """Between the list and the archive."""
+            pairs = found()
+            label.unlink(missing_ok=True)
+            make(label)
+            return pairs
+
+        monkeypatch.setattr(app.datastore(), "datalist", swap)
+        answer = client.get("/datastore/dataset")
+        assert answer.status_code == 507 and b"secret" not in answer.content
+        label.unlink()
+        label.write_bytes((app.studies / "a.png").read_bytes())

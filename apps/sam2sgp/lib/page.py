@@ -32,11 +32,12 @@ from monailabel.interfaces.datastore import Datastore
 from PIL import Image
 from pydantic import Field
 
+from lib.checks import NotFound
 from lib.decisions import FINAL, REMOVED, state_of
 from lib.dicomweb import DicomWebDatastore
 from lib.guard import refuse
 from lib.options import Declared
-from lib.routing import ANNOTATOR, USER, Id, Query, Tag
+from lib.routing import ANNOTATOR, USER, Id, Query, Tag, in_threads
 from lib.usage import Usage
 from sam2sgp.data import read_image, read_label
 from sam2sgp.drawing import class_colour, draw_overlay, to_display
@@ -50,6 +51,8 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 PER_PAGE = 24
 EDGE = 256
 PICTURES_KEPT = 256
+# At once: for a picture, and for an approval, an image is read whole, and it may be a volume of gigabytes.
+DRAWING, DECIDING = 4, 8
 # Only this page's own files: no script or style in the page itself, and no frame around it.
 OWN = ("img-src", "style-src", "script-src", "connect-src")
 SECURITY = "; ".join(["default-src 'none'", *(f"{kind} 'self'" for kind in OWN), "frame-ancestors 'none'"])
@@ -141,12 +144,13 @@ class SupportPage:
             return self.item(query.content)
 
         @made.get("/picture")
+        @in_threads(DRAWING)
         def picture(query: Annotated[PictureQuery, fastapi.Query()]) -> Response:
             return self.picture(query.image, query.label_tag)
 
         made.add_api_route("/assets/{name}", self.asset, methods=["GET"])
         for name, declared in DECISIONS.items():
-            decide = _declaring(getattr(self, name), declared)
+            decide = in_threads(DECIDING)(_declaring(getattr(self, name), declared))
             made.add_api_route(f"/{name}", decide, methods=["POST"], dependencies=[ANNOTATOR])
         return made
 
