@@ -219,3 +219,18 @@ def test_files_are_allowed_up_to_what_the_system_allows(monkeypatch):
     assert module._allow_files(2000) == 2000 and limits == [2000, 4096]
     assert module._allow_files(9000) == 4096 and limits == [4096, 4096]
     assert module._allow_files(100) == 4096 and limits == [4096, 4096]
+
+
+def test_as_many_connections_are_kept_as_may_be_sent_a_file_each(monkeypatch):
+    """Each takes a socket and two open files; 550 downloads at once left none for anything else."""
+    limits = [1024, 4096]
+    monkeypatch.setattr(module.resource, "getrlimit", lambda kind: tuple(limits))
+    monkeypatch.setattr(module.resource, "setrlimit", lambda kind, pair: limits.__setitem__(slice(None), pair))
+    loop = module.asyncio.new_event_loop()
+    try:
+        assert limit_connections(loop, ConnectionLimits(most=1000)).most == 1000
+        assert limits[0] >= 3000 + module.OTHER_FILES
+        limits[:] = [1024, 1024]
+        assert limit_connections(loop, ConnectionLimits(most=1000)).most * 3 <= 1024 - module.OTHER_FILES
+    finally:
+        loop.close()

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # What the server needs files for besides connections: models, databases, images, processes, the archive.
 OTHER_FILES = 512
+# Its socket, and a file that is sent, which is opened once to be looked at and once to be read.
+FILES_PER_CONNECTION = 3
 # Connections that the system may accept before the server hears of them, which it then opens all at once.
 BACKLOG = 128
 MOST_FILES = 1 << 16
@@ -45,7 +47,9 @@ class ConnectionLimits:
 
 def limit_connections(loop: asyncio.AbstractEventLoop, limits: ConnectionLimits) -> "Connections":
     """Put limits on the servers that this event loop starts from now on."""
-    most = min(limits.most, _allow_files(limits.most + BACKLOG + OTHER_FILES) - BACKLOG - OTHER_FILES)
+    spare = BACKLOG + OTHER_FILES
+    allowed = _allow_files(limits.most * FILES_PER_CONNECTION + spare) - spare
+    most = min(limits.most, allowed // FILES_PER_CONNECTION)
     connections = Connections(loop, limits, max(most, 16))
     create_server = loop.create_server
 
