@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.checks import Conflict, RequestError
+from lib.checks import Conflict, RequestError, StorageError
 from lib.server_paths import open_plain
 from lib.stores import folder as folder_module
 from lib.stores.folder import ConfinedDatastore
@@ -331,3 +331,21 @@ def test_an_index_that_can_not_be_read_now_is_not_set_aside(studies, monkeypatch
             datastore.refresh()
     datastore.refresh()
     assert datastore.get_image_info("A")["note"] == "kept" and not list(studies.glob("*.damaged*"))
+
+
+def test_an_index_never_grows_beyond_what_is_read_again(studies, monkeypatch):
+    """Else notes would cost all that is known: an index that can't be read is set aside as damaged."""
+    monkeypatch.setattr(folder_module, "LARGEST_INDEX", 4096)
+    datastore = opened(studies)
+    noted = 0
+    with pytest.raises(StorageError, match="index: expected at most"):
+        while noted < 100:
+            datastore.update_image_info("A", {f"note{noted}": "x" * 100})
+            noted += 1
+    assert noted > 10
+    for store in (datastore, opened(studies)):
+        info = store.get_image_info("A")
+        assert f"note{noted - 1}" in info and f"note{noted}" not in info
+    assert not list(studies.glob("*.damaged*"))
+    datastore.remove_image("A")
+    assert opened(studies).list_images() == ["B"]

@@ -644,6 +644,12 @@ class ConfinedDatastore(Decisions, LocalDatastore):
 
     def _write_index(self, model: LocalDatastoreModel) -> None:
         text = model.model_dump_json(exclude={"base_path"}, fallback=str)
+        if len(text.encode("utf-8", "backslashreplace")) > LARGEST_INDEX:
+            # It could not be read again, and would be set aside as damaged.
+            raise StorageError(
+                f"index: expected at most {LARGEST_INDEX >> 20} MB to be known about images and labels, found more; "
+                "remove labels or long notes, or serve fewer images from a folder."
+            )
         write_text(self._datastore_config_path, text)
         try:
             write_text(self._index_copy, text, durable=False)
@@ -655,7 +661,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
     def _try_to_write_index(self, model: LocalDatastoreModel) -> None:
         try:
             self._write_index(model)
-        except OSError as error:
+        except (OSError, StorageError) as error:
             logger.warning("The index still lists what was deleted, because it can't be written: %s", error)
 
     def _times(self) -> tuple | None:
