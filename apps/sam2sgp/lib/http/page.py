@@ -52,7 +52,7 @@ PER_PAGE = 24
 EDGE = 256
 PICTURES_KEPT = 256
 # At once: for a picture, and for an approval, an image is read whole, and it may be a volume of gigabytes.
-DRAWING, DECIDING = 4, 8
+DRAWING, DECIDING = 2, 4
 # Only this page's own files: no script or style in the page itself, and no frame around it.
 OWN = ("img-src", "style-src", "script-src", "connect-src")
 SECURITY = "; ".join(["default-src 'none'", *(f"{kind} 'self'" for kind in OWN), "frame-ancestors 'none'"])
