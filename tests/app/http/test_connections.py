@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
 
 from lib.http import connections as module
@@ -38,6 +38,10 @@ def serve(monkeypatch):
             def slow():
                 go_on.wait(SOON)
                 return {}
+
+            @app.put("/upload")
+            async def upload(request: Request):
+                return {"size": len(await request.body())}
 
             @app.get("/large")
             def large():
@@ -201,6 +205,24 @@ def connect(connections: Connections, host: str) -> Transport:
     transport = Transport(host)
     LimitedProtocol(Inner(), connections).connection_made(transport)
     return transport
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [b"PUT /upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nx", REQUEST.replace(b"quick", b"large")],
+    ids=["slow bodies", "readers that do not read"],
+)
+def test_clients_that_make_the_server_wait_lock_nobody_out(serve, request_head):
+    address, connections, _ = serve(most=20, idle=LONG, waited=0.3)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection(address)) for _ in range(20)]
+        for connection in opened:
+            connection.sendall(request_head)
+        eventually(lambda: all(other.waited_for(connections.loop.time()) > 0.3 for other in list(connections._open)))
+        for _ in range(3):
+            with socket.create_connection(address) as other:
+                assert answered(other).startswith(b"HTTP/1.1 200")
+        assert 15 <= len(connections) <= 20
 
 
 def test_one_address_has_a_limit_of_its_own_and_the_proxy_has_none():
