@@ -218,7 +218,9 @@ def test_clients_that_make_the_server_wait_lock_nobody_out(serve, request_head):
         opened = [stack.enter_context(socket.create_connection(address)) for _ in range(20)]
         for connection in opened:
             connection.sendall(request_head)
-        eventually(lambda: all(other.waited_for(connections.loop.time()) > 0.3 for other in list(connections._open)))
+        eventually(
+            lambda: [c.waited_for(connections.loop.time()) > 0.3 for c in list(connections._open)] == [True] * 20
+        )
         for _ in range(3):
             with socket.create_connection(address) as other:
                 assert answered(other).startswith(b"HTTP/1.1 200")
