@@ -3,7 +3,10 @@
 import io
 import json
 import os
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +19,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from lib.checks import NotFound
+from lib.http import page
 from lib.http.endpoints import routes
 from lib.http.guard import install, serve_only
 from lib.http.logs import log_routes
@@ -203,6 +207,41 @@ def test_decisions_on_the_support_page_are_declared_too(app, tmp_path):
     for query in ("?next=0", "?next=x", "?other=1", f"?next={10**30}"):
         assert_refused(client.get(f"/sam2sgp/{query}"))
     assert_refused(client.get("/sam2sgp/picture?image=a&path=/etc/passwd"))
+    answer = client.get("/sam2sgp/assets/%1b%5b2J%e2%80%ae")
+    assert answer.status_code == 404 and answer.json()["detail"].isprintable()
+
+
+def test_few_images_are_held_at_once_for_pictures_and_approvals(app, tmp_path, monkeypatch):
+    """Each may be a volume of gigabytes, and the page of one client asks for dozens."""
+    at_work, most, lock = 0, {"picture": 0, "approve": 0}, threading.Lock()
+
+    def hold(what):
+        nonlocal at_work
+        with lock:
+            at_work += 1
+            most[what] = max(most[what], at_work)
+        time.sleep(0.05)
+        with lock:
+            at_work -= 1
+
+    def drawn(source, label, stamps):
+        hold("picture")
+        return np.zeros((2, 2, 3), np.uint8)
+
+    monkeypatch.setattr(page, "_drawn", drawn)
+    monkeypatch.setattr(app.datastore(), "approve", lambda *label: hold("approve"))
+    server = FastAPI()
+    install(server, Given(tmp_path))
+    serve_only(server, [SupportPage(app.datastore(), None, None, sorted, dict).router()])
+    label = {"image": "a", "label_tag": "original"}
+    asked = {
+        "picture": lambda _: client.get("/sam2sgp/picture?image=a"),
+        "approve": lambda _: client.post("/sam2sgp/approve", json=label),
+    }
+    with TestClient(server, base_url="http://server:8000") as client, ThreadPoolExecutor(12) as pool:
+        for ask in asked.values():
+            assert all(answer.status_code == 200 for answer in pool.map(ask, range(12)))
+    assert 1 < most["picture"] <= page.DRAWING and 1 < most["approve"] <= page.DECIDING
 
 
 def test_long_work_is_never_done_while_the_client_waits(client, app):
