@@ -50,6 +50,17 @@ def test_255_beside_few_classes_is_said_once(caplog):
     assert [record.getMessage()[:30] for record in caplog.records] == ["a.nii.gz: value 255 beside 1, "]
 
 
+def test_a_class_that_nnunet_leaves_out_is_said_once(caplog):
+    coding = LabelCoding({1: "liver", 2: "ignore"})
+    with caplog.at_level(logging.WARNING):
+        coding.check("a.nii.gz", [0, 1])
+        assert not caplog.records
+        coding.check("b.nii.gz", [0, 1, 2])
+        coding.check("c.nii.gz", [0, 2])
+    [record] = caplog.records
+    assert record.getMessage().startswith("b.nii.gz: value 2 is declared as 'ignore', nnU-Net's word")
+
+
 def test_a_colour_that_palettes_number_differently_is_refused(tmp_path):
     red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

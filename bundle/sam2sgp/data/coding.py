@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 OBJECT, WHITE = 1, 255
 # Beside classes up to this value, 255 is more often a mark for pixels to ignore than a class.
 FEW_CLASSES = 32
+IGNORE = "ignore"
 
 
 class LabelCoding:
@@ -33,7 +34,7 @@ class LabelCoding:
     def check(self, path: str | os.PathLike, values: Iterable[int]) -> None:
         """Look at one more label and the values that it holds.
 
-        Warns once of a 255 beside a few other classes.
+        Warns once of a 255 beside a few other classes, and of a class that is called "ignore".
 
         Raises:
             DataError: one label holds only 1 and another only 255: one of them is a mask as programs for pictures write
@@ -50,6 +51,16 @@ class LabelCoding:
                     path,
                     others,
                 )
+            self._warned = True
+        ignored = next((value for value in sorted(held) if self.declared.get(value, "").lower() == IGNORE), None)
+        if ignored is not None and not self._warned:
+            logger.warning(
+                "%s: value %d is declared as %r, nnU-Net's word for pixels to leave out; it is taken as a class of its "
+                "own here. Set such pixels to 0, or give the class another name.",
+                path,
+                ignored,
+                self.declared[ignored],
+            )
             self._warned = True
         if len(held) != 1 or {OBJECT, WHITE} <= self.declared.keys():
             return
