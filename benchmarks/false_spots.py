@@ -131,8 +131,9 @@ def main() -> None:
     arguments.add_argument("--k", type=int, default=8, help="support pairs")
     options = arguments.parse_args()
     tasks = make_tasks(options.data, options.output / "tasks", options.queries, options.held_out, options.seed)
-    print(line("weights", "images", "number", "with a find", "found share", "confidence", "unlike", "may be absent"))
-    print(line(*["---"] * 8))
+    marks = ("unlike", "may be absent", "either")
+    print(line("weights", "images", "number", "with a find", "found share", "confidence", *marks))
+    print(line(*["---"] * 9))
     for weights in options.weights:
         settings = {"model_file": str(Path(weights).resolve())} if weights else {}
         name = Path(weights).stem if weights else "the bundle's"
@@ -147,9 +148,9 @@ def main() -> None:
             with np.errstate(all="ignore"):
                 mean = np.nanmean(confidence) if not np.isnan(confidence).all() else np.nan
             values = (f"{np.mean(any_found):.3f}", f"{np.mean(share):.4f}", f"{mean:.3f}")
-            told = (f"{np.mean(unlike):.3f}", f"{np.mean(doubted):.3f}")
+            told = (f"{np.mean(m):.3f}" for m in (unlike, doubted, np.logical_or(unlike, doubted)))
             print(line(name, kind, len(judged), *values, *told), flush=True)
-        print(line(name, f"phantom, Dice {np.mean(dices):.3f}", len(dices), *[""] * 5), flush=True)
+        print(line(name, f"phantom, Dice {np.mean(dices):.3f}", len(dices), *[""] * 6), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A network trained for some minutes on phantom tasks does what its support set asks for.
+"""A network trained for a minute on phantom tasks does what its support set asks for.
 
 In every phantom several structures are present and any of them may be the target, so only the support pairs tell which.
 """
@@ -46,10 +46,9 @@ def network(folder, tmp_path_factory):
         "train.json",
         dataset_dir=str(folder),
         output_dir=str(output),
-        max_epochs=2,
-        episodes_per_epoch=120,
-        val_interval=2,
-        val_max_cases=12,
+        max_epochs=1,
+        episodes_per_epoch=60,
+        val_max_cases=4,
         image_size=128,
         progress=False,
     )

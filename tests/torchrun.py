@@ -5,9 +5,14 @@ import subprocess
 import sys
 
 from tests.bundle_runs import BUNDLE
+from tests.lean import lean_path
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{BUNDLE}:{BUNDLE.parent}"}
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{BUNDLE}:{BUNDLE.parent}:{lean_path()}",
+}
 
 
 def bundle_command(run_id: str, *configs: str, **settings: object) -> list[str]:

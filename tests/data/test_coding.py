@@ -1,11 +1,13 @@
 """Values of labels that only several files together show to be wrong."""
 
 import logging
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from monai.transforms import Compose
+from PIL import Image
 
 from sam2sgp.data import load_datalist
 from sam2sgp.data.coding import LabelCoding
@@ -46,3 +48,33 @@ def test_255_beside_few_classes_is_said_once(caplog):
         LabelCoding({1: "liver", 255: "lesion"}).check("c.nii.gz", [0, 1, 255])
         LabelCoding().check("d.nii.gz", [0, 200, 255])
     assert [record.getMessage()[:30] for record in caplog.records] == ["a.nii.gz: value 255 beside 1, "]
+
+
+def test_a_class_that_nnunet_leaves_out_is_said_once(caplog):
+    coding = LabelCoding({1: "liver", 2: "ignore"})
+    with caplog.at_level(logging.WARNING):
+        coding.check("a.nii.gz", [0, 1])
+        assert not caplog.records
+        coding.check("b.nii.gz", [0, 1, 2])
+        coding.check("c.nii.gz", [0, 2])
+    [record] = caplog.records
+    assert record.getMessage().startswith("b.nii.gz: value 2 is declared as 'ignore', nnU-Net's word")
+
+
+def test_a_colour_that_palettes_number_differently_is_refused(tmp_path):
+    red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+    def saved(name: str, *colours: tuple[int, int, int]) -> Path:
+        picture = Image.fromarray(np.arange(3, dtype=np.uint8)[None].repeat(4, 0), "P")
+        picture.putpalette([0, 0, 0, *sum(colours, ())])
+        picture.save(tmp_path / name)
+        return tmp_path / name
+
+    coding = LabelCoding()
+    coding.check(saved("a.png", red, green), [0, 1, 2])
+    # The same numbers in other colours contradict nothing, nor do colours that are not used.
+    coding.check(saved("b.png", red, blue), [0, 1, 2])
+    coding.check(saved("c.png", green, red), [0])
+    with pytest.raises(DataError, match="d.png.*found 1 for .0, 255, 0. here and 2 in .*a.png"):
+        coding.check(saved("d.png", green, red), [0, 1, 2])
+    LabelCoding().check(saved("e.png", red, red), [0, 1, 2])

@@ -1,6 +1,7 @@
 """Data folders become datalists: pairs, patients, sections, class names."""
 
 import json
+import os
 import unicodedata
 import warnings
 from pathlib import Path
@@ -114,10 +115,14 @@ def test_what_lies_among_queries_is_read_or_said(tmp_path):
     (root / "void").mkdir()
     touch(root, "old/records/x.json", "old/summary.csv", "old/a.png")
     (root / "loop").symlink_to(root, target_is_directory=True)
+    (root / "itself").symlink_to(root / "itself")
+    (root / "gone.png").symlink_to(root / "nowhere.png")
+    os.mkfifo(root / "pipe.png")
+    touch(root, "@eaDir/deep.nii.gz", "$RECYCLE.BIN/a.png", "~$a.png")
     cases = load_datalist(root, require_labels=False)
     assert names(cases) == ["deep", "header", "meta", "pair", "series"]
     found = said(cases, root)
-    assert found.pop(".DS_Store") == "a hidden or system file, and 1 more"
+    assert found.pop("$RECYCLE.BIN") == "a hidden or system file, and 4 more"
     beginnings = {
         "DICOMDIR": "an index of DICOM files",
         "anim.gif": ".gif files are not read; convert",
@@ -128,6 +133,9 @@ def test_what_lies_among_queries_is_read_or_said(tmp_path):
         "void": "an empty folder",
         "old": "results of an earlier run",
         "loop": "a link to a folder that it lies in",
+        "itself": "a link to nothing",
+        "gone.png": "a link to nothing",
+        "pipe.png": "neither a file nor a folder",
         "series/report.dcm": "a DICOM object without pixels (Basic Text SR)",
         "structures": "a DICOM object without pixels (RT Structure Set)",
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 import requests
 
 from tests.e2e.programs import free_port
+from tests.lean import lean_path
 
 REPO = Path(__file__).parents[2]
 START_SECONDS = 180
@@ -49,7 +50,7 @@ class Server:
             command += ["--conf", key, value]
         variables = {
             **os.environ,
-            "PYTHONPATH": str(self.folder / "bundle"),
+            "PYTHONPATH": f"{self.folder / 'bundle'}:{lean_path()}",
             "OMP_NUM_THREADS": "1",
             "MONAI_LABEL_SESSION_PATH": str(self.folder / "sessions"),
             **(environment or {}),

@@ -72,7 +72,7 @@ def wait_for(server, condition) -> dict:
     limit = time.monotonic() + 150
     while not condition(found := stats(server)):
         assert time.monotonic() < limit and found.get("state") != "failed", (found, get(server, "/train/"))
-        time.sleep(0.2)
+        time.sleep(0.5)
     return found
 
 
@@ -106,7 +106,8 @@ def test_training_survives_the_kill_of_its_server_is_stopped_and_its_weights_are
 ):
     labels, answers = content(studies), tmp_path / "answers"
     approved = {path.stem for path in (studies / "labels" / "final").iterdir()}
-    with serving(tmp_path, studies, {**SMALL, "model_file": str(spoilt)}) as server:
+    conf, unscored = {**SMALL, "model_file": str(spoilt)}, {"MONAI_LABEL_AUTO_UPDATE_SCORING": "false"}
+    with serving(tmp_path, studies, conf, unscored) as server:
         before = segment(server, answers)
         assert before[:2] == ("embedded", approved)
         assert "state" not in stats(server)
@@ -129,7 +130,7 @@ def test_training_survives_the_kill_of_its_server_is_stopped_and_its_weights_are
         server.stop()
         assert content(studies) == labels
 
-        server.start()
+        server.start(unscored)
         stopped = stats(server)
         assert "after 1 of 4 epochs" in stopped["message"] and stopped["weights"]["version"] == "embedded"
         assert post(server, REQUEST).ok

@@ -2,8 +2,11 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+from sam2sgp.data.io import png_palette
 from sam2sgp.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -11,6 +14,7 @@ logger = logging.getLogger(__name__)
 OBJECT, WHITE = 1, 255
 # Beside classes up to this value, 255 is more often a mark for pixels to ignore than a class.
 FEW_CLASSES = 32
+IGNORE = "ignore"
 
 
 class LabelCoding:
@@ -24,14 +28,20 @@ class LabelCoding:
         self.declared = declared or {}
         self._only: dict[int, str] = {}
         self._warned = False
+        # By colour: the value that it has in palettes, and a label in which it does.
+        self._coloured: dict[tuple[int, int, int], tuple[int, str]] = {}
 
     def check(self, path: str | os.PathLike, values: Iterable[int]) -> None:
         """Look at one more label and the values that it holds.
 
-        Warns once of a 255 beside a few other classes. Raises DataError where one label holds only 1 and another only
-        255: one of them is a mask as programs for pictures write it, and they would become two classes.
+        Warns once of a 255 beside a few other classes, and of a class that is called "ignore".
+
+        Raises:
+            DataError: one label holds only 1 and another only 255: one of them is a mask as programs for pictures write
+                it, and they would become two classes. Or the palettes of two labels give one colour to two values.
         """
         held = {int(value) for value in values if value}
+        self._check_colours(path, held)
         if WHITE in held and len(held) > 1 and max(held - {WHITE}) <= FEW_CLASSES and WHITE not in self.declared:
             if not self._warned:
                 others = ", ".join(str(value) for value in sorted(held - {WHITE}))
@@ -41,6 +51,16 @@ class LabelCoding:
                     path,
                     others,
                 )
+            self._warned = True
+        ignored = next((value for value in sorted(held) if self.declared.get(value, "").lower() == IGNORE), None)
+        if ignored is not None and not self._warned:
+            logger.warning(
+                "%s: value %d is declared as %r, nnU-Net's word for pixels to leave out; it is taken as a class of its "
+                "own here. Set such pixels to 0, or give the class another name.",
+                path,
+                ignored,
+                self.declared[ignored],
+            )
             self._warned = True
         if len(held) != 1 or {OBJECT, WHITE} <= self.declared.keys():
             return
@@ -52,3 +72,18 @@ class LabelCoding:
                 f"{OBJECT if value == WHITE else WHITE} in {self._only[OBJECT if value == WHITE else WHITE]}; store "
                 "all labels as 0 and 1, or declare both classes in dataset.json or labels.json."
             )
+
+    def _check_colours(self, path: str | os.PathLike, held: set[int]) -> None:
+        """Programs that reduce a coloured mask to a palette number the colours of each picture anew."""
+        # Cases may hold tensors in place of files.
+        is_file = isinstance(path, str | os.PathLike) and Path(path).is_file()
+        palette = dict(enumerate(png_palette(Path(path)))) if is_file else {}
+        used = Counter(palette.get(value) for value in held | {0})
+        for value in sorted(held & palette.keys()):
+            colour = palette[value]
+            other, where = self._coloured.setdefault(colour, (value, str(path)))
+            if other != value and used[colour] == 1:
+                raise DataError(
+                    f"{path}: expected one class value for a colour in the palettes of all labels, found {value} for "
+                    f"{colour} here and {other} in {where}; store the class values as grey."
+                )

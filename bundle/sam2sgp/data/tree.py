@@ -15,7 +15,12 @@ from sam2sgp.errors import DataError
 
 # What a data folder or a folder of results says of itself.
 DESCRIPTIONS = {"dataset.json", "labels.json", "labels.txt", "labels.ctbl"}
-SYSTEM_FILES = {"Thumbs.db", "desktop.ini", "__MACOSX"}
+SYSTEM_FILES = {
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "system volume information", "$recycle.bin"),
+    *("#recycle", "@eadir", "lost+found"),
+}
+# Of a file that an office program has open.
+OPENED = "~$"
 # Of images in formats that are not read.
 UNREAD_SUFFIXES = (
     *(".npz", ".npy", ".mat", ".h5", ".hdf5", ".zarr", ".gif", ".webp", ".heic", ".jp2", ".j2k", ".jpx", ".avif"),
@@ -71,7 +76,7 @@ def read_tree(folder: Path) -> Tree:
 
 
 def is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name in SYSTEM_FILES
+    return path.name.startswith((".", OPENED)) or path.name.lower() in SYSTEM_FILES
 
 
 def skip_hidden(hidden: list[Path], skipped: list[Skipped]) -> None:
@@ -85,6 +90,10 @@ def file_not_used(path: Path) -> str:
     """Why a file among images is not used."""
     if path.name.upper() == "DICOMDIR":
         return "an index of DICOM files, not an image"
+    if not path.exists():
+        return "a link to nothing"
+    if not path.is_file():
+        return "neither a file nor a folder"
     if path.stat().st_size == 0:
         return "an empty file"
     kind = without_pixels(path) if is_dicom(path) else None
@@ -121,6 +130,8 @@ def _walk(folder: Path, tree: Tree, hidden: list[Path], above: set[str]) -> None
                 tree.skipped.append(Skipped(path, "results of an earlier run"))
             else:
                 _walk(path, tree, hidden, above | {real})
+        elif not path.is_file():
+            tree.skipped.append(Skipped(path, file_not_used(path)))
         elif path in slices or path in data or (path.name in DESCRIPTIONS and not above):
             continue
         elif is_image(path) and is_dicom(path) and is_dicom_seg(path):

@@ -101,6 +101,7 @@ IMAGES: dict[str, Callable[[Path], object]] = {
     "turned.tif": turned,
     "signed.tif": lambda path: tifffile.imwrite(path, GREY.view(np.int8)),
     "double.tif": lambda path: tifffile.imwrite(path, GREY.astype(np.float64)),
+    "channels.tif": lambda path: tifffile.imwrite(path, np.stack([GREY] * 2, -1), photometric="minisblack"),
     "pages.tif": lambda path: tifffile.imwrite(path, VALUES),
     "signed.dcm": twelve_bits,
     "bare.dcm": without_preamble,
@@ -116,7 +117,16 @@ IMAGES: dict[str, Callable[[Path], object]] = {
     "gap_series": lambda path: write_series(path, VALUES, skip=(2,)),
 }
 # Of folders, the app's `/datastore/image` takes none.
-REFUSED = {"time.nii.gz", "centimetres.nrrd", "double.tif", "pages.tif", "broken.dcm", "contours.dcm", "gap_series"}
+REFUSED = {
+    "time.nii.gz",
+    "centimetres.nrrd",
+    "double.tif",
+    "channels.tif",
+    "pages.tif",
+    "broken.dcm",
+    "contours.dcm",
+    "gap_series",
+}
 
 
 def same(found: Path | str, expected: Path) -> None:
@@ -198,6 +208,8 @@ LABELS: dict[str, tuple[str, Callable[[Path], object], bool]] = {
     "mask_255.png": ("picture.png", lambda path: Image.fromarray(255 * MASK).save(path), True),
     "mask_65535.png": ("picture.png", lambda path: Image.fromarray(MASK.astype(np.uint16) * 65535).save(path), True),
     "grey_as_rgb.png": ("picture.png", lambda path: Image.fromarray(np.stack([MASK] * 3, -1)).save(path), True),
+    "jpeg_before.png": ("picture.png", lambda path: Image.fromarray(MASK * (253 + MASK + GREY % 2)).save(path), False),
+    "inverting.tif": ("picture.png", lambda path: tifffile.imwrite(path, MASK, photometric="miniswhite"), False),
     "red.png": ("picture.png", lambda path: Image.fromarray(np.stack([MASK, GREY, GREY], -1)).save(path), False),
     "other_form.nii.gz": ("volume.nii.gz", lambda path: two_forms(path, (VALUES.T > 999).astype(np.uint8)), True),
     "floats.nii.gz": ("volume.nii.gz", lambda path: two_forms(path, (VALUES.T > 999).astype(np.float64)), True),

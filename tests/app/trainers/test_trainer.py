@@ -168,7 +168,7 @@ def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp
     # The next training of a half starts from that half's own weights, which never saw the other's labels.
     starts, run = [], FineTuning._run
     task._run = lambda settings, half: starts.append(settings["model_file"]) or run(task, settings, half)
-    assert task({**request, "learning_rate": 1e-12}, None)["state"] == "kept"
+    assert task({**REQUEST, "learning_rate": 1e-12}, None)["state"] == "kept"
     assert starts == [str(folder / "half_0.pt"), str(folder / "half_1.pt")]
     (folder / "halves.json").write_text("{")
     with pytest.raises(WeightsError, match="halves.json.*restore it, or roll back"):

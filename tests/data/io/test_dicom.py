@@ -316,3 +316,30 @@ def test_positions_rule_over_instance_numbers_locations_and_thicknesses(tmp_path
     image = read_image(folder)
     assert np.array_equal(image.slices[:, 0], SimpleITK.GetArrayFromImage(expected))
     assert np.allclose(image.geometry.spacing, expected.GetSpacing()[::-1])
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"ImagePositionPatient": [1.0, 2.0]}, "3 numbers as ImagePositionPatient"),
+        ({"ImageOrientationPatient": [0.0] * 6}, "right angles"),
+        ({"ImageOrientationPatient": [2.0, 0, 0, 0, 2.0, 0]}, "right angles"),
+        ({"ImageOrientationPatient": [1.0, 0, 0, 0.3, 0.954, 0]}, "right angles"),
+        ({"ImageOrientationPatient": [1.0, 0, 0]}, "6 numbers as ImageOrientationPatient"),
+    ],
+)
+def test_positions_and_directions_that_are_none_are_told_as_such(tmp_path, tags, message):
+    write_series(tmp_path / "series", RNG.integers(0, 99, (3, 6, 7)).astype(np.uint16))
+    for file in (tmp_path / "series").iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.update(tags)
+        dataset.save_as(file)
+    for path in (tmp_path / "series", tmp_path / "series" / "IM0001.dcm"):
+        with pytest.raises(DataError, match=rf"IM000\d.dcm: expected .*{message}.*found"):
+            read_image(path)
+
+
+def test_directions_rounded_to_three_decimals_are_read(tmp_path):
+    volume = RNG.integers(0, 99, (3, 6, 7)).astype(np.uint16)
+    write_series(tmp_path / "series", volume, orientation=(0.839, 0.545, 0.0, 0.0, 0.0, -1.0))
+    assert read_image(tmp_path / "series").geometry.spacing == pytest.approx((2.5, 0.8, 0.7), rel=1e-2)

@@ -265,3 +265,25 @@ def test_values_that_are_no_classes_are_named_as_they_are(tmp_path, value, dtype
     nib.save(nib.Nifti1Image(array, np.eye(4), dtype=dtype), tmp_path / "a.nii.gz")
     with pytest.raises(DataError, match=rf"up to 65535, found {re.escape(f'{array.flat[0]:g}')};"):
         read_label(tmp_path / "a.nii.gz")
+
+
+def test_masks_that_were_blurred_or_stored_as_jpeg_before_are_refused_and_class_maps_are_not(tmp_path):
+    rows, columns = np.mgrid[:64, :80]
+    mask = Image.fromarray((((rows - 30) ** 2 + (columns - 40) ** 2 < 200) * 255).astype(np.uint8))
+    mask.save(tmp_path / "mask.jpg", quality=95)
+    spoilt = {
+        "jpeg": Image.open(tmp_path / "mask.jpg"),
+        "resized": mask.resize((160, 128)).resize((80, 64), Image.Resampling.BILINEAR),
+    }
+    white = np.asarray(mask).copy()
+    white[::2][white[::2] == 255] = 254
+    spoilt["nearly"] = Image.fromarray(white)
+    for name, picture in spoilt.items():
+        picture.save(tmp_path / f"{name}.png")
+        assert len(np.unique(np.asarray(Image.open(tmp_path / f"{name}.png")))) < 32, name
+        with pytest.raises(DataError, match=f"{name}.png: expected a class map.*threshold it"):
+            read_label(tmp_path / f"{name}.png")
+    for values in ([0, 1, 2, 3, 255], [0, 85, 170, 255], [0, 128, 255], [0, 100, 101, 102], list(range(31))):
+        stored = np.array(values, np.uint8)[RNG.integers(0, len(values), (20, 30))]
+        Image.fromarray(stored).save(tmp_path / "classes.png")
+        assert np.array_equal(read_label(tmp_path / "classes.png")[0], stored)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from sam2sgp.data.io import read_image, read_label, write_label, write_map
+from sam2sgp.data.io import itk_affine, read_image, read_label, write_label, write_map
 from sam2sgp.errors import DataError
 from tests.data.io.nifti_files import save_nifti
 
@@ -161,3 +161,35 @@ def test_voxels_without_a_size_are_counted_and_said(tmp_path, form, suffix):
         assert found.geometry.spacing == (2.5, 1.0, 1.0) and found.warnings == []
     else:
         assert found.geometry.spacing is None and "no size (pixdim is 0)" in found.warnings[0]
+
+
+def test_members_of_a_gzip_file_may_be_shorter_than_the_header(tmp_path):
+    array = RNG.integers(0, 99, (6, 5, 4)).astype(np.int16)
+    content = save_nifti(tmp_path / "a.nii", array, QFORM).read_bytes()
+    path = tmp_path / "b.nii.gz"
+    path.write_bytes(b"".join(gzip.compress(content[start : start + 100]) for start in range(0, len(content), 100)))
+    geometry = read_image(path).geometry
+    assert np.array_equal(geometry.to_native(read_label(path, geometry)), np.asarray(nib.load(path).dataobj))
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_voxel_sizes_that_contradict_each_other_are_said_and_labels_by_itk_accepted(tmp_path, code):
+    array = RNG.integers(0, 2, (6, 5, 4)).astype(np.uint8)
+    path = two_forms(tmp_path / "a.nii", 0, code, array)
+    content = bytearray(path.read_bytes())
+    content[80:92] = struct.pack("<3f", 1.0, 1.25, 3.0)  # pixdim
+    path.write_bytes(content)
+    image = read_image(path)
+    [warning] = image.warnings
+    assert "pixdim 1, 1.25, 3; sform 1.5, 1.5, 3" in warning
+    assert np.allclose(image.geometry.affine, nib.load(path).affine)
+    by_itk = SimpleITK.ReadImage(str(path))
+    placed = np.eye(4)
+    placed[:3, :3] = np.reshape(by_itk.GetDirection(), (3, 3)) * by_itk.GetSpacing()
+    placed[:3, 3] = by_itk.GetOrigin()
+    assert np.allclose(np.diag([-1, -1, 1, 1]) @ placed, itk_affine(image.geometry), atol=1e-4)
+    label = SimpleITK.GetImageFromArray(array.T)
+    label.CopyInformation(by_itk)
+    SimpleITK.WriteImage(label, str(tmp_path / "b.nrrd"))
+    assert np.array_equal(read_label(tmp_path / "b.nrrd", image.geometry), image.geometry.from_native(array))
+    assert not read_image(two_forms(tmp_path / "c.nii", 0, code, array)).warnings

@@ -279,3 +279,41 @@ def test_a_predictor_is_undone_or_refused(tmp_path):
     Image.fromarray(values).save(tmp_path / "b.tif", tiffinfo={317: 2})
     with pytest.raises(DataError, match="b.tif: expected a predictor with LZW"):
         read_image(tmp_path / "b.tif")
+
+
+def test_further_channels_of_a_tiff_are_never_dropped(tmp_path):
+    values = RNG.integers(0, 255, (6, 7, 5)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values[..., :2], photometric="minisblack", planarconfig="contig")
+    tifffile.imwrite(tmp_path / "b.tif", values, photometric="rgb", extrasamples=["unspecified"] * 2)
+    for name, found in (("a.tif", "1 further channel;"), ("b.tif", "2 further channels;")):
+        with pytest.raises(DataError, match=f"{name}: expected grey values or colours, found {found}"):
+            read_image(tmp_path / name)
+    tifffile.imwrite(tmp_path / "c.tif", values[..., :4], photometric="rgb", extrasamples=["unassalpha"])
+    assert np.array_equal(read_image(tmp_path / "c.tif").slices[0], values[..., :3].transpose(2, 0, 1))
+
+
+def test_a_stack_that_only_imagej_tells_is_a_stack(tmp_path):
+    values = RNG.integers(0, 999, (5, 6, 7)).astype(np.uint16)
+    path = tmp_path / "a.tif"
+    description = "ImageJ=1.53t\nimages=5\nslices=5\nloop=false\n"
+    tifffile.imwrite(path, values[0], description=description, metadata=None)
+    # One page of a stack may have the description of all.
+    assert np.array_equal(read_image(path).slices[0, 0], values[0])
+    # Beyond 4 GB, ImageJ writes the header of the first picture only, and all pixels in a row.
+    with open(path, "ab") as file:
+        file.write(values[1:].tobytes())
+    assert np.array_equal(tifffile.imread(path), values)
+    with pytest.raises(DataError, match="a.tif: expected one picture, found 5 pages"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("white", [1, 255])
+def test_a_mask_with_an_inverting_lookup_table_is_refused(tmp_path, white):
+    mask = RNG.random((6, 7)) > 0.5
+    tifffile.imwrite(tmp_path / "a.tif", (mask * white).astype(np.uint8), photometric="miniswhite")
+    with pytest.raises(DataError, match="a.tif: expected .*inverting lookup table"):
+        read_label(tmp_path / "a.tif")
+    # As images they are what is displayed, and pictures of one bit have no other reading.
+    assert np.array_equal(read_image(tmp_path / "a.tif").slices[0, 0], 255 - white * mask.astype(int))
+    Image.fromarray(mask).save(tmp_path / "b.tif", compression="group4")
+    assert np.array_equal(read_label(tmp_path / "b.tif")[0], mask)

@@ -56,7 +56,7 @@ def written(folder: Path, header: str, name: str | None = None, data: bytes | No
 
 
 def same_as_simpleitk(path: Path) -> None:
-    expected, header = SimpleITK.ReadImage(str(path)), raw_header(path)
+    expected, header = SimpleITK.ReadImage(str(path)), raw_header(path, detached=True)
     dimensions = expected.GetDimension()
     values = SimpleITK.GetArrayFromImage(expected)
     values = values.transpose(*range(dimensions)[::-1], *range(dimensions, values.ndim))
@@ -163,6 +163,7 @@ REFUSED = {
     "directions": NRRD.replace("(0,0,2.5e0)", "(0,0)"),
     "directions no numbers": NRRD.replace("(0,0,2.5e0)", "(0,0,nan)"),
     "all channels": NRRD.replace("domain domain domain", "list list list"),
+    "ranges of axes": NRRD.replace("space directions: (0.5,0.1,0) (-0.1, 0.5,0) (0,0,2.5e0)", "axis mins: 0 0 9"),
     "another space": NRRD.replace("right-anterior-superior", "nowhere"),
     "long numbers": NRRD.replace("(0,0,2.5e0)", f"(0,0,{'1' * 100_000})"),
     "endless header": "NRRD0004\n" + "#" * (1 << 21),
@@ -212,7 +213,11 @@ def test_voxels_in_another_file_are_read_from_the_same_folder_only(tmp_path):
     path = written(tmp_path / "series", META.replace("LOCAL", "beside.raw"), "a.mhd", b"")
     assert np.array_equal(raw_header(path, detached=True).read(), VOXELS.transpose(2, 1, 0))
     assert read_image(path).geometry.native_shape == (3, 4, 5)
-    for name in ("../outside.raw", str(tmp_path / "outside.raw"), "linked.raw", ".", "none.raw", "beside.raw x"):
+    (tmp_path / "series" / "Scan 1 (copy).raw").write_bytes(VOXELS.tobytes())
+    same_as_simpleitk(written(tmp_path / "series", META.replace("LOCAL", "Scan 1 (copy).raw"), "Scan 1.mhd", b""))
+    (tmp_path / "series" / "LIST 2").write_bytes(VOXELS.tobytes())
+    outside = "../outside.raw", str(tmp_path / "outside.raw"), "linked.raw"
+    for name in (*outside, ".", "none.raw", "beside.raw x", "LIST 2"):
         with pytest.raises(FormatError, match="same folder|another"):
             read_image(written(tmp_path / "series", META.replace("LOCAL", name), "b.mhd", b""))
 

@@ -59,7 +59,7 @@ from lib.stores.naming import agreed, declared, renumber
 from lib.stores.records import ImageRecord, LabelRecord, Record, checked, readable
 from sam2sgp.data.folders import check_label_values, class_names
 from sam2sgp.data.io import SUFFIXES, dicom_files, output_suffix, read_image, read_label, write_label
-from sam2sgp.data.tree import DESCRIPTIONS, SYSTEM_FILES, file_not_used
+from sam2sgp.data.tree import DESCRIPTIONS, file_not_used, is_hidden
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing, write_text
 
@@ -69,7 +69,7 @@ LABELS = "labels"
 # A folder changed less than this many seconds ago may change again without a new time: it is read again.
 COARSEST_CLOCK = 0.1
 # What lies among the images and is none of them.
-OWN_FILES = {LABELS, "datastore_v2.json", *DESCRIPTIONS, *SYSTEM_FILES}
+OWN_FILES = {LABELS, "datastore_v2.json", *DESCRIPTIONS}
 # Saves take well below a second; a lock held for longer belongs to a process that hangs.
 LOCK_TIMEOUT = 30.0
 # What a killed process left of a save, in seconds; younger ones may belong to a process at work.
@@ -752,7 +752,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         self.left_out = []
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = Path(entry.path)
-            if entry.name.startswith(".") or entry.name in OWN_FILES or entry.name.endswith((".lock", ".damaged")):
+            if is_hidden(path) or entry.name in OWN_FILES or entry.name.endswith((".lock", ".damaged")):
                 continue
             if _is(partial(entry.is_dir, follow_symlinks=False)):
                 what = "DICOM files" if dicom_files(path) else "files"

@@ -17,6 +17,7 @@ beyond `M` bytes it gets no more memory. In place of the second message about a 
 
 import json
 import os
+import re
 import resource
 import sys
 import warnings
@@ -26,7 +27,7 @@ sys.path[:] = [path for path in sys.path if os.path.abspath(path) != os.path.dir
 
 # Of TIFF: bits, compression, photometric interpretation, samples, predictor, extra samples, sample format.
 TAGS = (258, 259, 262, 277, 317, 338, 339)
-ORIENTATION = 274
+BITS, DESCRIPTION, ORIENTATION = 258, 270, 274
 # More than a file's decoding takes besides its pixels.
 SPARE_SECONDS = 1
 
@@ -64,8 +65,7 @@ def decode_picture(job: dict, source, target) -> tuple[dict, bytes]:
             "width": image.width,
             "height": image.height,
             "bands": len(image.getbands()),
-            # MPO is a JPEG with further pictures, such as thumbnails.
-            "pages": getattr(image, "n_frames", 1) if image.format != "MPO" else 1,
+            "pages": pages(image, tags, os.path.getsize(job["path"])),
             "covered": covered(image),
             "stored_as": str(arguments if isinstance(arguments, str) else arguments[0]),
             "tags": {str(tag): tags[tag] for tag in TAGS if tag in tags},
@@ -88,6 +88,19 @@ def decode_picture(job: dict, source, target) -> tuple[dict, bytes]:
             details["transparency"] = list(transparency) if isinstance(transparency, bytes) else transparency
         pixels = image.tobytes()
     return {"size": len(pixels), **details}, pixels
+
+
+def pages(image, tags: dict, size: int) -> int:
+    """How many pictures a file of `size` bytes holds; of a stack beyond 4 GB, ImageJ tells so in a description only."""
+    # MPO is a JPEG with further pictures, such as thumbnails.
+    found = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+    stated = re.match(r"ImageJ=.*?^images=(\d{1,9})$", str(tags.get(DESCRIPTION, "")), re.DOTALL | re.MULTILINE)
+    if not stated or found > 1:
+        return found
+    # A page that was taken out of a stack may have the stack's description.
+    bits = tags.get(BITS, 8)
+    page = image.width * image.height * sum(bits if isinstance(bits, tuple) else (bits,)) // 8
+    return int(stated[1]) if size >= int(stated[1]) * page else found
 
 
 def covered(image) -> int:

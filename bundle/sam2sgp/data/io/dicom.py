@@ -7,6 +7,7 @@ distances is refused: it has no rectangular grid of voxels on which a class map 
 import hashlib
 import os
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ SLICE_GAP_TOLERANCE = 5e-2
 LARGEST_ROUNDING = 0.25
 # A sheared stack (gantry tilt) has no rectangular voxels, so no viewer would show a label on it in place.
 SHEAR_TOLERANCE = 1e-2
+# Directions are unit vectors at right angles, but for rounding.
+DIRECTION_TOLERANCE = 1e-2
 # Modalities whose multi-frame files are films: their frames have no positions of their own to lose.
 CINE_MODALITIES = ("US", "IVUS", "XA", "RF", "ES", "OP")
 # Of ultrasound regions (PS3.3 C.8.5.5): two-dimensional format, centimetres.
@@ -187,13 +190,41 @@ def _slices(file: Path, header: Dataset) -> list[_Slice]:
                 file,
                 frame,
                 header,
-                np.asarray(position, dtype=float) if position else None,
-                np.asarray(orientation, dtype=float) if orientation else None,
+                _numbers(file, "ImagePositionPatient", position, 3),
+                _directions(file, orientation),
                 spacing,
                 max(10.0 ** -_decimals(str(value)) for value in position) if position else 0.0,
             )
         )
     return slices
+
+
+def _numbers(file: Path, name: str, values: Sequence | None, count: int) -> np.ndarray | None:
+    """As many finite numbers; None where there are no values. Raises DataError for others."""
+    if not values:
+        return None
+    found = np.asarray(values, dtype=float)
+    if found.shape != (count,) or not np.isfinite(found).all():
+        raise DataError(
+            f"{file}: expected {count} numbers as {name}, found {found.tolist()}; correct the header or export the "
+            "image again."
+        )
+    return found
+
+
+def _directions(file: Path, values: Sequence | None) -> np.ndarray | None:
+    """`ImageOrientationPatient` (6,), two unit vectors at right angles (PS3.3 C.7.6.2.1.1); None where it lacks."""
+    found = _numbers(file, "ImageOrientationPatient", values, 6)
+    if found is None:
+        return None
+    row, column = found[:3], found[3:]
+    off = np.abs([row @ row - 1.0, column @ column - 1.0, row @ column]).max()
+    if off > DIRECTION_TOLERANCE:
+        raise DataError(
+            f"{file}: expected two unit vectors at right angles as ImageOrientationPatient, found {found.tolist()}; "
+            "correct the header or export the image again."
+        )
+    return found
 
 
 def _decimals(number: str) -> int:

@@ -119,7 +119,7 @@ def read_grid(path: str | os.PathLike, label: bool = False, limit: int | None = 
             + ("correct its permissions." if isinstance(error, PermissionError) else "copy or export it again.")
         ) from error
     if 0 in grid.array.shape:
-        raise DataError(f"{path}: expected an image, found an empty grid {grid.native_shape}; export it again.")
+        raise DataError(f"{path}: expected an image, found an empty grid {grid.array.shape}; export it again.")
     if not np.isfinite(grid.affine).all() or abs(np.linalg.det(grid.affine[:3, :3])) < 1e-12:
         raise DataError(
             f"{path}: expected an affine that gives each voxel a place and a size, found {rounded(grid.affine)}; "

@@ -28,6 +28,9 @@ LABEL_BYTES = 16
 LARGEST_CLASS = 65535
 # A picture of this many values that reaches 255 is a resized (blurred) mask, not a class map with an ignore label.
 BLURRED_MASK_VALUES = 32
+# So is one of fewer values that reaches this one and has two neighbouring values above classes' usual ones: of a mask
+# that was stored as JPEG before, white became 250 to 255.
+NEARLY_WHITE, USUAL_CLASSES = 240, 32
 
 
 def read_label(path: str | os.PathLike, geometry: Geometry | None = None, slice_axis: str | int = "auto") -> np.ndarray:
@@ -186,10 +189,13 @@ def _class_values(path: str | os.PathLike, grid: Grid) -> np.ndarray:
                 f"{path}: expected a class map, found a JPEG of {len(found)} values; lossy compression blurs class "
                 "values: threshold the mask and store it as PNG."
             )
-        if found[-1] == 255 and len(found) >= BLURRED_MASK_VALUES:
+        high = found[found > USUAL_CLASSES]
+        has_neighbours = found[-1] >= NEARLY_WHITE and (np.diff(high) == 1).any()
+        if has_neighbours or (found[-1] == 255 and len(found) >= BLURRED_MASK_VALUES):
             raise DataError(
-                f"{path}: expected a class map, found {len(found)} values from {found[0]} to 255; this looks like a "
-                "blurred mask or a photograph: threshold it and store whole class values."
+                f"{path}: expected a class map, found {len(found)} values from {found[0]} to {found[-1]}; this looks "
+                "like a mask that was blurred, stored as JPEG before, or a photograph: threshold it and store whole "
+                "class values."
             )
     return values
 

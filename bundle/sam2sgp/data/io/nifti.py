@@ -14,6 +14,8 @@ from sam2sgp.errors import DataError
 # Headers of pairs: their class, and where which magic stands.
 PAIRS = ((nib.Nifti1Pair, 344, b"ni1\0"), (nib.Nifti2Pair, 4, b"ni2\0"))
 LONGEST_MAGIC = 348
+# pixdim and sform may give a voxel sizes that differ by this part: they are rounded differently.
+SIZE_TOLERANCE = 1e-3
 MM_PER_UNIT = {"meter": 1e3, "micron": 1e-3}
 # Of a NIfTI header, all that says where its voxels lie.
 PLACING_FIELDS = (
@@ -56,6 +58,13 @@ def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Gri
     scale = MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
     affine, *others = (_in_mm(affine, scale) for affine in (image.affine, *_other_affines(header)))
     lacks_sizes = not is_pair and header["sform_code"] <= 0 and lacks_voxel_sizes(path)
+    warnings = ["Its header gives voxels no size (pixdim is 0), so sizes count voxels."] if lacks_sizes else []
+    if _sform_of_other_sizes(header) is not None:
+        found = (", ".join(f"{size:.4g}" for size in sizes) for sizes in (header["pixdim"][1:4], _sizes(header)))
+        warnings.append(
+            "Its header contradicts itself on the size of a voxel (pixdim {}; sform {}): the sform counts, ITK and 3D "
+            "Slicer go by pixdim; correct the header.".format(*found)
+        )
     return Grid(
         with_channels(array, spatial),
         spatial,
@@ -64,7 +73,7 @@ def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Gri
         has_spacing=not lacks_sizes,
         affines=tuple(others),
         nifti=header.copy(),
-        warnings=["Its header gives voxels no size (pixdim is 0), so sizes count voxels."] if lacks_sizes else [],
+        warnings=warnings,
     )
 
 
@@ -100,22 +109,43 @@ def _in_mm(affine: np.ndarray, scale: float) -> np.ndarray:
 def _other_affines(header: nib.Nifti1Header) -> list[np.ndarray]:
     """Affines by which other programs place the voxels than nibabel, which takes the sform if there are two forms.
 
-    ITK mostly takes the qform then; without any form it takes the axes as left, posterior and superior.
+    ITK mostly takes the qform then; without any form it takes the axes as left, posterior and superior. Of a sform it
+    takes directions and place only, and sizes from pixdim.
     """
     forms = [form for form, code in (header.get_sform(coded=True), header.get_qform(coded=True)) if code > 0]
     if forms:
-        return forms[1:]
+        of_itk = _sform_of_other_sizes(header)
+        return forms[1:] + ([of_itk] if of_itk is not None else [])
     return [np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.diag([*header["pixdim"][1:4], 1.0])]
+
+
+def _sizes(header: nib.Nifti1Header) -> np.ndarray:
+    """Of a voxel, by the sform."""
+    return np.linalg.norm(header.get_sform()[:3, :3], axis=0)
+
+
+def _sform_of_other_sizes(header: nib.Nifti1Header) -> np.ndarray | None:
+    """A sform with the voxel sizes of pixdim, where it is the only form and has other ones; else None."""
+    if header["sform_code"] <= 0 or header["qform_code"] > 0:
+        return None
+    axes = slice(min(int(header["dim"][0]), 3))
+    stated, sizes = np.abs(header["pixdim"][1:4].astype(float))[axes], _sizes(header)[axes]
+    is_sound = np.isfinite([stated, sizes]).all() and stated.all() and sizes.all()
+    if not is_sound or np.allclose(stated, sizes, SIZE_TOLERANCE, 0):
+        return None
+    affine = header.get_sform().astype(float)
+    affine[:3, axes] *= stated / sizes
+    return affine
 
 
 def itk_affine(geometry: Geometry) -> np.ndarray:
     """(4, 4) voxel -> world in mm, RAS+, as ITK and so 3D Slicer place an image's voxels.
 
-    ITK takes the sform only where its code is 1 (scanner) or there is no qform.
+    ITK takes the sform only where its code is 1 (scanner) or there is no qform, and voxel sizes from pixdim.
     """
     if geometry.nifti is None or not geometry.affines:
         return geometry.affine
-    is_sform_first = geometry.nifti["sform_code"] == 1
+    is_sform_first = geometry.nifti["sform_code"] == 1 and geometry.nifti["qform_code"] > 0
     return geometry.affine if is_sform_first else geometry.affines[0]
 
 

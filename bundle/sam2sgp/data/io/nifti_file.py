@@ -77,7 +77,14 @@ def nifti_header(path: Path, label: bool = False, limit: int | None = None) -> n
 def _head(path: Path) -> bytes:
     """The first bytes of a file, unpacked, in which its header is."""
     with open(path, "rb") as file, _reading_gzip(path):
-        content = next(inflated(file), b"") if _is_gzip(path) else file.read(HEADER_BYTES)
+        if not _is_gzip(path):
+            return file.read(HEADER_BYTES)
+        content = b""
+        # The members of a gzip file may be shorter than the header.
+        for data in inflated(file):
+            content += data
+            if len(content) >= HEADER_BYTES:
+                break
     return content[:HEADER_BYTES]
 
 

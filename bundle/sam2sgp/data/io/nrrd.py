@@ -150,12 +150,15 @@ def read_header(path: Path, detached: bool = False) -> RawHeader:
 
 def beside(path: Path, name: str, allowed: bool) -> Path:
     """The file in the same folder that a detached header names. Raises FormatError for any other place."""
+    advice = "save it again with the voxels in the same file"
     if not allowed:
-        raise _refused(path, "voxels in the file itself, found a reference to another")
-    is_plain = name not in (".", "..") and not any(letter in name for letter in "/\\%\0") and len(name.split()) == 1
-    other = path.with_name(name) if is_plain else path
-    if not is_plain or other.is_symlink() or not other.is_file():
-        raise _refused(path, f"its voxels in one file of the same folder, found {_shown(name)}")
+        raise FormatError(f"{path}: expected voxels in the file itself, found a reference to another; {advice}.")
+    is_list = re.match(r"LIST\b", name)
+    is_plain = name not in ("", ".", "..") and name == name.strip() and not any(letter in name for letter in "/\\%\0")
+    other = path.with_name(name) if is_plain and not is_list else path
+    if other == path or other.is_symlink() or not other.is_file():
+        found = f"found {_shown(name)}" if is_plain and not is_list and other.exists() else f"found no {_shown(name)}"
+        raise FormatError(f"{path}: expected its voxels in one file of the same folder, {found}; {advice}.")
     return other
 
 
@@ -213,6 +216,10 @@ def _affine(path: Path, fields: dict[str, str], grid: list[int], dimensions: int
     if space not in SPACES:
         raise _refused(path, f"a space such as left-posterior-superior, found {_shown(space)}")
     axes = grid[:3]
+    has_ranges = re.search(r"\d", fields.get("axis mins", "") + fields.get("axis maxs", ""))
+    if has_ranges and "space directions" not in fields:
+        # Programs differ on whether a range ends at the middle or at the edge of a voxel.
+        raise _refused(path, "the place of voxels by space directions and origin, found axis mins or maxs")
     if "space directions" in fields:
         vectors = _vectors(path, "space directions", fields["space directions"], dimensions)
         columns = [vectors[axis] for axis in axes]

@@ -1,5 +1,6 @@
 """Reading PNG, JPEG, TIFF and BMP pictures, as images and as class maps."""
 
+import os
 import re
 from pathlib import Path
 
@@ -28,8 +29,13 @@ UPPER_BITS = "Of its values of 16 bits the upper 8 are read, as colours and tran
 # LZMA, Zstandard); of PhotometricInterpretation.
 UNSIGNED, SIGNED = 1, 2
 NO_PREDICTOR, PREDICTED = 1, (5, 8, 32946, 34925, 50000)
-WHITE_IS_ZERO = 0
+WHITE_IS_ZERO, BLACK_IS_ZERO = 0, 1
+# Of ExtraSamples: neither of the two kinds of transparency.
+UNSPECIFIED = 0
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+# Before the pixels of a PNG file.
+MOST_CHUNKS = 100
 # Palette greys below this are class values, and above it shades that show them.
 LARGEST_GREY_CLASS = 32
 
@@ -44,7 +50,7 @@ def read_picture(path: Path, label: bool, limit: int | None = None) -> Grid:
             "stack as a NIfTI volume."
         )
     if image.format == "TIFF":
-        _check_tiff(path, image)
+        _check_tiff(path, image, label)
     axes, flips = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1), TURNS[1])
     is_jpeg = image.format in ("JPEG", "MPO")
     array = _picture_label(path, image, picture.stored_as) if label else _picture_image(image, picture.stored_as)
@@ -64,8 +70,23 @@ def read_picture(path: Path, label: bool, limit: int | None = None) -> Grid:
     )
 
 
-def _check_tiff(path: Path, image: Image.Image) -> None:
+def _check_tiff(path: Path, image: Image.Image, label: bool) -> None:
     """Raise DataError for a TIFF whose tags programs understand differently, so that it would be read wrong."""
+    extra = image.tag_v2.get(338, ())
+    extra = extra if isinstance(extra, tuple) else (extra,)
+    is_grey = image.tag_v2.get(262) in (WHITE_IS_ZERO, BLACK_IS_ZERO)
+    if len(extra) > 1 or (is_grey and UNSPECIFIED in extra):
+        raise DataError(
+            f"{path}: expected grey values or colours, found {len(extra)} further "
+            + ("channels" if len(extra) > 1 else "channel")
+            + "; store the channel to segment as a picture of its own."
+        )
+    if label and image.tag_v2.get(262) == WHITE_IS_ZERO and image.mode != "1":
+        raise DataError(
+            f"{path}: expected class values of which 0 is shown black, found a TIFF in which it is white (an inverting "
+            "lookup table, in ImageJ), of which programs take different pixels for the object; store it with black as "
+            "zero."
+        )
     compression = image.tag_v2.get(259, 1)
     if image.tag_v2.get(317, NO_PREDICTOR) != NO_PREDICTOR and compression not in PREDICTED:
         raise DataError(
@@ -137,6 +158,23 @@ def _label_with_alpha(path: Path, pixels: np.ndarray) -> np.ndarray:
         f"{path}: expected a class map in grey values or in transparency, found both and that they differ; store the "
         "class values as grey, without transparency."
     )
+
+
+def png_palette(path: Path) -> list[tuple[int, int, int]]:
+    """Colours of a PNG file's palette by index; [] for one without a palette, and for other files."""
+    with open(path, "rb") as file:
+        if file.read(len(PNG_MAGIC)) != PNG_MAGIC:
+            return []
+        # A palette comes before the pixels.
+        for _ in range(MOST_CHUNKS):
+            length, kind = int.from_bytes(file.read(4), "big"), file.read(4)
+            if kind == b"PLTE":
+                colours = file.read(min(length, 768))
+                return [tuple(colours[start : start + 3]) for start in range(0, len(colours) - 2, 3)]
+            if kind in (b"", b"IDAT"):
+                break
+            file.seek(length + 4, os.SEEK_CUR)
+    return []
 
 
 def _palette_label(path: Path, image: Image.Image) -> np.ndarray:
