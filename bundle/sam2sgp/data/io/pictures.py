@@ -170,7 +170,7 @@ def png_palette(path: Path) -> list[tuple[int, int, int]]:
             length, kind = int.from_bytes(file.read(4), "big"), file.read(4)
             if kind == b"PLTE":
                 colours = file.read(min(length, 768))
-                return [tuple(colours[start : start + 3]) for start in range(0, len(colours) - 2, 3)]
+                return [(colours[i], colours[i + 1], colours[i + 2]) for i in range(0, len(colours) - 2, 3)]
             if kind in (b"", b"IDAT"):
                 break
             file.seek(length + 4, os.SEEK_CUR)
