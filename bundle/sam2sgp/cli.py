@@ -10,6 +10,7 @@ import ast
 import csv
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import typer
 from sam2sgp import __version__
 from sam2sgp.errors import ConfigError
 from sam2sgp.files import sha256_of
-from sam2sgp.places import APP, BUNDLE, overlays_of
+from sam2sgp.places import APP, BUNDLE, IS_INSTALLED, overlays_of
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 MORE_SETTINGS = "Any setting of the run may follow, as in --ct_window '[-1000, 400]'; docs/settings.md lists them."
@@ -213,12 +214,15 @@ def serve(
         list[str] | None, typer.Option("--conf", metavar="NAME=VALUE", help="A setting of the app; may be repeated.")
     ] = None,
 ) -> None:
-    """Start the MONAI Label server for 3D Slicer and OHIF."""
+    """Start the MONAI Label server for 3D Slicer and OHIF.
+
+    Of an installed wheel, the app's files and its state lie in ~/.local/share/sam2sgp ($XDG_DATA_HOME).
+    """
     if not (APP / "main.py").is_file():
         _refuse(f"{APP}: expected the MONAI Label app there, found none; install sam2sgp again.")
     if not studies.startswith(("http://", "https://")):
         studies = _absolute(Path(studies))
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies", studies]
+    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(_app()), "--studies", studies]
     command += ["--host", host, "--port", str(port)]
     for setting in conf or []:
         name, separator, value = setting.partition("=")
@@ -283,6 +287,15 @@ def doctor() -> None:
         missing.append("weights")
     if set(missing) - OF_THE_APP:
         raise typer.Exit(1)
+
+
+def _app() -> Path:
+    """The app's folder; of a wheel a copy, because MONAI Label writes into it and the app keeps its state there."""
+    if not IS_INSTALLED:
+        return APP
+    folder = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sam2sgp" / "app"
+    shutil.copytree(APP, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
 
 
 def _absolute(path: Path) -> str:
