@@ -18,7 +18,7 @@ release = version = import_module("sam2sgp").__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
 include_patterns = ["README.md", "CONTRIBUTING.md", "docs/*", "bundle/docs/README.md", "apps/sam2sgp/README.md"]
-exclude_patterns = [".*", "out", "build", "docs/conf.py", "docs/contents.md", "bundle/sam2sgp", "apps/sam2sgp/lib"]
+exclude_patterns = [".*", "out", "build", "docs/conf.py", "bundle/sam2sgp", "apps/sam2sgp/lib"]
 
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
@@ -39,12 +39,51 @@ html_show_sphinx = False
 html_extra_path = ["site"]
 html_theme_options = {"footer_icons": []}
 
+# The site's menu. It is added to the README here, because GitHub would show it as it is.
+MENU = """
+:::{toctree}
+:hidden:
+:caption: Using it
 
-def _add_contents(app, name: str, source: list[str]) -> None:
-    """The README as GitHub shows it has no table of all pages; the site's menu is made of one."""
+docs/install
+docs/first_hour
+docs/data
+docs/running
+docs/settings
+docs/output
+docs/adaptation
+apps/sam2sgp/README
+docs/containers
+docs/federated
+docs/security
+:::
+
+:::{toctree}
+:hidden:
+:caption: What it can do
+
+docs/method
+docs/results
+docs/measurements
+docs/weights
+bundle/docs/README
+:::
+
+:::{toctree}
+:hidden:
+:caption: Changing it
+
+docs/reference
+docs/architecture
+CONTRIBUTING
+:::
+"""
+
+
+def _add_menu(app, name: str, source: list[str]) -> None:
     if name == root_doc:
-        source[0] += "\n" + (ROOT / "docs" / "contents.md").read_text(encoding="utf-8")
+        source[0] += MENU
 
 
 def setup(app) -> None:
-    app.connect("source-read", _add_contents)
+    app.connect("source-read", _add_menu)

@@ -102,6 +102,19 @@ def test_serve_passes_settings_and_paths_with_spaces(tmp_path, monkeypatch):
     assert "expected NAME=VALUE" in call("serve", tmp_path, "--conf", "k", code=2)
 
 
+def test_a_wheel_serves_a_copy_of_the_app_that_may_be_written_to(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.os, "execv", lambda program, command: seen.extend(command))
+    monkeypatch.setattr(cli, "IS_INSTALLED", True)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    folder = tmp_path / "sam2sgp" / "app"
+    (folder / "model").mkdir(parents=True)
+    (folder / "main.py").write_text("of an older version")
+    call("serve", tmp_path)
+    assert seen[seen.index("--app") + 1] == str(folder)
+    assert (folder / "main.py").read_bytes() == (cli.APP / "main.py").read_bytes() and (folder / "model").is_dir()
+
+
 def test_doctor_names_versions_and_the_licence_of_the_weights():
     output = call("doctor")
     assert "torch 2." in output and "non-commercial" in output and "SHA-256" in output

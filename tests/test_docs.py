@@ -6,7 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sam2sgp import cli
+from sam2sgp.evaluation import case_metrics
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
@@ -40,6 +46,28 @@ def test_settings_table_has_the_defaults_of_the_training_config():
 def test_readme_is_short():
     lines = (ROOT / "README.md").read_text()
     assert lines.count("\n") <= 200 and len(lines.encode()) <= 13_000
+
+
+def test_the_six_lines_of_the_readme_give_the_dice_of_the_command(phantoms, tmp_path, monkeypatch):
+    lines = re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len([line for line in lines.splitlines() if line]) <= 6
+    monkeypatch.chdir(tmp_path)
+    Path("SUPPORT").symlink_to(phantoms / "support" / "rgb")
+    Path("QUERIES").mkdir()
+    queries = sorted((phantoms / "queries" / "rgb").glob("*.png"))[:3]
+    for query in queries:
+        Path("QUERIES", query.name).symlink_to(query)
+    exec(lines, {})
+    command = ["segment", "--support", "SUPPORT", "--queries", "QUERIES", "--output", "COMMAND", "--progress", "False"]
+    result = CliRunner().invoke(cli.app, [*command, "--report_figures", "0"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    for query in queries:
+        truth, *found = (
+            np.asarray(Image.open(folder / query.name))[None]
+            for folder in (phantoms / "labelsTs", Path("OUT"), Path("COMMAND"))
+        )
+        first, second = ([row["dice"] for row in case_metrics(labels, truth, {1: "", 2: "", 3: ""})] for labels in found)
+        assert np.array_equal(first, second, equal_nan=True) and np.nanmean(first) > 0.8
 
 
 def _anchor(heading: str) -> str:
