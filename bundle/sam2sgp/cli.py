@@ -54,7 +54,12 @@ Weights = Annotated[
 Backbone = Annotated[
     str, typer.Option(help="A name from configs/backbones; it must be that of the weights.", rich_help_panel=METHOD)
 ]
-Items = Annotated[int | None, typer.Option("--k", help="Support items per query and class.", rich_help_panel=METHOD)]
+Items = Annotated[
+    int | None,
+    typer.Option(
+        "--k", help="Support items per query and class; default: that of the configs.", rich_help_panel=METHOD
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda:0, …; default: a GPU if there is one.", rich_help_panel=RUN)
 ]
@@ -182,7 +187,9 @@ def evaluate(
         Path | None,
         typer.Option("--support", "-s", help="Default: the training patients of the data.", rich_help_panel=DATA),
     ] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="All images, not only the test section's.")] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="All images, not only the test section's.", rich_help_panel=DATA)
+    ] = False,
     adapt: Adapt = 0,
     k: Items = None,
     weights: Annotated[
@@ -364,7 +371,6 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
     from sam2sgp.options import check_places
 
     files = [str(BUNDLE / "configs" / name) for name in configs]
-    hook = sys.excepthook
     try:
         check_places(monai.bundle.ConfigParser.load_config_files(files), settings)
         monai.bundle.run(
@@ -380,8 +386,6 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
         if not isinstance(cause, Sam2SgpError):
             raise
         _refuse(str(cause))
-    finally:
-        sys.excepthook = hook
     typer.echo(f"Done in {time.monotonic() - started:.0f} s: {settings.get('output_dir', '')}")
 
 
