@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(BUNDLE.parent / "apps" / "sam2sgp"))
 
+from lib.serving.published_weights import Weights
 from lib.trainers.data import MIN_PATIENTS
 from lib.trainers.finetune import FineTuning
-from lib.weights import Weights
 from sam2sgp.active import STRATEGIES, choose, embed, examine
 from sam2sgp.data import class_names, load_datalist
 from sam2sgp.data.phantom import make_phantoms

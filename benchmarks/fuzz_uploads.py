@@ -3,9 +3,10 @@
     python benchmarks/fuzz_uploads.py --files 20000 --seed 0
 
 Sound files of `tests/uploads.py` are changed at random: bits, bytes, numbers, lines of text headers, pieces cut out,
-doubled or taken from another file; packed ones also inside. Each goes through the same steps as an upload: `lib.door`
-(or, for archives, a session), then reading as an image or as a label, decoders in their own process. A canary file lies
-beside the uploads, and its content is put into no upload: an image that has it was read from elsewhere.
+doubled or taken from another file; packed ones also inside. Each goes through the same steps as an upload:
+`lib.stores.door` (or, for archives, a session), then reading as an image or as a label, decoders in their own process.
+A canary file lies beside the uploads, and its content is put into no upload: an image that has it was read from
+elsewhere.
 
 Counted are files that were read, files that were refused, by status, and decoders that crashed or took too long. An
 error of another type than the app answers with 4xx ends the run, and so does a crash of this process.
@@ -37,8 +38,8 @@ from tqdm import tqdm
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "apps" / "sam2sgp")]
 
-from lib.door import admitted  # noqa: E402
-from lib.sessions import ConfinedSessions  # noqa: E402
+from lib.stores.door import admitted  # noqa: E402
+from lib.stores.sessions import ConfinedSessions  # noqa: E402
 from sam2sgp.data.io import read_image, read_label  # noqa: E402
 from sam2sgp.data.io.decoding import decode_picture  # noqa: E402
 from sam2sgp.errors import DataError  # noqa: E402

@@ -42,12 +42,12 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "apps" / "sam2sgp")]
 
-from lib.datastore import open_datastore  # noqa: E402
-from lib.options import Options  # noqa: E402
-from lib.segmenter import Segmenter  # noqa: E402
+from lib.serving.approved_cases import LabelledCases  # noqa: E402
+from lib.serving.options import Options  # noqa: E402
+from lib.serving.published_weights import Weights  # noqa: E402
+from lib.serving.segmenter import Segmenter  # noqa: E402
 from lib.settings import Settings  # noqa: E402
-from lib.support import LabelledCases  # noqa: E402
-from lib.weights import Weights  # noqa: E402
+from lib.stores.folder import open_datastore  # noqa: E402
 from sam2sgp.data import load_datalist  # noqa: E402
 from sam2sgp.data.io import read_label  # noqa: E402
 from sam2sgp.data.phantom import make_phantoms  # noqa: E402

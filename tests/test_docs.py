@@ -122,7 +122,7 @@ def test_the_tests_that_the_page_on_security_names_exist():
         assert f"def {name}(" in (ROOT / path).read_text(), name
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page):
         assert (ROOT / "docs" / target).exists(), target
-    for module in re.findall(r"`(lib/\w+\.py)`", page):
+    for module in re.findall(r"`(lib/[\w/]+\.py)`", page):
         assert (ROOT / "apps" / "sam2sgp" / module).exists(), module
 
 

@@ -26,31 +26,32 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 import sam2sgp
-from lib.audit import Audit
-from lib.background import DONE, BackgroundTasks
-from lib.batch import BatchInference
+from lib.activelearning.scoring import Scores, Scoring
+from lib.activelearning.strategies import Choices, strategies
 from lib.checks import NotFound
-from lib.connections import ConnectionLimits, limit_connections
-from lib.datastore import open_datastore
-from lib.endpoints import routes, without_path
-from lib.guard import install, refuse, serve_only
+from lib.http.connections import ConnectionLimits, limit_connections
+from lib.http.endpoints import routes, without_path
+from lib.http.guard import install, serve_only
+from lib.http.logs import keep_logs, log_routes, quiet_libraries
+from lib.http.page import SupportPage
+from lib.http.task_endpoints import task_routes
+from lib.http.viewers import viewer_routes
 from lib.infers.segmentation import Segmentation
-from lib.logs import keep_logs, log_routes, quiet_libraries
-from lib.options import BatchParams, Declared, InferParams, TrainParams
-from lib.page import SupportPage
-from lib.records import of_prediction
-from lib.scoring import Scores, Scoring
+from lib.refusals import refuse
 from lib.scratch import own_temporary_folder
-from lib.segmenter import Segmenter
-from lib.sessions import open_sessions
+from lib.serving.approved_cases import FINAL, LabelledCases
+from lib.serving.options import BatchParams, Declared, InferParams, TrainParams
+from lib.serving.published_weights import Weights
+from lib.serving.segmenter import Segmenter
+from lib.serving.usage import Usage
 from lib.settings import Settings
-from lib.strategies import Choices, strategies
-from lib.support import FINAL, LabelledCases
-from lib.task_endpoints import task_routes
+from lib.stores.audit import Audit
+from lib.stores.folder import open_datastore
+from lib.stores.records import of_prediction
+from lib.stores.sessions import open_sessions
+from lib.tasks.background import DONE, BackgroundTasks
+from lib.tasks.batch import BatchInference
 from lib.trainers.finetune import FineTuning
-from lib.usage import Usage
-from lib.viewers import viewer_routes
-from lib.weights import Weights
 from sam2sgp.errors import DataError, Sam2SgpError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ FINE_TUNING = "finetune"
 SCORING = "scores"
 DEFAULT_STRATEGY = "hybrid"
 # Module of the processes that train, score and infer in batches. The server's requests come before these.
-BACKGROUND = "lib.worker"
+BACKGROUND = "lib.tasks.worker"
 SERVER = "monailabel.app"
 NICENESS = 10
 # Seconds that a start waits for an archive, and that background work does for the labels in it.

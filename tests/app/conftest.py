@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lib.datastore import open_datastore
-from lib.segmenter import Segmenter
+from lib.serving.approved_cases import LabelledCases
+from lib.serving.published_weights import Weights
+from lib.serving.segmenter import Segmenter
 from lib.settings import Settings
-from lib.support import LabelledCases
-from lib.weights import Weights
+from lib.stores.folder import open_datastore
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
 from tests.bundle_runs import computing_with_one_thread

@@ -1,7 +1,8 @@
 """Crafted files sent to a real server, and put where it finds them: each is refused or read for what it is.
 
 A canary lies beside everything; no answer may hold its bytes. No file may cost a gigabyte or ten seconds, and the
-server answers afterwards. An archive's instances go through the same steps as those of `lib.dicomweb`, in process.
+server answers afterwards. An archive's instances go through the same steps as those of `lib.stores.dicomweb`, in
+process.
 """
 
 import gzip
@@ -18,7 +19,7 @@ import requests
 from pydicom import dcmread
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
-from lib.door import check_series
+from lib.stores.door import check_series
 from sam2sgp.data import read_image
 from sam2sgp.errors import DataError
 from tests.data.io.test_decoding import png

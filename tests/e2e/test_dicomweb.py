@@ -24,8 +24,8 @@ import pytest
 import requests
 from requests_toolbelt import MultipartDecoder
 
-from lib import series_cache
-from lib.dicomweb import DicomWebDatastore
+from lib.stores import series_cache
+from lib.stores.dicomweb import DicomWebDatastore
 from sam2sgp.data import read_image, read_label, write_dicom_seg
 from sam2sgp.data.phantom import CLASS_NAMES
 from tests.e2e.hospital import LABEL_INFO, patient, picture, series_uid

@@ -7,9 +7,9 @@ from typing import Any
 
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from lib.options import ALL, Options
-from lib.results import uncertainty_map, write_result
-from lib.segmenter import Segmenter
+from lib.serving.options import ALL, Options
+from lib.serving.result_files import uncertainty_map, write_result
+from lib.serving.segmenter import Segmenter
 from sam2sgp.support.familiarity import is_unlike
 from sam2sgp.support.sampler import MODES
 

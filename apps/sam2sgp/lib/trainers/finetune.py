@@ -36,11 +36,11 @@ from monailabel.utils.others.generic import device_list, name_to_device
 from torch.optim.swa_utils import AveragedModel
 
 from lib.checks import Conflict, RequestError, StorageError
-from lib.options import ROLL_BACK, TRAIN, TrainParams
+from lib.serving.options import ROLL_BACK, TRAIN, TrainParams
+from lib.serving.published_weights import MODEL_FILE, Version, Weights
+from lib.trainers.comparison import Comparison
 from lib.trainers.data import HALVES, digest, halve, sections, write_datalist
-from lib.trainers.judging import Comparison
 from lib.trainers.status import Status, StatusHandler
-from lib.weights import MODEL_FILE, Version, Weights
 from sam2sgp.errors import Sam2SgpError, WeightsError, cause_of
 from sam2sgp.files import write_text
 from sam2sgp.networks import load_weights, merge_lora, save_weights

@@ -1,0 +1,461 @@
+"""The routes of images, labels, sessions and segmentations: MONAI Label's addresses, answered by the app.
+
+    GET  /info/                                   what can be segmented and how, the state of support set and training
+    POST /infer/{model}?image=|session_id=        segment an image of the datastore, of a session, or sent along
+    POST /activelearning/{strategy}               the image to label next
+    GET  /datastore/?output=                      the list of images and labels
+    GET, HEAD, PUT, DELETE /datastore/{image,label}, GET, PUT /datastore/{image,label}/info, GET /datastore/dataset
+    PUT  /session/, GET, DELETE /session/{id}     images lent for a while
+    GET  /proxy/dicom/{path}                      of an archive: what viewers read from it
+
+MONAI Label's own handlers are not used. They take any JSON, run on the event loop, so that nobody else is answered
+until they are done, leave refused uploads in the temporary folder, tell absolute paths and wait for an archive forever.
+Here each route declares what it takes, and a name beyond that is refused. Images and labels are told by ids. What
+viewers read from an archive is handed through on the event loop without waiting for anything there.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import fastapi
+from fastapi import APIRouter, Request, UploadFile
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from monailabel.endpoints.infer import ResultType
+from monailabel.endpoints.user.auth import User
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.utils.others.generic import get_mime_type
+from monailabel.utils.sessions import SessionInfo
+from pydantic import BeforeValidator, Field
+from requests_toolbelt import MultipartEncoder
+from starlette.background import BackgroundTask
+from starlette.types import Receive, Scope, Send
+
+from lib.checks import NotFound, RequestError, check_file_name, image_limit, suffix_of
+from lib.http.routing import ADMIN, ANNOTATOR, Form, Id, OptionalId, Query, Tag, in_threads, router, taken
+from lib.server_paths import open_plain
+from lib.serving.options import ImageParams, InferParams, LabelNotes, LabelParams, Notes, SampleParams, in_form
+from lib.stores.dicomweb import DicomWebDatastore
+from lib.stores.door import admit
+from sam2sgp.data import read_image, read_label, write_dicom_seg
+from sam2sgp.data.io import is_dicom
+
+DICOM = "application/dicom"
+# Of the archive's answers; the others are about its connection, not about the content.
+HEADERS_KEPT = ("content-type", "content-length", "content-encoding", "etag", "warning")
+# Segmentations come one after the other; a few requests prepare their images meanwhile.
+SEGMENTING = 4
+STORING = 8
+LONGEST_EXPIRY = 30 * 24 * 3600
+
+
+class Listing(Enum):
+    """What `GET /datastore/` tells: numbers, everything, or the approved pairs."""
+
+    stats = "stats"
+    all = "all"
+    train = "train"
+
+
+class InferQuery(Query):
+    """Which image, and what comes back."""
+
+    image: OptionalId = ""
+    session_id: str = ""
+    output: ResultType | None = None
+
+
+class InferForm(Form):
+    """The options, and an image sent along."""
+
+    params: Annotated[InferParams, BeforeValidator(in_form)] = InferParams()
+    file: UploadFile | None = None
+
+
+class ListingQuery(Query):
+    """How much of the datastore."""
+
+    output: Listing = Listing.stats
+
+
+class ImageQuery(Query):
+    """An image by its id."""
+
+    image: Id
+
+
+class NewImageQuery(Query):
+    """The id of a new image; by default the stem of its file."""
+
+    image: OptionalId = ""
+
+
+class ImageForm(Form):
+    """A new image."""
+
+    file: UploadFile
+    params: Annotated[ImageParams, BeforeValidator(in_form)] = ImageParams()
+
+
+class RemovedImageQuery(Query):
+    """An image to delete."""
+
+    id: Id
+
+
+class LabelQuery(Query):
+    """A label by its image's id and its tag."""
+
+    label: Id
+    tag: Tag
+
+
+class NewLabelQuery(Query):
+    """Which image a label is of; the tag `final`, the default, approves it."""
+
+    image: Id
+    tag: Annotated[Tag, BeforeValidator(lambda tag: tag or DefaultLabelTag.FINAL.value)] = DefaultLabelTag.FINAL.value
+
+
+class LabelForm(Form):
+    """A label."""
+
+    label: UploadFile
+    params: Annotated[LabelParams, BeforeValidator(in_form)] = LabelParams()
+
+
+class RemovedLabelQuery(Query):
+    """A label to delete."""
+
+    id: Id
+    tag: Tag
+
+
+class NotesForm(Form):
+    """What is known about an image."""
+
+    info: Annotated[Notes, BeforeValidator(in_form)] = Notes()
+
+
+class LabelNotesForm(Form):
+    """What is known about a label."""
+
+    info: Annotated[LabelNotes, BeforeValidator(in_form)] = LabelNotes()
+
+
+class DatasetQuery(Query):
+    """How many of the approved pairs; all by default."""
+
+    limit_cases: Annotated[int, Field(ge=1)] | None = None
+
+
+class NewSessionQuery(Query):
+    """Whether the file is an archive, and after how many seconds without use the session ends."""
+
+    uncompress: bool = False
+    expiry: Annotated[int, Field(ge=0, le=LONGEST_EXPIRY)] = 0
+
+
+class SessionForm(Form):
+    """The files of a session."""
+
+    files: Annotated[list[UploadFile], Field(min_length=1)]
+    client_id: str | None = None
+
+
+class SessionQuery(Query):
+    """Whether asking keeps the session alive, and whether its image is wanted."""
+
+    update_ts: bool = False
+    image: bool = False
+
+
+def routes(app: MONAILabelApp) -> APIRouter:
+    """All of these routes.
+
+    Args:
+        app: does the work; reads its `settings`, datastore and sessions.
+    """
+    made = router()
+    datastore = app.datastore()
+    limit = image_limit(app.settings)
+
+    @made.get("/info/")
+    def info() -> dict[str, Any]:
+        return app.info()
+
+    @made.post("/infer/{model}")
+    @in_threads(SEGMENTING)
+    def infer(
+        model: str,
+        query: Annotated[InferQuery, fastapi.Query()],
+        form: Annotated[InferForm, fastapi.Form()] = InferForm(),  # noqa: B008
+    ) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            request = {"model": model, "image": query.image, **form.params.given()}
+            # A path says that the server made it: what clients name are ids, which are text.
+            if form.file:
+                image = taken(form.file, Path(folder), "image")
+                admit(image, limit)
+                request["image"] = image
+            elif query.session_id:
+                request["image"] = Path(_session(app, query.session_id).image)
+            as_dicom = query.output == ResultType.dicom_seg
+            if as_dicom:
+                request["result_extension"] = ".nii.gz"
+            result = app.infer(request)
+            result_file = Path(result["file"])
+            try:
+                if as_dicom:
+                    image = request["image"]
+                    source = image if isinstance(image, Path) else datastore.get_image_uri(image)
+                    return _as_dicom_seg(result_file, str(source), result["params"]["label_names"], Path(folder))
+                return _answer(result_file, result["params"], query.output)
+            finally:
+                result_file.unlink(missing_ok=True)
+
+    @made.post("/activelearning/{strategy}")
+    def next_sample(strategy: str, params: SampleParams | None = None) -> dict[str, Any]:
+        return app.next_sample({"strategy": strategy})
+
+    _add_images_and_labels(made, app)
+    _add_sessions(made, app)
+    if isinstance(datastore, DicomWebDatastore):
+        _add_proxy(made, datastore)
+    return made
+
+
+def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
+    datastore = app.datastore()
+
+    @made.get("/datastore/")
+    def listing(query: Annotated[ListingQuery, fastapi.Query()]) -> Any:
+        if query.output is Listing.all:
+            return datastore.json()
+        return datastore.datalist(full_path=False) if query.output is Listing.train else datastore.status()
+
+    # Where the files lie that are sent.
+    root = os.path.realpath(app.settings.state_dir if app.settings.is_remote else app.settings.studies)
+
+    @made.get("/datastore/dataset", dependencies=[ANNOTATOR])
+    @in_threads(STORING)
+    def dataset(query: Annotated[DatasetQuery, fastapi.Query()]) -> FileResponse:
+        return FileResponse(datastore.get_dataset_archive(query.limit_cases), filename="dataset.zip")
+
+    # Images
+
+    @made.head("/datastore/image", include_in_schema=False)
+    @made.get("/datastore/image")
+    @in_threads(STORING)
+    def image(query: Annotated[ImageQuery, fastapi.Query()]) -> FileResponse:
+        is_remote = isinstance(datastore, DicomWebDatastore)
+        return _file(datastore.image_file(query.image) if is_remote else datastore.get_image_uri(query.image), root)
+
+    @made.put("/datastore/", include_in_schema=False)
+    @made.put("/datastore/image")
+    @in_threads(STORING)
+    def add_image(
+        query: Annotated[NewImageQuery, fastapi.Query()],
+        form: Annotated[ImageForm, fastapi.Form()],
+        user: Annotated[User, ANNOTATOR],
+    ) -> dict[str, str]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = taken(form.file, Path(folder), "image")
+            image_id = query.image or _name(form.file)[: -len(suffix_of(path))]
+            return {"image": datastore.add_image(image_id, str(path), {"user": user.username})}
+
+    @made.delete("/datastore/image", dependencies=[ADMIN])
+    def remove_image(query: Annotated[RemovedImageQuery, fastapi.Query()]) -> dict[str, str]:
+        datastore.remove_image(query.id)
+        return {}
+
+    @made.get("/datastore/image/info")
+    def image_info(query: Annotated[ImageQuery, fastapi.Query()]) -> dict[str, Any]:
+        return without_path(datastore.get_image_info(query.image))
+
+    @made.put("/datastore/image/info")
+    def note_image(
+        query: Annotated[ImageQuery, fastapi.Query()],
+        user: Annotated[User, ANNOTATOR],
+        form: Annotated[NotesForm, fastapi.Form()] = NotesForm(),  # noqa: B008
+    ) -> None:
+        datastore.update_image_info(query.image, {**form.info.model_dump(), "user": user.username})
+
+    # Labels
+
+    @made.head("/datastore/label", include_in_schema=False)
+    @made.get("/datastore/label")
+    def label(query: Annotated[LabelQuery, fastapi.Query()]) -> FileResponse:
+        return _file(datastore.get_label_uri(query.label, query.tag), root)
+
+    @made.put("/datastore/label")
+    @in_threads(STORING)
+    def save_label(
+        query: Annotated[NewLabelQuery, fastapi.Query()],
+        form: Annotated[LabelForm, fastapi.Form()],
+        user: Annotated[User, ANNOTATOR],
+    ) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = taken(form.label, Path(folder), "label")
+            given = {**form.params.given(), "user": user.username}
+            label_id = datastore.save_label(query.image, str(path), query.tag, given)
+        return {**app.on_save_label(query.image, label_id), "image": query.image, "label": label_id}
+
+    @made.delete("/datastore/label", dependencies=[ADMIN])
+    def remove_label(query: Annotated[RemovedLabelQuery, fastapi.Query()]) -> dict[str, str]:
+        datastore.remove_label(query.id, query.tag)
+        return {}
+
+    @made.get("/datastore/label/info")
+    def label_info(query: Annotated[LabelQuery, fastapi.Query()]) -> dict[str, Any]:
+        return without_path(datastore.get_label_info(query.label, query.tag))
+
+    @made.put("/datastore/label/info")
+    def note_label(
+        query: Annotated[LabelQuery, fastapi.Query()],
+        user: Annotated[User, ANNOTATOR],
+        form: Annotated[LabelNotesForm, fastapi.Form()] = LabelNotesForm(),  # noqa: B008
+    ) -> None:
+        noted = form.info.model_dump(exclude_unset=True)
+        datastore.update_label_info(query.label, query.tag, {**noted, "user": user.username})
+
+
+def _add_sessions(made: APIRouter, app: MONAILabelApp) -> None:
+    @made.put("/session/")
+    @in_threads(STORING)
+    def create(
+        query: Annotated[NewSessionQuery, fastapi.Query()], form: Annotated[SessionForm, fastapi.Form()]
+    ) -> dict[str, Any]:
+        sessions = _sessions(app)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            files = [_stored(upload, Path(folder)) for upload in form.files]
+            source = files[0] if len(files) == 1 else Path(folder)
+            session_id, session = sessions.add_session(str(source), query.expiry, query.uncompress)
+        return {"session_id": session_id, "session_info": _told(session)}
+
+    @made.get("/session/{session_id}")
+    def show(session_id: str, query: Annotated[SessionQuery, fastapi.Query()]) -> Any:
+        session = _session(app, session_id, query.update_ts)
+        return _file(session.image, os.path.realpath(session.path)) if query.image else _told(session)
+
+    @made.delete("/session/{session_id}")
+    def remove(session_id: str) -> dict[str, Any]:
+        session = _session(app, session_id)
+        _sessions(app).remove_session(session_id)
+        return _told(session)
+
+
+def _add_proxy(made: APIRouter, datastore: DicomWebDatastore) -> None:
+    @made.api_route("/proxy/dicom/{path:path}", methods=["GET", "HEAD"], include_in_schema=False)
+    async def proxy(path: str, request: Request) -> StreamingResponse:
+        answer, content = await datastore.forward(path, request.url.query)
+        headers = {name: answer.headers[name] for name in HEADERS_KEPT if name in answer.headers}
+        return StreamingResponse(content, answer.status_code, headers, background=BackgroundTask(answer.aclose))
+
+
+def without_path(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known about an image or a label, without where it is on the server."""
+    return {key: value for key, value in info.items() if key != "path"}
+
+
+def _name(upload: UploadFile) -> str:
+    """The name of an upload. Some clients send the whole path on their machine."""
+    return check_file_name((upload.filename or "").replace("\\", "/").rpartition("/")[2])
+
+
+def _stored(upload: UploadFile, folder: Path) -> Path:
+    """An upload as a file under its own name. Raises RequestError for a name that comes twice."""
+    path = folder / _name(upload)
+    try:
+        with open(path, "xb") as file:
+            shutil.copyfileobj(upload.file, file)
+    except FileExistsError:
+        raise RequestError(
+            f"files: expected each name once, found {ascii(path.name)} twice; send an archive."
+        ) from None
+    return path
+
+
+class _Opened(FileResponse):
+    """A file that was opened before: whatever comes to its place meanwhile, it is sent whole, and nothing else."""
+
+    def __init__(self, file: IO[bytes], path: str) -> None:
+        self._file = file
+        super().__init__(
+            f"/dev/fd/{file.fileno()}",
+            media_type=get_mime_type(path),
+            filename=os.path.basename(path),
+            stat_result=os.fstat(file.fileno()),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._file:
+            await super().__call__(scope, receive, send)
+
+
+def _file(path: str | Path, within: str) -> FileResponse:
+    try:
+        if not path:
+            raise FileNotFoundError()
+        return _Opened(open_plain(os.path.realpath(path), within), str(path))
+    except OSError:
+        raise NotFound("file: expected one that exists, found none; load the list again.") from None
+
+
+def _sessions(app: MONAILabelApp) -> Any:
+    sessions = app.sessions()
+    if sessions is None:
+        raise NotFound("session: expected sessions to be enabled, found them switched off; upload the image instead.")
+    return sessions
+
+
+def _session(app: MONAILabelApp, session_id: str, update_ts: bool = True) -> SessionInfo:
+    session = _sessions(app).get_session(session_id, update_ts)
+    if session is None:
+        raise NotFound("session: expected one that exists, found none; create a session first.")
+    return session
+
+
+def _told(session: SessionInfo) -> dict[str, Any]:
+    """A session as clients see it: its files by their names within it."""
+    return {**without_path(session.to_json()), "image": os.path.relpath(session.image, session.path)}
+
+
+def _answer(made: Path, params: dict[str, Any], output: ResultType | None) -> Response:
+    """A label file, its parameters, or both, as MONAI Label's clients expect them."""
+    if output == ResultType.json:
+        return Response(json.dumps(params), media_type="application/json")
+    kind = get_mime_type(str(made))
+    if output == ResultType.image:
+        headers = {"content-disposition": f'attachment; filename="{made.name}"'}
+        return Response(made.read_bytes(), media_type=kind, headers=headers)
+    fields = {
+        "params": (None, json.dumps(params), "application/json"),
+        "image": (made.name, made.read_bytes(), kind),
+    }
+    message = MultipartEncoder(fields=fields)
+    return Response(message.to_string(), media_type=message.content_type)
+
+
+def _as_dicom_seg(made: Path, source: str, names: dict[str, int], folder: Path) -> Response:
+    """A label file as DICOM Segmentation object, whose segments are called automatic.
+
+    Raises:
+        RequestError: the image is none that a segmentation object can refer to.
+    """
+    if not is_dicom(source):
+        raise RequestError(
+            "output: expected an image from DICOM for dicom_seg, found one of another kind; ask for output=image."
+        )
+    geometry = read_image(source).geometry
+    path = folder / "segmentation.dcm"
+    class_names = {value: name for name, value in names.items()}
+    write_dicom_seg(path, read_label(made, geometry), geometry, source, class_names, keep_empty=True)
+    headers = {"content-disposition": f'attachment; filename="{path.name}"'}
+    return Response(path.read_bytes(), media_type=DICOM, headers=headers)

@@ -1,0 +1,652 @@
+"""The one network of the server, guided by the support bank: requests in, segmentations out.
+
+    labelled cases ─ reconcile ─ bank ─┐
+    weights in use ─ load ─ network ───┼─ CaseSegmenter ─ class map, confidence, support items used
+    image ─ prepare (kept) ────────────┘             (kept until the support set or the weights change)
+
+Network, transforms, bank and inferer are built by MONAI's `ConfigParser` from the bundle's `configs/inference.json`;
+nothing of them is declared here.
+
+Concurrency: `segment`, `refresh` and everything else that touches network or bank hold `lock`, so one request is worked
+on at a time, by whatever thread. Whoever only looks (`state`, `facts`, `class_names`, `thumbnail`) waits for nobody:
+each change of the support set publishes a `SupportState`, which never changes. Whoever changed a label calls `keep_up`,
+which has a thread of its own take it in; a request that comes before that does it itself. When other weights are put in
+use, a thread of its own builds a second network and a second bank on the same cache folder and encodes the support set
+with them, while the old ones go on serving; then both are exchanged at once, under the lock. Tokens are stored under a
+fingerprint of the network, so a network never meets those of another. Several processes (server, batch inference,
+scoring) may share the cache folder.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+
+from lib.checks import NotFound, RequestError
+from lib.refresher import Refresher
+from lib.serving.approved_cases import LabelledCases
+from lib.serving.options import Options
+from lib.serving.published_weights import Version, Weights
+from lib.settings import Settings
+from lib.stamps import image_stamp
+from sam2sgp.errors import DataError, Sam2SgpError, cause_of
+from sam2sgp.inferers import CaseSegmenter, SupportSetInferer
+from sam2sgp.inferers.episode import autocast
+from sam2sgp.inferers.feature_cache import FeatureCache
+from sam2sgp.networks import SAM2SGP, load_weights
+from sam2sgp.support import SupportBank, SupportItem
+from sam2sgp.support.lru import ByteLRU
+from sam2sgp.transforms import SupportScaling
+
+logger = logging.getLogger(__name__)
+
+# Inferers for other options than the last ones, each with what it learned from the support set.
+INFERERS_KEPT = 8
+ITEMS_LISTED = 100
+# Seconds that a change of a label waits to be taken in, to tell what came of it, where no image is being segmented.
+PATIENCE = 0.5
+NOTHING_APPROVED = (
+    "No approved label shows an object, so nothing can be segmented yet: label an image by hand and save its label "
+    "with the tag 'final', or start the server with labelled pairs in `--conf support_dir`."
+)
+
+
+class NoSupport(RequestError):
+    """There is no approved label that could guide the query."""
+
+    status = 409
+
+
+class OutOfMemory(RequestError):
+    """The machine's memory is too small for the image."""
+
+    status = 507
+
+
+@dataclass(frozen=True)
+class SupportState:
+    """The support set at a moment, for whoever only looks at it.
+
+    Attributes:
+        items: support items, of which only what needs no pixels may be asked for.
+        class_names: of all values that labels have; segmentable: of those that can be segmented. By value.
+        cases: names of the labelled cases that were looked at, usable or not.
+        images: ids of the datastore's images among them, by their paths.
+        errors: cases that can't be used, dicts with `name`, `source` and `error`.
+        weights: name of the version that serves.
+    """
+
+    items: tuple[SupportItem, ...]
+    class_names: dict[int, str]
+    segmentable: dict[int, str]
+    cases: frozenset[str]
+    images: dict[str, str]
+    errors: tuple[dict, ...]
+    weights: str
+
+
+@dataclass
+class _Serving:
+    """A network with the bank of its tokens and all that is built on them."""
+
+    version: Version
+    parser: ConfigParser
+    network: SAM2SGP
+    bank: SupportBank
+    segmenter: CaseSegmenter
+    results: ByteLRU
+    device: torch.device
+    inferers: "OrderedDict[tuple, SupportSetInferer]"
+
+
+class Segmenter:
+    """Segments images with the weights in use and the support set as it is now.
+
+    Args:
+        settings: the app's.
+        weights: which weights are in use.
+        cases: the labelled cases.
+
+    Attributes:
+        lock: held by whoever touches network or bank.
+        rebuilding: name of the weights for which tokens are being made; None if none are.
+        problem: why new weights could not be put in use; None if nothing is wrong.
+    """
+
+    def __init__(self, settings: Settings, weights: Weights, cases: LabelledCases) -> None:
+        self.settings = settings
+        self.weights = weights
+        self.cases = cases
+        self.lock = threading.RLock()
+        self.rebuilding: str | None = None
+        self.problem: str | None = None
+        self._serving: _Serving | None = None
+        self._prepared = ByteLRU(settings.query_cache_mb, _bytes)
+        self._names: dict[int, str] = {}
+        self._patients: dict[str, str] = {}
+        self._state: SupportState | None = None
+        self._trouble: str | None = None
+        # Whether the lock is held for long.
+        self._at_work = False
+        self._refresher = Refresher(self._refresh_in_background, "sam2sgp-refresh")
+        self._rebuilt: threading.Thread | None = None
+        self._failed: str | None = None
+        self._behind = False
+
+    # What is served
+
+    @property
+    def bank(self) -> SupportBank:
+        """The support bank in use."""
+        return self._ready().bank
+
+    @property
+    def network(self) -> SAM2SGP:
+        """The network in use, in evaluation mode."""
+        return self._ready().network
+
+    @property
+    def inferer(self) -> SupportSetInferer:
+        """The inferer with the options of inference.json."""
+        with self.lock:
+            return self._inferer(self._ready(), Options())
+
+    @property
+    def device(self) -> torch.device:
+        """What is computed on."""
+        return self._ready().device
+
+    @property
+    def version(self) -> Version:
+        """The weights that serve."""
+        return self._ready().version
+
+    def state(self) -> SupportState:
+        """The support set as of the last `refresh`; empty before the first one. It waits for nobody."""
+        return self._state or SupportState((), {}, {}, frozenset(), {}, (), self.weights.active().name)
+
+    def class_names(self) -> dict[int, str]:
+        """Names of the classes that can be segmented now, by value, as of the last `refresh`."""
+        return dict(self.state().segmentable)
+
+    def thumbnail(self, content: str) -> np.ndarray | None:
+        """Picture (H, W, 3) uint8 of a support item with its mask; None if there is no such item, or none right now."""
+        item = next((item for item in self.state().items if item.content == content), None)
+        if item is None:
+            return None
+        found = self._serving.bank.thumbnail(content)
+        if found is None and self.lock.acquire(blocking=False):
+            # Somebody deleted the cache; it is made again.
+            try:
+                found = item.thumbnail
+            finally:
+                self.lock.release()
+        return None if found is None else found.numpy()
+
+    def facts(self) -> dict[str, Any]:
+        """The state of the support set and the weights, for people; it waits for nobody."""
+        state = self.state()
+        problems = [problem for problem in (self._trouble, self.cases.problem) if problem]
+        errors = (error["error"] for error in state.errors)
+        return {
+            "items": len(state.items),
+            "cases": len(state.cases) - len(state.errors),
+            "weights": state.weights,
+            "rebuilding": self.rebuilding,
+            "errors": [*problems, *errors][:ITEMS_LISTED],
+            "problem": self.problem,
+            "not_offered": list(getattr(self.cases.datastore, "left_out", []))[:ITEMS_LISTED],
+        }
+
+    def usable_cases(self) -> tuple[list[dict], list[str]]:
+        """The labelled cases that the support set takes, and a sentence on each one that it can't.
+
+        No network is loaded for it; what the support set's cache knows already is not read again.
+        """
+        parser = self._parser()
+        # With a limit of items it would not look at all cases.
+        parser["support_max_items"] = None
+        bank = parser.get_parsed_content("support_bank")
+        with self.lock:
+            cases = self.cases.cases()
+            # What is new to `cases` is not new any more, but the bank that serves does not know it yet.
+            self._behind = True
+            declared = self.cases.declared()
+        bank.reconcile(cases, declared)
+        left_out = {error["name"]: error["error"] for error in bank.errors}
+        return [case for case in cases if case["name"] not in left_out], list(left_out.values())
+
+    # Keeping up
+
+    def refresh(self) -> None:
+        """Bring the support set in line with the approved labels, and see whether other weights are in use now.
+
+        Cheap when nothing changed.
+
+        Raises:
+            Sam2SgpError: at the first time: the weights can't be loaded; later: declared class names can't be read.
+        """
+        self.cases.prepare()
+        with self.lock:
+            serving = self._ready()
+            if self._behind or self.cases.changed():
+                self._reconcile(serving)
+            self._look_for_weights(serving)
+
+    def keep_up(self, wait: float = PATIENCE, certain: bool = True) -> bool:
+        """Have `refresh` done in the background if anything changed, at the latest when the present request is done.
+
+        Args:
+            wait: seconds to wait for it at most, where no request is worked on.
+            certain: as of `LabelledCases.changed`.
+
+        Returns:
+            Whether the support set is in line now.
+        """
+        self.cases.prepare(0.0)
+        if self.lock.acquire(blocking=False):
+            try:
+                if self._serving and not self._behind and not self._trouble and not self.cases.changed(certain):
+                    self._look_for_weights(self._serving)
+                    return True
+            except Sam2SgpError:
+                # Said by `refresh`, which comes to it too.
+                pass
+            finally:
+                self.lock.release()
+        return self._refresher.run(0.0 if self._at_work else wait)
+
+    def _refresh_in_background(self) -> None:
+        try:
+            self.refresh()
+        except Sam2SgpError as error:
+            # The request that needs it tells its client.
+            if str(error) != self._trouble:
+                logger.error("%s", error)
+            self._trouble = str(error)
+        else:
+            self._trouble = None
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Hold the lock for long."""
+        with self.lock:
+            self._at_work = True
+            try:
+                yield
+            finally:
+                self._at_work = False
+
+    def encode(self) -> None:
+        """Make all tokens that are not there yet, so that no request has to."""
+        with self._working():
+            self._encode(self._ready())
+
+    def wait(self) -> None:
+        """Return when no tokens are being made for other weights."""
+        thread = self._rebuilt
+        if thread is not None:
+            thread.join()
+
+    def _ready(self) -> _Serving:
+        with self.lock:
+            if self._serving is None:
+                serving = self._build(self.weights.active())
+                self._reconcile(serving)
+                self._serving = serving
+            return self._serving
+
+    def _reconcile(self, serving: _Serving) -> None:
+        """Take in the approved labels as they are now."""
+        cases = self.cases.cases()
+        errors = serving.bank.errors
+        self._bring_in_line(serving, cases)
+        self._behind = False
+        self._patients = {case["name"]: case["patient"] for case in cases}
+        bank = serving.bank
+        values = [value for column, value in enumerate(bank.class_values) if bank.holds[:, column].any()]
+        self._names = self.cases.names(values)
+        seeds = set(self.cases.seeds())
+        self._state = SupportState(
+            tuple(bank.items),
+            dict(bank.class_names),
+            self._names,
+            frozenset(case["name"] for case in cases),
+            {str(case["image"]): case["name"] for case in cases if case["name"] not in seeds},
+            tuple(bank.errors),
+            serving.version.name,
+        )
+        for error in bank.errors:
+            if error not in errors:
+                logger.warning("Not in the support set: %s", error["error"])
+
+    def _bring_in_line(self, serving: _Serving, cases: list[dict]) -> None:
+        changes = serving.bank.reconcile(cases, self.cases.declared())
+        if changes.added or changes.removed:
+            logger.info("Support set: %d items in, %d out", len(changes.added), len(changes.removed))
+            serving.results.clear()
+
+    def _look_for_weights(self, serving: _Serving) -> None:
+        try:
+            active = self.weights.active()
+        except Sam2SgpError as error:
+            self.problem = str(error)
+            return
+        if active.name == serving.version.name:
+            self.problem = None
+        elif self.rebuilding is None and active.name != self._failed:
+            self.rebuilding = active.name
+            self._rebuilt = threading.Thread(target=self._rebuild, args=(active,), daemon=True, name="sam2sgp-rebuild")
+            self._rebuilt.start()
+
+    def _rebuild(self, version: Version) -> None:
+        """Make tokens with other weights beside the ones that serve, then exchange them."""
+        try:
+            fresh = self._build(version)
+            with self.lock:
+                self._bring_in_line(fresh, self._serving.bank.data)
+            self._encode(fresh)
+            with self.lock:
+                old = self._serving
+                # What was approved meanwhile is encoded by the next request, as always.
+                self._bring_in_line(fresh, old.bank.data)
+                self._serving = fresh
+                self._state = replace(self.state(), weights=version.name)
+                self.problem = self._failed = None
+                fresh.bank.prune([old.bank.fingerprint] if old.bank.fingerprint else [])
+            logger.info("The weights %r serve now, with tokens of %d support items", version.name, len(fresh.bank))
+        except Exception as error:
+            # The old weights go on serving, whatever is wrong with the new ones.
+            cause = cause_of(error)
+            logger.exception("The weights %r can't be put in use", version.name)
+            self.problem = f"The weights {version.name!r} can't be put in use, the old ones serve: {cause}"
+            self._failed = version.name
+        finally:
+            self.rebuilding = None
+
+    def _encode(self, serving: _Serving) -> None:
+        """Make all tokens that are not there yet."""
+        with torch.no_grad():
+            inferer = self._inferer(serving, Options())
+            with autocast(serving.device.type, inferer.settings.precision):
+                serving.bank.encode(serving.network, serving.device)
+                inferer.thresholds(serving.network, serving.device)
+
+    # Building
+
+    def _parser(self) -> ConfigParser:
+        """The bundle's inference without data, and with a support set that leaves out what can't be used."""
+        parser = ConfigParser(self.settings.config())
+        parser.update(
+            {
+                "support_data": [],
+                "class_names": {},
+                "queries": [],
+                "support_cache_dir": str(self.settings.state_dir / "support"),
+                "support_bank::skip_errors": True,
+                "support_bank::allow_empty": True,
+                "inferer::feature_cache": FeatureCache(self.settings.query_cache_mb),
+            }
+        )
+        return parser
+
+    def _build(self, version: Version) -> _Serving:
+        parser = self._parser()
+        network = parser.get_parsed_content("network")
+        load_weights(network, version.path)
+        network.eval()
+        inferer = parser.get_parsed_content("inferer")
+        return _Serving(
+            version,
+            parser,
+            network,
+            inferer.bank,
+            CaseSegmenter(network, inferer, parser.get_parsed_content("preprocessing")),
+            ByteLRU(self.settings.query_cache_mb, _bytes),
+            parser.get_parsed_content("device"),
+            OrderedDict(),
+        )
+
+    def _inferer(self, serving: _Serving, options: Options) -> SupportSetInferer:
+        """One for these options, kept with what it learned from the bank."""
+        chosen = {
+            name: getattr(options, name)
+            for name in ("k", "retrieval", "three_d_memory")
+            if getattr(options, name) is not None
+        }
+        key = tuple(sorted(chosen.items()))
+        if key not in serving.inferers:
+            settings = ConfigParser({**serving.parser.config, **chosen}).get_parsed_content("inferer::settings")
+            serving.inferers[key] = replace(serving.segmenter.inferer, settings=settings, gate=None)
+        serving.inferers.move_to_end(key)
+        while len(serving.inferers) > INFERERS_KEPT:
+            serving.inferers.popitem(last=False)
+        return serving.inferers[key]
+
+    # Requests
+
+    def segment(self, image: str | Path, options: Options | None = None, image_id: str | None = None) -> dict[str, Any]:
+        """Segment an image.
+
+        Args:
+            image: path of a file or DICOM series folder.
+            options: of the request.
+            image_id: its id in the datastore, if it has one. An image with an approved label is not guided by its own
+                patient's labels: its result is then one that could be expected without them.
+
+        Returns:
+            The entries of the prepared case and of its `CaseResult`, with class values that `class_names` names, and
+
+                names {value: name} of the classes segmented; confidence {name: mean probability or None};
+                used {name: [{item, image, slice, similarity, slices}]}, most used first; weights (name of the version);
+                support_items (their number); scaling (how the intensities were scaled, and why); device; latencies
+                (seconds); warnings (sentences).
+
+        Raises:
+            NoSupport: there is no approved label, or none but the image's own patient's.
+            NotFound: an unknown class.
+            DataError: the image can't be read or used.
+            OutOfMemory: it is too large even for the CPU, slice by slice.
+        """
+        options = options or Options()
+        self.cases.prepare()
+        with self._working():
+            started = time.perf_counter()
+            self.refresh()
+            serving = self._serving
+            wanted = self._wanted(options)
+            own = self._patients.get(image_id)
+            if own is not None and serving.bank.patients.keys() == {own}:
+                raise NoSupport(
+                    f"image {image_id}: expected approved labels of other patients to guide it, found only its own; "
+                    "approve the label of another image first."
+                )
+            warnings = [problem for problem in (self.problem, self.cases.problem) if problem]
+            refreshed = time.perf_counter()
+            key = _key(image, serving.bank.scaling())
+            case = self._prepare(key, image, image_id or "image")
+            prepared = time.perf_counter()
+            output = self._result(key, {**case, "patient": own, "group": None}, options, warnings)
+            done = time.perf_counter()
+            self._keep_only(output, wanted)
+            names = {value: self._names[value] for value in wanted}
+            output["names"] = names
+            output["confidence"] = {names[v]: _number(output["confidence"][v]) for v in wanted}
+            output["used"] = {
+                names[value]: _used(serving.bank, *output["support"][value]) if value in output["support"] else []
+                for value in wanted
+            }
+            warnings += output["warnings"]
+            unguided = [names[value] for value in wanted if value not in output["support"]]
+            if unguided:
+                warnings.append(f"No label of another patient shows {', '.join(unguided)}: not segmented.")
+            return {
+                **output,
+                "scaling": str(output["scaling"]),
+                "weights": serving.version.name,
+                "support_items": len(serving.bank),
+                "latencies": {
+                    "support": round(refreshed - started, 4),
+                    "pre": round(prepared - refreshed, 4),
+                    "infer": round(done - prepared, 4),
+                },
+                "warnings": warnings,
+            }
+
+    def _wanted(self, options: Options) -> list[int]:
+        """Values of the classes asked for."""
+        if not self._names:
+            raise NoSupport(NOTHING_APPROVED)
+        if not options.classes:
+            return list(self._names)
+        by_name = {name: value for value, name in self._names.items()}
+        by_name |= {str(value): value for value in self._names if str(value) not in by_name}
+        unknown = [name for name in options.classes if name not in by_name]
+        if unknown:
+            known = ", ".join(self._names.values())
+            raise NotFound(
+                f"classes: expected some of {known}, found {', '.join(unknown)}; approve a label with it first."
+            )
+        return sorted({by_name[name] for name in options.classes})
+
+    def prepare(self, image: str | Path, name: str) -> dict[str, Any]:
+        """An image, preprocessed as for a request. Raises DataError if it can't be used, which calls it `name`."""
+        with self.lock:
+            try:
+                return self._ready().segmenter.prepare({"name": name, "image": str(image)})
+            except Exception as error:  # whatever a reader raises for one file
+                # Clients know it by its id.
+                raise DataError(str(cause_of(error)).replace(str(image), name)) from error
+
+    def _prepare(self, key: Hashable | None, image: str | Path, name: str) -> dict[str, Any]:
+        """The same, kept for the next request."""
+        case = self._prepared.get(key) if key else None
+        if case is None:
+            case = self.prepare(image, name)
+            if key:
+                self._prepared[key] = case
+        return case
+
+    def _result(self, key: Hashable | None, case: dict, options: Options, warnings: list[str]) -> dict:
+        """What was found in a case, kept for the next request, which may be for other classes of it."""
+        serving = self._serving
+        asked = key and (key, case["patient"], options.model_copy(update={"classes": ()}))
+        found = serving.results.get(asked) if asked else None
+        if found is None:
+            told = len(warnings)
+            found = self._run(serving, case, options, warnings)
+            if asked and len(warnings) == told:
+                serving.results[asked] = found
+        return {**case, **found}
+
+    def _run(self, serving: _Serving, case: dict, options: Options, warnings: list[str]) -> dict:
+        """The entries of the `CaseResult`, segmented in smaller batches and at last on the CPU if memory runs out."""
+        inferer = self._inferer(serving, options)
+        whole = inferer.settings.batch_size
+        for device, batch_size in attempts(serving.device, whole):
+            try:
+                with _on(serving, inferer, device) as usable, torch.no_grad():
+                    if batch_size != whole:
+                        usable = replace(usable, settings=replace(usable.settings, batch_size=batch_size))
+                    segmenter = replace(serving.segmenter, inferer=usable, uncertainty=options.uncertainty)
+                    result = segmenter.segment(case)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                logger.warning("Out of memory on %s with %d slices at a time", device, batch_size)
+                if serving.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            if (device, batch_size) != (serving.device, whole):
+                where = f"{batch_size} slices at a time" + ("" if device == serving.device else ", on the CPU")
+                warnings.append(f"Memory ran out, so the image was segmented with {where}; that takes longer.")
+            return result.entries() | {"device": str(device)}
+        raise OutOfMemory(
+            "image: expected one that fits into the server's memory, found that it does not even slice by slice; crop "
+            "it, or choose a smaller image_size."
+        )
+
+    def _keep_only(self, output: dict, wanted: list[int]) -> None:
+        if len(wanted) < len(self._names):
+            other = ~torch.isin(output["pred"], torch.tensor([0, *wanted]))
+            output["pred"] = output["pred"].masked_fill(other, 0)
+
+
+def _key(image: str | Path, support: SupportScaling) -> Hashable | None:
+    """What tells a prepared image from others: content and the support set's scaling; None if that can't be told."""
+    stamp = image_stamp(image)
+    return stamp and (str(image), stamp, support)
+
+
+def _bytes(value: Any) -> int:
+    """Size of the tensors in a value of a case or of a result."""
+    if torch.is_tensor(value):
+        return value.nbytes
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return sum(map(_bytes, parts)) if isinstance(parts, tuple | list) else 0
+
+
+def attempts(device: torch.device, batch_size: int) -> Iterator[tuple[torch.device, int]]:
+    """Devices and batch sizes to try in turn when memory runs out: halved down to 1, then the CPU."""
+    while batch_size >= 1:
+        yield device, batch_size
+        batch_size //= 2
+    if device.type != "cpu":
+        yield torch.device("cpu"), 1
+
+
+@contextmanager
+def _on(serving: _Serving, inferer: SupportSetInferer, device: torch.device) -> Iterator[SupportSetInferer]:
+    """An inferer with its network on another device for a while; the bank has that device's tokens meanwhile."""
+    if device == serving.device:
+        yield inferer
+        return
+    moved = replace(inferer, feature_cache=None)
+    moved.reset()
+    serving.network.to(device)
+    try:
+        yield moved
+    finally:
+        serving.network.to(serving.device)
+        inferer.reset()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own type on a GPU; on a CPU only the allocator's message tells."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _used(bank: SupportBank, index: torch.Tensor, similarity: torch.Tensor) -> list[dict[str, Any]]:
+    """The items that guided a class, from numbers (Z, K) and similarities (Z, K); at most `ITEMS_LISTED`."""
+    counts = torch.bincount(index.flatten(), minlength=len(bank))
+    best = torch.full((len(bank),), -1.0)
+    best.scatter_reduce_(0, index.flatten(), similarity.flatten().float(), "amax")
+    numbers = sorted(torch.nonzero(counts)[:, 0].tolist(), key=lambda number: (-counts[number], -best[number]))
+    return [
+        {
+            "item": bank.items[number].content,
+            "image": case_of(bank.items[number]),
+            "slice": bank.items[number].slice,
+            "similarity": round(float(best[number]), 4),
+            "slices": int(counts[number]),
+        }
+        for number in numbers[:ITEMS_LISTED]
+    ]
+
+
+def case_of(item: SupportItem) -> str:
+    """Name of the case that an item is from: an image's id, or a name in the seed folder."""
+    return item.id if item.slice is None else item.id.removesuffix(f"#{item.slice}")
+
+
+def _number(value: float) -> float | None:
+    return round(value, 4) if value == value else None

@@ -1,0 +1,369 @@
+"""The app's routes over HTTP, in front of parts that note what reached them."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from monailabel.config import settings as server_settings
+from monailabel.endpoints.user.auth import RBAC
+from PIL import Image
+from starlette.testclient import TestClient
+
+from lib.checks import NotFound
+from lib.http.endpoints import routes
+from lib.http.guard import install, serve_only
+from lib.http.logs import log_routes
+from lib.http.page import SupportPage
+from lib.http.task_endpoints import task_routes
+from lib.http.viewers import viewer_routes
+from lib.stores.dicomweb import DicomWebDatastore
+from lib.stores.folder import ConfinedDatastore
+from lib.stores.sessions import ConfinedSessions
+from lib.tasks.background import Busy
+from tests.app.http.test_guard import Given
+
+EVIL = "/tmp/evil"
+# In each of them MONAI Label finds its option `bundle_path`, a folder that joins the search path of a process.
+SHAPES = [
+    {"bundle_path": EVIL},
+    [["bundle_path", EVIL]],
+    [[["bundle_path", EVIL]]],
+    {"finetune": [["bundle_path", EVIL]]},
+    {"finetune": {"bundle_path": EVIL}},
+    {"finetune": [[["bundle_path", EVIL]]]},
+    {"scores": [["bundle_path", EVIL]]},
+    {"scores": {"bundle_path": EVIL}},
+    {"sam2sgp": [["bundle_path", EVIL]]},
+    {"params": {"bundle_path": EVIL}},
+    {"request": {"model": {"bundle_path": EVIL}}},
+    {"model": "finetune", "bundle_path": EVIL},
+    {"Bundle_Path": EVIL},
+    ["bundle_path", EVIL],
+    "bundle_path",
+    7,
+    True,
+]
+TASK_PATHS = ("/train/", "/train/finetune", "/scoring/", "/scoring/scores", "/batch/infer/sam2sgp")
+
+
+class Recorder:
+    """Tasks that are never run."""
+
+    def __init__(self):
+        self.started = []
+
+    def start(self, method, request, enqueue=False):
+        if self.waiting(method) and not enqueue:
+            raise Busy("busy")
+        self.started.append((method, request))
+        return {"id": "1", "status": "SUBMITTED", "request": request}
+
+    def all(self, method):
+        return [{"status": "DONE"} for name, _ in self.started if name == method]
+
+    def running(self, method):
+        return None
+
+    def waiting(self, method):
+        return 0
+
+    def stop(self, method):
+        return None
+
+
+@pytest.fixture
+def app(tmp_path):
+    """An app whose segmentations are a picture, and that keeps the requests it got."""
+    asked = []
+
+    def infer(request):
+        made = tmp_path / "made.png"
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(made)
+        asked.append(request)
+        return {"file": str(made), "params": {"label_names": {"disc": 1}}}
+
+    def next_sample(request):
+        if request["strategy"] != "random":
+            raise NotFound("strategy: expected one of random, found another.")
+        asked.append(request)
+        return {"id": "a"}
+
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    Image.new("L", (8, 8)).save(studies / "a.png")
+    datastore = ConfinedDatastore(str(studies), tmp_path / "work", 1 << 20)
+    sessions = ConfinedSessions(str(tmp_path / "sessions"), 3600, 1 << 20)
+    return SimpleNamespace(
+        infer=infer,
+        next_sample=next_sample,
+        asked=asked,
+        settings=SimpleNamespace(max_upload_mb=1.0, max_image_mb=8.0, is_remote=False, studies=str(studies)),
+        datastore=lambda: datastore,
+        sessions=lambda: sessions,
+        info=lambda: {"trainers": {"finetune": {}}, "scoring": {"scores": {}}, "models": {"sam2sgp": {}}},
+        on_save_label=lambda image, label: {"warnings": []},
+        studies=studies,
+        tasks=Recorder(),
+    )
+
+
+@pytest.fixture
+def client(app, tmp_path):
+    server = FastAPI()
+    install(server, Given(tmp_path))
+    serve_only(server, [routes(app), task_routes(app, app.tasks), viewer_routes(app)])
+    return TestClient(server, base_url="http://server:8000")
+
+
+def assert_refused(answer) -> None:
+    assert answer.status_code in (400, 404, 413, 422), answer.text
+    detail = answer.json()["detail"]
+    assert isinstance(detail, str) and "expected" in detail and "\n" not in detail and len(detail) < 400
+
+
+def roles(route) -> set[str]:
+    return {depends.call.roles for depends in route.dependant.dependencies if isinstance(depends.call, RBAC)}
+
+
+def test_every_route_asks_for_the_login_that_monai_label_is_set_up_for(app, tmp_path):
+    archive = DicomWebDatastore("http://127.0.0.1:9/dicom-web", tmp_path / "archive", 1 << 20)
+    app.datastore = lambda: archive
+    page = SupportPage(archive, None, None, sorted, dict)
+    made = [routes(app), task_routes(app, app.tasks), viewer_routes(app), log_routes(Path("server.log")), page.router()]
+    found = [(route.path, route.methods, roles(route)) for router in made for route in router.routes]
+    assert {"/infer/{model}", "/datastore/image", "/proxy/dicom/{path:path}", "/sam2sgp/"} <= {
+        path for path, *_ in found
+    }
+    user, annotator, admin = (
+        server_settings.MONAI_LABEL_AUTH_ROLE_USER,
+        server_settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR,
+        server_settings.MONAI_LABEL_AUTH_ROLE_ADMIN,
+    )
+    assert all(user in asked for _, _, asked in found)
+    needed = {
+        annotator: [("PUT", "/datastore/label"), ("PUT", "/datastore/image/info"), ("POST", "/scoring/{method}")],
+        admin: [("POST", "/train/{model}"), ("POST", "/train/"), ("DELETE", "/datastore/image"), ("GET", "/logs/")],
+    }
+    needed[annotator] += [("POST", f"/sam2sgp/{name}") for name in ("approve", "reject", "remove", "restore")]
+    for role, places in needed.items():
+        for method, path in places:
+            assert all(role in asked for where, methods, asked in found if (where, method) == (path, *methods)), path
+
+
+@pytest.mark.parametrize("path", TASK_PATHS)
+def test_no_shape_of_a_request_brings_a_folder_to_a_task(client, app, path):
+    for body in SHAPES:
+        assert_refused(client.post(path, json=body))
+        # The same as text, and as a form.
+        text = json.dumps(body)
+        assert client.post(path, content=text, headers={"content-type": "text/plain"}).status_code >= 400, body
+        assert client.post(path, data={"params": text, "bundle_path": EVIL}).status_code >= 400, body
+    assert client.post(path, content='{"device": "cpu", "device": {"bundle_path": "/tmp/evil"}}').status_code == 400
+    assert client.post(path, params={"bundle_path": EVIL}).status_code >= 400
+    assert app.tasks.started == []
+
+
+def test_no_shape_of_a_request_brings_a_foreign_option_to_a_segmentation(client, app):
+    for body in SHAPES:
+        text = json.dumps(body)
+        for form in ({"params": text}, {"wsi": text}, {"params": "{}", "request": text}):
+            assert_refused(client.post("/infer/sam2sgp", params={"image": "a"}, data=form))
+        assert_refused(client.post("/activelearning/random", json=body))
+    assert_refused(client.post("/infer/sam2sgp", params={"image": "a"}, data={"bundle_path": EVIL}))
+    assert_refused(client.post("/infer/sam2sgp", params={"image": "a"}, files={"params": ("p.png", b"{}")}))
+    assert_refused(client.post("/infer/sam2sgp", params={"image": "a", "bundle_path": EVIL}))
+    assert app.asked == []
+
+
+def test_decisions_on_the_support_page_are_declared_too(app, tmp_path):
+    server = FastAPI()
+    install(server, Given(tmp_path))
+    serve_only(server, [SupportPage(app.datastore(), None, None, sorted, dict).router()])
+    client = TestClient(server, base_url="http://server:8000")
+    whole = {"image": "a", "label_tag": "original"}
+    for action in ("approve", "reject", "remove", "restore"):
+        for body in (
+            {**whole, "path": "/etc/passwd"},
+            {**whole, "label_tag": "../x"},
+            {**whole, "image": ["a"]},
+            {**whole, "image": "../a"},
+            [["image", "a"], ["label_tag", "original"]],
+            [whole],
+            {"label_tag": "original"},
+        ):
+            assert_refused(client.post(f"/sam2sgp/{action}", json=body))
+    for query in ("?next=0", "?next=x", "?other=1", f"?next={10**30}"):
+        assert_refused(client.get(f"/sam2sgp/{query}"))
+    assert_refused(client.get("/sam2sgp/picture?image=a&path=/etc/passwd"))
+
+
+def test_long_work_is_never_done_while_the_client_waits(client, app):
+    for path in TASK_PATHS:
+        assert_refused(client.post(path, params={"run_sync": "true"}, json={}))
+        assert_refused(client.post(path, json={"run_sync": True}))
+    assert app.tasks.started == []
+
+
+def test_tasks_are_started_as_the_shipped_clients_ask_for_them(client, app):
+    assert client.post("/train/finetune", json={"max_epochs": "2", "client_id": None}).status_code == 200
+    panel = client.post("/train/", json={"finetune": {"action": "train", "learning_rate": 0.01}})
+    assert panel.json()["finetune"]["result"]["status"] == "SUBMITTED"
+    assert client.post("/train/", json={}).status_code == client.post("/scoring/scores").status_code == 200
+    body = {"device": "cuda", "multi_gpu": True, "gpus": "all", "max_workers": 1, "k": 2}
+    assert client.post("/batch/infer/sam2sgp?images=unlabeled", json=body).status_code == 200
+    assert app.tasks.started == [
+        ("train", {"model": "finetune", "max_epochs": 2}),
+        ("train", {"model": "finetune", "action": "train", "learning_rate": 0.01}),
+        ("train", {"model": "finetune"}),
+        ("scoring", {"method": "scores"}),
+        ("batch_infer", {"model": "sam2sgp", "k": 2, "device": "cuda", "images": "unlabeled"}),
+    ]
+    assert client.get("/train/").json() == {"status": "DONE"} and len(client.get("/train/?all=true").json()) == 3
+    assert client.get("/train/?check_if_running=true").status_code == 404
+
+
+def test_unknown_names_are_not_found_and_the_known_ones_are_told(client, app):
+    for path, known in (
+        ("/train/other", "finetune"),
+        ("/scoring/other", "scores"),
+        ("/batch/infer/other", "sam2sgp"),
+        ("/activelearning/other", "random"),
+    ):
+        answer = client.post(path, json={})
+        assert answer.status_code == 404 and f"expected one of {known}" in answer.json()["detail"]
+    answer = client.post("/scoring/", json={})
+    assert answer.status_code == 400 and "/scoring/scores" in answer.json()["detail"]
+    assert app.tasks.started == []
+
+
+def test_batches_are_of_images_of_the_datastore_only(client, app):
+    for image in ("/etc/passwd", "../a", "nobody", "", "a.png", "a/../a", str(app.studies / "a.png")):
+        assert_refused(client.post("/batch/infer/sam2sgp", json={"images": [image]}))
+        assert_refused(client.post("/batch/infer/sam2sgp", json={"images": ["a", image]}))
+    assert app.tasks.started == []
+    assert client.post("/batch/infer/sam2sgp", json={"images": ["a"]}).status_code == 200
+
+
+def test_a_path_of_a_client_stays_text_and_only_the_servers_own_are_paths(client, app, tmp_path):
+    assert_refused(client.post("/infer/x", params={"image": "/etc/passwd"}))
+    client.post("/infer/x", params={"image": "a"})
+    picture = (app.studies / "a.png").read_bytes()
+    client.post("/infer/x", files={"file": ("mine.png", picture)})
+    session = client.put("/session/", files={"files": ("mine.png", picture)}).json()["session_id"]
+    client.post("/infer/x", params={"image": "a", "session_id": session})
+    assert [type(request["image"]).__name__ for request in app.asked] == ["str", "PosixPath", "PosixPath"]
+
+
+def test_a_result_is_sent_and_neither_it_nor_the_upload_is_kept(client, app, tmp_path):
+    files = {"file": ("mine.png", (app.studies / "a.png").read_bytes())}
+    answer = client.post("/infer/x", params={"output": "image"}, data={"params": '{"k": 3}'}, files=files)
+    assert answer.headers["content-type"] == "image/png" and answer.content.startswith(b"\x89PNG")
+    assert client.post("/infer/x?image=a", params={"output": "json"}).json() == {"label_names": {"disc": 1}}
+    both = client.post("/infer/x", params={"image": "a"})
+    assert both.headers["content-type"].startswith("multipart/form-data") and b"label_names" in both.content
+    upload, *_ = (request["image"] for request in app.asked)
+    assert [request.get("k") for request in app.asked] == [3, None, None]
+    assert upload.name == "image.png" and app.asked[2]["image"] == "a"
+    assert not (tmp_path / "made.png").exists() and not Path(upload).exists()
+
+
+def test_no_answer_tells_where_something_is_on_the_server(client, app, tmp_path):
+    picture = (app.studies / "a.png").read_bytes()
+    assert client.put("/datastore/label?image=a", files={"label": ("C:\\me\\l.png", picture)}).status_code == 200
+    client.put("/datastore/?image=b", files={"file": ("/home/me/b.png", picture)})
+    session = client.put("/session/", files={"files": ("mine.png", picture)}, data={"client_id": "x"}).json()
+    answers = [
+        session,
+        client.get(f"/session/{session['session_id']}").json(),
+        client.get("/datastore/?output=all").json(),
+        client.get("/datastore/?output=train").json(),
+        client.get("/datastore/image/info?image=a").json(),
+        client.get("/datastore/label/info?label=a&tag=final").json(),
+        client.get("/datastore/image?image=nobody").json(),
+        client.get("/openapi.json").json(),
+    ]
+    assert str(tmp_path) not in json.dumps(answers)
+    assert session["session_info"]["image"] == "mine.png"
+    assert answers[3] == [{"image": "a.png", "label": "labels/final/a.png"}]
+    # What Slicer needs to load it: the name with its suffix, and the file.
+    assert answers[4]["name"] == "a.png" and client.get("/datastore/image?image=a").content == picture
+
+
+def test_notes_may_not_pass_for_what_the_server_knows(client):
+    for name in ("path", "id", "ts", "name"):
+        assert_refused(client.put("/datastore/image/info?image=a", data={"info": json.dumps({name: "x"})}))
+    deep = "[" * 200 + "]" * 200
+    assert_refused(client.put("/datastore/image/info?image=a", data={"info": f'{{"x": {deep}}}'}))
+    assert client.put("/datastore/image/info?image=a", data={"info": '{"ward": "7"}'}).status_code == 200
+    assert client.get("/datastore/image/info?image=a").json()["ward"] == "7"
+
+
+def test_what_monai_label_would_answer_beyond_the_apps_routes_is_not_there(client):
+    for asked in (
+        "POST /reload",
+        "GET /docs",
+        "GET /static/ohif/index.html",
+        "GET /logs/gpu",
+        "PUT /model/sam2sgp",
+        "GET /model/sam2sgp",
+        "POST /infer/wsi/sam2sgp",
+        "POST /infer/wsi_v2/sam2sgp",
+        "PUT /datastore/updatelabelinfo?label=a&tag=final",
+        "DELETE /datastore/?id=a",
+        "GET /proxy/dicom/studies",
+        "POST /proxy/dicom/studies",
+        "PATCH /info/",
+    ):
+        method, path = asked.split()
+        assert client.request(method, path).status_code in (404, 405), asked
+
+
+def test_pages_for_people_load_nothing_from_elsewhere_and_are_not_framed(client):
+    home = client.get("/")
+    assert 'href="sam2sgp/"' in home.text and "http" not in home.text.replace("http-equiv", "")
+    ohif = client.get("/ohif/")
+    assert "OHIF" in ohif.text and client.get("/ohif/viewer/1.2.3").text == ohif.text
+    for path in ("a" * 300, "a/" * 2000, "../../main.py", "..%2f..%2fmain.py", "app-config.js/x"):
+        assert client.get(f"/ohif/{path}").status_code in (200, 400, 404)
+    assert client.get("/ohif/app-config.js").headers["content-type"].startswith("text/javascript")
+    for answer in (home, ohif):
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+        assert (
+            "http:" not in policy
+            and "https:" not in policy
+            and "unsafe-eval'" not in policy.replace("wasm-unsafe-eval'", "")
+        )
+        assert "script-src 'unsafe-inline'" not in policy
+
+
+def test_a_file_is_sent_whole_and_from_its_folder_whatever_comes_to_its_place(client, app, tmp_path, monkeypatch):
+    expected = (app.studies / "a.png").read_bytes()
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"secret")
+    found = app.datastore().get_image_uri
+    swapped = {"removed": lambda path: None, "a link out": lambda path: path.symlink_to(secret), "a pipe": os.mkfifo}
+    for what, make in swapped.items():
+
+        def swap(image_id, make=make):
+            """Between the look-up and the answer."""
+            path = found(image_id)
+            os.unlink(path)
+            make(Path(path))
+            return path
+
+        monkeypatch.setattr(app.datastore(), "get_image_uri", swap)
+        answer = client.get("/datastore/image?image=a")
+        assert answer.status_code == 404 and b"secret" not in answer.content, what
+        monkeypatch.setattr(app.datastore(), "get_image_uri", found)
+        (app.studies / "a.png").unlink(missing_ok=True)
+        (app.studies / "a.png").write_bytes(expected)
+    answer = client.get("/datastore/image?image=a")
+    assert answer.content == expected and answer.headers["content-length"] == str(len(expected))
+    assert client.head("/datastore/image?image=a").headers["content-length"] == str(len(expected))
+    part = client.get("/datastore/image?image=a", headers={"Range": "bytes=0-3"})
+    assert part.content == expected[:4]

@@ -1,0 +1,212 @@
+"""The guard in front of a small app: sizes, origins, users, parameters, errors and bodies handed on whole."""
+
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import HTMLResponse, JSONResponse
+from starlette.testclient import TestClient
+
+from lib.checks import Conflict, RequestError
+from lib.http.guard import install, serve_only
+from lib.refusals import refuse
+from lib.stores.audit import current_user
+from sam2sgp.errors import ConfigError, DataError, WeightsError
+
+STUDIES = "/srv/Röntgen & more/studies"
+SENTENCE = f"{STUDIES}/labels/final/a b.png: expected a label, found {STUDIES}2/c.png; see {STUDIES}: {{}}"
+
+
+def unreadable():
+    raise DataError(SENTENCE)
+
+
+TOLD = {
+    "error": unreadable,
+    "object": lambda: JSONResponse({"warnings": [SENTENCE]}),
+    "escaped object": lambda: Response(json.dumps({"warnings": [SENTENCE]}), media_type="application/json"),
+    "page of errors": lambda: HTMLResponse(html.escape(SENTENCE)),
+    "parts": lambda: Response(
+        f"--b\r\n\r\n{json.dumps(SENTENCE)}\r\n--b--", media_type="multipart/form-data; boundary=b"
+    ),
+}
+
+
+@dataclass
+class Given:
+    state_dir: Path
+    max_upload_mb: float = 0.5
+    cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ("server",)
+    user_header: str | None = "X-Forwarded-User"
+    folders: tuple[Path, ...] = ()
+
+
+@pytest.fixture
+def client(tmp_path):
+    def make(raises: bool = True, **given) -> TestClient:
+        open_to_all = Middleware(CORSMiddleware, allow_origins=["*"], allow_credentials=True)
+        app = FastAPI(middleware=[open_to_all])
+
+        @app.api_route("/{path:path}", methods=["GET", "PUT", "POST", "DELETE"])
+        async def echo(request: Request, path: str):
+            if path == "fails":
+                raise Conflict("a: expected b, found c.")
+            if path == "breaks":
+                raise KeyError("/secret/path")
+            if path in TOLD:
+                return TOLD[path]()
+            if path == "page":
+                return Response(headers={"content-security-policy": "default-src 'self'"})
+            return {"size": len(await request.body()), "user": current_user.get()}
+
+        install(app, Given(tmp_path, **given))
+        return TestClient(app, base_url="http://server:8000", raise_server_exceptions=raises)
+
+    return make
+
+
+def test_a_body_arrives_whole(client):
+    for size in (0, 1, 1 << 19):
+        content = {"files": {"file": ("a.png", bytes(size - 300 if size > 300 else size))}}
+        answer = client().put("/session/", **content)
+        assert answer.status_code == 200 and answer.json()["size"] == int(answer.request.headers["content-length"])
+
+
+@pytest.mark.parametrize("path", TOLD)
+def test_no_answer_tells_the_folders_of_the_server(client, path):
+    answer = client(folders=(Path(STUDIES), Path("/srv"))).get(f"/{path}")
+    text = html.unescape(answer.text.replace("\\u00f6", "ö"))
+    # A folder that is none of the server's own, but for the one that it lies in.
+    other = "Röntgen & more/studies2/c.png"
+    assert f"labels/final/a b.png: expected a label, found {other}; see studies: {{}}" in text
+    assert "/srv" not in text
+    assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+def test_a_body_beyond_the_limit_is_refused_with_and_without_a_length(client):
+    content = b"--b\r\n" + bytes(600 << 10)
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    for body in (content, iter([content[:1000], content[1000:]])):
+        answer = client().put("/datastore/image", content=body, headers=headers)
+        assert answer.status_code == 413 and "at most 0.5 MB" in answer.json()["detail"]
+
+
+def test_other_origins_are_neither_invited_nor_let_in(client):
+    evil = {"origin": "https://evil.example"}
+    assert "access-control-allow-origin" not in client().get("/info/", headers=evil).headers
+    assert client().post("/train/x", headers=evil).status_code == 403
+    assert client().post("/train/x", headers={"origin": "null"}).status_code == 403
+    assert client().post("/train/x", headers={"origin": "http://server:8000"}).status_code == 200
+    friend = client(cors_origins=("https://viewer.example",))
+    answer = friend.post("/train/x", headers={"origin": "https://viewer.example"})
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://viewer.example"
+    refused = friend.get("/info/", headers=evil)
+    assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
+    assert friend.post("/train/x", headers=evil).status_code == 403
+
+
+def test_the_user_is_the_proxys_header_only_where_it_is_named(client):
+    sent = {"x-forwarded-user": "anna"}
+    assert client().get("/info/", headers=sent).json()["user"] == "anna"
+    assert client(user_header=None).get("/info/", headers=sent).json()["user"] is None
+
+
+def test_a_training_is_noted_with_its_user(client, tmp_path):
+    client().post("/train/finetune", json={"max_epochs": 1}, headers={"x-forwarded-user": "anna"})
+    (entry,) = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert (entry["action"], entry["user"]) == ("request training", "anna")
+
+
+def test_a_training_that_cannot_be_noted_is_refused_before_it_begins(client, tmp_path):
+    (tmp_path / "audit.jsonl").mkdir()
+    answer = client().post("/train/finetune", json={"max_epochs": 1})
+    assert answer.status_code == 507 and "audit log" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'[["bundle_path", "/tmp/evil"]]',
+        b'"bundle_path"',
+        b'{"k": 1, "k": 2}',
+        b'{"a": {"b": 1, "b": 2}}',
+        b'{"k": NaN}',
+        b'{"k": 1} {"k": 2}',
+        b'{"k": ' + b"[" * 20 + b"]" * 20 + b"}",
+        b"[" * 100_000,
+        b'{"k": ' + b"9" * 5000 + b"}",
+        b"\xff\xfe{}",
+    ],
+)
+def test_a_body_is_a_json_object_with_each_name_once(client, body):
+    answer = client().post("/train/finetune", content=body)
+    assert answer.status_code == 400 and answer.json()["detail"].startswith("body: expected")
+    assert client().post("/train/finetune", json={"device": "cpu", "k": [4]}).status_code == 200
+
+
+def test_names_that_come_twice_are_refused(client):
+    assert client().get("/datastore/image?image=a&image=b").status_code == 400
+    twice = [("params", (None, "{}")), ("params", (None, '{"k": 1}'))]
+    assert client().post("/infer/sam2sgp", files=twice).status_code == 400
+    files = [("files", ("a.dcm", b"x")), ("files", ("b.dcm", b"x"))]
+    assert client().put("/session/", files=files).status_code == 200
+
+
+def test_no_answer_lets_a_browser_load_or_frame_it_elsewhere(client):
+    for path in ("/info/", "/fails", "/breaks", "/datastore/%ff"):
+        answer = client(raises=False).get(path)
+        assert answer.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'", path
+        assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["x-frame-options"] == "DENY"
+    assert client().get("/page").headers["content-security-policy"] == "default-src 'self'"
+
+
+def test_only_the_routes_of_the_app_and_their_description_are_served(client):
+    app, own = client().app, APIRouter()
+    own.add_api_route("/own", lambda: "own")
+    serve_only(app, [own])
+    served = TestClient(app, base_url="http://server:8000")
+    assert served.get("/own").json() == "own" and list(served.get("/openapi.json").json()["paths"]) == ["/own"]
+    for path in ("/info/", "/docs", "/redoc", "/anything"):
+        assert served.get(path).status_code == 404
+
+
+def test_installing_twice_guards_once(client, tmp_path):
+    app = client().app
+    install(app, Given(tmp_path, max_upload_mb=2.0))
+    assert len(app.user_middleware) == 1
+    client = TestClient(app, base_url="http://server:8000")
+    assert client.put("/session/", files={"file": ("a.png", bytes(1 << 20))}).status_code == 200
+
+
+def test_errors_are_one_sentence_with_a_status_of_their_own(client):
+    answer = client().get("/fails")
+    assert answer.status_code == 409 and answer.json() == {"detail": "a: expected b, found c."}
+    wrapped = RuntimeError("wrapper")
+    wrapped.__cause__ = DataError("inner")
+    for error, status in (
+        (RequestError("x"), 400),
+        (DataError("x"), 422),
+        (wrapped, 422),
+        (ConfigError("x"), 400),
+        (WeightsError("x"), 409),
+        (ImageNotFoundException("x"), 404),
+        (MONAILabelException(MONAILabelError.INVALID_INPUT, "x"), 400),
+        (HTTPException(418, "x"), 418),
+        (OSError(28, "No space left on device"), 507),
+        (KeyError("/secret/path"), 500),
+    ):
+        answer = refuse(error)
+        assert answer.status_code == status and "/secret" not in str(answer.detail)
+
+
+def test_the_log_says_what_the_answer_does_not(caplog):
+    answer = refuse(ZeroDivisionError("of a secret"))
+    assert answer.status_code == 500 and "secret" not in answer.detail
+    assert "ZeroDivisionError: of a secret" in caplog.text

@@ -1,0 +1,791 @@
+"""The confined datastore: names, links, checks of labels, and what a kill or a full disk leaves."""
+
+import errno
+import gzip
+import json
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import itk
+import nibabel as nib
+import nrrd
+import numpy as np
+import pytest
+from PIL import Image
+
+import lib.stores.folder
+from lib.checks import (
+    BadLabel,
+    Conflict,
+    NotFound,
+    RequestError,
+    StorageError,
+    TooLarge,
+    UnsupportedFile,
+    check_id,
+)
+from lib.stores.audit import Audit
+from lib.stores.door import admitted
+from lib.stores.folder import JOURNAL, ConfinedDatastore
+from lib.stores.naming import declared
+from sam2sgp.data.io import read_image, read_label
+from sam2sgp.errors import DataError
+from tests.data.dicom_files import write_series
+
+LIMIT = 64 << 20
+SIZE = (12, 10, 4)
+ILL_IDS = [
+    "../x",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    "..",
+    ".",
+    ".hidden",
+    "",
+    "a\0b",
+    "a\nb",
+    "\udcff",
+    "x" * 181,
+    " a",
+    "a\x1b",
+]
+
+
+def volume(path: Path, values: np.ndarray | None = None, size=SIZE) -> Path:
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=size).astype(np.float32) if values is None else values
+    nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    return path
+
+
+def label(path: Path, value: int = 1, size=SIZE) -> Path:
+    array = np.zeros(size, np.uint8)
+    array[2:5, 2:5] = value
+    return volume(path, array)
+
+
+@pytest.fixture
+def studies(tmp_path) -> Path:
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    for name in "AB":
+        volume(folder / f"{name}.nii.gz")
+    return folder
+
+
+@pytest.fixture
+def opened(tmp_path, studies):
+    return lambda: ConfinedDatastore(str(studies), tmp_path / "state", LIMIT, Audit(tmp_path / "state" / "audit.jsonl"))
+
+
+@pytest.fixture
+def store(opened):
+    return opened()
+
+
+@pytest.fixture
+def uploads(tmp_path) -> Path:
+    (tmp_path / "uploads").mkdir()
+    return tmp_path / "uploads"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+# Names
+
+
+@pytest.mark.parametrize("image_id", ILL_IDS)
+def test_ids_that_could_lead_elsewhere_are_refused_and_nothing_changes(store, studies, uploads, tmp_path, image_id):
+    outside = tmp_path / "x.nii.gz"
+    volume(outside)
+    sent = label(uploads / "sent.nii.gz")
+    before = tree(studies)
+    for call in (
+        lambda: store.get_image_uri(image_id),
+        lambda: store.get_label_uri(image_id, "final"),
+        lambda: store.save_label(image_id, str(sent), "final", {}),
+        lambda: store.remove_image(image_id),
+        lambda: store.remove_label(image_id, "final"),
+        lambda: store.update_image_info(image_id, {"a": 1}),
+        lambda: store.add_image(image_id or "..", str(sent), {}),
+    ):
+        with pytest.raises(RequestError) as caught:
+            call()
+        assert caught.value.status in (400, 404)
+    assert tree(studies) == before and outside.exists()
+
+
+@pytest.mark.parametrize("tag", ["../..", "/tmp", "a/b", "..", "", "a.b", "x" * 65, "é", "a\0"])
+def test_tags_that_could_lead_elsewhere_are_refused(store, studies, uploads, tag):
+    before = tree(studies)
+    with pytest.raises(RequestError, match="label tag"):
+        store.save_label("A", str(label(uploads / "l.nii.gz")), tag, {})
+    with pytest.raises(RequestError, match="label tag"):
+        store.get_label_uri("A", tag)
+    assert tree(studies) == before
+
+
+def test_ordinary_ids_are_accepted():
+    for text in ("A", "patient 7", "1.2.840.1", "Süd_3", "患者", "x" * 180):
+        assert check_id(text) == text
+
+
+# Links and files of the folder
+
+
+def test_links_out_of_the_folder_are_not_followed(store, studies, tmp_path, uploads, caplog):
+    secret = volume(tmp_path / "secret.nii.gz")
+    (studies / "C.nii.gz").symlink_to(secret)
+    (studies / "D.nii.gz").symlink_to(studies / "A.nii.gz")
+    with caplog.at_level(logging.WARNING):
+        assert store.list_images() == ["A", "B", "D"]
+    assert "C.nii.gz: expected a file in the datastore, found a link that leads out" in caplog.text
+    with pytest.raises(NotFound):
+        store.get_image_uri("C")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (studies / "labels" / "mine").symlink_to(outside)
+    with pytest.raises(RequestError, match="link that leads out"):
+        store.save_label("A", str(label(uploads / "l.nii.gz")), "mine", {})
+    assert not list(outside.iterdir())
+
+
+def test_a_label_in_place_of_a_link_replaces_the_link_and_not_its_target(store, studies, tmp_path, uploads):
+    target = tmp_path / "target.nii.gz"
+    target.write_bytes(b"precious")
+    link = studies / "labels" / "final" / "A.nii.gz"
+    link.symlink_to(target)
+    store.save_label("A", str(label(uploads / "l.nii.gz")), "final", {})
+    assert target.read_bytes() == b"precious" and not link.is_symlink()
+    assert store.get_labeled_images() == ["A"]
+
+
+def test_an_image_removed_between_listing_and_reading_by_a_link_out_is_refused(store, studies, tmp_path):
+    assert "A" in store.list_images()
+    (studies / "A.nii.gz").unlink()
+    (studies / "A.nii.gz").symlink_to(volume(tmp_path / "secret.nii.gz"))
+    with pytest.raises(RequestError):
+        store.get_image_uri("A")
+
+
+def test_labels_folder_that_leads_out_is_refused_at_the_start(tmp_path):
+    studies, outside = tmp_path / "s", tmp_path / "o"
+    studies.mkdir(), outside.mkdir()
+    (studies / "labels").symlink_to(outside)
+    with pytest.raises(StorageError, match="labels is a link out"):
+        ConfinedDatastore(str(studies), tmp_path, LIMIT)
+    assert not list(outside.iterdir())
+
+
+def test_of_two_images_with_one_stem_one_is_used_with_a_warning(store, studies, caplog):
+    Image.new("L", (8, 8)).save(studies / "A.png")
+    with caplog.at_level(logging.WARNING):
+        assert store.list_images() == ["A", "B"]
+    assert "A.nii.gz, A.png: expected one image for each name, found 2; A.nii.gz is used" in caplog.text
+    assert store.get_image_uri("A").endswith("A.nii.gz")
+
+
+def test_files_that_come_and_go_are_noticed_without_a_watcher(store, studies):
+    assert store.status() == {"total": 2, "completed": 0, "label_tags": {}}
+    volume(studies / "C.nii.gz")
+    label(studies / "labels" / "final" / "C.nii.gz")
+    assert store.list_images() == ["A", "B", "C"] and store.get_labeled_images() == ["C"]
+    (studies / "C.nii.gz").unlink()
+    assert store.list_images() == ["A", "B"] and store.get_labeled_images() == []
+
+
+def test_what_another_process_saves_is_seen_and_kept(opened, uploads):
+    one, two = opened(), opened()
+    one.save_label("A", str(label(uploads / "a.nii.gz")), "final", {"note": "one"})
+    two.save_label("B", str(label(uploads / "b.nii.gz")), "final", {"note": "two"})
+    for store in (one, two, opened()):
+        assert store.get_labeled_images() == ["A", "B"]
+        assert store.get_label_info("A", "final")["note"] == "one"
+        assert store.get_label_info("B", "final")["note"] == "two"
+
+
+def test_a_damaged_index_is_rebuilt_and_each_damaged_one_is_kept(opened, studies, uploads):
+    info = {"label_info": [{"name": "liver", "idx": 1}], "note": "kept"}
+    opened().save_label("A", str(label(uploads / "a.nii.gz")), "final", info)
+    index = studies / "datastore_v2.json"
+    deep = b'{"objects": {"A": ' + b"[" * 100_000
+    contents = [index.read_bytes()[:100], b"", b'{"name": 3}', b"\xff\xfe", deep]
+    for number, content in enumerate(contents, 1):
+        index.write_bytes(content)
+        for store in (opened(), opened()):
+            assert store.get_labeled_images() == ["A"] and store.get_label_info("A", "final")["note"] == "kept"
+        kept = studies / f"datastore_v2.json.damaged{f'-{number}' if number > 1 else ''}"
+        assert kept.read_bytes() == content
+    index.write_bytes(b"{")
+    store = opened()
+    (problem,) = store.status()["problems"]
+    assert problem.startswith(
+        "datastore_v2.json: expected an index, found it damaged; kept as datastore_v2.json.damaged-6"
+    )
+    store.save_label("B", str(label(uploads / "b.nii.gz")), "original", {})
+    assert opened().get_label_info("A", "final")["label_info"] == info["label_info"]
+
+
+def test_without_a_copy_a_damaged_index_is_rebuilt_from_the_files(opened, studies, uploads, tmp_path):
+    opened().save_label("A", str(label(uploads / "a.nii.gz")), "final", {"note": "lost"})
+    (studies / "datastore_v2.json").write_bytes(b"{")
+    for copy in (tmp_path / "state").glob("index-*.json"):
+        copy.write_bytes(b"[]")
+    store = opened()
+    assert store.get_labels_by_image_id("A") == {"final": "A"} and "note" not in store.get_label_info("A", "final")
+
+
+BAD_ENTRIES = {
+    "label info": {"label": {"ts": "x", "note": "kept"}},
+    "classes": {"label": {"label_info": [{"idx": "1"}, {"idx": 1, "name": "liver"}], "note": "kept"}},
+    "deep label": {"label": {"deep": json.loads("[" * 197 + "]" * 197), "note": "kept"}},
+    "deep image": {"image": {"deep": json.loads('{"a":' * 197 + "1" + "}" * 197)}},
+    "patient": {"image": {"PatientID": ["x"]}},
+    "number": {"image": {"ts": float("nan")}},
+    "kind": {"entry": [1, 2]},
+    "label kind": {"labels": {"final": 7}},
+}
+
+
+@pytest.mark.parametrize("case", BAD_ENTRIES)
+def test_a_bad_entry_of_an_older_version_costs_only_itself(opened, studies, uploads, caplog, case):
+    store = opened()
+    for name in "AB":
+        store.save_label(name, str(label(uploads / f"{name}.nii.gz")), "final", {"note": f"of {name}"})
+    index = studies / "datastore_v2.json"
+    content = json.loads(index.read_text())
+    bad, entry = BAD_ENTRIES[case], content["objects"]["A"]
+    entry["labels"]["final"]["info"].update(bad.get("label", {}))
+    entry["image"]["info"].update(bad.get("image", {}))
+    entry["labels"] = bad.get("labels", entry["labels"])
+    content["objects"]["A"] = bad.get("entry", entry)
+    index.write_text(json.dumps(content))
+    store = opened()
+    assert store.get_labeled_images() == ["A", "B"] and store.get_label_info("B", "final")["note"] == "of B"
+    if "label" in bad:
+        assert store.get_label_info("A", "final")["note"] == "kept"
+    if case in ("label info", "deep label", "classes", "deep image", "patient", "number"):
+        (problem,) = store.status()["problems"]
+        assert "A: " in problem and problem.endswith("this is left out.") and problem in caplog.text
+    assert not list(studies.glob("*.damaged*"))
+    json.dumps([store.json(), store.status(), store.get_image_info("A")], allow_nan=False)
+    store.save_label("A", str(label(uploads / "again.nii.gz", 2)), "final", {})
+    assert "problems" not in opened().status()
+
+
+@pytest.mark.parametrize("info", [{"ts": "x"}, {"a": json.loads("[" * 197 + "]" * 197)}, {"user": 7}, [1]])
+def test_a_record_that_cannot_be_read_again_is_refused_on_every_path(store, opened, uploads, info):
+    store.save_label("A", str(label(uploads / "a.nii.gz")), "final", {"note": "kept"})
+    new = volume(uploads / "C.nii.gz")
+    for call in (
+        lambda: store.update_label_info("A", "final", info),
+        lambda: store.update_image_info("A", info),
+        lambda: store.save_label("A", str(label(uploads / "b.nii.gz")), "original", info),
+        lambda: store.add_image("C", str(new), info),
+    ):
+        with pytest.raises(RequestError) as caught:
+            call()
+        assert caught.value.status == 422
+    for found in (store, opened()):
+        assert found.list_images() == ["A", "B"] and found.get_labels_by_image_id("A") == {"final": "A"}
+        assert found.get_label_info("A", "final")["note"] == "kept" and "problems" not in found.status()
+
+
+def test_an_index_that_names_folders_elsewhere_does_not_move_the_datastore(opened, studies, tmp_path):
+    entry = {"image": {"ext": ".nii.gz"}, "labels": {"../../x": {"ext": ".nii.gz"}}}
+    content = {"name": "n", "description": "d", "images_dir": "/etc", "labels_dir": "../out"}
+    index = {**content, "objects": {"../A": entry, "A": entry}}
+    (studies / "datastore_v2.json").write_text(json.dumps(index))
+    store = opened()
+    assert store.list_images() == ["A", "B"] and store.get_labels_by_image_id("A") == {}
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_image_among_the_studies_is_named_once(tmp_path, caplog):
+    folder = tmp_path / "studies"
+    volume(folder.mkdir() or folder / "good.nii.gz")
+    write_series(folder / "series", np.zeros((3, 4, 4), np.uint16))
+    for name in ("notes.txt", ".hidden", "labels.json"):
+        (folder / name).write_text("{}")
+    store = ConfinedDatastore(str(folder), tmp_path, LIMIT)
+    store.refresh()
+    assert store.list_images() == ["good"]
+    series, notes = sorted(store.left_out, key=lambda sentence: sentence.startswith("notes"))
+    assert series.startswith("series/: a folder of DICOM files") and "DICOMweb" in series
+    assert notes == "notes.txt: not an image (.txt)."
+    assert [record.message.count("notes.txt") for record in caplog.records if "notes" in record.message] == [1]
+
+
+def test_ten_thousand_images_have_a_cheap_status(tmp_path):
+    folder = tmp_path / "many"
+    (folder / "labels" / "final").mkdir(parents=True)
+    for number in range(10_000):
+        (folder / f"i{number:05}.png").touch()
+    store = ConfinedDatastore(str(folder), tmp_path, LIMIT)
+    # Until the folder's time is old enough to be relied on, it is read at each call.
+    (
+        os.utime(folder, (1e9, 1e9)),
+        os.utime(folder / "labels", (1e9, 1e9)),
+        os.utime(folder / "labels" / "final", (1e9, 1e9)),
+    )
+    os.utime(folder / "labels" / "original", (1e9, 1e9))
+    scans = []
+    scan, lib.stores.folder._entries = lib.stores.folder._entries, lambda path: scans.append(path) or scan(path)
+    try:
+        for _ in range(100):
+            assert store.status()["total"] == 10_000
+    finally:
+        lib.stores.folder._entries = scan
+    assert len(scans) <= 4
+
+
+# Labels
+
+
+def test_an_approved_label_is_stored_listed_and_noted(store, studies, uploads, tmp_path):
+    sent = label(uploads / "sent.nii.gz")
+    assert store.save_label("A", str(sent), "final", {"label_info": [{"name": "liver", "idx": 1}]}) == "A"
+    assert (studies / "labels/final/A.nii.gz").read_bytes() == sent.read_bytes()
+    assert store.get_unlabeled_images() == ["B"]
+    assert store.datalist(full_path=False) == [{"image": "A.nii.gz", "label": "labels/final/A.nii.gz"}]
+    assert store.get_label_info("A", "final")["label_info"][0]["name"] == "liver"
+    store.remove_label("A", "final")
+    assert store.get_unlabeled_images() == ["A", "B"]
+    noted = [json.loads(line) for line in (tmp_path / "state/audit.jsonl").read_text().splitlines()]
+    assert [entry["action"] for entry in noted] == ["approve", "remove label"]
+    assert noted[0]["sha256"] == noted[1]["sha256"]
+
+
+def test_an_empty_label_is_legal_and_its_image_counts_as_labelled(store, uploads):
+    store.save_label("A", str(label(uploads / "empty.nii.gz", 0)), "final", {})
+    assert store.get_labeled_images() == ["A"]
+
+
+def truncated(path: Path) -> Path:
+    content = label(path).read_bytes()
+    path.write_bytes(content[: len(content) - 40])
+    return path
+
+
+def probabilities(path: Path) -> Path:
+    return volume(path, np.full(SIZE, 0.5, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: label(path, size=(12, 10, 5)), "expected a label of its image's size"),
+        (probabilities, "expected whole class values"),
+        (lambda path: label(path, 7), "expected only the declared classes"),
+    ],
+)
+def test_a_label_that_does_not_fit_is_refused_and_the_approved_one_stays(store, studies, uploads, make, message):
+    (studies / "labels.json").write_text('{"liver": 1}')
+    store.save_label("A", str(label(uploads / "good.nii.gz")), "final", {})
+    before = tree(studies)
+    with pytest.raises(BadLabel, match=message) as caught:
+        store.save_label("A", str(make(uploads / "bad.nii.gz")), "final", {})
+    assert str(uploads) not in str(caught.value) and caught.value.status == 422
+    assert tree(studies) == before
+
+
+def test_labels_of_other_programs_on_the_images_voxels_are_approved(store, studies, uploads):
+    """As ITK writes it for an image of two forms, and as 3D Slicer cuts it to its segment."""
+    image = nib.Nifti1Image(np.zeros(SIZE, np.int16), None)
+    image.header.set_qform(np.diag([-1.5, -1.5, 3.0, 1.0]), code=1)
+    image.header.set_sform(nib.affines.from_matvec(np.diag([-1.5, -1.5, 3.0]), [10, 20, 30]), code=2)
+    nib.save(image, studies / "A.nii.gz")
+    store.refresh()
+    array = np.zeros(SIZE, np.uint8)
+    array[2:5, 3:5, 1:3] = 1
+    placed = itk.imread(str(studies / "A.nii.gz"))
+    whole = itk.image_from_array(np.ascontiguousarray(array.T))
+    whole.CopyInformation(placed)
+    itk.imwrite(whole, str(uploads / "itk.nii.gz"))
+    header = {
+        "space": "left-posterior-superior",
+        "space directions": np.diag([1.5, 1.5, 3.0]),
+        "space origin": np.array(placed.TransformIndexToPhysicalPoint([2, 3, 1])),
+        "Segment0_LabelValue": "1",
+    }
+    nrrd.write(str(uploads / "slicer.seg.nrrd"), array[2:5, 3:5, 1:3], header)
+    geometry = read_image(studies / "A.nii.gz").geometry
+    for name in ("itk.nii.gz", "slicer.seg.nrrd"):
+        store.save_label("A", str(uploads / name), "final", {})
+        assert np.array_equal(geometry.to_native(read_label(store.get_label_uri("A", "final"), geometry)), array), name
+
+
+def test_a_class_declared_with_the_label_is_accepted(store, studies, uploads):
+    (studies / "labels.json").write_text('{"liver": 1}')
+    info = {"label_info": [{"name": "tumour", "idx": 7}]}
+    store.save_label("A", str(label(uploads / "l.nii.gz", 7)), "final", info)
+    assert store.get_labeled_images() == ["A"]
+
+
+def test_a_truncated_label_is_refused_with_any_tag(store, uploads):
+    for tag in ("final", "original"):
+        with pytest.raises(DataError):
+            store.save_label("A", str(truncated(uploads / "cut.nii.gz")), tag, {})
+    assert store.status()["label_tags"] == {}
+
+
+def test_a_label_of_another_kind_replaces_the_earlier_one(tmp_path, uploads):
+    studies = tmp_path / "s"
+    studies.mkdir()
+    Image.fromarray(np.arange(80, dtype=np.uint8).reshape(8, 10)).save(studies / "P.png")
+    store = ConfinedDatastore(str(studies), tmp_path, LIMIT)
+    for name in ("l.png", "l.tif", "l.png"):
+        Image.fromarray(np.eye(8, 10, dtype=np.uint8)).save(uploads / name)
+        store.save_label("P", str(uploads / name), "final", {})
+        (file,) = (studies / "labels" / "final").iterdir()
+        assert file.name == f"P{Path(name).suffix}" and store.get_label_uri("P", "final") == str(file)
+
+
+def test_parallel_saves_leave_one_whole_label_and_a_sound_index(opened, studies, uploads):
+    store = opened()
+    sent = [label(uploads / f"{value}.nii.gz", value) for value in range(1, 9)]
+    threads = [threading.Thread(target=store.save_label, args=("A", str(path), "final", {})) for path in sent]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (studies / "labels/final/A.nii.gz").read_bytes() in [path.read_bytes() for path in sent]
+    assert opened().status() == {"total": 2, "completed": 1, "label_tags": {"final": 1}}
+    json.loads((studies / "datastore_v2.json").read_text())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_nothing_is_one_sentence_and_nothing_is_lost(store, studies, uploads, monkeypatch, number):
+    store.save_label("A", str(label(uploads / "good.nii.gz")), "final", {})
+    before = tree(studies)
+
+    def fail(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:20])
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(StorageError, match="nothing that was there is lost") as caught:
+        store.save_label("A", str(label(uploads / "new.nii.gz", 2)), "final", {})
+    assert caught.value.status == 507 and tree(studies) == before
+    assert store.get_labeled_images() == ["A"]
+
+
+# Images
+
+
+def test_an_uploaded_image_is_added_once_and_never_replaces_another(store, studies, uploads):
+    sent = volume(uploads / "new.nii.gz", np.ones(SIZE, np.float32))
+    assert store.add_image("", str(sent), {}) == "new"
+    assert store.add_image("new", str(sent), {}) == "new"
+    with pytest.raises(Conflict, match="found A.nii.gz under this id"):
+        store.add_image("A", str(sent), {})
+    Image.new("L", (8, 8)).save(uploads / "p.png")
+    with pytest.raises(Conflict):
+        store.add_image("A", str(uploads / "p.png"), {})
+    assert store.list_images() == ["A", "B", "new"]
+    store.remove_image("new")
+    assert store.list_images() == ["A", "B"] and not (studies / "new.nii.gz").exists()
+
+
+def test_removing_an_image_removes_its_labels(store, studies, uploads):
+    store.save_label("A", str(label(uploads / "l.nii.gz")), "final", {})
+    store.remove_image("A")
+    assert not (studies / "labels/final/A.nii.gz").exists() and store.list_images() == ["B"]
+
+
+NRRD = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: {sizes}\nencoding: raw\n{more}\n"
+MHA = "ObjectType = Image\nNDims = 2\nDimSize = {sizes}\nElementType = MET_UCHAR\nElementDataFile = {file}\n"
+
+
+def claimed_nifti(size) -> bytes:
+    header = nib.Nifti1Header()
+    header.set_data_shape(size)
+    header.set_data_dtype(np.uint8)
+    header["magic"] = b"n+1"
+    header["vox_offset"] = 352
+    return header.binaryblock + bytes(4)
+
+
+def huge_png() -> bytes:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.nii.gz", b"not gzip", UnsupportedFile),
+        ("a.nhdr", b"NRRD0004", UnsupportedFile),
+        ("a.img", bytes(400), UnsupportedFile),
+        ("a.nii.gz", gzip.compress(b"no nifti" * 100), UnsupportedFile),
+        ("a.nii.gz", gzip.compress(bytes(LIMIT + 1000)), UnsupportedFile),
+        ("a.nii.gz", gzip.compress(claimed_nifti((2000, 2000, 1000)) + bytes(100)), TooLarge),
+        ("a.nii", claimed_nifti((2000, 2000, 1000)), TooLarge),
+        ("a.png", b"\x80\x04K\x01.", UnsupportedFile),
+        ("a.png", huge_png(), TooLarge),
+        ("a.jpg", b"GIF89a" + bytes(100), UnsupportedFile),
+        ("a.dcm", b"PK\x03\x04" + bytes(300), UnsupportedFile),
+        ("a.nrrd", NRRD.format(sizes="9000 9000 9000", more="").encode(), TooLarge),
+        ("a.nrrd", NRRD.format(sizes="4 4 4", more="data file: /etc/passwd\n").encode(), UnsupportedFile),
+        ("a.mha", MHA.format(sizes="4 4", file="/etc/passwd").encode(), UnsupportedFile),
+        ("a.mhd", MHA.format(sizes="4 4", file="../x.raw").encode(), UnsupportedFile),
+        ("a.pkl", b"\x80\x04K\x01.", UnsupportedFile),
+        ("a.pt", b"PK\x03\x04", UnsupportedFile),
+        ("a", b"x", UnsupportedFile),
+    ],
+    # The contents differ from run to run, since gzip notes the time.
+    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else None,
+)
+def test_contents_that_are_not_what_the_name_says_or_unpack_to_too_much_are_refused(
+    store, studies, uploads, name, content, kind
+):
+    (uploads / name).write_bytes(content)
+    before = tree(studies)
+    with pytest.raises(kind):
+        store.add_image("new", str(uploads / name), {})
+    assert tree(studies) == before
+
+
+def test_ordinary_files_of_every_kind_pass(uploads):
+    import itk
+
+    array = np.arange(60, dtype=np.uint8).reshape(5, 12)
+    for suffix in (".png", ".jpg", ".tif", ".bmp"):
+        Image.fromarray(array).save(uploads / f"p{suffix}")
+    for suffix in (".nrrd", ".mha"):
+        itk.imwrite(itk.image_from_array(array), str(uploads / f"p{suffix}"))
+    volume(uploads / "p.nii.gz"), volume(uploads / "p.nii")
+    files = sorted(uploads.iterdir())
+    assert len(files) == 8
+    for path in files:
+        with admitted(path, LIMIT):
+            pass
+        with pytest.raises(TooLarge), admitted(path, 10):
+            pass
+
+
+def test_the_archive_holds_the_approved_pairs_and_replaces_the_last_one(store, uploads, tmp_path):
+    with pytest.raises(NotFound):
+        store.get_dataset_archive(None)
+    store.save_label("A", str(label(uploads / "l.nii.gz")), "final", {})
+    paths = {store.get_dataset_archive(limit) for limit in (None, 1)}
+    assert paths == {str(tmp_path / "state" / "dataset.zip")}
+    import zipfile
+
+    assert zipfile.ZipFile(paths.pop()).namelist() == ["image/A.nii.gz", "label/A.nii.gz", "metadata.json"]
+
+
+# A kill at any moment
+
+# One process imports everything once. Each line is a job, JSON; the process that does it is killed after some time or
+# some changes of files, and "killed" or "ended" is the answer.
+NURSERY = """
+import json, os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from lib.stores.folder import ConfinedDatastore
+from lib.stores.door import admitted
+def killing(change, left):
+    def changed(*arguments, **options):
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left.pop()
+        return change(*arguments, **options)
+    return changed
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        store = ConfinedDatastore(job["studies"], Path(job["state"]), 1 << 26)
+        if "changes" in job:
+            # A kill is no power failure.
+            os.fsync = lambda file: None
+            left = [None] * job["changes"]
+            os.replace, os.unlink = killing(os.replace, left), killing(os.unlink, left)
+        for method, *arguments in job["calls"]:
+            getattr(store, method)(*arguments)
+            os.write(1, (arguments[0] + " ").encode())
+        os._exit(0)
+    if "seconds" in job:
+        time.sleep(job["seconds"])
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    os.write(1, b"killed\\n" if status == signal.SIGKILL else b"ended\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    app = Path(lib.stores.folder.__file__).parents[2]
+    command = [sys.executable, "-c", NURSERY, str(app)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        yield process
+
+
+@pytest.fixture
+def doing(nursery, studies, tmp_path):
+    """Have calls made in a process that is killed; the images of those that were done, and what became of it."""
+
+    def do(calls: list, **when) -> list[str]:
+        job = {"studies": str(studies), "state": str(tmp_path / "state"), "calls": calls, **when}
+        nursery.stdin.write(f"{json.dumps(job)}\n")
+        nursery.stdin.flush()
+        return nursery.stdout.readline().split()
+
+    return do
+
+
+def test_a_kill_at_any_moment_of_saving_loses_no_approved_label(opened, doing, uploads):
+    contents = [label(uploads / f"{value}.nii.gz", value).read_bytes() for value in range(1, 5)]
+    moments, approved, kills = random.Random(7), set(), 0
+    # On a busy machine a process may be killed before its first save.
+    while kills < 8 or (approved != {"A", "B"} and kills < 100):
+        images = "AB"[:: (-1) ** kills]
+        calls = [
+            ("save_label", image, str(uploads / f"{1 + turn % 4}.nii.gz"), "final", {"turn": turn})
+            for turn in range(50)
+            for image in images
+        ]
+        *done, _ = doing(calls, seconds=moments.uniform(0.0, 0.5))
+        approved.update(done)
+        kills += 1
+        store = opened()
+        assert approved <= set(store.get_labeled_images())
+        for image in store.get_labeled_images():
+            assert Path(store.get_label_uri(image, "final")).read_bytes() in contents
+        assert store.list_images() == ["A", "B"]
+    assert approved == {"A", "B"}
+
+
+@pytest.mark.parametrize("decision", ["save_label", "approve"])
+def test_whenever_it_is_killed_a_label_goes_with_what_is_known_about_it(
+    decision, opened, doing, studies, uploads, monkeypatch
+):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    old, new = label(uploads / "old.nii.gz", 1), label(uploads / "new.nii.gz", 2)
+    liver, spleen = ({"label_info": [{"idx": value, "name": name}]} for value, name in ((1, "liver"), (2, "spleen")))
+    named = {old.read_bytes(): {1: "liver"}, new.read_bytes(): {2: "spleen"}}
+    calls = {"save_label": ["A", str(new), "final", spleen], "approve": ["A", "original"]}
+
+    def state() -> tuple[bytes, dict[int, str]]:
+        store = opened()
+        return Path(store.get_label_uri("A", "final")).read_bytes(), declared(store.get_label_info("A", "final"))
+
+    seen, changes, outcome = set(), 0, "killed"
+    while outcome == "killed":
+        store = opened()
+        store.save_label("A", str(old), "final", liver)
+        store.save_label("A", str(new), "original", spleen)
+        outcome = doing([[decision, *calls[decision]]], changes=changes)[-1]
+        content, names = state()
+        assert names == named[content], changes
+        # Another change finishes or takes back what was begun.
+        opened().update_image_info("B", {"note": changes})
+        assert state() == (content, names), changes
+        assert not (studies / JOURNAL).exists()
+        seen.add(content)
+        changes += 1
+    assert changes > 5 and len(seen) == 2
+
+
+def test_the_first_label_of_an_image_is_there_whole_or_not_at_all_whenever_it_is_killed(
+    opened, doing, studies, uploads, monkeypatch
+):
+    """Also beside an older file of another kind, whose record stays with it."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    new = label(uploads / "new.nii.gz", 2)
+    spleen, liver = ({"label_info": [{"idx": value, "name": name}]} for value, name in ((2, "spleen"), (1, "liver")))
+    changes, outcome, seen = 0, "killed", set()
+    while outcome == "killed":
+        store = opened()
+        for tag in store.get_labels_by_image_id("A"):
+            store.remove_label("A", tag)
+        store.save_label("A", str(label(uploads / "old.nii", 1)), "other", liver)
+        outcome = doing([["save_label", "A", str(new), "first", spleen]], changes=changes)[-1]
+        doing([["save_label", "A", str(new), "other", spleen]], changes=changes)
+        store = opened()
+        found = {tag: declared(store.get_label_info("A", tag)) for tag in store.get_labels_by_image_id("A")}
+        kinds = {tag: Path(store.get_label_uri("A", tag)).name for tag in found}
+        assert found.get("first", {2: "spleen"}) == {2: "spleen"}, changes
+        assert found["other"] == ({1: "liver"} if kinds["other"] == "A.nii" else {2: "spleen"}), changes
+        seen.add("first" in found)
+        changes += 1
+    assert seen == {True, False}
+
+
+def test_new_names_of_labels_that_come_at_once_get_values_of_their_own(opened, uploads, monkeypatch):
+    """Both are checked before either is stored; the one that comes second is checked once more."""
+    meeting, check = threading.Barrier(2, timeout=10), ConfinedDatastore._checked_label
+    waits = threading.Semaphore(2)
+
+    def checked(*arguments):
+        found = check(*arguments)
+        if waits.acquire(blocking=False):
+            meeting.wait()
+        return found
+
+    monkeypatch.setattr(ConfinedDatastore, "_checked_label", checked)
+    stores = {"A": opened(), "B": opened()}
+    file = label(uploads / "l.nii.gz", 1)
+    names = {"A": "liver", "B": "spleen"}
+    threads = [
+        threading.Thread(
+            target=stores[image].save_label,
+            args=(image, str(file), "final", {"label_info": [{"idx": 1, "name": name}]}),
+        )
+        for image, name in names.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store, values = opened(), set()
+    for image, name in names.items():
+        found = declared(store.get_label_info(image, "final"))
+        assert list(found.values()) == [name]
+        assert found.keys() == set(np.unique(read_label(store.get_label_uri(image, "final")))) - {0}
+        values |= found.keys()
+    assert len(values) == 2
+
+
+def test_offering_an_image_does_not_write_the_index(store, studies):
+    store.update_image_info("A", {"known": 1})
+    before = tree(studies)
+    store.update_image_info("A", {"strategy": {"random": {"ts": 1}}})
+    assert tree(studies) == before
+    assert store.get_image_info("A")["known"] == 1
+    with pytest.raises(RequestError):
+        store.update_image_info("nobody", {"strategy": {}})
+
+
+def test_a_link_to_itself_is_left_out_and_the_rest_is_there(studies, opened):
+    (studies / "loop.nii.gz").symlink_to("loop.nii.gz")
+    for folder in ("labels/loop", "labels/final/loop.nii.gz"):
+        (studies / folder).parent.mkdir(parents=True, exist_ok=True)
+        (studies / folder).symlink_to(Path(folder).name)
+    store = opened()
+    assert store.list_images() == ["A", "B"]
+    with pytest.raises(NotFound):
+        store.get_image_uri("loop")

@@ -1,0 +1,312 @@
+"""The fine-tuning task: what it trains on, when it publishes, how it is followed, stopped and undone."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from lib.checks import Conflict, RequestError, StorageError
+from lib.serving.published_weights import Weights
+from lib.trainers.comparison import Comparison
+from lib.trainers.data import digest, halve
+from lib.trainers.finetune import FineTuning
+from lib.trainers.status import StatusHandler
+from sam2sgp.data import class_names, load_datalist
+from sam2sgp.data.phantom import make_phantoms
+from sam2sgp.errors import DataError, WeightsError
+from sam2sgp.files import write_text
+from sam2sgp.networks import SAM2SGP, load_weights
+from tests.e2e.disks import disk
+from tests.spoilt import save_spoilt_weights
+
+BUNDLE = Path(__file__).parents[3] / "bundle"
+TINY = {
+    "image_size": 64,
+    "episodes_per_step": 2,
+    "images_per_episode": 4,
+    "clip_length": 2,
+    "max_k": 2,
+    "k": 2,
+    "num_workers": 0,
+    "val_max_cases": 2,
+    "three_d_memory": False,
+    "region_below": 0.0,
+}
+REQUEST = {"model": "finetune", "device": "cpu", "max_epochs": 1, "episodes_per_epoch": 2}
+
+
+@pytest.fixture(autouse=True)
+def own_hook(monkeypatch):
+    """The bundle's `initialize` replaces the hook that prints uncaught exceptions."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trainer") / "set"
+    return make_phantoms(directory, 6, size=(64, 64), num_slices=6, modalities=("us",), progress=False)
+
+
+@pytest.fixture(scope="module")
+def cases(phantoms):
+    """A labelled picture of each of six patients."""
+    return list({case["patient"]: case for case in load_datalist(phantoms)}.values())
+
+
+class Events(list):
+    def __call__(self, action, **facts):
+        self.append((action, facts))
+
+
+def a_task(tmp_path, cases, phantoms, start=BUNDLE / "models" / "model.pt", left_out=()):
+    weights = Weights(tmp_path / "weights", start)
+    names = class_names(phantoms)
+    events = Events()
+    task = FineTuning(BUNDLE, tmp_path, weights, lambda: (cases, left_out), lambda: names, TINY, audit=events)
+    return task, weights, events
+
+
+def some(count, patients):
+    return [{"name": f"n{i}", "patient": f"p{i % patients}", "image": "i", "label": "l"} for i in range(count)]
+
+
+def test_patients_are_halved_and_stay_in_their_half_as_labels_come_and_go():
+    half_of = halve(some(24, 12), {})
+    assert len(half_of) == 12 and sum(half_of.values()) == 6
+    left = {patient: half for patient, half in half_of.items() if patient not in ("p1", "p2", "p3")}
+    grown = halve([case for case in some(30, 15) if case["patient"] not in ("p1", "p2", "p3")], half_of)
+    assert left.items() <= grown.items() and len(grown) == 12 and sum(grown.values()) == 6
+    assert halve(list(reversed(some(24, 12))), {}) == half_of
+    assert set(halve(some(4, 4), {}).values()) == {0, 1}
+
+
+def test_a_half_that_lost_its_labels_is_named_until_it_has_new_ones():
+    known = {"p0": 0, "p1": 0, "p2": 0, "p3": 0, "p4": 1, "p5": 1}
+    with pytest.raises(DataError, match="4 patients, 2 in each half of those .* trained on, found 5 of 5"):
+        halve(some(5, 5), known)
+    assert halve([*some(5, 5), {"patient": "new"}], known)["new"] == 1
+
+
+def test_a_gain_counts_that_exceeds_its_standard_error_over_the_patients_measured_with_both():
+    before, after = {"a": 0.5, "b": 0.4, "c": 0.6, "gone": 0.0}, {"a": 0.6, "b": 0.5, "c": 0.9, "new": 1.0}
+    found = Comparison.of(before, after)
+    assert found.patients == 3 and found.before == pytest.approx(0.5) and found.after == pytest.approx(2 / 3)
+    # Gains .1, .1, .3: standard deviation .1155.
+    assert found.error == pytest.approx(0.11547 / 3**0.5, abs=1e-5) and found.is_better
+    lucky = Comparison.of(before, {"a": 0.9, "b": 0.3, "c": 0.5})
+    assert lucky.after > lucky.before and not lucky.is_better
+    assert not Comparison.of(before, before).is_better
+    with pytest.raises(DataError, match="at least 2 patients to judge .* found 1"):
+        Comparison.of(before, {"a": 1.0})
+
+
+def test_a_training_says_what_it_does_from_its_beginning(tmp_path, phantoms):
+    task, _, _ = a_task(tmp_path, [], phantoms)
+    shown = []
+    task.cases = lambda: (shown.append(task.stats()) or [], [])
+    with pytest.raises(DataError):
+        task(REQUEST, None)
+    assert shown[0]["state"] == "running" and shown[0]["message"]
+
+
+def test_too_few_patients_are_refused_in_one_sentence(tmp_path, phantoms):
+    why = "labels/final/x.png: expected a label, found none."
+    task, weights, events = a_task(tmp_path, some(5, 3), phantoms, left_out=[why])
+    with pytest.raises(DataError, match="at least 4 patients, found 5 of 3"):
+        task(REQUEST, None)
+    assert task.stats()["state"] == "failed" and "at least 4 patients" in task.stats()["message"]
+    assert task.stats()["left_out"] == [why]
+    assert weights.active().name == "embedded" and not events and not task.work.exists()
+
+
+def test_the_digest_follows_label_content_and_not_where_files_are(tmp_path):
+    def made(folder, content):
+        folder.mkdir()
+        (folder / "image").write_bytes(b"12")
+        (folder / "label").write_bytes(content)
+        case = {"name": "a", "patient": "p", "image": str(folder / "image"), "label": str(folder / "label")}
+        return digest([case], {"p": 0}), digest([case], {"p": 1})
+
+    one, same, other = (made(tmp_path / name, content) for name, content in zip("abc", (b"x", b"x", b"y"), strict=True))
+    assert one == same and one[0] != other[0] and one[0] != one[1]
+
+
+def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp_path, phantoms, cases):
+    spoilt = save_spoilt_weights(tmp_path / "spoilt.pt")
+    task, weights, events = a_task(tmp_path, cases, phantoms, spoilt)
+    request = {**REQUEST, "learning_rate": 3e-3, "episodes_per_epoch": 32}
+    stats = task(request, None)
+    assert stats["state"] == "published", stats
+    assert stats["new_metric"] - stats["start_metric"] > stats["gain_error"] > 0 and stats["best_metric"] > 0
+    assert stats["judged"] == 6, "every label is judged"
+    assert stats["epoch"] == stats["max_epochs"] == 2 and stats["step"] == stats["steps"] == 32
+    assert stats["weights"]["version"] == "1" and stats["weights"]["before"] == "embedded"
+    assert [(row["part"], row["epoch"]) for row in stats["history"]] == [(0, 1), (1, 2)]
+    assert stats["history"][1]["metric"] == stats["metric"]
+    assert {str(path.relative_to(task.work)) for path in task.work.rglob("*") if path.is_dir()} >= {
+        "half_0/tensorboard",
+        "half_1/tensorboard",
+    }
+    assert not [path for path in task.work.rglob("*") if path.is_file() and "events" not in path.name]
+    assert [action for action, _ in events] == ["train", "publish"]
+
+    load_weights(SAM2SGP("lite", 64), weights.active().path)
+    # What serves is the mean of both halves' weights, and those were not trained alike.
+    folder = weights.active().path.parent
+    states = [torch.load(folder / f"half_{half}.pt", weights_only=True) for half in (0, 1)]
+    mean = torch.load(weights.active().path, weights_only=True)
+    changed = [name for name in mean if not torch.equal(states[0][name], states[1][name])]
+    assert changed
+    for name in changed:
+        assert torch.allclose(mean[name], (states[0][name] + states[1][name]) / 2, atol=1e-6)
+    half_of = json.loads((folder / "halves.json").read_text())
+    assert half_of.keys() == {case["patient"] for case in cases}
+
+    # The next training of a half starts from that half's own weights, which never saw the other's labels.
+    starts, run = [], FineTuning._run
+    task._run = lambda settings, half: starts.append(settings["model_file"]) or run(task, settings, half)
+    assert task({**request, "learning_rate": 1e-12}, None)["state"] == "kept"
+    assert starts == [str(folder / "half_0.pt"), str(folder / "half_1.pt")]
+    (folder / "halves.json").write_text("{")
+    with pytest.raises(WeightsError, match="halves.json.*restore it, or roll back"):
+        task(request, None)
+
+    assert task({"model": "finetune", "action": ["roll_back"]}, None)["state"] == "rolled_back"
+    assert weights.active().name == "embedded" and events[-1][0] == "roll_back"
+
+
+def test_each_half_trains_on_its_own_patients_alone_and_is_judged_on_the_others(tmp_path, phantoms, cases, monkeypatch):
+    task, weights, _ = a_task(tmp_path, cases, phantoms)
+    listings = []
+
+    def run(settings, half):
+        listings.append(json.loads(Path(settings["dataset_dir"]).read_text()))
+        return weights.active().path
+
+    monkeypatch.setattr(task, "_run", run)
+    dice = iter([{"a": 0.5, "b": 0.5}, {"a": 0.9, "b": 0.7}, {"c": 0.5, "d": 0.5}, {"c": 0.1, "d": 0.4}])
+    monkeypatch.setattr(task, "_dice", lambda path, settings: next(dice))
+    stats = task(REQUEST, None)
+    assert stats["state"] == "kept", "one half's luck does not pay for the other's loss"
+    assert (stats["start_metric"], stats["new_metric"]) == (0.5, pytest.approx(0.525))
+    patients = [
+        [{case["patient"] for case in listing[name]} for name in ("training", "validation")] for listing in listings
+    ]
+    assert patients[0] == patients[1][::-1] and len(patients[0][0]) == len(patients[0][1]) == 3
+    assert not patients[0][0] & patients[0][1]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_epochs": "$__import__('os').getcwd()"},
+        {"max_epochs": 1.5},
+        {"learning_rate": "nan"},
+        {"episodes_per_epoch": 0},
+        {"device": "$exit()"},
+        {"action": "delete"},
+    ],
+)
+def test_options_that_cannot_work_are_refused_and_none_is_run_as_code(tmp_path, phantoms, cases, option):
+    task, _, events = a_task(tmp_path, cases, phantoms)
+    with pytest.raises(RequestError, match=next(iter(option))):
+        task({**REQUEST, **option}, None)
+    assert not events
+
+
+def test_options_are_the_bundles_and_the_panels_lists_count_as_their_first_element(tmp_path, phantoms, cases):
+    task, _, _ = a_task(tmp_path, cases, phantoms)
+    train, overlay = (json.loads((BUNDLE / "configs" / name).read_text()) for name in ("train.json", "finetune.json"))
+    declared = {**train, **overlay}
+    config = task.info()["config"]
+    assert config["max_epochs"] == declared["max_epochs"] and config["learning_rate"] == declared["learning_rate"]
+    assert config["action"] == ["train", "roll_back"]
+    options = task._options({**config, "device": ["cpu"]})
+    assert options["device"] == "$torch.device('cpu')" and options["max_epochs"] == declared["max_epochs"]
+
+
+def test_only_devices_that_are_there_are_taken(tmp_path, phantoms, cases, monkeypatch):
+    task, _, _ = a_task(tmp_path, cases, phantoms)
+    monkeypatch.setattr("lib.trainers.finetune.name_to_device", lambda name: name or "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert task._device("cpu") == "cpu"
+    assert task._device(None) == task._device("cuda:0") == "cuda:0"
+    for name in ("cuda:1", "mps", "cuda:x"):
+        with pytest.raises(RequestError, match="device is"):
+            task._device(name)
+
+
+def test_a_killed_training_reads_as_stopped_and_the_next_one_goes_on_but_publishes_nothing_that_is_not_better(
+    tmp_path, phantoms, cases, monkeypatch
+):
+    task, weights, events = a_task(tmp_path, cases, phantoms)
+    request = {**REQUEST, "max_epochs": 2, "learning_rate": 1e-12}
+    epoch = StatusHandler._epoch
+
+    def killed(handler, engine):
+        epoch(handler, engine)
+        if engine.state.epoch == 1:
+            raise KeyboardInterrupt  # like SIGKILL, nothing of the task's own handles it
+
+    monkeypatch.setattr(StatusHandler, "_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        task(request, None)
+    monkeypatch.undo()
+    assert task.stats()["state"] == "running" and task.stats()["best_epoch"] == 1
+    written = json.loads(task.status.path.read_text())
+    write_text(task.status.path, json.dumps({**written, "pid_created": 0.0}))
+    stopped = task.stats()
+    assert stopped["state"] == "stopped" and "after 1 of 4 epochs" in stopped["message"]
+    assert weights.active().name == "embedded" and not events[0][1]["resumed"]
+
+    stats = task(request, None)
+    assert stats["state"] == "kept" and stats["epoch"] == 4 and "'embedded' stay in use" in stats["message"]
+    assert [action for action, _ in events] == ["train", "train", "keep"] and events[1][1]["resumed"]
+    assert weights.versions() == [weights.active()]
+
+
+def test_a_training_that_finds_no_space_says_so_and_goes_on_when_there_is_some(tmp_path, phantoms, cases):
+    # Enough to begin with, but too little for a checkpoint.
+    with disk(tmp_path / "state", 2) as state:
+        task, weights, events = a_task(state.folder, cases, phantoms)
+        with pytest.raises(StorageError, match="training: expected to write to the state folder.*free some space") as e:
+            task(REQUEST, None)
+        assert e.value.status == 507 and "\n" not in str(e.value)
+        assert task.stats()["state"] == "failed" and task.stats()["message"] == str(e.value)
+        assert weights.active().name == "embedded" and not list(task.work.glob("*.pt"))
+        state.resize(256)
+        assert task(REQUEST, None)["state"] in ("published", "kept")
+        with state.read_only(), pytest.raises(StorageError, match="Read-only file system.*permissions"):
+            task(REQUEST, None)
+
+
+def test_one_training_at_a_time(tmp_path, phantoms, cases):
+    task, _, _ = a_task(tmp_path, cases, phantoms)
+    task.folder.mkdir()
+    with FileLock(task.folder / ".lock"):
+        for action in ("train", "roll_back"):
+            with pytest.raises(Conflict, match="running already"):
+                task({**REQUEST, "action": action}, None)
+
+
+def test_other_labels_or_options_begin_anew(tmp_path, phantoms, cases):
+    task, _, _ = a_task(tmp_path, cases, phantoms)
+    assert task._prepare("labels", ["a"]) == {}
+    (task.work / "last.pt").touch()
+    known = {"before_0": {"p": 0.5}}
+    task._remember(known)
+    assert task._prepare("labels", ["a"]) == known and (task.work / "last.pt").exists()
+    assert task._prepare("labels", ["b"]) == {} and not (task.work / "last.pt").exists()
+    task._remember(known)
+    assert task._prepare("others", ["b"]) == {}
+
+
+def test_rolling_back_where_there_is_nothing_before_says_so(tmp_path, phantoms, cases):
+    task, _, _ = a_task(tmp_path, cases, phantoms)
+    with pytest.raises(WeightsError, match="none before"):
+        task({"model": "finetune", "action": "roll_back"}, None)
+    with FileLock(task.folder / ".lock", timeout=0):
+        pass  # released
