@@ -66,7 +66,7 @@ docs/method
 docs/results
 docs/measurements
 docs/weights
-bundle/docs/README
+Model card <bundle/docs/README>
 :::
 
 :::{toctree}

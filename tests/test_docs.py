@@ -4,14 +4,17 @@ import ast
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from monai.bundle import ConfigParser
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from sam2sgp import cli
+from sam2sgp import cli, options
 from sam2sgp.evaluation import case_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +73,43 @@ def test_the_six_lines_of_the_readme_give_the_dice_of_the_command(phantoms, tmp_
             [row["dice"] for row in case_metrics(labels, truth, {1: "", 2: "", 3: ""})] for labels in found
         )
         assert np.array_equal(first, second, equal_nan=True) and np.nanmean(first) > 0.6
+
+
+def commands(start: str) -> list[list[str]]:
+    """Commands of the pages that begin so, whole lines of code or words within a sentence, without what is left out."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        lines = [line for block in re.findall(r"^```\w*\n(.+?)^```", text, re.M | re.S) for line in block.splitlines()]
+        lines += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+        words = [shlex.split(line, comments=True) for line in lines if re.match(rf"(\w+=\S+ )?{start} ", line)]
+        found += [command for command in words if "…" not in " ".join(command)]
+    return found
+
+
+def test_every_short_command_of_the_pages_is_taken():
+    group = get_command(cli.app)
+    given = [words[1:] for words in commands("sam2sgp") if not words[1].startswith("-")]
+    assert len(given) > 15 and {words[0] for words in given} >= {"segment", "check", "train", "evaluate", "serve"}
+    for name, *words in given:
+        if "--help" not in words:
+            # Required options that a sentence leaves out are no fault of it.
+            with group.commands[name].make_context(name, words, resilient_parsing=name == "segment") as context:
+                assert set(cli._more(context.args)) <= options.ALL.keys(), words
+
+
+def test_every_run_of_the_bundle_in_the_pages_has_configs_and_options_that_there_are():
+    given = commands("python -m monai.bundle run") + commands("torchrun .*-m monai.bundle run")
+    assert len(given) > 20
+    for command in given:
+        words = command[command.index("run") + 1 :]
+        settings = dict(zip(words[1::2], words[2::2], strict=True))
+        files = settings.pop("--config_file").replace("BUNDLE/", "")
+        files = ast.literal_eval(files) if files.startswith("[") else [files]
+        parser = ConfigParser(ConfigParser.load_config_files([str(ROOT / "bundle" / name) for name in files]))
+        parser.update({name.removeprefix("--"): cli._value(value) for name, value in settings.items()})
+        options.check(parser)
+        assert words[0] in parser, command
 
 
 def _anchor(heading: str) -> str:
