@@ -265,7 +265,7 @@ def test_a_workflow_takes_the_zoos_overrides_and_leaves_the_process_as_it_was(ph
         bundle_root=str(BUNDLE),
         workflow_type="infer",
         support_dir=str(phantoms / "support" / "rgb"),
-        dataset_dir="no folder at all",
+        dataset_dir=str(phantoms / "queries" / "rgb"),
         **settings,
         **{"dataset#data": [{"image": str(path)} for path in pictures]},
     )

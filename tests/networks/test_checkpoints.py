@@ -173,7 +173,7 @@ def test_a_denied_download_is_an_error(bundle_root, monkeypatch):
 def test_only_listed_checkpoints_of_real_backbones_are_fetched(bundle_root):
     with pytest.raises(ConfigError, match="'nano' backbone has no SAM 2.1 checkpoint"):
         fetch_checkpoint("nano", bundle_root)
-    with pytest.raises(WeightsError, match=r"expected an entry with path models/sam2\.1_hiera_large\.pt"):
+    with pytest.raises(WeightsError, match=r"expected an entry with path sam2\.1_hiera_large\.pt"):
         fetch_checkpoint("large", bundle_root)
     list_file(bundle_root, "http://127.0.0.1/", "")
     with pytest.raises(WeightsError, match="hash_val"):
