@@ -281,8 +281,14 @@ def test_a_workflow_takes_the_zoos_overrides_and_leaves_the_process_as_it_was(ph
         bundle_root=str(BUNDLE),
         workflow_type="train",
         dataset_dir=str(phantoms),
-        **{**SMALL, "max_epochs": 1, "output_dir": str(tmp_path / "run"), "ckpt_dir": str(tmp_path / "kept")},
-        **{"train#dataset#data": pairs, "val_interval": 9},
+        **{
+            **SMALL,
+            "max_epochs": 1,
+            "val_interval": 9,
+            "output_dir": str(tmp_path / "run"),
+            "ckpt_dir": str(tmp_path / "kept"),
+        },
+        **{"train#dataset#data": pairs},
     )
     workflow.run()
     trainer = workflow.parser.get_parsed_content("train::trainer")

@@ -107,7 +107,7 @@ def requirements(name: str) -> list[str]:
 
 def test_nothing_but_torch_brings_cuda(site):
     declared = Path(next(site.glob("sam2sgp-*.dist-info")), "METADATA").read_text()
-    waiting = [Requirement(line).name for line in re.findall(r"^Requires-Dist: ([^;]+)$", declared, re.MULTILINE)]
+    waiting = [Requirement(line).name for line in re.findall(r"^Requires-Dist: ([^;\n]+)$", declared, re.MULTILINE)]
     needed: set[str] = set()
     while waiting:
         name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
