@@ -4,9 +4,10 @@
 
 In: a folder of data folders, from which `_tasks.py` makes tasks, and phantoms. Of each query image the largest square
 window without the target is the image without it ("window"); a query image of another data set is one that has nothing
-to do with the support set ("foreign"); phantoms that lack a class are "phantom". Out: per kind of image the share of
-images in which anything is found, the share of the image that it covers, and what the bundle says of it: the mean
-confidence and the share of images that get a warning. For comparison, Dice on phantoms that hold the class.
+to do with the support set ("foreign"); phantoms that lack a class are "phantom". For comparison, the query images
+themselves ("target"). Out: per kind of image the share of images in which anything is found, the share of the image
+that it covers, and what the bundle says of it: the mean confidence, the share of images that are unlike the support set
+and of those in which the target may be absent. For comparison, Dice on phantoms that hold the class.
 """
 
 import argparse
@@ -55,18 +56,23 @@ def infer(support: Path, queries: Path, output: Path, settings: dict) -> dict[st
     return found
 
 
-def judge(found: dict[str, tuple[np.ndarray, list[dict]]]) -> list[tuple[bool, float, float, bool]]:
-    """Per image: anything found, its share of the image, confidence where found, warned of."""
+Judged = tuple[bool, float, float, bool, bool]
+
+
+def judge(found: dict[str, tuple[np.ndarray, list[dict]]]) -> list[Judged]:
+    """Per image: anything found, its share of the image, confidence where found, unlike the supports, doubted."""
     rows = []
     for label, said in found.values():
         share = float((label > 0).mean())
         confidence = [float(row["mean_confidence"]) for row in said if row["mean_confidence"]]
-        rows.append((share > 0, share, np.mean(confidence) if confidence else np.nan, any(r["warnings"] for r in said)))
+        mean = float(np.mean(confidence)) if confidence else np.nan
+        told = (any(row[column] == "True" for row in said) for column in ("unlike_support", "maybe_absent"))
+        rows.append((share > 0, share, mean, *told))
     return rows
 
 
-def task_rows(task: Task, tasks: list[Task], k: int, output: Path, settings: dict) -> dict[str, list]:
-    """Images without the target of one task."""
+def task_rows(task: Task, tasks: list[Task], k: int, output: Path, settings: dict) -> dict[str, list[Judged]]:
+    """Images of one task without the target, and with it."""
     folder = output / task.name
     support = write_pairs(
         folder / "support",
@@ -76,13 +82,14 @@ def task_rows(task: Task, tasks: list[Task], k: int, output: Path, settings: dic
     others = [other for other in tasks if other.dataset != task.dataset]
     other = others[zlib.crc32(task.name.encode()) % len(others)]
     rows = {}
-    for kind in ("window", "foreign"):
+    for kind in ("window", "foreign", "target"):
         queries = folder / kind
         shutil.rmtree(queries, ignore_errors=True)
         queries.mkdir(parents=True)
-        if kind == "foreign":
-            for stem in other.queries:
-                shutil.copyfile(other.image("queries", stem), queries / f"{stem}.png")
+        if kind in ("foreign", "target"):
+            shown = other if kind == "foreign" else task
+            for stem in shown.queries:
+                shutil.copyfile(shown.image("queries", stem), queries / f"{stem}.png")
         else:
             for stem in task.queries:
                 place = window_beside(task.mask("queries", stem))
@@ -112,7 +119,7 @@ def phantom_rows(output: Path, settings: dict) -> tuple[list, list[float]]:
                     if plane.any():
                         dices.append(dice(mask, plane))
                     else:
-                        absent.append((mask.any(), float(mask.mean()), np.nan, False))
+                        absent.append((bool(mask.any()), float(mask.mean()), np.nan, False, False))
     return absent, dices
 
 
@@ -124,8 +131,8 @@ def main() -> None:
     arguments.add_argument("--k", type=int, default=8, help="support pairs")
     options = arguments.parse_args()
     tasks = make_tasks(options.data, options.output / "tasks", options.queries, options.held_out, options.seed)
-    print(line("weights", "images", "number", "with a find", "found share", "confidence", "warned"))
-    print(line(*["---"] * 7))
+    print(line("weights", "images", "number", "with a find", "found share", "confidence", "unlike", "may be absent"))
+    print(line(*["---"] * 8))
     for weights in options.weights:
         settings = {"model_file": str(Path(weights).resolve())} if weights else {}
         name = Path(weights).stem if weights else "the bundle's"
@@ -136,12 +143,13 @@ def main() -> None:
             for kind, judged in task_rows(task, tasks, options.k, folder, settings).items():
                 rows[f"{kind}, {'seen kind' if task.seen else 'unseen'}"] += judged
         for kind, judged in rows.items():
-            any_found, share, confidence, warned = zip(*judged, strict=True)
+            any_found, share, confidence, unlike, doubted = zip(*judged, strict=True)
             with np.errstate(all="ignore"):
                 mean = np.nanmean(confidence) if not np.isnan(confidence).all() else np.nan
-            values = (f"{np.mean(any_found):.3f}", f"{np.mean(share):.4f}", f"{mean:.3f}", f"{np.mean(warned):.3f}")
-            print(line(name, kind, len(judged), *values), flush=True)
-        print(line(name, f"phantom, Dice {np.mean(dices):.3f}", len(dices), *[""] * 4), flush=True)
+            values = (f"{np.mean(any_found):.3f}", f"{np.mean(share):.4f}", f"{mean:.3f}")
+            told = (f"{np.mean(unlike):.3f}", f"{np.mean(doubted):.3f}")
+            print(line(name, kind, len(judged), *values, *told), flush=True)
+        print(line(name, f"phantom, Dice {np.mean(dices):.3f}", len(dices), *[""] * 5), flush=True)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Explanation:
         support_used: ids of the labelled images (of volumes `NAME#SLICE`) that guided each class, the most similar
             first.
         unlike_support: whether the image is unlike every labelled one; then check the result first.
+        maybe_absent: names of classes that were found though there is less sign of them than in any labelled image.
         warnings: sentences on what may be wrong with the image.
         seconds: what segmenting took.
         probabilities: background and classes, each an object of the query's kind, by name; only with `maps=True`.
@@ -57,6 +58,7 @@ class Explanation:
     confidence: dict[str, float]
     support_used: dict[str, list[str]]
     unlike_support: bool
+    maybe_absent: list[str]
     warnings: list[str]
     seconds: float
     probabilities: dict[str, Any] | None = None
@@ -203,6 +205,9 @@ class Segmenter:
         self.last = self._explain(result, prepared["warnings"], lambda values: file.restore(values, geometry))
         if self.last.unlike_support:
             logger.warning("%s is unlike every labelled image: check the result.", case["name"])
+        if self.last.maybe_absent:
+            classes = ", ".join(self.last.maybe_absent)
+            logger.warning("%s: less sign of %s than in any labelled image: it may be absent.", case["name"], classes)
         for sentence in self.last.warnings:
             logger.warning("%s: %s", case["name"], sentence)
         values = result.pred.numpy()
@@ -307,6 +312,7 @@ class Segmenter:
             confidence={names[value]: confidence for value, confidence in result.confidence.items()},
             support_used=used,
             unlike_support=bool(is_unlike(result.support_distance)),
+            maybe_absent=[names[value] for value in result.maybe_absent],
             warnings=list(warnings),
             seconds=result.seconds,
             **maps,

@@ -182,6 +182,7 @@ def test_what_needs_a_look_stands_first_and_the_number_of_pictures_is_told(tmp_p
             ("odd", 95.0, 0.94, {"unlike_support": True}),
             ("small", 2.0, 0.91, {}),
             ("unsure", 100.0, 0.5, {}),
+            ("doubted", 100.0, 0.8, {"maybe_absent": True}),
             ("nothing", 0.0, float("nan"), {}),
             ("other scaling", 100.0, 0.9, {"warnings": "scaled otherwise"}),
         ]
@@ -194,13 +195,14 @@ def test_what_needs_a_look_stands_first_and_the_number_of_pictures_is_told(tmp_p
     assert tiles == [
         *("no picture", "broken", "failed"),
         *("no picture", "other scaling", "warning"),
+        *("no picture", "doubted", "maybe no liver", "confidence 0.80"),
         *("unsure", "confidence 0.50"),
         *("no picture", "odd", "unlike support set"),
         *("no picture", "small", "tiny liver"),
         *("no picture", "nothing", "nothing found"),
         "fine",
     ]
-    assert "6 of 9 images may need a look" in html and "2 of 9 are shown with pictures" in html
+    assert "7 of 10 images may need a look" in html and "2 of 10 are shown with pictures" in html
     # The cases with pictures are in the same order.
     assert [article["id"] for article in page.all("article")] == ["case-0", "case-1"]
     assert html.index("<h3>unsure") < html.index("<h3>fine")

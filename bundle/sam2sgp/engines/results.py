@@ -186,6 +186,16 @@ class ResultWriter:
         self.job.wait_for_others()
         self._write_table()
         rows, errors = self.rows, self.errors
+        doubted = [row for row in rows if row.get("maybe_absent")]
+        if doubted:
+            logger.warning(
+                "In %d of %d images there is less sign of what was found than in any support image (%s), so it may not "
+                "be there; check them first (`maybe_absent` in %s).",
+                len({row["case"] for row in doubted}),
+                self._count(),
+                ", ".join(sorted({row["class_name"] for row in doubted})),
+                self.job.table,
+            )
         unlike = {row["case"] for row in rows if row.get("unlike_support")}
         if unlike:
             logger.warning(
@@ -248,6 +258,7 @@ class ResultWriter:
                 "mean_confidence": case["confidence"][row["class"]],
                 "support_items": self._support_used(case, row["class"]),
                 "unlike_support": is_unlike(case["support_distance"]),
+                "maybe_absent": row["class"] in case["maybe_absent"],
                 "seconds": round(case["seconds"], 3),
                 "scaling": str(scaling),
                 "warnings": " ".join(case["warnings"]),

@@ -48,6 +48,10 @@ class CaseResult:
     support_distance: float
     """How unlike the support images it is, see `sam2sgp.support.familiarity`."""
 
+    maybe_absent: list[int]
+    """Values of classes that were found though there is less sign of them than in any support image, see
+    `sam2sgp.inferers.signs`."""
+
     seconds: float
     """What segmenting took."""
 
@@ -130,7 +134,7 @@ class CaseSegmenter:
         found = _Collected(case, bank.class_values, truth, maps)
         for part, logits, chunk in self.inferer.segment_case(case, self.network, patient, case.get("group"), step):
             found.add(part, logits, chunk)
-        result = found.result()
+        result = found.result(self.inferer.least_signs(self.network, case.get("group")))
         if truth is not None:
             check_label_values(case["source"], torch.unique(truth).tolist(), bank.class_names)
             result.pred_index = _indices(result.pred, bank.class_values)
@@ -163,6 +167,7 @@ class _Collected:
         self.support: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.distances: list[Tensor] = []
         self.sizes: list[Tensor] = []
+        self.score = torch.full((len(class_values),), -torch.inf)
         self.main, self.most = 0, -1
         self.pseudo = torch.zeros(0)
 
@@ -183,14 +188,20 @@ class _Collected:
             self.main, self.most = part.start + row, int(shown[row])
             self.pseudo = label_map(chunk.output.pseudo_logits[row, None])[0].cpu()
         self.box[part] = chunk.output.box.cpu()
+        self.score = torch.maximum(self.score, chunk.output.object_score.float().cpu().amax(0))
         winner = logits.max(1).values.sigmoid()
         self.sums += np.bincount(index.flatten(), winner.flatten().cpu().double(), minlength=len(self.values))
         self.counts += np.bincount(index.flatten(), minlength=len(self.values))
         for entry in chunk.retrieved:
             self.support.setdefault(entry.value, []).append((entry.index.cpu(), entry.similarity.cpu()))
 
-    def result(self) -> CaseResult:
-        """Of all slices; how long it took is not known here."""
+    def result(self, least_signs: Tensor) -> CaseResult:
+        """Of all slices; how long it took is not known here.
+
+        Args:
+            least_signs: (C,) object scores, below which a class may be absent.
+        """
+        faint = (self.score < least_signs).tolist()
         return CaseResult(
             pred=self.pred,
             main=self.main,
@@ -205,6 +216,7 @@ class _Collected:
                 for value, parts in self.support.items()
             },
             support_distance=case_distance(torch.cat(self.distances), torch.cat(self.sizes)),
+            maybe_absent=[value for i, value in enumerate(self.class_values) if faint[i] and self.counts[i + 1]],
             seconds=0.0,
             **self.maps,
         )

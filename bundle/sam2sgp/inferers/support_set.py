@@ -18,6 +18,7 @@ from sam2sgp.inferers.feature_cache import FeatureCache
 from sam2sgp.inferers.presence import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
 from sam2sgp.inferers.region import RegionPass
 from sam2sgp.inferers.settings import InferenceSettings
+from sam2sgp.inferers.signs import LeastSigns
 from sam2sgp.inferers.volume import Propagation
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support.bank import Retrieved, SupportBank
@@ -62,6 +63,7 @@ class SupportSetInferer(Inferer):
         feature_cache: features of queries that may come again; None: each is encoded whenever it comes.
         runtime: runs the network by exported graphs, which is faster on a CPU; None: PyTorch does.
         gate: tells which classes are absent, where `settings.object_gate` is on; None: a new one.
+        signs: how clear a sign of the classes the support images give; None: to be learned.
         adaptation: to the bank, by whose results those of whole cases are averaged; None: there is none.
 
     Classes without an eligible support item get `ABSENT_LOGIT` everywhere: they are not segmented.
@@ -72,10 +74,12 @@ class SupportSetInferer(Inferer):
     feature_cache: FeatureCache | None = None
     runtime: "GraphRuntime | None" = None
     gate: ObjectGate | None = None
+    signs: LeastSigns | None = None
     adaptation: Adaptation | None = None
 
     def __post_init__(self) -> None:
         self._gate = self.gate = self.gate or ObjectGate(self.bank, self.settings.sampler)
+        self._signs = self.signs = self.signs or LeastSigns(self.bank, self.settings.sampler)
         self.region_pass = RegionPass(self.bank, self.settings, self.feature_cache)
         self._familiarity: Familiarity | None = None
         # Of the bank, when that was made.
@@ -88,6 +92,7 @@ class SupportSetInferer(Inferer):
             self.runtime.forget()
         self.adaptation = None
         self._gate.forget()
+        self._signs.forget()
 
     def guided_by(self, bank: SupportBank) -> "SupportSetInferer":
         """The same settings with another bank, and without an adaptation."""
@@ -200,13 +205,26 @@ class SupportSetInferer(Inferer):
             return Thresholds.none(len(self.bank.class_values)).to(device)
         return self._gate(partial(self._judge, network, device), group).to(device)
 
+    @torch.no_grad()
+    def least_signs(self, network: SAM2SGP, group: str | None = None) -> Tensor:
+        """The object scores (C,) below which an image shows less sign of a class than any support image, on the CPU;
+        learned once from the encoded bank, see `LeastSigns`."""
+        device = next(network.parameters()).device
+        with autocast(device.type, self.settings.precision):
+            segment = partial(self._item_as_query, self._run_by(network), device)
+            return self._signs(lambda number, retrieved: segment(number, retrieved).object_score[0], group)
+
     def _judge(self, network: SAM2SGP, device: torch.device, number: int, retrieved: list[Retrieved]) -> list[Tensor]:
         """An item as a query: evidence, pixels of the classes and pixels found, each (C,), see `learn`."""
-        item = self.bank.items[number]
-        image = to_three_channels(item.image.to(device, torch.float32))[None]
-        output = self._segment(network, network.encode(image), retrieved)
-        truth, found = self.bank.masks([item])[0] > 0, output.logits[0] > 0
+        output = self._item_as_query(network, device, number, retrieved)
+        truth, found = self.bank.masks([self.bank.items[number]])[0] > 0, output.logits[0] > 0
         return [evidence_of(output)[0], *(masks.flatten(1).sum(1) for masks in (truth, found))]
+
+    def _item_as_query(
+        self, network: SAM2SGP, device: torch.device, number: int, retrieved: list[Retrieved]
+    ) -> SGPOutput:
+        image = to_three_channels(self.bank.items[number].image.to(device, torch.float32))[None]
+        return self._segment(network, network.encode(image), retrieved)
 
     def _encoded(self, inputs: Tensor, network: SAM2SGP, device: torch.device) -> Iterator[tuple[int, ImageFeatures]]:
         """Start and features of each batch."""

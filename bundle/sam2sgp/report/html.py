@@ -49,6 +49,7 @@ LABELS = {
     "truth_size": "Truth size",
     "predicted_size": "Predicted size",
     "unlike_support": "Unlike support set",
+    "maybe_absent": "May be absent",
     "mean_confidence": "Confidence",
     "support_items": "Support used",
 }
@@ -58,7 +59,7 @@ SHARES = {"dice", "iou", "nsd", "mean_confidence", "similarity"}
 # Shown as links of the case, and voxels beside sizes.
 HIDDEN = {"source", "output", "voxels", "truth_voxels", "predicted_voxels"}
 # Where all rows of a table say the same, it is said once.
-TOLD_ONCE = {"class_name", "scaling", "unlike_support", "support_items"}
+TOLD_ONCE = {"class_name", "scaling", "unlike_support", "maybe_absent", "support_items"}
 METRICS = ("dice", "iou", "hd95", "nsd")
 UNIT_TEXT = {"mm2": "mm²"}
 

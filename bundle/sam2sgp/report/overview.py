@@ -20,7 +20,7 @@ USUAL_SHARE, FEWEST_CASES = 0.8, 5
 BINS = 20
 
 # Reasons in the order of their urgency.
-FAILED, WARNED, POOR, UNSURE, UNLIKE, TINY, EMPTY, NOTHING_SAID = range(8)
+FAILED, WARNED, POOR, DOUBTED, UNSURE, UNLIKE, TINY, EMPTY, NOTHING_SAID = range(9)
 
 
 @dataclass
@@ -83,6 +83,8 @@ def _look(name: str, rows: list[Mapping], usual: Mapping[tuple, float]) -> Look:
         told.append((UNLIKE, "unlike support set"))
     for row in rows:
         class_name, size = row["class_name"], _size(row)
+        if row.get("maybe_absent"):
+            told.append((DOUBTED, f"maybe no {class_name}"))
         if size and size < TINY_SHARE * usual.get(_kind(row), 0):
             told.append((TINY, f"tiny {class_name}"))
         elif not size and _kind(row) in usual and len(rows) > 1:

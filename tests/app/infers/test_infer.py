@@ -172,7 +172,7 @@ def test_the_parameters_tell_what_was_done(task):
     assert params["support_items"] == 2 and params["weights"] == "embedded" and params["warnings"] == []
     assert params["scaling"] == "percentiles (a grey picture)"
     # Two patients tell nothing of how far images are from each other.
-    assert params["unlike_support"] is False
+    assert params["unlike_support"] is False and params["maybe_absent"] == []
     assert set(params["latencies"]) == {"support", "pre", "infer", "write", "total"}
     unsure = params["uncertainty"]
     levels = np.asarray(Image.open(io.BytesIO(base64.b64decode(unsure["map"]))))

@@ -67,6 +67,11 @@ class Segmentation(InferTask):
         written = time.perf_counter()
         geometry = output["geometry"]
         path = write_result(output["pred"].numpy(), geometry, request.get("result_extension"))
+        names = output["names"]
+        maybe_absent = [names[value] for value in output["maybe_absent"] if value in names]
+        sentences = [
+            f"There is less sign of {name} than in any approved image: it may be absent." for name in maybe_absent
+        ]
         params = {
             "label_names": {name: value for value, name in output["names"].items()},
             "confidence": output["confidence"],
@@ -74,9 +79,10 @@ class Segmentation(InferTask):
             "support_items": output["support_items"],
             "scaling": output["scaling"],
             "unlike_support": is_unlike(output["support_distance"]),
+            "maybe_absent": maybe_absent,
             "weights": output["weights"],
             "device": output["device"],
-            "warnings": output["warnings"],
+            "warnings": [*output["warnings"], *sentences],
         }
         if options.uncertainty:
             params["uncertainty"] = uncertainty_map(output["uncertainty"].numpy(), geometry)

@@ -380,6 +380,7 @@ class Segmenter:
             with autocast(serving.device.type, inferer.settings.precision):
                 serving.bank.encode(serving.network, serving.device)
                 inferer.thresholds(serving.network, serving.device)
+                inferer.least_signs(serving.network)
 
     # Building
 
