@@ -10,6 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class EpisodeDataset(Dataset):
             )
         if augmentation_variants is not None and augmentation_variants < 1:
             raise ConfigError(f"augmentation_variants is {augmentation_variants}: expected at least 1, or None.")
-        self.data = completed(data)
+        self.data = cast(list[dict], completed(data))
         self.transform = transform
         self.cache = CaseCache(cache_dir, transform)
         self.episodes = episodes
