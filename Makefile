@@ -102,8 +102,8 @@ bench: $(INSTALLED) ## the scripts behind the README's figures (BENCHMARKS="benc
 	@test -n "$(BENCHMARKS)" || { echo 'No benchmark found in benchmarks/.' >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(VENV_PYTHON) "$$script"; done
 
-clean: ## delete the demo's output, caches and builds; .venv and trained runs stay
-	rm -rf out/demo build dist bundle/build bundle/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+clean: ## delete the output of the demo and of docs, caches and builds; .venv and trained runs stay
+	rm -rf out/demo out/site build dist bundle/build bundle/*.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find bundle apps tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 need-dataset:

@@ -33,7 +33,6 @@ autodoc_default_options = {"members": True, "imported-members": True}
 
 html_theme = "furo"
 html_title = project
-html_baseurl = ""
 html_copy_source = False
 html_show_sphinx = False
 html_extra_path = ["site"]

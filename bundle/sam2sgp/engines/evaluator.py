@@ -75,9 +75,9 @@ def class_maps(output: list[dict]) -> tuple[list, list]:
     return [case["pred_index"][None] for case in scored], [case["truth_index"][None] for case in scored]
 
 
-def episode_masks(output: dict) -> tuple[list[Tensor], list[Tensor]]:
-    """A trainer's output -> its predictions and truths, each image's (1, S, S), for metrics."""
-    return list(output["pred"]["logits"] > 0), list(output["label"])
+def episode_masks(output: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
+    """Output transform for metrics of training: predicted and true masks (1, S, S) of the images of a step."""
+    return [image["pred"]["logits"] > 0 for image in output], [image["label"] for image in output]
 
 
 class EpisodeDice(Metric):
