@@ -34,6 +34,8 @@ autodoc_default_options = {"members": True, "imported-members": True}
 html_theme = "furo"
 html_title = project
 html_copy_source = False
+# The excerpts of a search are fetched, which browsers forbid to pages that lie in a folder.
+html_show_search_summary = False
 html_show_sphinx = False
 html_extra_path = ["site"]
 html_theme_options = {"footer_icons": []}

@@ -6,7 +6,6 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from traitlets.config import Config
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "first_hour.ipynb"
 
@@ -21,10 +20,8 @@ def told(notebook) -> list[str]:
 def test_the_notebook_gives_what_stands_under_its_cells(tmp_path):
     stored, fresh = (nbformat.read(NOTEBOOK, as_version=4) for _ in range(2))
     assert NOTEBOOK.stat().st_size < 100_000
-    # Through files in place of ports of this machine.
-    settings = Config({"KernelManager": {"transport": "ipc"}})
     places = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(fresh, timeout=600, kernel_name="python3", resources=places, config=settings).execute()
+    NotebookClient(fresh, timeout=600, startup_timeout=300, kernel_name="python3", resources=places).execute()
     number = r"\d+\.\d+"
     for expected, found in zip(told(stored), told(fresh), strict=True):
         assert re.sub(number, "#", found) == re.sub(number, "#", expected)
