@@ -28,7 +28,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 import sam2sgp
 from lib.activelearning.scoring import Scores, Scoring
 from lib.activelearning.strategies import Choices, strategies
-from lib.checks import NotFound
+from lib.checks import Conflict, NotFound
 from lib.http.connections import ConnectionLimits, limit_connections
 from lib.http.endpoints import routes, without_path
 from lib.http.guard import install, serve_only
@@ -46,6 +46,7 @@ from lib.serving.segmenter import Segmenter
 from lib.serving.usage import Usage
 from lib.settings import Settings
 from lib.stores.audit import Audit
+from lib.stores.decisions import state_of
 from lib.stores.folder import open_datastore
 from lib.stores.records import of_prediction
 from lib.stores.sessions import open_sessions
@@ -228,6 +229,8 @@ class Sam2SgpApp(MONAILabelApp):
                 f"image {image_id or 'of the session'}: expected an image, found none; take one of the list."
             )
         params = InferParams.of_request(request)
+        # A series of an archive never changes; a file may be another one by the time that it is segmented.
+        seen = state_of(path) if image_id and os.path.isfile(path) else None
         label, result = task({**params.given(), "image": str(path), "image_id": image_id})
         self.usage.add(used["item"] for items in result["support"].values() for used in items)
         tag = params.label_tag or DefaultLabelTag.ORIGINAL.value
@@ -235,6 +238,11 @@ class Sam2SgpApp(MONAILabelApp):
         if image_id and params.save_label:
             info = of_prediction(request["model"], result)
             try:
+                if seen and state_of(datastore.get_image_uri(image_id)) != seen:
+                    raise Conflict(
+                        f"image {image_id}: expected the image that was segmented, found another one under its id; "
+                        "segment it again."
+                    )
                 label_id = datastore.save_label(image_id, label, tag, info)
             except BaseException:
                 # Nobody gets to know of the file.

@@ -84,3 +84,27 @@ def test_a_result_that_cannot_be_saved_is_not_left_on_the_server(app, tmp_path):
     with pytest.raises(HTTPException, match="full disk"):
         app.infer({"model": "sam2sgp", "image": "A", "save_label": True}, datastore)
     assert not result.exists()
+
+
+def test_a_result_is_not_saved_for_another_image_that_came_to_its_id_meanwhile(app, tmp_path):
+    image, result = tmp_path / "image.png", tmp_path / "result.png"
+    image.write_bytes(b"x")
+    saved = []
+
+    def task(request):
+        result.write_bytes(b"x")
+        if request.get("k"):
+            image.unlink()
+            (tmp_path / "other.png").write_bytes(b"y")
+            (tmp_path / "other.png").rename(image)
+        return str(result), {"support": {}, "label_names": {}}
+
+    app._infers = {"sam2sgp": task}
+    app.usage = SimpleNamespace(add=lambda used: list(used))
+    datastore = SimpleNamespace(
+        get_image_uri=lambda image_id: str(image), save_label=lambda *arguments: saved.append(arguments)
+    )
+    app.infer({"model": "sam2sgp", "image": "A", "save_label": True}, datastore)
+    with pytest.raises(HTTPException, match="another one under its id") as refused:
+        app.infer({"model": "sam2sgp", "image": "A", "save_label": True, "k": 2}, datastore)
+    assert refused.value.status_code == 409 and len(saved) == 1 and not result.exists()

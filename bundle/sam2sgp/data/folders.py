@@ -484,7 +484,7 @@ def _read_json(path: Path) -> dict:
     try:
         # As bytes, so that a byte order mark of any of JSON's encodings is understood.
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected a JSON file, found that it can't be read ({error}); correct it.") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, found a {type(content).__name__}; see MONAI's datalists.")

@@ -22,6 +22,7 @@ from sam2sgp.data.dicom_seg import DicomSourceError, write_dicom_seg
 from sam2sgp.data.io import (
     image_stem,
     is_dicom,
+    limits,
     map_suffix,
     output_suffix,
     read_image,
@@ -121,6 +122,10 @@ class FitToSquared(MapTransform):
 
     The way back is put at `fit`, and what was resized at `<key>_full`. Of an image so small that the network can hardly
     see it, or so long that windows (`Region.windows`) don't help, `warnings` tell.
+
+    Raises:
+        TooLargeError: it has so many slices that they take more than half of the machine's memory at this size,
+            however small the image is.
     """
 
     def __init__(self, keys: KeysCollection = ("image", "label"), size: int = 128) -> None:
@@ -129,6 +134,10 @@ class FitToSquared(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
+        slices, channels = case["image"].shape[:2]
+        # Half of the memory: reading is over, and the image itself is small next to this.
+        limit = 2 * limits.default_memory()
+        limits.check_memory(case.get("source", "image"), (slices, self.size, self.size), channels, limit)
         pixel = pixel_size(case["geometry"].spacing)
         case["fit"] = Fit.of(tuple(case["image"].shape[-2:]), self.size, pixel)
         windows = Region.windows(case["fit"].original, self.size, pixel)

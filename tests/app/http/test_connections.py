@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
 
 from lib.http import connections as module
@@ -38,6 +38,10 @@ def serve(monkeypatch):
             def slow():
                 go_on.wait(SOON)
                 return {}
+
+            @app.put("/upload")
+            async def upload(request: Request):
+                return {"size": len(await request.body())}
 
             @app.get("/large")
             def large():
@@ -203,6 +207,26 @@ def connect(connections: Connections, host: str) -> Transport:
     return transport
 
 
+@pytest.mark.parametrize(
+    "request_head",
+    [b"PUT /upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nx", REQUEST.replace(b"quick", b"large")],
+    ids=["slow bodies", "readers that do not read"],
+)
+def test_clients_that_make_the_server_wait_lock_nobody_out(serve, request_head):
+    address, connections, _ = serve(most=20, idle=LONG, waited=0.3)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection(address)) for _ in range(20)]
+        for connection in opened:
+            connection.sendall(request_head)
+        eventually(
+            lambda: [c.waited_for(connections.loop.time()) > 0.3 for c in list(connections._open)] == [True] * 20
+        )
+        for _ in range(3):
+            with socket.create_connection(address) as other:
+                assert answered(other).startswith(b"HTTP/1.1 200")
+        assert 15 <= len(connections) <= 20
+
+
 def test_one_address_has_a_limit_of_its_own_and_the_proxy_has_none():
     connections = Connections(Loop(), ConnectionLimits(most_per_address=3), most=1000)
     mine = [connect(connections, "10.0.0.1") for _ in range(10)]
@@ -219,3 +243,18 @@ def test_files_are_allowed_up_to_what_the_system_allows(monkeypatch):
     assert module._allow_files(2000) == 2000 and limits == [2000, 4096]
     assert module._allow_files(9000) == 4096 and limits == [4096, 4096]
     assert module._allow_files(100) == 4096 and limits == [4096, 4096]
+
+
+def test_as_many_connections_are_kept_as_may_be_sent_a_file_each(monkeypatch):
+    """Each takes a socket and two open files; 550 downloads at once left none for anything else."""
+    limits = [1024, 4096]
+    monkeypatch.setattr(module.resource, "getrlimit", lambda kind: tuple(limits))
+    monkeypatch.setattr(module.resource, "setrlimit", lambda kind, pair: limits.__setitem__(slice(None), pair))
+    loop = module.asyncio.new_event_loop()
+    try:
+        assert limit_connections(loop, ConnectionLimits(most=1000)).most == 1000
+        assert limits[0] >= 3000 + module.OTHER_FILES
+        limits[:] = [1024, 1024]
+        assert limit_connections(loop, ConnectionLimits(most=1000)).most * 3 <= 1024 - module.OTHER_FILES
+    finally:
+        loop.close()

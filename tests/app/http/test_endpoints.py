@@ -1,7 +1,12 @@
 """The app's routes over HTTP, in front of parts that note what reached them."""
 
+import io
 import json
 import os
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +19,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from lib.checks import NotFound
+from lib.http import page
 from lib.http.endpoints import routes
 from lib.http.guard import install, serve_only
 from lib.http.logs import log_routes
@@ -101,7 +107,9 @@ def app(tmp_path):
         infer=infer,
         next_sample=next_sample,
         asked=asked,
-        settings=SimpleNamespace(max_upload_mb=1.0, max_image_mb=8.0, is_remote=False, studies=str(studies)),
+        settings=SimpleNamespace(
+            max_upload_mb=1.0, max_image_mb=8.0, is_remote=False, studies=str(studies), state_dir=tmp_path / "work"
+        ),
         datastore=lambda: datastore,
         sessions=lambda: sessions,
         info=lambda: {"trainers": {"finetune": {}}, "scoring": {"scores": {}}, "models": {"sam2sgp": {}}},
@@ -199,6 +207,41 @@ def test_decisions_on_the_support_page_are_declared_too(app, tmp_path):
     for query in ("?next=0", "?next=x", "?other=1", f"?next={10**30}"):
         assert_refused(client.get(f"/sam2sgp/{query}"))
     assert_refused(client.get("/sam2sgp/picture?image=a&path=/etc/passwd"))
+    answer = client.get("/sam2sgp/assets/%1b%5b2J%e2%80%ae")
+    assert answer.status_code == 404 and answer.json()["detail"].isprintable()
+
+
+def test_few_images_are_held_at_once_for_pictures_and_approvals(app, tmp_path, monkeypatch):
+    """Each may be a volume of gigabytes, and the page of one client asks for dozens."""
+    at_work, most, lock = 0, {"picture": 0, "approve": 0}, threading.Lock()
+
+    def hold(what):
+        nonlocal at_work
+        with lock:
+            at_work += 1
+            most[what] = max(most[what], at_work)
+        time.sleep(0.05)
+        with lock:
+            at_work -= 1
+
+    def drawn(source, label, stamps):
+        hold("picture")
+        return np.zeros((2, 2, 3), np.uint8)
+
+    monkeypatch.setattr(page, "_drawn", drawn)
+    monkeypatch.setattr(app.datastore(), "approve", lambda *label: hold("approve"))
+    server = FastAPI()
+    install(server, Given(tmp_path))
+    serve_only(server, [SupportPage(app.datastore(), None, None, sorted, dict).router()])
+    label = {"image": "a", "label_tag": "original"}
+    asked = {
+        "picture": lambda _: client.get("/sam2sgp/picture?image=a"),
+        "approve": lambda _: client.post("/sam2sgp/approve", json=label),
+    }
+    with TestClient(server, base_url="http://server:8000") as client, ThreadPoolExecutor(12) as pool:
+        for ask in asked.values():
+            assert all(answer.status_code == 200 for answer in pool.map(ask, range(12)))
+    assert 1 < most["picture"] <= page.DRAWING and 1 < most["approve"] <= page.DECIDING
 
 
 def test_long_work_is_never_done_while_the_client_waits(client, app):
@@ -367,3 +410,28 @@ def test_a_file_is_sent_whole_and_from_its_folder_whatever_comes_to_its_place(cl
     assert client.head("/datastore/image?image=a").headers["content-length"] == str(len(expected))
     part = client.get("/datastore/image?image=a", headers={"Range": "bytes=0-3"})
     assert part.content == expected[:4]
+
+
+def test_an_archive_of_the_data_set_holds_files_of_the_folder_only(client, app, tmp_path, monkeypatch):
+    label = app.studies / "labels" / "final" / "a.png"
+    label.parent.mkdir(parents=True, exist_ok=True)
+    label.write_bytes((app.studies / "a.png").read_bytes())
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    found = app.datastore().datalist
+
+    answer = client.get("/datastore/dataset")
+    assert answer.status_code == 200 and zipfile.ZipFile(io.BytesIO(answer.content)).testzip() is None
+    for make in (lambda path: path.symlink_to(tmp_path / "secret.png"), os.mkfifo):
+
+        def swap(make=make):
+            """Between the list and the archive."""
+            pairs = found()
+            label.unlink(missing_ok=True)
+            make(label)
+            return pairs
+
+        monkeypatch.setattr(app.datastore(), "datalist", swap)
+        answer = client.get("/datastore/dataset")
+        assert answer.status_code == 507 and b"secret" not in answer.content
+        label.unlink()
+        label.write_bytes((app.studies / "a.png").read_bytes())

@@ -1,6 +1,8 @@
 """The guard in front of a small app: sizes, origins, users, parameters, errors and bodies handed on whole."""
 
+import asyncio
 import html
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.testclient import TestClient
 
 from lib.checks import Conflict, RequestError
-from lib.http.guard import install, serve_only
+from lib.http.guard import CHUNK, MOST_FIELDS, MOST_FILES, RequestGuard, install, serve_only
 from lib.refusals import refuse
 from lib.stores.audit import current_user
 from sam2sgp.errors import ConfigError, DataError, WeightsError
@@ -112,6 +114,16 @@ def test_other_origins_are_neither_invited_nor_let_in(client):
     assert friend.post("/train/x", headers=evil).status_code == 403
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "unheard-of"])
+def test_pictures_in_pages_of_other_sites_are_not_sent(client, site):
+    """Whether one loads would tell which images there are; another port of this machine is another site too."""
+    asked = {"sec-fetch-site": site, "sec-fetch-mode": "no-cors", "sec-fetch-dest": "image"}
+    assert client().get("/sam2sgp/picture", headers=asked).status_code == 403
+    assert client().get("/sam2sgp/", headers={**asked, "sec-fetch-mode": "navigate"}).status_code == 200
+    for own in ("same-origin", "none"):
+        assert client().get("/sam2sgp/picture", headers={**asked, "sec-fetch-site": own}).status_code == 200
+
+
 def test_the_user_is_the_proxys_header_only_where_it_is_named(client):
     sent = {"x-forwarded-user": "anna"}
     assert client().get("/info/", headers=sent).json()["user"] == "anna"
@@ -149,6 +161,63 @@ def test_a_body_is_a_json_object_with_each_name_once(client, body):
     answer = client().post("/train/finetune", content=body)
     assert answer.status_code == 400 and answer.json()["detail"].startswith("body: expected")
     assert client().post("/train/finetune", json={"device": "cpu", "k": [4]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["multipart/form-datax; boundary=b", "multipart/form-data, text/plain", "multipart/form-data-b", "text/plain"],
+)
+def test_only_a_form_of_files_may_be_as_large_as_an_upload(client, kind):
+    """What is parsed in memory has a limit of its own, whatever its type begins like."""
+    body = b"[" + b"[]," * (700 << 10) + b"1]"
+    answer = client(max_upload_mb=8).post("/train/finetune", content=body, headers={"content-type": kind})
+    assert answer.status_code == 413 and "at most 1 MB" in answer.json()["detail"]
+
+
+def test_a_form_has_few_fields_and_not_too_many_files(client):
+    many = client(max_upload_mb=8)
+    fields = {f"f{number}": (None, "x") for number in range(MOST_FIELDS + 1)}
+    files = [("files", (f"{number}.dcm", b"x")) for number in range(MOST_FILES + 1)]
+    for content in (fields, files):
+        answer = many.put("/session/", files=content)
+        assert answer.status_code == 400 and "as an archive" in answer.json()["detail"]
+    assert many.put("/session/", files=files[1:]).status_code == 200
+
+
+def test_others_are_answered_while_a_form_is_parsed():
+    """Parsing is work on the event loop: a gigabyte of small parts would keep all others waiting."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def parse() -> int:
+        ticking = asyncio.create_task(others())
+        await asyncio.sleep(0)
+        before = turns
+        body = (
+            b"".join(
+                b'--b\r\nContent-Disposition: form-data; name="files"; filename="%d.dcm"\r\n\r\n' % n
+                + bytes(CHUNK)
+                + b"\r\n"
+                for n in range(8)
+            )
+            + b"--b--\r\n"
+        )
+        scope = {
+            "type": "http",
+            "method": "PUT",
+            "path": "/session/",
+            "headers": [(b"content-type", b"multipart/form-data; boundary=b")],
+        }
+        await RequestGuard._check_form(RequestGuard.__new__(RequestGuard), scope, io.BytesIO(body))
+        ticking.cancel()
+        return turns - before
+
+    assert asyncio.run(parse()) >= 8
 
 
 def test_names_that_come_twice_are_refused(client):

@@ -8,8 +8,8 @@ import json
 import os
 import socket
 import threading
-import unicodedata
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.checks import Conflict, RequestError
+from lib.checks import Conflict, RequestError, StorageError
 from lib.server_paths import open_plain
+from lib.stores import folder as folder_module
 from lib.stores.folder import ConfinedDatastore
 from sam2sgp.data import read_image
 from sam2sgp.errors import DataError
@@ -141,6 +142,13 @@ def test_class_names_are_not_read_by_a_link_that_leads_out(studies, name):
         in_time(lambda: datastore.save_label("B", str(studies / "labels/final/A.nii"), "final", {}))
     assert SECRET not in str(refused.value)
     with pytest.raises(DataError, match="leads out"):
+        datastore.declared_names()
+
+
+def test_class_names_of_endless_depth_are_a_sentence(studies):
+    datastore = opened(studies)
+    (studies / "labels.json").write_text('{"labels": ' + "[" * 100_000)
+    with pytest.raises(DataError, match="labels.json: expected a JSON file"):
         datastore.declared_names()
 
 
@@ -282,12 +290,28 @@ def test_a_label_of_an_image_named_like_a_segmentation_is_not_another_images(stu
     assert set(datastore.list_images()) == {"A", "A.seg", "B", "C.seg"}
 
 
-@pytest.mark.parametrize("twin", ["e\u0301", "\uff41", "\ufb01"])
-def test_an_id_that_looks_like_another_is_refused(studies, tmp_path, twin):
-    """Written with other letters: people would approve the label of the wrong image."""
+@pytest.mark.parametrize(
+    ("looks", "twin"),
+    [("\u00e9", "e\u0301"), ("c", "\uff43"), ("fi", "\ufb01"), ("case 1", "Case 1"), ("\u00dfc", "SSC")],
+)
+def test_an_id_that_looks_like_another_is_refused(studies, tmp_path, monkeypatch, looks, twin):
+    """Written with other letters: people would approve the label of the wrong image, or a disk would replace it."""
     datastore = opened(studies)
-    looks = unicodedata.normalize("NFKC", twin)
     datastore.add_image(looks, str(studies / "A.nii"), {})
+    with pytest.raises(Conflict, match="looks? like another"):
+        datastore.add_image(twin, str(studies / "A.nii"), {})
+    assert set(datastore.list_images()) == {"A", "B", looks}
+    # The other one comes while this one is copied.
+    datastore.remove_image(looks)
+    copied = folder_module._copied
+
+    def meanwhile(source, target):
+        monkeypatch.setattr(folder_module, "_copied", copied)
+        datastore.add_image(looks, source, {})
+        return copied(source, target)
+
+    monkeypatch.setattr(folder_module, "_copied", meanwhile)
+    monkeypatch.setattr(datastore, "deciding", lambda image_id: nullcontext())
     with pytest.raises(Conflict, match="looks? like another"):
         datastore.add_image(twin, str(studies / "A.nii"), {})
     assert set(datastore.list_images()) == {"A", "B", looks}
@@ -307,3 +331,21 @@ def test_an_index_that_can_not_be_read_now_is_not_set_aside(studies, monkeypatch
             datastore.refresh()
     datastore.refresh()
     assert datastore.get_image_info("A")["note"] == "kept" and not list(studies.glob("*.damaged*"))
+
+
+def test_an_index_never_grows_beyond_what_is_read_again(studies, monkeypatch):
+    """Else notes would cost all that is known: an index that can't be read is set aside as damaged."""
+    monkeypatch.setattr(folder_module, "LARGEST_INDEX", 4096)
+    datastore = opened(studies)
+    noted = 0
+    with pytest.raises(StorageError, match="index: expected at most"):
+        while noted < 100:
+            datastore.update_image_info("A", {f"note{noted}": "x" * 100})
+            noted += 1
+    assert noted > 10
+    for store in (datastore, opened(studies)):
+        info = store.get_image_info("A")
+        assert f"note{noted - 1}" in info and f"note{noted}" not in info
+    assert not list(studies.glob("*.damaged*"))
+    datastore.remove_image("A")
+    assert opened(studies).list_images() == ["B"]

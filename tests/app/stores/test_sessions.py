@@ -163,3 +163,20 @@ def test_an_archive_that_unpacks_to_a_hundred_times_its_size_is_a_bomb(tmp_path)
                 member.write(bytes(1 << 20))
     with pytest.raises(TooLarge, match="at most 64 MB"):
         sessions.add_session(str(tmp_path / "a.zip"), uncompress=True)
+
+
+def test_folders_of_an_archive_are_made_for_files_only_and_counted(sessions, tmp_path, monkeypatch):
+    """A hundred bytes of an archive make thirty folders, and each takes the disk its time."""
+    picture = io.BytesIO()
+    Image.new("L", (4, 4)).save(picture, "PNG")
+    few = zipped(tmp_path / "few.zip", *((f"d{n}/", b"") for n in range(50)), ("a.png", picture.getvalue()))
+    made: list[Path] = []
+    mkdir = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda self, *given, **more: (made.append(self), mkdir(self, *given, **more)))
+    sessions.add_session(str(few), uncompress=True)
+    assert not [path for path in made if path.name.startswith("d")]
+    monkeypatch.setattr("lib.stores.sessions.MOST_MEMBERS", 100)
+    members = [("/".join([f"d{n}", *"b" * 30, "x.png"]), picture.getvalue()) for n in range(4)]
+    with pytest.raises(TooLarge, match="members and folders"):
+        sessions.add_session(str(zipped(tmp_path / "deep.zip", *members)), uncompress=True)
+    sessions.add_session(str(zipped(tmp_path / "less.zip", *members[:3])), uncompress=True)

@@ -6,7 +6,9 @@ uvicorn waits for the head of a request forever, and opens as many connections a
     no request is being answered for `idle` seconds    closed: heads that don't come or drip, forgotten connections
     what was sent is not taken for `stalled` seconds   closed: clients that don't read
     more than `most`, or `most_per_address`            the one whose last request is longest ago is closed, if it was
-                                                       answered; where all are being answered, the new one is
+                                                       answered; else the one that has kept the server waiting for
+                                                       longest, with a body or with taking its answer, if that is more
+                                                       than `waited` seconds; where there is none, the new one is
 
 So a flood of connections without requests costs itself its oldest, and whoever sends a request at once is answered.
 Requests' bodies have a limit of their own, see `RequestGuard`. Addresses of this machine are taken for a reverse proxy,
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # What the server needs files for besides connections: models, databases, images, processes, the archive.
 OTHER_FILES = 512
+# Its socket, and a file that is sent, which is opened once to be looked at and once to be read.
+FILES_PER_CONNECTION = 3
 # Connections that the system may accept before the server hears of them, which it then opens all at once.
 BACKLOG = 128
 MOST_FILES = 1 << 16
@@ -41,11 +45,14 @@ class ConnectionLimits:
     most_per_address: int = 200
     idle: float = 20.0
     stalled: float = 60.0
+    waited: float = 2.0
 
 
 def limit_connections(loop: asyncio.AbstractEventLoop, limits: ConnectionLimits) -> "Connections":
     """Put limits on the servers that this event loop starts from now on."""
-    most = min(limits.most, _allow_files(limits.most + BACKLOG + OTHER_FILES) - BACKLOG - OTHER_FILES)
+    spare = BACKLOG + OTHER_FILES
+    allowed = _allow_files(limits.most * FILES_PER_CONNECTION + spare) - spare
+    most = min(limits.most, allowed // FILES_PER_CONNECTION)
     connections = Connections(loop, limits, max(most, 16))
     create_server = loop.create_server
 
@@ -107,9 +114,14 @@ class Connections:
         self.loop.call_later(min(self.limits.idle, self.limits.stalled) / 8, self.sweep)
 
     def _make_room(self, newcomer: "LimitedProtocol", others: Iterable["LimitedProtocol"], what: str) -> None:
-        idle = next((other for other in others if other.is_idle), None)
-        logger.warning("Too many %s: %s is closed", what, "one without a request" if idle else "the new one")
-        (idle or newcomer).close()
+        others = list(others)
+        closed, which = next((other for other in others if other.is_idle), None), "one without a request"
+        if closed is None:
+            closed, which = max(others, key=lambda other: other.waited_for(self.loop.time())), "one that makes us wait"
+            if closed.waited_for(self.loop.time()) <= self.limits.waited:
+                closed, which = newcomer, "the new one"
+        logger.warning("Too many %s: %s is closed", what, which)
+        closed.close()
 
 
 class LimitedProtocol(asyncio.Protocol):
@@ -125,12 +137,13 @@ class LimitedProtocol(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._idle_since: float | None = None
         self._stalled_since: float | None = None
+        self._heard_at = 0.0
         self.address = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self.address = _address(transport.get_extra_info("peername"))
-        self._idle_since = self._connections.loop.time()
+        self._idle_since = self._heard_at = self._connections.loop.time()
         self._connections.add(self)
         self._inner.connection_made(transport)
 
@@ -139,6 +152,7 @@ class LimitedProtocol(asyncio.Protocol):
         self._inner.connection_lost(error)
 
     def data_received(self, data: bytes) -> None:
+        self._heard_at = self._connections.loop.time()
         self._inner.data_received(data)
         if not self.is_idle:
             self._idle_since = None
@@ -173,6 +187,12 @@ class LimitedProtocol(asyncio.Protocol):
 
     def stalled_for(self, now: float) -> float:
         return 0.0 if self._stalled_since is None else now - self._stalled_since
+
+    def waited_for(self, now: float) -> float:
+        """Seconds for which the client has been expected to send more of a body or to take more of an answer."""
+        if self._stalled_since is not None:
+            return now - self._stalled_since
+        return now - self._heard_at if not self.is_idle and self._inner.cycle.more_body else 0.0
 
     def close(self) -> None:
         """At once, whatever is still to be sent."""

@@ -246,7 +246,8 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
     @made.get("/datastore/dataset", dependencies=[ANNOTATOR])
     @in_threads(STORING)
     def dataset(query: Annotated[DatasetQuery, fastapi.Query()]) -> FileResponse:
-        return FileResponse(datastore.get_dataset_archive(query.limit_cases), filename="dataset.zip")
+        # Opened at once: the next request puts another one in its place.
+        return _file(datastore.get_dataset_archive(query.limit_cases), os.path.realpath(app.settings.state_dir))
 
     # Images
 

@@ -50,9 +50,13 @@ logger = logging.getLogger(__name__)
 KEPT_IN_MEMORY = 1 << 20
 # Of fields and JSON bodies, which are parsed in memory: the largest are label_info and point prompts.
 LARGEST_TEXT = 1 << 20
-MOST_FILES = 20_000
+MULTIPART = "multipart/form-data"
+# Of a form: routes declare three fields at most, and of each file up to a megabyte is in memory while it is parsed.
+FORMS = (MULTIPART, "application/x-www-form-urlencoded")
+MOST_FIELDS, MOST_FILES = 16, 256
 LONGEST_QUERY = 8192
-CHUNK = 1 << 20
+# Of a body that is replayed: others are answered between two of them.
+CHUNK = 1 << 18
 # Of a form, the only field that may come several times: a session's files.
 REPEATED = "files"
 # An answer may bring its own policy; these are for data, which needs nothing from anywhere.
@@ -195,9 +199,10 @@ class RequestGuard:
         if origin in self._settings.cors_origins:
             return
         if origin is None:
-            # Of pictures and the like browsers tell it in this way. Following a link is no request of the page's.
+            # Of pictures and the like browsers tell it in this way, also of those in pages of another port of this
+            # machine (`same-site`). Following a link is no request of the page's.
             follows = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
-            is_own = headers.get("sec-fetch-site") != "cross-site" or follows
+            is_own = headers.get("sec-fetch-site", "none") in ("same-origin", "none") or follows
         else:
             is_own = _is_same(origin, headers.get("x-forwarded-host") or headers.get("host", ""))
         if not is_own:
@@ -205,8 +210,7 @@ class RequestGuard:
 
     async def _take(self, scope, receive) -> tempfile.SpooledTemporaryFile:
         """The body, whole. Raises TooLarge, and ClientDisconnect where the client goes away before its end."""
-        is_upload = Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data")
-        limit = self._limit if is_upload else min(self._limit, LARGEST_TEXT)
+        limit = self._limit if _media_type(scope) == MULTIPART else min(self._limit, LARGEST_TEXT)
         body = tempfile.SpooledTemporaryFile(KEPT_IN_MEMORY)
         size, more, started = 0, True, time.monotonic()
         try:
@@ -232,8 +236,7 @@ class RequestGuard:
         return body
 
     async def _check_body(self, scope, body) -> None:
-        kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
-        if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        if _media_type(scope) in FORMS:
             await self._check_form(scope, body)
         elif text := body.read().strip():
             parse_object(text, "body")
@@ -245,7 +248,7 @@ class RequestGuard:
             raise RequestError(f"body: expected UTF-8, found {ascii(charset)[:80]}; encode the form again.")
         request = Request(scope, _replay(body, None))
         try:
-            async with request.form(max_files=MOST_FILES) as form:
+            async with request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS) as form:
                 seen = set()
                 for key, value in form.multi_items():
                     if key in seen and key != REPEATED:
@@ -260,7 +263,8 @@ class RequestGuard:
         except Exception as error:
             # The parser raises types of its own, and what its code runs into.
             raise RequestError(
-                "body: expected a whole multipart form, found another content; send it again."
+                f"body: expected a whole form of at most {MOST_FILES} files, found another content; send it again, or "
+                "many files as an archive."
             ) from error
 
     def _check_upload(self, path: str, key: str, upload: UploadFile) -> None:
@@ -375,12 +379,26 @@ def _decoded(content: bytes, what: str) -> str:
 
 
 def _check_text(text: str, what: str) -> None:
-    if "\0" in text or any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        is_text = False
+    else:
+        is_text = "\0" not in text
+    if not is_text:
         raise RequestError(f"{what}: expected text, found bytes that aren't any; correct it.")
 
 
+def _media_type(scope) -> str:
+    """What a request says that its body is, in lower case: by this alone it is limited, and by this it is parsed."""
+    return Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+
+
 def _replay(body: IO[bytes], receive: Callable | None) -> Callable:
-    """An ASGI `receive` that gives a body from its start, then what `receive` gives."""
+    """An ASGI `receive` that gives a body from its start, then what `receive` gives.
+
+    Parsing a form is work on the event loop, so others get their turn before each piece.
+    """
     body.seek(0)
     done = False
 
@@ -388,6 +406,7 @@ def _replay(body: IO[bytes], receive: Callable | None) -> Callable:
         nonlocal done
         if done:
             return await receive() if receive else {"type": "http.disconnect"}
+        await asyncio.sleep(0)
         data = body.read(CHUNK)
         done = len(data) < CHUNK
         return {"type": "http.request", "body": data, "more_body": not done}

@@ -32,7 +32,8 @@ from monailabel.interfaces.datastore import Datastore
 from PIL import Image
 from pydantic import Field
 
-from lib.http.routing import ANNOTATOR, USER, Id, Query, Tag
+from lib.checks import NotFound
+from lib.http.routing import ANNOTATOR, USER, Id, Query, Tag, in_threads
 from lib.refusals import refuse
 from lib.serving.options import Declared
 from lib.serving.usage import Usage
@@ -50,6 +51,8 @@ TEMPLATES = Path(__file__).parents[2] / "templates"
 PER_PAGE = 24
 EDGE = 256
 PICTURES_KEPT = 256
+# At once: for a picture, and for an approval, an image is read whole, and it may be a volume of gigabytes.
+DRAWING, DECIDING = 2, 4
 # Only this page's own files: no script or style in the page itself, and no frame around it.
 OWN = ("img-src", "style-src", "script-src", "connect-src")
 SECURITY = "; ".join(["default-src 'none'", *(f"{kind} 'self'" for kind in OWN), "frame-ancestors 'none'"])
@@ -141,12 +144,13 @@ class SupportPage:
             return self.item(query.content)
 
         @made.get("/picture")
+        @in_threads(DRAWING)
         def picture(query: Annotated[PictureQuery, fastapi.Query()]) -> Response:
             return self.picture(query.image, query.label_tag)
 
         made.add_api_route("/assets/{name}", self.asset, methods=["GET"])
         for name, declared in DECISIONS.items():
-            decide = _declaring(getattr(self, name), declared)
+            decide = in_threads(DECIDING)(_declaring(getattr(self, name), declared))
             made.add_api_route(f"/{name}", decide, methods=["POST"], dependencies=[ANNOTATOR])
         return made
 
@@ -196,7 +200,7 @@ class SupportPage:
 
     def asset(self, name: str) -> Response:
         if name not in ASSETS:
-            raise refuse(DataError(f"{name}: expected one of {', '.join(ASSETS)}."))
+            raise refuse(NotFound(f"{ascii(name)[:80]}: expected one of {', '.join(ASSETS)}; load the page again."))
         return FileResponse(TEMPLATES / name, media_type=ASSETS[name])
 
     def item(self, content: str) -> Response:

@@ -26,7 +26,7 @@ import time
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -244,7 +244,9 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             with replacing(archive) as part, zipfile.ZipFile(part, "w") as file:
                 for pair in pairs:
                     for key, path in pair.items():
-                        file.write(path, f"{key}/{os.path.basename(path)}")
+                        name = f"{key}/{os.path.basename(path)}"
+                        with open_plain(path, self._root) as source, file.open(name, "w", force_zip64=True) as member:
+                            shutil.copyfileobj(source, member)
                 file.writestr("metadata.json", self._model().model_dump_json(exclude={"base_path"}, fallback=str))
         except OSError as error:
             raise _storage_error("data set", "to write an archive", error) from error
@@ -291,12 +293,13 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         with _naming(image_filename, name):
             read_image(image_filename)
         target = self._writable(self._datastore.image_path()) / name
-        self._check_looks(image_id)
+        _check_looks(image_id, self._objects())
         sha256 = content_hash(image_filename)
         with self.deciding(image_id), _copied(image_filename, target) as part, ExitStack() as stack:
             if image_id not in self._objects():
                 self._note("add image", image=image_id, sha256=sha256)
             change = stack.enter_context(self._changing())
+            _check_looks(image_id, change.objects)
             entry = change.objects.get(image_id)
             if entry:
                 there = self._inside(self._datastore.image_path(), image_id + entry.image.ext)
@@ -310,19 +313,6 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             image = DataModel(info={**info, **_first_info(name)}, ext=suffix)
             change.objects[image_id] = ImageLabelModel(image=image)
         return image_id
-
-    def _check_looks(self, image_id: str) -> None:
-        """Raise Conflict where people would take an id for another one, such as one whose accents are letters."""
-        look = unicodedata.normalize("NFKC", image_id)
-        twin = next(
-            (other for other in self._objects() if other != image_id and unicodedata.normalize("NFKC", other) == look),
-            None,
-        )
-        if twin is not None:
-            raise Conflict(
-                f"image {ascii(image_id)}: expected an id that doesn't look like another, found {ascii(twin)}; choose "
-                "another id."
-            )
 
     def remove_image(self, image_id: str) -> None:
         """Delete an image and all its labels. Raises NotFound for an unknown id."""
@@ -654,6 +644,12 @@ class ConfinedDatastore(Decisions, LocalDatastore):
 
     def _write_index(self, model: LocalDatastoreModel) -> None:
         text = model.model_dump_json(exclude={"base_path"}, fallback=str)
+        if len(text.encode("utf-8", "backslashreplace")) > LARGEST_INDEX:
+            # It could not be read again, and would be set aside as damaged.
+            raise StorageError(
+                f"index: expected at most {LARGEST_INDEX >> 20} MB to be known about images and labels, found more; "
+                "remove labels or long notes, or serve fewer images from a folder."
+            )
         write_text(self._datastore_config_path, text)
         try:
             write_text(self._index_copy, text, durable=False)
@@ -665,7 +661,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
     def _try_to_write_index(self, model: LocalDatastoreModel) -> None:
         try:
             self._write_index(model)
-        except OSError as error:
+        except (OSError, StorageError) as error:
             logger.warning("The index still lists what was deleted, because it can't be written: %s", error)
 
     def _times(self) -> tuple | None:
@@ -1079,6 +1075,24 @@ def _entry_of(image_id: str, raw: Any) -> tuple[ImageLabelModel, list[str]]:
     image = part(ImageRecord, raw.get("image"), f"index, image {image_id}")
     made = {tag: part(LabelRecord, label, f"index, label {tag} of {image_id}") for tag, label in labels.items()}
     return ImageLabelModel(image=image, labels=made), problems
+
+
+def _check_looks(image_id: str, known: Iterable[str]) -> None:
+    """Raise Conflict where people, or a disk that knows no case, would take an id for another one.
+
+    Such as one whose accents are letters of their own. Letters of other alphabets that look alike are not told apart.
+    """
+    look = _look(image_id)
+    twin = next((other for other in known if other != image_id and _look(other) == look), None)
+    if twin is not None:
+        raise Conflict(
+            f"image {ascii(image_id)}: expected an id that doesn't look like another, found {ascii(twin)}; choose "
+            "another id."
+        )
+
+
+def _look(image_id: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", image_id).casefold())
 
 
 def _replaces(before: Mapping[str, ImageLabelModel], after: Mapping[str, ImageLabelModel]) -> bool:

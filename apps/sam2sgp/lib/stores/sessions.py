@@ -195,19 +195,22 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
     # What images shrink to is bounded in `sam2sgp.data.io.limits` for the same reason.
     left = limit = min(limit, max(SMALL_ENOUGH, LARGEST_RATIO * os.path.getsize(archive)))
     files = 0
+    folders: set[Path] = set()
     try:
         with closing(_members(archive)) as content:
             for members, (name, is_folder, source) in enumerate(content, 1):
-                if members > MOST_MEMBERS:
+                parts = () if _is_hidden(name) else _parts(name)
+                if parts and not is_folder:
+                    # Folders are made for the files in them only, and each file may come in thirty of its own.
+                    folders.update(Path(*parts).parents)
+                if members + len(folders) > MOST_MEMBERS:
                     raise TooLarge(
-                        f"archive: expected at most {MOST_MEMBERS} members, found more; send one series at a time."
+                        f"archive: expected at most {MOST_MEMBERS} members and folders, found more; send one series at "
+                        "a time."
                     )
-                if _is_hidden(name):
+                if not parts or is_folder:
                     continue
-                target = folder.joinpath(*_parts(name))
-                if is_folder:
-                    target.mkdir(parents=True, exist_ok=True)
-                    continue
+                target = folder.joinpath(*parts)
                 files += 1
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with source() as member, open(target, "xb") as file:

@@ -17,6 +17,7 @@ however that ends. A forked child starts its own.
 import atexit
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -44,6 +45,8 @@ SPARE_MEMORY, COPIES, LARGEST_VALUE = 256 << 20, 4, 8
 LONGEST_MESSAGE = 1 << 20
 PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<f4", "<f8")
+# What libraries put around their sentence: where in their source and in memory it is, which is nobody's business.
+NOISE = re.compile(r"Exception thrown in \S+ \S+: |\S+\.(?:cxx|hxx|txx|cpp|h|c):\d+:\s*|\(?\b0x[0-9a-fA-F]+\b\)?")
 # Tags of TIFF.
 BITS, ORIENTATION = 258, 274
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -209,7 +212,7 @@ class _Decoder:
             raise ValueError(f"a message of {length} bytes")
         answer = json.loads(self.receive(length, seconds))
         if "error" in answer:
-            raise _Told(" ".join(str(answer["error"]).split()))
+            raise _Told(" ".join(NOISE.sub("", str(answer["error"])).split()))
         return answer
 
     def receive(self, size: int, seconds: float) -> bytearray:
