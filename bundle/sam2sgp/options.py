@@ -84,6 +84,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "support_dir": Option("path", "labelled images that guide; evaluating: None takes the training section", True),
         "output_dir": Option("path", "where results go"),
         "bundle_root": Option("path", "folder of the bundle"),
+        "ckpt_dir": Option("path", "where training keeps its state and weights, and evaluating finds them"),
         "cache_dir": Option("path", "prepared training images; may be deleted"),
         "patient_pattern": Option("text", "regular expression that finds the patient in a file's stem"),
         "split": Option("numbers", "shares of patients for train, val and test"),
@@ -230,6 +231,18 @@ def check(parser: ConfigParser | None = None) -> None:
             raise ConfigError(f"--{name}: expected {option.expected}, found {value!r}.{_spelled(option, value)}")
     for identifier, arguments in _components(config):
         _check_arguments(identifier, arguments, parser)
+
+
+def refuse_generic_app() -> None:
+    """What MONAI Label's app for any bundle runs into when it starts: it asks each bundle for `displayable_configs`.
+
+    Raises:
+        ConfigError: always; no support set could guide that app, and its labels would never join one.
+    """
+    raise ConfigError(
+        "MONAI Label: expected the app of this bundle, found the generic monaibundle app, which knows no support set; "
+        "run `sam2sgp serve STUDIES`, or start_server with --app apps/sam2sgp."
+    )
 
 
 def check_places(config: Mapping, names: Iterable[str]) -> None:
