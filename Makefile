@@ -32,7 +32,7 @@ BUNDLE := cd bundle && $(VENV_PYTHON) -m monai.bundle run
 absolute = $(if $(filter /%,$(firstword $(1))),$(1),$(CURDIR)/$(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train evaluate serve test lint bench clean need-dataset need-studies
+.PHONY: help setup demo train evaluate serve test lint docs bench clean need-dataset need-studies
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -87,18 +87,23 @@ serve: need-studies $(INSTALLED) ## MONAI Label server for STUDIES=dir (or a DIC
 test: $(INSTALLED) ## the whole test suite (PYTEST_ARGS="-m 'not slow'" for a part)
 	$(VENV_PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## rules, format and types, and which package may import which
+lint: $(INSTALLED) ## rules, format and types, which package may import which, and the Dockerfile
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	PYTHONPATH=bundle:apps/sam2sgp $(VENV_PYTHON) .venv/bin/lint-imports --no-logo --no-cache
 	$(VENV_PYTHON) -m mypy
+	.venv/bin/hadolint Dockerfile
+
+docs: $(INSTALLED) ## the pages as a site with a reference and a search, in out/site; a broken link fails
+	$(VENV_PYTHON) -m sphinx --fail-on-warning --keep-going --quiet --builder html --conf-dir docs . out/site
+	@echo '== out/site/index.html'
 
 bench: $(INSTALLED) ## the scripts behind the README's figures (BENCHMARKS="benchmarks/x.py" for some)
 	@test -n "$(BENCHMARKS)" || { echo 'No benchmark found in benchmarks/.' >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(VENV_PYTHON) "$$script"; done
 
-clean: ## delete the demo's output, caches and builds; .venv and trained runs stay
-	rm -rf out/demo build dist bundle/build bundle/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+clean: ## delete the output of the demo and of docs, caches and builds; .venv and trained runs stay
+	rm -rf out/demo out/site build dist bundle/build bundle/*.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find bundle apps tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 need-dataset:

@@ -1,6 +1,5 @@
 """Running the bundle's configs as a user does, in this process."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,22 +46,12 @@ def random_weights(path: Path, seed: int = 0) -> Path:
     return path
 
 
-@contextmanager
-def _own_hooks():
-    hook = sys.excepthook
-    try:
-        yield
-    finally:
-        sys.excepthook = hook
-
-
 def run(run_id: str, *configs: str, **overrides) -> None:
     """`python -m monai.bundle run <run_id> --config_file [configs] --key value …`"""
-    with _own_hooks():
-        monai.bundle.run(
-            run_id=run_id,
-            config_file=[str(CONFIGS / name) for name in configs],
-            meta_file=str(CONFIGS / "metadata.json"),
-            bundle_root=str(BUNDLE),
-            **overrides,
-        )
+    monai.bundle.run(
+        run_id=run_id,
+        config_file=[str(CONFIGS / name) for name in configs],
+        meta_file=str(CONFIGS / "metadata.json"),
+        bundle_root=str(BUNDLE),
+        **overrides,
+    )

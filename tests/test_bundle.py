@@ -1,17 +1,23 @@
 """The bundle as the Model Zoo asks for it: metadata, network format, required ids, and configs that agree."""
 
 import hashlib
+import inspect
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 
+import monai.bundle
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from monailabel.tasks.infer.bundle import BundleInferTask
 
+from sam2sgp.errors import ConfigError, cause_of
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
-from tests.bundle_runs import BUNDLE, CONFIGS, SMALL, computing_with_one_thread, run
+from tests.bundle_runs import BUNDLE, CONFIGS, SMALL, computing_with_one_thread, random_weights, run
 from tests.support.pairs import write_set
 from tests.torchrun import TORCHRUN, bundle_command, finish
 
@@ -117,7 +123,16 @@ def test_metadata_versions_are_those_that_are_tested():
     assert metadata["monai_version"] == exact["monai"]
     assert metadata["numpy_version"] == exact["numpy"]
     for package, version in metadata["required_packages_version"].items():
-        assert version == exact.get(package, exact.get(package.upper())), package
+        assert version == {name.lower(): value for name, value in exact.items()}[package], package
+    needed = (BUNDLE.parent / "requirements-core.txt").read_text()
+    names = {name.lower() for name in re.findall(r"^([A-Za-z][\w-]*)", needed, re.MULTILINE)}
+    assert set(metadata["required_packages_version"]) == names - {"torch", "monai", "numpy"}
+
+
+def test_the_inputs_of_the_metadata_are_arguments_of_the_network():
+    inputs = config("metadata.json")["network_data_format"]["inputs"]
+    assert list(inputs) == ["image", "support_image", "support_label"]
+    assert set(inputs) <= set(inspect.signature(SAM2SGP.forward).parameters)
 
 
 @pytest.mark.parametrize("name", ["train.json", "inference.json"])
@@ -230,15 +245,94 @@ def test_optimizer_gets_the_trainable_parameters_only():
     assert not any(id(p) in in_optimizer for p in network.prompt_encoder.parameters())
 
 
-def test_a_copy_of_the_bundle_runs_by_itself(phantoms, tmp_path):
-    copy = tmp_path / "copied"
+@pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
+def test_monai_loads_the_network_with_the_embedded_weights():
+    network = monai.bundle.load(name=BUNDLE.name, bundle_dir=str(BUNDLE.parent), workflow_type="inference")
+    expected = SAM2SGP("lite", 256)
+    load_weights(expected, BUNDLE / "models" / "model.pt")
+    first, second = network.state_dict(), expected.state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
+def test_a_workflow_takes_the_zoos_overrides_and_leaves_the_process_as_it_was(phantoms, tmp_path):
+    hook = sys.excepthook
+    pictures = sorted((phantoms / "queries" / "rgb").glob("*.png"))[:2]
+    settings = {"output_dir": str(tmp_path / "out"), "progress": False, "image_size": 64, "report_figures": 0}
+    settings |= {"model_file": str(random_weights(tmp_path / "random.pt")), "support_max_items": 6}
+    workflow = monai.bundle.create_workflow(
+        config_file=str(CONFIGS / "inference.json"),
+        bundle_root=str(BUNDLE),
+        workflow_type="infer",
+        support_dir=str(phantoms / "support" / "rgb"),
+        dataset_dir=str(phantoms / "queries" / "rgb"),
+        **settings,
+        **{"dataset#data": [{"image": str(path)} for path in pictures]},
+    )
+    workflow.run()
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {path.name for path in pictures}
+    labelled = phantoms / "support" / "rgb"
+    pairs = [
+        {"image": str(path), "label": str(labelled / "labels" / path.name)}
+        for path in sorted((labelled / "images").iterdir())
+    ]
+    workflow = monai.bundle.create_workflow(
+        config_file=str(CONFIGS / "train.json"),
+        bundle_root=str(BUNDLE),
+        workflow_type="train",
+        dataset_dir=str(phantoms),
+        **{
+            **SMALL,
+            "max_epochs": 1,
+            "val_interval": 9,
+            "output_dir": str(tmp_path / "run"),
+            "ckpt_dir": str(tmp_path / "kept"),
+        },
+        **{"train#dataset#data": pairs},
+    )
+    workflow.run()
+    trainer = workflow.parser.get_parsed_content("train::trainer")
+    assert 0 <= trainer.state.metrics["train_mean_dice"] <= 1
+    assert [case["image"] for case in trainer.data_loader.dataset.data] == [pair["image"] for pair in pairs]
+    assert (tmp_path / "kept" / "last.pt").is_file() and not (tmp_path / "run" / "last.pt").exists()
+    assert sys.excepthook is hook
+
+
+def test_monai_labels_generic_app_is_refused_in_a_sentence_when_it_starts(caplog):
+    with pytest.raises(RuntimeError) as raised:
+        BundleInferTask(str(BUNDLE), {})
+    assert isinstance(cause_of(raised.value), ConfigError)
+    assert "expected the app of this bundle, found the generic monaibundle app" in str(cause_of(raised.value))
+
+
+def test_what_the_zoo_fetches_with_a_bundle_is_all_there_and_small():
+    assert "Apache License" in (BUNDLE / "LICENSE").read_text()
+    assert list(BUNDLE.glob("large_files*")) == []
+    assert (BUNDLE / "models" / "large_files.yml").is_file()
+
+
+def test_a_copy_of_the_bundle_runs_by_itself_from_another_folder(phantoms, tmp_path):
+    copy, elsewhere = tmp_path / "copied", tmp_path / "elsewhere"
+    elsewhere.mkdir()
     shutil.copytree(BUNDLE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "models", "eval"))
     torch.manual_seed(0)
     save_weights(SAM2SGP("lite", 64), copy / "models" / "model.pt")
-    command = [sys.executable, "-v", "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
-    settings = {"support_dir": phantoms / "support" / "rgb", "dataset_dir": phantoms / "queries" / "rgb"}
+    for picture in sorted((phantoms / "queries" / "rgb").glob("*.png"))[:2]:
+        shutil.copy(picture, elsewhere)
+    # Without the package of this environment.
+    known = [str(copy), *(folder for folder in sys.path if folder.endswith("site-packages"))]
+    command = [sys.executable, "-S", "-v", "-m", "monai.bundle", "run", "--bundle_root", str(copy)]
+    command += ["--config_file", str(copy / "configs" / "inference.json")]
+    settings = {"support_dir": phantoms / "support" / "rgb", "dataset_dir": "."}
     words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
-    done = subprocess.run([*command, *words, "--image_size", "64"], cwd=copy, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *words, "--image_size", "64"],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(known)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert str(copy / "sam2sgp" / "networks" / "sam2_sgp.py") in done.stderr
     assert (copy / "eval" / "summary.csv").is_file() and (copy / "eval" / "report.html").is_file()

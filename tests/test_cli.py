@@ -1,6 +1,9 @@
 """The `sam2sgp` command does what the run of the bundle behind it does, with short options and relative paths."""
 
 import csv
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -100,6 +103,28 @@ def test_serve_passes_settings_and_paths_with_spaces(tmp_path, monkeypatch):
     call("serve", tmp_path / "my studies", "--port", 8123, "--conf", "ct_window=[-100, 300]")
     assert seen[-2:] == ["ct_window", "[-100, 300]"] and str(tmp_path / "my studies") in seen and "8123" in seen
     assert "expected NAME=VALUE" in call("serve", tmp_path, "--conf", "k", code=2)
+
+
+def test_a_wheel_serves_a_copy_of_the_app_that_may_be_written_to(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.os, "execv", lambda program, command: seen.extend(command))
+    monkeypatch.setattr(cli, "IS_INSTALLED", True)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    folder = tmp_path / "sam2sgp" / "app"
+    (folder / "model").mkdir(parents=True)
+    (folder / "main.py").write_text("of an older version")
+    call("serve", tmp_path)
+    assert seen[seen.index("--app") + 1] == str(folder)
+    assert (folder / "main.py").read_bytes() == (cli.APP / "main.py").read_bytes() and (folder / "model").is_dir()
+
+
+def test_completion_and_help_do_not_wait_for_torch():
+    program = (
+        "import sys; from sam2sgp.cli import app\ntry: app(prog_name='sam2sgp')\nfinally: print('torch' in sys.modules)"
+    )
+    asked = {"_SAM2SGP_COMPLETE": "complete_bash", "COMP_WORDS": "sam2sgp segment --sup", "COMP_CWORD": "2"}
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == ["--support", "False"], done.stderr
 
 
 def test_doctor_names_versions_and_the_licence_of_the_weights():

@@ -4,9 +4,18 @@ import ast
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from monai.bundle import ConfigParser
+from PIL import Image
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from sam2sgp import cli, options
+from sam2sgp.evaluation import case_metrics
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
@@ -42,6 +51,67 @@ def test_readme_is_short():
     assert lines.count("\n") <= 200 and len(lines.encode()) <= 13_000
 
 
+def test_the_six_lines_of_the_readme_give_the_dice_of_the_command(phantoms, tmp_path, monkeypatch):
+    lines = re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len([line for line in lines.splitlines() if line]) <= 6
+    monkeypatch.chdir(tmp_path)
+    Path("SUPPORT").symlink_to(phantoms / "support" / "rgb")
+    Path("QUERIES").mkdir()
+    queries = sorted((phantoms / "queries" / "rgb").glob("*.png"))[:3]
+    for query in queries:
+        Path("QUERIES", query.name).symlink_to(query)
+    exec(lines, {})
+    command = ["segment", "--support", "SUPPORT", "--queries", "QUERIES", "--output", "COMMAND", "--progress", "False"]
+    result = CliRunner().invoke(cli.app, [*command, "--report_figures", "0"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    for query in queries:
+        truth, *found = (
+            np.asarray(Image.open(folder / query.name))[None]
+            for folder in (phantoms / "labelsTs", Path("OUT"), Path("COMMAND"))
+        )
+        first, second = (
+            [row["dice"] for row in case_metrics(labels, truth, {1: "", 2: "", 3: ""})] for labels in found
+        )
+        assert np.array_equal(first, second, equal_nan=True) and np.nanmean(first) > 0.6
+
+
+def commands(start: str) -> list[list[str]]:
+    """Commands of the pages that begin so, whole lines of code or words within a sentence, without what is left out."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        lines = [line for block in re.findall(r"^```\w*\n(.+?)^```", text, re.M | re.S) for line in block.splitlines()]
+        lines += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+        words = [shlex.split(line, comments=True) for line in lines if re.match(rf"(\w+=\S+ )?{start} ", line)]
+        found += [command for command in words if "…" not in " ".join(command)]
+    return found
+
+
+def test_every_short_command_of_the_pages_is_taken():
+    group = get_command(cli.app)
+    given = [words[1:] for words in commands("sam2sgp") if not words[1].startswith("-")]
+    assert len(given) > 15 and {words[0] for words in given} >= {"segment", "check", "train", "evaluate", "serve"}
+    for name, *words in given:
+        if "--help" not in words:
+            # Required options that a sentence leaves out are no fault of it.
+            with group.commands[name].make_context(name, words, resilient_parsing=name == "segment") as context:
+                assert set(cli._more(context.args)) <= options.ALL.keys(), words
+
+
+def test_every_run_of_the_bundle_in_the_pages_has_configs_and_options_that_there_are():
+    given = commands("python -m monai.bundle run") + commands("torchrun .*-m monai.bundle run")
+    assert len(given) > 20
+    for command in given:
+        words = command[command.index("run") + 1 :]
+        settings = dict(zip(words[1::2], words[2::2], strict=True))
+        files = settings.pop("--config_file").replace("BUNDLE/", "")
+        files = ast.literal_eval(files) if files.startswith("[") else [files]
+        parser = ConfigParser(ConfigParser.load_config_files([str(ROOT / "bundle" / name) for name in files]))
+        parser.update({name.removeprefix("--"): cli._value(value) for name, value in settings.items()})
+        options.check(parser)
+        assert words[0] in parser, command
+
+
 def _anchor(heading: str) -> str:
     """The address that a heading gets, as Markdown viewers make it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
@@ -67,7 +137,7 @@ def test_every_page_can_be_reached_from_the_readme():
 
 
 def test_checkpoints_of_the_page_on_weights_are_those_of_large_files():
-    listing = (ROOT / "bundle" / "large_files.yml").read_text()
+    listing = (ROOT / "bundle" / "models" / "large_files.yml").read_text()
     hashes = re.findall(r"`([0-9a-f]{64})`", (ROOT / "docs" / "weights.md").read_text())
     assert len(hashes) == 4 and all(value in listing for value in hashes)
 

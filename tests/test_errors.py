@@ -5,6 +5,7 @@ import sys
 import pytest
 from monai.utils import optional_import
 
+from sam2sgp import errors
 from sam2sgp.errors import ConfigError, report_in_one_line
 
 
@@ -34,7 +35,11 @@ def fail():
     ],
 )
 def test_one_line_tells_what_a_user_can_mend(monkeypatch, capsys, cause, printed):
+    before = sys.excepthook
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    report_in_one_line()
+    assert sys.excepthook is before
+    monkeypatch.setattr(errors, "_is_own_command", lambda: True)
     report_in_one_line()
     try:
         try:

@@ -3,13 +3,16 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 # What a build reads; a build in the clone would leave its folders there.
@@ -94,3 +97,50 @@ def test_the_installed_app_knows_its_bundle(site, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     app, bundle = json.loads(done.stdout.splitlines()[-1])
     assert Path(app) == site / "sam2sgp/_app" and Path(bundle) == site / "sam2sgp/_bundle"
+
+
+def requirements(name: str) -> list[str]:
+    """What an installed distribution needs here without extras, as names."""
+    found = map(Requirement, metadata.requires(name) or [])
+    return [entry.name for entry in found if entry.marker is None or entry.marker.evaluate({"extra": ""})]
+
+
+def test_nothing_but_torch_brings_cuda(site):
+    declared = Path(next(site.glob("sam2sgp-*.dist-info")), "METADATA").read_text()
+    waiting = [Requirement(line).name for line in re.findall(r"^Requires-Dist: ([^;\n]+)$", declared, re.MULTILINE)]
+    needed: set[str] = set()
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name not in needed:
+            needed.add(name)
+            waiting += [] if name == "torch" else requirements(name)
+    assert "torch" in needed and "transformers" in needed
+    assert [name for name in needed if re.match("nvidia|cuda|triton|cupy", name)] == []
+
+
+def stand_in(folder: Path, version: str, *needs: str) -> None:
+    """A wheel called torch with nothing in it but what it needs."""
+    info = f"torch-{version}.dist-info"
+    about = "".join(f"{key}: {value}\n" for key, value in [("Metadata-Version", "2.1"), ("Name", "torch")])
+    about += f"Version: {version}\n" + "".join(f"Requires-Dist: {need}\n" for need in needs)
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{info}/METADATA", about)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+
+
+def test_pip_takes_the_build_for_the_cpu_where_an_index_has_one(tmp_path):
+    """As the page on installing says: of PyPI's torch and that of PyTorch's own index, the latter counts as newer."""
+    version = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    stand_in(tmp_path, version, "nvidia-cublas")
+    stand_in(tmp_path, f"{version}+cpu")
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-index", "--quiet"]
+    command += ["--find-links", tmp_path, "-c", ROOT / "constraints.txt", "--report", tmp_path / "report.json"]
+    line = next(line for line in (ROOT / "requirements-core.txt").read_text().splitlines() if line.startswith("torch>"))
+    # The settings of this machine's pip would name other places.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")} | {
+        "PIP_CONFIG_FILE": "/dev/null"
+    }
+    subprocess.run([*map(str, command), line], env=env, check=True)
+    planned = json.loads((tmp_path / "report.json").read_text())["install"]
+    assert [entry["metadata"]["version"] for entry in planned] == [f"{version}+cpu"]

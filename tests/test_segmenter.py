@@ -126,6 +126,22 @@ def test_pairs_may_be_added_one_by_one_saved_and_loaded(weights, tmp_path):
         sam2sgp.Segmenter.load(tmp_path)
 
 
+def test_binary_pictures_are_written_as_the_labelled_ones_are(weights, tmp_path):
+    image, mask = np.full((40, 44), 80, np.uint8), np.zeros((40, 44), np.uint8)
+    mask[10:22, 10:26] = 255
+    image[mask > 0] = 170
+    for name, values in (("image", image), ("label", mask)):
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+    segmenter = sam2sgp.Segmenter(weights=weights, **SMALL)
+    segmenter.add(tmp_path / "image.png", tmp_path / "label.png")
+    found = segmenter(image)
+    assert found.any()
+    assert np.array_equal(np.asarray(Image.open(segmenter(image, output=tmp_path / "binary.png"))), found * 255)
+    segmenter.add(image, np.where(mask > 0, 2, 0))
+    found = segmenter(image)
+    assert np.array_equal(np.asarray(Image.open(segmenter(image, output=tmp_path / "two.png"))), found)
+
+
 def test_voxels_beside_their_header_are_saved_with_it(weights, tmp_path):
     array = np.zeros((3, 40, 44), np.int16)
     array[:, 10:22, 10:26] = 900

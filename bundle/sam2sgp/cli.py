@@ -10,6 +10,7 @@ import ast
 import csv
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import typer
 from sam2sgp import __version__
 from sam2sgp.errors import ConfigError
 from sam2sgp.files import sha256_of
-from sam2sgp.places import APP, BUNDLE, overlays_of
+from sam2sgp.places import APP, BUNDLE, IS_INSTALLED, overlays_of
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 MORE_SETTINGS = "Any setting of the run may follow, as in --ct_window '[-1000, 400]'; docs/settings.md lists them."
@@ -53,7 +54,12 @@ Weights = Annotated[
 Backbone = Annotated[
     str, typer.Option(help="A name from configs/backbones; it must be that of the weights.", rich_help_panel=METHOD)
 ]
-Items = Annotated[int | None, typer.Option("--k", help="Support items per query and class.", rich_help_panel=METHOD)]
+Items = Annotated[
+    int | None,
+    typer.Option(
+        "--k", help="Support items per query and class; default: that of the configs.", rich_help_panel=METHOD
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda:0, …; default: a GPU if there is one.", rich_help_panel=RUN)
 ]
@@ -181,7 +187,9 @@ def evaluate(
         Path | None,
         typer.Option("--support", "-s", help="Default: the training patients of the data.", rich_help_panel=DATA),
     ] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="All images, not only the test section's.")] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="All images, not only the test section's.", rich_help_panel=DATA)
+    ] = False,
     adapt: Adapt = 0,
     k: Items = None,
     weights: Annotated[
@@ -213,12 +221,15 @@ def serve(
         list[str] | None, typer.Option("--conf", metavar="NAME=VALUE", help="A setting of the app; may be repeated.")
     ] = None,
 ) -> None:
-    """Start the MONAI Label server for 3D Slicer and OHIF."""
+    """Start the MONAI Label server for 3D Slicer and OHIF.
+
+    Of an installed wheel, the app's files and its state lie in ~/.local/share/sam2sgp ($XDG_DATA_HOME).
+    """
     if not (APP / "main.py").is_file():
         _refuse(f"{APP}: expected the MONAI Label app there, found none; install sam2sgp again.")
     if not studies.startswith(("http://", "https://")):
         studies = _absolute(Path(studies))
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(APP), "--studies", studies]
+    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(_app()), "--studies", studies]
     command += ["--host", host, "--port", str(port)]
     for setting in conf or []:
         name, separator, value = setting.partition("=")
@@ -283,6 +294,15 @@ def doctor() -> None:
         missing.append("weights")
     if set(missing) - OF_THE_APP:
         raise typer.Exit(1)
+
+
+def _app() -> Path:
+    """The app's folder; of a wheel a copy, because MONAI Label writes into it and the app keeps its state there."""
+    if not IS_INSTALLED:
+        return APP
+    folder = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sam2sgp" / "app"
+    shutil.copytree(APP, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
 
 
 def _absolute(path: Path) -> str:
@@ -351,7 +371,6 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
     from sam2sgp.options import check_places
 
     files = [str(BUNDLE / "configs" / name) for name in configs]
-    hook = sys.excepthook
     try:
         check_places(monai.bundle.ConfigParser.load_config_files(files), settings)
         monai.bundle.run(
@@ -367,8 +386,6 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
         if not isinstance(cause, Sam2SgpError):
             raise
         _refuse(str(cause))
-    finally:
-        sys.excepthook = hook
     typer.echo(f"Done in {time.monotonic() - started:.0f} s: {settings.get('output_dir', '')}")
 
 

@@ -6,8 +6,6 @@
 import sys
 from types import TracebackType
 
-from monai.utils import OptionalImportError
-
 
 class Sam2SgpError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -33,8 +31,13 @@ class ConfigError(Sam2SgpError):
     """A setting has a value that can't work."""
 
 
-# With MONAI's own, of a package that is not installed and that a setting asks for.
-FOR_USERS = (Sam2SgpError, OptionalImportError)
+def _is_of_absent_package(error: BaseException) -> bool:
+    """Whether MONAI says that a package is missing which a setting asks for.
+
+    MONAI is not imported for this: without it there is no such error, and the command's help should not wait for it.
+    """
+    monai = sys.modules.get("monai.utils")
+    return monai is not None and isinstance(error, monai.OptionalImportError)
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -43,7 +46,7 @@ def cause_of(error: BaseException) -> BaseException:
     MONAI wraps what a transform or a config expression raises in several exceptions of its own, whose texts say
     nothing to a user.
     """
-    while not isinstance(error, FOR_USERS):
+    while not isinstance(error, Sam2SgpError) and not _is_of_absent_package(error):
         inner = error.__cause__ or error.__context__
         if inner is None:
             break
@@ -54,16 +57,25 @@ def cause_of(error: BaseException) -> BaseException:
 def report_in_one_line() -> None:
     """From now on, end the process with one line on standard error where an error for users is the cause of its end.
 
-    Every other exception is still shown with its traceback.
+    Every other exception is still shown with its traceback. In a process that is somebody else's program, such as a
+    notebook that runs a config, nothing is changed.
     """
+    if not _is_own_command():
+        return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         cause = cause_of(error)
         if isinstance(cause, Sam2SgpError):
             print(f"error: {cause}", file=sys.stderr)
-        elif isinstance(cause, OptionalImportError):
+        elif _is_of_absent_package(cause):
             print(f"error: {str(cause).partition(chr(10))[0]}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = hook
+
+
+def _is_own_command() -> bool:
+    """Whether this process was started as `python -m monai.bundle` or by a module of this package."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name.startswith(("monai.bundle.", "sam2sgp."))

@@ -81,6 +81,7 @@ class Data(OptionGroup):
     )
     output_dir: PathText = Field(description="where results go")
     bundle_root: PathText = Field(description="folder of the bundle")
+    ckpt_dir: PathText = Field(description="where training keeps its state and weights, and evaluating finds them")
     cache_dir: PathText = Field(description="prepared training images; may be deleted")
     patient_pattern: str = Field(description="regular expression that finds the patient in a file's stem")
     split: Numbers = Field(description="shares of patients for train, val and test")
@@ -263,6 +264,18 @@ def check(parser: ConfigParser | None = None) -> None:
             raise ConfigError(f"--{name}: expected {option.expected}, found {value!r}.{_spelled(option, value)}")
     for identifier, arguments in _components(config):
         _check_arguments(identifier, arguments, parser)
+
+
+def refuse_generic_app() -> None:
+    """What MONAI Label's app for any bundle runs into when it starts: it asks each bundle for `displayable_configs`.
+
+    Raises:
+        ConfigError: always; no support set could guide that app, and its labels would never join one.
+    """
+    raise ConfigError(
+        "MONAI Label: expected the app of this bundle, found the generic monaibundle app, which knows no support set; "
+        "run `sam2sgp serve STUDIES`, or start_server with --app apps/sam2sgp."
+    )
 
 
 def check_places(config: Mapping, names: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from sam2sgp.adaptation import SupportAdaptation
-from sam2sgp.data import class_names, load_datalist
+from sam2sgp.data import class_names, is_binary_255, load_datalist
 from sam2sgp.data.io import data_files, output_suffix, write_label
 from sam2sgp.data.objects import as_file
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
@@ -43,14 +43,16 @@ PARTS = ("image", "label")
 class Explanation:
     """What a `Segmenter` can say of its last result.
 
-    confidence: mean probability of each class where it was found, by name; NaN where it was not.
-    support_used: ids of the labelled images (of volumes `NAME#SLICE`) that guided each class, the most similar first.
-    unlike_support: whether the image is unlike every labelled one; then check the result first.
-    maybe_absent: names of classes that were found though there is less sign of them than in any labelled image.
-    warnings: sentences on what may be wrong with the image.
-    seconds: what segmenting took.
-    probabilities: background and classes, each an object of the query's kind, by name; only with `maps=True`.
-    uncertainty: normalised entropy in [0, 1], an object of the query's kind; only with `maps=True`.
+    Attributes:
+        confidence: mean probability of each class where it was found, by name; NaN where it was not.
+        support_used: ids of the labelled images (of volumes `NAME#SLICE`) that guided each class, the most similar
+            first.
+        unlike_support: whether the image is unlike every labelled one; then check the result first.
+        maybe_absent: names of classes that were found though there is less sign of them than in any labelled image.
+        warnings: sentences on what may be wrong with the image.
+        seconds: what segmenting took.
+        probabilities: background and classes, each an object of the query's kind, by name; only with `maps=True`.
+        uncertainty: normalised entropy in [0, 1], an object of the query's kind; only with `maps=True`.
     """
 
     confidence: dict[str, float]
@@ -100,6 +102,7 @@ class Segmenter:
         self._folder = Path(tempfile.mkdtemp(prefix="sam2sgp-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._segmenter: CaseSegmenter | None = None
+        self._binary: bool | None = None
         self._config = self._read_config(settings)
 
     @classmethod
@@ -148,6 +151,7 @@ class Segmenter:
         with _in_one_sentence():
             self._config.get_parsed_content("load_pair")(dict(case))
         self._cases.append(case)
+        self._binary = None
         if self._segmenter is not None:
             if self._segmenter.inferer.adaptation is not None:
                 logger.warning("%s was added, so the adaptation of before is dropped; call `adapt` again.", own)
@@ -180,6 +184,7 @@ class Segmenter:
             query: as for `add`.
             spacing: of arrays, in mm.
             output: write the class map to this file, on the query's own grid: .png for pictures, .nii.gz for volumes.
+                Binary pictures are written as 0 and 255 where labelled ones are.
             maps: keep probabilities and uncertainty in `last`.
 
         Returns:
@@ -211,7 +216,7 @@ class Segmenter:
         path = Path(output).expanduser()
         if not path.name.lower().endswith(output_suffix(geometry)):
             raise DataError(f"{path}: expected a name that ends in {output_suffix(geometry)}.")
-        write_label(path, values, geometry)
+        write_label(path, values, geometry, self._is_binary())
         return path
 
     def save(self, folder: str | Path) -> None:
@@ -281,6 +286,13 @@ class Segmenter:
                 inferer = config.get_parsed_content("inferer")
             self._segmenter = CaseSegmenter(network, inferer, config.get_parsed_content("preprocessing"), False)
         return self._segmenter
+
+    def _is_binary(self) -> bool:
+        """Whether pictures are written as 0 and 255, as a run writes them."""
+        if self._binary is None:
+            one_class = self._ready().inferer.bank.class_values == [1]
+            self._binary = one_class and any(is_binary_255(case["label"]) for case in self._cases)
+        return self._binary
 
     def _explain(self, result: CaseResult, warnings: list[str], restore: Any) -> Explanation:
         bank: SupportBank = self._ready().inferer.bank

@@ -21,7 +21,7 @@ from sam2sgp.networks import (
 )
 from sam2sgp.networks.sam2_sgp import IMAGENET_MEAN, IMAGENET_STD
 
-TINY = "models/sam2.1_hiera_tiny.pt"
+LISTING, TINY = "models/large_files.yml", "models/sam2.1_hiera_tiny.pt"
 
 
 class Server(ThreadingHTTPServer):
@@ -76,8 +76,11 @@ def bundle_root(tmp_path, server):
 
 
 def list_file(root, url, hash_val):
-    text = f'large_files:\n- path: "{TINY}"\n  url: "{url}"\n  hash_val: "{hash_val}"\n  hash_type: "sha256"\n'
-    (root / "large_files.yml").write_text(text)
+    text = (
+        f'large_files:\n- path: "{Path(TINY).name}"\n  url: "{url}"\n  hash_val: "{hash_val}"\n  hash_type: "sha256"\n'
+    )
+    (root / "models").mkdir(exist_ok=True)
+    (root / LISTING).write_text(text)
 
 
 def files(root):
@@ -105,11 +108,11 @@ def test_a_checkpoint_is_downloaded_once_and_logged(server, bundle_root, caplog)
     assert f"Downloading {server.url} (1.0 MB) to {path}" in caplog.text
     assert fetch_checkpoint("tiny", bundle_root) == path
     assert server.downloads == 1
-    assert files(bundle_root) == {"large_files.yml", TINY}
+    assert files(bundle_root) == {LISTING, TINY}
 
 
 def test_monais_own_download_command_is_understood(server, bundle_root):
-    download_large_files(bundle_path=str(bundle_root))
+    download_large_files(bundle_path=str(bundle_root / "models"))
     assert fetch_checkpoint("tiny", bundle_root).read_bytes() == server.content
     assert server.downloads == 1
 
@@ -119,7 +122,7 @@ def test_an_interrupted_download_leaves_nothing_and_can_be_repeated(server, bund
     server.interruptions, server.with_length = 1, with_length
     with pytest.raises(WeightsError, match="run again"):
         fetch_checkpoint("tiny", bundle_root)
-    assert files(bundle_root) == {"large_files.yml"}
+    assert files(bundle_root) == {LISTING}
     assert fetch_checkpoint("tiny", bundle_root).read_bytes() == server.content
 
 
@@ -131,14 +134,14 @@ def test_a_stop_while_the_file_is_put_in_place_leaves_no_half_file(bundle_root, 
     monkeypatch.setattr(monai.apps.utils.shutil, "move", stopped)
     with pytest.raises(KeyboardInterrupt):
         fetch_checkpoint("tiny", bundle_root)
-    assert files(bundle_root) == {"large_files.yml"}
+    assert files(bundle_root) == {LISTING}
 
 
 def test_a_download_with_another_hash_is_refused(server, bundle_root):
     list_file(bundle_root, server.url, "0" * 64)
     with pytest.raises(WeightsError, match=r"sha256 hash check.*run again"):
         fetch_checkpoint("tiny", bundle_root)
-    assert files(bundle_root) == {"large_files.yml"}
+    assert files(bundle_root) == {LISTING}
 
 
 def test_a_file_with_another_hash_is_refused_and_kept(server, bundle_root):
@@ -170,7 +173,7 @@ def test_a_denied_download_is_an_error(bundle_root, monkeypatch):
 def test_only_listed_checkpoints_of_real_backbones_are_fetched(bundle_root):
     with pytest.raises(ConfigError, match="'nano' backbone has no SAM 2.1 checkpoint"):
         fetch_checkpoint("nano", bundle_root)
-    with pytest.raises(WeightsError, match=r"expected an entry with path models/sam2\.1_hiera_large\.pt"):
+    with pytest.raises(WeightsError, match=r"expected an entry with path sam2\.1_hiera_large\.pt"):
         fetch_checkpoint("large", bundle_root)
     list_file(bundle_root, "http://127.0.0.1/", "")
     with pytest.raises(WeightsError, match="hash_val"):
@@ -245,7 +248,7 @@ def test_a_missing_checkpoint_says_how_to_get_it(tmp_path):
 
 
 def test_every_checkpoint_of_a_backbone_is_listed_in_the_bundle():
-    listing = Path(__file__).parents[2] / "bundle" / "large_files.yml"
+    listing = Path(__file__).parents[2] / "bundle" / LISTING
     for definition in BACKBONES.values():
         if definition.checkpoint:
-            assert f'"models/{definition.checkpoint}"' in listing.read_text()
+            assert f'"{definition.checkpoint}"' in listing.read_text()

@@ -20,7 +20,13 @@ def address(tmp_path_factory):
     ]
     frames = [Frame(plain(), f"Slice {number} of 3") for number in (1, 2, 3)]
     figures = [
-        CaseFigure("liver_1", panels=[("Query", plain()), ("Segmentation", plain())], frames=frames, sides="RLAP"),
+        CaseFigure(
+            "liver_1",
+            panels=[("Query", plain()), ("Segmentation", plain())],
+            frames=frames,
+            sides="RLAP",
+            window=(-160, 240, "HU"),
+        ),
         CaseFigure("lesion_1", panels=[("Query", plain()), ("Segmentation", plain())]),
     ]
     classes = {1: "liver", 2: "lesion"}
@@ -87,6 +93,36 @@ def test_a_click_enlarges_and_slices_scroll_by_keys_wheel_and_slider(opened):
     expect(volume.locator("figcaption:visible")).to_have_text(["Slice 2 of 3"])
     volume.get_by_label("Slice", exact=True).fill("0")
     expect(volume.locator("figcaption:visible")).to_have_text(["Slice 1 of 3"])
+
+
+def test_level_and_width_spread_what_a_picture_holds(opened):
+    dialog = opened.locator("dialog")
+    opened.locator(".tile", has_text="liver_1").locator("a").click()
+    expect(dialog.locator("output")).to_have_text("40 ± 200 HU")
+    middle = "image => { const canvas = document.createElement('canvas'); canvas.width = canvas.height = 1;"
+    middle += " const context = canvas.getContext('2d'); context.filter = image.style.filter || 'none';"
+    middle += " context.drawImage(image, 0, 0, 1, 1); return context.getImageData(0, 0, 1, 1).data[0]; }"
+    grey = dialog.locator("img").evaluate(middle)
+    dialog.get_by_label("Width").fill("50")
+    expect(dialog.locator("output")).to_have_text("40 ± 100 HU")
+    # (v - 0.25) / 0.5, of levels from 0 to 255.
+    assert dialog.locator("img").evaluate(middle) == pytest.approx((grey - 255 / 4) * 2, abs=3)
+    dialog.get_by_label("Level").fill("30")
+    expect(dialog.locator("output")).to_have_text("-40 ± 100 HU")
+    assert dialog.locator("img").evaluate(middle) == pytest.approx((grey - 255 * 0.05) * 2, abs=3)
+    # Beyond what the picture holds the window does not go; the keys are the slider's there.
+    dialog.get_by_label("Level").fill("5")
+    expect(dialog.locator("output")).to_have_text("-60 ± 100 HU")
+    opened.keyboard.press("ArrowRight")
+    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 2 of 3")
+    # The next slice has the same window, and another case its own.
+    dialog.get_by_role("button", name="Next").click()
+    assert "contrast" in dialog.locator("img").evaluate("image => image.style.filter")
+    dialog.get_by_role("button", name="Reset").click()
+    expect(dialog.locator("output")).to_have_text("40 ± 200 HU")
+    dialog.get_by_role("button", name="Close").click()
+    opened.locator("article", has_text="lesion_1").get_by_role("button", name="Query").click()
+    expect(dialog.locator("output")).to_have_text("50 ± 50 % of what is shown")
 
 
 @pytest.mark.parametrize("width", [400, 820, 1280])

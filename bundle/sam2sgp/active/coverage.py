@@ -46,8 +46,9 @@ def represent(
     """Order of labelling that always takes the candidate which brings labels closest to all images together.
 
     Greedy facility location, a submodular objective (Wei, Iyer & Bilmes 2015, "Submodularity in data subset selection
-    and active learning"): the gain of a candidate c is sum_x w(x) max(0, d(x) - |x - c| / 2) over the pool, where d(x)
-    is the distance of x to the nearest labelled or chosen image. Unlike `k_centre` it does not go after outliers.
+    and active learning"): the gain of a candidate c is the sum over the pool of w(x) max(0, d(x) - d(x, c) / 2), where
+    d(x, c) is the distance of x to c and d(x) that to the nearest labelled or chosen image. Unlike `k_centre` it does
+    not go after outliers.
 
     Args:
         candidates: (N, D), L2-normalised. labelled: (M, D), M may be 0.

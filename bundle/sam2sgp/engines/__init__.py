@@ -1,6 +1,14 @@
 """Training and evaluation engines' parts: loss, batch preparation, evaluator and handlers."""
 
-from sam2sgp.engines.evaluator import EpisodeDice, QueryDataset, QueryEvaluator, QueryEvents, class_maps, first
+from sam2sgp.engines.evaluator import (
+    EpisodeDice,
+    QueryDataset,
+    QueryEvaluator,
+    QueryEvents,
+    class_maps,
+    episode_masks,
+    first,
+)
 from sam2sgp.engines.features import CachedFeatures, TrunkCache
 from sam2sgp.engines.handlers import (
     EpochStart,
@@ -38,6 +46,7 @@ __all__ = [
     "TrunkCache",
     "adapted",
     "class_maps",
+    "episode_masks",
     "first",
     "growing_average",
     "warmup_stable_decay",

@@ -15,13 +15,14 @@ from ignite.metrics import Metric
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 from monai.metrics import compute_dice
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.heap import give_back
 from sam2sgp.inferers import CaseSegmenter, prepare_case
 from sam2sgp.support.bank import SupportBank
-from sam2sgp.transforms.cases import Case, PreparedCase
+from sam2sgp.transforms.cases import Case, PreparedCase, completed
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class QueryDataset(Dataset):
     """Cases, prepared one at a time; a case that can't be prepared becomes {"name", "source", "number", "error"}.
 
     Args:
-        data: the cases.
+        data: the cases, dicts with `image` at least.
         transform: preprocessing of a case.
         bank: the support bank that guides the cases. Where nothing is stated of a case, it is scaled like that.
 
@@ -43,7 +44,7 @@ class QueryDataset(Dataset):
     """
 
     def __init__(self, data: Sequence[Case], transform: Callable, bank: SupportBank | None = None) -> None:
-        self.data = data
+        self.data = completed(data)
         self.transform = transform
         self.bank = bank
         self.chosen: Sequence[int] | None = None
@@ -72,6 +73,11 @@ def class_maps(output: list[dict]) -> tuple[list, list]:
     """Output transform for MONAI's metric handlers: predicted and true class indices (1, Z, H, W) of scored cases."""
     scored = [case for case in output if "truth_index" in case]
     return [case["pred_index"][None] for case in scored], [case["truth_index"][None] for case in scored]
+
+
+def episode_masks(output: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
+    """Output transform for metrics of training: predicted and true masks (1, S, S) of the images of a step."""
+    return [image["pred"]["logits"] > 0 for image in output], [image["label"] for image in output]
 
 
 class EpisodeDice(Metric):

@@ -14,7 +14,7 @@ from sam2sgp.report.html import CaseFigure, SupportThumb
 from sam2sgp.report.slices import frames, frames_per_case, scaled_slices, sides_of, slice_position
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.transforms import ScaleIntensityByModalityd
-from sam2sgp.transforms.scaling import Scaling
+from sam2sgp.transforms.scaling import CT, Scaling
 
 SHOWN_COLUMNS = {
     "class",
@@ -141,7 +141,8 @@ class CaseFigures:
         shown = record["shown"]
         image = read_image(case["image"], shown["slice_axis"])
         total, kept = len(image.slices), [shown["main"], *shown["slices"]]
-        slices = scaled_slices(image, Scaling.of_dict(shown["scaling"]), self.scale_intensity, kept)
+        scaling = Scaling.of_dict(shown["scaling"])
+        slices = scaled_slices(image, scaling, self.scale_intensity, kept)
         picture = to_display(slices[0])
         truth = arrays["truth"][0] if "truth" in arrays else None
         panels = [("Query", picture)]
@@ -159,6 +160,7 @@ class CaseFigures:
             frames=frames(image.geometry, shown["slices"], slices[1:], arrays) if total > 1 else [],
             section=section,
             sides=sides_of(image.geometry),
+            window=(*self.scale_intensity.ct_window, "HU") if scaling.kind == CT else None,
             width_mm=image.geometry.spacing and image.geometry.spacing[2] * image.geometry.shape[2],
         )
 

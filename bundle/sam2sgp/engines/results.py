@@ -224,7 +224,8 @@ class ResultWriter:
             path,
             Report(
                 title=self.title,
-                subtitle=f"Images: {self._count()}, classes: {len(self.bank.class_names)}, supports: {len(self.bank)}",
+                subtitle=f"Images: {self._count()}, classes: {len(self.bank.class_names)}, "
+                f"support items: {len(self.bank)}",
                 meta=run_info_of(self.run_info),
                 classes=self.bank.class_names,
                 summary_rows=summary,

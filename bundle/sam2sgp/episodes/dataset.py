@@ -10,6 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from sam2sgp.data.coding import LabelCoding
 from sam2sgp.episodes.case_cache import CaseCache
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.transforms.array import to_three_channels
+from sam2sgp.transforms.cases import completed
 from sam2sgp.transforms.scaling import agreed, is_open, log_scalings
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class EpisodeDataset(Dataset):
     """Random but reproducible episodes: item i is a function of only the seed and i.
 
     Args:
-        data: labelled cases, dicts with `image`, `label`, `patient` and `group`.
+        data: labelled cases, dicts with `image` and `label`, and `patient` and `group` where they are known.
         transform: preprocessing of a case, see `sam2sgp.transforms`.
         cache_dir: folder for prepared cases, see `CaseCache`.
         episodes: number of episodes in an epoch.
@@ -94,7 +96,7 @@ class EpisodeDataset(Dataset):
             )
         if augmentation_variants is not None and augmentation_variants < 1:
             raise ConfigError(f"augmentation_variants is {augmentation_variants}: expected at least 1, or None.")
-        self.data = list(data)
+        self.data = cast(list[dict], completed(data))
         self.transform = transform
         self.cache = CaseCache(cache_dir, transform)
         self.episodes = episodes

@@ -34,10 +34,10 @@ def case_metrics(
 ) -> list[dict]:
     """Measure one case: one dict per class, in the order of `class_names`.
 
-    Dice = 2|P∩T| / (|P| + |T|) and IoU = |P∩T| / |P∪T|, in [0, 1]. HD95 is the larger of the two 95th percentiles of
-    the distances from each surface to the other. NSD, in [0, 1], is the share of both surfaces (by length or area, as
-    in Nikolov et al., arXiv 1809.04430) that lies within the tolerance of the other. All are MONAI's. A case of one
-    slice is measured in 2D, all others in 3D.
+    Dice = ``2|P∩T| / (|P| + |T|)`` and IoU = ``|P∩T| / |P∪T|``, in [0, 1]. HD95 is the larger of the two 95th
+    percentiles of the distances from each surface to the other. NSD, in [0, 1], is the share of both surfaces (by
+    length or area, as in Nikolov et al., arXiv 1809.04430) that lies within the tolerance of the other. All are
+    MONAI's. A case of one slice is measured in 2D, all others in 3D.
 
     A class absent from both maps is not counted: all four are NaN. Absent from one of them: Dice = IoU = NSD = 0 and
     HD95 is NaN, for there is no distance to nothing.

@@ -21,8 +21,8 @@ from sam2sgp.networks.backbones import BACKBONES
 from sam2sgp.networks.backbones import backbone as backbone_definition
 from sam2sgp.networks.states import identify_backbone, is_sgp, misfit, read_state
 
-LARGE_FILES = "large_files.yml"
-DOWNLOAD_COMMAND = "python -m monai.bundle download_large_files --bundle_path ."
+LARGE_FILES = "models/large_files.yml"
+DOWNLOAD_COMMAND = "python -m monai.bundle download_large_files --bundle_path models"
 PROBE_SECONDS = 30
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 def fetch_checkpoint(backbone: str, bundle_root: str | Path) -> Path:
     """The SAM 2.1 checkpoint of a backbone, downloaded if it is not there yet and checked against its hash.
 
-    Address and hash are those of `<bundle_root>/large_files.yml`, in the format of MONAI's `download_large_files`.
+    Address and hash are those of `<bundle_root>/models/large_files.yml`, in the format of MONAI's
+    `download_large_files`.
 
     Args:
         backbone: one of `BACKBONES`.
@@ -48,7 +49,7 @@ def fetch_checkpoint(backbone: str, bundle_root: str | Path) -> Path:
             "weights (`models/model.pt`), or choose another backbone."
         )
     target = Path(bundle_root, "models", filename)
-    url, hash_val, hash_type = _large_file(Path(bundle_root, LARGE_FILES), f"models/{filename}")
+    url, hash_val, hash_type = _large_file(Path(bundle_root, LARGE_FILES), filename)
     if target.exists():
         if not check_hash(target, hash_val, hash_type):
             raise WeightsError(

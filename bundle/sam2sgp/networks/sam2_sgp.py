@@ -47,11 +47,13 @@ PMA_DEFAULTS = {"box": True, "attention": True, "dense": False}
 class ImageFeatures:
     """What the encoder makes of B images; g is the side of the embedding's grid, D its width.
 
-    embedding: (B, D, g, g). position: its positional encoding, (B, D, g, g).
-    high_res: what the decoders and the refinement read of the two finer FPN levels, (B, D', 4g, 4g) and
-        (B, D'', 2g, 2g): the channels of each one's own projection, side by side.
-    prior_key: (B, P, d) features for the support prior, or None where it is off.
-    pixels: (B, 16 g^2, d') features for the support regression, or None where it is off.
+    Attributes:
+        embedding: (B, D, g, g).
+        position: its positional encoding, (B, D, g, g).
+        high_res: what the decoders and the refinement read of the two finer FPN levels, (B, D', 4g, 4g) and
+            (B, D'', 2g, 2g): the channels of each one's own projection, side by side.
+        prior_key: (B, P, d) features for the support prior, or None where it is off.
+        pixels: (B, 16 g^2, d') features for the support regression, or None where it is off.
     """
 
     embedding: Tensor
@@ -82,12 +84,14 @@ class ImageFeatures:
 class SupportMemory:
     """What the network needs of support items; leading dimensions (N, C) for a pool, (B, C, K) once selected.
 
-    tokens: (..., M, T / memory_pool^2) memory tokens, T = g * g.
-    distance: (B, C, K) int64, how many slices away an item is in the query's own volume, 0 for items of the support
-        set; None: all are of the support set.
-    prior_key: (..., T, d), without the class dimension in a pool. prior_mask: (..., 16 T) in [0, 1].
-    gram: (..., d', d'), without the class dimension in a pool, and gram_foreground: (..., d', d').
-    The middle two are None where the prior is off, the last two where the regression is.
+    Attributes:
+        tokens: (..., M, T / memory_pool^2) memory tokens, T = g * g.
+        prior_key: (..., T, d), without the class dimension in a pool; None where the prior is off.
+        prior_mask: (..., 16 T) in [0, 1]; None where the prior is off.
+        gram: (..., d', d'), without the class dimension in a pool; None where the regression is off.
+        gram_foreground: (..., d', d'); None where the regression is off.
+        distance: (B, C, K) int64, how many slices away an item is in the query's own volume, 0 for items of the support
+            set; None: all are of the support set.
     """
 
     tokens: Tensor

@@ -22,7 +22,16 @@ from PIL import Image
 from sam2sgp import __version__
 from sam2sgp.drawing import EDGE, Picture, class_colour
 from sam2sgp.files import write_text
-from sam2sgp.report.overview import NOTHING_SAID, Histogram, Look, histograms, looks
+from sam2sgp.report.overview import (
+    LOW_CONFIDENCE,
+    LOW_DICE,
+    NOTHING_SAID,
+    TINY_SHARE,
+    Histogram,
+    Look,
+    histograms,
+    looks,
+)
 
 THUMB_EDGE = 112
 TILE_EDGE = 160
@@ -87,6 +96,7 @@ class CaseFigure:
         section: heading under which the case stands; cases of one section follow each other.
         sides: letters at the left, right, upper and lower edge of the pictures, such as "RLAP".
         width_mm: of a picture; None if the size of pixels is unknown.
+        window: values at black and at white, and their unit, as in (-160, 240, "HU"); None where they are not known.
     """
 
     name: str
@@ -98,6 +108,7 @@ class CaseFigure:
     section: str = "Queries"
     sides: str = ""
     width_mm: float | None = None
+    window: tuple[float, float, str] | None = None
 
 
 @dataclass
@@ -181,6 +192,7 @@ def write_report(path: str | Path, report: Report) -> None:
         pictured=len(shown),
         tiles=tiles,
         more_tiles=more,
+        limits={"dice": LOW_DICE, "confidence": LOW_CONFIDENCE, "tiny": round(100 * TINY_SHARE)},
         marked=sum(look.urgency < NOTHING_SAID for look in ordered),
         summary=_summary(report.summary_rows, colours),
         histograms=[_bars(histogram, colours) for histogram in histograms(rows)],
@@ -302,6 +314,7 @@ def _figure(
         "frames": [{"title": frame.caption, **_picture(frame.image, EDGE)} for frame in figure.frames],
         "sides": figure.sides,
         "bar": _scale_bar(figure.width_mm),
+        "window": figure.window,
         "metrics": _table(figure.metrics, colours, hidden),
         "support": [
             {"class_name": name, "colour": colours.get(name), "items": items} for name, items in support.items()

@@ -84,7 +84,7 @@ class SupportBank:
 
     Attributes:
         data: the cases.
-        items: the `SupportItem`s. class_names: by value; class_values: of the C classes, sorted.
+        items: of type `SupportItem`. class_names: by value; class_values: of the C classes, sorted.
         version: counts up whenever items, classes or the network that encodes change, and numbers of items with them.
         holds: (N, C) bool, which item holds which class.
         patients, groups: who has items here, and of which groups; numbers by name.

@@ -4,10 +4,12 @@ Cases are dicts because MONAI's transforms are made for dicts; these types say w
 compares. What a segmentation gives is no dict, see `sam2sgp.inferers.CaseResult`.
 """
 
-from typing import NotRequired, TypedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, NotRequired, TypedDict, cast
 
 from torch import Tensor
 
+from sam2sgp.data.io import image_stem
 from sam2sgp.data.io.geometry import Geometry
 from sam2sgp.transforms.array import Letterbox
 from sam2sgp.transforms.scaling import Scaling, SupportScaling
@@ -86,3 +88,17 @@ class PreparedCase(TypedDict):
 
     group: NotRequired[str | None]
     """As listed."""
+
+
+def completed(cases: Iterable[Mapping[str, Any]]) -> list[Case]:
+    """Cases with what a list made by hand may leave out: each is named after its file, of a patient of its own.
+
+    Example:
+        >>> completed([{"image": "a/liver_1.nii.gz"}])
+        [{'name': 'liver_1', 'patient': 'liver_1', 'group': None, 'image': 'a/liver_1.nii.gz'}]
+    """
+    made = []
+    for case in cases:
+        name = case.get("name") or image_stem(case["image"])
+        made.append(cast(Case, {"name": name, "patient": name, "group": None, **case}))
+    return made
