@@ -44,6 +44,11 @@ def zipped(path: Path, *members: tuple[str, bytes], mode: int = 0) -> Path:
     return path
 
 
+def rewritten(path: Path, old: bytes, new: bytes) -> Path:
+    path.write_bytes(path.read_bytes().replace(old, new))
+    return path
+
+
 ATTACKS = {
     "parent": lambda path: packed(path, ("../evil", b"x")),
     "parent within": lambda path: packed(path, ("a/../../evil", b"x")),
@@ -56,6 +61,7 @@ ATTACKS = {
     "twice": lambda path: packed(path, ("a", b"x"), ("a", b"y")),
     "file as folder": lambda path: packed(path, ("a", b"x"), ("a/b", b"y")),
     "zip parent": lambda path: zipped(path, ("../evil", b"x")),
+    "zip without a name": lambda path: rewritten(zipped(path, ("Xx", b"x")), b"Xx", b"\0x"),
     "zip link": lambda path: zipped(path, ("a", b"/etc/passwd"), mode=0o120777),
     "bomb": lambda path: packed(path, ("a", bytes(LIMIT + 1))),
     "zip bomb": lambda path: zipped(path, ("a", bytes(LIMIT + 1))),

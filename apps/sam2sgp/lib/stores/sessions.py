@@ -242,7 +242,8 @@ def _members(archive: Path) -> Iterator[tuple[str, bool, Callable[[], IO[bytes]]
                 kind = (member.external_attr >> 16) & 0o170000
                 if kind not in (0, 0o100000, 0o040000):
                     raise _not_a_file(member.filename)
-                yield member.filename, member.is_dir(), partial(content.open, member)
+                # Not `is_dir`, which ends in an IndexError where the name is empty.
+                yield member.filename, member.filename.endswith("/"), partial(content.open, member)
         return
     with _tar(archive) as content:
         for member in content:
