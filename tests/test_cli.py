@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 
+import monai.bundle
 import numpy as np
 import pytest
+from monai.utils import optional_import
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -103,6 +105,22 @@ def test_serve_passes_settings_and_paths_with_spaces(tmp_path, monkeypatch):
     call("serve", tmp_path / "my studies", "--port", 8123, "--conf", "ct_window=[-100, 300]")
     assert seen[-2:] == ["ct_window", "[-100, 300]"] and str(tmp_path / "my studies") in seen and "8123" in seen
     assert "expected NAME=VALUE" in call("serve", tmp_path, "--conf", "k", code=2)
+
+
+def test_a_package_that_is_missing_is_told_in_one_line(tmp_path, monkeypatch):
+    absent, _ = optional_import("absent", descriptor="Please install absent before using AbsentHandler.")
+
+    def fail(**_):
+        try:
+            absent.Client()
+        except Exception as error:
+            raise RuntimeError("Failed to instantiate a component") from error
+
+    monkeypatch.setattr(monai.bundle, "run", fail)
+    told = call("segment", "-s", tmp_path, "-q", tmp_path, "-o", tmp_path / "out", code=1)
+    assert told.startswith("error: Please install absent before using AbsentHandler.") and told.count("\n") == 1
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert "expected MONAI Label, found that it is not installed" in call("serve", tmp_path, code=1)
 
 
 def test_a_wheel_serves_a_copy_of_the_app_that_may_be_written_to(tmp_path, monkeypatch):

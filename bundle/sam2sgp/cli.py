@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -227,6 +228,8 @@ def serve(
     """
     if not (APP / "main.py").is_file():
         _refuse(f"{APP}: expected the MONAI Label app there, found none; install sam2sgp again.")
+    if find_spec("monailabel") is None:
+        _refuse("serve: expected MONAI Label, found that it is not installed; install sam2sgp[app].")
     if not studies.startswith(("http://", "https://")):
         studies = _absolute(Path(studies))
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(_app()), "--studies", studies]
@@ -367,7 +370,7 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
     started = time.monotonic()
     import monai.bundle
 
-    from sam2sgp.errors import Sam2SgpError, cause_of
+    from sam2sgp.errors import sentence_for_users
     from sam2sgp.options import check_places
 
     files = [str(BUNDLE / "configs" / name) for name in configs]
@@ -382,10 +385,10 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
             **settings,
         )
     except Exception as error:
-        cause = cause_of(error)
-        if not isinstance(cause, Sam2SgpError):
+        told = sentence_for_users(error)
+        if told is None:
             raise
-        _refuse(str(cause))
+        _refuse(told)
     typer.echo(f"Done in {time.monotonic() - started:.0f} s: {settings.get('output_dir', '')}")
 
 

@@ -54,6 +54,14 @@ def cause_of(error: BaseException) -> BaseException:
     return error
 
 
+def sentence_for_users(error: BaseException) -> str | None:
+    """What a user can act on of an error, in one line; None where it is a fault of the program."""
+    cause = cause_of(error)
+    if isinstance(cause, Sam2SgpError):
+        return str(cause)
+    return str(cause).partition("\n")[0] if _is_of_absent_package(cause) else None
+
+
 def report_in_one_line() -> None:
     """From now on, end the process with one line on standard error where an error for users is the cause of its end.
 
@@ -64,13 +72,11 @@ def report_in_one_line() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        cause = cause_of(error)
-        if isinstance(cause, Sam2SgpError):
-            print(f"error: {cause}", file=sys.stderr)
-        elif _is_of_absent_package(cause):
-            print(f"error: {str(cause).partition(chr(10))[0]}", file=sys.stderr)
-        else:
+        told = sentence_for_users(error)
+        if told is None:
             sys.__excepthook__(kind, error, traceback)
+        else:
+            print(f"error: {told}", file=sys.stderr)
 
     sys.excepthook = hook
 

@@ -59,6 +59,9 @@ def test_a_class_that_nnunet_leaves_out_is_said_once(caplog):
         coding.check("c.nii.gz", [0, 2])
     [record] = caplog.records
     assert record.getMessage().startswith("b.nii.gz: value 2 is declared as 'ignore', nnU-Net's word")
+    caplog.clear()
+    coding.check("d.nii.gz", [0, 1, 255])
+    assert [record.getMessage()[:27] for record in caplog.records] == ["d.nii.gz: value 255 beside "]
 
 
 def test_a_colour_that_palettes_number_differently_is_refused(tmp_path):
@@ -77,4 +80,7 @@ def test_a_colour_that_palettes_number_differently_is_refused(tmp_path):
     coding.check(saved("c.png", green, red), [0])
     with pytest.raises(DataError, match="d.png.*found 1 for .0, 255, 0. here and 2 in .*a.png"):
         coding.check(saved("d.png", green, red), [0, 1, 2])
-    LabelCoding().check(saved("e.png", red, red), [0, 1, 2])
+    # Values of one colour in the same palette say nothing about the others.
+    coding = LabelCoding()
+    coding.check(saved("e.png", red, red), [0, 1, 2])
+    coding.check(saved("f.png", green, red), [0, 1, 2])

@@ -27,7 +27,7 @@ class LabelCoding:
     def __init__(self, declared: Mapping[int, str] | None = None) -> None:
         self.declared = declared or {}
         self._only: dict[int, str] = {}
-        self._warned = False
+        self._warned_of: set[str | int] = set()
         # By colour: the value that it has in palettes, and a label in which it does.
         self._coloured: dict[tuple[int, int, int], tuple[int, str]] = {}
 
@@ -43,7 +43,7 @@ class LabelCoding:
         held = {int(value) for value in values if value}
         self._check_colours(path, held)
         if WHITE in held and len(held) > 1 and max(held - {WHITE}) <= FEW_CLASSES and WHITE not in self.declared:
-            if not self._warned:
+            if WHITE not in self._warned_of:
                 others = ", ".join(str(value) for value in sorted(held - {WHITE}))
                 logger.warning(
                     "%s: value 255 beside %s often marks pixels to ignore; it is taken as a class of its own here. Set "
@@ -51,9 +51,9 @@ class LabelCoding:
                     path,
                     others,
                 )
-            self._warned = True
+            self._warned_of.add(WHITE)
         ignored = next((value for value in sorted(held) if self.declared.get(value, "").lower() == IGNORE), None)
-        if ignored is not None and not self._warned:
+        if ignored is not None and IGNORE not in self._warned_of:
             logger.warning(
                 "%s: value %d is declared as %r, nnU-Net's word for pixels to leave out; it is taken as a class of its "
                 "own here. Set such pixels to 0, or give the class another name.",
@@ -61,7 +61,7 @@ class LabelCoding:
                 ignored,
                 self.declared[ignored],
             )
-            self._warned = True
+            self._warned_of.add(IGNORE)
         if len(held) != 1 or {OBJECT, WHITE} <= self.declared.keys():
             return
         value = held.pop()
@@ -74,15 +74,17 @@ class LabelCoding:
             )
 
     def _check_colours(self, path: str | os.PathLike, held: set[int]) -> None:
-        """Programs that reduce a coloured mask to a palette number the colours of each picture anew."""
+        """Programs that reduce a coloured mask to a palette number the colours of each picture on their own."""
         # Cases may hold tensors in place of files.
         is_file = isinstance(path, str | os.PathLike) and Path(path).is_file()
         palette = dict(enumerate(png_palette(Path(path)))) if is_file else {}
         used = Counter(palette.get(value) for value in held | {0})
         for value in sorted(held & palette.keys()):
             colour = palette[value]
+            if used[colour] > 1:
+                continue
             other, where = self._coloured.setdefault(colour, (value, str(path)))
-            if other != value and used[colour] == 1:
+            if other != value:
                 raise DataError(
                     f"{path}: expected one class value for a colour in the palettes of all labels, found {value} for "
                     f"{colour} here and {other} in {where}; store the class values as grey."

@@ -32,7 +32,7 @@ from sam2sgp.support.content import FileHashes, digest_of, network_fingerprint, 
 from sam2sgp.transforms.cases import Case
 
 # Part of every key: to be raised when the same cases and settings give another result by the code.
-VERSION = 3
+VERSION = 4
 FOLDER = "records"
 # Arguments that don't decide a result.
 NOT_DECIDING = {"names", "folder"}
