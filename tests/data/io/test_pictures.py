@@ -281,15 +281,18 @@ def test_a_predictor_is_undone_or_refused(tmp_path):
         read_image(tmp_path / "b.tif")
 
 
-def test_further_channels_of_a_tiff_are_never_dropped(tmp_path):
+def test_further_channels_of_a_tiff_are_refused_or_said(tmp_path):
     values = RNG.integers(0, 255, (6, 7, 5)).astype(np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", values[..., :2], photometric="minisblack", planarconfig="contig")
     tifffile.imwrite(tmp_path / "b.tif", values, photometric="rgb", extrasamples=["unspecified"] * 2)
     for name, found in (("a.tif", "1 further channel;"), ("b.tif", "2 further channels;")):
         with pytest.raises(DataError, match=f"{name}: expected grey values or colours, found {found}"):
             read_image(tmp_path / name)
-    tifffile.imwrite(tmp_path / "c.tif", values[..., :4], photometric="rgb", extrasamples=["unassalpha"])
-    assert np.array_equal(read_image(tmp_path / "c.tif").slices[0], values[..., :3].transpose(2, 0, 1))
+    for kind, warned in (("unassalpha", False), ("unspecified", True)):
+        tifffile.imwrite(tmp_path / "c.tif", values[..., :4], photometric="rgb", extrasamples=[kind])
+        image = read_image(tmp_path / "c.tif")
+        assert np.array_equal(image.slices[0], values[..., :3].transpose(2, 0, 1))
+        assert bool(image.warnings) == warned and all("fourth channel" in text for text in image.warnings)
 
 
 def test_a_stack_that_only_imagej_tells_is_a_stack(tmp_path):

@@ -25,6 +25,11 @@ TURNS = {
 }
 # Pillow holds no colours of 16 bits.
 UPPER_BITS = "Of its values of 16 bits the upper 8 are read, as colours and transparency are; store grey without these."
+# It may be transparency, which some programs don't name, or a stain.
+FOURTH_CHANNEL = (
+    "Its fourth channel, which the TIFF says nothing about, is not read: store the channel to segment as a picture of "
+    "its own if it is one."
+)
 # Of TIFF: values of SampleFormat; of Predictor, and the compressions with which libtiff undoes others (LZW, Deflate,
 # LZMA, Zstandard); of PhotometricInterpretation.
 UNSIGNED, SIGNED = 1, 2
@@ -56,6 +61,9 @@ def read_picture(path: Path, label: bool, limit: int | None = None) -> Grid:
     array = _picture_label(path, image, picture.stored_as) if label else _picture_image(image, picture.stored_as)
     is_8_bit = array.dtype == np.uint8
     channels = 1 if array.ndim == 2 else array.shape[2]
+    warnings = [UPPER_BITS] if is_8_bit and ";16" in picture.stored_as else []
+    if image.format == "TIFF" and _extra_samples(image) == (UNSPECIFIED,):
+        warnings.append(FOURTH_CHANNEL)
     return Grid(
         array.reshape(*array.shape[:2], 1, channels),
         array.shape[:2],
@@ -66,14 +74,13 @@ def read_picture(path: Path, label: bool, limit: int | None = None) -> Grid:
         is_jpeg=is_jpeg,
         axes=axes,
         flips=flips,
-        warnings=[UPPER_BITS] if is_8_bit and ";16" in picture.stored_as else [],
+        warnings=warnings,
     )
 
 
 def _check_tiff(path: Path, image: Image.Image, label: bool) -> None:
     """Raise DataError for a TIFF whose tags programs understand differently, so that it would be read wrong."""
-    extra = image.tag_v2.get(338, ())
-    extra = extra if isinstance(extra, tuple) else (extra,)
+    extra = _extra_samples(image)
     is_grey = image.tag_v2.get(262) in (WHITE_IS_ZERO, BLACK_IS_ZERO)
     if len(extra) > 1 or (is_grey and UNSPECIFIED in extra):
         raise DataError(
@@ -100,6 +107,12 @@ def _check_tiff(path: Path, image: Image.Image, label: bool) -> None:
             f"{path}: expected whole numbers from 0 up where white is zero, found others, of which black is not known; "
             "store the TIFF with black as zero."
         )
+
+
+def _extra_samples(image: Image.Image) -> tuple[int, ...]:
+    """Kinds of a TIFF's channels besides grey or colours."""
+    extra = image.tag_v2.get(338, ())
+    return extra if isinstance(extra, tuple) else (extra,)
 
 
 def _picture_image(image: Image.Image, stored_as: str) -> np.ndarray:
