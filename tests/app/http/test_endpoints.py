@@ -213,14 +213,19 @@ def test_decisions_on_the_support_page_are_declared_too(app, tmp_path):
 
 def test_few_images_are_held_at_once_for_pictures_and_approvals(app, tmp_path, monkeypatch):
     """Each may be a volume of gigabytes, and the page of one client asks for dozens."""
-    at_work, most, lock = 0, {"picture": 0, "approve": 0}, threading.Lock()
+    limits = {"picture": page.DRAWING, "approve": page.DECIDING}
+    # As many as may be at work go on together.
+    together = {what: threading.Barrier(limit) for what, limit in limits.items()}
+    at_work, most, lock = 0, dict.fromkeys(limits, 0), threading.Lock()
 
     def hold(what):
         nonlocal at_work
         with lock:
             at_work += 1
             most[what] = max(most[what], at_work)
-        time.sleep(0.05)
+        together[what].wait(60)
+        # In which one too many would come.
+        time.sleep(0.02)
         with lock:
             at_work -= 1
 
@@ -241,7 +246,7 @@ def test_few_images_are_held_at_once_for_pictures_and_approvals(app, tmp_path, m
     with TestClient(server, base_url="http://server:8000") as client, ThreadPoolExecutor(12) as pool:
         for ask in asked.values():
             assert all(answer.status_code == 200 for answer in pool.map(ask, range(12)))
-    assert 1 < most["picture"] <= page.DRAWING and 1 < most["approve"] <= page.DECIDING
+    assert most == limits
 
 
 def test_long_work_is_never_done_while_the_client_waits(client, app):

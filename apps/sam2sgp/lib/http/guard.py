@@ -263,8 +263,8 @@ class RequestGuard:
         except Exception as error:
             # The parser raises types of its own, and what its code runs into.
             raise RequestError(
-                f"body: expected a whole form of at most {MOST_FILES} files, found another content; send it again, or "
-                "many files as an archive."
+                f"body: expected a whole form of at most {MOST_FIELDS} fields and {MOST_FILES} files, found another "
+                "content; send it again, or many files as an archive."
             ) from error
 
     def _check_upload(self, path: str, key: str, upload: UploadFile) -> None:
