@@ -55,7 +55,7 @@ class SupportSetInferer(Inferer):
     """Segment with the support items that the sampler chooses for each slice and class.
 
     A variant is made by `dataclasses.replace`, as in `replace(inferer, settings=replace(inferer.settings, k=1))`. It
-    shares the bank and what the support set taught; with `gate=None` it learns again.
+    shares the bank and what the support set taught; with `gate=None` and `signs=None` it learns again.
 
     Args:
         bank: the support bank. It is encoded at the first use and again after `reset`.

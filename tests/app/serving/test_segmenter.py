@@ -159,6 +159,10 @@ def test_options_reach_the_method(studio):
     assert max(len(items) for items in everything["used"].values()) == 3
     drawn = segmenter.segment(made.image(QUERY), Options(k=1, retrieval="random"))
     assert drawn["used"] != one["used"] or not torch.equal(drawn["pred"], one["pred"])
+    # What the support set teaches is learned with the items that guide.
+    inferers = segmenter._serving.inferers.values()
+    assert len({inferer.settings.sampler for inferer in inferers}) == 3
+    assert all(inferer.signs.sampler == inferer.gate.sampler == inferer.settings.sampler for inferer in inferers)
     classes = segmenter.segment(made.image(QUERY), Options(classes=("class_1", "2")))
     assert classes["names"] == {1: "class_1", 2: "class_2"}
     assert set(classes["pred"].unique().tolist()) <= {0, 1, 2}

@@ -427,7 +427,7 @@ class Segmenter:
         key = tuple(sorted(chosen.items()))
         if key not in serving.inferers:
             settings = ConfigParser({**serving.parser.config, **chosen}).get_parsed_content("inferer::settings")
-            serving.inferers[key] = replace(serving.segmenter.inferer, settings=settings, gate=None)
+            serving.inferers[key] = replace(serving.segmenter.inferer, settings=settings, gate=None, signs=None)
         serving.inferers.move_to_end(key)
         while len(serving.inferers) > INFERERS_KEPT:
             serving.inferers.popitem(last=False)
