@@ -4,7 +4,9 @@ Cases are dicts because MONAI's transforms are made for dicts; these types say w
 compares. What a segmentation gives is no dict, see `sam2sgp.inferers.CaseResult`.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from torch import Tensor
@@ -93,12 +95,19 @@ class PreparedCase(TypedDict):
 def completed(cases: Iterable[Mapping[str, Any]]) -> list[Case]:
     """Cases with what a list made by hand may leave out: each is named after its file, of a patient of its own.
 
+    Files of one name in several folders are named after their paths, as in data folders: records of results are found
+    by the name.
+
     Example:
         >>> completed([{"image": "a/liver_1.nii.gz"}])
         [{'name': 'liver_1', 'patient': 'liver_1', 'group': None, 'image': 'a/liver_1.nii.gz'}]
     """
+    cases = list(cases)
+    stems = Counter(image_stem(case["image"]) for case in cases if not case.get("name"))
     made = []
     for case in cases:
         name = case.get("name") or image_stem(case["image"])
+        if not case.get("name") and stems[name] > 1:
+            name = Path(case["image"]).as_posix().strip("/").replace("/", "_")
         made.append(cast(Case, {"name": name, "patient": name, "group": None, **case}))
     return made
