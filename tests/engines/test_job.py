@@ -6,6 +6,7 @@ import pytest
 
 from sam2sgp import distributed
 from sam2sgp.engines import SegmentationJob, adapted
+from sam2sgp.engines.records import VERSION
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.support import SupportBank
 
@@ -42,7 +43,7 @@ def test_failed_cases_go_on_record_and_are_told_apart_from_results(tmp_path):
     made.add_error(1, "no picture.")
     made.add(0, None, {"rows": [{"class": 1}]})
     assert made.failed == [1] and made.results[0]["rows"] == [{"class": 1}]
-    assert made.records.load(made.cases[1]) == {"version": 3, "error": "no picture.", "run": "now"}
+    assert made.records.load(made.cases[1]) == {"version": VERSION, "error": "no picture.", "run": "now"}
     assert made.records.find(made.cases[1]) is None
 
 
