@@ -5,7 +5,7 @@ With `end_soon` it is so:
 
     told to stop                 running requests may finish
     `PATIENCE` seconds later     `ending` is set, by which segmentations stop at their next slice
-    `LAST` seconds after that    the process ends, whatever it does; what lies in temporary folders goes at the next start
+    `LAST` seconds after that    the process ends, whatever it does; its temporary folder goes at the next start
 """
 
 import logging

@@ -18,7 +18,8 @@ class Segmentation(InferTask):
     """Segmentation of pictures and volumes, guided by the approved labels.
 
     Request: `image` (a path), `image_id` if it is an image of the datastore, `k`, `classes`, `retrieval`,
-    `three_d_memory`, `uncertainty`, `result_extension`, `gone` (as for `Segmenter.segment`). Viewers show `config` as a panel of options.
+    `three_d_memory`, `uncertainty`, `result_extension`, `gone` (as for `Segmenter.segment`). Viewers show `config` as a
+    panel of options.
 
     Args:
         segmenter: does the work.
