@@ -29,6 +29,7 @@ import sam2sgp
 from lib.activelearning.scoring import Scores, Scoring
 from lib.activelearning.strategies import Choices, strategies
 from lib.checks import Conflict, NotFound
+from lib.ending import end_soon
 from lib.http.connections import ConnectionLimits, limit_connections
 from lib.http.endpoints import routes, without_path
 from lib.http.guard import install, serve_only
@@ -153,6 +154,7 @@ class Sam2SgpApp(MONAILabelApp):
         from monailabel.app import app
 
         sys.setswitchinterval(THREAD_SWITCH)
+        end_soon(self.segmenter.ending)
         app.add_exception_handler(OSError, _not_stored)
         install(app, self.settings)
         limits = ConnectionLimits(int(self.settings.max_connections), int(self.settings.max_connections_per_address))
@@ -231,7 +233,7 @@ class Sam2SgpApp(MONAILabelApp):
         params = InferParams.of_request(request)
         # A series of an archive never changes; a file may be another one by the time that it is segmented.
         seen = state_of(path) if image_id and os.path.isfile(path) else None
-        label, result = task({**params.given(), "image": str(path), "image_id": image_id})
+        label, result = task({**params.given(), "image": str(path), "image_id": image_id, "gone": request.get("gone")})
         self.usage.add(used["item"] for items in result["support"].values() for used in items)
         tag = params.label_tag or DefaultLabelTag.ORIGINAL.value
         label_id = label

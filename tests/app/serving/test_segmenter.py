@@ -13,7 +13,7 @@ from PIL import Image
 from lib.checks import NotFound, RequestError
 from lib.serving.options import Options
 from lib.serving.published_weights import Weights
-from lib.serving.segmenter import NoSupport, OutOfMemory, attempts
+from lib.serving.segmenter import NoSupport, OutOfMemory, Stopped, attempts
 from sam2sgp.data.io import read_label
 from sam2sgp.errors import DataError
 from sam2sgp.networks import save_weights
@@ -433,3 +433,38 @@ def _png(values: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(values).save(file, "PNG")
     return file.getvalue()
+
+
+class SetAfter:
+    """An event that is set once it has been asked so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_segmentation_stops_at_the_next_slice_when_its_client_has_gone(studio):
+    made = studio(["mr_000", "mr_001"], ["mr_000"])
+    segmenter = made.segmenter()
+    never = SetAfter(1000)
+    expected = segmenter.segment(made.image("mr_001"), gone=never)["pred"]
+    asked = 1000 - never.left
+    assert asked > 6
+    fresh = made.segmenter()
+    for times in (0, 3):
+        gone = SetAfter(times)
+        with pytest.raises(Stopped):
+            fresh.segment(made.image("mr_001"), gone=gone)
+        assert gone.left == -1
+    assert torch.equal(fresh.segment(made.image("mr_001"))["pred"], expected)
+
+
+def test_a_server_that_ends_stops_its_segmentations(studio):
+    made = studio(PICTURES, ["us_000_0"])
+    segmenter = made.segmenter()
+    segmenter.ending.set()
+    with pytest.raises(Stopped):
+        segmenter.segment(made.image(QUERY))

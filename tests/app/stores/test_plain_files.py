@@ -20,7 +20,7 @@ import pytest
 from lib.checks import Conflict, RequestError, StorageError
 from lib.server_paths import open_plain
 from lib.stores import folder as folder_module
-from lib.stores.folder import ConfinedDatastore
+from lib.stores.folder import ConfinedDatastore, FolderGone
 from sam2sgp.data import read_image
 from sam2sgp.errors import DataError
 from tests.uploads import VOLUME, nifti, nrrd
@@ -349,3 +349,45 @@ def test_an_index_never_grows_beyond_what_is_read_again(studies, monkeypatch):
     assert not list(studies.glob("*.damaged*"))
     datastore.remove_image("A")
     assert opened(studies).list_images() == ["B"]
+
+
+def test_a_studies_folder_that_is_gone_is_said_and_not_made_again_and_serves_when_it_is_back(studies, tmp_path):
+    datastore = ConfinedDatastore(str(studies), tmp_path / "state", 1 << 24)
+    away = studies.rename(tmp_path / "away")
+    label = tmp_path / "label.nii"
+    label.write_bytes(nifti((VOLUME > 0).astype(np.uint8)))
+    for work in (
+        datastore.list_images,
+        datastore.status,
+        lambda: datastore.get_image_uri("A"),
+        lambda: datastore.add_image("C", str(away / "B.nii"), {}),
+        lambda: datastore.save_label("B", str(label), "final", {}),
+        lambda: datastore.remove_label("A", "final"),
+        lambda: datastore.remove_image("A"),
+        lambda: datastore.set_name("other"),
+    ):
+        with pytest.raises(FolderGone, match="studies folder: expected .* can't be read") as told:
+            work()
+        assert told.value.status == 503 and not studies.exists()
+    away.rename(studies)
+    assert set(datastore.list_images()) == {"A", "B"} and datastore.get_labeled_images() == ["A"]
+
+
+def test_labels_may_be_deleted_as_a_folder(studies, tmp_path):
+    datastore = ConfinedDatastore(str(studies), tmp_path / "state", 1 << 24)
+    (studies / "labels").rename(tmp_path / "labels")
+    assert datastore.get_labeled_images() == [] and set(datastore.list_images()) == {"A", "B"}
+    (tmp_path / "labels").rename(studies / "labels")
+    assert datastore.get_labeled_images() == ["A"]
+
+
+@pytest.mark.parametrize("name", ["labels.json", "dataset.json"])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)], ids=["pipe", "folder", "link to nowhere"]
+)
+def test_names_of_classes_that_are_no_file_are_told_as_left_out(studies, tmp_path, caplog, name, make):
+    make(studies / name)
+    datastore = ConfinedDatastore(str(studies), tmp_path / "state", 1 << 24)
+    assert in_time(datastore.list_images)
+    [told] = datastore.left_out
+    assert told.startswith(f"{name}: expected a file with the names of classes") and told in caplog.text

@@ -186,3 +186,70 @@ def test_folders_of_an_archive_are_made_for_files_only_and_counted(sessions, tmp
     with pytest.raises(TooLarge, match="members and folders"):
         sessions.add_session(str(zipped(tmp_path / "deep.zip", *members)), uncompress=True)
     sessions.add_session(str(zipped(tmp_path / "less.zip", *members[:3])), uncompress=True)
+
+
+def tar_of(path: Path, *blocks: tuple[bytes, bytes]) -> Path:
+    """A TAR file of raw members: type and content."""
+    content = b""
+    for number, (kind, body) in enumerate(blocks):
+        member = tarfile.TarInfo(f"{number}.nii")
+        member.type, member.size = kind, len(body)
+        content += member.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % tarfile.BLOCKSIZE)
+    path.write_bytes(content + bytes(2 * tarfile.BLOCKSIZE))
+    return path
+
+
+LONG_HEADERS = {
+    "long": [(tarfile.XHDTYPE, b"6 a=b\n" * 20_000)],
+    "together": [(tarfile.XHDTYPE, b"60008 a=" + b"x" * 59_999 + b"\n"), (tarfile.REGTYPE, b"")] * 4,
+    "digits": [(tarfile.XHDTYPE, b"1" * 60_000)],
+    "records": [(tarfile.XHDTYPE, b"6 a=b\n" * 85), (tarfile.REGTYPE, b"")] * 20,
+    "keys": [(tarfile.XGLTYPE, b"".join(b"8 %03d=b\n" % key for key in range(200)))],
+}
+
+
+@pytest.mark.parametrize("name", LONG_HEADERS)
+def test_a_tar_file_whose_headers_are_long_is_refused_before_they_are_understood(sessions, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("lib.stores.sessions.ALL_HEADERS", 200_000)
+    monkeypatch.setattr("lib.stores.sessions.MOST_RECORDS", 1000)
+    archive = tar_of(tmp_path / "a.tar", *LONG_HEADERS[name], (tarfile.REGTYPE, b"x"))
+    with pytest.raises(TooLarge, match="short headers"):
+        sessions.add_session(str(archive), uncompress=True)
+
+
+def test_headers_as_programs_write_them_are_read(sessions, tmp_path):
+    image = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(image, "PNG")
+    name = f"2.25.{'7' * 39}/{'long' * 40}.png"
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo(name)
+        member.size, member.mtime = len(image.getvalue()), 1.5
+        member.pax_headers = {"SCHILY.xattr.user.note": "n" * 3000}
+        archive.addfile(member, io.BytesIO(image.getvalue()))
+    _, session = sessions.add_session(str(tmp_path / "a.tar.gz"), uncompress=True)
+    assert Path(session.image).read_bytes() == image.getvalue()
+
+
+def test_members_of_a_zip_file_are_counted_before_one_is_unpacked(sessions, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.stores.sessions.MOST_MEMBERS", 10)
+    archive = zipped(tmp_path / "a.zip", *((f"{number}.nii", b"x") for number in range(11)))
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *arguments: pytest.fail("unpacked"))
+    with pytest.raises(TooLarge, match="at most 10 members"):
+        sessions.add_session(str(archive), uncompress=True)
+
+
+def test_what_is_left_out_of_an_archive_counts_too(sessions, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.stores.sessions.SMALL_ENOUGH", LIMIT)
+    archive = packed(tmp_path / "a.tar.gz", (".hidden", bytes(LIMIT + 1)), ("a.nii", b"x"))
+    with pytest.raises(TooLarge, match="unpacked"):
+        sessions.add_session(str(archive), uncompress=True)
+
+
+def test_no_folder_is_made_for_a_file_that_is_kept_as_it_is(sessions, tmp_path, monkeypatch):
+    made = []
+    original = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *given: made.append(given) or original(*given))
+    write_series(tmp_path / "s", np.zeros((5, 4, 4), np.int16))
+    members = ((path.name, path.read_bytes()) for path in (tmp_path / "s").iterdir())
+    _, session = sessions.add_session(str(zipped(tmp_path / "a.zip", *members)), uncompress=True)
+    assert len(list(Path(session.image).iterdir())) == 5 and len(made) == 1

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -38,7 +39,7 @@ from starlette.background import BackgroundTask
 from starlette.types import Receive, Scope, Send
 
 from lib.checks import NotFound, RequestError, check_file_name, image_limit, suffix_of
-from lib.http.routing import ADMIN, ANNOTATOR, Form, Id, OptionalId, Query, Tag, in_threads, router, taken
+from lib.http.routing import ADMIN, ANNOTATOR, Form, Id, OptionalId, Query, Tag, client_gone, in_threads, router, taken
 from lib.server_paths import open_plain
 from lib.serving.options import ImageParams, InferParams, LabelNotes, LabelParams, Notes, SampleParams, in_form
 from lib.stores.dicomweb import DicomWebDatastore
@@ -195,10 +196,11 @@ def routes(app: MONAILabelApp) -> APIRouter:
     def infer(
         model: str,
         query: Annotated[InferQuery, fastapi.Query()],
+        gone: Annotated[threading.Event, fastapi.Depends(client_gone)],
         form: Annotated[InferForm, fastapi.Form()] = InferForm(),  # noqa: B008
     ) -> Any:
         with tempfile.TemporaryDirectory() as folder:
-            request = {"model": model, "image": query.image, **form.params.given()}
+            request = {"model": model, "image": query.image, "gone": gone, **form.params.given()}
             # A path says that the server made it: what clients name are ids, which are text.
             if form.file:
                 image = taken(form.file, Path(folder), "image")

@@ -4,14 +4,16 @@ Handlers are plain functions. They run in the server's threads, so that nobody w
 take long have threads of their own, so that a hundred of them leave the others' alone.
 """
 
+import asyncio
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncIterator, Callable
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Depends, UploadFile
+from fastapi import APIRouter, Depends, Request, UploadFile
 from monailabel.config import settings as server_settings
 from monailabel.endpoints.user.auth import RBAC
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -62,6 +64,22 @@ def in_threads(limit: int) -> Callable:
         return run
 
     return decorate
+
+
+async def client_gone(request: Request) -> AsyncIterator[threading.Event]:
+    """Set when the client of a request goes away before it is answered. Its body must have been read."""
+    gone = threading.Event()
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield gone
+    finally:
+        watching.cancel()
 
 
 def taken(upload: UploadFile, folder: Path, stem: str) -> Path:

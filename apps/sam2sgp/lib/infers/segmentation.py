@@ -18,7 +18,8 @@ class SegmentationTask(InferTask):
     """Segmentation of pictures and volumes, guided by the approved labels.
 
     Request: `image` (a path), `image_id` if it is an image of the datastore, `k`, `classes`, `retrieval`,
-    `three_d_memory`, `uncertainty`, `result_extension`. Viewers show `config` as a panel of options.
+    `three_d_memory`, `uncertainty`, `result_extension`, `gone` (as for `Segmenter.segment`). Viewers show `config` as a
+    panel of options.
 
     Args:
         segmenter: does the work.
@@ -66,7 +67,7 @@ class SegmentationTask(InferTask):
         """
         started = time.perf_counter()
         options = Options.of_request(request)
-        output = self.segmenter.segment(request["image"], options, request.get("image_id"))
+        output = self.segmenter.segment(request["image"], options, request.get("image_id"), request.get("gone"))
         written = time.perf_counter()
         geometry = output["geometry"]
         path = write_result(output["pred"].numpy(), geometry, request.get("result_extension"))

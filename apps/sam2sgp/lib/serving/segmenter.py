@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from sam2sgp.errors import DataError, Sam2SgpError, cause_of
 from sam2sgp.inferers import CaseSegmenter, SupportSetInferer
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.query_cache import QueryCache
+from sam2sgp.inferers.support_set import Step
 from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.support import SupportBank, SupportItem
 from sam2sgp.support.lru import ByteLRU
@@ -64,6 +66,12 @@ class NoSupport(RequestError):
     """There is no approved label that could guide the query."""
 
     status = 409
+
+
+class Stopped(RequestError):
+    """Nobody waits for the result any more."""
+
+    status = 503
 
 
 class OutOfMemory(RequestError):
@@ -118,6 +126,7 @@ class Segmenter:
 
     Attributes:
         lock: held by whoever touches network or bank.
+        ending: set when the server ends: segmentations then stop at their next slice.
         rebuilding: name of the weights for which tokens are being made; None if none are.
         problem: why new weights could not be put in use; None if nothing is wrong.
     """
@@ -127,6 +136,7 @@ class Segmenter:
         self.weights = weights
         self.cases = cases
         self.lock = threading.RLock()
+        self.ending = threading.Event()
         self.rebuilding: str | None = None
         self.problem: str | None = None
         self._serving: _Serving | None = None
@@ -435,7 +445,13 @@ class Segmenter:
 
     # Requests
 
-    def segment(self, image: str | Path, options: Options | None = None, image_id: str | None = None) -> dict[str, Any]:
+    def segment(
+        self,
+        image: str | Path,
+        options: Options | None = None,
+        image_id: str | None = None,
+        gone: threading.Event | None = None,
+    ) -> dict[str, Any]:
         """Segment an image.
 
         Args:
@@ -443,6 +459,7 @@ class Segmenter:
             options: of the request.
             image_id: its id in the datastore, if it has one. An image with an approved label is not guided by its own
                 patient's labels: its result is then one that could be expected without them.
+            gone: set when nobody waits for the result any more.
 
         Returns:
             The entries of the prepared case and of its `CaseResult`, with class values that `class_names` names, and
@@ -457,11 +474,14 @@ class Segmenter:
             NotFound: an unknown class.
             DataError: the image can't be read or used.
             OutOfMemory: it is too large even for the CPU, slice by slice.
+            Stopped: `gone` or `ending` was set before it was done.
         """
+        step = partial(self._go_on, gone)
         options = options or Options()
         self.cases.prepare()
         with self._working():
             started = time.perf_counter()
+            step()
             self.refresh()
             serving = self._serving
             wanted = self._wanted(options)
@@ -476,7 +496,7 @@ class Segmenter:
             key = _key(image, serving.bank.scaling())
             case = self._prepare(key, image, image_id or "image")
             prepared = time.perf_counter()
-            output = self._result(key, {**case, "patient": own, "group": None}, options, warnings)
+            output = self._result(key, {**case, "patient": own, "group": None}, options, warnings, step)
             done = time.perf_counter()
             self._keep_only(output, wanted)
             names = {value: self._names[value] for value in wanted}
@@ -502,6 +522,11 @@ class Segmenter:
                 },
                 "warnings": warnings,
             }
+
+    def _go_on(self, gone: threading.Event | None, slices: int = 0) -> None:
+        """Raise Stopped where nobody waits any more; told of each few slices."""
+        if self.ending.is_set() or (gone is not None and gone.is_set()):
+            raise Stopped("image: expected somebody to wait for it, found that the server ends or the client has gone.")
 
     def _wanted(self, options: Options) -> list[int]:
         """Values of the classes asked for."""
@@ -537,19 +562,19 @@ class Segmenter:
                 self._prepared[key] = case
         return case
 
-    def _result(self, key: Hashable | None, case: dict, options: Options, warnings: list[str]) -> dict:
+    def _result(self, key: Hashable | None, case: dict, options: Options, warnings: list[str], step: Step) -> dict:
         """What was found in a case, kept for the next request, which may be for other classes of it."""
         serving = self._serving
         asked = key and (key, case["patient"], options.model_copy(update={"classes": ()}))
         found = serving.results.get(asked) if asked else None
         if found is None:
             told = len(warnings)
-            found = self._run(serving, case, options, warnings)
+            found = self._run(serving, case, options, warnings, step)
             if asked and len(warnings) == told:
                 serving.results[asked] = found
         return {**case, **found}
 
-    def _run(self, serving: _Serving, case: dict, options: Options, warnings: list[str]) -> dict:
+    def _run(self, serving: _Serving, case: dict, options: Options, warnings: list[str], step: Step) -> dict:
         """The entries of the `CaseResult`, segmented in smaller batches and at last on the CPU if memory runs out."""
         inferer = self._inferer(serving, options)
         whole = inferer.settings.batch_size
@@ -559,7 +584,7 @@ class Segmenter:
                     if batch_size != whole:
                         usable = replace(usable, settings=replace(usable.settings, batch_size=batch_size))
                     segmenter = replace(serving.segmenter, inferer=usable, uncertainty=options.uncertainty)
-                    result = segmenter.segment(case)
+                    result = segmenter.segment(case, step)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise

@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pydicom
@@ -79,21 +79,28 @@ def admitted(path: str | Path, limit: int, name: str | None = None, label: bool 
     path, name = Path(path), name or Path(path).name
     # The slices of a series often have names without a suffix.
     suffix = ".dcm" if is_dicom(path) else suffix_of(name)
-    with tempfile.TemporaryDirectory() as folder:
-        written = Path(folder, f"content{suffix}")
+    with ExitStack() as stack:
+        kept = path
         with _refusing(path, name):
             _check_signatures(path, name, suffix)
             if suffix in ITK_SUFFIXES:
                 header = raw_header(path)
                 header.check(label=label, limit=limit)
-                header.save(written)
+                kept = _another(stack, suffix)
+                header.save(kept)
             elif suffix in NIFTI_SUFFIXES:
                 check_nifti(path, label, limit)
             elif suffix in PICTURE_SUFFIXES:
                 decode_picture(path, label, [PICTURE_FORMATS[suffix]], limit)
-            else:
-                _check_dicom(path, written, limit)
-        yield written if written.exists() else path
+            elif _has_preamble(path, limit):
+                kept = _another(stack, suffix)
+                _copy_without_preamble(path, kept)
+        yield kept
+
+
+def _another(stack: ExitStack, suffix: str) -> Path:
+    """A path to write to. Its folder is made only where it is needed: of a series' thousands of files few need it."""
+    return Path(stack.enter_context(tempfile.TemporaryDirectory()), f"content{suffix}")
 
 
 def label_limit(image: str | Path, limit: int) -> int:
@@ -148,17 +155,20 @@ def check_series(folder: Path, limit: int, name: str) -> None:
         )
 
 
-def _check_dicom(path: Path, written: Path, limit: int) -> None:
-    """Judge a DICOM file; one with anything in its preamble is written without that."""
+def _has_preamble(path: Path, limit: int) -> bool:
+    """Whether there is anything in the preamble of a DICOM file, which is judged too."""
     if "Rows" not in _dicom_header(path, limit):
         raise NoImage(f"{path.name}: expected a DICOM image, found an object without pixels; leave it out.")
     if not has_dicom_magic(path):
-        return  # It begins with its first element, and has no preamble.
+        return False  # It begins with its first element.
     with open(path, "rb") as file:
-        if any(file.read(PREAMBLE)):
-            shutil.copyfile(path, written)
-            with open(written, "r+b") as copy:
-                copy.write(bytes(PREAMBLE))
+        return any(file.read(PREAMBLE))
+
+
+def _copy_without_preamble(path: Path, target: Path) -> None:
+    shutil.copyfile(path, target)
+    with open(target, "r+b") as copy:
+        copy.write(bytes(PREAMBLE))
 
 
 def _dicom_header(path: Path, limit: int) -> pydicom.Dataset:

@@ -85,6 +85,12 @@ MOST_SET_ASIDE = 1000
 PROBLEMS_TOLD = 20
 
 
+class FolderGone(RequestError):
+    """The studies folder can't be read for now."""
+
+    status = 503
+
+
 class _Renumbered(Exception):
     """Labels that were approved meanwhile have other values for the names of a label."""
 
@@ -506,6 +512,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
 
     def _writable(self, folder: str) -> Path:
         """A folder of the datastore, made if missing; RequestError if links lead it out of the datastore."""
+        self._check_there()
         path = Path(self._inside(folder, ".")) if os.path.realpath(folder) != self._root else Path(self._root)
         with _storing():
             path.mkdir(parents=True, exist_ok=True)
@@ -611,6 +618,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             needs_index: whether the change is one only if the index can be written; files that are deleted are gone
                 whatever the index says.
         """
+        self._check_there()
         with _storing(), self._writing, FileLock(self._lock_file, timeout=LOCK_TIMEOUT, poll_interval=POLL):
             with self._reading:
                 self._read()
@@ -681,8 +689,11 @@ class ConfinedDatastore(Decisions, LocalDatastore):
     def _read(self) -> None:
         """Read index and folders, and set what is known by what is there. For one thread at a time."""
         started = time.time()
-        labels = self._datastore.label_path(None)
-        tags = [entry.name for entry in _entries(labels) if _is(entry.is_dir) and self._is_tag(labels, entry.name)]
+        folder, labels = self._datastore.image_path(), self._datastore.label_path(None)
+        self._check_there()
+        entries = _entries(folder)
+        of_labels = _entries(labels) if os.path.isdir(labels) else []
+        tags = [entry.name for entry in of_labels if _is(entry.is_dir) and self._is_tag(labels, entry.name)]
         self._tags = tuple(sorted(tags))
         times = self._times()
         header, known = self._load()
@@ -696,8 +707,6 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                     label = DataModel(info=_first_info(image_id + suffix), ext=suffix)
                 found.setdefault(image_id, {})[tag] = label
         objects = {}
-        folder = self._datastore.image_path()
-        entries = _entries(folder)
         self._say_what_is_left_out(entries)
         for image_id, files in sorted(self._files(folder, entries).items()):
             entry = known.get(image_id)
@@ -727,6 +736,16 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             return False
         return True
 
+    def _check_there(self) -> None:
+        """Raise FolderGone where the studies folder can't be read: writing to it would make another one."""
+        try:
+            os.scandir(self._root).close()
+        except OSError as error:
+            raise FolderGone(
+                "studies folder: expected the folder that the server was started with, found that it can't be read "
+                f"({error.strerror or error}); nothing is done before it is back."
+            ) from error
+
     def _files(self, folder: str, entries: list[os.DirEntry] | None = None) -> dict[str, dict[str, os.DirEntry]]:
         """The images or labels directly in a folder, which holds `entries`: {id: {suffix: file}}."""
         files: dict[str, dict[str, os.DirEntry]] = {}
@@ -752,6 +771,12 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         self.left_out = []
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = Path(entry.path)
+            if entry.name in DESCRIPTIONS and not _is(entry.is_file):
+                self.left_out.append(
+                    f"{entry.name}: expected a file with the names of classes, found a folder, a pipe or a link to "
+                    "nowhere; it is not used."
+                )
+                continue
             if is_hidden(path) or entry.name in OWN_FILES or entry.name.endswith((".lock", ".damaged")):
                 continue
             if _is(partial(entry.is_dir, follow_symlinks=False)):

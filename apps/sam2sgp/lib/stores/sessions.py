@@ -9,6 +9,7 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -17,7 +18,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -41,9 +42,14 @@ from sam2sgp.data.io.limits import LARGEST_RATIO, SMALL_ENOUGH
 from sam2sgp.errors import DataError
 
 # DICOM series of a long CT have a few thousand slices.
-MOST_MEMBERS = 20_000
+MOST_MEMBERS = 10_000
 CHUNK = 1 << 20
-LARGEST_READ = 1 << 24
+# The directory of a ZIP file with as many members as that, with long names.
+LARGEST_DIRECTORY = MOST_MEMBERS << 9
+# Extended headers of a TAR file: bytes of one and of all of them, records of all, keys that hold for one member, digits
+# in a row (Python before 3.11.10 takes a time that grows with the square of these).
+TAR_BLOCK, LARGEST_HEADER, ALL_HEADERS, MOST_RECORDS, MOST_KEYS = 512, 1 << 16, 8 << 20, 200_000, 100
+TOO_MANY_DIGITS = re.compile(rb"[0-9]{65}")
 # Of a member's path; that of the session's own folder comes before it.
 DEEPEST, LONGEST_PATH = 32, 1024
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
@@ -198,17 +204,18 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
     folders: set[Path] = set()
     try:
         with closing(_members(archive)) as content:
-            for members, (name, is_folder, source) in enumerate(content, 1):
+            for members, (name, is_folder, size, source) in enumerate(content, 1):
                 parts = () if _is_hidden(name) else _parts(name)
                 if parts and not is_folder:
                     # Folders are made for the files in them only, and each file may come in thirty of its own.
                     folders.update(Path(*parts).parents)
                 if members + len(folders) > MOST_MEMBERS:
-                    raise TooLarge(
-                        f"archive: expected at most {MOST_MEMBERS} members and folders, found more; send one series at "
-                        "a time."
-                    )
+                    raise _too_many()
                 if not parts or is_folder:
+                    # To come to what stands behind it, it is unpacked too.
+                    left -= size
+                    if left < 0:
+                        raise _unpacks_to_more(limit)
                     continue
                 target = folder.joinpath(*parts)
                 files += 1
@@ -217,9 +224,7 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
                     while data := member.read(CHUNK):
                         left -= len(data)
                         if left < 0:
-                            raise TooLarge(
-                                f"archive: expected at most {limit >> 20} MB unpacked, found more; send less."
-                            )
+                            raise _unpacks_to_more(limit)
                         file.write(data)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise UnsupportedFile("archive: expected each name once, found one twice; pack it again.") from error
@@ -234,52 +239,100 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
         raise UnsupportedFile("archive: expected files in it, found none; pack it again.")
 
 
-def _members(archive: Path) -> Iterator[tuple[str, bool, Callable[[], IO[bytes]]]]:
-    """Name, whether it is a folder, and what opens its content, of each member in turn."""
+def _members(archive: Path) -> Iterator[tuple[str, bool, int, Callable[[], IO[bytes]]]]:
+    """Name, whether it is a folder, stated size, and what opens its content, of each member in turn."""
     if zipfile.is_zipfile(archive):
-        with open(archive, "rb") as file, zipfile.ZipFile(_Sparing(file)) as content:
+        with open(archive, "rb") as file, zipfile.ZipFile(_Sparing(file, LARGEST_DIRECTORY)) as content:
+            if len(content.infolist()) > MOST_MEMBERS:
+                raise _too_many()
             for member in content.infolist():
                 kind = (member.external_attr >> 16) & 0o170000
                 if kind not in (0, 0o100000, 0o040000):
                     raise _not_a_file(member.filename)
                 # Not `is_dir`, which ends in an IndexError where the name is empty.
-                yield member.filename, member.filename.endswith("/"), partial(content.open, member)
+                yield member.filename, member.filename.endswith("/"), member.file_size, partial(content.open, member)
         return
-    with _tar(archive) as content:
-        for member in content:
-            if not (member.isfile() or member.isdir()) or member.issparse():
-                raise _not_a_file(member.name)
-            yield member.name, member.isdir(), partial(content.extractfile, member)
-
-
-@contextmanager
-def _tar(archive: Path) -> Iterator[tarfile.TarFile]:
     with open(archive, "rb") as file:
         magic = file.read(6)
     opener = next((opener for start, opener in COMPRESSIONS.items() if magic.startswith(start)), open)
     with opener(archive, "rb") as file:
+        source = _TarHeaders(file)
         try:
-            content = tarfile.open(fileobj=_Sparing(file), mode="r:")
+            content = tarfile.open(fileobj=source, mode="r:")
         except tarfile.TarError as error:
             raise UnsupportedFile("archive: expected a ZIP or TAR file, found other content; pack it again.") from error
         with content:
-            yield content
+            while member := content.next():
+                # It would keep all of them.
+                content.members.clear()
+                if len(member.pax_headers) > MOST_KEYS:
+                    raise _long_header()
+                if not (member.isfile() or member.isdir()) or member.issparse():
+                    raise _not_a_file(member.name)
+                source.in_content = True
+                yield member.name, member.isdir(), member.size, partial(content.extractfile, member)
+                source.in_content = False
 
 
 class _Sparing:
     """A file that refuses to be read in large pieces: an extended header of a TAR file and the directory of a ZIP file
-    are read in one, and become objects of many times their size."""
+    are read in one, and become objects of many times their size.
 
-    def __init__(self, file: IO[bytes]):
-        self._file = file
+    Args:
+        file: is read.
+        most: bytes that may be read at once.
+    """
+
+    def __init__(self, file: IO[bytes], most: int):
+        self._file, self._most = file, most
         self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
     def read(self, size: int = -1) -> bytes:
         # A header may claim what isn't there.
-        data = self._file.read(LARGEST_READ + 1 if size < 0 else min(size, LARGEST_READ + 1))
-        if max(size, len(data)) > LARGEST_READ:
-            raise TooLarge("archive: expected short headers, found one of many megabytes; pack it again.")
+        data = self._file.read(self._most + 1 if size < 0 else min(size, self._most + 1))
+        if max(size, len(data)) > self._most:
+            raise _long_header()
         return data
+
+
+class _TarHeaders(_Sparing):
+    """A TAR file of which extended headers are short, together too.
+
+    Attributes:
+        in_content: whether what is read is the content of a member, in pieces of at most `CHUNK`.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file, CHUNK)
+        self._left, self._records = ALL_HEADERS, 0
+        self.in_content = False
+
+    def read(self, size: int = -1) -> bytes:
+        if self.in_content:
+            return super().read(size)
+        if size != TAR_BLOCK:
+            self._left -= size
+            if not 0 <= size <= LARGEST_HEADER or self._left < 0:
+                raise _long_header()
+        data = super().read(size)
+        self._records += data.count(b"=")
+        if self._records > MOST_RECORDS or TOO_MANY_DIGITS.search(data):
+            raise _long_header()
+        return data
+
+
+def _too_many() -> TooLarge:
+    return TooLarge(
+        f"archive: expected at most {MOST_MEMBERS} members and folders, found more; send one series at a time."
+    )
+
+
+def _unpacks_to_more(limit: int) -> TooLarge:
+    return TooLarge(f"archive: expected at most {limit >> 20} MB unpacked, found more; send less.")
+
+
+def _long_header() -> TooLarge:
+    return TooLarge("archive: expected short headers, found long ones; pack it again.")
 
 
 def _is_hidden(name: str) -> bool:

@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image
 
 from sam2sgp.data.io.limits import check_memory, check_ratio
+from sam2sgp.data.io.picture_blocks import check_blocks
 from sam2sgp.errors import DataError, FormatError
 
 PROGRAM = Path(__file__).with_name("decoder.py")
@@ -86,8 +87,8 @@ def decode_picture(
     Raises:
         DataError: another content, damaged, too large, or its decoding crashes or takes too long.
     """
-    size = os.path.getsize(path)
-    seconds = _seconds(size)
+    check_blocks(path)
+    seconds = _seconds(os.path.getsize(path))
     with _decoding(path) as decoder:
         header, values = _judged_header(decoder, path, label, formats, limit)
         answer = decoder.ask({"seconds": seconds, "memory": SPARE_MEMORY + COPIES * LARGEST_VALUE * values}, seconds)

@@ -33,6 +33,7 @@ from pydicom.uid import (
 
 from sam2sgp.data.io.decoding import decode_dicom
 from sam2sgp.data.io.dicom_file import frame_shape, open_dicom
+from sam2sgp.data.io.jpeg2000 import missing_tiles
 from sam2sgp.errors import DataError
 
 NATIVE_SYNTAXES = (
@@ -43,6 +44,7 @@ NATIVE_SYNTAXES = (
 )
 # High-Throughput JPEG 2000, which pydicom 2 doesn't know by name.
 HTJ2K_SYNTAXES = tuple(UID(f"1.2.840.10008.1.2.4.{number}") for number in (201, 202, 203))
+JPEG_2000_SYNTAXES = (JPEG2000Lossless, JPEG2000, *HTJ2K_SYNTAXES)
 GDCM_SYNTAXES = (
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
@@ -50,9 +52,7 @@ GDCM_SYNTAXES = (
     JPEGLosslessSV1,
     JPEGLSLossless,
     JPEGLSNearLossless,
-    JPEG2000Lossless,
-    JPEG2000,
-    *HTJ2K_SYNTAXES,
+    *JPEG_2000_SYNTAXES,
 )
 STANDARD_ROOT = "1.2.840.10008."
 # Of these the code stream may say itself what its colours are.
@@ -210,6 +210,13 @@ def _decoded(file: Path, dataset: Dataset) -> np.ndarray:
             f"{file}: expected a transfer syntax of still images that the standard defines, found {name} ({syntax}); "
             "export the image as Explicit VR Little Endian, or convert it with the vendor's or archive's software."
         )
+    if syntax in JPEG_2000_SYNTAXES:
+        streams = generate_pixel_data_frame(dataset.PixelData, int(dataset.get("NumberOfFrames") or 1))
+        if missing := sum(map(missing_tiles, streams)):
+            raise DataError(
+                f"{file}: expected all tiles of its JPEG 2000 pixels, found that {missing} are missing in whole or in "
+                "part; copy or export it again."
+            )
     meta = FileMetaDataset()
     # OpenJPEG tells High-Throughput JPEG 2000 by its code stream, and pydicom 2 can't write its UIDs.
     meta.TransferSyntaxUID = JPEG2000 if syntax in HTJ2K_SYNTAXES else syntax
