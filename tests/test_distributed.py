@@ -15,6 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from sam2sgp.data import load_queries
 from tests.bundle_runs import BUNDLE, computing_with_one_thread, random_weights, run
 from tests.support.pairs import write_set
 from tests.torchrun import TORCHRUN, bundle_command, finish, start
@@ -77,7 +78,8 @@ def test_a_killed_process_costs_nothing_but_its_case_and_the_results_are_those_o
     with pytest.raises(SystemExit, match="1 of 10 images failed, first broken"):
         run("inferring", "inference.json", output_dir=str(tmp_path / "one"), progress=False, **settings)
 
-    # Whoever reads this query stops there.
+    # Whoever reads this query stops there. In a folder a pipe is no image, so the images are told by a list.
+    settings["queries"] = [dict(case) for case in load_queries(folder, [])]
     stuck, two = folder / "q2.png", tmp_path / "two"
     stuck.rename(tmp_path / "q2.png")
     os.mkfifo(stuck)

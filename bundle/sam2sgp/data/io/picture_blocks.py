@@ -7,6 +7,7 @@ here, no further than to the limits. What is damaged is left to the decoder, whi
 
 import os
 import re
+import stat
 import struct
 from pathlib import Path
 from typing import IO
@@ -37,7 +38,10 @@ def check_blocks(path: str | os.PathLike) -> None:
     Raises:
         FormatError: it has more of them, or they hold more besides pixels.
     """
-    with open(path, "rb") as file:
+    # A pipe without a writer would keep its reader waiting; what is no plain file is left to the decoder's process.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return
         start = file.read(len(PNG))
         if start == PNG:
             fault = _of_png(file)
