@@ -67,7 +67,7 @@ def test_only_paths_that_the_server_made_are_taken_for_paths(app, tmp_path):
         assert refused.value.status_code == 404
     with pytest.raises(HTTPException, match="far enough"):
         app.infer({"model": "sam2sgp", "image": tmp_path / "image.png", "bundle_path": "/"}, datastore)
-    assert asked == [{"image": str(tmp_path / "image.png"), "image_id": None}]
+    assert asked == [{"image": str(tmp_path / "image.png"), "image_id": None, "gone": None}]
 
 
 def test_a_result_that_cannot_be_saved_is_not_left_on_the_server(app, tmp_path):

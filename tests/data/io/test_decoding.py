@@ -128,7 +128,7 @@ def test_a_decoder_gets_the_memory_that_the_header_promises(tmp_path, monkeypatc
 
 
 def test_an_error_does_not_tell_where_a_library_is_in_memory_or_was_built(tmp_path):
-    dataset = pydicom.dcmread(io.BytesIO(sound_files()["jpeg_2000.dcm"]))
+    dataset = pydicom.dcmread(io.BytesIO(sound_files()["lossless_jpeg.dcm"]))
     [frame] = generate_pixel_data_frame(dataset.PixelData, 1)
     dataset.PixelData = encapsulate([frame[: len(frame) // 4 * 2]])
     dataset.save_as(tmp_path / "cut.dcm")
