@@ -281,8 +281,11 @@ def test_masks_that_were_blurred_or_stored_as_jpeg_before_are_refused_and_class_
     for name, picture in spoilt.items():
         picture.save(tmp_path / f"{name}.png")
         assert len(np.unique(np.asarray(Image.open(tmp_path / f"{name}.png")))) < 32, name
-        with pytest.raises(DataError, match=f"{name}.png: expected a class map.*threshold it"):
+        with pytest.raises(DataError, match=f"{name}.png: expected a class map.*threshold it.*16 bits"):
             read_label(tmp_path / f"{name}.png")
+    # What the sentence tells one to do.
+    Image.fromarray(white.astype(np.uint16)).save(tmp_path / "deep.png")
+    assert np.array_equal(read_label(tmp_path / "deep.png")[0], white)
     for values in ([0, 1, 2, 3, 255], [0, 85, 170, 255], [0, 128, 255], [0, 100, 101, 102], list(range(31))):
         stored = np.array(values, np.uint8)[RNG.integers(0, len(values), (20, 30))]
         Image.fromarray(stored).save(tmp_path / "classes.png")

@@ -195,7 +195,7 @@ def _class_values(path: str | os.PathLike, grid: Grid) -> np.ndarray:
             raise DataError(
                 f"{path}: expected a class map, found {len(found)} values from {found[0]} to {found[-1]}; this looks "
                 "like a mask that was blurred, stored as JPEG before, or a photograph: threshold it and store whole "
-                "class values."
+                "class values. If these are classes, store them with 16 bits."
             )
     return values
 
