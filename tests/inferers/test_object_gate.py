@@ -181,3 +181,11 @@ def test_a_threshold_is_kept_where_it_takes_away_more_than_it_costs(absent, pres
     evidence = torch.tensor([*absent, *present])
     gone = torch.arange(len(evidence)) < len(absent)
     assert gate_threshold(evidence, 50 * ~gone, torch.full((len(evidence),), 50)) == expected
+
+
+def test_items_that_taught_the_gate_are_not_segmented_again_for_the_least_signs():
+    inferer, network = SupportSetInferer(bank(3, 12, range(3, 7)), InferenceSettings(SupportSampler(k=2))), Eager()
+    inferer.encode(network)
+    inferer.thresholds(network, torch.device("cpu"))
+    before = network.encoded
+    assert before >= 3 * 2 and inferer.least_signs(network).isfinite().all() and network.encoded == before

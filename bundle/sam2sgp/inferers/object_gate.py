@@ -15,15 +15,13 @@ more than it costs. Otherwise nothing is cut, because losing a structure is wors
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sam2sgp.inferers.items_as_queries import Judge, TaughtByItems
 from sam2sgp.networks import SGPOutput
-from sam2sgp.support.bank import Retrieved, SupportBank
-from sam2sgp.support.sampler import SupportSampler
 
 # Of what is not there: a probability of 0.00005.
 ABSENT_LOGIT = -10.0
@@ -70,53 +68,11 @@ class Thresholds:
         return absent | (evidence <= self.in_volume * most.clamp(min=torch.finfo(most.dtype).tiny))
 
 
-# (number of an item, what guides it) -> evidence, pixels of the classes and pixels found, each (C,).
-Judge = Callable[[int, list[Retrieved]], list[Tensor]]
-
-
-class ObjectGate:
-    """Thresholds that an encoded support bank teaches, learned again when it has changed.
-
-    Args:
-        bank: the support bank. sampler: chooses the items that guide an item as a query.
-    """
-
-    def __init__(self, bank: SupportBank, sampler: SupportSampler) -> None:
-        self.bank = bank
-        self.sampler = sampler
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget what was learned, because the network has changed."""
-        # By group, and the version of the bank that this was learned from.
-        self._thresholds: dict[str | None, Thresholds] = {}
-        self._version: int | None = None
-        # What was found in items, by what it depends on: of this version, and of the one before.
-        self._judged: dict[tuple, list[Tensor]] = {}
-        self._judged_before: dict[tuple, list[Tensor]] = {}
-
-    def __call__(self, judge: Judge, group: str | None = None) -> Thresholds:
-        """The thresholds.
-
-        Args:
-            judge: segments an item as a query.
-            group: where the bank holds items of this group, only those teach.
-        """
-        bank = self.bank
-        if self._version != bank.version:
-            self._version, self._thresholds = bank.version, {}
-            self._judged, self._judged_before = {}, self._judged
-        group = group if group in bank.groups else None
-        if group not in self._thresholds:
-            members = [number for number, item in enumerate(bank.items) if group is None or item.group == group]
-            self._thresholds[group] = self._learn(judge, members)
-        return self._thresholds[group]
+class ObjectGate(TaughtByItems[Thresholds]):
+    """Thresholds that an encoded support bank teaches."""
 
     def _learn(self, judge: Judge, members: list[int]) -> Thresholds:
-        """From some items as queries, each guided by other patients; of a volume all items or none.
-
-        Those that are guided by the same items as before are not judged again.
-        """
+        """From some items as queries, each guided by other patients; of a volume all items or none."""
         bank = self.bank
         most_absent = int((~bank.holds[members]).sum(0).max())
         if most_absent < MIN_ABSENT or len({bank.items[number].patient for number in members}) < 2:
@@ -127,16 +83,9 @@ class ObjectGate:
         volumes = list(by_volume.values())
         count = min(len(volumes), max(2, MAX_JUDGED * len(volumes) // len(members)))
         judged = [volumes[place] for place in torch.linspace(0, len(volumes) - 1, count).round().long().tolist()]
-        rows = []
-        for volume, numbers in enumerate(judged):
-            for number in numbers:
-                retrieved = bank.retrieve_for(number, self.sampler)
-                guides = ((entry.value, *(bank.items[i].content for i in entry.index[0])) for entry in retrieved)
-                key = bank.items[number].content, tuple(bank.class_values), *guides
-                known = self._judged.get(key) or self._judged_before.get(key)
-                self._judged[key] = known or [values.cpu() for values in judge(number, retrieved)]
-                rows.append([*self._judged[key], torch.tensor(volume)])
-        return learn(*(torch.stack(column) for column in zip(*rows, strict=True)))
+        found = self.items(judge, [number for numbers in judged for number in numbers])
+        owner = torch.tensor([volume for volume, numbers in enumerate(judged) for _ in numbers])
+        return learn(found.evidence, found.size, found.found, owner)
 
 
 def evidence_of(output: SGPOutput) -> Tensor:

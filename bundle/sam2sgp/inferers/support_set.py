@@ -14,6 +14,7 @@ from sam2sgp import distributed
 from sam2sgp.heap import give_back
 from sam2sgp.inferers.adapting import Adaptation
 from sam2sgp.inferers.episode import autocast
+from sam2sgp.inferers.items_as_queries import ItemsAsQueries, Judgement
 from sam2sgp.inferers.object_gate import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
 from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.inferers.second_pass import SecondPass
@@ -78,8 +79,8 @@ class SupportSetInferer(Inferer):
     adaptation: Adaptation | None = None
 
     def __post_init__(self) -> None:
-        self._gate = self.gate = self.gate or ObjectGate(self.bank, self.settings.sampler)
-        self._signs = self.signs = self.signs or LeastSigns(self.bank, self.settings.sampler)
+        self._gate = self.gate = self.gate or ObjectGate(ItemsAsQueries(self.bank, self.settings.sampler))
+        self._signs = self.signs = self.signs or LeastSigns(self._gate.items)
         self.small_objects = SecondPass(self.bank, self.settings, self.query_cache)
         self._familiarity: Familiarity | None = None
         # Of the bank, when that was made.
@@ -211,20 +212,15 @@ class SupportSetInferer(Inferer):
         learned once from the encoded bank, see `LeastSigns`."""
         device = next(network.parameters()).device
         with autocast(device.type, self.settings.precision):
-            segment = partial(self._item_as_query, self._run_by(network), device)
-            return self._signs(lambda number, retrieved: segment(number, retrieved).object_score[0], group)
+            return self._signs(partial(self._judge, self._run_by(network), device), group)
 
-    def _judge(self, network: SAM2SGP, device: torch.device, number: int, retrieved: list[Retrieved]) -> list[Tensor]:
-        """An item as a query: evidence, pixels of the classes and pixels found, each (C,), see `learn`."""
-        output = self._item_as_query(network, device, number, retrieved)
-        truth, found = self.bank.masks([self.bank.items[number]])[0] > 0, output.logits[0] > 0
-        return [evidence_of(output)[0], *(masks.flatten(1).sum(1) for masks in (truth, found))]
-
-    def _item_as_query(
-        self, network: SAM2SGP, device: torch.device, number: int, retrieved: list[Retrieved]
-    ) -> SGPOutput:
-        image = to_three_channels(self.bank.items[number].image.to(device, torch.float32))[None]
-        return self._segment(network, network.encode(image), retrieved)
+    def _judge(self, network: SAM2SGP, device: torch.device, number: int, retrieved: list[Retrieved]) -> Judgement:
+        """An item as a query."""
+        item = self.bank.items[number]
+        image = to_three_channels(item.image.to(device, torch.float32))[None]
+        output = self._segment(network, network.encode(image), retrieved)
+        size, found = (masks.flatten(1).sum(1) for masks in (self.bank.masks([item])[0] > 0, output.logits[0] > 0))
+        return Judgement(evidence_of(output)[0], size, found, output.object_score[0])
 
     def _encoded(self, inputs: Tensor, network: SAM2SGP, device: torch.device) -> Iterator[tuple[int, ImageFeatures]]:
         """Start and features of each batch."""
