@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from sam2sgp.adaptation import SupportAdaptation
-from sam2sgp.data import class_names, is_binary_255, load_datalist
+from sam2sgp.data import are_binary_255, class_names, load_datalist
 from sam2sgp.data.io import data_files, output_suffix, write_label
 from sam2sgp.data.objects import as_file
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
@@ -290,8 +290,7 @@ class Segmenter:
     def _is_binary(self) -> bool:
         """Whether pictures are written as 0 and 255, as a run writes them."""
         if self._binary is None:
-            one_class = self._ready().inferer.bank.class_values == [1]
-            self._binary = one_class and any(is_binary_255(case["label"]) for case in self._cases)
+            self._binary = are_binary_255(self._cases, self._ready().inferer.bank.class_values)
         return self._binary
 
     def _explain(self, result: CaseResult, warnings: list[str], restore: Any) -> Explanation:

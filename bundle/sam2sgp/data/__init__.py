@@ -1,5 +1,6 @@
 """Data: reading and writing files, and data folders."""
 
+from sam2sgp.data.coding import are_binary_255
 from sam2sgp.data.dicom_seg import read_dicom_seg, write_dicom_seg
 from sam2sgp.data.folders import (
     DEFAULT_PATIENT_PATTERN,
@@ -34,6 +35,7 @@ __all__ = [
     "Geometry",
     "MedicalImage",
     "Skipped",
+    "are_binary_255",
     "check_label_values",
     "choose_slices",
     "class_names",

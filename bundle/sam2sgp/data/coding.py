@@ -3,10 +3,10 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from sam2sgp.data.io import png_palette
+from sam2sgp.data.io import is_binary_255, png_palette
 from sam2sgp.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -15,6 +15,12 @@ OBJECT, WHITE = 1, 255
 # Beside classes up to this value, 255 is more often a mark for pixels to ignore than a class.
 FEW_CLASSES = 32
 IGNORE = "ignore"
+
+
+def are_binary_255(cases: Iterable[Mapping], class_values: Sequence[int]) -> bool:
+    """Whether results of labelled cases are coded as 0 and 255 where they are pictures: they have one class, 1, and one
+    of their labels is coded so."""
+    return class_values == [OBJECT] and any(is_binary_255(case["label"]) for case in cases)
 
 
 class LabelCoding:
