@@ -92,9 +92,11 @@ def admitted(path: str | Path, limit: int, name: str | None = None, label: bool 
                 check_nifti(path, label, limit)
             elif suffix in PICTURE_SUFFIXES:
                 decode_picture(path, label, [PICTURE_FORMATS[suffix]], limit)
-            elif _has_preamble(path, limit):
-                kept = _another(stack, suffix)
-                _copy_without_preamble(path, kept)
+            else:
+                _check_dicom(path, limit)
+                if _has_preamble(path):
+                    kept = _another(stack, suffix)
+                    _copy_without_preamble(path, kept)
         yield kept
 
 
@@ -155,10 +157,14 @@ def check_series(folder: Path, limit: int, name: str) -> None:
         )
 
 
-def _has_preamble(path: Path, limit: int) -> bool:
-    """Whether there is anything in the preamble of a DICOM file, which is judged too."""
+def _check_dicom(path: Path, limit: int) -> None:
+    """Judge a DICOM file."""
     if "Rows" not in _dicom_header(path, limit):
         raise NoImage(f"{path.name}: expected a DICOM image, found an object without pixels; leave it out.")
+
+
+def _has_preamble(path: Path) -> bool:
+    """Whether there is anything in the preamble of a DICOM file."""
     if not has_dicom_magic(path):
         return False  # It begins with its first element.
     with open(path, "rb") as file:

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from sam2sgp.data.io.limits import check_memory, check_ratio
-from sam2sgp.data.io.picture_blocks import check_blocks
+from sam2sgp.data.io.picture_blocks import TIFF, check_blocks
 from sam2sgp.errors import DataError, FormatError
 
 PROGRAM = Path(__file__).with_name("decoder.py")
@@ -50,7 +50,6 @@ DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<f4", "<f8")
 NOISE = re.compile(r"Exception thrown in \S+ \S+: |\S+\.(?:cxx|hxx|txx|cpp|h|c):\d+:\s*|\(?\b0x[0-9a-fA-F]+\b\)?")
 # Tags of TIFF.
 BITS, ORIENTATION = 258, 274
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class DecodingError(DataError):
@@ -173,7 +172,7 @@ def _judged_header(
 
 def _is_tiff(path: str | os.PathLike) -> bool:
     with open(path, "rb") as file:
-        return file.read(4) in TIFF_MAGIC
+        return file.read(4) in TIFF
 
 
 def _tags(header: dict) -> dict[int, int | tuple[int, ...]]:

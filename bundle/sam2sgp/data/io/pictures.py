@@ -9,6 +9,7 @@ from PIL import ExifTags, Image
 
 from sam2sgp.data.io.decoding import decode_picture
 from sam2sgp.data.io.geometry import Grid
+from sam2sgp.data.io.picture_blocks import PNG
 from sam2sgp.errors import DataError
 
 # By EXIF orientation: the stored axis (0 rows, 1 columns) that runs along (row, column) as displayed, and whether
@@ -38,7 +39,6 @@ WHITE_IS_ZERO, BLACK_IS_ZERO = 0, 1
 # Of ExtraSamples: neither of the two kinds of transparency.
 UNSPECIFIED = 0
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Before the pixels of a PNG file.
 MOST_CHUNKS = 100
 # Palette greys below this are class values, and above it shades that show them.
@@ -176,7 +176,7 @@ def _label_with_alpha(path: Path, pixels: np.ndarray) -> np.ndarray:
 def png_palette(path: Path) -> list[tuple[int, int, int]]:
     """Colours of a PNG file's palette by index; [] for one without a palette, and for other files."""
     with open(path, "rb") as file:
-        if file.read(len(PNG_MAGIC)) != PNG_MAGIC:
+        if file.read(len(PNG)) != PNG:
             return []
         # A palette comes before the pixels.
         for _ in range(MOST_CHUNKS):
