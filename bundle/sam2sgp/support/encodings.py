@@ -2,7 +2,7 @@
 
     items ─ adopt a network ─ encode what is missing ─ pool of embeddings, by crop ─ gather memory of some rows
 
-A crop is each item as a whole, or the regions or tiles of one class. What is encoded depends on the item's content, on
+A crop is the whole of an item, or its regions or tiles of one class. What is encoded depends on the item's content, on
 the preprocessing and on the network: weights, LoRA, switches, precision. On a CPU an item is encoded by itself, so that
 its encoding depends on nothing else, not even in the last bit; then results are the same with and without a folder, in
 one go or after an interruption.
@@ -43,7 +43,7 @@ OF_ITEM, OF_CLASS = ("prior_key", "gram"), ("tokens", "prior_mask", "gram_foregr
 
 @dataclass
 class Pool:
-    """Encoded rows of one crop of the items: each item as a whole, or the regions or tiles of one class.
+    """Encoded rows of one crop of the items: the whole of each, or its regions or tiles of one class.
 
     embedding: (R, D). spans: first and past-the-last row of each encoding, by its name. owner: (R,) number of the item
     that a row is of. place: per row, its number within the item's encoding.
