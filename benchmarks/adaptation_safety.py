@@ -31,16 +31,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import monai
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _clock import count_processor_time
 from _tasks import HELD_OUT, PRETRAINING_SPLIT, TARGETS, UNUSABLE
 from fewshot import bundle_config, bundle_overrides
 
-import sam2sgp.adaptation.run
 from sam2sgp.data import class_names, load_datalist, read_image, read_label
 from sam2sgp.data.folders import image_stem
 from sam2sgp.evaluation import case_metrics
@@ -160,8 +159,7 @@ class Bench:
         self.path = output / "draws.csv"
         weights = Path(bundle_config(overrides).get_parsed_content("model_file")).read_bytes()
         if cpu_time:
-            clock = SimpleNamespace(monotonic=time.process_time)
-            sam2sgp.adaptation.support_adaptation.time = sam2sgp.adaptation.run.time = clock
+            count_processor_time()
         decides = [queries, overrides, adaptation, cpu_time, hashlib.sha256(weights).hexdigest()]
         self.settings = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
         self.rows = read_rows(self.path)

@@ -35,6 +35,7 @@ from pathlib import Path
 import monai
 import numpy as np
 import torch
+from _clock import count_processor_time
 from _peers import PEERS, Map, mean_mask, nearest_copy, train
 from _tasks import Task, add_task_arguments, make_tasks, patient_of, write_pairs
 from monai.bundle import ConfigParser
@@ -484,6 +485,7 @@ def main() -> None:
     arguments.add_argument("--k", type=int, nargs="*", default=[1, 4, 16], help="sizes of the support set")
     arguments.add_argument("--retrieve_k", type=int, help="items retrieved per query; default: the config's k")
     arguments.add_argument("--seconds", type=float, default=60.0, help="of adaptation and of training from scratch")
+    arguments.add_argument("--cpu_time", action="store_true", help="count these seconds in processor time")
     arguments.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     arguments.add_argument("--table", action="store_true", help="only print what there is")
     options = arguments.parse_args()
@@ -495,6 +497,8 @@ def main() -> None:
         overrides["k"] = options.retrieve_k
     tasks = make_tasks(options.data, output / "tasks", options.queries, options.held_out, options.seed)
     chosen = chosen_tasks(tasks, options.tasks)
+    if options.cpu_time:
+        count_processor_time()
     bench = Bench(output, tasks, options.seconds, options.seed, overrides)
     if not options.table:
         run_all(bench, chosen, options.methods, options.k)
