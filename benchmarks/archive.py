@@ -34,7 +34,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from sam2sgp.data.phantom import CLASS_NAMES, make_phantoms, phantom_volume
+from sam2sgp.data.phantom import make_phantoms
+from sam2sgp.data.phantom_scenes import CLASS_NAMES, phantom_volume
 from sam2sgp.files import replacing
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundle"

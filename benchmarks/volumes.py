@@ -45,7 +45,8 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser
 
 from sam2sgp.data import load_datalist
-from sam2sgp.data.phantom import make_phantoms, phantom_volume
+from sam2sgp.data.phantom import make_phantoms
+from sam2sgp.data.phantom_scenes import phantom_volume
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory, second_pass
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 from sam2sgp.support import SupportBank, SupportSampler, bank, catalogue

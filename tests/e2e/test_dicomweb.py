@@ -27,7 +27,7 @@ from requests_toolbelt import MultipartDecoder
 from lib.stores import series_cache
 from lib.stores.dicomweb import DicomWebDatastore
 from sam2sgp.data import read_image, read_label, write_dicom_seg
-from sam2sgp.data.phantom import CLASS_NAMES
+from sam2sgp.data.phantom_scenes import CLASS_NAMES
 from tests.e2e.hospital import LABEL_INFO, patient, picture, series_uid
 from tests.e2e.orthanc import orthanc
 from tests.e2e.server import Server

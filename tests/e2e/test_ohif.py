@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from sam2sgp.data import read_image
-from sam2sgp.data.phantom import CLASS_NAMES
+from sam2sgp.data.phantom_scenes import CLASS_NAMES
 from tests.e2e import browsers
 from tests.e2e.hospital import LABEL_INFO, patient
 from tests.e2e.orthanc import orthanc

@@ -8,7 +8,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor
 
-from sam2sgp.data.phantom import phantom_picture, phantom_volume
+from sam2sgp.data.phantom_scenes import phantom_picture, phantom_volume
 from sam2sgp.networks import load_weights
 from sam2sgp.support.familiarity import UNLIKE, Familiarity, case_distance, is_unlike, trust
 from sam2sgp.transforms import to_three_channels
