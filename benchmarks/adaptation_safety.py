@@ -41,7 +41,7 @@ from _tasks import HELD_OUT, PRETRAINING_SPLIT, TARGETS, UNUSABLE
 from fewshot import bundle_config, bundle_overrides
 
 from sam2sgp.data import class_names, load_datalist, read_image, read_label
-from sam2sgp.data.folders import image_stem
+from sam2sgp.data.io import image_stem
 from sam2sgp.evaluation import case_metrics
 from sam2sgp.files import write_text
 

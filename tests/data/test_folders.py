@@ -1,6 +1,5 @@
 """Data folders become datalists: pairs, patients, sections, class names."""
 
-import json
 import os
 import unicodedata
 import warnings
@@ -12,43 +11,12 @@ import numpy as np
 import pydicom
 import pytest
 
-from sam2sgp.data.folders import (
-    check_label_values,
-    choose_slices,
-    class_names,
-    complete_class_names,
-    load_datalist,
-    skipped_in,
-    subset,
-)
+from sam2sgp.data.classes import class_names
+from sam2sgp.data.folders import load_datalist, skipped_in
 from sam2sgp.data.io import read_image
-from sam2sgp.errors import ConfigError, DataError
+from sam2sgp.errors import DataError
+from tests.data.data_folders import names, nnunet, paired, said, touch, write_json
 from tests.data.dicom_files import write_dicom, write_object, write_series
-
-
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
-    return root
-
-
-def paired(root: Path, *stems: str, label_suffix: str = ".png") -> Path:
-    return touch(root, *(f"images/{stem}.jpg" for stem in stems), *(f"labels/{stem}{label_suffix}" for stem in stems))
-
-
-def said(cases, root: Path) -> dict[str, str]:
-    """Why files of a folder are not used, by their path in it."""
-    return {str(file.path.relative_to(root)): file.why for file in cases.skipped}
-
-
-def names(cases: list[dict]) -> list[str]:
-    return [case["name"] for case in cases]
-
-
-def write_json(path: Path, content: object) -> Path:
-    path.write_text(json.dumps(content))
-    return path
 
 
 @pytest.mark.parametrize("folder", ["labels", "masks"])
@@ -173,21 +141,6 @@ def test_names_match_in_both_forms_of_unicode(tmp_path, forms):
     assert Path(case["image"]).is_file() and Path(case["label"]).is_file()
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
-def test_json_is_read_with_a_byte_order_mark(tmp_path, encoding):
-    paired(tmp_path, "a")
-    (tmp_path / "labels.json").write_text(json.dumps({"1": "Läsion"}), encoding=encoding)
-    assert class_names(tmp_path) == {1: "Läsion"}
-
-
-def nnunet(root: Path, **more) -> Path:
-    touch(root, *(f"imagesTr/liver_00{n}_0000.nii.gz" for n in range(3)))
-    touch(root, *(f"labelsTr/liver_00{n}.nii.gz" for n in range(3)), "imagesTs/liver_009_0000.nii.gz")
-    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
-    write_json(root / "dataset.json", content | more)
-    return root
-
-
 def test_nnunet_folder(tmp_path):
     cases = load_datalist(nnunet(tmp_path))
     assert [Path(case["label"]).name for case in cases] == [f"liver_00{n}.nii.gz" for n in range(3)]
@@ -219,18 +172,6 @@ def test_several_channels_of_a_case_are_refused_wherever_they_are_given(tmp_path
     assert len(load_datalist(tmp_path / "flat", require_labels=False)) == 4
     (record,) = caplog.records
     assert "a_0000.nii.gz, a_0001.nii.gz may be channels of one case" in record.message
-
-
-def test_nnunet_folder_that_lists_its_cases(tmp_path):
-    listed = {"a": {"images": ["imagesTr/liver_001_0000.nii.gz"], "label": "labelsTr/liver_001.nii.gz"}}
-    nnunet(tmp_path, dataset=listed)
-    cases = load_datalist(tmp_path)
-    assert [Path(case["label"]).name for case in cases] == ["liver_001.nii.gz"] and cases[0]["modality"] == "CT"
-    unlisted = said(cases, tmp_path)
-    assert unlisted["imagesTr/liver_000_0000.nii.gz"] == "not listed in dataset.json" and len(unlisted) == 3
-    listed["a"]["images"].append("imagesTr/liver_002_0000.nii.gz")
-    with pytest.raises(DataError, match="2 channels of 'a'"):
-        load_datalist(nnunet(tmp_path, dataset=listed))
 
 
 def test_a_dataset_json_without_images_is_told_what_it_lacks(tmp_path):
@@ -304,74 +245,6 @@ def test_two_series_in_one_folder_are_an_error(tmp_path):
         load_datalist(tmp_path, require_labels=False)
 
 
-def test_decathlon_folder(tmp_path):
-    touch(tmp_path, *(f"imagesTr/c_{n}.nii.gz" for n in range(10)), *(f"labelsTr/c_{n}.nii.gz" for n in range(10)))
-    touch(tmp_path, "imagesTs/c_90.nii.gz", "imagesTs/c_91.nii.gz")
-    content = {
-        "modality": {"0": "CT"},
-        "labels": {"0": "background", "1": "liver", "2": "tumour"},
-        "training": [{"image": f"./imagesTr/c_{n}.nii.gz", "label": f"./labelsTr/c_{n}.nii.gz"} for n in range(10)],
-        "test": ["./imagesTs/c_90.nii.gz", {"image": "./imagesTs/c_91.nii.gz"}],
-    }
-    write_json(tmp_path / "dataset.json", content)
-    cases = load_datalist(tmp_path)
-    assert len(cases.skipped) == 2 and {file.why for file in cases.skipped} == {"an image without a label"}
-    assert len(cases) == 10 and {case["modality"] for case in cases} == {"CT"}
-    assert cases[0]["image"] == str(tmp_path / "imagesTr/c_0.nii.gz")
-    assert len(load_datalist(tmp_path, require_labels=False)) == 12
-    assert class_names(tmp_path) == {1: "liver", 2: "tumour"}
-    content["labels"] = {"background": 0, "tumour": 2, "liver": 1}
-    content["modality"] = {"0": "FLAIR", "1": "T1"}
-    write_json(tmp_path / "dataset.json", content)
-    assert class_names(tmp_path) == {1: "liver", 2: "tumour"} == class_names(tmp_path / "dataset.json")
-    assert "modality" not in load_datalist(tmp_path, require_labels=False)[0]
-
-
-def test_json_sections_with_labels_are_kept_and_the_rest_is_split(tmp_path):
-    stems = [f"s{n}" for n in range(20)]
-    data = paired(tmp_path / "data", *stems)
-    entry = {stem: {"image": f"images/{stem}.jpg", "label": f"labels/{stem}.png"} for stem in stems}
-    content = {
-        "root": "data",
-        "training": [entry[stem] for stem in stems[:16]],
-        "validation": [entry[stem] for stem in stems[16:18]],
-        "testing": [{"image": entry[stem]["image"]} for stem in stems[18:]],
-    }
-    path = write_json(tmp_path / "list.json", content)
-    sections = {section: names(load_datalist(path, section)) for section in ("train", "val", "test")}
-    assert sections["val"] == ["s16", "s17"]
-    assert len(sections["test"]) == 3 and sorted(sections["train"] + sections["test"]) == sorted(stems[:16])
-    assert load_datalist(path, "val", require_labels=False)[0]["image"] == str(data / "images/s16.jpg")
-
-
-def test_patient_group_and_modality_of_the_json_win(tmp_path):
-    paired(tmp_path, "patient1_a", "patient1_b", "patient1_c")
-    pairs = [{"image": f"images/patient1_{k}.jpg", "label": f"labels/patient1_{k}.png"} for k in "abc"]
-    pairs[0] |= {"patient_id": 7, "group": "heart", "modality": "MR"}
-    pairs[1] |= {"subject": "x"}
-    cases = load_datalist(write_json(tmp_path / "list.json", {"training": pairs}))
-    assert [case["patient"] for case in cases] == ["7", "x", "patient1"]
-    assert [case["group"] for case in cases] == ["heart", tmp_path.name, tmp_path.name]
-    assert cases[0]["modality"] == "MR"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "can't be read"),
-        ("[]", "JSON object"),
-        ('{"cases": []}', "keys"),
-        ('{"training": []}', "found none"),
-        ('{"training": [{"label": "a.png"}]}', "one `image`"),
-        ('{"training": [{"image": "a.png"}]}', "listed image.*a.png"),
-    ],
-)
-def test_wrong_json_is_an_error_that_names_it(tmp_path, content, message):
-    (tmp_path / "list.json").write_text(content)
-    with pytest.raises(DataError, match=f"list.json: .*{message}"):
-        load_datalist(tmp_path / "list.json")
-
-
 @pytest.mark.parametrize(
     ("stem", "patient"),
     [
@@ -398,93 +271,9 @@ def test_files_called_alike_are_told_apart_by_their_folders(tmp_path):
     assert [case["patient"] for case in cases] == ["sub-01", "sub-02"] and len(set(names(cases))) == 2
 
 
-@pytest.mark.parametrize("patients", [3, 4, 7, 20, 41])
-def test_split_is_by_patient_complete_and_reproducible(tmp_path, patients):
-    paired(tmp_path, *(f"patient{n:03}_frame{frame}" for n in range(patients) for frame in (1, 2)))
-    sections = {section: load_datalist(tmp_path, section) for section in ("train", "val", "test")}
-    of_patient = {name: {case["patient"] for case in cases} for name, cases in sections.items()}
-    assert sum(len(found) for found in of_patient.values()) == patients == len(set.union(*of_patient.values()))
-    assert all(of_patient.values()) and sum(len(cases) for cases in sections.values()) == 2 * patients
-    assert abs(len(of_patient["train"]) - 0.7 * patients) <= 1.2
-    assert load_datalist(tmp_path, "val") == sections["val"]
-    if patients > 7:
-        assert load_datalist(tmp_path, "val", seed=1) != sections["val"]
-
-
-def test_split_does_not_depend_on_the_order_of_the_file_system(tmp_path, monkeypatch):
-    paired(tmp_path, *(f"s{n}" for n in range(12)))
-    expected = load_datalist(tmp_path, "test")
-    listing = Path.iterdir
-    monkeypatch.setattr(Path, "iterdir", lambda path: reversed(sorted(listing(path))))
-    assert load_datalist(tmp_path, "test") == expected
-
-
-def test_few_patients_and_unusual_fractions(tmp_path):
-    paired(tmp_path, "a", "b", "c", "d")
-    counts = {s: len(load_datalist(tmp_path, s, split=(0.5, 0.0, 0.5))) for s in ("train", "val", "test")}
-    assert counts == {"train": 2, "val": 0, "test": 2}
-    one = paired(tmp_path / "one", "a")
-    assert [len(load_datalist(one, section)) for section in ("train", "val", "test")] == [1, 0, 0]
-    for options in ({"split": (0.5, 0.1, 0.1)}, {"section": "dev"}, {"patient_pattern": "("}):
-        with pytest.raises(ConfigError):
-            load_datalist(tmp_path, **options)
-
-
-def test_subset_is_drawn_reproducibly_and_kept_in_order(tmp_path):
-    cases = load_datalist(paired(tmp_path, *(f"s{n:02}" for n in range(30))))
-    chosen = subset(cases, 10, seed=3)
-    assert len(chosen) == 10 and chosen == subset(cases, 10, seed=3) != subset(cases, 10, seed=4)
-    assert names(chosen) == sorted(names(chosen)) and subset(cases, None) == cases == subset(cases, 99)
-
-
-def test_class_names_are_declared_or_made_up(tmp_path):
-    paired(tmp_path, "a")
-    assert class_names(tmp_path) == {} and class_names(tmp_path, [0, 2, 5]) == {2: "class_2", 5: "class_5"}
-    write_json(tmp_path / "labels.json", {"cup": 2, "disc": 1, "background": 0})
-    assert class_names(tmp_path) == {1: "disc", 2: "cup"} == class_names(tmp_path, [0, 2])
-    assert complete_class_names({2: "b", 1: "a"}, [7]) == {1: "a", 2: "b"}
-    with pytest.raises(DataError, match=r"1 disc, 2 cup.*value 3"):
-        class_names(tmp_path, [0, 3])
-    write_json(tmp_path / "labels.json", {"cup": "two"})
-    with pytest.raises(DataError, match="labels.json.*class names"):
-        class_names(tmp_path)
-
-
-def test_undeclared_value_is_an_error_that_names_label_and_value():
-    with pytest.raises(DataError, match=r"a.png: .*1 liver.*value 4"):
-        check_label_values("a.png", [0, 1, 4], {1: "liver"})
-    check_label_values("a.png", [0, 1], {1: "liver", 2: "tumour"})
-    check_label_values("a.png", [0, 9], {})
-
-
 def test_dataset_json_with_names_alone_leaves_pairs_to_the_folders(tmp_path):
     write_json(paired(tmp_path, "a") / "dataset.json", {"labels": {"1": "disc"}})
     assert names(load_datalist(tmp_path)) == ["a"] and class_names(tmp_path) == {1: "disc"}
-
-
-def test_chosen_slices_are_the_largest_and_an_even_spread_with_both_ends():
-    areas = np.zeros(60, int)
-    areas[10:51] = 5
-    areas[30] = 99
-    assert choose_slices(areas, 1) == [30]
-    assert choose_slices(areas, 3) == [10, 30, 50]
-    assert choose_slices(areas, 5) == [10, 20, 30, 40, 50]
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 50])
-def test_chosen_slices_are_never_empty_and_never_too_many(count):
-    rng = np.random.default_rng(count)
-    for _ in range(30):
-        areas = rng.integers(0, 9, 40) * (rng.random(40) < 0.5)
-        present = np.flatnonzero(areas)
-        chosen = choose_slices(areas, count)
-        assert chosen == sorted(set(chosen)) and len(chosen) == min(count, len(present))
-        assert set(chosen) <= set(present) and int(np.argmax(areas)) in chosen
-        if count >= 3 and len(present) > 2:
-            assert {present[0], present[-1]} <= set(chosen)
-    assert choose_slices(np.zeros(5), count) == []
-    with pytest.raises(ConfigError):
-        choose_slices(np.ones(5), 0)
 
 
 def test_sound_folders_give_no_warning(tmp_path):

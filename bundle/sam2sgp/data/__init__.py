@@ -1,19 +1,9 @@
 """Data: reading and writing files, and data folders."""
 
+from sam2sgp.data.classes import check_label_values, class_names, complete_class_names
 from sam2sgp.data.coding import are_binary_255
 from sam2sgp.data.dicom_seg import read_dicom_seg, write_dicom_seg
-from sam2sgp.data.folders import (
-    DEFAULT_PATIENT_PATTERN,
-    Datalist,
-    check_label_values,
-    choose_slices,
-    class_names,
-    complete_class_names,
-    load_datalist,
-    load_queries,
-    skipped_in,
-    subset,
-)
+from sam2sgp.data.folders import DEFAULT_PATIENT_PATTERN, Datalist, load_datalist, load_queries, skipped_in
 from sam2sgp.data.io import (
     Geometry,
     MedicalImage,
@@ -27,6 +17,7 @@ from sam2sgp.data.io import (
     write_label,
     write_map,
 )
+from sam2sgp.data.split import subset
 from sam2sgp.data.tree import Skipped
 
 __all__ = [
@@ -37,7 +28,6 @@ __all__ = [
     "Skipped",
     "are_binary_255",
     "check_label_values",
-    "choose_slices",
     "class_names",
     "complete_class_names",
     "dicom_files",

@@ -2,31 +2,31 @@
 
 In: a folder of any usual layout (docs/data.md lists them), a MONAI datalist JSON, or, for queries, only images. Out:
 plain dicts of paths and names. Only names and JSON files are read here, and DICOM headers.
+
+    folder    read_tree (`tree`), sort_out, pair (`pairing`) ──┐
+    JSON      cases_of_json, cases_of_nnunet (`datalist_json`) ┴ names, patients ─ assign_sections (`split`) ─ Datalist
 """
 
 import filecmp
-import json
 import logging
 import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from sam2sgp.data.io import image_stem, is_image
-from sam2sgp.data.pairing import (
-    IMAGE_FOLDERS,
-    LABEL_FOLDERS,
-    NAMES_SHOWN,
-    check_channels,
-    pair,
-    several_channels,
-    some,
-    sort_out,
+from sam2sgp.data.datalist_json import (
+    SECTION_OF_KEY,
+    cases_of_json,
+    cases_of_nnunet,
+    read_json,
+    single_modality,
 )
+from sam2sgp.data.io import image_stem, is_image
+from sam2sgp.data.layouts import LAYOUTS, contents, counted, lacks, nearest, without_pairs
+from sam2sgp.data.pairing import IMAGE_FOLDERS, LABEL_FOLDERS, check_channels, pair, some, sort_out
+from sam2sgp.data.split import SECTIONS, assign_sections
 from sam2sgp.data.tree import DESCRIPTIONS, Skipped, Tree, is_hidden, read_tree, skip_hidden
 from sam2sgp.errors import ConfigError, DataError
 
@@ -35,20 +35,6 @@ logger = logging.getLogger(__name__)
 # A word for "patient" and a number, at the start of a name and not followed by more of the same word.
 DEFAULT_PATIENT_PATTERN = (
     r"(?i)^(?:sub-[a-z0-9]+|TCGA-[a-z0-9]{2}-[a-z0-9]{4}|(?:patient|pat|subject|subj|case|STS)[-_ ]?\d+)(?![a-z0-9])"
-)
-SECTIONS = ("train", "val", "test")
-SECTION_OF_KEY = {
-    "training": "train",
-    "train": "train",
-    "validation": "val",
-    "val": "val",
-    "test": "test",
-    "testing": "test",
-}
-LAYOUTS = (
-    "a folder with dataset.json (Medical Segmentation Decathlon, nnU-Net), a folder with images/ and labels/ (or "
-    "masks/) whose files have equal stems, images and labels side by side (a.png and a_seg.png, or one folder a case), "
-    "or a MONAI datalist JSON file"
 )
 
 
@@ -129,7 +115,7 @@ def load_datalist(
     if not require_labels:
         _warn_of_equal_stems(cases)
     if section != "all":
-        _assign_sections(cases, split, seed)
+        assign_sections(cases, split, seed)
         cases = [case for case in cases if case.get("section") == section]
     listed = Datalist({key: value for key, value in case.items() if key != "section"} for case in cases)
     listed.skipped = skipped
@@ -185,113 +171,25 @@ def load_queries(
     return kept
 
 
-def subset(datalist: Sequence[dict], count: int | None, seed: int = 0) -> list[dict]:
-    """At most `count` cases of a datalist, drawn with `seed`, in the datalist's order; None means all."""
-    if count is None or count >= len(datalist):
-        return list(datalist)
-    chosen = np.random.default_rng(seed).permutation(len(datalist))[:count]
-    return [datalist[index] for index in sorted(chosen)]
-
-
-def class_names(root: str | os.PathLike, labels_found: Iterable[int] | None = None) -> dict[int, str]:
-    """Declared class names by value, background left out, from `labels` of dataset.json or from labels.json.
-
-    Args:
-        root: as for `load_datalist`; for a JSON file, that file, then labels.json beside it.
-        labels_found: values that labels hold; where given, names are completed and checked against them.
-
-    Returns:
-        {1: "liver", …}, ordered by value; {} if nothing is declared and nothing was given.
-
-    Raises:
-        DataError: the declaration can't be understood, or a value found isn't declared.
-    """
-    root = Path(root)
-    folder = root if root.is_dir() else root.parent
-    candidates = [root] if root.suffix.lower() == ".json" else []
-    names: dict[int, str] = {}
-    for path in [*candidates, folder / "dataset.json", folder / "labels.json"]:
-        if not names and path.is_file():
-            content = _read_json(path)
-            declared = content.get("labels", content if path.name == "labels.json" else None)
-            names = _names_by_value(path, declared) if declared else {}
-    if labels_found is None:
-        return names
-    values = sorted(labels_found)
-    check_label_values(root, values, names)
-    return complete_class_names(names, values)
-
-
-def complete_class_names(names: dict[int, str], values: Iterable[int]) -> dict[int, str]:
-    """Declared names if there are any, else `class_<value>` for each value but 0; ordered by value."""
-    if names:
-        return dict(sorted(names.items()))
-    return {int(value): f"class_{int(value)}" for value in sorted(values) if value}
-
-
-def check_label_values(path: str | os.PathLike, values: Iterable[int], names: dict[int, str]) -> None:
-    """Raise DataError if `values`, found in the label at `path`, hold one that `names` does not declare.
-
-    0 is always allowed; without names so is every value.
-    """
-    undeclared = [int(value) for value in values if value and int(value) not in names]
-    if names and undeclared:
-        declared = ", ".join(f"{value} {name}" for value, name in sorted(names.items()))
-        found = ", ".join(str(value) for value in undeclared[:NAMES_SHOWN])
-        raise DataError(
-            f"{path}: expected only the declared classes ({declared}), found value {found}; correct the label, or "
-            "declare the class in dataset.json or labels.json."
-        )
-
-
-def choose_slices(areas: np.ndarray, count: int) -> list[int]:
-    """Slices of one volume to use as support for one class.
-
-    The largest, and an even spread over the extent with both ends included; never an empty slice.
-
-    Args:
-        areas: (Z,) pixels of the class in each slice.
-        count: slices wanted, at least 1. With 1 it is only the largest, with 2 the largest and the end farther off;
-            from 4 on each further one halves the widest gap.
-
-    Returns:
-        Sorted, distinct indices, at most `count`; as many as that where so many slices hold the class.
-    """
-    areas = np.asarray(areas)
-    present = np.flatnonzero(areas > 0)
-    if count < 1:
-        raise ConfigError(f"slices per class: expected at least 1, found {count}.")
-    if len(present) <= count:
-        return present.tolist()
-    largest = int(np.argmax(areas))
-    chosen = {largest}
-    ends = sorted((int(present[0]), int(present[-1])), key=lambda end: -abs(end - largest))
-    chosen.update(ends[: count - 1])
-    while len(chosen) < count:
-        free = [int(index) for index in present if int(index) not in chosen]
-        chosen.add(max(free, key=lambda index: min(abs(index - other) for other in chosen)))
-    return sorted(chosen)
-
-
 def _find_cases(root: Path, require_labels: bool, skipped: list[Skipped]) -> list[dict]:
     """Raw cases: `image`, perhaps `label`, `section` and what a JSON file says; not yet named."""
     if not root.exists():
         raise DataError(f"{root}: expected {LAYOUTS}, found no such file or folder; check the path.")
     if root.is_file():
         if root.suffix.lower() == ".json":
-            return _cases_of_json(root, _read_json(root))
+            return cases_of_json(root, read_json(root))
         if not require_labels and is_image(root):
             return [{"image": str(root)}]
         raise DataError(f"{root}: expected {LAYOUTS}, found a file of another kind; give one of these.")
     listing = root / "dataset.json"
-    content = _read_json(listing) if listing.is_file() else {}
+    content = read_json(listing) if listing.is_file() else {}
     if SECTION_OF_KEY.keys() & content.keys():
-        cases = _cases_of_json(listing, content)
+        cases = cases_of_json(listing, content)
         _skip_unlisted(root, cases, skipped)
         return cases
-    modality = _single_modality(content.get("modality", content.get("channel_names")))
+    modality = single_modality(content.get("modality", content.get("channel_names")))
     if isinstance(content.get("dataset"), dict):
-        cases = _cases_of_nnunet(listing, content["dataset"])
+        cases = cases_of_nnunet(listing, content["dataset"])
         _skip_unlisted(root, cases, skipped)
     elif _folders_of(root, IMAGE_FOLDERS):
         cases = _cases_of_folders(root, content, require_labels, skipped)
@@ -300,19 +198,9 @@ def _find_cases(root: Path, require_labels: bool, skipped: list[Skipped]) -> lis
     if not cases:
         raise DataError(
             f"{root}: expected images (NIfTI, NRRD, MetaImage, DICOM series folders, PNG, JPEG, TIFF, BMP), found "
-            f"{_contents(root)}; check the path."
+            f"{contents(root)}; check the path."
         )
     return [case | {"modality": modality} if modality else case for case in cases]
-
-
-def _lacks(content: dict) -> str:
-    """What a dataset.json that describes no images has instead."""
-    if not content:
-        return ""
-    return (
-        f" (dataset.json has {some(sorted(map(repr, content)))}, but neither lists of images such as 'training' nor "
-        "an imagesTr/ or images/ folder beside it)"
-    )
 
 
 def _cases_of_folders(root: Path, content: dict, require_labels: bool, skipped: list[Skipped]) -> list[dict]:
@@ -330,7 +218,7 @@ def _cases_of_folders(root: Path, content: dict, require_labels: bool, skipped: 
     images, labels = sort_out(root, found, skipped)
     cases = pair(root, images, labels, require_labels, skipped)
     if require_labels and images and labels and not any("label" in case for case in cases):
-        raise _without_pairs(root, images, labels)
+        raise without_pairs(root, images, labels)
     if folders[0].name.lower() == "imagestr" and not require_labels:
         for folder in (path for path in folders if path.name.lower() == "imagests"):
             more = read_tree(folder)
@@ -363,10 +251,10 @@ def _cases_of_tree(root: Path, content: dict, require_labels: bool, skipped: lis
         )
     cases = pair(root, images, labels, require_labels, skipped)
     if require_labels and not any("label" in case for case in cases):
-        raise _without_pairs(root, images, labels, _lacks(content))
+        raise without_pairs(root, images, labels, lacks(content))
     if labels and not images:
         raise DataError(
-            f"{root}: expected images, found {_counted(root, labels, 'file')} of labels' names and no image; give the "
+            f"{root}: expected images, found {counted(root, labels, 'file')} of labels' names and no image; give the "
             "folder of the images, rename them, or list them in a MONAI datalist JSON."
         )
     check_channels(root, [Path(case["image"]) for case in cases if "label" not in case])
@@ -395,50 +283,6 @@ def _compare_number(root: Path, content: dict, pairs: int) -> None:
         logger.warning("%s: dataset.json says numTraining %d, found %d images with labels.", root, stated, pairs)
 
 
-def _without_pairs(root: Path, images: list[Path], labels: list[Path], lacks: str = "") -> DataError:
-    """The refusal of a folder without a pair of image and label: what was seen, and the nearest layout."""
-    if not images and not labels:
-        return DataError(f"{root}: expected {LAYOUTS}, found {_contents(root)}{lacks}; arrange the folder like these.")
-    seen = f"{_counted(root, images, 'image')} and {_counted(root, labels, 'label') if labels else 'no label'}"
-    return DataError(f"{root}: expected {LAYOUTS}, found {seen}{lacks}. {_nearest(root, images, labels)}")
-
-
-def _nearest(root: Path, images: list[Path], labels: list[Path]) -> str:
-    """What to do to come to the layout that is nearest to what was found."""
-    if not images:
-        return "All are labels by their names: put the images beside them."
-    if labels:
-        example, suffix = image_stem(images[0]), labels[0].name[len(image_stem(labels[0])) :]
-        return (
-            f"Give each label its image's stem: for {images[0].name}, labels/{example}{suffix} or, beside the image, "
-            f"{example}_seg{suffix}."
-        )
-    stems: dict[str, set[Path]] = defaultdict(set)
-    for path in images:
-        stems[image_stem(path)].add(path.parent)
-    both = Counter(frozenset(folders) for folders in stems.values() if len(folders) == 2).most_common(1)
-    if both:
-        first, second = sorted(path.relative_to(root).as_posix() or "." for path in both[0][0])
-        return (
-            f"{first}/ and {second}/ have {both[0][1]} names in common: if one of them holds the labels, call it "
-            "labels/ and the other images/."
-        )
-    suffixes = Counter((image_stem(path), path.parent) for path in images)
-    twice = [f"{stem}.*" for (stem, _), count in suffixes.items() if count > 1]
-    if twice:
-        return (
-            f"{len(twice)} names are there in two formats ({some(twice)}): if one of them is the label, put those into "
-            "labels/ and the images into images/."
-        )
-    example = image_stem(images[0])
-    return f"Put labels into labels/ and the images into images/, or beside each other as {example}_seg.nii.gz or .png."
-
-
-def _counted(root: Path, paths: list[Path], noun: str) -> str:
-    names = some([str(path.relative_to(root)) for path in paths]) if paths else ""
-    return f"{len(paths)} {noun}{'s' * (len(paths) != 1)}" + f" ({names})" * bool(paths)
-
-
 def _warn_of_equal_stems(cases: list[dict]) -> None:
     """Two files of one stem in a folder may be one image twice, or an image and its label."""
     alike: dict[tuple[str, str], list[dict]] = defaultdict(list)
@@ -452,23 +296,6 @@ def _warn_of_equal_stems(cases: list[dict]) -> None:
             case["warnings"] = [*case.get("warnings", ()), told]
 
 
-def _cases_of_nnunet(path: Path, dataset: dict) -> list[dict]:
-    """The cases that nnU-Net's dataset.json lists by name under `dataset`, each with `images` and perhaps `label`."""
-    cases = []
-    for name, entry in dataset.items():
-        images = entry.get("images") if isinstance(entry, dict) else None
-        if not isinstance(images, list) or not images:
-            raise DataError(
-                f"{path}: expected an object with a list `images` for each case of `dataset`, found {entry!r} for "
-                f"{name!r}; correct it."
-            )
-        if len(images) > 1:
-            raise several_channels(path, name, [Path(str(image)).name for image in images])
-        listed = {"image": images[0]} | ({"label": entry["label"]} if entry.get("label") else {})
-        cases.append(_case_of_entry(path, path.parent, "dataset", listed))
-    return cases
-
-
 def _skip_unlisted(root: Path, cases: list[dict], skipped: list[Skipped]) -> None:
     """Images in the folders of a data set of which dataset.json says nothing."""
     listed = {os.path.realpath(case[key]) for case in cases for key in ("image", "label") if key in case}
@@ -480,88 +307,12 @@ def _skip_unlisted(root: Path, cases: list[dict], skipped: list[Skipped]) -> Non
         ]
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        # As bytes, so that a byte order mark of any of JSON's encodings is understood.
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected a JSON file, found that it can't be read ({error}); correct it.") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, found a {type(content).__name__}; see MONAI's datalists.")
-    return content
-
-
-def _cases_of_json(path: Path, content: dict) -> list[dict]:
-    if not SECTION_OF_KEY.keys() & content.keys():
-        raise DataError(
-            f"{path}: expected a datalist with `training`, `validation` or `test`, found the keys "
-            f"{sorted(content)}; add a list of images and labels."
-        )
-    base = path.parent / content.get("root", "")
-    modality = _single_modality(content.get("modality"))
-    cases = []
-    for key, section in SECTION_OF_KEY.items():
-        for entry in content.get(key, []):
-            case = _case_of_entry(path, base, key, entry)
-            if "modality" not in case and modality:
-                case["modality"] = modality
-            # The Decathlon lists all its labelled cases as training; they are split like a folder's.
-            if section != "train" and "label" in case:
-                case["section"] = section
-            cases.append(case)
-    if not cases:
-        raise DataError(f"{path}: expected at least one image in its lists, found none; add images.")
-    return cases
-
-
-def _case_of_entry(path: Path, base: Path, key: str, entry: object) -> dict:
-    if isinstance(entry, str):
-        entry = {"image": entry}
-    if isinstance(entry, dict) and isinstance(entry.get("image"), list) and len(entry["image"]) > 1:
-        raise several_channels(path, str(entry.get("label", key)), list(map(str, entry["image"])))
-    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-        raise DataError(
-            f"{path}: expected entries of `{key}` to be a path or an object with one `image` path, found {entry!r}; "
-            "correct it."
-        )
-    case: dict = {}
-    for name in ("image", "label"):
-        if isinstance(entry.get(name), str) and entry[name]:
-            file = _existing(Path(os.path.abspath(base / entry[name])))
-            if file is None:
-                file = Path(os.path.abspath(base / entry[name]))
-                raise DataError(f"{path}: expected the listed {name} {file}, found no such file; correct the list.")
-            case[name] = str(file)
-    for name in ("patient", "patient_id", "subject"):
-        if entry.get(name) not in (None, "") and "patient" not in case:
-            case["patient"] = str(entry[name])
-    for name in ("group", "modality"):
-        if entry.get(name) not in (None, ""):
-            case[name] = str(entry[name])
-    return case
-
-
-def _single_modality(declared: object) -> str | None:
-    """The modality of all cases from the Decathlon's {"0": "CT"}; None where channels have several."""
-    names = {str(name) for name in declared.values()} if isinstance(declared, dict) else {str(declared or "")}
-    return next(iter(names)) or None if len(names) == 1 else None
-
-
-def _existing(path: Path) -> Path | None:
-    """The path, or the same in the other form of Unicode: macOS writes letters and their accents separately."""
-    for form in (None, "NFC", "NFD"):
-        candidate = path if form is None else Path(unicodedata.normalize(form, str(path)))
-        if candidate.exists():
-            return candidate
-    return None
-
-
 def _labelled(root: Path, cases: list[dict], skipped: list[Skipped]) -> list[dict]:
     labelled = [case for case in cases if "label" in case]
     if not labelled:
         raise DataError(
             f"{root}: expected images with labels ({LAYOUTS}), found {len(cases)} images and no label for any of them "
-            f"({_contents(root)}). {_nearest(root, [Path(case['image']) for case in cases], [])}"
+            f"({contents(root)}). {nearest(root, [Path(case['image']) for case in cases], [])}"
         )
     skipped += [Skipped(Path(case["image"]), "an image without a label") for case in cases if "label" not in case]
     return labelled
@@ -587,66 +338,3 @@ def _name_cases(root: Path, cases: list[dict], pattern: re.Pattern) -> None:
         case.setdefault("patient", match[0] if match and match[0] else text)
         case.setdefault("group", folder.name)
     cases.sort(key=lambda case: (case["name"], case["image"]))
-
-
-def _assign_sections(cases: list[dict], split: Sequence[float], seed: int) -> None:
-    """Set `section` of labelled cases that have none yet: whole patients, in a random order that `seed` decides.
-
-    Sections that the file gives keep their share: the rest is split among the others. A patient who is in a given
-    section belongs to it with all cases.
-    """
-    given = {case["patient"]: case["section"] for case in cases if "section" in case}
-    open_sections = [name for name in SECTIONS if name not in given.values()]
-    free = sorted({case["patient"] for case in cases if "label" in case and case["patient"] not in given})
-    shares = np.array([split[SECTIONS.index(name)] for name in open_sections])
-    counts = _apportion(shares, len(free))
-    order = [free[index] for index in np.random.default_rng(seed).permutation(len(free))]
-    section_of = dict(given)
-    start = 0
-    for name, count in zip(open_sections, counts, strict=True):
-        section_of.update(dict.fromkeys(order[start : start + count], name))
-        start += count
-    for case in cases:
-        if "label" in case and "section" not in case:
-            case["section"] = section_of[case["patient"]]
-
-
-def _apportion(shares: np.ndarray, total: int) -> list[int]:
-    """Whole numbers that sum to `total`, closest to `shares`, and at least 1 for each share above 0 if `total` allows.
-
-    With fewer than that the first sections are served first.
-    """
-    if not shares.sum():
-        shares = np.eye(1, len(shares))[0]
-    exact = shares / shares.sum() * total
-    counts = np.floor(exact).astype(int)
-    for index in np.argsort(-(exact - counts), kind="stable")[: total - counts.sum()]:
-        counts[index] += 1
-    for index in np.flatnonzero((shares > 0) & (counts == 0)):
-        if counts.max() > 1:
-            counts[np.argmax(counts)] -= 1
-            counts[index] += 1
-    return counts.tolist()
-
-
-def _names_by_value(path: Path, declared: Mapping) -> dict[int, str]:
-    """{"1": "liver"} or {"liver": 1} -> {1: "liver"}, without background."""
-    names: dict[int, str] = {}
-    try:
-        for key, value in declared.items():
-            by_value = re.fullmatch(r"\s*\d+\s*", str(key)) is not None
-            names[int(key if by_value else value)] = str(value if by_value else key)
-    except (AttributeError, TypeError, ValueError):
-        raise DataError(
-            f'{path}: expected class names such as {{"1": "liver"}} or {{"liver": 1}}, found {declared!r}; '
-            "correct `labels`."
-        ) from None
-    names.pop(0, None)
-    return dict(sorted(names.items()))
-
-
-def _contents(folder: Path) -> str:
-    if not folder.is_dir():
-        return "a file"
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
-    return some(names) if names else "an empty folder"

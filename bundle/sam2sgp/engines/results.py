@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 from tqdm import tqdm
 
 from sam2sgp import distributed
-from sam2sgp.data.folders import Skipped
+from sam2sgp.data.tree import Skipped
 from sam2sgp.engines.evaluator import QueryEvents
 from sam2sgp.engines.figures import CaseFigures
 from sam2sgp.engines.job import SegmentationJob

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam2sgp.data.folders import check_label_values
+from sam2sgp.data.classes import check_label_values
 from sam2sgp.inferers.support_set import Chunk, Step, SupportSetInferer
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank

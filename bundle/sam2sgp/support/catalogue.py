@@ -18,8 +18,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from sam2sgp.data.classes import check_label_values, complete_class_names
 from sam2sgp.data.coding import LabelCoding
-from sam2sgp.data.folders import check_label_values, complete_class_names
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, settings_fingerprint
 from sam2sgp.support.items import Listing, Prepared, SupportItem, prepare_items

@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sam2sgp.data.folders import choose_slices
 from sam2sgp.drawing import draw_overlay, to_display
+from sam2sgp.errors import ConfigError
 from sam2sgp.support.fingerprint import ImageMeasures, tile_share
 from sam2sgp.transforms.array import Region, pixel_size
 from sam2sgp.transforms.scaling import PERCENTILES, Scaling
@@ -219,6 +220,35 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
         for index, item in zip(sorted(chosen), items, strict=True)
     ]
     return Listing(tuple(values), tuple(infos), case.get("scaling", AS_GIVEN)), items
+
+
+def choose_slices(areas: np.ndarray, count: int) -> list[int]:
+    """Slices of one volume to use as support for one class.
+
+    The largest, and an even spread over the extent with both ends included; never an empty slice.
+
+    Args:
+        areas: (Z,) pixels of the class in each slice.
+        count: slices wanted, at least 1. With 1 it is only the largest, with 2 the largest and the end farther off;
+            from 4 on each further one halves the widest gap.
+
+    Returns:
+        Sorted, distinct indices, at most `count`; as many as that where so many slices hold the class.
+    """
+    areas = np.asarray(areas)
+    present = np.flatnonzero(areas > 0)
+    if count < 1:
+        raise ConfigError(f"slices per class: expected at least 1, found {count}.")
+    if len(present) <= count:
+        return present.tolist()
+    largest = int(np.argmax(areas))
+    chosen = {largest}
+    ends = sorted((int(present[0]), int(present[-1])), key=lambda end: -abs(end - largest))
+    chosen.update(ends[: count - 1])
+    while len(chosen) < count:
+        free = [int(index) for index in present if int(index) not in chosen]
+        chosen.add(max(free, key=lambda index: min(abs(index - other) for other in chosen)))
+    return sorted(chosen)
 
 
 def _in_windows(case: dict) -> dict:

@@ -57,7 +57,7 @@ from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.door import admitted, label_limit
 from lib.stores.naming import agreed, declared, renumber
 from lib.stores.records import ImageRecord, LabelRecord, Record, checked, readable
-from sam2sgp.data.folders import check_label_values, class_names
+from sam2sgp.data.classes import check_label_values, class_names
 from sam2sgp.data.io import SUFFIXES, dicom_files, output_suffix, read_image, read_label, write_label
 from sam2sgp.data.tree import DESCRIPTIONS, file_not_used, is_hidden
 from sam2sgp.errors import DataError

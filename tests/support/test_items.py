@@ -1,0 +1,32 @@
+"""Which slices of a labelled volume become support items."""
+
+import numpy as np
+import pytest
+
+from sam2sgp.errors import ConfigError
+from sam2sgp.support.items import choose_slices
+
+
+def test_chosen_slices_are_the_largest_and_an_even_spread_with_both_ends():
+    areas = np.zeros(60, int)
+    areas[10:51] = 5
+    areas[30] = 99
+    assert choose_slices(areas, 1) == [30]
+    assert choose_slices(areas, 3) == [10, 30, 50]
+    assert choose_slices(areas, 5) == [10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 50])
+def test_chosen_slices_are_never_empty_and_never_too_many(count):
+    rng = np.random.default_rng(count)
+    for _ in range(30):
+        areas = rng.integers(0, 9, 40) * (rng.random(40) < 0.5)
+        present = np.flatnonzero(areas)
+        chosen = choose_slices(areas, count)
+        assert chosen == sorted(set(chosen)) and len(chosen) == min(count, len(present))
+        assert set(chosen) <= set(present) and int(np.argmax(areas)) in chosen
+        if count >= 3 and len(present) > 2:
+            assert {present[0], present[-1]} <= set(chosen)
+    assert choose_slices(np.zeros(5), count) == []
+    with pytest.raises(ConfigError):
+        choose_slices(np.ones(5), 0)
