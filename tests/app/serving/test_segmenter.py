@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from lib.checks import NotFound, RequestError
+from lib.serving.loaded_network import LoadedNetwork
 from lib.serving.options import Options
 from lib.serving.published_weights import Weights
-from lib.serving.segmenter import NoSupport, OutOfMemory, Stopped, attempts
+from lib.serving.segmenter import NoSupport, Stopped
 from sam2sgp.data.io import read_label
 from sam2sgp.errors import DataError
 from sam2sgp.networks import save_weights
@@ -120,7 +121,7 @@ def test_a_training_gets_every_label_but_those_that_cannot_be_used_and_is_told_w
     (made.studies / "labels.json").write_text('{"1": "disc", "2": "ellipse", "3": "ring"}')
     made.label("us_003_0").write_bytes(_png(np.full((64, 80), 7, np.uint8)))
     segmenter = made.segmenter(support_max_items="1")
-    monkeypatch.setattr("lib.serving.segmenter.load_weights", lambda *_: pytest.fail("a network is loaded"))
+    monkeypatch.setattr("lib.serving.loaded_network.load_weights", lambda *_: pytest.fail("a network is loaded"))
     cases, left_out = segmenter.usable_cases()
     assert [case["name"] for case in cases] == ["us_000_0"]
     assert [reason.partition(":")[0] for reason in left_out] == [str(made.label(f"us_00{n}_0")) for n in (1, 2, 3)]
@@ -245,71 +246,6 @@ def test_a_kept_result_is_not_given_for_another_support_set_or_as_another_patien
     assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0", "us_001_0", QUERY}
 
 
-def test_memory_running_out_is_answered_with_smaller_batches_and_a_warning(studio, monkeypatch):
-    made = studio(["mr_000", "mr_001"], ["mr_000"])
-    segmenter = made.segmenter(three_d_memory="false", region_below="0", query_cache_mb="0")
-    whole = segmenter.segment(made.image("mr_001"))
-    assert whole["warnings"] == []
-    network, segment = segmenter.network, segmenter.network.segment
-
-    def small(features, support):
-        if len(features) > 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return segment(features, support)
-
-    monkeypatch.setattr(network, "segment", small)
-    result = segmenter.segment(made.image("mr_001"))
-    assert result["warnings"] == [
-        "Memory ran out, so the image was segmented with 2 slices at a time; that takes longer."
-    ]
-    assert (result["pred"] == whole["pred"]).float().mean() > 0.999
-    monkeypatch.setattr(network, "segment", lambda *args: small(range(9), None))
-    with pytest.raises(OutOfMemory, match="does not even slice by slice"):
-        segmenter.segment(made.image("mr_001"))
-    monkeypatch.setattr(network, "segment", segment)
-    assert segmenter.segment(made.image("mr_001"))["warnings"] == []
-
-
-def test_other_errors_are_not_taken_for_a_lack_of_memory(studio, monkeypatch):
-    made = studio(PICTURES, ["us_000_0"])
-    segmenter = made.segmenter()
-
-    def broken(*args):
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(segmenter.network, "segment", broken)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        segmenter.segment(made.image(QUERY))
-
-
-def test_a_gpu_is_tried_with_smaller_batches_before_the_cpu():
-    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
-    assert list(attempts(cuda, 5)) == [(cuda, 5), (cuda, 2), (cuda, 1), (cpu, 1)]
-    assert list(attempts(cpu, 2)) == [(cpu, 2), (cpu, 1)]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_without_memory_gives_way_to_the_cpu_for_one_request(studio, monkeypatch):
-    made = studio(PICTURES, PICTURES[:2])
-    segmenter = made.segmenter()
-    on_gpu = segmenter.segment(made.image(QUERY))
-    segment = segmenter.network.segment
-
-    def no_gpu(features, support):
-        if features.embedding.is_cuda:
-            raise torch.OutOfMemoryError("out of memory")
-        return segment(features, support)
-
-    monkeypatch.setattr(segmenter.network, "segment", no_gpu)
-    on_cpu = segmenter.segment(made.image(QUERY))
-    assert on_cpu["device"] == "cpu" and "on the CPU" in on_cpu["warnings"][0]
-    assert (on_cpu["pred"] == on_gpu["pred"]).float().mean() > 0.99
-    monkeypatch.setattr(segmenter.network, "segment", segment)
-    again = segmenter.segment(made.image(QUERY))
-    assert again["device"].startswith("cuda") and again["warnings"] == []
-    assert torch.equal(again["pred"], on_gpu["pred"])
-
-
 @pytest.fixture
 def other_weights(tmp_path, studio):
     """A weights file of the same network that segments otherwise."""
@@ -333,8 +269,8 @@ def test_new_weights_serve_only_when_their_tokens_are_made(studio, monkeypatch, 
     segmenter = made.segmenter(weights)
     old = segmenter.segment(made.image(QUERY))
     weights.publish(other_weights(segmenter), {})
-    go_on, encode = threading.Event(), segmenter._encode
-    monkeypatch.setattr(segmenter, "_encode", lambda serving: go_on.wait(60) and encode(serving))
+    go_on, encode = threading.Event(), LoadedNetwork.encode
+    monkeypatch.setattr(LoadedNetwork, "encode", lambda loaded: go_on.wait(60) and encode(loaded))
     for _ in range(2):
         during = segmenter.segment(made.image(QUERY))
         assert during["weights"] == "embedded" and torch.equal(during["pred"], old["pred"])

@@ -268,14 +268,15 @@ def test_nothing_but_a_segmentation_waits_for_a_segmentation(studio, monkeypatch
     app.include_router(page.router())
     client = TestClient(app)
     reached, release = threading.Event(), threading.Event()
-    run = segmenter._run
+    serving = segmenter._serving
+    run = serving.segment
 
     def held(*arguments):
         reached.set()
         assert release.wait(60)
         return run(*arguments)
 
-    monkeypatch.setattr(segmenter, "_run", held)
+    monkeypatch.setattr(serving, "segment", held)
     content = segmenter.state().items[0].content
     with ThreadPoolExecutor(2) as pool:
         segmenting = pool.submit(segmenter.segment, made.image("us_003_0"))

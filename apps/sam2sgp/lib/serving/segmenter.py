@@ -4,8 +4,7 @@
     weights in use ─ load ─ network ───┼─ CaseSegmenter ─ class map, confidence, support items used
     image ─ prepare (kept) ────────────┘             (kept until the support set or the weights change)
 
-Network, transforms, bank and inferer are built by MONAI's `ConfigParser` from the bundle's `configs/inference.json`;
-nothing of them is declared here.
+The network with its bank is a `LoadedNetwork`; which labels guide it, `LabelledCases` knows.
 
 Concurrency: `segment`, `refresh` and everything else that touches network or bank hold `lock`, so one request is worked
 on at a time, by whatever thread. Whoever only looks (`state`, `status`, `class_names`, `thumbnail`) waits for nobody:
@@ -20,7 +19,6 @@ scoring) may share the cache folder.
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,29 +28,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 
 from lib.checks import NotFound, RequestError
 from lib.refresher import Refresher
 from lib.serving.approved_cases import LabelledCases
+from lib.serving.loaded_network import LoadedNetwork, inference_parser, tensor_bytes
 from lib.serving.options import Options
 from lib.serving.published_weights import Version, Weights
 from lib.settings import Settings
 from lib.stamps import image_stamp
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
-from sam2sgp.inferers import CaseSegmenter, SupportSetInferer
-from sam2sgp.inferers.episode import autocast
-from sam2sgp.inferers.query_cache import QueryCache
+from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.inferers.support_set import Step
-from sam2sgp.networks import SAM2SGP, load_weights
+from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportItem
 from sam2sgp.support.lru import ByteLRU
 from sam2sgp.transforms import SupportScaling
 
 logger = logging.getLogger(__name__)
 
-# Inferers for other options than the last ones, each with what it learned from the support set.
-INFERERS_KEPT = 8
 ITEMS_LISTED = 100
 # Seconds that a change of a label waits to be taken in, to tell what came of it, where no image is being segmented.
 PATIENCE = 0.5
@@ -72,12 +66,6 @@ class Stopped(RequestError):
     """Nobody waits for the result any more."""
 
     status = 503
-
-
-class OutOfMemory(RequestError):
-    """The machine's memory is too small for the image."""
-
-    status = 507
 
 
 @dataclass(frozen=True)
@@ -100,20 +88,6 @@ class SupportState:
     images: dict[str, str]
     errors: tuple[dict, ...]
     weights: str
-
-
-@dataclass
-class _Serving:
-    """A network with the bank of its tokens and all that is built on them."""
-
-    version: Version
-    parser: ConfigParser
-    network: SAM2SGP
-    bank: SupportBank
-    segmenter: CaseSegmenter
-    results: ByteLRU
-    device: torch.device
-    inferers: "OrderedDict[tuple, SupportSetInferer]"
 
 
 class Segmenter:
@@ -139,8 +113,8 @@ class Segmenter:
         self.ending = threading.Event()
         self.rebuilding: str | None = None
         self.problem: str | None = None
-        self._serving: _Serving | None = None
-        self._prepared = ByteLRU(settings.query_cache_mb, _bytes)
+        self._serving: LoadedNetwork | None = None
+        self._prepared = ByteLRU(settings.query_cache_mb, tensor_bytes)
         self._names: dict[int, str] = {}
         self._patients: dict[str, str] = {}
         self._state: SupportState | None = None
@@ -168,7 +142,7 @@ class Segmenter:
     def inferer(self) -> SupportSetInferer:
         """The inferer with the options of inference.json."""
         with self.lock:
-            return self._inferer(self._ready(), Options())
+            return self._ready().inferer(Options())
 
     @property
     def device(self) -> torch.device:
@@ -222,7 +196,7 @@ class Segmenter:
 
         No network is loaded for it; what the support set's cache knows already is not read again.
         """
-        parser = self._parser()
+        parser = inference_parser(self.settings)
         # With a limit of items it would not look at all cases.
         parser["support_max_items"] = None
         bank = parser.get_parsed_content("support_bank")
@@ -299,7 +273,7 @@ class Segmenter:
     def encode(self) -> None:
         """Make all tokens that are not there yet, so that no request has to."""
         with self._working():
-            self._encode(self._ready())
+            self._ready().encode()
 
     def wait(self) -> None:
         """Return when no tokens are being made for other weights."""
@@ -307,15 +281,15 @@ class Segmenter:
         if thread is not None:
             thread.join()
 
-    def _ready(self) -> _Serving:
+    def _ready(self) -> LoadedNetwork:
         with self.lock:
             if self._serving is None:
-                serving = self._build(self.weights.active())
+                serving = LoadedNetwork.load(self.settings, self.weights.active())
                 self._reconcile(serving)
                 self._serving = serving
             return self._serving
 
-    def _reconcile(self, serving: _Serving) -> None:
+    def _reconcile(self, serving: LoadedNetwork) -> None:
         """Take in the approved labels as they are now."""
         cases = self.cases.cases()
         errors = serving.bank.errors
@@ -339,13 +313,13 @@ class Segmenter:
             if error not in errors:
                 logger.warning("Not in the support set: %s", error["error"])
 
-    def _bring_in_line(self, serving: _Serving, cases: list[dict]) -> None:
+    def _bring_in_line(self, serving: LoadedNetwork, cases: list[dict]) -> None:
         changes = serving.bank.reconcile(cases, self.cases.declared())
         if changes.added or changes.removed:
             logger.info("Support set: %d items in, %d out", len(changes.added), len(changes.removed))
             serving.results.clear()
 
-    def _look_for_weights(self, serving: _Serving) -> None:
+    def _look_for_weights(self, serving: LoadedNetwork) -> None:
         try:
             active = self.weights.active()
         except Sam2SgpError as error:
@@ -361,10 +335,10 @@ class Segmenter:
     def _rebuild(self, version: Version) -> None:
         """Make tokens with other weights beside the ones that serve, then exchange them."""
         try:
-            fresh = self._build(version)
+            fresh = LoadedNetwork.load(self.settings, version)
             with self.lock:
                 self._bring_in_line(fresh, self._serving.bank.data)
-            self._encode(fresh)
+            fresh.encode()
             with self.lock:
                 old = self._serving
                 # What was approved meanwhile is encoded by the next request, as always.
@@ -382,66 +356,6 @@ class Segmenter:
             self._failed = version.name
         finally:
             self.rebuilding = None
-
-    def _encode(self, serving: _Serving) -> None:
-        """Make all tokens that are not there yet."""
-        with torch.no_grad():
-            inferer = self._inferer(serving, Options())
-            with autocast(serving.device.type, inferer.settings.precision):
-                serving.bank.encode(serving.network, serving.device)
-                inferer.thresholds(serving.network, serving.device)
-                inferer.least_signs(serving.network)
-
-    # Building
-
-    def _parser(self) -> ConfigParser:
-        """The bundle's inference without data, and with a support set that leaves out what can't be used."""
-        parser = ConfigParser(self.settings.config())
-        parser.update(
-            {
-                "support_data": [],
-                "class_names": {},
-                "queries": [],
-                "support_cache_dir": str(self.settings.state_dir / "support"),
-                "support_bank::skip_errors": True,
-                "support_bank::allow_empty": True,
-                "inferer::query_cache": QueryCache(self.settings.query_cache_mb),
-            }
-        )
-        return parser
-
-    def _build(self, version: Version) -> _Serving:
-        parser = self._parser()
-        network = parser.get_parsed_content("network")
-        load_weights(network, version.path)
-        network.eval()
-        inferer = parser.get_parsed_content("inferer")
-        return _Serving(
-            version,
-            parser,
-            network,
-            inferer.bank,
-            CaseSegmenter(network, inferer, parser.get_parsed_content("preprocessing")),
-            ByteLRU(self.settings.query_cache_mb, _bytes),
-            parser.get_parsed_content("device"),
-            OrderedDict(),
-        )
-
-    def _inferer(self, serving: _Serving, options: Options) -> SupportSetInferer:
-        """One for these options, kept with what it learned from the bank."""
-        chosen = {
-            name: getattr(options, name)
-            for name in ("k", "retrieval", "three_d_memory")
-            if getattr(options, name) is not None
-        }
-        key = tuple(sorted(chosen.items()))
-        if key not in serving.inferers:
-            settings = ConfigParser({**serving.parser.config, **chosen}).get_parsed_content("inferer::settings")
-            serving.inferers[key] = replace(serving.segmenter.inferer, settings=settings, gate=None, signs=None)
-        serving.inferers.move_to_end(key)
-        while len(serving.inferers) > INFERERS_KEPT:
-            serving.inferers.popitem(last=False)
-        return serving.inferers[key]
 
     # Requests
 
@@ -568,38 +482,11 @@ class Segmenter:
         asked = key and (key, case["patient"], options.model_copy(update={"classes": ()}))
         found = serving.results.get(asked) if asked else None
         if found is None:
-            told = len(warnings)
-            found = self._run(serving, case, options, warnings, step)
-            if asked and len(warnings) == told:
+            found, told = serving.segment(case, options, step)
+            warnings += told
+            if asked and not told:
                 serving.results[asked] = found
         return {**case, **found}
-
-    def _run(self, serving: _Serving, case: dict, options: Options, warnings: list[str], step: Step) -> dict:
-        """The entries of the `CaseResult`, segmented in smaller batches and at last on the CPU if memory runs out."""
-        inferer = self._inferer(serving, options)
-        whole = inferer.settings.batch_size
-        for device, batch_size in attempts(serving.device, whole):
-            try:
-                with _on(serving, inferer, device) as usable, torch.no_grad():
-                    if batch_size != whole:
-                        usable = replace(usable, settings=replace(usable.settings, batch_size=batch_size))
-                    segmenter = replace(serving.segmenter, inferer=usable, uncertainty=options.uncertainty)
-                    result = segmenter.segment(case, step)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                logger.warning("Out of memory on %s with %d slices at a time", device, batch_size)
-                if serving.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                continue
-            if (device, batch_size) != (serving.device, whole):
-                where = f"{batch_size} slices at a time" + ("" if device == serving.device else ", on the CPU")
-                warnings.append(f"Memory ran out, so the image was segmented with {where}; that takes longer.")
-            return result.entries() | {"device": str(device)}
-        raise OutOfMemory(
-            "image: expected one that fits into the server's memory, found that it does not even slice by slice; crop "
-            "it, or choose a smaller image_size."
-        )
 
     def _keep_only(self, output: dict, wanted: list[int]) -> None:
         if len(wanted) < len(self._names):
@@ -613,44 +500,6 @@ def _key(image: str | Path, support: SupportScaling) -> Hashable | None:
     return stamp and (str(image), stamp, support)
 
 
-def _bytes(value: Any) -> int:
-    """Size of the tensors in a value of a case or of a result."""
-    if torch.is_tensor(value):
-        return value.nbytes
-    parts = list(value.values()) if isinstance(value, dict) else value
-    return sum(map(_bytes, parts)) if isinstance(parts, tuple | list) else 0
-
-
-def attempts(device: torch.device, batch_size: int) -> Iterator[tuple[torch.device, int]]:
-    """Devices and batch sizes to try in turn when memory runs out: halved down to 1, then the CPU."""
-    while batch_size >= 1:
-        yield device, batch_size
-        batch_size //= 2
-    if device.type != "cpu":
-        yield torch.device("cpu"), 1
-
-
-@contextmanager
-def _on(serving: _Serving, inferer: SupportSetInferer, device: torch.device) -> Iterator[SupportSetInferer]:
-    """An inferer with its network on another device for a while; the bank has that device's tokens meanwhile."""
-    if device == serving.device:
-        yield inferer
-        return
-    moved = replace(inferer, query_cache=None)
-    moved.reset()
-    serving.network.to(device)
-    try:
-        yield moved
-    finally:
-        serving.network.to(serving.device)
-        inferer.reset()
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """torch's own type on a GPU; on a CPU only the allocator's message tells."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 def _used(bank: SupportBank, index: torch.Tensor, similarity: torch.Tensor) -> list[dict[str, Any]]:
     """The items that guided a class, from numbers (Z, K) and similarities (Z, K); at most `ITEMS_LISTED`."""
     counts = torch.bincount(index.flatten(), minlength=len(bank))
@@ -660,7 +509,7 @@ def _used(bank: SupportBank, index: torch.Tensor, similarity: torch.Tensor) -> l
     return [
         {
             "item": bank.items[number].content,
-            "image": case_of(bank.items[number]),
+            "image": _case_of(bank.items[number]),
             "slice": bank.items[number].slice,
             "similarity": round(float(best[number]), 4),
             "slices": int(counts[number]),
@@ -669,7 +518,7 @@ def _used(bank: SupportBank, index: torch.Tensor, similarity: torch.Tensor) -> l
     ]
 
 
-def case_of(item: SupportItem) -> str:
+def _case_of(item: SupportItem) -> str:
     """Name of the case that an item is from: an image's id, or a name in the seed folder."""
     return item.id if item.slice is None else item.id.removesuffix(f"#{item.slice}")
 

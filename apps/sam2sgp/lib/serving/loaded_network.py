@@ -1,0 +1,202 @@
+"""A network with its support bank: built from the bundle's `configs/inference.json`, it segments prepared cases.
+
+    weights ─ LoadedNetwork.load ─ network, bank, transforms
+    prepared case, options ─ segment ─ entries of its `CaseResult`, in whatever memory there is
+
+Nothing of network, bank, transforms and inferer is declared here. For one thread at a time.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from lib.checks import RequestError
+from lib.serving.options import Options
+from lib.serving.published_weights import Version
+from lib.settings import Settings
+from sam2sgp.inferers import CaseSegmenter, SupportSetInferer
+from sam2sgp.inferers.episode import autocast
+from sam2sgp.inferers.query_cache import QueryCache
+from sam2sgp.inferers.support_set import Step
+from sam2sgp.networks import SAM2SGP, load_weights
+from sam2sgp.support import SupportBank
+from sam2sgp.support.lru import ByteLRU
+from sam2sgp.transforms.cases import PreparedCase
+
+logger = logging.getLogger(__name__)
+
+# Inferers for other options than the last ones, each with what it learned from the support set.
+INFERERS_KEPT = 8
+
+
+class OutOfMemory(RequestError):
+    """The machine's memory is too small for the image."""
+
+    status = 507
+
+
+@dataclass(eq=False)
+class LoadedNetwork:
+    """A network with the bank of its tokens and all that is built on them."""
+
+    version: Version
+    """The weights."""
+
+    parser: ConfigParser
+    """What it was built from."""
+
+    network: SAM2SGP
+    """In evaluation mode."""
+
+    bank: SupportBank
+    """Of the inferer; filled by `reconcile`."""
+
+    segmenter: CaseSegmenter
+    """Prepares and segments cases with the options of inference.json."""
+
+    device: torch.device
+    """What is computed on."""
+
+    results: ByteLRU
+    """Results that are kept for the next request."""
+
+    inferers: "OrderedDict[tuple, SupportSetInferer]" = field(default_factory=OrderedDict)
+    """By options that differ from those of inference.json, the last used at the end."""
+
+    @classmethod
+    def load(cls, settings: Settings, version: Version) -> "LoadedNetwork":
+        """Build it, with an empty bank. Raises Sam2SgpError where the weights can't be loaded."""
+        parser = inference_parser(settings)
+        network = parser.get_parsed_content("network")
+        load_weights(network, version.path)
+        network.eval()
+        inferer = parser.get_parsed_content("inferer")
+        return cls(
+            version,
+            parser,
+            network,
+            inferer.bank,
+            CaseSegmenter(network, inferer, parser.get_parsed_content("preprocessing")),
+            parser.get_parsed_content("device"),
+            ByteLRU(settings.query_cache_mb, tensor_bytes),
+        )
+
+    def inferer(self, options: Options) -> SupportSetInferer:
+        """One for these options, kept with what it learned from the bank."""
+        chosen = {
+            name: getattr(options, name)
+            for name in ("k", "retrieval", "three_d_memory")
+            if getattr(options, name) is not None
+        }
+        key = tuple(sorted(chosen.items()))
+        if key not in self.inferers:
+            settings = ConfigParser({**self.parser.config, **chosen}).get_parsed_content("inferer::settings")
+            self.inferers[key] = replace(self.segmenter.inferer, settings=settings, gate=None, signs=None)
+        self.inferers.move_to_end(key)
+        while len(self.inferers) > INFERERS_KEPT:
+            self.inferers.popitem(last=False)
+        return self.inferers[key]
+
+    def encode(self) -> None:
+        """Make all tokens that are not there yet, and what the inferer learns from them."""
+        with torch.no_grad():
+            inferer = self.inferer(Options())
+            with autocast(self.device.type, inferer.settings.precision):
+                self.bank.encode(self.network, self.device)
+                inferer.thresholds(self.network, self.device)
+                inferer.least_signs(self.network)
+
+    def segment(self, case: PreparedCase, options: Options, step: Step) -> tuple[dict[str, Any], list[str]]:
+        """Segment a case, in smaller batches and at last on the CPU if memory runs out.
+
+        Returns:
+            The entries of its `CaseResult`, with `device`; and sentences on what was done for lack of memory.
+
+        Raises:
+            OutOfMemory: it is too large even for the CPU, slice by slice.
+        """
+        inferer = self.inferer(options)
+        whole = inferer.settings.batch_size
+        for device, batch_size in attempts(self.device, whole):
+            try:
+                with self._on(device, inferer) as usable, torch.no_grad():
+                    if batch_size != whole:
+                        usable = replace(usable, settings=replace(usable.settings, batch_size=batch_size))
+                    segmenter = replace(self.segmenter, inferer=usable, uncertainty=options.uncertainty)
+                    result = segmenter.segment(case, step)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                logger.warning("Out of memory on %s with %d slices at a time", device, batch_size)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            warnings = []
+            if (device, batch_size) != (self.device, whole):
+                where = f"{batch_size} slices at a time" + ("" if device == self.device else ", on the CPU")
+                warnings.append(f"Memory ran out, so the image was segmented with {where}; that takes longer.")
+            return result.entries() | {"device": str(device)}, warnings
+        raise OutOfMemory(
+            "image: expected one that fits into the server's memory, found that it does not even slice by slice; crop "
+            "it, or choose a smaller image_size."
+        )
+
+    @contextmanager
+    def _on(self, device: torch.device, inferer: SupportSetInferer) -> Iterator[SupportSetInferer]:
+        """An inferer with the network on another device for a while; the bank has that device's tokens meanwhile."""
+        if device == self.device:
+            yield inferer
+            return
+        moved = replace(inferer, query_cache=None)
+        moved.reset()
+        self.network.to(device)
+        try:
+            yield moved
+        finally:
+            self.network.to(self.device)
+            inferer.reset()
+
+
+def inference_parser(settings: Settings) -> ConfigParser:
+    """The bundle's inference without data, and with a support set that leaves out what can't be used."""
+    parser = ConfigParser(settings.config())
+    parser.update(
+        {
+            "support_data": [],
+            "class_names": {},
+            "queries": [],
+            "support_cache_dir": str(settings.state_dir / "support"),
+            "support_bank::skip_errors": True,
+            "support_bank::allow_empty": True,
+            "inferer::query_cache": QueryCache(settings.query_cache_mb),
+        }
+    )
+    return parser
+
+
+def attempts(device: torch.device, batch_size: int) -> Iterator[tuple[torch.device, int]]:
+    """Devices and batch sizes to try in turn when memory runs out: halved down to 1, then the CPU."""
+    while batch_size >= 1:
+        yield device, batch_size
+        batch_size //= 2
+    if device.type != "cpu":
+        yield torch.device("cpu"), 1
+
+
+def tensor_bytes(value: Any) -> int:
+    """Size of the tensors in a value of a case or of a result."""
+    if torch.is_tensor(value):
+        return value.nbytes
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return sum(map(tensor_bytes, parts)) if isinstance(parts, tuple | list) else 0
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own type on a GPU; on a CPU only the allocator's message tells."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
