@@ -47,7 +47,7 @@ from lib.serving.options import Options  # noqa: E402
 from lib.serving.published_weights import Weights  # noqa: E402
 from lib.serving.segmenter import Segmenter  # noqa: E402
 from lib.settings import Settings  # noqa: E402
-from lib.stores.folder import open_datastore  # noqa: E402
+from lib.stores.opening import open_datastore  # noqa: E402
 from sam2sgp.data import load_datalist  # noqa: E402
 from sam2sgp.data.io import read_label  # noqa: E402
 from sam2sgp.data.phantom import make_phantoms  # noqa: E402

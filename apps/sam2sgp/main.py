@@ -48,7 +48,7 @@ from lib.serving.usage import Usage
 from lib.settings import Settings
 from lib.stores.audit import Audit
 from lib.stores.decisions import state_of
-from lib.stores.folder import open_datastore
+from lib.stores.opening import open_datastore
 from lib.stores.records import of_prediction
 from lib.stores.sessions import open_sessions
 from lib.tasks.background import DONE, BackgroundTasks

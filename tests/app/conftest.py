@@ -10,7 +10,7 @@ from lib.serving.approved_cases import LabelledCases
 from lib.serving.published_weights import Weights
 from lib.serving.segmenter import Segmenter
 from lib.settings import Settings
-from lib.stores.folder import open_datastore
+from lib.stores.opening import open_datastore
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
 from tests.bundle_runs import computing_with_one_thread

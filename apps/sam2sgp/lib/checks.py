@@ -5,6 +5,8 @@ datastore. All functions may be called from several threads at once.
 """
 
 import re
+import unicodedata
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 
@@ -87,6 +89,20 @@ def check_id(text: str, what: str = "image id") -> str:
     dot, control characters, broken UTF-8, more than `LONGEST_ID` bytes.
     """
     return _check_name(text, what, LONGEST_ID)
+
+
+def check_looks(image_id: str, known: Iterable[str]) -> None:
+    """Raise Conflict where people, or a disk that knows no case, would take an id for another one.
+
+    Such as one whose accents are letters of their own. Letters of other alphabets that look alike are not told apart.
+    """
+    look = _look(image_id)
+    twin = next((other for other in known if other != image_id and _look(other) == look), None)
+    if twin is not None:
+        raise Conflict(
+            f"image {ascii(image_id)}: expected an id that doesn't look like another, found {ascii(twin)}; choose "
+            "another id."
+        )
 
 
 def check_file_name(text: str, what: str = "file name") -> str:
@@ -185,6 +201,10 @@ def _check_name(text: str, what: str, longest: int) -> str:
     if problem:
         raise RequestError(f"{what} {_shown(text)}: expected {problem}; take an id or name from the list of images.")
     return text
+
+
+def _look(image_id: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", image_id).casefold())
 
 
 def _shown(text: object) -> str:

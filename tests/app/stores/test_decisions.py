@@ -17,8 +17,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-import lib.stores.folder
-from lib.checks import Conflict
+import lib.stores.file_changes
+import lib.stores.folder_index
+from lib.checks import Conflict, StorageError
 from lib.http.page import SupportPage
 from lib.serving.usage import Usage
 from lib.stores.audit import Audit
@@ -134,17 +135,17 @@ def test_a_decision_that_fails_at_any_step_leaves_all_as_it_was(predicted, tmp_p
 
     with monkeypatch.context() as patch:
         if step == "index":
-            write = lib.stores.folder.write_text
+            write = lib.stores.folder_index.write_text
             patch.setattr(
-                lib.stores.folder, "write_text", lambda path, text: fail() if "v2" in str(path) else write(path, text)
+                lib.stores.folder_index,
+                "write_text",
+                lambda path, text: fail() if "v2" in str(path) else write(path, text),
             )
         elif step == "file":
-            patch.setattr(lib.stores.folder, "_rename", fail)
+            patch.setattr(lib.stores.file_changes, "_rename", fail)
             patch.setattr(Path, "unlink", fail)
         else:
-            patch.setattr(
-                Audit, "write", lambda *_a, **_o: (_ for _ in ()).throw(lib.stores.folder.StorageError("full"))
-            )
+            patch.setattr(Audit, "write", lambda *_a, **_o: (_ for _ in ()).throw(StorageError("full")))
         calls = {
             "approve": lambda: predicted.approve("A", "original"),
             "remove": lambda: predicted.remove("A"),
@@ -156,7 +157,7 @@ def test_a_decision_that_fails_at_any_step_leaves_all_as_it_was(predicted, tmp_p
             calls[decision]()
             assert set(predicted.get_labels_by_image_id("A")) == {FINAL, REMOVED}
             return
-        with pytest.raises(lib.stores.folder.StorageError):
+        with pytest.raises(StorageError):
             calls[decision]()
     predicted.refresh()
     assert all_there() == before

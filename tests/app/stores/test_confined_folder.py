@@ -3,7 +3,6 @@
 Whoever may write to that folder must neither learn of a file elsewhere by way of the server nor keep it waiting.
 """
 
-import errno
 import json
 import os
 import socket
@@ -17,10 +16,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.checks import Conflict, RequestError, StorageError
+from lib.checks import Conflict, RequestError
 from lib.server_paths import open_plain
 from lib.stores import folder as folder_module
-from lib.stores.folder import ConfinedDatastore, FolderGone
+from lib.stores.confined_folder import FolderGone
+from lib.stores.folder import ConfinedDatastore
 from sam2sgp.data import read_image
 from sam2sgp.errors import DataError
 from tests.uploads import VOLUME, nifti, nrrd
@@ -303,52 +303,18 @@ def test_an_id_that_looks_like_another_is_refused(studies, tmp_path, monkeypatch
     assert set(datastore.list_images()) == {"A", "B", looks}
     # The other one comes while this one is copied.
     datastore.remove_image(looks)
-    copied = folder_module._copied
+    copied = folder_module.copied
 
     def meanwhile(source, target):
-        monkeypatch.setattr(folder_module, "_copied", copied)
+        monkeypatch.setattr(folder_module, "copied", copied)
         datastore.add_image(looks, source, {})
         return copied(source, target)
 
-    monkeypatch.setattr(folder_module, "_copied", meanwhile)
+    monkeypatch.setattr(folder_module, "copied", meanwhile)
     monkeypatch.setattr(datastore, "deciding", lambda image_id: nullcontext())
     with pytest.raises(Conflict, match="looks? like another"):
         datastore.add_image(twin, str(studies / "A.nii"), {})
     assert set(datastore.list_images()) == {"A", "B", looks}
-
-
-def test_an_index_that_can_not_be_read_now_is_not_set_aside(studies, monkeypatch):
-    """As where the process may open no further file."""
-    datastore = opened(studies)
-    datastore.update_image_info("A", {"note": "kept"})
-
-    def busy(path, most):
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lib.stores.folder.read_plain", busy)
-        with pytest.raises(OSError, match="Too many"):
-            datastore.refresh()
-    datastore.refresh()
-    assert datastore.get_image_info("A")["note"] == "kept" and not list(studies.glob("*.damaged*"))
-
-
-def test_an_index_never_grows_beyond_what_is_read_again(studies, monkeypatch):
-    """Else notes would cost all that is known: an index that can't be read is set aside as damaged."""
-    monkeypatch.setattr(folder_module, "LARGEST_INDEX", 4096)
-    datastore = opened(studies)
-    noted = 0
-    with pytest.raises(StorageError, match="index: expected at most"):
-        while noted < 100:
-            datastore.update_image_info("A", {f"note{noted}": "x" * 100})
-            noted += 1
-    assert noted > 10
-    for store in (datastore, opened(studies)):
-        info = store.get_image_info("A")
-        assert f"note{noted - 1}" in info and f"note{noted}" not in info
-    assert not list(studies.glob("*.damaged*"))
-    datastore.remove_image("A")
-    assert opened(studies).list_images() == ["B"]
 
 
 def test_a_studies_folder_that_is_gone_is_said_and_not_made_again_and_serves_when_it_is_back(studies, tmp_path):
