@@ -342,6 +342,7 @@ def _end_with_server() -> None:
     def watch() -> None:
         output = select.poll()
         # With nothing to wait for, only the end of the pipe's other side is told.
+        assert sys.__stdout__ is not None, "the server started it with a pipe"
         output.register(sys.__stdout__.fileno(), 0)
         output.poll()
         os._exit(1)

@@ -20,7 +20,7 @@ from sam2sgp.errors import ConfigError, DataError, Sam2SgpError, WeightsError, c
 logger = logging.getLogger(__name__)
 
 
-def refuse(error: Exception) -> HTTPException:
+def refuse(error: BaseException) -> HTTPException:
     """An error as an answer: one sentence and a status that says whose fault it is.
 
     `Sam2SgpError`s and MONAI Label's errors become 4xx, or 507 for a full disk; an HTTPException stays as it is;

@@ -18,8 +18,8 @@ import stat
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 # What a folder's own name may go on with; followed by one of these it is another folder.
 MORE_OF_NAME = rb"[\w.-]"
@@ -51,7 +51,7 @@ class Folders:
         return self._pattern.sub(lambda found: b"" if found[2] else found[1].rpartition(b"/")[2], text)
 
 
-def open_plain(path: str | Path, within: str | Path) -> IO[bytes]:
+def open_plain(path: str | Path, within: str | Path) -> BufferedReader:
     """A plain file below a folder, to read.
 
     Args:

@@ -5,13 +5,15 @@ ones). `EpisodeSupportSampler` serves training, where a batch is its own pool: n
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sam2sgp.errors import ConfigError, DataError
 
-MODES = ("similarity", "random")
+Mode = Literal["similarity", "random"]
+MODES = get_args(Mode)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def limit_connections(loop: asyncio.AbstractEventLoop, limits: ConnectionLimits)
         return await create_server(lambda: LimitedProtocol(factory(), connections), *arguments, **options)
 
     # uvicorn makes its server with what it was started with, before the app is known, and has no place to add to it.
-    loop.create_server = create_limited_server
+    loop.create_server = create_limited_server  # type: ignore[method-assign, assignment]
     connections.sweep()
     return connections
 
@@ -140,8 +140,8 @@ class LimitedProtocol(asyncio.Protocol):
         self._heard_at = 0.0
         self.address = ""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
         self.address = _address(transport.get_extra_info("peername"))
         self._idle_since = self._heard_at = self._connections.loop.time()
         self._connections.add(self)
@@ -197,7 +197,8 @@ class LimitedProtocol(asyncio.Protocol):
     def close(self) -> None:
         """At once, whatever is still to be sent."""
         self._connections.remove(self)
-        self._transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
 
 
 def _address(peer: Any) -> str:

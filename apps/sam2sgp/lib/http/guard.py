@@ -326,7 +326,8 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": answer.detail}, answer.status_code, HEADERS)
 
 
-async def _undeclared(request: Request, error: RequestValidationError) -> JSONResponse:
+async def _undeclared(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError), "added for this type"
     return JSONResponse({"detail": sentence(error.errors())}, 422)
 
 

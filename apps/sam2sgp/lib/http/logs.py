@@ -14,9 +14,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, cast
 
 import fastapi
 from fastapi import APIRouter, Request
@@ -40,13 +41,13 @@ CHATTY_LOGGERS = ("httpx", "httpcore")
 class PrivateLog(RotatingFileHandler):
     """A rotating log that nobody but its user may read."""
 
-    def _open(self) -> TextIO:
+    def _open(self) -> TextIOWrapper:
         def opener(path: str, flags: int) -> int:
             file = os.open(path, flags, MODE)
             os.fchmod(file, MODE)
             return file
 
-        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=opener)
+        return cast(TextIOWrapper, open(self.baseFilename, self.mode, encoding=self.encoding, opener=opener))
 
 
 class Seldom(logging.Filter):
@@ -106,8 +107,8 @@ def keep_logs(folder: Path, app_dir: Path) -> Path:
                 if handler not in made:
                     made[handler] = _in_place_of(handler, path) if writable else None
                 owner.removeHandler(handler)
-                if writable:
-                    owner.addHandler(made[handler])
+                if own := made[handler]:
+                    owner.addHandler(own)
                 handler.close()
     if made:
         # The lines since this start stand on the console too; the log of an older version is not for everybody either.

@@ -97,7 +97,12 @@ class SeenDecision(Decision):
     seen: Annotated[str, Field(max_length=256)] = ""
 
 
-DECISIONS = {"approve": SeenDecision, "reject": SeenDecision, "remove": Decision, "restore": Decision}
+DECISIONS: dict[str, type[Decision]] = {
+    "approve": SeenDecision,
+    "reject": SeenDecision,
+    "remove": Decision,
+    "restore": Decision,
+}
 
 
 class SupportPage:
@@ -119,7 +124,7 @@ class SupportPage:
         usage: Usage,
         ranked: Callable[[list[str]], list[str]],
         training: Callable[[], dict],
-        saved: Callable[[str, str], None] = lambda image, label: None,
+        saved: Callable[[str, str], object] = lambda image, label: None,
     ) -> None:
         self.datastore = datastore
         self.segmenter = segmenter
@@ -272,9 +277,10 @@ class SupportPage:
 def _declaring(decide: Callable[..., dict], declared: type[Decision]) -> Callable[..., dict]:
     """A handler whose body is declared."""
 
-    def handle(decision: declared) -> dict:
+    def handle(decision: Decision) -> dict:
         return decide(**decision.model_dump(exclude_unset=True))
 
+    handle.__annotations__["decision"] = declared
     return handle
 
 

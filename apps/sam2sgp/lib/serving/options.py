@@ -10,7 +10,7 @@ numbers and flags may be text, and "" stands for no choice.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from monailabel.utils.others.generic import device_list
@@ -27,7 +27,7 @@ from pydantic import (
 from lib.checks import LONGEST_ID, MOST_CLASSES, RequestError, check_label_info, check_tag
 from lib.serving.result_files import EXTENSIONS
 from lib.settings import WORDS
-from sam2sgp.support.sampler import MODES
+from sam2sgp.support.sampler import Mode
 
 # Of the option `classes`.
 ALL = "all"
@@ -201,7 +201,7 @@ class Options(Declared):
     classes: Annotated[tuple[Text, ...], Field(max_length=MOST_CLASSES, fail_fast=True), BeforeValidator(_classes)] = ()
     """Names or values of the classes wanted; none for all."""
 
-    retrieval: Annotated[Literal[tuple(MODES)] | None, BeforeValidator(first)] = None
+    retrieval: Annotated[Mode | None, BeforeValidator(first)] = None
     """Which support items: the most similar, or random ones."""
 
     three_d_memory: Annotated[bool | None, BeforeValidator(_flag)] = None
@@ -300,7 +300,7 @@ class Notes(BaseModel):
     """What people note about an image: names of their own with short values."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    __pydantic_extra__: dict[Annotated[str, Field(min_length=1, max_length=64)], Note | None]
+    __pydantic_extra__: dict[Annotated[str, Field(min_length=1, max_length=64)], Note | None] = Field(init=False)
 
     @model_validator(mode="after")
     def _is_short(self) -> Self:
@@ -373,7 +373,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
 # Errors
 
 
-def sentence(errors: list[Any]) -> str:
+def sentence(errors: Sequence[Any]) -> str:
     """The first of pydantic's errors as a sentence for the client."""
     error = errors[0]
     # FastAPI says first in which part of the request it is, and pydantic which type of several it tried.

@@ -107,8 +107,8 @@ class Weights:
                     for file, source in (more or {}).items():
                         shutil.copyfile(source, Path(part, file))
                     Path(part, VERSION_FILE).write_text(json.dumps(version, indent=2), encoding="utf-8")
-                    for file in Path(part).iterdir():
-                        with open(file, "rb+") as opened:
+                    for path in Path(part).iterdir():
+                        with open(path, "rb+") as opened:
                             os.fsync(opened.fileno())
                     Path(part).chmod(self.folder.stat().st_mode & 0o777)
                     os.rename(part, self.folder / name)

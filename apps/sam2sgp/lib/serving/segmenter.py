@@ -44,6 +44,7 @@ from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportItem
 from sam2sgp.support.lru import ByteLRU
 from sam2sgp.transforms import SupportScaling
+from sam2sgp.transforms.cases import PreparedCase
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class Segmenter:
     def thumbnail(self, content: str) -> np.ndarray | None:
         """Picture (H, W, 3) uint8 of a support item with its mask; None if there is no such item, or none right now."""
         item = next((item for item in self.state().items if item.content == content), None)
-        if item is None:
+        if item is None or self._serving is None:
             return None
         found = self._serving.bank.thumbnail(content)
         if found is None and self.lock.acquire(blocking=False):
@@ -337,10 +338,10 @@ class Segmenter:
         try:
             fresh = LoadedNetwork.load(self.settings, version)
             with self.lock:
-                self._bring_in_line(fresh, self._serving.bank.data)
+                self._bring_in_line(fresh, self._ready().bank.data)
             fresh.encode()
             with self.lock:
-                old = self._serving
+                old = self._ready()
                 # What was approved meanwhile is encoded by the next request, as always.
                 self._bring_in_line(fresh, old.bank.data)
                 self._serving = fresh
@@ -397,9 +398,9 @@ class Segmenter:
             started = time.perf_counter()
             step()
             self.refresh()
-            serving = self._serving
+            serving = self._ready()
             wanted = self._wanted(options)
-            own = self._patients.get(image_id)
+            own = self._patients.get(image_id) if image_id else None
             if own is not None and serving.bank.patients.keys() == {own}:
                 raise NoSupport(
                     f"image {image_id}: expected approved labels of other patients to guide it, found only its own; "
@@ -410,7 +411,7 @@ class Segmenter:
             key = _key(image, serving.bank.scaling())
             case = self._prepare(key, image, image_id or "image")
             prepared = time.perf_counter()
-            output = self._result(key, {**case, "patient": own, "group": None}, options, warnings, step)
+            output = self._result(key, case | {"patient": own, "group": None}, options, warnings, step)
             done = time.perf_counter()
             self._keep_only(output, wanted)
             names = {value: self._names[value] for value in wanted}
@@ -458,7 +459,7 @@ class Segmenter:
             )
         return sorted({by_name[name] for name in options.classes})
 
-    def prepare(self, image: str | Path, name: str) -> dict[str, Any]:
+    def prepare(self, image: str | Path, name: str) -> PreparedCase:
         """An image, preprocessed as for a request. Raises DataError if it can't be used, which calls it `name`."""
         with self.lock:
             try:
@@ -467,7 +468,7 @@ class Segmenter:
                 # Clients know it by its id.
                 raise DataError(str(cause_of(error)).replace(str(image), name)) from error
 
-    def _prepare(self, key: Hashable | None, image: str | Path, name: str) -> dict[str, Any]:
+    def _prepare(self, key: Hashable | None, image: str | Path, name: str) -> PreparedCase:
         """The same, kept for the next request."""
         case = self._prepared.get(key) if key else None
         if case is None:
@@ -476,9 +477,11 @@ class Segmenter:
                 self._prepared[key] = case
         return case
 
-    def _result(self, key: Hashable | None, case: dict, options: Options, warnings: list[str], step: Step) -> dict:
+    def _result(
+        self, key: Hashable | None, case: PreparedCase, options: Options, warnings: list[str], step: Step
+    ) -> dict[str, Any]:
         """What was found in a case, kept for the next request, which may be for other classes of it."""
-        serving = self._serving
+        serving = self._ready()
         asked = key and (key, case["patient"], options.model_copy(update={"classes": ()}))
         found = serving.results.get(asked) if asked else None
         if found is None:

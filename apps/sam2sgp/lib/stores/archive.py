@@ -29,7 +29,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import httpx
@@ -38,6 +38,9 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import parse_options_header
 
 from lib.checks import NotFound, RequestError
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 logger = logging.getLogger(__name__)
 
@@ -391,6 +394,7 @@ class Archive:
 
     @asynccontextmanager
     async def _asked(self, method: str, url: str, what: str, **options: Any) -> AsyncIterator[httpx.Response]:
+        assert self._client is not None, "made with the loop"
         answer = await self._send(self._client, method, url, **options)
         try:
             if answer.is_error:
@@ -430,6 +434,7 @@ class Archive:
             with _Files(folder) as files:
                 kind, parameters = parse_options_header(answer.headers.get("content-type"))
                 boundary = parameters.get(b"boundary")
+                write: Callable[[bytes], object]
                 if boundary:
                     write = MultipartParser(boundary, files.callbacks()).write
                 elif kind == DICOM.encode():
@@ -487,7 +492,7 @@ class _Files:
         if self._file is not None:
             self._file.close()
 
-    def callbacks(self) -> dict[str, Callable]:
+    def callbacks(self) -> "MultipartCallbacks":
         self._whole = False
         return {
             "on_part_begin": self.begin,
@@ -503,9 +508,11 @@ class _Files:
         self._file = open(self._paths[-1], "wb")
 
     def write(self, data: bytes | memoryview) -> None:
+        assert self._file is not None, "a part has begun"
         self._file.write(data)
 
     def _end(self) -> None:
+        assert self._file is not None, "a part has begun"
         self._file.close()
 
     def _mark(self) -> None:

@@ -255,7 +255,7 @@ def _series(entry: Any) -> Series:
     """From an archive's list. Raises for one that lacks what is needed or has invalid UIDs, which become file names."""
     info = {name: text for name, tag in INFO.items() if (text := _value(entry, tag))}
     uid = check_uid(_value(entry, SERIES_UID), "SeriesInstanceUID")
-    study = check_uid(info.get("StudyInstanceUID"), "StudyInstanceUID")
+    study = check_uid(info.get("StudyInstanceUID", ""), "StudyInstanceUID")
     return Series(uid, study, max(int(float(_value(entry, INSTANCES) or 0)), 0), info)
 
 

@@ -11,8 +11,8 @@ import json
 import os
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from lib.checks import StorageError
 
@@ -71,6 +71,6 @@ def content_hash(path: str | Path) -> str:
         return open_hash(file)
 
 
-def open_hash(file: IO[bytes]) -> str:
+def open_hash(file: BufferedReader) -> str:
     """`content_hash` of a file that is open."""
     return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -16,6 +16,7 @@ import logging
 import os
 import threading
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from pathlib import Path
 from zlib import crc32
 
 from filelock import FileLock, Timeout
-from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from lib.checks import Conflict, RequestError, check_tag
 from sam2sgp.errors import DataError
@@ -114,14 +115,21 @@ class ImageLocks:
             self._threads[number].release()
 
 
-class Decisions:
-    """What a datastore derives from, before MONAI Label's interface, to carry out decisions.
+class Decisions(Datastore):
+    """MONAI Label's interface of datastores, with decisions.
 
-    It has to set `_image_locks`, and to define `_save_label`, `_remove_label` and `_change_tag`, which are called while
-    the image is held.
+    A datastore has to set `_image_locks`, and to define what is called while the image is held.
     """
 
     _image_locks: ImageLocks
+
+    @abstractmethod
+    def _remove_label(self, label_id: str, tag: str) -> None:
+        """Delete a label. Raises NotFound where there is none."""
+
+    @abstractmethod
+    def _change_tag(self, image_id: str, old: str, new: str) -> None:
+        """Give a label another tag, in place of the label that has it; `final` only to one that fits its image."""
 
     def deciding(self, image_id: str):
         """A block in which no other label of an image comes, goes or changes: see `ImageLocks.hold`."""

@@ -39,7 +39,6 @@ import httpx
 import numpy as np
 from filelock import FileLock
 from monailabel.config import settings as server_settings
-from monailabel.interfaces.datastore import Datastore
 from pydicom import dcmread
 
 from lib.checks import (
@@ -75,7 +74,7 @@ NEEDED = 5.0
 FETCHED_AGAIN = 60.0
 
 
-class DicomWebDatastore(Decisions, Datastore):
+class DicomWebDatastore(Decisions):
     """The image series of a DICOMweb archive with their labels.
 
     MONAI Label's environment variables for user and password and for address prefixes (`MONAI_LABEL_DICOMWEB_USERNAME`
@@ -422,7 +421,8 @@ class DicomWebDatastore(Decisions, Datastore):
                 details = {"image": series.uid, "tag": FINAL, "segmentation": segmentation.SOPInstanceUID}
                 self._audit.write("approve", **details, sha256=content_hash(path))
         info["segmentation"] = str(segmentation.SOPInstanceUID)
-        self._index.add(approved(segmentation))
+        if (listed := approved(segmentation)) is not None:
+            self._index.add(listed)
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Delete one label; an approved one is not used any more, but stays in the archive. Raises NotFound."""

@@ -109,6 +109,8 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         StorageError: the folder can't be read, or lacks subfolders that can't be made.
     """
 
+    _datastore: LocalDatastoreModel
+
     def __init__(self, datastore_path: str, work_folder: Path, max_unpacked: int, audit: Audit | None = None):
         self._root = os.path.realpath(datastore_path)
         self._work_folder = Path(work_folder)
@@ -404,7 +406,8 @@ class ConfinedDatastore(Decisions, LocalDatastore):
     def _change_tag(self, image_id: str, old: str, new: str) -> None:
         """Rename a label from the folder of one tag to that of another, in place of what is there."""
         path = self.get_label_uri(image_id, old)
-        state, values = state_of(path), ()
+        state = state_of(path)
+        values: tuple[int, ...] = ()
         if new == FINAL:
             with tempfile.TemporaryDirectory() as scratch:
                 info = self.get_label_info(image_id, old)
@@ -596,11 +599,11 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 # Whatever was made of the files is found by reading them again.
                 self._seen = None
 
-    def _times(self) -> tuple | None:
+    def _times(self) -> tuple[tuple[int, int] | None, ...]:
         """Of the index and the folders: these change with every file made, removed or replaced."""
         base = self._datastore.label_path(None)
         tags = [self._datastore.label_path(tag) for tag in self._tags]
-        times = []
+        times: list[tuple[int, int] | None] = []
         for path in (self._datastore_config_path, self._datastore.image_path(), base, *tags):
             try:
                 stat = os.stat(path)

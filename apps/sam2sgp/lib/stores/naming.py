@@ -61,8 +61,8 @@ def renumbering(values: Iterable[int], sent: Mapping[int, str], known: Mapping[s
         or a value has none. A new name under a value that another name has gets the next free value.
     """
     values = sorted(int(value) for value in values if value)
-    names = [sent.get(value) for value in values]
-    if None in names or len(set(names)) < len(names):
+    names = [sent[value] for value in values if value in sent]
+    if len(set(names)) < len(values):
         return {}
     taken = set(known.values())
     free = max([*taken, *values], default=0) + 1

@@ -50,7 +50,7 @@ class SeriesCache:
         self._max_bytes = max_bytes
         self._max_age = max_age
         # By series, of the copy of this time.
-        self._sizes: dict[str, tuple[int, int]] = {}
+        self._sizes: dict[str, tuple[float, int]] = {}
 
     def folder_of(self, uid: str) -> Path:
         """Where a series' files are, or come to be."""

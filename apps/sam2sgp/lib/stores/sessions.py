@@ -17,11 +17,11 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 from monailabel.config import settings as server_settings
 from monailabel.utils.sessions import Sessions
@@ -52,7 +52,7 @@ TAR_BLOCK, LARGEST_HEADER, ALL_HEADERS, MOST_RECORDS, MOST_KEYS = 512, 1 << 16, 
 TOO_MANY_DIGITS = re.compile(rb"[0-9]{65}")
 # Of a member's path; that of the session's own folder comes before it.
 DEEPEST, LONGEST_PATH = 32, 1024
-COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+COMPRESSIONS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 DAMAGE = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -239,7 +239,7 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
         raise UnsupportedFile("archive: expected files in it, found none; pack it again.")
 
 
-def _members(archive: Path) -> Iterator[tuple[str, bool, int, Callable[[], IO[bytes]]]]:
+def _members(archive: Path) -> Generator[tuple[str, bool, int, Callable[[], IO[bytes]]]]:
     """Name, whether it is a folder, stated size, and what opens its content, of each member in turn."""
     if zipfile.is_zipfile(archive):
         with open(archive, "rb") as file, zipfile.ZipFile(_Sparing(file, LARGEST_DIRECTORY)) as content:
@@ -255,23 +255,29 @@ def _members(archive: Path) -> Iterator[tuple[str, bool, int, Callable[[], IO[by
     with open(archive, "rb") as file:
         magic = file.read(6)
     opener = next((opener for start, opener in COMPRESSIONS.items() if magic.startswith(start)), open)
-    with opener(archive, "rb") as file:
-        source = _TarHeaders(file)
+    with opener(archive, "rb") as unpacked:
+        source = _TarHeaders(unpacked)
         try:
-            content = tarfile.open(fileobj=source, mode="r:")
+            tar = tarfile.open(fileobj=cast(IO[bytes], source), mode="r:")
         except tarfile.TarError as error:
             raise UnsupportedFile("archive: expected a ZIP or TAR file, found other content; pack it again.") from error
-        with content:
-            while member := content.next():
+        with tar:
+            while entry := tar.next():
                 # It would keep all of them.
-                content.members.clear()
-                if len(member.pax_headers) > MOST_KEYS:
+                tar.members.clear()  # type: ignore[attr-defined]
+                if len(entry.pax_headers) > MOST_KEYS:
                     raise _long_header()
-                if not (member.isfile() or member.isdir()) or member.issparse():
-                    raise _not_a_file(member.name)
+                if not (entry.isfile() or entry.isdir()) or entry.issparse():
+                    raise _not_a_file(entry.name)
                 source.in_content = True
-                yield member.name, member.isdir(), member.size, partial(content.extractfile, member)
+                yield entry.name, entry.isdir(), entry.size, partial(_content_of, tar, entry)
                 source.in_content = False
+
+
+def _content_of(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> IO[bytes]:
+    file = tar.extractfile(entry)
+    assert file is not None, "a folder has no content"
+    return file
 
 
 class _Sparing:

@@ -167,7 +167,7 @@ class BackgroundTasks:
         with tempfile.TemporaryFile() as given:
             given.write(json.dumps(task.request).encode())
             given.seek(0)
-            task.process = subprocess.Popen(
+            process = task.process = subprocess.Popen(
                 [*self._command, task.method],
                 stdin=given,
                 stdout=subprocess.PIPE,
@@ -177,14 +177,15 @@ class BackgroundTasks:
                 errors="replace",
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(_search_path(self._app_dir))},
             )
-        with task.process.stdout:
+        assert process.stdout is not None, "it is a pipe"
+        with process.stdout as lines:
             task.status = RUNNING
-            logger.info("%s: task %s runs as process %d", task.method, task.id, task.process.pid)
-            for line in iter(lambda: task.process.stdout.readline(LONGEST_LINE), ""):
+            logger.info("%s: task %s runs as process %d", task.method, task.id, process.pid)
+            for line in iter(lambda: lines.readline(LONGEST_LINE), ""):
                 if line := line.rstrip():
                     output.info("%s", line)
                     task.details.append(line)
-        code = task.process.wait()
+        code = process.wait()
         logger.info("%s: task %s ended with %d", task.method, task.id, code)
         self._end(task, DONE if code == 0 else ERROR)
 
