@@ -198,8 +198,7 @@ class Segmenter:
         with tempfile.TemporaryDirectory(prefix="sam2sgp-") as folder:
             file = as_file(query, Path(folder), "query", spacing)
             case: Case = {"name": file.path.name, "image": str(file.path), "patient": None, "group": None}
-            with _in_one_sentence():
-                prepared = segmenter.prepare(case)
+            prepared = segmenter.prepare(case)
         result = segmenter.segment(prepared)
         geometry = prepared["geometry"]
         self.last = self._explain(result, prepared["warnings"], lambda values: file.restore(values, geometry))

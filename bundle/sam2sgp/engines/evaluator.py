@@ -18,7 +18,7 @@ from monai.metrics import compute_dice
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sam2sgp.errors import DataError, cause_of
+from sam2sgp.errors import DataError, Sam2SgpError
 from sam2sgp.heap import give_back
 from sam2sgp.inferers import CaseSegmenter, prepare_case
 from sam2sgp.support.bank import SupportBank
@@ -59,9 +59,9 @@ class QueryDataset(Dataset):
         try:
             stamp = self.stamp(case) if self.stamp else None
             return {**prepare_case(case, self.transform, self.bank), "number": number, "stamp": stamp}
-        except Exception as error:  # whatever a reader raises for one file must not end the run
+        except Sam2SgpError as error:  # one file must not end the run
             failed = {"name": case["name"], "source": str(case["image"]), "number": number}
-            return {**failed, "error": str(cause_of(error))}
+            return {**failed, "error": str(error)}
 
 
 def first(batch: list) -> dict:

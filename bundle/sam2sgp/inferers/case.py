@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.data.classes import check_label_values
+from sam2sgp.errors import DataError, Sam2SgpError, cause_of
 from sam2sgp.inferers.support_set import Chunk, Step, SupportSetInferer
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank
@@ -77,11 +78,17 @@ def prepare_case(case: Case, transform: Callable, bank: SupportBank | None = Non
     """Preprocess a case; where nothing is stated of it, it is scaled like the cases of the bank.
 
     Raises:
-        Exception: whatever a reader raises for a file; `sam2sgp.errors.cause_of` finds the cause in it.
+        Sam2SgpError: the case can't be read or used, whatever its reader raised.
     """
-    if bank is not None:
-        case = {**case, "support_scaling": bank.scaling(case.get("group"))}
-    return transform(case)
+    try:
+        if bank is not None:
+            case = {**case, "support_scaling": bank.scaling(case.get("group"))}
+        return transform(case)
+    except Sam2SgpError:
+        raise
+    except Exception as error:  # whatever a reader raises for one file
+        cause = cause_of(error)
+        raise (cause if isinstance(cause, Sam2SgpError) else DataError(str(cause))) from error
 
 
 @dataclass(frozen=True, eq=False, repr=False)

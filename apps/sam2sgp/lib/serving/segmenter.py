@@ -409,7 +409,7 @@ class Segmenter:
             warnings = [problem for problem in (self.problem, self.cases.problem) if problem]
             refreshed = time.perf_counter()
             key = _key(image, serving.bank.scaling())
-            case = self._prepare(key, image, image_id or "image")
+            case = self.prepare(image, image_id or "image", key)
             prepared = time.perf_counter()
             output = self._result(key, case | {"patient": own, "group": None}, options, warnings, step)
             done = time.perf_counter()
@@ -459,23 +459,28 @@ class Segmenter:
             )
         return sorted({by_name[name] for name in options.classes})
 
-    def prepare(self, image: str | Path, name: str) -> PreparedCase:
-        """An image, preprocessed as for a request. Raises DataError if it can't be used, which calls it `name`."""
-        with self.lock:
-            try:
-                return self._ready().segmenter.prepare({"name": name, "image": str(image)})
-            except Exception as error:  # whatever a reader raises for one file
-                # Clients know it by its id.
-                raise DataError(str(cause_of(error)).replace(str(image), name)) from error
+    def prepare(self, image: str | Path, name: str, key: Hashable | None = None) -> PreparedCase:
+        """An image, preprocessed as for a request.
 
-    def _prepare(self, key: Hashable | None, image: str | Path, name: str) -> PreparedCase:
-        """The same, kept for the next request."""
-        case = self._prepared.get(key) if key else None
-        if case is None:
-            case = self.prepare(image, name)
-            if key:
-                self._prepared[key] = case
-        return case
+        Args:
+            image: path of a file or DICOM series folder.
+            name: of the image, for the error.
+            key: under which it is kept for the next request; None: it is not kept.
+
+        Raises:
+            DataError: it can't be used.
+        """
+        with self.lock:
+            case = self._prepared.get(key) if key else None
+            if case is None:
+                try:
+                    case = self._ready().segmenter.prepare({"name": name, "image": str(image)})
+                except Sam2SgpError as error:
+                    # Clients know it by its id.
+                    raise DataError(str(error).replace(str(image), name)) from error
+                if key:
+                    self._prepared[key] = case
+            return case
 
     def _result(
         self, key: Hashable | None, case: PreparedCase, options: Options, warnings: list[str], step: Step
