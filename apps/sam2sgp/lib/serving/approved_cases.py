@@ -15,18 +15,18 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore
 
 from lib.checks import NotFound
 from lib.settings import Settings
 from lib.stamps import Stamp, stamp
+from lib.stores.decisions import FINAL
 from lib.stores.naming import declared
 from sam2sgp.data import class_names, load_datalist, skipped_in
 from sam2sgp.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-FINAL = DefaultLabelTag.FINAL.value
 # File times are as coarse as this on some file systems: what changed so lately may change again unseen.
 COARSEST_TIME = 2 * 10**9
 DECLARATIONS = ("dataset.json", "labels.json")

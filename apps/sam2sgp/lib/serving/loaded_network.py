@@ -7,13 +7,13 @@ Nothing of network, bank, transforms and inferer is declared here. For one threa
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from monai.bundle import ConfigParser
 
 from lib.checks import RequestError
@@ -66,8 +66,8 @@ class LoadedNetwork:
     results: ByteLRU
     """Results that are kept for the next request."""
 
-    inferers: "OrderedDict[tuple, SupportSetInferer]" = field(default_factory=OrderedDict)
-    """By options that differ from those of inference.json, the last used at the end."""
+    inferers: LRUCache = field(default_factory=lambda: LRUCache(INFERERS_KEPT))
+    """`SupportSetInferer`s by the options that differ from those of inference.json."""
 
     @classmethod
     def load(cls, settings: Settings, version: Version) -> "LoadedNetwork":
@@ -98,9 +98,6 @@ class LoadedNetwork:
         if key not in self.inferers:
             settings = ConfigParser({**self.parser.config, **chosen}).get_parsed_content("inferer::settings")
             self.inferers[key] = replace(self.segmenter.inferer, settings=settings, gate=None, signs=None)
-        self.inferers.move_to_end(key)
-        while len(self.inferers) > INFERERS_KEPT:
-            self.inferers.popitem(last=False)
         return self.inferers[key]
 
     def encode(self) -> None:
