@@ -38,7 +38,7 @@ from sam2sgp.support.familiarity import trust
 logger = logging.getLogger(__name__)
 
 # To be raised when the same support set, network and settings would give another result: part of a cache's key.
-VERSION = 3
+VERSION = 4
 
 
 @dataclass
