@@ -49,7 +49,7 @@ from lib.checks import (
     suffix_of,
 )
 from lib.refresher import Refresher
-from lib.stores.archive import SILENCE, Archive, ArchiveError, Busy, Unreachable
+from lib.stores.archive import SILENCE, Archive, ArchiveBusy, ArchiveError, Unreachable
 from lib.stores.archive_index import PATIENCE, ArchiveIndex, Lists, SegInstance, Series, approved
 from lib.stores.audit import Audit, content_hash
 from lib.stores.decisions import FINAL, Decisions, ImageLocks
@@ -505,7 +505,7 @@ class DicomWebDatastore(Decisions):
             try:
                 self.get_image_uri(image_id)
                 self._bring_label(image_id)
-            except (Unreachable, Busy):
+            except (Unreachable, ArchiveBusy):
                 return
             except Exception as error:
                 # Whatever one label does must not keep the others out.
@@ -522,7 +522,7 @@ class DicomWebDatastore(Decisions):
                 if self.is_at_hand(image_id):
                     self._at_hand[image_id] = latest.uid
                 return True
-            except (ArchiveError, Busy):
+            except (ArchiveError, ArchiveBusy):
                 raise
             except DataError as error:
                 # An older one of the same series may do; this one is not asked for again.
