@@ -263,15 +263,15 @@ class DicomWebDatastore(Decisions):
         ids = self.get_labeled_images()[: max(limit_cases, 1) if limit_cases else None]
         pairs = [(self.image_file(image_id), self.get_label_uri(image_id, FINAL)) for image_id in ids]
         if not pairs:
-            raise NotFound("data set: expected approved labels to put in an archive, found none; approve some first.")
-        archive = self._folder / "dataset.zip"
-        with storing("to write an archive"), replacing(archive) as part, zipfile.ZipFile(part, "w") as file:
+            raise NotFound("data set: expected approved labels to put in a ZIP file, found none; approve some first.")
+        packed = self._folder / "dataset.zip"
+        with storing("to write a ZIP file"), replacing(packed) as part, zipfile.ZipFile(part, "w") as file:
             for image, label in pairs:
                 if label:
                     file.write(image, f"image/{image.name}")
                     file.write(label, f"label/{image.name}")
             file.writestr("metadata.json", json.dumps(self.json(), default=str))
-        return str(archive)
+        return str(packed)
 
     def refresh(self) -> None:
         """Ask the archive for its lists now."""
