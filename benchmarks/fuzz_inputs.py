@@ -17,7 +17,6 @@ Prints a row for each kind of file. `--keep FOLDER` keeps what failed.
 
 import argparse
 import contextlib
-import io
 import multiprocessing
 import os
 import resource
@@ -48,14 +47,12 @@ def write_sound_files(folder: Path) -> list[Path]:
     """A file of each kind that the readers know."""
     import nibabel as nib
     import nrrd
-    import pydicom
     import SimpleITK
     from PIL import Image
-    from pydicom.encaps import encapsulate
     from pydicom.uid import JPEG2000Lossless, RLELossless
 
     from sam2sgp.data import read_image, write_dicom_seg
-    from tests.data.dicom_files import write_dicom, write_enhanced, write_series
+    from tests.data.dicom_files import write_compressed, write_dicom, write_enhanced, write_series
 
     rng = np.random.default_rng(0)
     volume = rng.integers(0, 3, SHAPE).astype(np.uint8)
@@ -81,16 +78,7 @@ def write_sound_files(folder: Path) -> list[Path]:
     tags = {"RescaleSlope": 2, "RescaleIntercept": -100, "BitsStored": 12, "HighBit": 11, "PixelSpacing": [1, 1]}
     write_dicom(folder / "n.dcm", values, **tags)
     for name, syntax in (("r.dcm", RLELossless), ("j.dcm", JPEG2000Lossless)):
-        dataset = pydicom.dcmread(folder / "n.dcm")
-        if syntax == RLELossless:
-            dataset.compress(syntax)
-        else:
-            stream = io.BytesIO()
-            Image.fromarray(values).save(stream, "JPEG2000", no_jp2=True)
-            dataset.PixelData = encapsulate([stream.getvalue()])
-            dataset["PixelData"].is_undefined_length = True
-            dataset.file_meta.TransferSyntaxUID = syntax
-        dataset.save_as(folder / name)
+        write_compressed(folder / name, folder / "n.dcm", syntax)
     write_enhanced(folder / "m.dcm", volume.astype(np.uint16), [3, 1, 4, 0, 2, 5])
     with tempfile.TemporaryDirectory() as series:
         uids = {"StudyInstanceUID": "1.2.3", "FrameOfReferenceUID": "1.2.4"}

@@ -45,7 +45,7 @@ sys.path[:0] = [str(REPO), str(REPO / "apps" / "sam2sgp")]
 from lib.serving.approved_cases import LabelledCases  # noqa: E402
 from lib.serving.options import Options  # noqa: E402
 from lib.serving.published_weights import Weights  # noqa: E402
-from lib.serving.segmenter import Segmenter  # noqa: E402
+from lib.serving.segmenter import ServerSegmenter  # noqa: E402
 from lib.settings import Settings  # noqa: E402
 from lib.stores.opening import open_datastore  # noqa: E402
 from sam2sgp.data import load_datalist  # noqa: E402
@@ -324,12 +324,12 @@ class Trial:
         lines = log.read_text().splitlines() if log.exists() else []
         return [entry for entry in map(json.loads, lines) if "resumed" in entry]
 
-    def _segmenter(self, state: Path) -> Segmenter:
+    def _segmenter(self, state: Path) -> ServerSegmenter:
         """The app's network and bank in this process, with the weights in use."""
         torch.set_num_threads(1)
         app = self.server.folder / "apps" / "sam2sgp"
         settings = Settings.from_conf(app, str(self.studies), {**CONF, "state_dir": str(state)})
-        return Segmenter(settings, self.weights, LabelledCases(open_datastore(settings), settings))
+        return ServerSegmenter(settings, self.weights, LabelledCases(open_datastore(settings), settings))
 
 
 def require(holds: bool, expected: str) -> None:

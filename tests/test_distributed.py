@@ -15,6 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from sam2sgp import distributed
 from sam2sgp.data import load_queries
 from tests.bundle_runs import BUNDLE, computing_with_one_thread, random_weights, run
 from tests.support.pairs import write_set
@@ -72,6 +73,19 @@ def queries(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_processes_of_a_machine_have_numbers_of_their_own_whatever_became_of_local_rank(monkeypatch):
+    """Under Slurm, ignite sets LOCAL_RANK to 0 in all processes that one torchrun starts."""
+    monkeypatch.setattr(distributed, "is_active", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    places = []
+    # A machine with two processes, then one with three.
+    for rank, count in [(0, 2), (1, 2), (2, 3), (3, 3), (4, 3)]:
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+        places.append(distributed.place_on_machine())
+    assert sorted(places[:2]) == [(0, 2), (1, 2)] and sorted(places[2:]) == [(0, 3), (1, 3), (2, 3)]
+
+
 def test_a_killed_process_costs_nothing_but_its_case_and_the_results_are_those_of_one(model, tmp_path):
     folder, support = queries(tmp_path / "queries"), write_set(tmp_path / "support", 3)
     settings = {"support_dir": str(support), "dataset_dir": str(folder), "model_file": str(model), **FAST}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sam2sgp import distributed
 from sam2sgp.engines import QueryEvaluator
-from sam2sgp.engines.records import CaseRecords, settings_of_run
+from sam2sgp.engines.case_records import CaseRecords, settings_of_run
 from sam2sgp.errors import ConfigError, DataError, cause_of
 from tests.bundle_runs import BUNDLE, CONFIGS, random_weights, run
 from tests.support.pairs import age, write_case, write_set

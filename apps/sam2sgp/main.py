@@ -43,7 +43,7 @@ from lib.scratch import own_temporary_folder
 from lib.serving.approved_cases import FINAL, LabelledCases
 from lib.serving.options import BatchParams, Declared, InferParams, TrainParams
 from lib.serving.published_weights import Weights
-from lib.serving.segmenter import Segmenter
+from lib.serving.segmenter import ServerSegmenter
 from lib.serving.usage import Usage
 from lib.settings import Settings
 from lib.stores.audit import Audit
@@ -114,7 +114,7 @@ class Sam2SgpApp(MONAILabelApp):
             raise DataError(self.cases.problem)
         if self._in_background:
             self.cases.prepare(BACKGROUND_WAIT)
-        self.segmenter = Segmenter(self.settings, self.weights, self.cases)
+        self.segmenter = ServerSegmenter(self.settings, self.weights, self.cases)
         return {MODEL: SegmentationTask(self.segmenter)}
 
     def init_trainers(self):

@@ -2,6 +2,9 @@
 
 In a single process everything here is trivial: rank 0 of 1, and nothing to wait for. A process that dies takes the
 others along: `torchrun` ends them all, or starts them all again.
+
+`ignite.distributed` is no substitute: under Slurm it takes SLURM_LOCALID for a process's number on its machine, which
+is 0 for all that one `torchrun` starts, and writes it over LOCAL_RANK; and its first question waits for all processes.
 """
 
 import os
@@ -30,10 +33,14 @@ def world_size() -> int:
 
 
 def place_on_machine() -> tuple[int, int]:
-    """Number of this process among those of its machine, and how many these are."""
+    """Number of this process among those of its machine, and how many these are.
+
+    `torchrun` numbers the processes machine by machine, so the ranks of a machine leave each remainder once.
+    """
     if not is_active():
         return 0, 1
-    return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    count = int(os.environ["LOCAL_WORLD_SIZE"])
+    return rank() % count, count
 
 
 def barrier() -> None:

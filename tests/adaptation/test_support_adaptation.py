@@ -17,7 +17,7 @@ from sam2sgp.adaptation.groups import Groups
 from sam2sgp.adaptation.judging import Choice
 from sam2sgp.adaptation.pairs import Pair, Pairs
 from sam2sgp.adaptation.plan import Plan
-from sam2sgp.adaptation.records import Record
+from sam2sgp.adaptation.record import AdaptationRecord
 from sam2sgp.adaptation.training import Training
 from sam2sgp.engines import adapted
 from sam2sgp.errors import ConfigError
@@ -51,7 +51,7 @@ def made(network, tmp_path_factory):
     before = deepcopy(network.state_dict())
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Record, "is_adapted", True)
+        patch.setattr(AdaptationRecord, "is_adapted", True)
         return adapt(network, bank(CASES), None, STEPS, cache_dir=cache, progress=False), cache, before
 
 
@@ -121,7 +121,7 @@ def test_a_corrector_starts_from_what_the_network_finds_and_learns_its_pairs(net
 
 
 def test_the_same_steps_give_the_same_correctors_and_another_seed_others(network, made, monkeypatch):
-    monkeypatch.setattr(Record, "is_adapted", True)
+    monkeypatch.setattr(AdaptationRecord, "is_adapted", True)
     again = adapt(network, bank(CASES), 60.0, STEPS, progress=False)
     assert same(weights(again), weights(made[0])) and again.record.steps == [STEPS] * 3
     other = adapt(network, bank(CASES), None, STEPS, seed=1, progress=False)
@@ -215,7 +215,7 @@ def test_too_few_patients_leave_the_network_as_it_is_and_are_told(network, tmp_p
 
 
 def test_a_time_limit_decides_the_number_of_steps_and_nothing_else(network, monkeypatch):
-    monkeypatch.setattr(Record, "is_adapted", True)
+    monkeypatch.setattr(AdaptationRecord, "is_adapted", True)
     with monkeypatch.context() as patch:
         # A clock that advances when it is read: the limit then means the same on a machine of any load.
         ticks = itertools.count()
@@ -267,7 +267,7 @@ def test_a_damaged_entry_is_not_used_and_costs_one_warning(network, made, tmp_pa
 @pytest.mark.parametrize("distance, share", [(0.5, 0.8), (float("nan"), 0.8), (1.4, 0.4), (10.0, 0.0)])
 def test_a_query_unlike_the_support_set_leans_on_the_plain_network(network, distance, share):
     choice = Choice(8, 0.5, 0.7, 0.7, 0.2, 0.02, 0.8)
-    record = Record(1, Groups(("p",), "patients"), ["p"], Plan(SIZE, False), choices={"class_1": choice})
+    record = AdaptationRecord(1, Groups(("p",), "patients"), ["p"], Plan(SIZE, False), choices={"class_1": choice})
     adaptation = Adaptation([lambda image, found: torch.full_like(found, 3.0)], record)
     logits, image = torch.full((1, 1, SIZE, SIZE), -2.0), to_three_channels(torch.rand(1, 1, SIZE, SIZE))
     found = adaptation.average(logits, image, (1.0, 1.0), torch.tensor([distance])).sigmoid()

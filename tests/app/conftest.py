@@ -8,7 +8,7 @@ import pytest
 
 from lib.serving.approved_cases import LabelledCases
 from lib.serving.published_weights import Weights
-from lib.serving.segmenter import Segmenter
+from lib.serving.segmenter import ServerSegmenter
 from lib.settings import Settings
 from lib.stores.opening import open_datastore
 from sam2sgp.data import load_datalist
@@ -66,10 +66,10 @@ class Studio:
         settings = self.settings(**conf)
         return LabelledCases(open_datastore(settings), settings)
 
-    def segmenter(self, weights: Weights | None = None, **conf: str) -> Segmenter:
+    def segmenter(self, weights: Weights | None = None, **conf: str) -> ServerSegmenter:
         cases = self.cases(**conf)
         weights = weights or Weights(self.folder / "weights", cases.settings.start_weights)
-        return Segmenter(cases.settings, weights, cases)
+        return ServerSegmenter(cases.settings, weights, cases)
 
     def image(self, name: str) -> Path:
         return self.studies / Path(self.known[name]["image"]).name

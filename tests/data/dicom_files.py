@@ -1,12 +1,15 @@
 """Writes small DICOM series, whole or with a chosen defect, for tests of reading."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pydicom
+from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
 
 STORAGE_CLASS = {
     "CT": "1.2.840.10008.5.1.4.1.1.2",
@@ -52,6 +55,21 @@ def write_dicom(path: Path, pixels: np.ndarray, modality: str = "CT", series_uid
         if value is not None:
             setattr(dataset, name, value)
     dataset.save_as(path, write_like_original=False)
+    return path
+
+
+def write_compressed(path: Path, source: Path, syntax: UID) -> Path:
+    """Write the one frame of a file compressed without loss, by RLE or JPEG 2000."""
+    dataset = pydicom.dcmread(source)
+    if syntax == JPEG2000Lossless:
+        stream = io.BytesIO()
+        Image.fromarray(dataset.pixel_array).save(stream, "JPEG2000", no_jp2=True)
+        dataset.PixelData = encapsulate([stream.getvalue()])
+        dataset["PixelData"].is_undefined_length = True
+        dataset.file_meta.TransferSyntaxUID = syntax
+    else:
+        dataset.compress(syntax)
+    dataset.save_as(path)
     return path
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from sam2sgp import distributed
 from sam2sgp.engines import SegmentationJob, adapted
-from sam2sgp.engines.records import VERSION
+from sam2sgp.engines.case_records import VERSION
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.support import SupportBank
 

@@ -4,7 +4,7 @@ import pytest
 from playwright.sync_api import expect
 
 from sam2sgp.evaluation import summarise
-from sam2sgp.report.html import CaseFigure, Frame, Report, write_report
+from sam2sgp.report.html import CaseFigure, Report, ShownSlice, write_report
 from tests.drawn import plain
 from tests.e2e.browsers import page
 
@@ -18,7 +18,7 @@ def address(tmp_path_factory):
         row | {"case": "lesion_1", "class_name": "lesion", "size": 5.0, "size_unit": "mm2", "mean_confidence": 0.4},
         row | {"case": "liver_1", "class_name": "liver", "size": 4e5, "size_unit": "ml", "mean_confidence": 0.9},
     ]
-    frames = [Frame(plain(), f"Slice {number} of 3") for number in (1, 2, 3)]
+    frames = [ShownSlice(plain(), f"Slice {number} of 3") for number in (1, 2, 3)]
     figures = [
         CaseFigure(
             "liver_1",

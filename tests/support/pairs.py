@@ -17,6 +17,8 @@ from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModality
 
 SIZE = 64
 NAMES = {1: "square", 2: "bar"}
+# Cases of the set that most tests make.
+COUNT = 6
 
 
 def write_case(folder: Path, name: str, seed: int, shift: int = 0) -> None:
@@ -93,3 +95,24 @@ def encode_to(folder: str, cache: str) -> None:
     support.encode(net)
     for column in range(len(support.class_values)):
         support.region_support(net, net.encode(query().expand(-1, 3, -1, -1)), SupportSampler(k=1), column)
+
+
+class CountedPreprocessing(Compose):
+    """Counts the cases read. Its key is that of what it counts for."""
+
+    def __init__(self) -> None:
+        super().__init__(preprocessing().transforms)
+        self.calls = 0
+
+    def __call__(self, *arguments, **keywords):
+        self.calls += 1
+        return super().__call__(*arguments, **keywords)
+
+
+def files(cache: Path, layer: str = "encoded") -> list[Path]:
+    """Finished files of a layer."""
+    return sorted((cache / layer).glob("*/*.safetensors"))
+
+
+def fresh(folder: Path, net: SAM2SGP) -> torch.Tensor:
+    return segment(bank(folder), net)

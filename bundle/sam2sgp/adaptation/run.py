@@ -27,7 +27,7 @@ from sam2sgp.adaptation.judging import (
 )
 from sam2sgp.adaptation.pairs import Pair, Pairs
 from sam2sgp.adaptation.plan import Plan
-from sam2sgp.adaptation.records import Record
+from sam2sgp.adaptation.record import AdaptationRecord
 from sam2sgp.adaptation.training import WARMUP, Training
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.networks import SAM2SGP
@@ -95,16 +95,16 @@ class Run:
         self.device = next(network.parameters()).device
         self.stop = threading.Event()
 
-    def __call__(self) -> tuple[Record, list[Corrector]]:
+    def __call__(self) -> tuple[AdaptationRecord, list[Corrector]]:
         """Adapt. PyTorch's global random numbers are left as they were."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             return self._adapt()
 
-    def _adapt(self) -> tuple[Record, list[Corrector]]:
+    def _adapt(self) -> tuple[AdaptationRecord, list[Corrector]]:
         cases = self._cases()
         groups = self._groups(cases)
-        record = Record(len(cases), groups, self._owners(cases))
+        record = AdaptationRecord(len(cases), groups, self._owners(cases))
         if len(groups) < MIN_GROUPS:
             return record, []
         record.plan = Plan.of(fingerprint(self.bank.items))

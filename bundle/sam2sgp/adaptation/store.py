@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sam2sgp.adaptation.corrector import Corrector, Trunk
-from sam2sgp.adaptation.records import Record
+from sam2sgp.adaptation.record import AdaptationRecord
 from sam2sgp.files import replacing, sha256_of
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank
@@ -50,7 +50,7 @@ def key_of(network: SAM2SGP, bank: SupportBank, settings: dict) -> str:
     return digest.hexdigest()
 
 
-def save(directory: Path, record: Record, correctors: list[Corrector]) -> None:
+def save(directory: Path, record: AdaptationRecord, correctors: list[Corrector]) -> None:
     """Write an entry. A folder that can't be written costs a warning: the adaptation itself is there.
 
     Args:
@@ -82,7 +82,7 @@ def save(directory: Path, record: Record, correctors: list[Corrector]) -> None:
         )
 
 
-def load(directory: Path, network: SAM2SGP, classes: int) -> tuple[Record, list[Corrector]] | None:
+def load(directory: Path, network: SAM2SGP, classes: int) -> tuple[AdaptationRecord, list[Corrector]] | None:
     """Read an entry: its record, and the correctors.
 
     Returns:
@@ -91,7 +91,7 @@ def load(directory: Path, network: SAM2SGP, classes: int) -> tuple[Record, list[
     if not (directory / RECORD).is_file():
         return None
     try:
-        record = Record.of_json((directory / RECORD).read_text(encoding="utf-8"))
+        record = AdaptationRecord.of_json((directory / RECORD).read_text(encoding="utf-8"))
         for name, digest in record.files.items():
             if sha256_of(directory / name) != digest:
                 raise ValueError(f"{name} has changed since it was written")

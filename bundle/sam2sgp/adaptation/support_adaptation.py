@@ -26,7 +26,7 @@ from torch import Tensor
 from sam2sgp.adaptation import store
 from sam2sgp.adaptation.corrector import Corrector
 from sam2sgp.adaptation.judging import mix
-from sam2sgp.adaptation.records import Record
+from sam2sgp.adaptation.record import AdaptationRecord
 from sam2sgp.adaptation.run import Run
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import SupportSetInferer
@@ -50,7 +50,7 @@ class Adaptation:
     """
 
     correctors: list[Corrector]
-    record: Record
+    record: AdaptationRecord
 
     @torch.no_grad()
     def average(self, logits: Tensor, images: Tensor, pixel: tuple[float, float], distance: Tensor) -> Tensor:

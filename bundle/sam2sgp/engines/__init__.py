@@ -9,7 +9,6 @@ from sam2sgp.engines.evaluator import (
     episode_masks,
     first,
 )
-from sam2sgp.engines.features import CachedFeatures, TrunkCache
 from sam2sgp.engines.handlers import (
     EpochStart,
     GradientClipping,
@@ -25,6 +24,7 @@ from sam2sgp.engines.job import SegmentationJob, adapted
 from sam2sgp.engines.loss import SGPLoss
 from sam2sgp.engines.prepare import PrepareEpisodes
 from sam2sgp.engines.results import ResultWriter
+from sam2sgp.engines.trunk_cache import CachedFeatures, TrunkCache
 
 __all__ = [
     "CachedFeatures",

@@ -3,9 +3,10 @@
     adapt to the support set ─ hash of all that decides results ─ leave whole results ─ share the rest ─ encode
     … the evaluator segments its share, each result goes on record … ─ wait for the other processes ─ exit code
 
-Each finished case goes on record (`sam2sgp.engines.records`). So a run that was interrupted goes on with the cases that
-are missing, and several processes share the cases: each takes every n-th of those, and rank 0 waits for the records of
-the others. The processes talk to each other only before the first case; a slow one holds up nobody until the end.
+Each finished case goes on record (`sam2sgp.engines.case_records`). So a run that was interrupted goes on with the cases
+that are missing, and several processes share the cases: each takes every n-th of those, and rank 0 waits for the
+records of the others. The processes talk to each other only before the first case; a slow one holds up nobody until the
+end.
 """
 
 import logging
@@ -18,11 +19,11 @@ import numpy as np
 from ignite.engine import Engine
 
 from sam2sgp import distributed
+from sam2sgp.engines.case_records import CaseRecords, settings_of_run
 from sam2sgp.engines.evaluator import QueryEvents
-from sam2sgp.engines.records import CaseRecords, settings_of_run
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import SupportSetInferer
-from sam2sgp.inferers.adapting import SupportAdaptation
+from sam2sgp.inferers.adapting import AdaptationMaker
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.content import digest_of
 from sam2sgp.transforms import OutputNames
@@ -58,7 +59,7 @@ class SegmentationJob:
         self,
         output_dir: str,
         scored: bool = False,
-        adapter: SupportAdaptation | None = None,
+        adapter: AdaptationMaker | None = None,
         names: OutputNames | None = None,
         resume: bool = True,
         max_wait: float = 6 * 3600.0,
@@ -184,7 +185,7 @@ class SegmentationJob:
             )
 
 
-def adapted(inferer: SupportSetInferer, network: SAM2SGP, adapter: SupportAdaptation) -> SupportSetInferer:
+def adapted(inferer: SupportSetInferer, network: SAM2SGP, adapter: AdaptationMaker) -> SupportSetInferer:
     """The inferer with an adaptation to its support set, if the adapter is active.
 
     Of several processes the first one adapts, and the others find the result in the adapter's folder.

@@ -15,13 +15,13 @@ import numpy as np
 
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing
+from sam2sgp.transforms.cache_keys import transform_fingerprint
 from sam2sgp.transforms.dictionary import log_warnings
-from sam2sgp.transforms.fingerprint import transform_fingerprint
 from sam2sgp.transforms.scaling import Scaling, scaling_hint
 
 
 @dataclass(frozen=True)
-class PreparedCase:
+class CachedCase:
     """A case as preprocessing makes it.
 
     image: (Z, C, S, S) float16 in [0, 1]. label: (Z, S, S) class map. valid: top, left, height, width in pixels.
@@ -49,14 +49,14 @@ class CaseCache:
         self.directory = Path(directory)
         self.transform = transform
 
-    def __getitem__(self, case: dict) -> PreparedCase:
+    def __getitem__(self, case: dict) -> CachedCase:
         stem = self.directory / self._key(case)
         paths = [stem.with_suffix(suffix) for suffix in (".image.npy", ".label.npy", ".json")]
         if not paths[-1].is_file():
             self._prepare(case, paths)
         image, label = (np.load(path, mmap_mode="r") for path in paths[:2])
         known = json.loads(paths[2].read_text())
-        return PreparedCase(image, label, tuple(known["valid"]), Scaling.of_dict(known["scaling"]))
+        return CachedCase(image, label, tuple(known["valid"]), Scaling.of_dict(known["scaling"]))
 
     def _prepare(self, case: dict, paths: list[Path]) -> None:
         prepared = self.transform(case)

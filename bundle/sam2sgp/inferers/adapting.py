@@ -12,7 +12,7 @@ from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank
 
 
-class Adaptation(Protocol):
+class UsableAdaptation(Protocol):
     """What was learned from a support set."""
 
     @property
@@ -29,10 +29,10 @@ class Adaptation(Protocol):
         """As JSON types what decides its results."""
 
 
-class SupportAdaptation(Protocol):
+class AdaptationMaker(Protocol):
     """Makes an adaptation; active where it has a limit of time or steps."""
 
     active: bool
 
-    def __call__(self, network: SAM2SGP, inferer: Inferer) -> Adaptation | None:
+    def __call__(self, network: SAM2SGP, inferer: Inferer) -> UsableAdaptation | None:
         """The adaptation to the inferer's bank."""

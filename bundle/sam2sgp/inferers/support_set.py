@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sam2sgp import distributed
 from sam2sgp.heap import give_back
-from sam2sgp.inferers.adapting import Adaptation
+from sam2sgp.inferers.adapting import UsableAdaptation
 from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.items_as_queries import ItemsAsQueries, Judgement
 from sam2sgp.inferers.object_gate import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
@@ -76,7 +76,7 @@ class SupportSetInferer(Inferer):
     runtime: "GraphRuntime | None" = None
     gate: ObjectGate | None = None
     signs: LeastSigns | None = None
-    adaptation: Adaptation | None = None
+    adaptation: UsableAdaptation | None = None
 
     def __post_init__(self) -> None:
         self._gate = self.gate = self.gate or ObjectGate(ItemsAsQueries(self.bank, self.settings.sampler))

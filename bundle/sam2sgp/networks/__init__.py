@@ -6,7 +6,7 @@ from sam2sgp.networks.compiling import compile_encoder
 from sam2sgp.networks.features import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.networks.lite import load_imagenet
 from sam2sgp.networks.lora import load_lora
-from sam2sgp.networks.pretraining import parameter_groups, start_pretraining
+from sam2sgp.networks.pretraining_start import parameter_groups, start_pretraining
 from sam2sgp.networks.sam2_sgp import SAM2SGP
 from sam2sgp.networks.states import identify_backbone
 from sam2sgp.networks.weights import load_weights, merge_lora, save_lora, save_weights

@@ -74,7 +74,7 @@ class SupportThumb:
 
 
 @dataclass
-class Frame:
+class ShownSlice:
     """One slice of a volume: its picture, with the mask, and where it lies."""
 
     image: Picture
@@ -104,7 +104,7 @@ class CaseFigure:
     panels: list[tuple[str, Picture]] = field(default_factory=list)
     metrics: list[dict] = field(default_factory=list)
     support: list[dict] = field(default_factory=list)
-    frames: list[Frame] = field(default_factory=list)
+    frames: list[ShownSlice] = field(default_factory=list)
     section: str = "Queries"
     sides: str = ""
     width_mm: float | None = None

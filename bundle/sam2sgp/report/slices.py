@@ -10,7 +10,7 @@ import torch
 
 from sam2sgp.data.io import Geometry, MedicalImage
 from sam2sgp.drawing import draw_overlay, to_display
-from sam2sgp.report.html import Frame
+from sam2sgp.report.html import ShownSlice
 from sam2sgp.transforms import ScaleIntensityByModalityd
 from sam2sgp.transforms.scaling import CT, Scaling, scale_intensity
 
@@ -66,7 +66,7 @@ def slice_position(geometry: Geometry, number: int) -> str:
 
 def frames(
     geometry: Geometry, numbers: Sequence[int], slices: torch.Tensor, maps: Mapping[str, np.ndarray]
-) -> list[Frame]:
+) -> list[ShownSlice]:
     """Some slices of a volume with their segmentation, and the truth where there is one.
 
     Args:
@@ -76,7 +76,7 @@ def frames(
         maps: `pred` and perhaps `truth`: class maps (1 + N, H, W), of which the first is another slice.
     """
     return [
-        Frame(
+        ShownSlice(
             draw_overlay(
                 to_display(slices[place]),
                 maps["pred"][1 + place],

@@ -180,7 +180,7 @@ def test_a_form_has_few_fields_and_not_too_many_files(client):
     files = [("files", (f"{number}.dcm", b"x")) for number in range(MOST_FILES + 1)]
     for content in (fields, files):
         answer = many.put("/session/", files=content)
-        assert answer.status_code == 400 and "as an archive" in answer.json()["detail"]
+        assert answer.status_code == 400 and "as a ZIP file" in answer.json()["detail"]
     assert many.put("/session/", files=files[1:]).status_code == 200
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from lib.checks import NotFound
 from lib.stores import archive as module
-from lib.stores.archive import Archive, ArchiveError, Breaker, Busy, Unreachable
+from lib.stores.archive import Archive, ArchiveBusy, ArchiveError, Breaker, Unreachable
 from tests.app.archives import Handler, fake_archive, multipart, series_entry, series_files
 
 SILENCE = 0.2
@@ -276,7 +276,7 @@ def test_a_silent_archive_takes_no_more_threads_than_there_are_places(fake, monk
             assert arrived.acquire(timeout=SOON)
         rest = [threads.submit(fetch, number) for number in range(2, 8)]
         kinds = [future.result() for future in (*first, *rest)]
-    assert kinds.count(Unreachable) == 3 and kinds.count(Busy) == 5
+    assert kinds.count(Unreachable) == 3 and kinds.count(ArchiveBusy) == 5
     assert len(fake.asked) <= 3
 
 

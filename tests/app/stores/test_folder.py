@@ -1,6 +1,5 @@
 """The confined datastore: names, links, and checks of images and labels."""
 
-import gzip
 import json
 import logging
 import os
@@ -20,11 +19,7 @@ from lib.checks import (
     NotFound,
     RequestError,
     StorageError,
-    TooLarge,
-    UnsupportedFile,
-    check_id,
 )
-from lib.stores.door import admitted
 from lib.stores.folder import ConfinedDatastore
 from lib.stores.naming import declared
 from sam2sgp.data.io import read_image, read_label
@@ -82,11 +77,6 @@ def test_tags_that_could_lead_elsewhere_are_refused(store, studies, uploads, tag
     with pytest.raises(RequestError, match="label tag"):
         store.get_label_uri("A", tag)
     assert tree(studies) == before
-
-
-def test_ordinary_ids_are_accepted():
-    for text in ("A", "patient 7", "1.2.840.1", "Süd_3", "患者", "x" * 180):
-        assert check_id(text) == text
 
 
 # Links and files of the folder
@@ -334,85 +324,6 @@ def test_removing_an_image_removes_its_labels(store, studies, uploads):
     store.save_label("A", str(label(uploads / "l.nii.gz")), "final", {})
     store.remove_image("A")
     assert not (studies / "labels/final/A.nii.gz").exists() and store.list_images() == ["B"]
-
-
-NRRD = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: {sizes}\nencoding: raw\n{more}\n"
-MHA = "ObjectType = Image\nNDims = 2\nDimSize = {sizes}\nElementType = MET_UCHAR\nElementDataFile = {file}\n"
-
-
-def claimed_nifti(size) -> bytes:
-    header = nib.Nifti1Header()
-    header.set_data_shape(size)
-    header.set_data_dtype(np.uint8)
-    header["magic"] = b"n+1"
-    header["vox_offset"] = 352
-    return header.binaryblock + bytes(4)
-
-
-def huge_png() -> bytes:
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "kind"),
-    [
-        ("a.nii.gz", b"not gzip", UnsupportedFile),
-        ("a.nhdr", b"NRRD0004", UnsupportedFile),
-        ("a.img", bytes(400), UnsupportedFile),
-        ("a.nii.gz", gzip.compress(b"no nifti" * 100), UnsupportedFile),
-        ("a.nii.gz", gzip.compress(bytes(LIMIT + 1000)), UnsupportedFile),
-        ("a.nii.gz", gzip.compress(claimed_nifti((2000, 2000, 1000)) + bytes(100)), TooLarge),
-        ("a.nii", claimed_nifti((2000, 2000, 1000)), TooLarge),
-        ("a.png", b"\x80\x04K\x01.", UnsupportedFile),
-        ("a.png", huge_png(), TooLarge),
-        ("a.jpg", b"GIF89a" + bytes(100), UnsupportedFile),
-        ("a.dcm", b"PK\x03\x04" + bytes(300), UnsupportedFile),
-        ("a.nrrd", NRRD.format(sizes="9000 9000 9000", more="").encode(), TooLarge),
-        ("a.nrrd", NRRD.format(sizes="4 4 4", more="data file: /etc/passwd\n").encode(), UnsupportedFile),
-        ("a.mha", MHA.format(sizes="4 4", file="/etc/passwd").encode(), UnsupportedFile),
-        ("a.mhd", MHA.format(sizes="4 4", file="../x.raw").encode(), UnsupportedFile),
-        ("a.pkl", b"\x80\x04K\x01.", UnsupportedFile),
-        ("a.pt", b"PK\x03\x04", UnsupportedFile),
-        ("a", b"x", UnsupportedFile),
-    ],
-    # The contents differ from run to run, since gzip notes the time.
-    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else None,
-)
-def test_contents_that_are_not_what_the_name_says_or_unpack_to_too_much_are_refused(
-    store, studies, uploads, name, content, kind
-):
-    (uploads / name).write_bytes(content)
-    before = tree(studies)
-    with pytest.raises(kind):
-        store.add_image("new", str(uploads / name), {})
-    assert tree(studies) == before
-
-
-def test_ordinary_files_of_every_kind_pass(uploads):
-    import itk
-
-    array = np.arange(60, dtype=np.uint8).reshape(5, 12)
-    for suffix in (".png", ".jpg", ".tif", ".bmp"):
-        Image.fromarray(array).save(uploads / f"p{suffix}")
-    for suffix in (".nrrd", ".mha"):
-        itk.imwrite(itk.image_from_array(array), str(uploads / f"p{suffix}"))
-    volume(uploads / "p.nii.gz"), volume(uploads / "p.nii")
-    files = sorted(uploads.iterdir())
-    assert len(files) == 8
-    for path in files:
-        with admitted(path, LIMIT):
-            pass
-        with pytest.raises(TooLarge), admitted(path, 10):
-            pass
 
 
 def test_the_archive_holds_the_approved_pairs_and_replaces_the_last_one(store, uploads, tmp_path):

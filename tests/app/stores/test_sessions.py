@@ -1,4 +1,4 @@
-"""Confined sessions: archives that lead out, hold links or unpack to too much, and ids that aren't the server's."""
+"""Confined sessions: packed files that lead out, hold links or unpack to too much, and ids that aren't the server's."""
 
 import io
 import tarfile
@@ -76,7 +76,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_archives_that_lead_out_or_hold_too_much_are_refused_whole(sessions, tmp_path, attack):
+def test_packed_files_that_lead_out_or_hold_too_much_are_refused_whole(sessions, tmp_path, attack):
     (tmp_path / "upload").mkdir()
     upload = ATTACKS[attack](tmp_path / "upload" / "a.tar.gz")
     with pytest.raises(RequestError) as caught:
@@ -96,7 +96,7 @@ def test_a_header_of_many_megabytes_is_not_taken_into_memory(sessions, tmp_path)
 
 
 @pytest.mark.parametrize("pack", [packed, zipped])
-def test_of_an_archive_only_images_are_kept(sessions, tmp_path, pack):
+def test_of_a_packed_file_only_images_are_kept(sessions, tmp_path, pack):
     series = [
         path.read_bytes() for path in sorted(write_series(tmp_path / "ct", np.zeros((2, 8, 8), np.int16)).iterdir())
     ]
@@ -160,7 +160,7 @@ def test_only_expired_sessions_of_the_server_are_removed(sessions, tmp_path):
     assert sorted(path.name for path in (tmp_path / "sessions").iterdir()) == sorted([new, "stranger"])
 
 
-def test_an_archive_that_unpacks_to_a_hundred_times_its_size_is_a_bomb(tmp_path):
+def test_a_packed_file_that_unpacks_to_a_hundred_times_its_size_is_a_bomb(tmp_path):
     """However much an upload may unpack to, filling the disk with zeros takes an attacker nothing."""
     sessions = ConfinedSessions(str(tmp_path / "sessions"), 3600, 1 << 40)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -171,8 +171,8 @@ def test_an_archive_that_unpacks_to_a_hundred_times_its_size_is_a_bomb(tmp_path)
         sessions.add_session(str(tmp_path / "a.zip"), uncompress=True)
 
 
-def test_folders_of_an_archive_are_made_for_files_only_and_counted(sessions, tmp_path, monkeypatch):
-    """A hundred bytes of an archive make thirty folders, and each takes the disk its time."""
+def test_folders_of_a_packed_file_are_made_for_files_only_and_counted(sessions, tmp_path, monkeypatch):
+    """A hundred bytes of a packed file make thirty folders, and each takes the disk its time."""
     picture = io.BytesIO()
     Image.new("L", (4, 4)).save(picture, "PNG")
     few = zipped(tmp_path / "few.zip", *((f"d{n}/", b"") for n in range(50)), ("a.png", picture.getvalue()))
@@ -212,9 +212,9 @@ LONG_HEADERS = {
 def test_a_tar_file_whose_headers_are_long_is_refused_before_they_are_understood(sessions, tmp_path, monkeypatch, name):
     monkeypatch.setattr("lib.stores.sessions.ALL_HEADERS", 200_000)
     monkeypatch.setattr("lib.stores.sessions.MOST_RECORDS", 1000)
-    archive = tar_of(tmp_path / "a.tar", *LONG_HEADERS[name], (tarfile.REGTYPE, b"x"))
+    sent = tar_of(tmp_path / "a.tar", *LONG_HEADERS[name], (tarfile.REGTYPE, b"x"))
     with pytest.raises(TooLarge, match="short headers"):
-        sessions.add_session(str(archive), uncompress=True)
+        sessions.add_session(str(sent), uncompress=True)
 
 
 def test_headers_as_programs_write_them_are_read(sessions, tmp_path):
@@ -232,17 +232,17 @@ def test_headers_as_programs_write_them_are_read(sessions, tmp_path):
 
 def test_members_of_a_zip_file_are_counted_before_one_is_unpacked(sessions, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.stores.sessions.MOST_MEMBERS", 10)
-    archive = zipped(tmp_path / "a.zip", *((f"{number}.nii", b"x") for number in range(11)))
+    sent = zipped(tmp_path / "a.zip", *((f"{number}.nii", b"x") for number in range(11)))
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *arguments: pytest.fail("unpacked"))
     with pytest.raises(TooLarge, match="at most 10 members"):
-        sessions.add_session(str(archive), uncompress=True)
+        sessions.add_session(str(sent), uncompress=True)
 
 
-def test_what_is_left_out_of_an_archive_counts_too(sessions, tmp_path, monkeypatch):
+def test_what_is_left_out_of_a_packed_file_counts_too(sessions, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.stores.sessions.SMALL_ENOUGH", LIMIT)
-    archive = packed(tmp_path / "a.tar.gz", (".hidden", bytes(LIMIT + 1)), ("a.nii", b"x"))
+    sent = packed(tmp_path / "a.tar.gz", (".hidden", bytes(LIMIT + 1)), ("a.nii", b"x"))
     with pytest.raises(TooLarge, match="unpacked"):
-        sessions.add_session(str(archive), uncompress=True)
+        sessions.add_session(str(sent), uncompress=True)
 
 
 def test_no_folder_is_made_for_a_file_that_is_kept_as_it_is(sessions, tmp_path, monkeypatch):

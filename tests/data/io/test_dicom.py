@@ -24,7 +24,7 @@ from sam2sgp.data.io import (
 )
 from sam2sgp.errors import DataError
 from sam2sgp.evaluation import class_sizes
-from tests.data.dicom_files import item, write_dicom, write_object, write_series
+from tests.data.dicom_files import item, write_compressed, write_dicom, write_object, write_series
 
 RNG = np.random.default_rng(0)
 
@@ -127,16 +127,7 @@ def test_compressed_dicom_has_the_values_of_uncompressed(tmp_path):
     tags = {"RescaleSlope": 2, "RescaleIntercept": -1024}
     expected = read_image(write_dicom(tmp_path / "a.dcm", pixels, **tags)).slices
     for name, syntax in (("rle.dcm", RLELossless), ("j2k.dcm", JPEG2000Lossless)):
-        dataset = pydicom.dcmread(tmp_path / "a.dcm")
-        if syntax == RLELossless:
-            dataset.compress(RLELossless)
-        else:
-            stream = io.BytesIO()
-            Image.fromarray(pixels).save(stream, "JPEG2000", no_jp2=True)
-            dataset.PixelData = encapsulate([stream.getvalue()])
-            dataset["PixelData"].is_undefined_length = True
-            dataset.file_meta.TransferSyntaxUID = syntax
-        dataset.save_as(tmp_path / name)
+        write_compressed(tmp_path / name, tmp_path / "a.dcm", syntax)
         assert np.array_equal(read_image(tmp_path / name).slices, expected), name
 
 

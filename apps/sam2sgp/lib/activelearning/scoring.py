@@ -27,7 +27,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from lib.checks import StorageError
-from lib.serving.segmenter import Segmenter
+from lib.serving.segmenter import ServerSegmenter
 from lib.stamps import image_stamp
 from sam2sgp.active import ImageScore, embed, examine
 from sam2sgp.errors import cause_of
@@ -179,7 +179,7 @@ class Scoring(ScoringMethod):
         scores: where they go.
     """
 
-    def __init__(self, segmenter: Segmenter, scores: Scores) -> None:
+    def __init__(self, segmenter: ServerSegmenter, scores: Scores) -> None:
         super().__init__("Embeddings and uncertainties of images, for the strategies")
         self.segmenter = segmenter
         self.scores = scores

@@ -157,7 +157,7 @@ class DatasetQuery(Query):
 
 
 class NewSessionQuery(Query):
-    """Whether the file is an archive, and after how many seconds without use the session ends."""
+    """Whether the file is packed (ZIP, TAR), and after how many seconds without use the session ends."""
 
     uncompress: bool = False
     expiry: Annotated[int, Field(ge=0, le=LONGEST_EXPIRY)] = 0
@@ -380,7 +380,7 @@ def _stored(upload: UploadFile, folder: Path) -> Path:
             shutil.copyfileobj(upload.file, file)
     except FileExistsError:
         raise RequestError(
-            f"files: expected each name once, found {ascii(path.name)} twice; send an archive."
+            f"files: expected each name once, found {ascii(path.name)} twice; send a ZIP file."
         ) from None
     return path
 

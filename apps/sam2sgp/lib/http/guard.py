@@ -264,7 +264,7 @@ class RequestGuard:
             # The parser raises types of its own, and what its code runs into.
             raise RequestError(
                 f"body: expected a whole form of at most {MOST_FIELDS} fields and {MOST_FILES} files, found another "
-                "content; send it again, or many files as an archive."
+                "content; send it again, or many files as a ZIP file."
             ) from error
 
     def _check_upload(self, path: str, key: str, upload: UploadFile) -> None:
@@ -275,7 +275,7 @@ class RequestGuard:
         if ".." in folders:
             raise RequestError(f"file name of {key}: expected one without '..'; send only the name.")
         name = check_file_name(last, f"file name of {key}")
-        # Files of a session may lack a suffix or be an archive. What a file holds is looked at where it is taken in.
+        # Files of a session may lack a suffix or be packed. What a file holds is looked at where it is taken in.
         if not path.startswith("/session"):
             suffix_of(name)
 

@@ -9,7 +9,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from lib.serving.options import ALL, InferParams, Options
 from lib.serving.result_files import uncertainty_map, write_result
-from lib.serving.segmenter import Segmenter
+from lib.serving.segmenter import ServerSegmenter
 from sam2sgp.support.familiarity import is_unlike
 from sam2sgp.support.sampler import MODES
 
@@ -18,14 +18,14 @@ class SegmentationTask(InferTask):
     """Segmentation of pictures and volumes, guided by the approved labels.
 
     Request: `image` (a path), `image_id` if it is an image of the datastore, `k`, `classes`, `retrieval`,
-    `three_d_memory`, `uncertainty`, `result_extension`, `gone` (as for `Segmenter.segment`). Viewers show `config` as a
-    panel of options.
+    `three_d_memory`, `uncertainty`, `result_extension`, `gone` (as for `ServerSegmenter.segment`). Viewers show
+    `config` as a panel of options.
 
     Args:
         segmenter: does the work.
     """
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: ServerSegmenter) -> None:
         super().__init__(
             type=InferType.SEGMENTATION,
             labels={},

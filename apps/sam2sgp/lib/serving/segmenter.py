@@ -91,7 +91,7 @@ class SupportState:
     weights: str
 
 
-class Segmenter:
+class ServerSegmenter:
     """Segments images with the weights in use and the support set as it is now.
 
     Args:

@@ -83,7 +83,7 @@ class Unreachable(ArchiveError):
     """The archive gives no answer at all."""
 
 
-class Busy(RequestError):
+class ArchiveBusy(RequestError):
     """More requests wait for the archive than the server has room for."""
 
     status = 503
@@ -247,7 +247,7 @@ class Archive:
                 `wado/` to fetch.
             query: as it stands behind the question mark.
 
-        Raises NotFound for what isn't part of DICOMweb, ArchiveError, Busy.
+        Raises NotFound for what isn't part of DICOMweb, ArchiveError, ArchiveBusy.
         """
         service, _, rest = path.partition("/")
         named = service in ("qido", "wado")
@@ -315,7 +315,7 @@ class Archive:
         try:
             self.breaker.check()
             if not self._queue.acquire(blocking=False):
-                raise Busy(f"archive: expected {what}, found too many requests that wait for it; try again.")
+                raise ArchiveBusy(f"archive: expected {what}, found too many requests that wait for it; try again.")
         except RequestError:
             work.close()
             raise
@@ -362,7 +362,9 @@ class Archive:
             async with limit:
                 yield
         except httpx.PoolTimeout as error:
-            raise Busy(f"archive: expected {what}, found too many requests that wait for it; try again.") from error
+            raise ArchiveBusy(
+                f"archive: expected {what}, found too many requests that wait for it; try again."
+            ) from error
         except (MultipartParseError, httpx.DecodingError) as error:
             raise ArchiveError(f"archive: expected {what}, found a damaged answer ({error}); see its log.") from error
         except (httpx.HTTPError, TimeoutError) as error:

@@ -26,18 +26,15 @@ import logging
 import os
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
-from filelock import FileLock
 from monailabel.config import settings as server_settings
 from pydicom import dcmread
 
@@ -52,17 +49,19 @@ from lib.checks import (
     suffix_of,
 )
 from lib.refresher import Refresher
-from lib.stores.archive import SILENCE, Archive, ArchiveError, Busy, Unreachable
+from lib.stores.archive import SILENCE, Archive, ArchiveBusy, ArchiveError, Unreachable
 from lib.stores.archive_index import PATIENCE, ArchiveIndex, Lists, SegInstance, Series, approved
 from lib.stores.audit import Audit, content_hash
 from lib.stores.decisions import FINAL, Decisions, ImageLocks
 from lib.stores.door import ImageTooLarge, admitted, check_instance, check_series, label_limit
+from lib.stores.file_changes import storing
+from lib.stores.kept_labels import KeptLabels
 from lib.stores.naming import agreed, declared, renumber
-from lib.stores.records import ImageRecord, LabelRecord, checked, readable
+from lib.stores.records import ImageRecord, LabelRecord, checked
 from lib.stores.series_cache import SUFFIX, SeriesCache
-from sam2sgp.data import Geometry, read_dicom_seg, read_image, read_label, write_dicom_seg, write_label, write_map
+from sam2sgp.data import read_dicom_seg, read_image, read_label, write_dicom_seg, write_map
 from sam2sgp.errors import DataError
-from sam2sgp.files import replacing, write_text
+from sam2sgp.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +128,7 @@ class DicomWebDatastore(Decisions):
         self._index = ArchiveIndex(self._archive, wanted, expiry, patience)
         self._fetching = Refresher(self._fetch_missing, "archive-labels")
         self._clearing = Refresher(self._clear, "archive-cache")
-        self._lock = threading.RLock()
+        self._kept = KeptLabels(self._folder)
         self._image_locks = ImageLocks(self._folder / "locks")
         self._cleared = float("-inf")
         self._unusable: set[str] = set()
@@ -210,7 +209,7 @@ class DicomWebDatastore(Decisions):
         Raises RequestError for an id that isn't a UID, NotFound for an unknown one, ArchiveError.
         """
         series = self._series(image_id)
-        with _storing("to keep a series"):
+        with storing("to keep a series"):
             found = self._cache.find(series.uid, series.instances)
         if found is None:
             self._fetch(series)
@@ -238,7 +237,7 @@ class DicomWebDatastore(Decisions):
         Raises RequestError for an invalid id or tag, ArchiveError.
         """
         check_uid(label_id, "label id")
-        path = self._label_path(label_id, check_tag(label_tag))
+        path = self._kept.path(label_id, check_tag(label_tag))
         if label_tag != FINAL:
             return str(path) if path.exists() else ""
         return str(path) if self._bring_label(label_id) else ""
@@ -249,17 +248,12 @@ class DicomWebDatastore(Decisions):
     def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
         """What was sent with the label, or is written in its SEG; {} if there is no such label."""
         check_uid(label_id, "label id")
-        return self._label_record(self._label_path(label_id, check_tag(label_tag)))
+        return self._kept.record(self._kept.path(label_id, check_tag(label_tag)))
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
         check_uid(image_id)
         tags = [FINAL] if self._latest(image_id, self._lists()) else []
-        tags += [
-            folder.name
-            for folder in _folders(self._folder / "labels")
-            if folder.name != FINAL and (folder / f"{image_id}{SUFFIX}").exists()
-        ]
-        return dict.fromkeys(tags, image_id)
+        return dict.fromkeys(tags + self._kept.tags(image_id), image_id)
 
     def get_label_by_image_id(self, image_id: str, tag: str) -> str:
         return self.get_labels_by_image_id(image_id).get(check_tag(tag), "")
@@ -269,15 +263,15 @@ class DicomWebDatastore(Decisions):
         ids = self.get_labeled_images()[: max(limit_cases, 1) if limit_cases else None]
         pairs = [(self.image_file(image_id), self.get_label_uri(image_id, FINAL)) for image_id in ids]
         if not pairs:
-            raise NotFound("data set: expected approved labels to put in an archive, found none; approve some first.")
-        archive = self._folder / "dataset.zip"
-        with _storing("to write an archive"), replacing(archive) as part, zipfile.ZipFile(part, "w") as file:
+            raise NotFound("data set: expected approved labels to put in a ZIP file, found none; approve some first.")
+        packed = self._folder / "dataset.zip"
+        with storing("to write a ZIP file"), replacing(packed) as part, zipfile.ZipFile(part, "w") as file:
             for image, label in pairs:
                 if label:
                     file.write(image, f"image/{image.name}")
                     file.write(label, f"label/{image.name}")
             file.writestr("metadata.json", json.dumps(self.json(), default=str))
-        return str(archive)
+        return str(packed)
 
     def refresh(self) -> None:
         """Ask the archive for its lists now."""
@@ -298,7 +292,7 @@ class DicomWebDatastore(Decisions):
         """Paths of image and label, by id, of the series with an approved label whose files have been fetched."""
         lists = self._lists()
         return {
-            image_id: (str(self._cache.folder_of(image_id)), str(self._label_path(image_id, FINAL)))
+            image_id: (str(self._cache.folder_of(image_id)), str(self._kept.path(image_id, FINAL)))
             for image_id, uid in list(self._at_hand.items())
             if (latest := self._latest(image_id, lists)) and latest.uid == uid
         }
@@ -358,7 +352,7 @@ class DicomWebDatastore(Decisions):
         sent = declared(info)
         # An empty label is about the classes that were looked for.
         values = np.unique(labels[labels > 0]).tolist() or sorted(sent)
-        with self._numbering() as known:
+        with self._kept.numbering() as known:
             changes, sent = agreed(values, sent, known)
             values = [changes.get(value, value) for value in values]
             if tag == FINAL:
@@ -371,12 +365,12 @@ class DicomWebDatastore(Decisions):
         names = {value: sent.get(value) or of_value.get(value) or f"class_{value}" for value in values} or of_value
         info["label_info"] = [{"name": text, "idx": value} for value, text in names.items()]
         info.update(ts=int(time.time()), name=name, SeriesInstanceUID=image_id)
-        path = self._label_path(image_id, tag)
+        path = self._kept.path(image_id, tag)
         if tag == FINAL:
             self._approve(self._series(image_id), folder, labels, geometry, names, info)
         try:
-            with _storing("to save the label"):
-                self._keep_label(path, labels, geometry, info)
+            with storing("to save the label"):
+                self._kept.write(path, labels, geometry, info)
         except StorageError as error:
             if tag != FINAL:
                 raise
@@ -393,16 +387,16 @@ class DicomWebDatastore(Decisions):
         An approval is made by the archive, which takes the label or not; what is left of the prediction can fail to be
         deleted without harm. Any other change is undone where its second half fails.
         """
-        path = self._label_path(image_id, old)
-        before = _files(self._label_path(image_id, new)) if new != FINAL else {}
-        self._save_label(image_id, str(path), path.name, new, _without_segmentation(self._label_record(path)))
+        path = self._kept.path(image_id, old)
+        before = self._kept.files(self._kept.path(image_id, new)) if new != FINAL else {}
+        self._save_label(image_id, str(path), path.name, new, _without_segmentation(self._kept.record(path)))
         try:
             self._remove_label(image_id, old)
         except (StorageError, OSError) as error:
             if new == FINAL:
                 logger.warning("series %s: its prediction can't be deleted: %s", image_id, error)
                 return
-            _restore(self._label_path(image_id, new), before)
+            self._kept.restore(self._kept.path(image_id, new), before)
             raise
 
     def _approve(self, series: Series, folder: str, labels, geometry, names: dict[int, str], info: dict) -> None:
@@ -431,44 +425,41 @@ class DicomWebDatastore(Decisions):
             self._remove_label(label_id, tag)
 
     def _remove_label(self, label_id: str, tag: str) -> None:
-        path = self._label_path(label_id, tag)
+        path = self._kept.path(label_id, tag)
         if tag not in self.get_labels_by_image_id(label_id):
             raise NotFound(f"label {label_id}: expected a label with tag {tag}, found none; look at the list.")
         if self._audit:
             latest = self._latest(label_id, self._lists())
             details = {"segmentation": latest.uid} if tag == FINAL and latest else {}
             self._audit.write("remove label", image=label_id, tag=tag, **details)
-        with _storing("to remove the label"):
+        with storing("to remove the label"):
             if tag == FINAL:
-                gone = {entry.uid for entry in self._lists().labels.get(label_id, ())} | self._removed(label_id)
-                write_text(self._removals(label_id), json.dumps(sorted(gone)))
+                self._kept.remove(label_id, {entry.uid for entry in self._lists().labels.get(label_id, ())})
                 # What is here is only a copy of what the archive has.
-                _discard(path)
+                self._kept.discard(path)
             else:
-                path.unlink(missing_ok=True)
-            _discard(_notes_of(path))
+                self._kept.delete(path)
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Add to what is known about a series; the archive isn't told. Raises NotFound for an unknown id."""
         self._series(image_id)
-        path = self._folder / "facts" / f"{image_id}.json"
         info = checked(ImageRecord, info, f"series {image_id}")
-        with self.deciding(image_id), _storing("to save what is known about the image"):
-            known = checked(ImageRecord, {**readable(ImageRecord, _read_json(path))[0], **info}, f"series {image_id}")
-            write_text(path, json.dumps(known))
+        with self.deciding(image_id), storing("to save what is known about the image"):
+            known = checked(ImageRecord, {**self._kept.series_record(image_id), **info}, f"series {image_id}")
+            self._kept.note_series(image_id, known)
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Add to what is known about a label; the archive isn't told. Raises NotFound where there is none."""
         check_uid(label_id, "label id")
-        path = self._label_path(label_id, check_tag(label_tag))
+        path = self._kept.path(label_id, check_tag(label_tag))
         info = checked(LabelRecord, info, f"label of series {label_id}")
-        with self.deciding(label_id), _storing("to save what is known about the label"):
+        with self.deciding(label_id), storing("to save what is known about the label"):
             if not path.exists():
                 raise NotFound(
                     f"label {label_id}: expected a label with tag {label_tag}, found none; look at the list."
                 )
-            known = checked(LabelRecord, {**self._label_record(path), **info}, f"label of series {label_id}")
-            write_text(_notes_of(path), json.dumps(known))
+            known = checked(LabelRecord, {**self._kept.record(path), **info}, f"label of series {label_id}")
+            self._kept.note(path, known)
 
     # The archive
 
@@ -495,7 +486,7 @@ class DicomWebDatastore(Decisions):
         entries = lists.labels.get(image_id)
         if not entries:
             return None
-        gone = self._unusable | self._removed(image_id)
+        gone = self._unusable | self._kept.removed(image_id)
         return max((entry for entry in entries if entry.uid not in gone), key=lambda entry: entry.when, default=None)
 
     def _missing(self, lists: Lists) -> list[str]:
@@ -514,7 +505,7 @@ class DicomWebDatastore(Decisions):
             try:
                 self.get_image_uri(image_id)
                 self._bring_label(image_id)
-            except (Unreachable, Busy):
+            except (Unreachable, ArchiveBusy):
                 return
             except Exception as error:
                 # Whatever one label does must not keep the others out.
@@ -524,14 +515,14 @@ class DicomWebDatastore(Decisions):
 
     def _bring_label(self, image_id: str) -> bool:
         """Bring the file of the latest label that can be used in line with the archive; whether there is one."""
-        path = self._label_path(image_id, FINAL)
+        path = self._kept.path(image_id, FINAL)
         while latest := self._latest(image_id, self._lists()):
             try:
                 self._fetch_label(latest, path)
                 if self.is_at_hand(image_id):
                     self._at_hand[image_id] = latest.uid
                 return True
-            except (ArchiveError, Busy):
+            except (ArchiveError, ArchiveBusy):
                 raise
             except DataError as error:
                 # An older one of the same series may do; this one is not asked for again.
@@ -541,7 +532,7 @@ class DicomWebDatastore(Decisions):
 
     def _fetch(self, series: Series) -> None:
         """Download a series; it is put in place whole."""
-        with _storing("to keep a series"), self._cache.adding(series.uid) as folder:
+        with storing("to keep a series"), self._cache.adding(series.uid) as folder:
             files = self._archive.fetch_series(series.study, series.uid, folder)
             if not files:
                 raise ArchiveError(f"series {series.uid}: expected files from the archive, found none.")
@@ -586,26 +577,21 @@ class DicomWebDatastore(Decisions):
                 # Which is no reason to refuse a request that got what it wanted.
                 logger.warning("Copies of series can't be deleted: %s", error)
 
-    def _keep_label(self, path: Path, labels: np.ndarray, geometry: Geometry, info: dict[str, Any]) -> None:
-        """Write a label and what is known about it; of two at once the one does not get the notes of the other."""
-        with self._lock:
-            write_label(path, labels, geometry)
-            write_text(_notes_of(path), json.dumps(info, default=str))
-
     def _fetch_label(self, segmentation: SegInstance, path: Path) -> None:
         """Bring the file of an approved label in line with the archive."""
-        known, _ = readable(LabelRecord, _read_json(_notes_of(path)))
-        if path.exists() and known.get("segmentation") == segmentation.uid:
+        if self._kept.segmentation(path) == segmentation.uid:
             return
         folder = self.get_image_uri(segmentation.image)
-        with tempfile.TemporaryDirectory() as scratch, _storing("to keep a label"):
+        with tempfile.TemporaryDirectory() as scratch, storing("to keep a label"):
             file = self._archive.fetch_instance(
                 segmentation.study, segmentation.series, segmentation.uid, Path(scratch)
             )
             what = f"segmentation {segmentation.uid}"
             self._checked(file, what, sys.maxsize, SOPInstanceUID=segmentation.uid)
             geometry = read_image(folder).geometry
-            labels, names = read_dicom_seg(file, geometry, folder, lambda text: self._value_of(clean_class_name(text)))
+            labels, names = read_dicom_seg(
+                file, geometry, folder, lambda text: self._kept.value_of(clean_class_name(text))
+            )
             names = {value: clean_class_name(text) or f"class_{value}" for value, text in names.items()}
             info = {
                 "segmentation": segmentation.uid,
@@ -614,116 +600,12 @@ class DicomWebDatastore(Decisions):
                 "ts": int(segmentation.when[0].strip()[:14] or 0),
                 "name": path.name,
             }
-            self._keep_label(path, labels, geometry, info)
-
-    def _label_record(self, path: Path) -> dict[str, Any]:
-        """What is known about a label, as far as it can be used."""
-        known, faults = readable(LabelRecord, _read_json(_notes_of(path)))
-        for fault in faults:
-            logger.warning("label of series %s: %s; this is left out.", path.name.removesuffix(SUFFIX), fault)
-        return known
-
-    # Names
-
-    def _known_names(self) -> dict[str, int]:
-        """Values of class names: those given to names without one, and those of the labels here."""
-        known = {str(text): int(value) for text, value in _read_json(self._folder / "classes.json").items()}
-        for notes in sorted((self._folder / "labels").glob("*/*.json")):
-            for value, text in declared(readable(LabelRecord, _read_json(notes))[0]).items():
-                known.setdefault(text, value)
-        return known
-
-    @contextmanager
-    def _numbering(self) -> Iterator[dict[str, int]]:
-        """Values of all known class names, for one thread of one process at a time; names that the block adds are kept.
-
-        Raises StorageError.
-        """
-        path = self._folder / "classes.json"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self._lock, _storing("to number a class"), FileLock(self._folder / "classes.lock"):
-            known = self._known_names()
-            before = dict(known)
-            yield known
-            if added := {text: value for text, value in known.items() if text not in before}:
-                write_text(path, json.dumps({**_read_json(path), **added}))
-
-    def _value_of(self, name: str) -> int:
-        """The value of a class by its name, for segments that don't say theirs; kept once it is given."""
-        with self._numbering() as known:
-            return known.setdefault(name, max(known.values(), default=0) + 1)
-
-    # Files
-
-    def _label_path(self, image_id: str, tag: str) -> Path:
-        return self._folder / "labels" / tag / f"{image_id}{SUFFIX}"
-
-    def _removals(self, image_id: str) -> Path:
-        return self._folder / "removed" / f"{image_id}.json"
-
-    def _removed(self, image_id: str) -> set[str]:
-        """UIDs of the SEGs of a series that are not used any more."""
-        path = self._removals(image_id)
-        return set(_read_json(path)) if path.exists() else set()
+            self._kept.write(path, labels, geometry, info)
 
     def _image_notes(self, series: Series) -> dict[str, Any]:
-        known, _ = readable(ImageRecord, _read_json(self._folder / "facts" / f"{series.uid}.json"))
-        return {**series.info, "SeriesInstanceUID": series.uid, **known}
-
-
-def _notes_of(label: Path) -> Path:
-    return label.with_name(label.name.removesuffix(SUFFIX) + ".json")
+        return {**series.info, "SeriesInstanceUID": series.uid, **self._kept.series_record(series.uid)}
 
 
 def _without_segmentation(info: dict[str, Any]) -> dict[str, Any]:
     """Without what tells which object of the archive a label is."""
     return {key: value for key, value in info.items() if key != "segmentation"}
-
-
-def _files(label: Path) -> dict[Path, bytes]:
-    """The content of a label's files, as far as there are any."""
-    return {path: path.read_bytes() for path in (label, _notes_of(label)) if path.exists()}
-
-
-def _restore(label: Path, files: dict[Path, bytes]) -> None:
-    """Have a label's files as they were."""
-    for path in (label, _notes_of(label)):
-        if path in files:
-            with replacing(path) as part:
-                part.write_bytes(files[path])
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _discard(path: Path) -> None:
-    """Delete a file that nobody needs any more."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("%s: can't be deleted: %s", path.name, error)
-
-
-def _read_json(path: Path) -> Any:
-    """The content of a JSON file; {} if there is none or it is damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError):
-        logger.warning("%s: expected JSON, found it damaged; it is left aside.", path.name)
-        return {}
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
-
-
-@contextmanager
-def _storing(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"datastore: expected {what}, found {error.strerror or error}; nothing that was there is lost: free some "
-            "space or correct the folder's permissions, then try again."
-        ) from error

@@ -138,8 +138,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def storing() -> Iterator[None]:
-    """Errors of a change as sentences. Raises StorageError."""
+def storing(purpose: str = "to save the change") -> Iterator[None]:
+    """Errors of the disk as sentences about the datastore. Raises StorageError."""
     try:
         yield
     except Timeout as error:
@@ -148,7 +148,7 @@ def storing() -> Iterator[None]:
             "again, or end that process."
         ) from error
     except OSError as error:
-        raise storage_error("datastore", "to save the change", error) from error
+        raise storage_error("datastore", purpose, error) from error
 
 
 def storage_error(what: str, purpose: str, error: OSError) -> StorageError:

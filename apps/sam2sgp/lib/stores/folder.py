@@ -101,7 +101,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
 
     Args:
         datastore_path: the folder; made if missing.
-        work_folder: where archives for download, a copy of the index and the images' locks are put.
+        work_folder: where ZIP files for download, a copy of the index and the images' locks are put.
         max_unpacked: how many bytes the voxels of an uploaded file may take as float32.
         audit: where approvals and removals are noted; None for nowhere.
 
@@ -221,10 +221,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         """The path of a ZIP file with the approved pairs; the next call replaces it. Raises NotFound without pairs."""
         pairs = self.datalist()[: max(limit_cases, 1) if limit_cases else None]
         if not pairs:
-            raise NotFound("data set: expected approved labels to put in an archive, found none; approve some first.")
-        archive = self._work_folder / "dataset.zip"
+            raise NotFound("data set: expected approved labels to put in a ZIP file, found none; approve some first.")
+        packed = self._work_folder / "dataset.zip"
         try:
-            with replacing(archive) as part, zipfile.ZipFile(part, "w") as file:
+            with replacing(packed) as part, zipfile.ZipFile(part, "w") as file:
                 for pair in pairs:
                     for key, path in pair.items():
                         name = f"{key}/{os.path.basename(path)}"
@@ -232,8 +232,8 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                             shutil.copyfileobj(source, member)
                 file.writestr("metadata.json", self._model().model_dump_json(exclude={"base_path"}, fallback=str))
         except OSError as error:
-            raise storage_error("data set", "to write an archive", error) from error
-        return str(archive)
+            raise storage_error("data set", "to write a ZIP file", error) from error
+        return str(packed)
 
     def declared_names(self) -> dict[int, str]:
         """Class names by value, as the folder's own files declare them.

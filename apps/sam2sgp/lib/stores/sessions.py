@@ -1,8 +1,8 @@
 """Sessions: images that a client lends the server for a while, kept outside the datastore.
 
-In: uploaded files or an archive of them, and session ids. Out: MONAI Label's `SessionInfo`, with paths inside the
-session's own folder. Archives are unpacked here, member by member: none can lead out, and what they unpack to is
-bounded. Requests come one at a time; ids are made by the server.
+In: uploaded files or a packed file (ZIP, TAR) of them, and session ids. Out: MONAI Label's `SessionInfo`, with paths
+inside the session's own folder. Packed files are unpacked here, member by member: none can lead out, and what they
+unpack to is bounded. Requests come one at a time; ids are made by the server.
 """
 
 import bz2
@@ -72,7 +72,7 @@ class ConfinedSessions(Sessions):
     Args:
         store_path: the folder of all sessions.
         expiry: seconds after which an unused session is removed.
-        max_unpacked: bytes that an archive may unpack to.
+        max_unpacked: bytes that a packed file may unpack to.
         max_image: bytes that the voxels of one file may take as float32; by default as many.
     """
 
@@ -106,15 +106,15 @@ class ConfinedSessions(Sessions):
         return count
 
     def add_session(self, data_file: str, expiry: int = 0, uncompress: bool = False, session_id: str | None = None):
-        """Take an uploaded file, folder of files, or (`uncompress`) the content of an archive into a new session.
+        """Take an uploaded file, folder of files, or (`uncompress`) the content of a packed file into a new session.
 
         Images are kept as `lib.stores.door` understands them. What is no image by name or content is deleted.
 
         Raises:
-            UnsupportedFile: not a ZIP or TAR archive, or one with links, devices or names that lead out; no image in
+            UnsupportedFile: neither ZIP nor TAR, or one with links, devices or names that lead out; no image in
                 it, or one whose content isn't what its name says.
             DataError: an image that promises voxels which it doesn't hold.
-            TooLarge: an archive of too many members, or that unpacks to too much.
+            TooLarge: a packed file of too many members, or that unpacks to too much.
             StorageError: the disk is full.
         """
         session_id = check_session_id(session_id) if session_id else str(uuid.uuid4())
@@ -186,24 +186,24 @@ def check_session_id(text: str) -> str:
     return text
 
 
-def unpack(archive: Path, folder: Path, limit: int) -> None:
-    """Write an archive's files into a folder, but for hidden ones.
+def unpack(packed: Path, folder: Path, limit: int) -> None:
+    """Write a packed file's content into a folder, but for hidden ones.
 
     Args:
-        archive: a ZIP file or a TAR file, plain or compressed by gzip, bzip2 or xz.
+        packed: a ZIP file or a TAR file, plain or compressed by gzip, bzip2 or xz.
         folder: an empty one.
         limit: bytes that all members together may unpack to.
 
     Raises:
-        UnsupportedFile: not an archive, damaged, empty, or with a link, a device or a name that leads out.
+        UnsupportedFile: of another kind, damaged, empty, or with a link, a device or a name that leads out.
         TooLarge: more than `limit` bytes or `MOST_MEMBERS` members.
     """
     # What images shrink to is bounded in `sam2sgp.data.io.limits` for the same reason.
-    left = limit = min(limit, max(SMALL_ENOUGH, LARGEST_RATIO * os.path.getsize(archive)))
+    left = limit = min(limit, max(SMALL_ENOUGH, LARGEST_RATIO * os.path.getsize(packed)))
     files = 0
     folders: set[Path] = set()
     try:
-        with closing(_members(archive)) as content:
+        with closing(_members(packed)) as content:
             for members, (name, is_folder, size, source) in enumerate(content, 1):
                 parts = () if _is_hidden(name) else _parts(name)
                 if parts and not is_folder:
@@ -227,22 +227,22 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
                             raise _unpacks_to_more(limit)
                         file.write(data)
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise UnsupportedFile("archive: expected each name once, found one twice; pack it again.") from error
+        raise UnsupportedFile("packed file: expected each name once, found one twice; pack it again.") from error
     except DAMAGE as error:
-        raise UnsupportedFile(f"archive: expected a readable archive, found a damaged one ({error}).") from error
+        raise UnsupportedFile(f"packed file: expected a readable one, found a damaged one ({error}).") from error
     except OSError as error:
         # The decompressors' own errors are of this type too, without a number.
         if error.errno is not None:
             raise
-        raise UnsupportedFile(f"archive: expected a readable archive, found a damaged one ({error}).") from error
+        raise UnsupportedFile(f"packed file: expected a readable one, found a damaged one ({error}).") from error
     if not files:
-        raise UnsupportedFile("archive: expected files in it, found none; pack it again.")
+        raise UnsupportedFile("packed file: expected files in it, found none; pack it again.")
 
 
-def _members(archive: Path) -> Generator[tuple[str, bool, int, Callable[[], IO[bytes]]]]:
+def _members(packed: Path) -> Generator[tuple[str, bool, int, Callable[[], IO[bytes]]]]:
     """Name, whether it is a folder, stated size, and what opens its content, of each member in turn."""
-    if zipfile.is_zipfile(archive):
-        with open(archive, "rb") as file, zipfile.ZipFile(_Sparing(file, LARGEST_DIRECTORY)) as content:
+    if zipfile.is_zipfile(packed):
+        with open(packed, "rb") as file, zipfile.ZipFile(_Sparing(file, LARGEST_DIRECTORY)) as content:
             if len(content.infolist()) > MOST_MEMBERS:
                 raise _too_many()
             for member in content.infolist():
@@ -252,15 +252,17 @@ def _members(archive: Path) -> Generator[tuple[str, bool, int, Callable[[], IO[b
                 # Not `is_dir`, which ends in an IndexError where the name is empty.
                 yield member.filename, member.filename.endswith("/"), member.file_size, partial(content.open, member)
         return
-    with open(archive, "rb") as file:
+    with open(packed, "rb") as file:
         magic = file.read(6)
     opener = next((opener for start, opener in COMPRESSIONS.items() if magic.startswith(start)), open)
-    with opener(archive, "rb") as unpacked:
+    with opener(packed, "rb") as unpacked:
         source = _TarHeaders(unpacked)
         try:
             tar = tarfile.open(fileobj=cast(IO[bytes], source), mode="r:")
         except tarfile.TarError as error:
-            raise UnsupportedFile("archive: expected a ZIP or TAR file, found other content; pack it again.") from error
+            raise UnsupportedFile(
+                "packed file: expected a ZIP or TAR file, found other content; pack it again."
+            ) from error
         with tar:
             while entry := tar.next():
                 # It would keep all of them.
@@ -329,16 +331,16 @@ class _TarHeaders(_Sparing):
 
 def _too_many() -> TooLarge:
     return TooLarge(
-        f"archive: expected at most {MOST_MEMBERS} members and folders, found more; send one series at a time."
+        f"packed file: expected at most {MOST_MEMBERS} members and folders, found more; send one series at a time."
     )
 
 
 def _unpacks_to_more(limit: int) -> TooLarge:
-    return TooLarge(f"archive: expected at most {limit >> 20} MB unpacked, found more; send less.")
+    return TooLarge(f"packed file: expected at most {limit >> 20} MB unpacked, found more; send less.")
 
 
 def _long_header() -> TooLarge:
-    return TooLarge("archive: expected short headers, found long ones; pack it again.")
+    return TooLarge("packed file: expected short headers, found long ones; pack it again.")
 
 
 def _is_hidden(name: str) -> bool:
@@ -355,13 +357,13 @@ def _parts(name: str) -> list[str]:
         return [check_file_name(part) for part in parts]
     except RequestError as error:
         raise UnsupportedFile(
-            f"archive: expected names within the archive's own folder, at most {DEEPEST} folders deep, found "
+            f"packed file: expected names within its own folder, at most {DEEPEST} folders deep, found "
             f"{ascii(name)[:80]}; pack it again."
         ) from error
 
 
 def _not_a_file(name: str) -> UnsupportedFile:
-    return UnsupportedFile(f"archive: expected only files and folders, found a link or device {ascii(name)[:80]}.")
+    return UnsupportedFile(f"packed file: expected only files and folders, found a link or device {ascii(name)[:80]}.")
 
 
 def _is_session_id(text: str) -> bool:

@@ -29,7 +29,7 @@ from sam2sgp.data.io.geometry import Geometry
 from sam2sgp.data.io.images import MedicalImage, read_image
 from sam2sgp.data.io.labels import is_binary_255, read_label, write_label, write_map, writing
 from sam2sgp.data.io.nifti import itk_affine
-from sam2sgp.data.io.pictures import png_palette
+from sam2sgp.data.io.picture_files import png_palette
 
 __all__ = [
     "DETACHED_SUFFIXES",

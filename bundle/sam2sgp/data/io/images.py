@@ -20,7 +20,7 @@ from sam2sgp.data.io.formats import (
 from sam2sgp.data.io.geometry import Geometry, Grid, geometry_of, rounded
 from sam2sgp.data.io.itk import read_itk
 from sam2sgp.data.io.nifti import read_nifti
-from sam2sgp.data.io.pictures import read_picture
+from sam2sgp.data.io.picture_files import read_picture
 from sam2sgp.data.io.segmentation import read_segmentation
 from sam2sgp.errors import DataError
 

@@ -9,7 +9,7 @@ from sam2sgp.adaptation.plan import Plan
 
 
 @dataclass
-class Record:
+class AdaptationRecord:
     """What was done, what was found, and what was made of it.
 
     cases: labelled images. groups: of them, see `sam2sgp.adaptation.groups`. owners: the group of each support item.
@@ -35,7 +35,7 @@ class Record:
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
-    def of_json(cls, text: str) -> "Record":
+    def of_json(cls, text: str) -> "AdaptationRecord":
         """The inverse of `to_json`. Raises `ValueError`, `KeyError` or `TypeError` for another text."""
         values = json.loads(text)
         groups = Groups(tuple(values["groups"]["owner"]), values["groups"]["by"])
