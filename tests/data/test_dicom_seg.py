@@ -15,10 +15,11 @@ import pydicom_seg
 import pytest
 import SimpleITK
 import torch
-from pydicom.uid import RLELossless, generate_uid
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, RLELossless, generate_uid
 
 from sam2sgp.data import read_dicom_seg, read_image, read_label, write_dicom_seg, write_label
-from sam2sgp.data.dicom_seg import DicomSourceError
+from sam2sgp.data.dicom_seg import MOST_SEGMENTS, DicomSourceError
 from sam2sgp.data.folders import load_datalist
 from sam2sgp.errors import DataError
 from sam2sgp.transforms import OutputNames, SaveDicomSegd
@@ -156,6 +157,61 @@ def test_segments_of_other_programs_get_their_values_by_name(tmp_path):
     assert names == {4: "liver", 9: "Läsion", 2: "tumour"}
     with pytest.raises(DataError, match="slices of its series"):
         read_dicom_seg(path, geometry, series(tmp_path / "other"))
+
+
+def add_segments(segmentation: pydicom.Dataset) -> None:
+    """More of them than anybody segments, without a frame: each would take as much memory as the series."""
+    for number in range(len(segmentation.SegmentSequence) + 1, MOST_SEGMENTS + 2):
+        segment = pydicom.Dataset()
+        segment.update(segmentation.SegmentSequence[0])
+        segment.SegmentNumber = number
+        segmentation.SegmentSequence.append(segment)
+
+
+def fill(segmentation: pydicom.Dataset) -> None:
+    segmentation.PixelData = b"\xff" * len(segmentation.PixelData)
+
+
+def compress(segmentation: pydicom.Dataset) -> None:
+    """With a codec that must not run in this process."""
+    segmentation.PixelData = encapsulate([bytes(64)] * int(segmentation.NumberOfFrames))
+    segmentation["PixelData"].VR = "OB"
+    segmentation.file_meta.TransferSyntaxUID = JPEG2000Lossless
+
+
+MISLEADING = {
+    "many segments": (add_segments, "1025 segments"),
+    "frames of another shape": (lambda made: made.update({"Rows": 16, "Columns": 12}), "16 x 12 pixels where"),
+    "tiles": (lambda made: setattr(made, "DimensionOrganizationType", "TILED_FULL"), "tiles, not of slices"),
+    "a codec": (compress, "stored as JPEG 2000"),
+    "a value beyond 16 bits": (
+        lambda made: setattr(made.SegmentSequence[0], "SegmentDescription", "class 99999"),
+        "values up to 65535, found 99999",
+    ),
+    "segments that overlap": (fill, "segments that overlap"),
+}
+
+
+@pytest.mark.parametrize("name", MISLEADING)
+def test_objects_that_would_mislead_or_take_too_much_are_refused(tmp_path, name):
+    spoil, message = MISLEADING[name]
+    source = series(tmp_path / "series")
+    path, _ = segment(tmp_path, source)
+    spoilt = pydicom.dcmread(path)
+    spoil(spoilt)
+    spoilt.save_as(path)
+    with pytest.raises(DataError, match=message):
+        read_dicom_seg(path, read_image(source).geometry, source)
+
+
+def test_the_memory_that_a_segmentation_may_take_is_limited(tmp_path):
+    source = series(tmp_path / "series")
+    path, _ = segment(tmp_path, source)
+    geometry = read_image(source).geometry
+    pixels = int(pydicom.dcmread(path).NumberOfFrames) * 12 * 16
+    assert read_dicom_seg(path, geometry, source, limit=pixels)[0].any()
+    with pytest.raises(DataError, match="MB of pixels, more than"):
+        read_dicom_seg(path, geometry, source, limit=pixels - 1)
 
 
 @pytest.mark.parametrize("slice_axis", [0, 1, 2])

@@ -7,6 +7,7 @@ and back again, to the voxel. Objects are built and read by highdicom.
 
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from highdicom.seg import SegmentationTypeValues, SegmentDescription
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
-from pydicom.uid import generate_uid
+from pydicom.uid import RLELossless, generate_uid
 
 import sam2sgp
 from sam2sgp.data.io import Geometry, dicom_slices, is_dicom_seg, writing
-from sam2sgp.data.io.dicom_file import open_dicom
+from sam2sgp.data.io.dicom_file import UNCOMPRESSED, frame_shape, open_dicom
+from sam2sgp.data.io.limits import default_memory
 from sam2sgp.data.io.segmentation import CLASS_VALUE_FOUND
 from sam2sgp.errors import DataError
 
@@ -31,6 +33,8 @@ SERIES_NUMBER = 300
 LONGEST_LABEL = 64
 # Segments are numbered without gaps; their description holds the class value.
 CLASS_VALUE = "class {value}"
+# Class maps are kept in files of 16 bits, and nobody segments so many structures.
+LARGEST_CLASS, MOST_SEGMENTS = 65535, 1024
 # Attributes that the standard wants present and lets be empty; anonymised files often lack them altogether.
 MAY_BE_EMPTY = (
     "PatientID",
@@ -141,6 +145,7 @@ def read_dicom_seg(
     geometry: Geometry,
     source: str | os.PathLike,
     value_of: Callable[[str], int] | None = None,
+    limit: int | None = None,
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Read a DICOM Segmentation object as the class map of the series that it refers to.
 
@@ -150,50 +155,112 @@ def read_dicom_seg(
         source: the series' folder or file.
         value_of: class value (1..65535) for the name of a segment that doesn't say its own, as those of other
             programs don't; without it they are numbered as in the file.
+        limit: bytes that its frames may unpack to, one for each voxel; by default `default_memory()`.
 
     Returns:
         labels: (Z, H, W) int64 in display orientation; slices without a frame are empty. names: by class value.
 
     Raises:
-        DataError: the object can't be read, refers to other slices, or its segments overlap.
+        DataError: the object can't be read, refers to other slices, is too large, or its segments overlap.
     """
     slices = dicom_slices(source)
-    sources = list(dict.fromkeys(header.SOPInstanceUID for header, _ in slices))
     try:
-        # Segments of one bit each take a small part of what they would as an image.
-        open_dicom(Path(path), pixels=True, limit=sys.maxsize)
-        segmentation = highdicom.seg.segread(path)
-        # Slices without a frame are empty, so those of another series would all be.
-        strangers = {uid for _, _, uid in segmentation.get_source_image_uids()} - set(sources)
-        if strangers:
-            raise ValueError(f"it refers to {len(strangers)} other images")
-        numbers = list(segmentation.segment_numbers)
-        wanted = {"segment_numbers": numbers, "assert_missing_frames_are_empty": True}
-        if len(slices) > len(sources):
-            order = [frame + 1 for _, frame in slices]
-            frames = segmentation.get_pixels_by_source_frame(sources[0], order, **wanted)
-        else:
-            frames = segmentation.get_pixels_by_source_instance(sources, **wanted)
+        numbers, segments = _segment_numbers(Path(path), slices, default_memory() if limit is None else limit)
+    except _Overlapping as error:
+        raise DataError(
+            f"{path}: expected one class per voxel, found segments that overlap; correct the label."
+        ) from error
     except Exception as error:
         # Whatever is wrong with a file of another program: highdicom and pydicom raise types of all kinds for it.
         raise DataError(
             f"{path}: expected a DICOM segmentation of the slices of its series, found that it can't be read as one "
             f"({error}); export it again."
         ) from error
-    masks = frames > 0.5
-    if int(masks.sum(axis=3, dtype=np.uint16).max(initial=0)) > 1:
-        raise DataError(f"{path}: expected one class per voxel, found segments that overlap; correct the label.")
-    labels = np.zeros(masks.shape[:3], dtype=np.int64)
+    values = np.zeros(max(segments, default=0) + 1, dtype=np.int64)
     names: dict[int, str] = {}
-    for column, number in enumerate(numbers):
-        segment = segmentation.get_segment_description(number)
-        found = CLASS_VALUE_FOUND.fullmatch(str(segment.get("SegmentDescription") or ""))
-        name = str(segment.segment_label)
-        value = int(found[1]) if found else value_of(name) if value_of else number
-        names[value] = name
-        labels[masks[..., column]] = value
-    native = labels.transpose(2, 1, 0).reshape(geometry.native_shape)
+    for number, (description, name) in segments.items():
+        found = CLASS_VALUE_FOUND.fullmatch(description)
+        values[number] = int(found[1]) if found else value_of(name) if value_of else number
+        names[int(values[number])] = name
+    if values.max() > LARGEST_CLASS:
+        raise DataError(f"{path}: expected class values up to {LARGEST_CLASS}, found {values.max()}; correct the label.")
+    native = values[numbers].transpose(2, 1, 0).reshape(geometry.native_shape)
     return geometry.from_native(native), names
+
+
+class _Overlapping(Exception):
+    """Two segments share a voxel."""
+
+
+def _segment_numbers(
+    path: Path, slices: list[tuple[Dataset, int]], limit: int
+) -> tuple[np.ndarray, dict[int, tuple[str, str]]]:
+    """(slices, rows, columns) numbers of segments, 0 for none, and of each segment its description and its label.
+
+    One segment after the other is unpacked, and of each only the slices that it has frames of: a file of a few
+    megabytes may name a thousand segments of a large series.
+    """
+    header = open_dicom(path, pixels=True, limit=sys.maxsize)
+    _check_frames(header, slices[0][0], limit)
+    segmentation = highdicom.seg.segread(path)
+    uids = [str(header.SOPInstanceUID) for header, _ in slices]
+    # Slices without a frame are empty, so those of another series would all be.
+    strangers = {uid for _, _, uid in segmentation.get_source_image_uids()} - set(uids)
+    if strangers:
+        raise ValueError(f"it refers to {len(strangers)} other images")
+    is_enhanced = len(set(uids)) < len(slices)
+    place_of = {
+        (uid, frame + 1 if is_enhanced else 0): place
+        for place, (uid, (_, frame)) in enumerate(zip(uids, slices, strict=True))
+    }
+    places: dict[int, set[int]] = defaultdict(set)
+    for groups in segmentation.PerFrameFunctionalGroupsSequence:
+        number = int(groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        for derivation in groups.DerivationImageSequence:
+            for image in derivation.SourceImageSequence:
+                frame = int(image.ReferencedFrameNumber) if is_enhanced else 0
+                places[number].add(place_of[str(image.ReferencedSOPInstanceUID), frame])
+    numbers = np.zeros((len(slices), header.Rows, header.Columns), np.uint16)
+    for number, found in places.items():
+        wanted = {"segment_numbers": [number], "assert_missing_frames_are_empty": True}
+        its = sorted(found)
+        if is_enhanced:
+            order = [slices[place][1] + 1 for place in its]
+            frames = segmentation.get_pixels_by_source_frame(uids[0], order, **wanted)
+        else:
+            frames = segmentation.get_pixels_by_source_instance([uids[place] for place in its], **wanted)
+        masks = frames[..., 0] > 0.5
+        stack = numbers[its]
+        if stack[masks].any():
+            raise _Overlapping()
+        stack[masks] = number
+        numbers[its] = stack
+    described = {int(number): segmentation.get_segment_description(number) for number in segmentation.segment_numbers}
+    return numbers, {
+        number: (str(segment.get("SegmentDescription") or ""), str(segment.segment_label))
+        for number, segment in described.items()
+    }
+
+
+def _check_frames(header: Dataset, image: Dataset, limit: int) -> None:
+    """Raise ValueError for a segmentation that takes more to read than one of the image can. `limit`: in bytes."""
+    syntax = header.file_meta.TransferSyntaxUID
+    if syntax not in (*UNCOMPRESSED, RLELossless):
+        # highdicom would have it decoded in this process, see `sam2sgp.data.io.decoding`.
+        raise ValueError(f"it is stored as {syntax.name}, not uncompressed or as RLE")
+    if header.get("DimensionOrganizationType") == "TILED_FULL":
+        raise ValueError("it consists of tiles, not of slices")
+    frames, rows, columns = frame_shape(header)
+    if (rows, columns) != (image.Rows, image.Columns):
+        raise ValueError(
+            f"it has frames of {rows} x {columns} pixels where the series has {image.Rows} x {image.Columns}"
+        )
+    segments = len(header.get("SegmentSequence") or [])
+    if segments > MOST_SEGMENTS or frames * rows * columns > limit:
+        raise ValueError(
+            f"it has {segments} segments and {frames * rows * columns >> 20} MB of pixels, more than "
+            f"{MOST_SEGMENTS} or {limit >> 20}"
+        )
 
 
 def _source_images(source: str | os.PathLike, geometry: Geometry) -> tuple[list[Dataset], list[int]]:
