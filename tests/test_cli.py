@@ -2,8 +2,10 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import monai.bundle
 import numpy as np
@@ -123,17 +125,33 @@ def test_a_package_that_is_missing_is_told_in_one_line(tmp_path, monkeypatch):
     assert "expected MONAI Label, found that it is not installed" in call("serve", tmp_path, code=1)
 
 
-def test_a_wheel_serves_a_copy_of_the_app_that_may_be_written_to(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(cli.os, "execv", lambda program, command: seen.extend(command))
+def test_a_wheel_serves_a_copy_of_its_own_app_beside_those_of_other_versions(tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr(cli.os, "execv", lambda program, command: served.append(command))
     monkeypatch.setattr(cli, "IS_INSTALLED", True)
+    monkeypatch.setattr(cli, "APP", tmp_path / "wheel")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    folder = tmp_path / "sam2sgp" / "app"
-    (folder / "model").mkdir(parents=True)
-    (folder / "main.py").write_text("of an older version")
-    call("serve", tmp_path)
-    assert seen[seen.index("--app") + 1] == str(folder)
-    assert (folder / "main.py").read_bytes() == (cli.APP / "main.py").read_bytes() and (folder / "model").is_dir()
+
+    def serve(version: str, main: str) -> Path:
+        """The folder that is served by a wheel of so much code."""
+        shutil.rmtree(cli.APP, ignore_errors=True)
+        for name, content in {"main.py": main, "lib/http/page.py": "", "lib/__pycache__/page.pyc": main}.items():
+            (cli.APP / name).parent.mkdir(parents=True, exist_ok=True)
+            (cli.APP / name).write_text(content)
+        monkeypatch.setattr(cli, "__version__", version)
+        call("serve", tmp_path)
+        return Path(served[-1][served[-1].index("--app") + 1])
+
+    first = serve("1.0", "print(1)")
+    (first / "model" / "state").mkdir()
+    folders = [first, serve("1.0", "print(2)"), serve("1.1", "print(2)")]
+    assert len(set(folders)) == 3 and serve("1.0", "print(1)") == first
+    assert [(folder / "main.py").read_text() for folder in folders] == ["print(1)", "print(2)", "print(2)"]
+    for folder in folders:
+        assert (folder / "lib" / "http" / "page.py").is_file() and not (folder / "lib" / "__pycache__").exists()
+        # What an upgrade must not lose.
+        assert (folder / "model" / "state").is_dir()
+    assert {path.name for path in first.parent.iterdir()} == {"model", *(folder.name for folder in folders)}
 
 
 def test_completion_and_help_do_not_wait_for_torch():

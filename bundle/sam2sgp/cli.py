@@ -8,6 +8,8 @@ subcommand starts in this process, with the same configs, overrides and exit cod
 
 import ast
 import csv
+import hashlib
+import json
 import os
 import platform
 import shutil
@@ -224,7 +226,8 @@ def serve(
 ) -> None:
     """Start the MONAI Label server for 3D Slicer and OHIF.
 
-    Of an installed wheel, the app's files and its state lie in ~/.local/share/sam2sgp ($XDG_DATA_HOME).
+    Of an installed wheel, the app, a copy for each version, and its state lie in ~/.local/share/sam2sgp
+    ($XDG_DATA_HOME).
     """
     if not (APP / "main.py").is_file():
         _refuse(f"{APP}: expected the MONAI Label app there, found none; install sam2sgp again.")
@@ -300,11 +303,35 @@ def doctor() -> None:
 
 
 def _app() -> Path:
-    """The app's folder; of a wheel a copy, because MONAI Label writes into it and the app keeps its state there."""
+    """The app's folder; of a wheel a copy, because MONAI Label writes into it.
+
+    <data>/sam2sgp/app/<version>-<content>/   a copy for each version of the code, never changed
+                      /model/                 the state, which all of them share: there `model` is a link to it
+    """
     if not IS_INSTALLED:
         return APP
-    folder = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sam2sgp" / "app"
-    shutil.copytree(APP, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    files = {
+        path.relative_to(APP).as_posix(): sha256_of(path)
+        for path in sorted(APP.rglob("*"))
+        if path.is_file() and path.parent.name != "__pycache__"
+    }
+    content = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+    root = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sam2sgp" / "app"
+    folder = root / f"{__version__}-{content}"
+    if not folder.is_dir():
+        (root / "model").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=root) as scratch:
+            copy = Path(scratch, "app")
+            for name in files:
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(APP / name, copy / name)
+            (copy / "model").symlink_to(Path("..", "model"))
+            try:
+                copy.rename(folder)
+            except OSError:
+                # Another server was started at the same moment.
+                if not folder.is_dir():
+                    raise
     return folder
 
 
