@@ -20,6 +20,7 @@ from typing import Any
 from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from lib.priority import give_way
 from monailabel.config import settings as server_settings
 from monailabel.endpoints import login
 from monailabel.interfaces.app import MONAILabelApp
@@ -28,7 +29,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 import sam2sgp
 from lib.activelearning.scoring import Scores, Scoring
 from lib.activelearning.strategies import Choices, strategies
-from lib.checks import Conflict, NotFound
+from lib.checks import NotFound
 from lib.ending import end_soon
 from lib.http.connections import ConnectionLimits, limit_connections
 from lib.http.endpoints import routes, without_path
@@ -187,6 +188,7 @@ class Sam2SgpApp(MONAILabelApp):
         super().on_init_complete()
 
     def _warm_up(self) -> None:
+        give_way()
         try:
             self.segmenter.encode()
         except Exception:
@@ -231,8 +233,8 @@ class Sam2SgpApp(MONAILabelApp):
                 f"image {image_id or 'of the session'}: expected an image, found none; take one of the list."
             )
         params = InferParams.of_request(request)
-        # A series of an archive never changes; a file may be another one by the time that it is segmented.
-        seen = state_of(path) if image_id and os.path.isfile(path) else None
+        # There may be another one under its id by the time that it is segmented.
+        seen = state_of(path) or ""
         label, result = task({**params.given(), "image": str(path), "image_id": image_id, "gone": request.get("gone")})
         self.usage.add(used["item"] for items in result["support"].values() for used in items)
         tag = params.label_tag or DefaultLabelTag.ORIGINAL.value
@@ -240,12 +242,7 @@ class Sam2SgpApp(MONAILabelApp):
         if image_id and params.save_label:
             info = of_prediction(request["model"], result)
             try:
-                if seen and state_of(datastore.get_image_uri(image_id)) != seen:
-                    raise Conflict(
-                        f"image {image_id}: expected the image that was segmented, found another one under its id; "
-                        "segment it again."
-                    )
-                label_id = datastore.save_label(image_id, label, tag, info)
+                label_id = datastore.save_label(image_id, label, tag, info, seen)
             except BaseException:
                 # Nobody gets to know of the file.
                 Path(label).unlink(missing_ok=True)

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
+from PIL import Image
 
 from lib.checks import NotFound, StorageError
+from lib.stores.folder import ConfinedDatastore
 from main import Sam2SgpApp
 from sam2sgp.errors import DataError
 from tests.app.conftest import APP
@@ -87,24 +89,21 @@ def test_a_result_that_cannot_be_saved_is_not_left_on_the_server(app, tmp_path):
 
 
 def test_a_result_is_not_saved_for_another_image_that_came_to_its_id_meanwhile(app, tmp_path):
-    image, result = tmp_path / "image.png", tmp_path / "result.png"
-    image.write_bytes(b"x")
-    saved = []
+    studies, result = tmp_path / "studies", tmp_path / "result.png"
+    studies.mkdir()
+    Image.new("L", (8, 8)).save(studies / "A.png")
+    datastore = ConfinedDatastore(str(studies), tmp_path / "state", 1 << 26)
 
     def task(request):
-        result.write_bytes(b"x")
+        Image.new("L", (8, 8)).save(result)
         if request.get("k"):
-            image.unlink()
-            (tmp_path / "other.png").write_bytes(b"y")
-            (tmp_path / "other.png").rename(image)
+            Image.new("L", (8, 8), 200).save(tmp_path / "other.png")
+            (tmp_path / "other.png").rename(studies / "A.png")
         return str(result), {"support": {}, "label_names": {}}
 
     app._infers = {"sam2sgp": task}
     app.usage = SimpleNamespace(add=lambda used: list(used))
-    datastore = SimpleNamespace(
-        get_image_uri=lambda image_id: str(image), save_label=lambda *arguments: saved.append(arguments)
-    )
     app.infer({"model": "sam2sgp", "image": "A", "save_label": True}, datastore)
     with pytest.raises(HTTPException, match="another one under its id") as refused:
-        app.infer({"model": "sam2sgp", "image": "A", "save_label": True, "k": 2}, datastore)
-    assert refused.value.status_code == 409 and len(saved) == 1 and not result.exists()
+        app.infer({"model": "sam2sgp", "image": "A", "save_label": True, "label_tag": "other", "k": 2}, datastore)
+    assert refused.value.status_code == 409 and datastore.tags() == {"A": ["original"]} and not result.exists()

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 import lib.stores.file_changes
+import lib.stores.folder
 import lib.stores.folder_index
 from lib.checks import Conflict, StorageError
 from lib.http.page import SupportPage
@@ -103,6 +104,29 @@ def test_another_label_than_was_seen_is_not_decided_about(predicted, tmp_path):
             decide("A", "original", seen)
     predicted.approve("A", "original", state_of(predicted.get_label_uri("A", "original")))
     assert tags(predicted) == {FINAL}
+
+
+@pytest.mark.parametrize("tag", ["original", FINAL])
+def test_a_label_of_another_image_than_there_is_now_is_not_saved(store, tmp_path, monkeypatch, tag):
+    """The other image comes while the label is parsed, the last moment before its image is held."""
+    sent, other = str(label(tmp_path / "sent.nii.gz")), tmp_path / "other.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones(SIZE, np.float32), np.eye(4)), other)
+    seen = state_of(store.get_image_uri("A"))
+    assert store.save_label("A", sent, tag, CLASSES, seen) == "A" and tags(store) == {tag}
+    parse = lib.stores.folder.admitted
+
+    def meanwhile(*arguments, **options):
+        monkeypatch.setattr(lib.stores.folder, "admitted", parse)
+        store.remove_image("A")
+        store.add_image("A", str(other), {})
+        return parse(*arguments, **options)
+
+    monkeypatch.setattr(lib.stores.folder, "admitted", meanwhile)
+    with pytest.raises(Conflict, match="found another one under its id"):
+        store.save_label("A", sent, tag, CLASSES, seen)
+    assert tags(store) == set()
+    store.save_label("A", sent, tag, CLASSES, state_of(store.get_image_uri("A")))
+    assert tags(store) == {tag}
 
 
 def test_an_approved_prediction_takes_the_values_that_its_names_have(predicted, tmp_path):

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import itk
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import lib.stores.folder
+import lib.stores.folder_index
 from lib.checks import (
     BadLabel,
     Conflict,
@@ -381,3 +385,87 @@ def test_a_link_to_itself_is_left_out_and_the_rest_is_there(studies, opened):
     assert store.list_images() == ["A", "B"]
     with pytest.raises(NotFound):
         store.get_image_uri("loop")
+
+
+def test_of_many_who_wait_for_a_reading_of_the_folder_one_reads_for_all(store, monkeypatch):
+    waiting, all_wait, reads = threading.Semaphore(0), threading.Event(), []
+    read, times = store._read, store._times
+    people = 8
+
+    def looked():
+        waiting.release()
+        return times()
+
+    def slow():
+        reads.append(None)
+        assert all_wait.wait(60)
+        monkeypatch.setattr(store, "_times", times)
+        read()
+
+    # As right after a change, when the folders' times tell nothing.
+    monkeypatch.setattr(lib.stores.folder, "COARSEST_CLOCK", 1e9)
+    monkeypatch.setattr(store, "_times", looked)
+    monkeypatch.setattr(store, "_read", slow)
+    store._seen = None
+    with ThreadPoolExecutor(people) as pool:
+        lists = [pool.submit(store.list_images) for _ in range(people)]
+        # Each of them looks before it waits.
+        assert all(waiting.acquire(timeout=60) for _ in range(people))
+        all_wait.set()
+        assert all(found.result(60) == ["A", "B"] for found in lists)
+    assert len(reads) == 1
+
+
+def test_an_index_is_parsed_again_only_where_it_was_written_again(store, opened, monkeypatch):
+    parse, parsed = lib.stores.folder_index._parsed_index, []
+    monkeypatch.setattr(lib.stores.folder_index, "_parsed_index", lambda path: parsed.append(path) or parse(path))
+    store.update_image_info("A", {"note": 1})
+    counts = []
+    for number in (1, 2):
+        for _ in range(3):
+            store._seen = None
+            assert store.get_image_info("A")["note"] == number
+        counts.append(len([path for path in parsed if path == store._index._path]))
+        other = opened()
+        parsed.clear()
+        other.update_image_info("A", {"note": number + 1})
+        parsed.clear()
+    assert counts[1] == 1 and counts[0] <= 2
+
+
+def test_the_audit_log_tells_of_each_change_that_is_made_and_of_no_other(
+    store, studies, uploads, tmp_path, monkeypatch
+):
+    """People who copy files hold no lock: what is there when a change is made decides, not what was there before."""
+    changing = store._changing
+
+    def meanwhile(do):
+        """Have something done between the last look at the folder and the next change."""
+
+        def once(**options):
+            monkeypatch.setattr(store, "_changing", changing)
+            do()
+            return changing(**options)
+
+        monkeypatch.setattr(store, "_changing", once)
+
+    sent = str(volume(uploads / "sent.nii.gz", np.ones(SIZE, np.float32)))
+    store.add_image("C", sent, {})
+    meanwhile((studies / "C.nii.gz").unlink)
+    store.add_image("C", sent, {})
+    meanwhile(lambda: shutil.copy(studies / "A.nii.gz", studies / "D.nii.gz"))
+    with pytest.raises(Conflict):
+        store.add_image("D", sent, {})
+    meanwhile((studies / "B.nii.gz").unlink)
+    with pytest.raises(NotFound):
+        store.save_label("B", str(label(uploads / "l.nii.gz")), "final", {})
+    (studies / "labels" / "copied").mkdir(parents=True, exist_ok=True)
+    meanwhile(lambda: label(studies / "labels" / "copied" / "C.nii.gz"))
+    store.remove_image("C")
+    noted = [json.loads(line) for line in (tmp_path / "state" / "audit.jsonl").read_text().splitlines()]
+    assert [(entry["action"], entry["image"]) for entry in noted] == [
+        ("add image", "C"),
+        ("add image", "C"),
+        ("remove label", "C"),
+        ("remove image", "C"),
+    ]

@@ -165,6 +165,14 @@ class Decisions(Datastore):
             self._check_seen(image_id, tag, seen)
             self._remove_label(image_id, tag)
 
+    def _check_image(self, image_id: str, seen: str) -> None:
+        """Raise Conflict where a label is of another image than there is now; "" fits every image."""
+        if seen and state_of(self.get_image_uri(image_id)) != seen:
+            raise Conflict(
+                f"image {image_id}: expected the image that was segmented, found another one under its id; segment it "
+                "again."
+            )
+
     def _decide(self, image_id: str, tag: str, new: str, seen: str) -> None:
         if check_tag(tag) == new:
             raise DataError(f"{image_id}: its label has the tag {new!r} already; load the page again.")
@@ -184,7 +192,7 @@ class Decisions(Datastore):
 
 
 def state_of(path: str | Path) -> str | None:
-    """What changes with every save of a label's file; None where there is none."""
+    """What changes with every save of a file, or with every file that comes to a folder; None where there is none."""
     try:
         found = os.stat(path)
     except OSError:

@@ -317,7 +317,9 @@ class DicomWebDatastore(Decisions):
         """Nothing: an archive's records are not deleted from here. Raises Forbidden."""
         raise Forbidden("image: expected the archive to keep its records, found a request to delete; delete it there.")
 
-    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+    def save_label(
+        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], seen: str = ""
+    ) -> str:
         """Keep a label of a series; with the tag `final` it is stored in the archive.
 
         Args:
@@ -325,12 +327,14 @@ class DicomWebDatastore(Decisions):
             label_filename: of a file of a supported kind, on the series' grid.
             label_tag: `final` approves the label.
             label_info: what is to be known about it; its `label_info` names classes by `idx` and `name`.
+            seen: `state_of` the series' folder that the label was made of; "" for whatever is there.
 
         Returns:
             The label's id, which is its image's.
 
         Raises:
             RequestError: an invalid id or tag, an unknown series, a file of another kind or too large, a full disk.
+            Conflict: the series has changed since.
             BadLabel: the label doesn't fit its series, or is empty, to be approved, and no class is known.
             ArchiveError: the archive doesn't take it; the label approved before stays.
         """
@@ -339,6 +343,7 @@ class DicomWebDatastore(Decisions):
         info = checked(LabelRecord, label_info, f"label of series {image_id}")
         limit = label_limit(self.get_image_uri(image_id), self._max_unpacked)
         with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):
+            self._check_image(image_id, seen)
             return self._save_label(image_id, str(content), name, tag, info)
 
     def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
@@ -590,7 +595,7 @@ class DicomWebDatastore(Decisions):
             self._checked(file, what, sys.maxsize, SOPInstanceUID=segmentation.uid)
             geometry = read_image(folder).geometry
             labels, names = read_dicom_seg(
-                file, geometry, folder, lambda text: self._kept.value_of(clean_class_name(text))
+                file, geometry, folder, lambda text: self._kept.value_of(clean_class_name(text)), self._max_unpacked
             )
             names = {value: clean_class_name(text) or f"class_{value}" for value, text in names.items()}
             info = {

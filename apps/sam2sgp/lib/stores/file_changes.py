@@ -33,15 +33,21 @@ class Change:
 
     Attributes:
         objects: the entries as they are to be. header: name and description, if these change. moved: the file that
-            makes the change when it is renamed, and what it replaces; None if none is.
+            makes the change when it is renamed, and what it replaces; None if none is. notes: lines of the audit log,
+            an action and its details each.
     """
 
     def __init__(self, objects: dict[str, ImageLabelModel]) -> None:
         self.objects = objects
         self.header: dict[str, str] = {}
         self.moved: tuple[Path, Path] | None = None
+        self.notes: list[tuple[str, dict[str, object]]] = []
         self._deletions: list[Path] = []
         self._tidying: list[Path] = []
+
+    def note(self, action: str, **details: object) -> None:
+        """Have a line written to the audit log."""
+        self.notes.append((action, details))
 
     def move(self, source: Path, target: Path) -> None:
         """Rename a file, in place of `target`."""

@@ -6,13 +6,14 @@ rebuilt when it is damaged or gone, from the files and from a copy in the work f
 image before it is approved (tag `final`).
 
 Several threads and processes may use one folder at once. A label is changed while its image is held
-(`lib.stores.decisions`), because it takes a while to check it. Then new content is copied to the disk and the audit log
-is written. The change itself is made under the folder's lock, which threads get in the order in which they came: the
-index is written, and then one file is put in place, renamed or deleted, which makes the change. So a change that fails
+(`lib.stores.decisions`), because it takes a while to check it. Then new content is copied to the disk. The change
+itself is made under the folder's lock, which threads get in the order in which they came: the audit log and the index
+are written, and then one file is put in place, renamed or deleted, which makes the change. So a change that fails
 leaves everything as it was, a reader sees the old file or the new one, and a process killed at any moment leaves no
 half file. Which entries of the index hold until then stands in a file of its own (`Journal`), so an old file never goes
-with what is known about a new one. Readers never wait for a change: they look at the folders' times, and read them
-again only when these changed.
+with what is known about a new one. A change that is refused is not in the audit log, and none that is made is missing
+there. Readers never wait for a change: they look at the folders' times, and read them again only when these changed; of
+those that wait for that, one reads for all.
 
     ConfinedFolder   which files are there, and that no path leads out
     FolderIndex      what is known about them
@@ -121,6 +122,8 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         self._index = FolderIndex(Path(self._root), self._work_folder, self._folder.warn)
         self._reading, self._writing = threading.RLock(), FairLock()
         self._seen: tuple | None = None
+        # When the last reading began.
+        self._read_at = float("-inf")
         self._tags: tuple[str, ...] = ()
         self._tag_counts: tuple[dict, dict[str, int]] | None = None
         labels = os.path.realpath(os.path.join(self._root, LABELS))
@@ -247,6 +250,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
     def refresh(self) -> None:
         """Read the folders again, whatever their times say."""
         self._seen = None
+        self._index.forget()
         self._model()
 
     # What changes
@@ -279,8 +283,6 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         check_looks(image_id, self._objects())
         sha256 = content_hash(image_filename)
         with self.deciding(image_id), copied(image_filename, target) as part, ExitStack() as stack:
-            if image_id not in self._objects():
-                self._note("add image", image=image_id, sha256=sha256)
             change = stack.enter_context(self._changing())
             check_looks(image_id, change.objects)
             entry = change.objects.get(image_id)
@@ -292,6 +294,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                         "content; choose another id, or remove that image first."
                     )
                 return image_id
+            change.note("add image", image=image_id, sha256=sha256)
             change.move(part, target)
             image = DataModel(info={**info, **_first_info(name)}, ext=suffix)
             change.objects[image_id] = ImageLabelModel(image=image)
@@ -300,19 +303,21 @@ class ConfinedDatastore(Decisions, LocalDatastore):
     def remove_image(self, image_id: str) -> None:
         """Delete an image and all its labels. Raises NotFound for an unknown id."""
         with storing(), self.deciding(check_id(image_id)), ExitStack() as stack:
-            for tag in self._entry(image_id).labels:
-                self._note_removal(image_id, tag)
-            self._note("remove image", image=image_id, sha256=content_hash(self.get_image_uri(image_id)))
+            image_hash = content_hash(self.get_image_uri(image_id))
+            hashes = {tag: self._label_hash(image_id, tag) for tag in self._entry(image_id).labels}
             change = stack.enter_context(self._changing(needs_index=False))
             entry = change.objects.get(image_id)
             if entry is None:
                 raise _no_image(image_id)
             for tag, label in entry.labels.items():
-                self._take_label(change, image_id, tag, label)
+                self._take_label(change, image_id, tag, label, hashes.get(tag))
+            change.note("remove image", image=image_id, sha256=image_hash)
             change.delete(self._folder.writable(self._datastore.image_path()) / (image_id + entry.image.ext))
             del change.objects[image_id]
 
-    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+    def save_label(
+        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], seen: str = ""
+    ) -> str:
         """Copy a label into the folder, in place of an earlier one of the same image and tag.
 
         Args:
@@ -320,6 +325,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             label_filename: of a file of a supported kind.
             label_tag: `final` approves the label: it is then checked against its image first.
             label_info: what is to be known about it; its `label_info` may declare classes by `idx` and `name`.
+            seen: `state_of` the image that the label was made of; "" for whatever is there.
 
         Returns:
             The label's id, which is its image's.
@@ -327,6 +333,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         Raises:
             RequestError: an invalid id or tag, an unknown image, a file of another kind or too large, a full disk, a
                 record that can't be stored.
+            Conflict: the image is another one than was seen.
             BadLabel: a label to approve that can't be read, has another size than its image or undeclared values.
         """
         tag = check_tag(label_tag)
@@ -335,6 +342,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         name = image_id + _suffix_for(image_id, suffix_of(label_filename))
         info = _without_stamp(checked(LabelRecord, label_info, f"label of {image_id}"))
         with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):
+            self._check_image(image_id, seen)
             return self._save_label(image_id, str(content), name, tag, info)
 
     @_again_if_renumbered
@@ -359,14 +367,14 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         suffix = name[len(image_id) :]
         target = self._folder.writable(self._datastore.label_path(tag)) / name
         with copied(label_filename, target) as part, ExitStack() as stack:
-            if tag == FINAL:
-                self._note("approve", image=image_id, tag=tag, sha256=content_hash(part))
+            sha256 = content_hash(part) if tag == FINAL else None
             change = stack.enter_context(self._changing())
             entry = change.objects.get(image_id)
             if entry is None:
                 raise _no_image(image_id)
             if tag == FINAL:
                 self._check_values(values, info, change.objects)
+                change.note("approve", image=image_id, tag=tag, sha256=sha256)
             change.move(part, target)
             label = DataModel(info={**info, **_first_info(name)}, ext=suffix)
             change.objects[image_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: label})
@@ -381,22 +389,22 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             self._remove_label(label_id, tag)
 
     def _remove_label(self, label_id: str, tag: str) -> None:
-        self._note_removal(label_id, tag)
+        with storing():
+            sha256 = self._label_hash(label_id, tag)
         with self._changing(needs_index=False) as change:
             entry, label = _labelled(change.objects, label_id, tag)
-            self._take_label(change, label_id, tag, label)
+            self._take_label(change, label_id, tag, label, sha256)
             labels = {other: kept for other, kept in entry.labels.items() if other != tag}
             change.objects[label_id] = ImageLabelModel(image=entry.image, labels=labels)
 
-    def _note_removal(self, image_id: str, tag: str) -> None:
-        """Note that a label goes. Raises NotFound where there is none."""
+    def _label_hash(self, image_id: str, tag: str) -> str:
+        """Of a label's file, for the audit log. Raises NotFound where there is none."""
         _labelled(self._objects(), image_id, tag)
-        with storing():
-            sha256 = content_hash(self.get_label_uri(image_id, tag))
-        self._note("remove label", image=image_id, tag=tag, sha256=sha256)
+        return content_hash(self.get_label_uri(image_id, tag))
 
-    def _take_label(self, change: Change, image_id: str, tag: str, label: DataModel) -> None:
-        """Delete a label that was noted as removed."""
+    def _take_label(self, change: Change, image_id: str, tag: str, label: DataModel, sha256: str | None) -> None:
+        """Delete a label. `sha256`: of its file; None for one that came while others were looked at."""
+        change.note("remove label", image=image_id, tag=tag, sha256=sha256)
         folder = self._datastore.label_path(tag)
         # An older label of another kind would come to light.
         for suffix in sorted(self._folder.files(folder).get(image_id, {}), key=label.ext.__eq__):
@@ -420,7 +428,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                     path = self.get_label_uri(image_id, old)
                     state = state_of(path)
         action, noted = ("approve", new) if new == FINAL else ("remove label", old)
-        self._note(action, image=image_id, tag=noted, sha256=content_hash(path))
+        sha256 = content_hash(path)
         folder, other = (self._datastore.label_path(tag) for tag in (old, new))
         with self._changing() as change:
             entry, label = _labelled(change.objects, image_id, old)
@@ -430,6 +438,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 raise Conflict(f"{image_id}: expected the label that was checked, found a newer one; look at it again.")
             if new == FINAL:
                 self._check_values(values, label.info, change.objects)
+            change.note(action, image=image_id, tag=noted, sha256=sha256)
             change.move(self._folder.writable(folder) / name, self._folder.writable(other) / name)
             for place in (old, new):
                 self._leave_only(change, image_id, place, label.ext)
@@ -478,13 +487,6 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             change.objects[label_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: changed})
 
     # Files
-
-    def _note(self, action: str, **details: object) -> None:
-        """Write a line to the audit log: before the change, as a line too many is better than one too few, and before
-        the folder's lock is taken, so that nobody waits for the disk on its account.
-        """
-        if self._audit:
-            self._audit.write(action, **details)
 
     def _checked_label(
         self, image: str, label: str, name: str, info: Mapping[str, Any], scratch: Path
@@ -539,9 +541,11 @@ class ConfinedDatastore(Decisions, LocalDatastore):
 
     def _model(self) -> LocalDatastoreModel:
         """What is there now; never changed in place."""
+        asked = time.monotonic()
         if self._times() != self._seen:
             with self._reading:
-                if self._times() != self._seen:
+                # Of those that wait here, one reads for all.
+                if self._read_at < asked and self._times() != self._seen:
                     self._read()
         return self._datastore
 
@@ -560,6 +564,15 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         return entry.labels.get(tag) if entry else None
 
     @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the folder's lock for the block. The copy of the index is made afterwards, as nobody waits for it."""
+        try:
+            with storing(), self._writing, FileLock(self._lock_file, timeout=LOCK_TIMEOUT, poll_interval=POLL):
+                yield
+        finally:
+            self._index.copy()
+
+    @contextmanager
     def _changing(self, needs_index: bool = True) -> Iterator[Change]:
         """A change of entries and files, which the block prepares and which is made when it ends without an error.
 
@@ -568,7 +581,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 whatever the index says.
         """
         self._folder.check_there()
-        with storing(), self._writing, FileLock(self._lock_file, timeout=LOCK_TIMEOUT, poll_interval=POLL):
+        with self._locked():
             with self._reading:
                 self._read()
                 before = self._datastore
@@ -579,6 +592,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             change = Change(dict(before.objects))
             try:
                 yield change
+                # Before the change is made: a line too many is better than one too few.
+                for action, details in change.notes:
+                    if self._audit:
+                        self._audit.write(action, **details)
                 after = before.model_copy(update={**change.header, "objects": change.objects})
                 if needs_index:
                     # Entries of files that are not there mean nothing: only those that are replaced are to be kept.
@@ -615,7 +632,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
 
     def _read(self) -> None:
         """Read index and folders, and set what is known by what is there. For one thread at a time."""
-        started = time.time()
+        started, read_at = time.time(), time.monotonic()
         folder, labels = self._datastore.image_path(), self._datastore.label_path(None)
         self._folder.check_there()
         entries = entries_of(folder)
@@ -652,6 +669,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         self._datastore = self._datastore.model_copy(update={**header, "objects": objects})
         settled = all(time is None or time[0] < (started - COARSEST_CLOCK) * 1e9 for time in times)
         self._seen = times if settled else None
+        self._read_at = read_at
 
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
         """Nothing: `_read` does it, once the folders are there."""

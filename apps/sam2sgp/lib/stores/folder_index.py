@@ -9,7 +9,10 @@ import errno
 import json
 import logging
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -36,7 +39,7 @@ MOST_SET_ASIDE = 1000
 
 
 class FolderIndex:
-    """The file with what is known about images and labels. For one thread at a time.
+    """The file with what is known about images and labels. For one thread at a time, but for `copy`.
 
     Args:
         folder: of the datastore.
@@ -51,12 +54,21 @@ class FolderIndex:
     def __init__(self, folder: Path, work_folder: Path, warn: Callable[[str], None]) -> None:
         self._path = folder / INDEX
         # Other folders may have had the same work folder before.
-        self._copy = work_folder / f"index-{crc32(str(folder).encode()):08x}.json"
+        self._copy_path = work_folder / f"index-{crc32(str(folder).encode()):08x}.json"
         self._warn = warn
         self.journal = Journal(folder)
         self.problems: list[str] = []
         # Entries as they were read last, with what was made of them.
         self._parsed: dict[str, tuple[Any, ImageLabelModel, list[str]]] = {}
+        # What tells the file that was read last from others, and what `load` made of it.
+        self._loaded: tuple[tuple[int, ...] | None, Any] = None, None
+        # The newest text of the file, where it is not copied yet.
+        self._to_copy: deque[str] = deque(maxlen=1)
+        self._copying = threading.Lock()
+
+    def forget(self) -> None:
+        """Read the file at the next `load`, whatever its time says."""
+        self._loaded = None, None
 
     def load(self) -> tuple[dict[str, str], dict[str, ImageLabelModel]]:
         """Name and description, and the entries, as the index has them.
@@ -64,13 +76,17 @@ class FolderIndex:
         Of an entry that can't be used, only what is wrong is left out. An index that can't be read at all is set aside.
         Its copy in the work folder then stands in until the next change, also for one that is gone.
         """
+        identity = None if self.journal.exists() else _identity(self._path)
+        if identity is not None and identity == self._loaded[0]:
+            return self._loaded[1]
         try:
             content = _parsed_index(self._path)
         except (FileNotFoundError, ValueError) as error:
+            identity = None
             if isinstance(error, ValueError):
                 self._set_aside()
             try:
-                content = _parsed_index(self._copy)
+                content = _parsed_index(self._copy_path)
             except (OSError, ValueError):
                 content = {"objects": {}}
         parsed = {}
@@ -82,10 +98,12 @@ class FolderIndex:
             for problem in problems:
                 self._tell(problem)
         header = {key: content[key] for key in ("name", "description") if isinstance(content.get(key), str)}
-        return header, {image_id: entry for image_id, (_, entry, _) in parsed.items()}
+        found = header, {image_id: entry for image_id, (_, entry, _) in parsed.items()}
+        self._loaded = identity, found
+        return found
 
     def write(self, model: LocalDatastoreModel) -> None:
-        """Replace the file in one step, then its copy. Raises OSError, StorageError where it would be too large."""
+        """Replace the file in one step. Raises OSError, StorageError where it would be too large."""
         text = model.model_dump_json(exclude={"base_path"}, fallback=str)
         if len(text.encode("utf-8", "backslashreplace")) > LARGEST_INDEX:
             # It could not be read again, and would be set aside as damaged.
@@ -94,10 +112,17 @@ class FolderIndex:
                 "remove labels or long notes, or serve fewer images from a folder."
             )
         write_text(self._path, text)
-        try:
-            write_text(self._copy, text, durable=False)
-        except OSError as error:
-            self._warn(f"{self._copy.name}: expected to keep a copy of the index, found {error.strerror or error}.")
+        self._to_copy.append(text)
+
+    def copy(self) -> None:
+        """Copy what was written last. Of several threads, the first copies the newest for all."""
+        with self._copying, suppress(IndexError):
+            text = self._to_copy.pop()
+            try:
+                write_text(self._copy_path, text, durable=False)
+            except OSError as error:
+                name = self._copy_path.name
+                self._warn(f"{name}: expected to keep a copy of the index, found {error.strerror or error}.")
 
     def try_to_write(self, model: LocalDatastoreModel) -> None:
         """The same for files that were deleted: entries of files that are not there mean nothing."""
@@ -187,6 +212,15 @@ class Journal:
                 return open_hash(file)
         except FileNotFoundError:
             return None
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from those that come to its place; None where there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def _parsed_index(path: Path) -> dict[str, Any]:
