@@ -183,7 +183,7 @@ def read_dicom_seg(
         values[number] = int(found[1]) if found else value_of(name) if value_of else number
         names[int(values[number])] = name
     if values.max() > LARGEST_CLASS:
-        raise DataError(f"{path}: expected class values up to {LARGEST_CLASS}, found {values.max()}; correct the label.")
+        raise DataError(f"{path}: expected class values up to {LARGEST_CLASS}, found {values.max()}; correct it.")
     native = values[numbers].transpose(2, 1, 0).reshape(geometry.native_shape)
     return geometry.from_native(native), names
 

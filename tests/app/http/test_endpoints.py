@@ -213,7 +213,7 @@ def test_decisions_on_the_support_page_are_declared_too(app, tmp_path):
 
 def test_few_images_are_held_at_once_for_pictures_and_approvals(app, tmp_path, monkeypatch):
     """Each may be a volume of gigabytes, and the page of one client asks for dozens."""
-    limits = {"picture": page.DRAWING, "approve": page.DECIDING}
+    limits = {"picture": page.DRAWING, "decision": page.DECIDING}
     # As many as may be at work go on together.
     together = {what: threading.Barrier(limit) for what, limit in limits.items()}
     at_work, most, lock = 0, dict.fromkeys(limits, 0), threading.Lock()
@@ -234,14 +234,16 @@ def test_few_images_are_held_at_once_for_pictures_and_approvals(app, tmp_path, m
         return np.zeros((2, 2, 3), np.uint8)
 
     monkeypatch.setattr(page, "_drawn", drawn)
-    monkeypatch.setattr(app.datastore(), "approve", lambda *label: hold("approve"))
+    for decision in ("approve", "reject", "remove"):
+        monkeypatch.setattr(app.datastore(), decision, lambda *label: hold("decision"))
     server = FastAPI()
     install(server, Given(tmp_path))
     serve_only(server, [SupportPage(app.datastore(), None, None, sorted, dict).router()])
     label = {"image": "a", "label_tag": "original"}
     asked = {
         "picture": lambda _: client.get("/sam2sgp/picture?image=a"),
-        "approve": lambda _: client.post("/sam2sgp/approve", json=label),
+        # All kinds of decisions together.
+        "decision": lambda turn: client.post(f"/sam2sgp/{[*page.DECISIONS][turn % 4]}", json=label),
     }
     with TestClient(server, base_url="http://server:8000") as client, ThreadPoolExecutor(12) as pool:
         for ask in asked.values():

@@ -98,7 +98,8 @@ class Scores:
         connection = sqlite3.connect(self.path, timeout=SECONDS_OF_PATIENCE, isolation_level=None)
         try:
             connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
+            # Nobody waits for the disk: what a power failure damages is computed again.
+            connection.execute("PRAGMA synchronous=OFF")
             connection.executescript(TABLES)
         except BaseException:
             connection.close()

@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -52,7 +52,8 @@ DICOM = "application/dicom"
 HEADERS_KEPT = ("content-type", "content-length", "content-encoding", "etag", "warning")
 # Segmentations come one after the other; a few requests prepare their images meanwhile.
 SEGMENTING = 4
-STORING = 8
+# All uploads together, whose voxels are looked at, and all whole images that are sent.
+STORING, SENDING = 8, 8
 LONGEST_EXPIRY = 30 * 24 * 3600
 
 
@@ -192,7 +193,7 @@ def routes(app: MONAILabelApp) -> APIRouter:
         return app.info()
 
     @made.post("/infer/{model}")
-    @in_threads(SEGMENTING)
+    @in_threads(SEGMENTING, last=True)
     def infer(
         model: str,
         query: Annotated[InferQuery, fastapi.Query()],
@@ -226,15 +227,17 @@ def routes(app: MONAILabelApp) -> APIRouter:
     def next_sample(strategy: str, params: SampleParams | None = None) -> dict[str, Any]:
         return app.next_sample({"strategy": strategy})
 
-    _add_images_and_labels(made, app)
-    _add_sessions(made, app)
+    storing = in_threads(STORING)
+    _add_images_and_labels(made, app, storing)
+    _add_sessions(made, app, storing)
     if isinstance(datastore, DicomWebDatastore):
         _add_proxy(made, datastore)
     return made
 
 
-def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
+def _add_images_and_labels(made: APIRouter, app: MONAILabelApp, storing: Callable) -> None:
     datastore = app.datastore()
+    sending = in_threads(SENDING)
 
     @made.get("/datastore/")
     def listing(query: Annotated[ListingQuery, fastapi.Query()]) -> Any:
@@ -246,7 +249,7 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
     root = os.path.realpath(app.settings.state_dir if app.settings.is_remote else app.settings.studies)
 
     @made.get("/datastore/dataset", dependencies=[ANNOTATOR])
-    @in_threads(STORING)
+    @sending
     def dataset(query: Annotated[DatasetQuery, fastapi.Query()]) -> FileResponse:
         # Opened at once: the next request puts another one in its place.
         return _file(datastore.get_dataset_archive(query.limit_cases), os.path.realpath(app.settings.state_dir))
@@ -255,14 +258,14 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
 
     @made.head("/datastore/image", include_in_schema=False)
     @made.get("/datastore/image")
-    @in_threads(STORING)
+    @sending
     def image(query: Annotated[ImageQuery, fastapi.Query()]) -> FileResponse:
         is_remote = isinstance(datastore, DicomWebDatastore)
         return _file(datastore.image_file(query.image) if is_remote else datastore.get_image_uri(query.image), root)
 
     @made.put("/datastore/", include_in_schema=False)
     @made.put("/datastore/image")
-    @in_threads(STORING)
+    @storing
     def add_image(
         query: Annotated[NewImageQuery, fastapi.Query()],
         form: Annotated[ImageForm, fastapi.Form()],
@@ -298,7 +301,7 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
         return _file(datastore.get_label_uri(query.label, query.tag), root)
 
     @made.put("/datastore/label")
-    @in_threads(STORING)
+    @storing
     def save_label(
         query: Annotated[NewLabelQuery, fastapi.Query()],
         form: Annotated[LabelForm, fastapi.Form()],
@@ -329,9 +332,9 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp) -> None:
         datastore.update_label_info(query.label, query.tag, {**noted, "user": user.username})
 
 
-def _add_sessions(made: APIRouter, app: MONAILabelApp) -> None:
+def _add_sessions(made: APIRouter, app: MONAILabelApp, storing: Callable) -> None:
     @made.put("/session/")
-    @in_threads(STORING)
+    @storing
     def create(
         query: Annotated[NewSessionQuery, fastapi.Query()], form: Annotated[SessionForm, fastapi.Form()]
     ) -> dict[str, Any]:

@@ -154,8 +154,9 @@ class SupportPage:
             return self.picture(query.image, query.label_tag)
 
         made.add_api_route("/assets/{name}", self.asset, methods=["GET"])
+        deciding = in_threads(DECIDING)
         for name, declared in DECISIONS.items():
-            decide = in_threads(DECIDING)(_declaring(getattr(self, name), declared))
+            decide = deciding(_declaring(getattr(self, name), declared))
             made.add_api_route(f"/{name}", decide, methods=["POST"], dependencies=[ANNOTATOR])
         return made
 

@@ -8,6 +8,8 @@ import asyncio
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +21,7 @@ from monailabel.endpoints.user.auth import RBAC
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lib.checks import check_id, check_tag, suffix_of
+from lib.priority import give_way
 
 # Where MONAI Label is set up to ask for a login, the app's routes ask for the same.
 USER, ANNOTATOR, ADMIN = (
@@ -52,14 +55,27 @@ def router() -> APIRouter:
     return APIRouter(dependencies=[USER])
 
 
-def in_threads(limit: int) -> Callable:
-    """Have a handler run in threads of its own, at most `limit` at once; further requests wait for their turn."""
+def in_threads(limit: int, last: bool = False) -> Callable:
+    """A decorator of handlers, which run in threads of their own, at most `limit` at once of all of them together.
+
+    Further requests wait for their turn.
+
+    Args:
+        limit: how many threads.
+        last: whether these give way to all others, see `lib.priority`.
+    """
     limiter = CapacityLimiter(limit)
+    threads = ThreadPoolExecutor(limit, "sam2sgp-last", give_way) if last else None
+
+    async def run_in_one(work: Callable[[], Any]) -> Any:
+        if threads is None:
+            return await to_thread.run_sync(work, limiter=limiter)
+        return await asyncio.get_running_loop().run_in_executor(threads, partial(copy_context().run, work))
 
     def decorate(function: Callable) -> Callable:
         @wraps(function)
         async def run(**arguments: Any) -> Any:
-            return await to_thread.run_sync(partial(function, **arguments), limiter=limiter)
+            return await run_in_one(partial(function, **arguments))
 
         return run
 

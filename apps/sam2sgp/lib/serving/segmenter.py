@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from lib.checks import NotFound, RequestError
+from lib.priority import give_way
 from lib.refresher import Refresher
 from lib.serving.approved_cases import LabelledCases
 from lib.serving.loaded_network import LoadedNetwork, inference_parser, tensor_bytes
@@ -335,6 +336,7 @@ class ServerSegmenter:
 
     def _rebuild(self, version: Version) -> None:
         """Make tokens with other weights beside the ones that serve, then exchange them."""
+        give_way()
         try:
             fresh = LoadedNetwork.load(self.settings, version)
             with self.lock:
