@@ -1,8 +1,7 @@
 """Crafted files sent to a real server, and put where it finds them: each is refused or read for what it is.
 
 A canary lies beside everything; no answer may hold its bytes. No file may cost a gigabyte or ten seconds, and the
-server answers afterwards. An archive's instances go through the same steps as those of `lib.stores.dicomweb`, in
-process.
+server answers afterwards. The same files come from an archive, as the instances of its series.
 """
 
 import gzip
@@ -10,6 +9,7 @@ import io
 import json
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,10 @@ import requests
 from pydicom import dcmread
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
-from lib.stores.door import check_series
-from sam2sgp.data import read_image
-from sam2sgp.errors import DataError
+from tests.app.archives import fake_archive, series_entry
 from tests.data.io.test_decoding import png
 from tests.data.io.test_raw import REFUSED
-from tests.e2e.server import Server
+from tests.e2e.server import Server, serving
 from tests.uploads import (
     GREY,
     VOLUME,
@@ -248,13 +246,42 @@ def test_sound_files_of_every_kind_still_come_in(watched):
         assert answer.ok, f"{name}: {answer.text}"
 
 
-def test_instances_of_an_archive_are_judged_when_they_come(tmp_path):
-    for name, content in CRAFTED.items():
-        if not name.endswith(".dcm"):
-            continue
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "1.dcm").write_bytes(content)
-        with pytest.raises(DataError):
-            check_series(folder, 1 << 31, "series 1.2")
-            read_image(folder)
+@pytest.fixture(scope="module")
+def archived(tmp_path_factory):
+    """A server on an archive that answers as a test says."""
+    folder = tmp_path_factory.mktemp("archived")
+    (folder / "tmp").mkdir()
+    (folder / "tmp" / "canary").write_bytes(CANARY * 500)
+    conf = {"image_size": "64", "dicomweb_expiry": "0"}
+    with fake_archive() as archive:
+        archive.foreign = True
+        environment = {"TMPDIR": str(folder / "tmp"), "MONAI_LABEL_AUTO_UPDATE_SCORING": "false"}
+        with serving(folder, archive.address, conf, environment) as server:
+            yield Watched(server), archive
+
+
+def uid_of(content: bytes) -> str:
+    """The series that a file says it is of, or that it is sent as."""
+    with suppress(Exception):
+        return str(dcmread(io.BytesIO(content), stop_before_pixels=True).SeriesInstanceUID)
+    return "1.2.3"
+
+
+def test_instances_of_an_archive_are_judged_like_files_of_clients(archived):
+    """Also those that are no DICOM at all."""
+    watched, archive = archived
+    wrong = {}
+    for name in CRAFTED.keys() - HEADERS.keys():
+        content = CRAFTED[name]
+        uid = uid_of(content)
+        archive.series, archive.files = [series_entry(uid, modality="US", instances=1)], [content]
+        ways = [("GET", "/datastore/image", {"image": uid})]
+        if name.endswith(".dcm"):
+            ways.append(("POST", "/infer/sam2sgp", {"image": uid}))
+        for method, path, params in ways:
+            answer = watched.send(method, path, params=params)
+            if answer.status_code not in (*range(400, 500), 502) or not answer.json()["detail"].isprintable():
+                wrong[name, path] = answer.status_code, answer.text[:200]
+    assert not wrong, "\n".join(f"{case}: {found}" for case, found in wrong.items())
+    assert watched.memory() - watched.start < MOST_MB
+    assert watched.own.is_running() and watched.send("GET", "/info/").ok
