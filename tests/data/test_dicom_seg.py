@@ -329,12 +329,16 @@ def test_single_image(tmp_path, modality, tags):
 
 
 def test_what_can_not_be_referenced_is_refused(tmp_path):
-    film = write_dicom(
-        tmp_path / "film.dcm", np.zeros((6, 7), np.uint8), "US", NumberOfFrames=2, PixelData=bytes(2 * 42)
+    cine = write_dicom(
+        tmp_path / "cine.dcm", np.zeros((6, 7), np.uint8), "US", NumberOfFrames=2, PixelData=bytes(2 * 42)
     )
     lost = series(tmp_path / "lost", FrameOfReferenceUID=None)
     studies = series(tmp_path / "studies", StudyInstanceUID=None)
-    for source, message in ((film, "film.dcm.*film"), (lost, "lost.*Frame Of Reference"), (studies, "studies.*Study")):
+    for source, message in (
+        (cine, "cine.dcm.*cine loop"),
+        (lost, "lost.*Frame Of Reference"),
+        (studies, "studies.*Study"),
+    ):
         geometry = read_image(source).geometry
         with pytest.raises(DicomSourceError, match=message):
             write_dicom_seg(tmp_path / "seg.dcm", np.ones(geometry.shape, int), geometry, source, NAMES)

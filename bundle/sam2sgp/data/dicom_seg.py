@@ -23,7 +23,7 @@ import sam2sgp
 from sam2sgp.data.io import Geometry, dicom_slices, is_dicom_seg, writing
 from sam2sgp.data.io.dicom_file import UNCOMPRESSED, frame_shape, open_dicom
 from sam2sgp.data.io.limits import default_memory
-from sam2sgp.data.io.segmentation import CLASS_VALUE_FOUND
+from sam2sgp.data.io.dicom_segmentation import CLASS_VALUE_FOUND
 from sam2sgp.errors import DataError
 
 PRODUCT = "SAM2-SGP for MONAI"
@@ -81,7 +81,7 @@ def write_dicom_seg(
         Whether there was something to write. If not, a segmentation that an earlier run left at `path` is removed.
 
     Raises:
-        DicomSourceError: the source is a film, lacks identifiers or its frame of reference, or is not one regular
+        DicomSourceError: the source is a cine loop, lacks identifiers or its frame of reference, or is not one regular
             series.
         DataError: the file can't be written.
     """
@@ -266,8 +266,8 @@ def _check_frames(header: Dataset, image: Dataset, limit: int) -> None:
 def _source_images(source: str | os.PathLike, geometry: Geometry) -> tuple[list[Dataset], list[int]]:
     """Headers in the order of slices, and the frame of each slice.
 
-    Headers are completed with what highdicom relies on and files may lack. Raises DicomSourceError for a film, and for
-    several multi-frame files.
+    Headers are completed with what highdicom relies on and files may lack. Raises DicomSourceError for a cine loop, and
+    for several multi-frame files.
     """
     slices = dicom_slices(source)
     headers = list({id(header): header for header, _ in slices}.values())
@@ -275,8 +275,8 @@ def _source_images(source: str | os.PathLike, geometry: Geometry) -> tuple[list[
     is_enhanced = len(headers) == 1 and "PerFrameFunctionalGroupsSequence" in headers[0]
     if len(headers) < len(slices) and not is_enhanced:
         raise DicomSourceError(
-            f"{source}: expected one slice per file, or one enhanced multi-frame file with positions, found a film or "
-            "several such files, whose frames a segmentation can't refer to; use the class map."
+            f"{source}: expected one slice per file, or one enhanced multi-frame file with positions, found a cine "
+            "loop or several such files, whose frames a segmentation can't refer to; use the class map."
         )
     spacing = float(np.linalg.norm(geometry.affine[:3, 2]))
     for header in headers:

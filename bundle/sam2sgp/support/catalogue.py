@@ -22,7 +22,7 @@ from sam2sgp.data.classes import check_label_values, complete_class_names
 from sam2sgp.data.coding import LabelCoding
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, settings_fingerprint
-from sam2sgp.support.items import Listing, Prepared, SupportItem, prepare_items
+from sam2sgp.support.items import CaseListing, Prepared, SupportItem, prepare_items
 from sam2sgp.support.tensor_store import TensorStore, checksum
 from sam2sgp.transforms.dictionary import log_warnings
 from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
@@ -67,7 +67,7 @@ class _Listed:
 
     case: dict
     digest: str
-    listing: Listing
+    listing: CaseListing
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Catalogue:
         self.allow_empty = allow_empty
         self.settings = settings_fingerprint(transform, VERSION)
         self._hashes = FileHashes(store)
-        self._listings: dict[str, Listing] = {}
+        self._listings: dict[str, CaseListing] = {}
         self._failed: dict[str, str] = {}
         # Without a store, pixels by the item's content.
         self._pixels: dict[str, Prepared] = {}
@@ -226,14 +226,14 @@ class Catalogue:
         except DataError as error:
             return error
 
-    def _known(self, digests: list) -> dict[str, Listing]:
+    def _known(self, digests: list) -> dict[str, CaseListing]:
         """Listings from the folder by the hash of a case's content; without those at hand."""
         if self.store is None:
             return {}
         keys = {self._listing_key(d): d for d in digests if isinstance(d, str) and d not in self._listings}
-        return {keys[key]: Listing.of_json(value) for key, value in self.store.metadata(CASE, keys).items()}
+        return {keys[key]: CaseListing.of_json(value) for key, value in self.store.metadata(CASE, keys).items()}
 
-    def _list(self, case: dict, digest: str | None, known: dict[str, Listing], new: dict[str, bytes]) -> _Listed:
+    def _list(self, case: dict, digest: str | None, known: dict[str, CaseListing], new: dict[str, bytes]) -> _Listed:
         """What a case has, which is prepared if that is not known of its content."""
         if digest is not None:
             if digest in self._failed:
@@ -261,7 +261,7 @@ class Catalogue:
             self.store.add_metadata(CASE, new)
         new.clear()
 
-    def _prepare(self, case: dict) -> tuple[str, Listing]:
+    def _prepare(self, case: dict) -> tuple[str, CaseListing]:
         """Preprocess a case and keep its items. Returns the hash of its content, and what it has."""
         for _ in range(ATTEMPTS):
             digest = self._hashes.of_case(case)

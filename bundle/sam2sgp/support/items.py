@@ -93,7 +93,7 @@ class ItemInfo:
 
 
 @dataclass(frozen=True)
-class Listing:
+class CaseListing:
     """What a case has: class values found in its whole label, its items, and how it was scaled."""
 
     values: tuple[int, ...]
@@ -105,7 +105,7 @@ class Listing:
         return json.dumps([self.values, rows, asdict(self.scaling)]).encode()
 
     @classmethod
-    def of_json(cls, text: bytes) -> "Listing":
+    def of_json(cls, text: bytes) -> "CaseListing":
         values, rows, scaling = json.loads(text)
         items = (
             ItemInfo(index, tuple(holds), tuple(regions), tuple(tiles), ImageMeasures.of_json(measures))
@@ -188,7 +188,7 @@ class SupportItem:
         return self.load().drawn()
 
 
-def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prepared]]:
+def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[Prepared]]:
     """The items of a case.
 
     Args:
@@ -219,7 +219,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[Listing, list[Prep
         ItemInfo.of(index if len(label) > 1 else None, item, measures[index])
         for index, item in zip(sorted(chosen), items, strict=True)
     ]
-    return Listing(tuple(values), tuple(infos), case.get("scaling", AS_GIVEN)), items
+    return CaseListing(tuple(values), tuple(infos), case.get("scaling", AS_GIVEN)), items
 
 
 def choose_slices(areas: np.ndarray, count: int) -> list[int]:

@@ -29,7 +29,7 @@ LARGEST_ROUNDING = 0.25
 SHEAR_TOLERANCE = 1e-2
 # Directions are unit vectors at right angles, but for rounding.
 DIRECTION_TOLERANCE = 1e-2
-# Modalities whose multi-frame files are films: their frames have no positions of their own to lose.
+# Modalities whose multi-frame files are cine loops: their frames have no positions of their own to lose.
 CINE_MODALITIES = ("US", "IVUS", "XA", "RF", "ES", "OP")
 # Of ultrasound regions (PS3.3 C.8.5.5): two-dimensional format, centimetres.
 REGION_2D, UNIT_CM = 1, 3
@@ -55,7 +55,7 @@ class _Slice:
 
 
 def read_dicom(path: Path, files: list[Path], limit: int | None = None) -> Grid:
-    """The one series in `files` as a stack of slices, or a single image or film.
+    """The one series in `files` as a stack of slices, or a single image or cine loop.
 
     Raises DataError unless they are one regular stack of slices, of at most `limit` bytes as float32.
     """
@@ -171,7 +171,7 @@ def _pixel_digest(file: Path) -> bytes:
 def _slices(file: Path, header: Dataset) -> list[_Slice]:
     """The frames of a file; those of an enhanced object lie where their functional groups say."""
     slices = []
-    # Of a film, the header may say where the probe was, but not where each frame is.
+    # Of a cine loop, the header may say where the probe was, but not where each frame is.
     own = Dataset() if _frame_count(header) > 1 else header
     for frame in range(_frame_count(header)):
         position = (frame_item(header, frame, "PlanePositionSequence") or own).get("ImagePositionPatient")

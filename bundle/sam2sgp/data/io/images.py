@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sam2sgp.data.io.dicom import read_dicom
+from sam2sgp.data.io.dicom_segmentation import read_segmentation
 from sam2sgp.data.io.formats import (
     DICOM_SUFFIXES,
     ITK_SUFFIXES,
@@ -21,7 +22,6 @@ from sam2sgp.data.io.geometry import Geometry, Grid, geometry_of, rounded
 from sam2sgp.data.io.itk import read_itk
 from sam2sgp.data.io.nifti import read_nifti
 from sam2sgp.data.io.picture_files import read_picture
-from sam2sgp.data.io.segmentation import read_segmentation
 from sam2sgp.errors import DataError
 
 
