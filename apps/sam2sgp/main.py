@@ -20,7 +20,6 @@ from typing import Any
 from anyio import to_thread
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from lib.priority import give_way
 from monailabel.config import settings as server_settings
 from monailabel.endpoints import login
 from monailabel.interfaces.app import MONAILabelApp
@@ -39,6 +38,7 @@ from lib.http.page import SupportPage
 from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
 from lib.infers.segmentation import SegmentationTask
+from lib.priority import give_way
 from lib.refusals import refuse
 from lib.scratch import own_temporary_folder
 from lib.serving.approved_cases import FINAL, LabelledCases

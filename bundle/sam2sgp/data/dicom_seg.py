@@ -22,8 +22,8 @@ from pydicom.uid import RLELossless, generate_uid
 import sam2sgp
 from sam2sgp.data.io import Geometry, dicom_slices, is_dicom_seg, writing
 from sam2sgp.data.io.dicom_file import UNCOMPRESSED, frame_shape, open_dicom
-from sam2sgp.data.io.limits import default_memory
 from sam2sgp.data.io.dicom_segmentation import CLASS_VALUE_FOUND
+from sam2sgp.data.io.limits import default_memory
 from sam2sgp.errors import DataError
 
 PRODUCT = "SAM2-SGP for MONAI"
