@@ -4,6 +4,7 @@ import itertools
 import logging
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from sam2sgp.adaptation.judging import Choice
 from sam2sgp.adaptation.pairs import Pair, Pairs
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.record import AdaptationRecord
+from sam2sgp.adaptation.run import Run
 from sam2sgp.adaptation.training import Training
 from sam2sgp.engines import adapted
 from sam2sgp.errors import ConfigError
@@ -203,6 +205,35 @@ def test_volumes_are_judged_as_volumes_and_never_guided_by_their_own_slices(netw
     record = adapt(network, support, None, 1, progress=False, inferer=inferer).record
     assert [(count, volume, memory) for count, _, volume, memory in calls] == [(8, True, True)] * 3
     assert record.judged == len(record.groups) == 3
+
+
+def test_short_of_time_few_slices_of_many_volumes_are_judged(network, monkeypatch):
+    counts, chunks, now = [], SupportSetInferer.chunks, itertools.count()
+    clock = SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds + next(now) / 1000)
+
+    def slow(self, inputs, *arguments, **more):
+        counts.append(len(inputs))
+        clock.seconds += len(inputs)
+        yield from chunks(self, inputs, *arguments, **more)
+
+    monkeypatch.setattr(SupportSetInferer, "chunks", slow)
+    for module in ("support_adaptation", "run"):
+        monkeypatch.setattr(f"sam2sgp.adaptation.{module}.time", clock)
+    monkeypatch.setattr("sam2sgp.adaptation.run.WARMUP", 1)
+    support = bank([volume(number, 12) for number in range(4)])
+    inferer = SupportSetInferer(support, InferenceSettings(region_below=0.0, volume_memory=VolumeMemory()))
+    record = adapt(network, support, 60.0, 1, progress=False, inferer=inferer).record
+    assert counts == [8, 4, 4, 4] and record.judged == 4
+
+
+def test_of_a_volume_that_is_too_long_both_ends_are_judged_in_turn(network):
+    support = bank([volume(number, 12) for number in range(3)])
+    run = Run(network, support, SupportSetInferer(support), None, 1, 0, 0.0, False)
+    ends = []
+    for at_top in (False, True):
+        case = replace(run._cases()[0], slices=4, at_top=at_top)
+        ends.append((run._prepare(case)["label"] > 0).flatten(1).any(1).tolist())
+    assert ends == [[False, True, True, True], [True, True, True, False]]
 
 
 @pytest.mark.parametrize("count", [1, 2])

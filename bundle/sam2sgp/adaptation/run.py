@@ -42,9 +42,10 @@ PLAIN_UNTIL, TRAINED_UNTIL = 0.35, 0.95
 CAUTION = 0.85
 # More steps than this bring nothing.
 MAX_STEPS = 400
-# Cases read, and of these judged; slices of a volume that are judged, from a few before its object on; pairs in all.
+# Cases read, and of these judged; slices of a volume that are judged; pairs in all.
 MAX_CASES, MAX_JUDGED, MAX_SLICES, MAX_PAIRS = 64, 32, 32, 256
-SLICES_BEFORE = 4
+# Where time is short, of volumes so few slices are judged that so many groups are; never fewer slices than the least.
+WANTED_GROUPS, FIRST_SLICES, MIN_SLICES = 6, 8, 4
 # Of the logits of the cases judged: with many classes these are few.
 MAX_BYTES = 512 << 20
 CHUNK = 4
@@ -54,12 +55,17 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 @dataclass
 class _Case:
-    """A labelled case: what it is prepared from, the items of the bank that it has, its group and fold."""
+    """A labelled case: what it is prepared from, the items of the bank that it has, its group and fold.
+
+    slices: at most so many are judged; at_top: around the upper end of what is labelled, else around the lower one.
+    """
 
     source: dict
     items: list[int]
     group: str = ""
     fold: int = 0
+    slices: int = MAX_SLICES
+    at_top: bool = False
 
 
 @dataclass
@@ -188,15 +194,17 @@ class Run:
     # Judging
 
     def _prepare(self, case: _Case) -> dict:
-        """A case as a query; of a long volume some slices around the lower end of what is labelled."""
+        """A case as a query; of a volume that is too long, slices around one end of what is labelled."""
         prepared = self.bank.transform(case.source)
-        count = len(prepared["image"])
-        if count <= MAX_SLICES:
+        count, limit = len(prepared["image"]), case.slices
+        if count <= limit:
             return prepared
-        first = int((prepared["label_full"] > 0).flatten(1).any(1).int().argmax())
-        start = min(max(0, first - SLICES_BEFORE), count - MAX_SLICES)
+        labelled = torch.nonzero((prepared["label_full"] > 0).flatten(1).any(1)).flatten().tolist() or [0]
+        beyond = limit // 4
+        start = labelled[-1] + 1 + beyond - limit if case.at_top else labelled[0] - beyond
+        start = min(max(0, start), count - limit)
         names = ("image", "image_full", "label", "label_full")
-        return prepared | {name: prepared[name][start : start + MAX_SLICES] for name in names}
+        return prepared | {name: prepared[name][start : start + limit] for name in names}
 
     def _judge_plain(self, cases: list[_Case], owners: list[str], bar: tqdm) -> list[_Judged]:
         """Cases as a user would get them, each guided by other groups; one of each group in turn, as time allows."""
@@ -208,13 +216,21 @@ class Run:
             rounds.append((seen[case.group], case))
             seen[case.group] += 1
         order = [case for _, case in sorted(rounds, key=lambda entry: entry[0])][:MAX_JUDGED]
+        wanted = min(WANTED_GROUPS, len(seen))
         training = self.network.training
         self.network.eval()
         judged: list[_Judged] = []
-        for case in order:
+        slices, began = FIRST_SLICES if self.seconds else MAX_SLICES, 0.0
+        for number, case in enumerate(order):
             held = sum(entry.logits.nbytes for entry in judged)
             if judged and (self._elapsed_share() > PLAIN_UNTIL or held > MAX_BYTES):
                 break
+            if judged and self.seconds:
+                per_slice = (time.monotonic() - began) / len(judged[-1].logits)
+                left = PLAIN_UNTIL * self.seconds - (time.monotonic() - self.started)
+                slices = int(left / per_slice / max(1, wanted - number)) if per_slice else MAX_SLICES
+            case.slices, case.at_top = min(max(slices, MIN_SLICES), MAX_SLICES), number % 2 == 1
+            began = time.monotonic()
             found = inferer.segment_case(self._prepare(case), self.network, case.group, case.source["group"])
             judged.append(_Judged(case, torch.cat([logits.half().cpu() for _, logits, _ in found])))
             self._show(bar)

@@ -10,8 +10,9 @@ are averaged with the network's, and how much they count.
 Every label is judged, and by what has not seen its patient. The correctors of the folds are what is used afterwards,
 all of them averaged, so nothing is used that was not judged. The network itself stays as it is.
 
-A time limit decides how many steps are made and nothing else: `max_steps` set to the `planned` steps of a record gives
-the same weights again on the same machine, if there was time for all of them.
+A time limit decides how many cases and slices are judged and how many steps are made, and nothing else. Where all were
+judged, `max_steps` set to the `planned` steps of a record gives the same weights again on the same machine, if there
+was time for all of them.
 """
 
 import logging
