@@ -209,11 +209,9 @@ class Settings(BaseModel):
                 hint = f"; did you mean {near[0]}?" if near else "."
                 raise ConfigError(f"{places[key]}: expected one of {', '.join(known)}, found an unknown key{hint}")
         app_dir = Path(app_dir).resolve()
-        values: dict[str, Any] = {
-            "bundle_root": BUNDLE,
-            "state_dir": default_folder(app_dir, studies),
-        }
-        values.update({key: given[key] for key in own & given.keys()})
+        values: dict[str, Any] = {"bundle_root": BUNDLE, **{key: given[key] for key in own & given.keys()}}
+        if "state_dir" not in values:
+            values["state_dir"] = default_folder(app_dir, studies)
         values["overrides"] = {key: _method_value(places[key], key, given[key]) for key in METHOD_KEYS if key in given}
         try:
             settings = cls(app_dir=app_dir, studies=studies, given=given, **values)

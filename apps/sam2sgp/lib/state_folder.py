@@ -30,7 +30,8 @@ UNFINISHED = f"{RESTORE}/switch.json"
 def default_folder(app_dir: Path, studies: str) -> Path:
     """The state folder of these studies: the old one as long as there is only that."""
     new = _present(studies)
-    return next((old for old in _former(app_dir, studies) if old.is_dir() and not new.exists()), new)
+    # A home that may not be looked into holds none.
+    return next((old for old in _former(app_dir, studies) if os.path.isdir(old) and not os.path.exists(new)), new)
 
 
 def at_its_place(folder: Path, app_dir: Path, studies: str) -> Path:
