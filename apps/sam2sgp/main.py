@@ -40,6 +40,7 @@ from lib.http.page import SupportPage
 from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
 from lib.infers.segmentation import SegmentationTask
+from lib.layout import OF_STATE, OF_STUDIES, bring_up_to_date
 from lib.priority import give_way
 from lib.refusals import refuse
 from lib.scratch import own_temporary_folder
@@ -97,6 +98,9 @@ class Sam2SgpApp(MONAILabelApp):
                 self.settings = self.settings.in_place()
                 make_private(self.settings.state_dir)
                 hold(self.settings.state_dir)
+                bring_up_to_date(self.settings.state_dir, OF_STATE)
+                for folder in self.settings.studies_folders:
+                    bring_up_to_date(folder, OF_STUDIES)
                 _hand_on(self.settings)
                 self.log_file = keep_logs(self.settings.state_dir / "logs", self.settings.app_dir)
                 own_temporary_folder(self.settings.state_dir)

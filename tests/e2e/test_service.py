@@ -110,9 +110,9 @@ def test_what_is_done_is_counted(server):
     def told() -> dict[str, float]:
         return values(requests.get(f"{server.url}/sam2sgp/metrics", timeout=60).text)
 
-    before = told()
     for method, path in DECISIONS:
         assert requests.request(method, server.url + path, timeout=60).status_code == 422, path
+    before = told()
     answer = requests.post(
         f"{server.url}/infer/sam2sgp?image={WAITING}&output=json",
         data={"params": json.dumps({"save_label": True})},
@@ -148,7 +148,8 @@ def test_it_is_saved_while_it_serves_and_restored_elsewhere(server, tmp_path):
         call(server, *words)
     new, state = tmp_path / "new", tmp_path / "state"
     assert "2 images of the backup are not in" in call(server, "restore", file, "--studies", new, "--state-dir", state)
-    assert files(new / "labels") == files(server.studies / "labels")
+    labels = {name for name in files(server.studies / "labels") if name.endswith(".png")}
+    assert {name for name in files(new / "labels") if name.endswith(".png")} == labels and len(labels) == 2
     actions = [json.loads(line)["action"] for line in (state / "audit.jsonl").read_text().splitlines()]
     assert "approve" in actions and actions[-1] == "restore"
 
@@ -175,7 +176,7 @@ def test_systemd_finds_no_fault_in_the_unit(written):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     written.write_text(written.read_text().replace("ProtectSystem=strict", "ProtectSystem=stict"))
-    assert "ProtectSystem" in subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert "stict" in subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
 
 def test_the_unit_leaves_the_service_few_rights(written):

@@ -234,11 +234,15 @@ class Settings(BaseModel):
         return self.studies.startswith(("http://", "https://"))
 
     @property
+    def studies_folders(self) -> tuple[Path, ...]:
+        """The folder of the images, if they are in one."""
+        return () if self.is_remote else (Path(self.studies),)
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         """Where the app's files are: no client gets to know."""
         given = (self.app_dir, self.bundle_root, self.state_dir, self.support_dir, self.model_file)
-        studies = () if self.is_remote else (Path(self.studies),)
-        return (*studies, *(path for path in given if path))
+        return (*self.studies_folders, *(path for path in given if path))
 
     @property
     def overlays(self) -> tuple[str, ...]:

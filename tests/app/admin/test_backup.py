@@ -19,6 +19,8 @@ from lib.admin.backup import backup
 from lib.admin.backup_file import checked
 from lib.admin.restore import restore
 from lib.checks import NotFound
+from lib.layout import FILE as LAYOUT_FILE
+from lib.layout import LAYOUT, OF_STATE, OF_STUDIES, bring_up_to_date, layout_of
 from lib.serving.published_weights import Weights
 from lib.settings import Settings
 from lib.state_folder import RESTORE, UNFINISHED, alone, hold
@@ -121,6 +123,17 @@ def test_without_images_these_stay_where_they_are_or_are_asked_for(site, other, 
     for name in IMAGES:
         shutil.copy(site.studies / f"{name}.png", other.studies)
     assert objects(other) == objects(site)
+
+
+def test_the_number_of_the_layout_goes_along_and_a_newer_one_is_not_saved(site, other):
+    bring_up_to_date(site.state, OF_STATE)
+    bring_up_to_date(site.studies, OF_STUDIES)
+    restore(other.words(site.save()), APP)
+    assert layout_of(other.state) == layout_of(other.studies) == LAYOUT
+    (site.studies / LAYOUT_FILE).write_text(json.dumps({"layout": LAYOUT + 1}))
+    with pytest.raises(ConfigError, match="of a newer version"):
+        site.save("newer.tar")
+    assert not (site.folder / "newer.tar").exists()
 
 
 def test_a_backup_is_for_its_owner_only_and_takes_the_place_of_the_one_before(site):

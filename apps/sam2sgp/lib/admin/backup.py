@@ -21,6 +21,8 @@ from typing import Any
 from lib.admin.backup_file import STATE, STUDIES, BackupWriter, writing
 from lib.admin.command_line import parser_of, settings_of
 from lib.checks import NotFound, suffix_of
+from lib.layout import FILE as LAYOUT_FILE
+from lib.layout import check_layout
 from lib.serving.published_weights import ACTIVE_FILE, Weights
 from lib.settings import Settings
 from lib.stores.decisions import FINAL, ImageLocks
@@ -52,11 +54,15 @@ def backup(words: Sequence[str], app_dir: Path) -> None:
     settings = settings_of(given, app_dir)
     output = given.output.absolute()
     _check(settings, output)
+    for folder in (settings.state_dir, *settings.studies_folders):
+        check_layout(folder)
     with writing(output, ARCHIVE if settings.is_remote else FOLDER) as writer:
         if settings.is_remote:
             _add_archive(writer, settings)
         else:
             _add_studies(writer, settings, given.images)
+        for room, folder in ((STATE, settings.state_dir), *((STUDIES, folder) for folder in settings.studies_folders)):
+            _add_all(writer, [(f"{room}/{LAYOUT_FILE}", folder / LAYOUT_FILE)])
         _add_weights(writer, settings)
         _add_audit(writer, settings)
     size = sum(size for size, _ in writer.files.values())
@@ -69,7 +75,7 @@ def _check(settings: Settings, output: Path) -> None:
             f"state_dir: expected the state folder of the server, found no {settings.state_dir}; give --settings or "
             "--state-dir as the server has it."
         )
-    studies = [] if settings.is_remote else [Path(settings.studies)]
+    studies = settings.studies_folders
     if studies and not studies[0].is_dir():
         raise ConfigError(f"studies: expected a folder of images, found no folder {studies[0]}; correct its path.")
     folders = [settings.state_dir, *studies]

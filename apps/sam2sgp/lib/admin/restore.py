@@ -21,6 +21,7 @@ from typing import Any
 from lib.admin.backup import ARCHIVE, FOLDER, INDEX
 from lib.admin.backup_file import STATE, STUDIES, Manifest, checked, unpack
 from lib.admin.command_line import parser_of, settings_of
+from lib.layout import FILE as LAYOUT_FILE
 from lib.settings import Settings
 from lib.state_folder import LOCK, RESTORE, UNFINISHED, alone, make_private
 from lib.stores.audit import Audit
@@ -30,7 +31,10 @@ from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.files import sync_folder, write_text
 
 # What a backup takes the place of, though it may hold none of it: stale, it would be taken for a part of it.
-REPLACED = {STUDIES: ("labels", INDEX, JOURNAL, *DESCRIPTIONS), STATE: ("weights", "audit.jsonl")}
+REPLACED = {
+    STUDIES: ("labels", INDEX, JOURNAL, *DESCRIPTIONS, LAYOUT_FILE),
+    STATE: ("weights", "audit.jsonl", LAYOUT_FILE),
+}
 REPLACED_OF_ARCHIVE = ("archive/labels", "archive/removed", "archive/facts", "archive/classes.json")
 NAMES_TOLD = 3
 
