@@ -51,8 +51,11 @@ def write_text(path: str | Path, text: str, durable: bool = True) -> None:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Have it on the disk which files are in a folder."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Have it on the disk which files are in a folder; one that has gone is none's loss."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return
     try:
         os.fsync(handle)
     finally:

@@ -25,7 +25,8 @@ from lib.serving.published_weights import Weights
 from lib.settings import Settings
 from lib.state_folder import RESTORE, UNFINISHED, alone, hold
 from lib.stores.audit import Audit
-from lib.stores.folder import JOURNAL, open_datastore
+from lib.stores.folder_index import JOURNAL
+from lib.stores.opening import open_datastore
 from sam2sgp.errors import ConfigError, DataError
 from tests.app.conftest import APP
 

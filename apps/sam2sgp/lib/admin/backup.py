@@ -26,7 +26,7 @@ from lib.layout import check_layout
 from lib.serving.published_weights import ACTIVE_FILE, Weights
 from lib.settings import Settings
 from lib.stores.decisions import FINAL, ImageLocks
-from lib.stores.folder import open_datastore
+from lib.stores.opening import open_datastore
 from sam2sgp.data.tree import DESCRIPTIONS
 from sam2sgp.errors import ConfigError
 

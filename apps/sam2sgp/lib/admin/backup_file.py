@@ -209,7 +209,10 @@ def _manifest(path: Path, about: Any, found: dict[str, tuple[int, str]]) -> Mani
 
 
 def _digest(file: IO[bytes]) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    while content := file.read(CHUNK):
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _not_whole(path: Path, found: str) -> DataError:

@@ -25,7 +25,7 @@ from lib.layout import FILE as LAYOUT_FILE
 from lib.settings import Settings
 from lib.state_folder import LOCK, RESTORE, UNFINISHED, alone, make_private
 from lib.stores.audit import Audit
-from lib.stores.folder import JOURNAL
+from lib.stores.folder_index import JOURNAL
 from sam2sgp.data.tree import DESCRIPTIONS
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.files import sync_folder, write_text
