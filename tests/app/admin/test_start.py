@@ -1,14 +1,12 @@
 """The start of the server: which settings it gets, and what it leaves alone."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from monailabel.main import Main as MonaiLabel
 
 from lib.admin.start import arguments, chosen, linked_app
+from manage import main
 from sam2sgp.errors import ConfigError
 from tests.app.conftest import APP
 
@@ -58,32 +56,19 @@ def test_the_servers_folder_links_to_the_code_and_follows_it(tmp_path):
     assert (folder / "logs" / "app.log").is_file() and not (code / "logs" / "app.log").exists()
 
 
-def test_a_mistake_ends_the_start_with_one_line(file):
+def test_a_mistake_ends_the_start_with_one_line(file, capsys):
     file.write_text("ct_windw = [1, 2]")
-    path = os.pathsep.join(sys.path)
-    command = [sys.executable, str(APP / "manage.py"), "serve", "--studies", str(file.parent), "--settings", str(file)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {file}, ct_windw: expected") and done.stderr.count("\n") == 1
+    assert main("serve", "--studies", str(file.parent), "--settings", str(file)) == 1
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith(f"error: {file}, ct_windw: expected") and told.err.count("\n") == 1
 
 
-SERVER = """
-import json, sys
-from pathlib import Path
-import monailabel.main
-monailabel.main.Main.action_start_server = lambda self, options: print(json.dumps(vars(options)))
-from lib.admin.start import serve
-serve(sys.argv[2:], Path(sys.argv[1]))
-"""
-
-
-def test_monai_label_gets_values_with_types_and_spaces(file, tmp_path):
+def test_monai_label_gets_values_with_types_and_spaces(file, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(MonaiLabel, "action_start_server", lambda self, options: started.append(vars(options)))
     state = tmp_path / "the state"
-    words = ["--settings", str(file), "--conf", "state_dir", str(state)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", SERVER, str(APP), *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    options = json.loads(done.stdout.splitlines()[-1])
+    assert main("serve", "--settings", str(file), "--conf", "state_dir", str(state)) == 0
+    [options] = started
     assert options["studies"] == str(tmp_path / "my images") and options["port"] == 8123
     assert dict(options["conf"]) == {"k": 3, "ct_window": [-100, 300], "state_dir": str(state)}
     assert (Path(options["app"]) / "main.py").samefile(APP / "main.py") and state.stat().st_mode & 0o777 == 0o700
