@@ -82,11 +82,12 @@ THREAD_SWITCH = 0.0005
 class Sam2SgpApp(MONAILabelApp):
     """See the module."""
 
+    # Set in the server; the processes of tasks count nothing.
+    _metrics: Any = None
+
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
         self._in_background = _started_as(BACKGROUND)
         self._tasks: BackgroundTasks | None = None
-        # Of the server; the processes of tasks count nothing.
-        self._metrics: Any = None
         if self._in_background:
             os.nice(NICENESS)
             _end_with_server()

@@ -16,12 +16,12 @@ import pytest
 import requests
 
 from lib.http.metrics import DECISIONS
+from manage import main
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
 from tests.app.http.test_metrics import values
 from tests.e2e.programs import program
 from tests.e2e.server import Server
-from tests.lean import lean_path
 
 APPROVED, WAITING = "us_000_0", "us_001_0"
 
@@ -132,22 +132,14 @@ def test_what_is_done_is_counted(server):
     assert after["sam2sgp_segmentations_waiting"] == 0 and after["sam2sgp_images"] == 2
 
 
-def call(server: Service, *words: object) -> str:
-    """What the command says."""
-    environment = {**os.environ, "PYTHONPATH": f"{server.folder / 'bundle'}:{lean_path()}"}
-    done = subprocess.run([*COMMAND, *map(str, words)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_it_is_saved_while_it_serves_and_restored_elsewhere(server, tmp_path):
+def test_it_is_saved_while_it_serves_and_restored_elsewhere(server, tmp_path, capsys):
     file = tmp_path / "backup.tar"
-    assert f"{file}: " in call(server, "backup", "--settings", server.settings, "--output", file)
-    words = ["restore", file, "--settings", server.settings, "--overwrite"]
-    with pytest.raises(AssertionError, match="expected no server to use it, found one; stop it first"):
-        call(server, *words)
+    assert main("backup", "--settings", str(server.settings), "--output", str(file)) == 0
+    assert main("restore", str(file), "--settings", str(server.settings), "--overwrite") == 1
+    assert "expected no server to use it, found one; stop it first" in capsys.readouterr().err
     new, state = tmp_path / "new", tmp_path / "state"
-    assert "2 images of the backup are not in" in call(server, "restore", file, "--studies", new, "--state-dir", state)
+    assert main("restore", str(file), "--studies", str(new), "--state-dir", str(state)) == 0
+    assert "2 images of the backup are not in" in capsys.readouterr().out
     labels = {name for name in files(server.studies / "labels") if name.endswith(".png")}
     assert {name for name in files(new / "labels") if name.endswith(".png")} == labels and len(labels) == 2
     actions = [json.loads(line)["action"] for line in (state / "audit.jsonl").read_text().splitlines()]
