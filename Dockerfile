@@ -28,6 +28,6 @@ USER 1000
 VOLUME ["/data"]
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=5m \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/info/', timeout=9)"]
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/sam2sgp/health/live', timeout=9)"]
 ENTRYPOINT ["sam2sgp"]
 CMD ["serve", "/studies", "--host", "0.0.0.0"]

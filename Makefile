@@ -6,7 +6,7 @@ PYTHON ?= python3
 OUTPUT ?= out/run
 ADDRESS ?= 127.0.0.1
 PORT ?= 8000
-# More overrides for `make train` and `make evaluate`, as in ARGS="--max_epochs 5".
+# More words for `make train`, `make evaluate` and `make serve`, as in ARGS="--max_epochs 5", ARGS="--settings my.toml".
 ARGS ?=
 PYTEST_ARGS ?=
 # Processes that share the test files; each takes up to 5 GB.
@@ -80,9 +80,8 @@ train: need-dataset $(INSTALLED) ## train on DATASET=dir into OUTPUT (out/run); 
 evaluate: need-dataset $(INSTALLED) ## Dice, HD95 and NSD of the network in OUTPUT (out/run) on DATASET=dir
 	$(BUNDLE) evaluating --config_file "['configs/train.json','configs/evaluate.json']" --dataset_dir "$(call absolute,$(DATASET))" --output_dir "$(call absolute,$(OUTPUT))" $(ARGS)
 
-# monailabel.main is what the `monailabel` command starts; the command itself splits arguments at spaces.
 serve: need-studies $(INSTALLED) ## MONAI Label server for STUDIES=dir (or a DICOMweb URL) at ADDRESS:PORT
-	. .venv/bin/activate && exec python -m monailabel.main start_server --app apps/sam2sgp --studies "$(STUDIES)" --host "$(ADDRESS)" --port "$(PORT)"
+	. .venv/bin/activate && exec sam2sgp serve "$(STUDIES)" --host "$(ADDRESS)" --port "$(PORT)" $(ARGS)
 
 test: $(INSTALLED) ## the whole test suite (PYTEST_ARGS="-m 'not slow'" for a part)
 	$(VENV_PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)

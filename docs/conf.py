@@ -54,6 +54,7 @@ docs/settings
 docs/output
 docs/adaptation
 apps/sam2sgp/README
+docs/administration
 docs/containers
 docs/federated
 docs/security

@@ -2,10 +2,8 @@
 
 import csv
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import monai.bundle
 import numpy as np
@@ -104,8 +102,11 @@ def test_segment_passes_what_is_asked_for(tmp_path, monkeypatch):
 def test_serve_passes_settings_and_paths_with_spaces(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(cli.os, "execv", lambda program, command: seen.extend(command))
-    call("serve", tmp_path / "my studies", "--port", 8123, "--conf", "ct_window=[-100, 300]")
-    assert seen[-2:] == ["ct_window", "[-100, 300]"] and str(tmp_path / "my studies") in seen and "8123" in seen
+    file = tmp_path / "my settings.toml"
+    call("serve", tmp_path / "my studies", "--settings", file, "--port", 8123, "--conf", "ct_window=[-100, 300]")
+    assert seen[1:3] == [str(cli.APP / "manage.py"), "serve"]
+    expected = ["--studies", tmp_path / "my studies", "--settings", file, "--port", 8123, "--conf", "ct_window"]
+    assert seen[3:] == [*map(str, expected), "[-100, 300]"]
     assert "expected NAME=VALUE" in call("serve", tmp_path, "--conf", "k", code=2)
 
 
@@ -123,35 +124,6 @@ def test_a_package_that_is_missing_is_told_in_one_line(tmp_path, monkeypatch):
     assert told.startswith("error: Please install absent before using AbsentHandler.") and told.count("\n") == 1
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     assert "expected MONAI Label, found that it is not installed" in call("serve", tmp_path, code=1)
-
-
-def test_a_wheel_serves_a_copy_of_its_own_app_beside_those_of_other_versions(tmp_path, monkeypatch):
-    served = []
-    monkeypatch.setattr(cli.os, "execv", lambda program, command: served.append(command))
-    monkeypatch.setattr(cli, "IS_INSTALLED", True)
-    monkeypatch.setattr(cli, "APP", tmp_path / "wheel")
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-
-    def serve(version: str, main: str) -> Path:
-        """The folder that is served by a wheel of so much code."""
-        shutil.rmtree(cli.APP, ignore_errors=True)
-        for name, content in {"main.py": main, "lib/http/page.py": "", "lib/__pycache__/page.pyc": main}.items():
-            (cli.APP / name).parent.mkdir(parents=True, exist_ok=True)
-            (cli.APP / name).write_text(content)
-        monkeypatch.setattr(cli, "__version__", version)
-        call("serve", tmp_path)
-        return Path(served[-1][served[-1].index("--app") + 1])
-
-    first = serve("1.0", "print(1)")
-    (first / "model" / "state").mkdir()
-    folders = [first, serve("1.0", "print(2)"), serve("1.1", "print(2)")]
-    assert len(set(folders)) == 3 and serve("1.0", "print(1)") == first
-    assert [(folder / "main.py").read_text() for folder in folders] == ["print(1)", "print(2)", "print(2)"]
-    for folder in folders:
-        assert (folder / "lib" / "http" / "page.py").is_file() and not (folder / "lib" / "__pycache__").exists()
-        # What an upgrade must not lose.
-        assert (folder / "model" / "state").is_dir()
-    assert {path.name for path in first.parent.iterdir()} == {"model", *(folder.name for folder in folders)}
 
 
 def test_completion_and_help_do_not_wait_for_torch():

@@ -16,6 +16,8 @@ import pytest
 from dockerfile_parse import DockerfileParser
 from typer.testing import CliRunner
 
+from lib.admin.start import HOST as LISTENS
+from lib.admin.start import PORT, arguments
 from sam2sgp import cli
 from tests.e2e.orthanc import PLUGINS
 from tests.e2e.programs import free_port, listens, program, running
@@ -107,7 +109,9 @@ def test_the_image_starts_the_server_as_a_user_without_rights(monkeypatch):
     monkeypatch.setattr(cli.os, "execv", lambda name, command: seen.extend(command))
     assert json.loads(last["ENTRYPOINT"]) == ["sam2sgp"]
     assert CliRunner().invoke(cli.app, json.loads(last["CMD"])).exit_code == 0
-    assert seen[seen.index("--studies") + 1] == "/studies" and seen[-4:] == ["--host", "0.0.0.0", "--port", "8000"]
+    started = arguments(seen[3:])
+    assert (started.studies, started.host, started.port or PORT) == ("/studies", "0.0.0.0", 8000)
+    assert f"http://127.0.0.1:{PORT}/sam2sgp/health/live" in last["HEALTHCHECK"]
 
 
 @pytest.fixture
@@ -138,10 +142,12 @@ def test_nginx_reaches_the_app_where_the_compose_file_has_it_listen(composed, mo
     seen: list[str] = []
     monkeypatch.setattr(cli.os, "execv", lambda name, command: seen.extend(command))
     assert CliRunner().invoke(cli.app, services["app"]["command"]).exit_code == 0
-    host, port = seen[seen.index("--host") + 1], seen[seen.index("--port") + 1]
-    assert f"proxy_pass http://{host}:{port};" in (DEPLOY / "nginx.conf").read_text()
-    assert seen[seen.index("hosts") + 1] == HOST and seen[seen.index("user_header") + 1] == "X-Remote-User"
-    archive = re.fullmatch(r"http://orthanc:(\d+)(/.+)", seen[seen.index("--studies") + 1])
+    started = arguments(seen[3:])
+    address = f"{started.host or LISTENS}:{started.port or PORT}"
+    assert f"proxy_pass http://{address};" in (DEPLOY / "nginx.conf").read_text()
+    conf = dict(started.conf)
+    assert conf["hosts"] == HOST and conf["user_header"] == "X-Remote-User"
+    archive = re.fullmatch(r"http://orthanc:(\d+)(/.+)", started.studies)
     settings = json.loads((DEPLOY / "orthanc.json").read_text())
     assert archive and (int(archive[1]), f"{archive[2]}/") == (settings["HttpPort"], settings["DicomWeb"]["Root"])
     assert f"{settings['DicomPort']}:{settings['DicomPort']}" in (ROOT / "compose.yaml").read_text()

@@ -16,7 +16,7 @@ from tests.bundle_runs import BUNDLE, random_weights
 
 ROOT = Path(__file__).parents[1]
 FILES = ("core", "app", "tracking", "onnx", "dev")
-OWN = {"sam2sgp", "lib", "main", "tests", "benchmarks"}
+OWN = {"sam2sgp", "lib", "main", "manage", "tests", "benchmarks"}
 # What is needed without an import statement, and by what.
 NAMED_ELSEWHERE = {
     "torchvision": "sam2",

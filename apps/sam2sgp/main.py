@@ -7,13 +7,14 @@ that train, score and infer in batches; what they share is on the disk, in the d
 """
 
 import asyncio
+import json
 import logging
 import os
 import select
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ from lib.ending import end_soon
 from lib.http.connections import ConnectionLimits, limit_connections
 from lib.http.endpoints import routes, without_path
 from lib.http.guard import install, serve_only
+from lib.http.health import Health, checks_of
 from lib.http.logs import keep_logs, log_routes, quiet_libraries
 from lib.http.page import SupportPage
 from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
 from lib.infers.segmentation import SegmentationTask
+from lib.layout import OF_STATE, OF_STUDIES, bring_up_to_date
 from lib.priority import give_way
 from lib.refusals import refuse
 from lib.scratch import own_temporary_folder
@@ -47,6 +50,7 @@ from lib.serving.published_weights import Weights
 from lib.serving.segmenter import ServerSegmenter
 from lib.serving.usage import Usage
 from lib.settings import Settings
+from lib.state_folder import hold, make_private
 from lib.stores.audit import Audit
 from lib.stores.decisions import state_of
 from lib.stores.opening import open_datastore
@@ -78,6 +82,9 @@ THREAD_SWITCH = 0.0005
 class Sam2SgpApp(MONAILabelApp):
     """See the module."""
 
+    # Set in the server; the processes of tasks count nothing.
+    _metrics: Any = None
+
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
         self._in_background = _started_as(BACKGROUND)
         self._tasks: BackgroundTasks | None = None
@@ -89,6 +96,13 @@ class Sam2SgpApp(MONAILabelApp):
             self.settings = Settings.from_conf(app_dir, studies, conf)
             # MONAI Label's server, and not a program that builds the app for itself.
             if SERVER in sys.modules:
+                self.settings = self.settings.in_place()
+                make_private(self.settings.state_dir)
+                hold(self.settings.state_dir)
+                bring_up_to_date(self.settings.state_dir, OF_STATE)
+                for folder in self.settings.studies_folders:
+                    bring_up_to_date(folder, OF_STUDIES)
+                _hand_on(self.settings)
                 self.log_file = keep_logs(self.settings.state_dir / "logs", self.settings.app_dir)
                 own_temporary_folder(self.settings.state_dir)
             self.audit = Audit(self.settings.audit_file)
@@ -154,6 +168,8 @@ class Sam2SgpApp(MONAILabelApp):
         # Only the server has this module, and its import would start to build one.
         from monailabel.app import app
 
+        from lib.http.metrics import Metrics, measure, metrics_routes
+
         sys.setswitchinterval(THREAD_SWITCH)
         end_soon(self.segmenter.ending)
         app.add_exception_handler(OSError, _not_stored)
@@ -162,6 +178,12 @@ class Sam2SgpApp(MONAILabelApp):
         limit_connections(asyncio.get_running_loop(), limits)
         to_thread.current_default_thread_limiter().total_tokens = THREADS
         self._tasks = BackgroundTasks(Path(self.app_dir).resolve(), self._task_ended)
+        folders = {"state": self.settings.state_dir}
+        if not self.settings.is_remote:
+            folders["studies"] = Path(self.settings.studies)
+        self._metrics = Metrics(self.segmenter, self.datastore(), self._tasks, folders)
+        logging.getLogger().addHandler(self._metrics.logged())
+        measure(app, self._metrics)
         page = SupportPage(
             self.datastore(),
             self.segmenter,
@@ -177,6 +199,8 @@ class Sam2SgpApp(MONAILabelApp):
             viewer_routes(self),
             log_routes(self.log_file),
             page.router(),
+            metrics_routes(self._metrics),
+            Health(checks_of(self.segmenter, self.datastore(), self.settings)).router(),
         ]
         if server_settings.MONAI_LABEL_AUTH_ENABLE:
             answered.append(login.router)
@@ -235,7 +259,11 @@ class Sam2SgpApp(MONAILabelApp):
         params = InferParams.of_request(request)
         # There may be another one under its id by the time that it is segmented.
         seen = state_of(path) or ""
-        label, result = task({**params.given(), "image": str(path), "image_id": image_id, "gone": request.get("gone")})
+        with self._metrics.segmenting() if self._metrics else nullcontext(lambda found: None) as done:
+            label, result = task(
+                {**params.given(), "image": str(path), "image_id": image_id, "gone": request.get("gone")}
+            )
+            done(result)
         self.usage.add(used["item"] for items in result["support"].values() for used in items)
         tag = params.label_tag or DefaultLabelTag.ORIGINAL.value
         label_id = label
@@ -287,6 +315,8 @@ class Sam2SgpApp(MONAILabelApp):
         return {name: self._tasks.start("scoring", {"method": name}, enqueue=True) for name in self._scoring_methods}
 
     def _task_ended(self, method: str, status: str) -> None:
+        training = self._trainers[FINE_TUNING].stats().get("state") if method == "train" else None
+        self._metrics.task_ended(method, status, training)
         if method == "train" and status == DONE and self._auto_update_scoring:
             self.async_scoring(None)
 
@@ -322,6 +352,15 @@ async def _not_stored(request: Request, error: OSError) -> JSONResponse:
     answer = refuse(error)
     logger.error("%s %s", request.method, request.url.path, exc_info=error)
     return JSONResponse({"detail": answer.detail}, answer.status_code)
+
+
+def _hand_on(settings: Settings) -> None:
+    """Have the processes of tasks started with the settings that this server has."""
+    server_settings.MONAI_LABEL_APP_CONF = settings.for_tasks()
+    os.environ["MONAI_LABEL_APP_CONF"] = json.dumps(server_settings.MONAI_LABEL_APP_CONF)
+    if not server_settings.MONAI_LABEL_SESSION_PATH:
+        server_settings.MONAI_LABEL_SESSION_PATH = str(settings.state_dir / "sessions")
+        os.environ["MONAI_LABEL_SESSION_PATH"] = server_settings.MONAI_LABEL_SESSION_PATH
 
 
 def _started_as(module: str) -> bool:

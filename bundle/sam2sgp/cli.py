@@ -8,11 +8,8 @@ subcommand starts in this process, with the same configs, overrides and exit cod
 
 import ast
 import csv
-import hashlib
-import json
 import os
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
@@ -28,7 +25,7 @@ import typer
 from sam2sgp import __version__
 from sam2sgp.errors import ConfigError
 from sam2sgp.files import sha256_of
-from sam2sgp.places import APP, BUNDLE, IS_INSTALLED, overlays_of
+from sam2sgp.places import APP, BUNDLE, overlays_of
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 MORE_SETTINGS = "Any setting of the run may follow, as in --ct_window '[-1000, 400]'; docs/settings.md lists them."
@@ -217,32 +214,62 @@ def evaluate(
 
 @app.command(epilog=EXIT_CODES)
 def serve(
-    studies: Annotated[str, typer.Argument(help="Folder of images, or the address of a DICOMweb server.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    studies: Annotated[
+        str | None, typer.Argument(help="Folder of images, or the address of a DICOMweb server.")
+    ] = None,
+    settings: Annotated[Path | None, typer.Option(help="TOML or JSON file with settings of the app.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; default: 8000.")] = None,
     conf: Annotated[
         list[str] | None, typer.Option("--conf", metavar="NAME=VALUE", help="A setting of the app; may be repeated.")
     ] = None,
 ) -> None:
     """Start the MONAI Label server for 3D Slicer and OHIF.
 
-    Of an installed wheel, the app, a copy for each version, and its state lie in ~/.local/share/sam2sgp
-    ($XDG_DATA_HOME).
+    The settings file may also say studies, host and port; what is given here comes first. docs/administration.md.
     """
-    if not (APP / "main.py").is_file():
-        _refuse(f"{APP}: expected the MONAI Label app there, found none; install sam2sgp again.")
-    if find_spec("monailabel") is None:
-        _refuse("serve: expected MONAI Label, found that it is not installed; install sam2sgp[app].")
-    if not studies.startswith(("http://", "https://")):
-        studies = _absolute(Path(studies))
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(_app()), "--studies", studies]
-    command += ["--host", host, "--port", str(port)]
+    words = _words(
+        {"--studies": _studies(studies), "--settings": settings and _absolute(settings), "--host": host, "--port": port}
+    )
     for setting in conf or []:
         name, separator, value = setting.partition("=")
         if not separator:
             raise typer.BadParameter(f"expected NAME=VALUE, found {setting!r}.", param_hint="--conf")
-        command += ["--conf", name, value]
-    os.execv(sys.executable, command)
+        words += ["--conf", name, value]
+    _manage("serve", words)
+
+
+Studies = Annotated[
+    str | None, typer.Option(help="Folder of images, or the address of a DICOMweb server; default: of the settings.")
+]
+ServerSettings = Annotated[Path | None, typer.Option(help="Settings file that the server is started with.")]
+StateDir = Annotated[Path | None, typer.Option(help="The server's state folder, where it isn't the default one.")]
+
+
+@app.command(epilog=EXIT_CODES)
+def backup(
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, such as backup.tar.")],
+    studies: Studies = None,
+    settings: ServerSettings = None,
+    state_dir: StateDir = None,
+    images: Annotated[bool, typer.Option("--images", help="Save the images, too.")] = False,
+) -> None:
+    """Save labels, audit log and trained weights of a server in one file, also while it serves."""
+    words = _words({"--output": _absolute(output), **_server(studies, settings, state_dir)})
+    _manage("backup", [*words, *(["--images"] if images else [])])
+
+
+@app.command(epilog=EXIT_CODES)
+def restore(
+    file: Annotated[Path, typer.Argument(help="A file that `backup` wrote.")],
+    studies: Studies = None,
+    settings: ServerSettings = None,
+    state_dir: StateDir = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there; it is kept.")] = False,
+) -> None:
+    """Restore what `backup` saved, for a server that does not run."""
+    words = [_absolute(file), *_words(_server(studies, settings, state_dir))]
+    _manage("restore", [*words, *(["--overwrite"] if overwrite else [])])
 
 
 @app.command(context_settings=SETTINGS, epilog=EXIT_CODES)
@@ -302,37 +329,32 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _app() -> Path:
-    """The app's folder; of a wheel a copy, because MONAI Label writes into it.
+def _manage(what: str, words: list[str]) -> None:
+    """Have the app do something in place of this process."""
+    program = APP / "manage.py"
+    if not program.is_file():
+        _refuse(f"{APP}: expected the MONAI Label app there, found none; install sam2sgp again.")
+    if find_spec("monailabel") is None:
+        _refuse(f"{what}: expected MONAI Label, found that it is not installed; install sam2sgp[app].")
+    os.execv(sys.executable, [sys.executable, str(program), what, *words])
 
-    <data>/sam2sgp/app/<version>-<content>/   a copy for each version of the code, never changed
-                      /model/                 the state, which all of them share: there `model` is a link to it
-    """
-    if not IS_INSTALLED:
-        return APP
-    files = {
-        path.relative_to(APP).as_posix(): sha256_of(path)
-        for path in sorted(APP.rglob("*"))
-        if path.is_file() and path.parent.name != "__pycache__"
+
+def _words(options: dict[str, Any]) -> list[str]:
+    """Of a command line: the options that have a value."""
+    return [word for name, value in options.items() if value is not None for word in (name, str(value))]
+
+
+def _server(studies: str | None, settings: Path | None, state_dir: Path | None) -> dict[str, Any]:
+    """Options that say which server is meant."""
+    return {
+        "--studies": _studies(studies),
+        "--settings": settings and _absolute(settings),
+        "--state-dir": state_dir and _absolute(state_dir),
     }
-    content = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
-    root = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sam2sgp" / "app"
-    folder = root / f"{__version__}-{content}"
-    if not folder.is_dir():
-        (root / "model").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=root) as scratch:
-            copy = Path(scratch, "app")
-            for name in files:
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(APP / name, copy / name)
-            (copy / "model").symlink_to(Path("..", "model"))
-            try:
-                copy.rename(folder)
-            except OSError:
-                # Another server was started at the same moment.
-                if not folder.is_dir():
-                    raise
-    return folder
+
+
+def _studies(given: str | None) -> str | None:
+    return given if given is None or given.startswith(("http://", "https://")) else _absolute(Path(given))
 
 
 def _absolute(path: Path) -> str:

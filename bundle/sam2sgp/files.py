@@ -50,6 +50,18 @@ def write_text(path: str | Path, text: str, durable: bool = True) -> None:
         part.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
+def sync_folder(folder: str | Path) -> None:
+    """Have it on the disk which files are in a folder; one that has gone is none's loss."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _part_name(name: str) -> str:
     encoded = os.fsencode(name)
     return name if len(encoded) <= LONGEST_NAME else hashlib.sha256(encoded).hexdigest()

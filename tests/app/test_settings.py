@@ -49,6 +49,7 @@ def test_a_backbone_is_an_overlay_of_the_bundle(tmp_path):
 @pytest.mark.parametrize(
     "key, value, message",
     [
+        ("dicomweb_expiri", "3", "did you mean dicomweb_expiry?"),
         ("kk", "3", r"--conf kk: expected one of .*\bk\b.*found an unknown key"),
         ("output_dir", "/tmp", "found an unknown key"),
         ("k", "$__import__('os').abort()", "which a config would run as code"),
@@ -75,9 +76,10 @@ def test_a_value_that_cannot_work_is_named_in_one_sentence(key, value, message):
     assert "\n" not in str(caught.value)
 
 
-def test_each_studies_folder_has_a_state_of_its_own(tmp_path):
+def test_each_studies_folder_has_a_state_of_its_own_outside_the_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     one, other = settings(str(tmp_path / "a")), settings(str(tmp_path / "b"))
-    assert one.state_dir != other.state_dir and one.state_dir.parent == APP / "model" / "state"
+    assert one.state_dir != other.state_dir and one.state_dir.parent == tmp_path / "data" / "sam2sgp" / "state"
     assert settings(str(tmp_path / "x" / ".." / "a")).state_dir == one.state_dir
     assert settings("http://pacs/dicom-web/").state_dir == settings("http://pacs/dicom-web").state_dir
 

@@ -44,10 +44,6 @@ class Server:
         """Start and wait until it answers. Raises RuntimeError with the end of its output if it doesn't."""
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(self.app)]
-        command += ["--studies", str(self.studies), "--host", "127.0.0.1", "--port", str(port)]
-        for key, value in self.conf.items():
-            command += ["--conf", key, value]
         variables = {
             **os.environ,
             "PYTHONPATH": f"{self.folder / 'bundle'}:{lean_path()}",
@@ -57,7 +53,7 @@ class Server:
         }
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.folder, env=variables, stdout=log, stderr=log, start_new_session=True
+                self.command(port), cwd=self.folder, env=variables, stdout=log, stderr=log, start_new_session=True
             )
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self.process.poll() is None:
@@ -68,6 +64,12 @@ class Server:
                 time.sleep(0.2)
         self.stop()
         raise RuntimeError(f"The server did not start:\n{self.output()}")
+
+    def command(self, port: int) -> list[str]:
+        """What starts it."""
+        command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(self.app)]
+        command += ["--studies", str(self.studies), "--host", "127.0.0.1", "--port", str(port)]
+        return command + [word for key, value in self.conf.items() for word in ("--conf", key, value)]
 
     def output(self) -> str:
         """The last lines that it wrote."""

@@ -1,13 +1,14 @@
-"""The app's settings: what an operator gives with `--conf <key> <value>`, checked once at the start.
+"""The app's settings: what an operator gives with `--conf <key> <value>` or in a file, checked once at the start.
 
-In: the app's folder, the studies (a folder or a DICOMweb address) and the `--conf` pairs, all strings. Out: `Settings`.
-Everything about the method has its default in the bundle's `configs/inference.json`, and its `--conf` key is the
-config's own; only what the server needs by itself is declared here.
+In: the app's folder, the studies (a folder or a DICOMweb address), the `--conf` pairs, all strings, and the settings
+file (`--conf settings FILE`), whose values have types of their own; `--conf` comes first. Out: `Settings`. Everything
+about the method has its default in the bundle's `configs/inference.json`, and its `--conf` key is the config's own;
+only what the server needs by itself is declared here.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -21,6 +22,8 @@ from pydantic import (
     ValidationError,
 )
 
+from lib.settings_file import read_settings_file
+from lib.state_folder import at_its_place, default_folder
 from sam2sgp.errors import ConfigError
 from sam2sgp.options import ALL as OPTIONS
 from sam2sgp.options import Expected
@@ -55,9 +58,16 @@ METHOD_KEYS = (
 )
 # MONAI Label's own, which it puts among them.
 FOREIGN_KEYS = ("server_mode",)
+# A file with more settings.
+FILE_KEY = "settings"
+# Of that file, for the start of the server itself: only `sam2sgp serve --settings` reads them.
+START_KEYS = ("studies", "host", "port")
+PATH_KEYS = ("bundle_root", "state_dir", "support_dir", "model_file")
 HOST = r"^[a-z0-9_-]+(\.[a-z0-9_-]+)*$"
 ORIGIN = r"^https?://"
 CODE_MARKS = ("$", "@", "%")
+# Of `Settings`, what no key sets.
+OTHER_FIELDS = {"app_dir", "studies", "overrides", "given"}
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -174,28 +184,49 @@ class Settings(BaseModel):
     allow_overrides: Annotated[bool, Expected("true or false")] = False
     """Whether clients may choose the device of a training."""
 
+    given: Mapping[str, Any] = {}
+    """What was given by file and `--conf`: text, or of the file what JSON has."""
+
     @classmethod
-    def from_conf(cls, app_dir: str | Path, studies: str, conf: Mapping[str, str] | None = None) -> Self:
-        """Check `--conf` pairs and fill in the rest."""
-        given = {key: value for key, value in (conf or {}).items() if key not in FOREIGN_KEYS}
-        own = cls.model_fields.keys() - {"app_dir", "studies", "overrides"}
+    def from_conf(
+        cls, app_dir: str | Path, studies: str, conf: Mapping[str, Any] | None = None, starts: bool = False
+    ) -> Self:
+        """Check `--conf` pairs and the settings file that they may name, and fill in the rest.
+
+        Args:
+            app_dir: the app's folder.
+            studies: folder of the images, or the address of a DICOMweb server.
+            conf: keys and values; `settings` names a file.
+            starts: whether the file's `studies`, `host` and `port` are read by the caller, see `start_values`; else
+                they are refused, as they would be of no effect.
+        """
+        given, places = _given(conf or {}, starts)
+        own = cls.model_fields.keys() - OTHER_FIELDS
         known = sorted(own | set(METHOD_KEYS))
         for key in given:
             if key not in known:
-                raise ConfigError(f"--conf {key}: expected one of {', '.join(known)}, found an unknown key.")
+                near = get_close_matches(key, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else "."
+                raise ConfigError(f"{places[key]}: expected one of {', '.join(known)}, found an unknown key{hint}")
         app_dir = Path(app_dir).resolve()
-        values: dict[str, Any] = {
-            "bundle_root": BUNDLE,
-            "state_dir": _state_dir(app_dir, studies),
-        }
-        values.update({key: given[key] for key in own & given.keys()})
-        values["overrides"] = {key: _method_value(key, given[key]) for key in METHOD_KEYS if key in given}
+        values: dict[str, Any] = {"bundle_root": BUNDLE, **{key: given[key] for key in own & given.keys()}}
+        if "state_dir" not in values:
+            values["state_dir"] = default_folder(app_dir, studies)
+        values["overrides"] = {key: _method_value(places[key], key, given[key]) for key in METHOD_KEYS if key in given}
         try:
-            settings = cls(app_dir=app_dir, studies=studies, **values)
+            settings = cls(app_dir=app_dir, studies=studies, given=given, **values)
         except ValidationError as error:
-            raise ConfigError(_sentence(error)) from error
+            raise ConfigError(_sentence(error, places)) from error
         settings._check()
         return settings
+
+    def in_place(self) -> Self:
+        """For a server that starts: with a state folder of an older version moved out of the code's folder."""
+        return self.model_copy(update={"state_dir": at_its_place(self.state_dir, self.app_dir, self.studies)})
+
+    def for_tasks(self) -> dict[str, Any]:
+        """As `conf` of the processes that work for a server: what it was given, whatever becomes of the file."""
+        return {**self.given, "state_dir": str(self.state_dir)}
 
     @property
     def is_remote(self) -> bool:
@@ -203,11 +234,15 @@ class Settings(BaseModel):
         return self.studies.startswith(("http://", "https://"))
 
     @property
+    def studies_folders(self) -> tuple[Path, ...]:
+        """The folder of the images, if they are in one."""
+        return () if self.is_remote else (Path(self.studies),)
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         """Where the app's files are: no client gets to know."""
         given = (self.app_dir, self.bundle_root, self.state_dir, self.support_dir, self.model_file)
-        studies = () if self.is_remote else (Path(self.studies),)
-        return (*studies, *(path for path in given if path))
+        return (*self.studies_folders, *(path for path in given if path))
 
     @property
     def overlays(self) -> tuple[str, ...]:
@@ -251,33 +286,71 @@ class Settings(BaseModel):
             raise ConfigError(f"model_file: expected a weights file, found no {self.start_weights}; give its path.")
 
 
-def _state_dir(app_dir: Path, studies: str) -> Path:
-    """A folder for each studies folder or address, so that the states of two never mix."""
-    name = studies.rstrip("/")
-    if not name.startswith(("http://", "https://")):
-        name = str(Path(name).resolve())
-    return app_dir / "model" / "state" / hashlib.sha256(name.encode()).hexdigest()[:16]
+def start_values(path: str | Path) -> dict[str, Any]:
+    """What a settings file says of the start: `studies`, `host` and `port`, as far as they are there.
+
+    Raises:
+        ConfigError: the file can't be read, or one of them can't work.
+    """
+    path = Path(path).expanduser().absolute()
+    found = read_settings_file(path)
+    values = {key: found[key] for key in START_KEYS if key in found}
+    for key in ("studies", "host"):
+        if key in values and not (isinstance(values[key], str) and values[key]):
+            raise ConfigError(f"{path}, {key}: expected a text, found {values[key]!r}.")
+    port = values.get("port", 1)
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 1 << 16:
+        raise ConfigError(f"{path}, port: expected a number from 1 to 65535, found {port!r}.")
+    if "studies" in values and not values["studies"].startswith(("http://", "https://")):
+        values["studies"] = _from_folder(path.parent, values["studies"])
+    return values
 
 
-def _sentence(error: ValidationError) -> str:
+def _given(conf: Mapping[str, Any], starts: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is given by the settings file and by `--conf`, and where each of it stands, as errors say it."""
+    pairs = {key: value for key, value in conf.items() if key not in (*FOREIGN_KEYS, FILE_KEY)}
+    places = {key: f"--conf {key}" for key in pairs}
+    if FILE_KEY not in conf:
+        return pairs, places
+    path = Path(str(conf[FILE_KEY])).expanduser().absolute()
+    found = read_settings_file(path)
+    for key in START_KEYS:
+        if key in found and not starts:
+            raise ConfigError(
+                f"{path}, {key}: expected a setting of the app, found one of `sam2sgp serve`; start by `sam2sgp serve "
+                f"--settings`, or take it out of the file and give --{key}."
+            )
+        found.pop(key, None)
+    for key in PATH_KEYS:
+        if isinstance(found.get(key), str):
+            found[key] = _from_folder(path.parent, found[key])
+    return {**found, **pairs}, {**{key: f"{path}, {key}" for key in found}, **places}
+
+
+def _from_folder(folder: Path, text: str) -> str:
+    """A path as it is written in a file of a folder."""
+    return str(folder / Path(text).expanduser())
+
+
+def _sentence(error: ValidationError, places: Mapping[str, str]) -> str:
     """The first mistake, with what the setting's declaration expects."""
     first = error.errors()[0]
     key = str(first["loc"][0])
     marks = Settings.model_fields[key].metadata
     expected = next((mark.words for mark in marks if isinstance(mark, Expected)), first["msg"])
-    return f"--conf {key}: expected {expected}, found {first['input']!r}."
+    return f"{places.get(key, key)}: expected {expected}, found {first['input']!r}."
 
 
-def _method_value(key: str, text: Any) -> Any:
+def _method_value(place: str, key: str, text: Any) -> Any:
     """A value of inference.json: JSON, or a bare word."""
     value = text
     if isinstance(text, str):
         if text.startswith(CODE_MARKS):
-            raise ConfigError(f"--conf {key}: expected a value, found {text!r}, which a config would run as code.")
+            raise ConfigError(f"{place}: expected a value, found {text!r}, which a config would run as code.")
         try:
             value = json.loads(text)
         except ValueError:
             value = WORDS.get(text.strip().lower(), text)
     if not OPTIONS[key].allows(value):
-        raise ConfigError(f"--conf {key}: expected {OPTIONS[key].expected}, found {text!r}.")
+        raise ConfigError(f"{place}: expected {OPTIONS[key].expected}, found {text!r}.")
     return value

@@ -86,11 +86,13 @@ def test_a_decoder_that_hangs_is_ended_and_the_next_file_read(endless, tmp_path,
 
 def test_a_decoder_that_crashes_costs_its_file_only(endless, tmp_path):
     crashing = process()
+    before = decoding.restarts()
     threading.Timer(0.1, crashing.kill).start()
     with pytest.raises(DataError, match=r"endless\.png: .* crashes"):
         decoding.decode_picture(endless)
     Image.fromarray(GREY).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").geometry.native_shape == GREY.shape
+    assert decoding.restarts() == before + 1, "told to whoever watches the server"
 
 
 def test_a_decoder_that_was_killed_while_idle_is_replaced(tmp_path):

@@ -147,6 +147,16 @@ class ServerSegmenter:
             return self._ready().inferer(Options())
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether a network is there; it waits for nobody."""
+        return self._serving is not None
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether an image is being segmented, or the support set encoded; it waits for nobody."""
+        return self._at_work
+
+    @property
     def device(self) -> torch.device:
         """What is computed on."""
         return self._ready().device

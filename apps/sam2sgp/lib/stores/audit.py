@@ -45,7 +45,7 @@ class Audit:
         line = json.dumps(entry, default=str).encode("ascii") + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o640)
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
             try:
                 # Another process may be in the middle of its line.
                 fcntl.flock(file, fcntl.LOCK_EX)

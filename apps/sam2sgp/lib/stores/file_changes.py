@@ -18,6 +18,7 @@ from monailabel.datastore.local import ImageLabelModel
 
 from lib.checks import StorageError
 from sam2sgp.errors import DataError
+from sam2sgp.files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -125,22 +126,10 @@ def _rename(source: Path, target: Path) -> None:
         with copied(source, target) as part:
             os.replace(part, target)
         source.unlink()
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     # A hidden folder goes anyway.
     if not source.parent.name.startswith("."):
-        _sync_folder(source.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have it on the disk which files are in a folder."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(source.parent)
 
 
 @contextmanager

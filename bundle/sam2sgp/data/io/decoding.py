@@ -134,6 +134,11 @@ def start() -> None:
         pass
 
 
+def restarts() -> int:
+    """How many decoding processes of this process had to be given up so far: they crashed, hung or grew too large."""
+    return _pool.given_up
+
+
 def _judged_header(
     decoder: "_Decoder", path: str | os.PathLike, label: bool, formats: Sequence[str], limit: int | None
 ) -> tuple[dict, int]:
@@ -248,6 +253,8 @@ class _Pool:
     def __init__(self) -> None:
         self._free = threading.Semaphore(MOST_PROCESSES)
         self._idle: list[_Decoder] = []
+        self._lock = threading.Lock()
+        self.given_up = 0
 
     @contextmanager
     def take(self) -> Iterator[_Decoder]:
@@ -265,7 +272,7 @@ class _Pool:
                 if is_well:
                     self._idle.append(decoder)
                 else:
-                    decoder.end()
+                    self._give_up(decoder)
 
     def _idle_one(self) -> _Decoder | None:
         while self._idle:
@@ -273,8 +280,13 @@ class _Pool:
                 decoder = self._idle.pop()
                 if decoder.process.poll() is None:
                     return decoder
-                decoder.end()
+                self._give_up(decoder)
         return None
+
+    def _give_up(self, decoder: _Decoder) -> None:
+        with self._lock:
+            self.given_up += 1
+        decoder.end()
 
     def close(self) -> None:
         while self._idle:

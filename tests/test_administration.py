@@ -1,0 +1,134 @@
+"""The administrator's guide, command by command: what would change the system is done by stand-ins that note it."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from lib.http.metrics import Metrics
+from lib.stores.audit import Audit
+from manage import main
+from sam2sgp import cli
+from tests.app.http.test_metrics import datastore, segmenter
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "administration.md").read_text()
+BLOCKS = re.findall(r"```\n(.+?)```", PAGE, re.DOTALL)
+# Each notes its words, then does what stands here.
+STAND_INS = {
+    "useradd": "",
+    "sam2sgp": "",
+    "chown": "",
+    "systemctl": "",
+    "apt-get": "",
+    "nginx": "",
+    "curl": "",
+    "pip": "",
+    "htpasswd": 'for word; do case "$word" in /*) touch "$word";; esac; done',
+    "runuser": 'shift 3; exec "$@"',
+    "install": 'if [ "$2" = -o ]; then shift 3; set -- -d "$@"; fi; exec /usr/bin/install "$@"',
+    "python3.11": 'mkdir -p "$3/bin"; cp "$STAND_INS/pip" "$3/bin/pip"; cp "$STAND_INS/sam2sgp" "$3/bin/sam2sgp"',
+}
+
+
+class Machine:
+    """A system below a folder, on which the guide's commands are run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.log = root / "log"
+        self.done: list[int] = []
+        programs = root / "stand-ins"
+        for folder in (programs, root / "etc/systemd/system", root / "etc/nginx", root / "var/lib"):
+            folder.mkdir(parents=True)
+        for name, does in STAND_INS.items():
+            path = programs / name
+            path.write_text(f'#!/bin/sh\necho {name} "$@" >> {self.log}\n{does}\n')
+            path.chmod(0o755)
+        self.env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "STAND_INS": str(programs)}
+
+    def mapped(self, text: str) -> str:
+        """With this machine's paths."""
+        return re.sub(r"(?<![\w.])/(opt|etc|srv|var)/", rf"{self.root}/\1/", text)
+
+    def run(self, word: str) -> None:
+        """Run the block with a word in it, of which there is one, and what it has `sam2sgp` do."""
+        [block] = [block for block in BLOCKS if word in block]
+        before = self.log.read_text() if self.log.exists() else ""
+        done = subprocess.run(
+            ["sh", "-ec", self.mapped(block)], cwd=ROOT, env=self.env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        for line in self.log.read_text()[len(before) :].splitlines():
+            if line.startswith("sam2sgp "):
+                # In this process, because a new one takes seconds to start.
+                with patch.object(cli.os, "execv", lambda name, command: self.done.append(main(*command[2:]))):
+                    ended = CliRunner().invoke(cli.app, shlex.split(line)[1:])
+                assert ended.exit_code == 0 and self.done[-1] == 0, ended.output
+
+
+def test_the_guide_is_followed_word_for_word(tmp_path):
+    machine = Machine(tmp_path)
+    machine.run("useradd")
+    settings = tmp_path / "etc/sam2sgp/settings.toml"
+    settings.write_text(machine.mapped(settings.read_text()))
+    assert (tmp_path / "etc/systemd/system/sam2sgp.service").is_file()
+    machine.run("daemon-reload")
+    machine.run("htpasswd")
+    assert (tmp_path / "etc/nginx/sam2sgp.htpasswd").stat().st_mode & 0o777 == 0o640
+
+    # What a server makes.
+    studies, state = tmp_path / "srv/sam2sgp/studies", tmp_path / "var/lib/sam2sgp/state"
+    (studies / "labels/final").mkdir(parents=True)
+    for path in (studies / "a.png", studies / "labels/final/a.png"):
+        Image.fromarray(np.ones((8, 8), np.uint8)).save(path)
+    Audit(state / "audit.jsonl").write("approve", image="a")
+    machine.run("today.tar\n")
+    shutil.rmtree(studies / "labels")
+    machine.run("--overwrite")
+    assert (studies / "labels/final/a.png").is_file() and (studies / "a.png").is_file()
+    machine.run("backups/tried")
+    assert (tmp_path / "srv/sam2sgp/backups/tried/labels/final/a.png").is_file()
+    machine.run("before-upgrade")
+    assert (tmp_path / "srv/sam2sgp/backups/before-upgrade.tar").is_file()
+
+    done = machine.log.read_text()
+    for line in ("systemctl enable --now sam2sgp", "apt-get install nginx apache2-utils", "nginx -t"):
+        assert f"\n{line}\n" in done, line
+    assert "curl --fail http://127.0.0.1:8000/sam2sgp/health/ready" in done
+    # Every block of the page was run.
+    assert len(BLOCKS) == 7 and machine.done == [0] * 4
+
+
+def test_the_unit_and_the_settings_agree_with_the_guide():
+    unit = (ROOT / "apps/sam2sgp/deploy/sam2sgp.service").read_text()
+    start = "ExecStart=/opt/sam2sgp/bin/sam2sgp serve --settings /etc/sam2sgp/settings.toml"
+    for line in (start, "User=sam2sgp", "MemoryMax=16G", "StateDirectory=sam2sgp"):
+        assert f"\n{line}\n" in unit
+    settings = (ROOT / "apps/sam2sgp/deploy/settings.toml").read_text()
+    assert 'studies = "/srv/sam2sgp/studies"' in settings and 'state_dir = "/var/lib/sam2sgp/state"' in settings
+    assert "/srv/sam2sgp/studies" in PAGE and "/var/lib/sam2sgp/state/logs/server.log" in PAGE
+
+
+@pytest.fixture
+def names(tmp_path) -> set[str]:
+    """Of the metrics of a server on an archive, as samples have them."""
+    archive = datastore()
+    archive.pairs_at_hand, archive.state = dict, lambda: {"reachable": True}
+    made = Metrics(segmenter(), archive, None, {"state": tmp_path})
+    text = made.text().decode()
+    found = {name for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE)}
+    return {name for name in found if name.startswith("sam2sgp_") and not name.endswith("_created")}
+
+
+def test_the_metrics_of_the_guide_are_those_that_there_are(names):
+    told = {name for name in re.findall(r"`(sam2sgp_[a-z_]+)`", PAGE)}
+    assert told - {"sam2sgp_tasks_running", "sam2sgp_tasks_waiting"} == names
