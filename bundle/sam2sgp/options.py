@@ -11,7 +11,7 @@ import inspect
 import json
 import pydoc
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, reduce
@@ -57,13 +57,44 @@ def _off(value: bool) -> bool:
     return value
 
 
+def _ascending(values: Sequence[float]) -> Sequence[float]:
+    if len(values) != 2 or not values[0] < values[1]:
+        raise ValueError("not two ascending numbers")
+    return values
+
+
+def _three_shares(values: Sequence[float]) -> Sequence[float]:
+    if len(values) != 3 or not sum(values):
+        raise ValueError("not three shares")
+    return values
+
+
 Off = Annotated[bool, AfterValidator(_off), Expected("False")]
 Axis = Annotated[Literal["auto"] | Annotated[int, Field(ge=0, le=2)], Expected("auto, 0, 1 or 2")]
 PathText = Annotated[str, Expected("a path")]
 Device = Annotated[str | InstanceOf[torch.device], Expected("a device such as cpu or cuda:0")]
 Positive = Annotated[int, Field(ge=1), Expected("a whole number of at least 1")]
+Count = Annotated[int, Field(ge=0), Expected("a whole number of at least 0")]
+Seed = Annotated[int, Field(ge=0, lt=2**32), Expected("a whole number from 0 to 4294967295")]
+Side = Annotated[int, Field(ge=32, multiple_of=32), Expected("a positive multiple of 32")]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), Expected("a number of at least 0")]
 Share = Annotated[float, Field(ge=0, le=1), Expected("a number from 0 to 1")]
-Numbers = Annotated[list[float] | tuple[float, ...], Expected("a list of numbers such as '[-160, 240]'")]
+Window = Annotated[
+    list[float] | tuple[float, ...],
+    AfterValidator(_ascending),
+    Expected("a list of two numbers, the lower first, such as '[-160, 240]'"),
+]
+Percentage = Annotated[float, Field(ge=0, le=100)]
+Percentiles = Annotated[
+    list[Percentage] | tuple[Percentage, ...],
+    AfterValidator(_ascending),
+    Expected("a list of two numbers from 0 to 100, the lower first, such as '[0.5, 99.5]'"),
+]
+Shares = Annotated[
+    list[Amount] | tuple[Amount, ...],
+    AfterValidator(_three_shares),
+    Expected("a list of three numbers of at least 0, not all 0, such as '[0.7, 0.15, 0.15]'"),
+]
 Entries = Annotated[list | tuple, Expected("a list")]
 Group = Annotated[dict, Expected("a group such as \"{'r': 8, 'alpha': 16}\"")]
 
@@ -84,8 +115,8 @@ class Data(OptionGroup):
     ckpt_dir: PathText = Field(description="where training keeps its state and weights, and evaluating finds them")
     cache_dir: PathText = Field(description="prepared training images; may be deleted")
     patient_pattern: str = Field(description="regular expression that finds the patient in a file's stem")
-    split: Numbers = Field(description="shares of patients for train, val and test")
-    split_seed: int = Field(description="seed of that draw")
+    split: Shares = Field(description="shares of patients for train, val and test")
+    split_seed: Seed = Field(description="seed of that draw")
     held_out: Entries = Field(description="pre-training: data sets that are not trained on")
     related: Entries = Field(description="pre-training: groups of data sets of the same persons")
 
@@ -94,38 +125,40 @@ class Images(OptionGroup):
     modality: str | None = Field(
         description="of images that don't state it themselves, such as CT or MR; decides the scaling"
     )
-    ct_window: Numbers = Field(description="HU mapped to 0..1, for the network and in the report")
-    percentiles: Numbers = Field(description="of the intensities, mapped to 0..1 for all that is neither CT nor colour")
+    ct_window: Window = Field(description="HU mapped to 0..1, for the network and in the report")
+    percentiles: Percentiles = Field(
+        description="of the intensities, mapped to 0..1 for all that is neither CT nor colour"
+    )
     slice_axis: Axis = Field(
         description="how volumes are sliced: 0 sagittal, 1 coronal, 2 axial; auto: along a thick axis"
     )
 
 
 class SupportSet(OptionGroup, title="Support set"):
-    k: int = Field(description="support items per query slice and class")
+    k: Positive = Field(description="support items per query slice and class")
     retrieval: Literal["similarity", "random"] = Field(description="which items: the most similar, or random ones")
-    slices_per_class: int = Field(description="slices taken from each support volume for each class")
-    support_max_items: int | None = Field(description="limit of the support set")
-    support_seed: int = Field(description="seed of the choice of items, and of the run")
+    slices_per_class: Positive = Field(description="slices taken from each support volume for each class")
+    support_max_items: Positive | None = Field(description="limit of the support set")
+    support_seed: Seed = Field(description="seed of the choice of items, and of the run")
     support_cache_dir: PathText | None = Field(description="folder that keeps the encoded support set for the next run")
-    support_cache_mb: float = Field(description="MiB of it held in memory")
+    support_cache_mb: Amount = Field(description="MiB of it held in memory")
 
 
 class Segmenting(OptionGroup):
     val_batch_size: Positive = Field(description="slices at a time; lower it if memory runs out")
     region_below: Share = Field(description="objects below this share of the image get a second pass; 0 for never")
     three_d_memory: bool = Field(description="slices of a volume guide their neighbours")
-    memory_frames: int = Field(description="how many of the last slices guide one")
+    memory_frames: Positive = Field(description="how many of the last slices guide one")
     object_gate: bool = Field(description="a class with too little evidence in an image is not segmented there")
-    adapt_seconds: float = Field(description="first adapt the network to the support set for so long")
-    adapt_steps: int | None = Field(description="at most so many steps of it")
-    adapt_seed: int = Field(description="seed of the adaptation")
+    adapt_seconds: Amount = Field(description="first adapt the network to the support set for so long")
+    adapt_steps: Count | None = Field(description="at most so many steps of it")
+    adapt_seed: Seed = Field(description="seed of the adaptation")
     adapt_dir: PathText = Field(description="where the adapted weights are kept")
 
 
 class Results(OptionGroup):
     resume: bool = Field(description="go on where an earlier run stopped")
-    report_figures: int = Field(description="cases with pictures in the report")
+    report_figures: Count = Field(description="cases with pictures in the report")
     segment_labelled: bool = Field(description="also segment the images of the support set")
     save_overlay: bool = Field(description="also write a PNG of the image with contours for each query")
     save_coloured: bool = Field(description="also write a coloured PNG of the class map for pictures")
@@ -141,11 +174,11 @@ class Network(OptionGroup):
     model_file: PathText = Field(description="weights to segment with")
     weights: PathText | None | Off = Field(description="what training starts from; False for random weights")
     checkpoint: PathText | None = Field(description="SAM 2.1 checkpoint that training starts from")
-    image_size: int = Field(description="side in pixels of the network's input, a multiple of 32")
+    image_size: Side = Field(description="side in pixels of the network's input, a multiple of 32")
     freeze_encoder: bool = Field(description="train nothing of the encoder but LoRA")
     lora: Group | None = Field(description="LoRA on the encoder")
-    lora_r: int = Field(description="rank", alias="lora::r")
-    lora_alpha: float = Field(description="scale", alias="lora::alpha")
+    lora_r: Positive = Field(description="rank", alias="lora::r")
+    lora_alpha: Amount = Field(description="scale", alias="lora::alpha")
     lora_dropout: Share = Field(description="share of inputs dropped in training", alias="lora::dropout")
     pmg: Group = Field(description="generation of the pseudo-mask")
     pmg_prior: bool = Field(description="the support prior", alias="pmg::prior")
@@ -155,7 +188,7 @@ class Network(OptionGroup):
     pma_attention: bool = Field(description="it guides the second decoder's attention", alias="pma::attention")
     pma_dense: bool = Field(description="it is a dense prompt", alias="pma::dense")
     refinement: bool = Field(description="correct the mask at the finest grid")
-    memory_pool: int | None = Field(description="side of the square of memory tokens averaged into one")
+    memory_pool: Positive | None = Field(description="side of the square of memory tokens averaged into one")
 
 
 class Computing(OptionGroup):
@@ -164,52 +197,54 @@ class Computing(OptionGroup):
     compile: bool = Field(description="torch.compile of the image encoder")
     runtime: Literal["eager", "onnxruntime"] = Field(description="what runs the network")
     graphs_dir: PathText = Field(description="folder of exported graphs")
-    num_workers: int = Field(description="processes that load training data")
+    num_workers: Count = Field(description="processes that load training data")
     gradient_checkpointing: bool = Field(description="training in half the memory, a fifth slower")
     feature_cache: bool = Field(description="training: a frozen encoder runs once per image")
     feature_cache_dir: PathText = Field(description="where its features are kept")
-    feature_cache_mb: float = Field(description="MiB of them held in memory")
+    feature_cache_mb: Amount = Field(description="MiB of them held in memory")
 
 
 class Training(OptionGroup):
-    seed: int = Field(description="of all random choices")
-    max_epochs: int = Field(description="epochs")
-    episodes_per_epoch: int = Field(description="episodes in an epoch")
-    episodes_per_step: int = Field(description="episodes in a batch, per GPU")
-    images_per_episode: int = Field(description="images of one class in an episode")
-    min_k: int = Field(description="least support images of a query")
-    max_k: int = Field(description="most support images of a query")
-    accumulation_steps: int = Field(description="batches per optimiser step")
-    learning_rate: float = Field(description="highest learning rate")
-    weight_decay: float = Field(description="of AdamW")
-    warmup_steps: int = Field(description="steps in which the learning rate rises")
-    decay_steps: int = Field(description="pre-training: last steps, in which it falls to zero")
-    trunk_rate: float = Field(
+    seed: Seed = Field(description="of all random choices")
+    max_epochs: Positive = Field(description="epochs")
+    episodes_per_epoch: Positive = Field(description="episodes in an epoch")
+    episodes_per_step: Positive = Field(description="episodes in a batch, per GPU")
+    images_per_episode: Positive = Field(description="images of one class in an episode")
+    min_k: Positive = Field(description="least support images of a query")
+    max_k: Positive = Field(description="most support images of a query")
+    accumulation_steps: Positive = Field(description="batches per optimiser step")
+    learning_rate: Amount = Field(description="highest learning rate")
+    weight_decay: Amount = Field(description="of AdamW")
+    warmup_steps: Count = Field(description="steps in which the learning rate rises")
+    decay_steps: Count = Field(description="pre-training: last steps, in which it falls to zero")
+    trunk_rate: Amount = Field(
         description="pre-training: learning rate of a pretrained trunk, as a share of the others'"
     )
-    frozen_levels: int = Field(description="pre-training: first levels of a pretrained trunk that are not trained")
-    max_gradient_norm: float = Field(description="gradients are clipped to it")
+    frozen_levels: Count = Field(description="pre-training: first levels of a pretrained trunk that are not trained")
+    max_gradient_norm: Amount = Field(description="gradients are clipped to it")
     ema_decay: Share = Field(description="of the moving average of the weights")
     loss_kind: Literal["dice_ce", "dice_focal"] = Field(description="loss")
     invert_probability: Share = Field(description="share of episodes whose target is all but the class")
     union_probability: Share = Field(description="share of episodes whose target is two classes")
     empty_fraction: Share = Field(description="share of images without the target")
     clip_probability: Share = Field(description="share of episodes of volumes that consist of clips")
-    clip_length: int = Field(description="slices of a clip")
-    clip_stride: int = Field(description="distance between two slices of a clip")
-    augmentation_variants: int | None = Field(description="forms in which each slice comes; None: a new one each time")
+    clip_length: Positive = Field(description="slices of a clip")
+    clip_stride: Positive = Field(description="distance between two slices of a clip")
+    augmentation_variants: Positive | None = Field(
+        description="forms in which each slice comes; None: a new one each time"
+    )
     synthetic_probability: Share = Field(description="share of episodes of invented anatomies")
     superpixel_probability: Share = Field(description="share of episodes of superpixels")
     threshold_probability: Share = Field(description="share of episodes of bands of intensity")
     label_operation_probability: Share = Field(description="share of targets that are changed")
     region_probability: Share = Field(description="share of images cut to a region around the target")
     crop_probability: Share = Field(description="share of images cut at random")
-    val_interval: int = Field(description="epochs between validations")
-    val_max_cases: int | None = Field(description="cases in a validation")
-    val_episodes_per_group: int = Field(description="pre-training: episodes of a group in a validation")
-    patience: int = Field(description="stop after so many epochs without a better Dice; 0 never does")
+    val_interval: Positive = Field(description="epochs between validations")
+    val_max_cases: Positive | None = Field(description="cases in a validation")
+    val_episodes_per_group: Positive = Field(description="pre-training: episodes of a group in a validation")
+    patience: Count = Field(description="stop after so many epochs without a better Dice; 0 never does")
     keep_best: bool = Field(description="write the weights of the best epoch, not of the last")
-    federated_rounds: int = Field(description="rounds of a federated training")
+    federated_rounds: Positive = Field(description="rounds of a federated training")
 
 
 @dataclass(frozen=True)
@@ -262,6 +297,9 @@ def check(parser: ConfigParser | None = None) -> None:
         value = _value(config, name)
         if value is not _MISSING and not _is_expression(value) and not option.allows(value):
             raise ConfigError(f"--{name}: expected {option.expected}, found {value!r}.{_spelled(option, value)}")
+    least, most = _value(config, "min_k"), _value(config, "max_k")
+    if isinstance(least, int) and isinstance(most, int) and least > most:
+        raise ConfigError(f"--min_k: expected at most max_k, found {least}, which is more than {most}.")
     for identifier, arguments in _components(config):
         _check_arguments(identifier, arguments, parser)
 
