@@ -6,7 +6,7 @@ import torch
 from monai.transforms import Compose
 from PIL import Image
 
-from sam2sgp.episodes import CaseCache
+from sam2sgp.episodes import CaseCache, case_cache
 from sam2sgp.errors import DataError
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
 
@@ -53,6 +53,23 @@ def test_a_case_is_prepared_once_until_a_file_or_the_preprocessing_changes(case,
     Image.fromarray(np.zeros((40, 20), dtype=np.uint8)).save(case["label"])
     assert read(32).label.max() == 0
     assert len(calls) == 3
+
+
+def test_what_an_older_reader_prepared_is_prepared_again(case, tmp_path, monkeypatch):
+    def read(fill):
+        class Filling(LoadCased):
+            def __call__(self, data):
+                loaded = super().__call__(data)
+                loaded["label"] = torch.full_like(loaded["label"], fill)
+                return loaded
+
+        return CaseCache(tmp_path / "cache", Compose([Filling(), ScaleIntensityByModalityd(), FitToSquared(size=32)]))
+
+    assert read(3)[case].label.max() == 3
+    # By the files and the settings, nothing has changed.
+    assert read(4)[case].label.max() == 3
+    monkeypatch.setattr(case_cache, "READERS_VERSION", case_cache.READERS_VERSION + 1)
+    assert read(4)[case].label.max() == 4
 
 
 def test_a_half_written_entry_is_not_taken_for_whole(case, tmp_path):
