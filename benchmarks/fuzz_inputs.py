@@ -49,7 +49,7 @@ def write_sound_files(folder: Path) -> list[Path]:
     import nrrd
     import SimpleITK
     from PIL import Image
-    from pydicom.uid import JPEG2000Lossless, RLELossless
+    from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
     from sam2sgp.data import read_image, write_dicom_seg
     from tests.data.dicom_files import write_compressed, write_dicom, write_enhanced, write_series
@@ -79,6 +79,8 @@ def write_sound_files(folder: Path) -> list[Path]:
     write_dicom(folder / "n.dcm", values, **tags)
     for name, syntax in (("r.dcm", RLELossless), ("j.dcm", JPEG2000Lossless)):
         write_compressed(folder / name, folder / "n.dcm", syntax)
+    write_dicom(folder / "b.dcm", (values >> 4).astype(np.uint8), "US")
+    write_compressed(folder / "b.dcm", folder / "b.dcm", JPEGBaseline8Bit)
     write_enhanced(folder / "m.dcm", volume.astype(np.uint16), [3, 1, 4, 0, 2, 5])
     with tempfile.TemporaryDirectory() as series:
         uids = {"StudyInstanceUID": "1.2.3", "FrameOfReferenceUID": "1.2.4"}

@@ -9,7 +9,7 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
-from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, generate_uid
 
 STORAGE_CLASS = {
     "CT": "1.2.840.10008.5.1.4.1.1.2",
@@ -59,11 +59,12 @@ def write_dicom(path: Path, pixels: np.ndarray, modality: str = "CT", series_uid
 
 
 def write_compressed(path: Path, source: Path, syntax: UID) -> Path:
-    """Write the one frame of a file compressed without loss, by RLE or JPEG 2000."""
+    """Write the one frame of a file compressed by RLE, JPEG 2000 without loss, or JPEG of 8 bits."""
     dataset = pydicom.dcmread(source)
-    if syntax == JPEG2000Lossless:
+    if syntax in (JPEG2000Lossless, JPEGBaseline8Bit):
         stream = io.BytesIO()
-        Image.fromarray(dataset.pixel_array).save(stream, "JPEG2000", no_jp2=True)
+        settings = {"no_jp2": True} if syntax == JPEG2000Lossless else {}
+        Image.fromarray(dataset.pixel_array).save(stream, "JPEG2000" if settings else "JPEG", **settings)
         dataset.PixelData = encapsulate([stream.getvalue()])
         dataset["PixelData"].is_undefined_length = True
         dataset.file_meta.TransferSyntaxUID = syntax

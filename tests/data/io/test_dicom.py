@@ -334,3 +334,13 @@ def test_directions_rounded_to_three_decimals_are_read(tmp_path):
     volume = RNG.integers(0, 99, (3, 6, 7)).astype(np.uint16)
     write_series(tmp_path / "series", volume, orientation=(0.839, 0.545, 0.0, 0.0, 0.0, -1.0))
     assert read_image(tmp_path / "series").geometry.spacing == pytest.approx((2.5, 0.8, 0.7), rel=1e-2)
+
+
+def test_a_series_of_which_one_slice_is_inverted_is_refused(tmp_path):
+    folder = write_series(tmp_path / "mr", np.ones((4, 6, 7), np.uint16), Modality="MR")
+    changed = sorted(folder.iterdir())[2]
+    dataset = pydicom.dcmread(changed)
+    dataset.PhotometricInterpretation = "MONOCHROME1"
+    dataset.save_as(changed)
+    with pytest.raises(DataError, match=f"mr: .*inversion .PhotometricInterpretation. 1.0 in {changed.name}"):
+        read_image(folder)

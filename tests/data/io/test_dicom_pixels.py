@@ -1,6 +1,8 @@
 """From a DICOM file to values: by the arithmetic of the standard, and as SimpleITK and pydicom read them."""
 
 import io
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import SimpleITK
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.pixel_data_handlers.util import apply_modality_lut
+from pydicom.pixel_data_handlers.util import apply_modality_lut, convert_color_space
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
 from sam2sgp.data.io import read_image
@@ -63,9 +65,34 @@ def test_bits_beside_the_stored_ones_are_no_part_of_the_values(tmp_path):
     # Values in the upper bits, as some old scanners stored them.
     path = write_dicom(tmp_path / "b.dcm", (values << 4) | 5, **{**TWELVE_BITS, "HighBit": 15})
     assert np.array_equal(view(path), values * 2.0 - 100)
+    assert any("12 bits stored are read from bit 15 down" in warning for warning in read_image(path).warnings)
     path = write_dicom(tmp_path / "c.dcm", values, BitsStored=12, HighBit=7)
     with pytest.raises(DataError, match="c.dcm.*BitsStored <= HighBit"):
         read_image(path)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int16])
+def test_a_high_bit_that_the_values_contradict_is_refused(tmp_path, kind):
+    values = RNG.integers(0, 4096, (6, 7)).astype(np.uint16)
+    values = (values.astype(int) - 2048).astype(kind) if kind is np.int16 else values
+    tags = {**TWELVE_BITS, "HighBit": 15}
+    # SimpleITK and pydicom read these as they are, dcmtk a sixteenth of them.
+    path = write_dicom(tmp_path / "a.dcm", values, **tags)
+    assert np.array_equal(simpleitk_view(path), values * 2.0 - 100)
+    with pytest.raises(DataError, match="a.dcm: expected values in the upper bits.*set HighBit to 11"):
+        read_image(path)
+    # Few grey values in the upper bits leave the lower ones empty.
+    dark = (np.abs(values) & 7).astype(kind)
+    assert np.array_equal(view(write_dicom(tmp_path / "b.dcm", dark << 4, **tags)), dark * 2.0 - 100)
+
+
+@pytest.mark.skipif(shutil.which("dcm2pnm") is None, reason="needs dcmtk")
+def test_values_in_the_upper_bits_are_read_as_dcmtk_does(tmp_path):
+    values = RNG.integers(0, 4096, (64, 64)).astype(np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", values << 4, "MR", BitsStored=12, HighBit=15)
+    subprocess.run(["dcm2pnm", "+opw", "+Ww", "2048", "4096", path, tmp_path / "a.pgm"], check=True)
+    shown = np.asarray(Image.open(tmp_path / "a.pgm"), float)
+    assert np.abs(shown / 65535 * 4095 - view(path)).max() < 1
 
 
 @pytest.mark.parametrize("syntax", [None, RLELossless, JPEG2000Lossless])
@@ -205,6 +232,28 @@ def test_deep_colours_fill_the_range_of_colours(tmp_path, bits):
     write_dicom(path, colours, "US", BitsStored=bits, HighBit=bits - 1, PhotometricInterpretation="YBR_FULL")
     with pytest.raises(DataError, match=f"expected colours of 8 bits or RGB, found YBR_FULL of {bits} bits"):
         read_image(path)
+
+
+def test_colours_in_the_upper_bits_are_shifted_and_signed_ones_refused(tmp_path):
+    colours = RNG.integers(0, 256, (6, 7, 3)).astype(np.uint8)
+    path = write_dicom(tmp_path / "a.dcm", colours.astype(np.uint16) << 8, "US", BitsStored=8, HighBit=15)
+    assert np.array_equal(read_image(path).slices[0].transpose(1, 2, 0), colours)
+    write_dicom(path, colours.view(np.int8), "US")
+    with pytest.raises(DataError, match="a.dcm: expected colours from 0 up, found signed ones"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_how_much_is_stored_says_whether_pixels_share_colours(tmp_path, shared):
+    colours = convert_color_space(RNG.integers(0, 256, (6, 8, 3)).astype(np.uint8), "RGB", "YBR_FULL")
+    content = colours
+    if shared:
+        # PS3.3 C.7.6.3.1.2: two lights, then the colours that both have.
+        colours[:, 1::2, 1:] = colours[:, ::2, 1:]
+        content = np.stack([colours[:, ::2, 0], colours[:, 1::2, 0], colours[:, ::2, 1], colours[:, ::2, 2]], -1)
+    tags = {"PhotometricInterpretation": "YBR_FULL_422", "PixelData": content.tobytes()}
+    image = read_image(write_dicom(tmp_path / "a.dcm", colours, "US", **tags))
+    assert np.array_equal(image.slices[0].transpose(1, 2, 0), convert_color_space(colours, "YBR_FULL", "RGB"))
 
 
 @pytest.mark.parametrize("words, bits", [(np.uint8, 8), (np.uint16, 8), (np.uint16, 16)])

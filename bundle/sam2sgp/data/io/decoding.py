@@ -21,6 +21,7 @@ import re
 import select
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sam2sgp.data.io import jpeg
 from sam2sgp.data.io.limits import check_memory, check_ratio
 from sam2sgp.data.io.picture_blocks import TIFF, check_blocks
 from sam2sgp.errors import DataError, FormatError
@@ -45,6 +47,7 @@ WALL_PER_SECOND = 2.0
 SPARE_MEMORY, COPIES, LARGEST_VALUE = 256 << 20, 4, 8
 LONGEST_MESSAGE = 1 << 20
 PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+JPEG_FORMATS = ("JPEG", "MPO")
 DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<f4", "<f8")
 # What libraries put around their sentence: where in their source and in memory it is, which is nobody's business.
 NOISE = re.compile(r"Exception thrown in \S+ \S+: |\S+\.(?:cxx|hxx|txx|cpp|h|c):\d+:\s*|\(?\b0x[0-9a-fA-F]+\b\)?")
@@ -87,6 +90,13 @@ def decode_picture(
         DataError: another content, damaged, too large, or its decoding crashes or takes too long.
     """
     check_blocks(path)
+    picture = _decoded(path, label, formats, limit)
+    if picture.image.format in JPEG_FORMATS:
+        _check_jpeg(path, picture.image)
+    return picture
+
+
+def _decoded(path: str | os.PathLike, label: bool, formats: Sequence[str], limit: int | None) -> Picture:
     seconds = _seconds(os.path.getsize(path))
     with _decoding(path) as decoder:
         header, values = _judged_header(decoder, path, label, formats, limit)
@@ -173,6 +183,22 @@ def _judged_header(
             decoder.ask({}, SECONDS)
         raise
     return header, values
+
+
+def _check_jpeg(path: str | os.PathLike, image: Image.Image) -> None:
+    """Raise DataError for a JPEG whose damage shows, though it can be decoded."""
+    with tempfile.TemporaryDirectory(prefix="sam2sgp-") as folder:
+        copy = Path(folder, "copy.jpg")
+
+        def decode(streams: list[bytes]) -> np.ndarray | None:
+            copy.write_bytes(streams[0])
+            try:
+                return np.asarray(_decoded(copy, True, JPEG_FORMATS, None).image)[None]
+            except DataError:
+                return None
+
+        if fault := jpeg.damage([Path(path).read_bytes()], np.asarray(image)[None], decode):
+            raise _failed(path, fault)
 
 
 def _is_tiff(path: str | os.PathLike) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from pydicom import Dataset
 
 from sam2sgp.data.io.dicom_file import samples_of
-from sam2sgp.data.io.dicom_pixels import frame_item, read_dataset, read_frames
+from sam2sgp.data.io.dicom_pixels import frame_item, is_inverted, read_dataset, read_frames, upper_bits_warning
 from sam2sgp.data.io.formats import dicom_files
 from sam2sgp.data.io.geometry import Grid
 from sam2sgp.data.io.limits import check_memory
@@ -137,6 +137,7 @@ def _dicom_stack(path: Path, files: list[Path]) -> tuple[list[_Slice], np.ndarra
             "(RTSTRUCT) to a DICOM segmentation or a NIfTI class map."
         )
     warnings = [f"DICOM files without pixels in its folder are not used ({kinds})."] if without else []
+    warnings += sorted({warning for header in headers.values() if (warning := upper_bits_warning(header))})
     _check_one_series(path, list(headers.values()))
     for file, header in headers.items():
         _check_kind(file, header)
@@ -307,6 +308,7 @@ def _stack(path: Path, slices: list[_Slice], normal: np.ndarray) -> tuple[list[_
     for name, of, tolerance in (
         ("Rows and Columns", lambda piece: (piece.header.Rows, piece.header.Columns), 0),
         ("values per pixel", lambda piece: samples_of(piece.header), 0),
+        ("inversion (PhotometricInterpretation)", lambda piece: is_inverted(piece.header), 0),
         ("PixelSpacing", lambda piece: piece.spacing, 1e-4),
         ("ImageOrientationPatient", lambda piece: piece.orientation, 1e-3),
     ):

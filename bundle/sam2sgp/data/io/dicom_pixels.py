@@ -1,18 +1,21 @@
 """From a DICOM file to the values of its frames.
 
-Stored values are decoded, cut to the bits that are stored (PS3.5 8.1.1), and sent through the modality transformation
+Stored values are decoded, cut to the bits that are stored (PS3.5 8.1.1; those from HighBit
+down, which earlier editions let be any bit), and sent through the modality transformation
 (PS3.3 C.11.1): a lookup table or a slope and an intercept, of the frame where it has its own. Grey values where low is
 bright are inverted (MONOCHROME1, Presentation LUT Shape INVERSE), Hounsfield units excepted. Padding around the image
 (PS3.3 C.7.5.1.1.2) becomes as dark as the darkest pixel. Colours become RGB.
 """
 
+import math
 import tempfile
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 from pydicom import Dataset
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.encaps import generate_pixel_data_frame
+from pydicom.encaps import encapsulate, generate_pixel_data_frame
 from pydicom.pixel_data_handlers.util import apply_color_lut, apply_modality_lut, convert_color_space
 from pydicom.uid import (
     JPEG2000,
@@ -32,7 +35,8 @@ from pydicom.uid import (
 )
 
 from sam2sgp.data.io.decoding import decode_dicom
-from sam2sgp.data.io.dicom_file import frame_shape, open_dicom
+from sam2sgp.data.io.dicom_file import UNCOMPRESSED, frame_shape, open_dicom
+from sam2sgp.data.io.jpeg import damage
 from sam2sgp.data.io.jpeg2000 import missing_tiles
 from sam2sgp.errors import DataError
 
@@ -57,6 +61,8 @@ GDCM_SYNTAXES = (
 STANDARD_ROOT = "1.2.840.10008."
 # Of these the code stream may say itself what its colours are.
 JPEG_SYNTAXES = (JPEGBaseline8Bit, JPEGExtended12Bit)
+# Of these, damage is told from what libjpeg only warns of.
+HUFFMAN_SYNTAXES = (*JPEG_SYNTAXES, JPEGLosslessP14, JPEGLosslessSV1)
 JFIF, ADOBE, START_OF_SCAN = 0xE0, 0xEE, 0xDA
 # What a decoder needs to know of a file; nothing else of it is shown to GDCM.
 PIXEL_TAGS = (
@@ -106,6 +112,11 @@ def read_frames(file: Path) -> np.ndarray:
     photometric = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2")
     shape = frames, dataset.Rows, dataset.Columns
     is_native = dataset.file_meta.TransferSyntaxUID in NATIVE_SYNTAXES
+    if samples >= 3 and dataset.get("PixelRepresentation"):
+        raise DataError(f"{file}: expected colours from 0 up, found signed ones; export it as RGB of 8 bits.")
+    if photometric == "YBR_FULL_422" and _is_of_full_length(dataset):
+        # Some programs leave the tag as it was when they decompress.
+        photometric = dataset.PhotometricInterpretation = "YBR_FULL"
     stored = dataset.pixel_array if is_native else _decoded(file, dataset)
     if photometric == "PALETTE COLOR":
         stored = apply_color_lut(_used_bits(file, stored, dataset, is_native), dataset)[..., :3]
@@ -113,6 +124,8 @@ def read_frames(file: Path) -> np.ndarray:
         return (stored / 257.0 if has_16_bits else stored).reshape(*shape, 3).astype(np.float32)
     if samples >= 3:
         bits = int(dataset.get("BitsStored") or 8)
+        if int(dataset.BitsAllocated) > 8:
+            stored = _used_bits(file, stored, dataset, is_native)
         if is_native and photometric != "RGB":
             if bits > 8:
                 raise DataError(
@@ -125,9 +138,33 @@ def read_frames(file: Path) -> np.ndarray:
     values = np.empty((*shape, 1), np.float32)
     for frame in range(frames):
         kept = _used_bits(file, stored[frame], dataset, is_native)
-        values[frame, ..., 0] = _grey_values(kept, dataset, frame, photometric)
+        values[frame, ..., 0] = _grey_values(kept, dataset, frame)
         _darken(values[frame, ..., 0], _padding(kept, dataset))
     return values
+
+
+def is_inverted(header: Dataset) -> bool:
+    """Whether low values of a grey image are bright."""
+    return header.get("PhotometricInterpretation") == "MONOCHROME1" or header.get("PresentationLUTShape") == "INVERSE"
+
+
+def _is_of_full_length(dataset: Dataset) -> bool:
+    """Whether uncompressed pixels have all values of each colour, none of them shared by two pixels."""
+    is_plain = dataset.file_meta.TransferSyntaxUID in UNCOMPRESSED
+    size = math.prod(frame_shape(dataset)) * int(dataset.SamplesPerPixel) * int(dataset.BitsAllocated) // 8
+    return is_plain and len(dataset.get("PixelData") or b"") >= size
+
+
+def upper_bits_warning(header: Dataset) -> str | None:
+    """What is to be said of values that are stored in upper bits; None where they aren't."""
+    bits, high = header.get("BitsStored"), header.get("HighBit")
+    is_native = header.file_meta.TransferSyntaxUID in NATIVE_SYNTAXES
+    if not bits or high is None or high < bits or not is_native:
+        return None
+    return (
+        f"Its {bits} bits stored are read from bit {high} down, as its HighBit says; programs that don't heed HighBit "
+        "show other values."
+    )
 
 
 def _padding(stored: np.ndarray, dataset: Dataset) -> np.ndarray:
@@ -175,21 +212,29 @@ def _used_bits(file: Path, stored: np.ndarray, dataset: Dataset, is_native: bool
     values = np.asarray(stored).astype(np.int64)
     if bits == allocated:
         return values
-    values = (values >> (high + 1 - bits)) & ((1 << bits) - 1)
+    shift = high + 1 - bits
+    lowest = -(1 << (bits - 1)) if dataset.PixelRepresentation else 0
+    if shift and (values & ((1 << shift) - 1)).any() and lowest <= values.min() and values.max() < lowest + (1 << bits):
+        raise DataError(
+            f"{file}: expected values in the upper bits, as its HighBit {high} says of {bits} bits stored in "
+            f"{allocated}, found them in the lower bits, where programs read them differently; set HighBit to "
+            f"{bits - 1} if the values are right as they are, or export the image again."
+        )
+    values = (values >> shift) & ((1 << bits) - 1)
     if dataset.PixelRepresentation:
         values -= (values >> (bits - 1)) << bits
     return values
 
 
-def _grey_values(stored: np.ndarray, dataset: Dataset, frame: int, photometric: str) -> np.ndarray:
+def _grey_values(stored: np.ndarray, dataset: Dataset, frame: int) -> np.ndarray:
     transformation = frame_item(dataset, frame, "PixelValueTransformationSequence") or dataset
-    is_inverted = photometric == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE"
+    inverted = is_inverted(dataset)
     is_hounsfield = dataset.get("Modality") == "CT"
     if dataset.get("ModalityLUTSequence"):
         values = apply_modality_lut(stored, dataset)
         highest = 2.0 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
-        return highest - values if is_inverted else values
-    if is_inverted and not is_hounsfield:
+        return highest - values if inverted else values
+    if inverted and not is_hounsfield:
         # Lowest plus highest storable value: 2 ** bits - 1 unsigned, -1 signed.
         is_whole = "PixelData" in dataset and not dataset.PixelRepresentation
         stored = (2.0 ** int(dataset.BitsStored) - 1 if is_whole else -1.0) - stored
@@ -227,11 +272,29 @@ def _decoded(file: Path, dataset: Dataset) -> np.ndarray:
     bare.SOPClassUID, bare.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     for name in PIXEL_TAGS:
         if name in dataset:
-            bare[name] = dataset[name]
+            bare[name] = copy(dataset[name])
     if int(dataset.get("SamplesPerPixel") or 1) == 1:
         bare.PhotometricInterpretation = "MONOCHROME2"
     elif syntax in JPEG_SYNTAXES and (colours := _colours_of(dataset)):
         bare.PhotometricInterpretation = colours
+    pixels = _decoded_copy(file, bare, dataset)
+    if syntax in HUFFMAN_SYNTAXES:
+
+        def decode(streams: list[bytes]) -> np.ndarray | None:
+            bare.PixelData = encapsulate(streams)
+            try:
+                return _decoded_copy(file, bare, dataset)
+            except DataError:
+                return None
+
+        streams = list(generate_pixel_data_frame(dataset.PixelData, len(pixels)))
+        if len(streams) == len(pixels) and (fault := damage(streams, pixels, decode)):
+            raise DataError(f"{file}: expected a readable image, found that {fault} (JPEG); copy or export it again.")
+    return pixels
+
+
+def _decoded_copy(file: Path, bare: FileDataset, dataset: Dataset) -> np.ndarray:
+    """(frames, rows, columns, C) as GDCM decodes `bare`, the tags of pixels of a file."""
     with tempfile.TemporaryDirectory(prefix="sam2sgp-") as folder:
         path = Path(folder) / "pixels.dcm"
         bare.save_as(path, write_like_original=False)
