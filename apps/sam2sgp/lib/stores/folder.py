@@ -220,6 +220,13 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         """The tags of each image's labels, by the image's id."""
         return {image_id: list(entry.labels) for image_id, entry in self._objects().items()}
 
+    def records(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """What is known about each image's labels, by the image's id and the label's tag; not to be changed."""
+        return {
+            image_id: {tag: label.info for tag, label in entry.labels.items()}
+            for image_id, entry in self._objects().items()
+        }
+
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """The path of a ZIP file with the approved pairs; the next call replaces it. Raises NotFound without pairs."""
         pairs = self.datalist()[: max(limit_cases, 1) if limit_cases else None]
