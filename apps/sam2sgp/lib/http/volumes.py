@@ -26,6 +26,8 @@ from sam2sgp.transforms import choose_scaling
 from sam2sgp.transforms.scaling import COLOUR, CT
 
 IMAGES_KEPT_MB, LABELS_KEPT_MB = 1024, 512
+# Files that are read at once: each is held whole, and may be a volume of gigabytes.
+READING = 2
 # Of one slice, which a browser holds several times.
 LARGEST_SLICE = 64 << 20
 LARGEST_STORED = 65535
@@ -90,8 +92,9 @@ class Volumes:
     """Images and labels that were looked at lately."""
 
     def __init__(self) -> None:
-        self._images = _ReadOnce(IMAGES_KEPT_MB, lambda shown: shown.slices.nbytes)
-        self._labels = _ReadOnce(LABELS_KEPT_MB, lambda shown: shown.slices.nbytes)
+        few = threading.Semaphore(READING)
+        self._images = _ReadOnce(IMAGES_KEPT_MB, lambda shown: shown.slices.nbytes, few)
+        self._labels = _ReadOnce(LABELS_KEPT_MB, lambda shown: shown.slices.nbytes, few)
 
     def image(self, path: str | Path) -> ShownImage:
         """An image, read or as it was kept.
@@ -109,9 +112,15 @@ class Volumes:
 
 
 class _ReadOnce:
-    """Values that are made when they are first asked for, by one thread for all that ask meanwhile."""
+    """Values that are made when they are first asked for, by one thread for all that ask meanwhile.
 
-    def __init__(self, megabytes: float, size_of: Callable[[Any], int]) -> None:
+    Args:
+        megabytes: of the values that are kept. size_of: bytes of one.
+        few: how many are made at once.
+    """
+
+    def __init__(self, megabytes: float, size_of: Callable[[Any], int], few: threading.Semaphore) -> None:
+        self._few = few
         self._kept = ByteLRU(megabytes, size_of)
         self._made: dict[Hashable, Future] = {}
         self._lock = threading.Lock()
@@ -126,7 +135,8 @@ class _ReadOnce:
                 promised = self._made[key] = Future()
         if mine:
             try:
-                value = make()
+                with self._few:
+                    value = make()
             except BaseException as error:
                 promised.set_exception(error)
                 with self._lock:

@@ -321,6 +321,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             change.note("remove image", image=image_id, sha256=image_hash)
             change.delete(self._folder.writable(self._datastore.image_path()) / (image_id + entry.image.ext))
             del change.objects[image_id]
+        self.history.forget(image_id)
 
     def save_label(
         self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], seen: str = ""

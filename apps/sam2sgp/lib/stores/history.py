@@ -72,6 +72,10 @@ class History:
                 return files[0], self._notes(folder / f"{version}.json")
         raise NotFound(f"image {image_id}: expected an earlier label of the list, found none; load the list again.")
 
+    def forget(self, image_id: str) -> None:
+        """Delete all of an image that is gone: another one may come under its id."""
+        shutil.rmtree(self._of(image_id), ignore_errors=True)
+
     def _of(self, image_id: str) -> Path:
         # Ids may be longer than a name of a folder, and differ in case only.
         return self._folder / hashlib.sha256(image_id.encode("utf-8", "replace")).hexdigest()[:32]

@@ -155,7 +155,9 @@ export class Picture {
     if (!open) return;
     const values = open.image.get(open.slice);
     const map = open.labels.get(open.slice);
+    // For scripts that drive the page: what is on it, and where.
     canvas.dataset.drawn = values && map ? `${open.case.image}/${open.slice}` : "";
+    canvas.dataset.view = JSON.stringify([this.zoom, this.stretch, ...this.offset]);
     if (values) {
       this.drawImage(values);
       context.setTransform(this.zoom, 0, 0, this.zoom * this.stretch, ...this.offset);

@@ -11,6 +11,9 @@ const ACTIONS = {
   "add image": "image added",
 };
 
+/** What labels are called by their tags. */
+const TAGS = { original: "prediction", final: "approved" };
+
 /** @param {string} kind @param {string} [name] @param {string} [text] */
 export function element(kind, name = "", text = "") {
   const made = document.createElement(kind);
@@ -71,7 +74,7 @@ export class Panel {
     labels.replaceChildren(
       ...(tags.length ? [element("span", "", "Label: ")] : [element("span", "", "No label yet: G segments the image.")]),
       ...tags.map((tag) => {
-        const button = element("button", tag === shown.label_tag ? "tag shown" : "tag", tag);
+        const button = element("button", tag === shown.label_tag ? "tag shown" : "tag", TAGS[tag] ?? tag);
         button.type = "button";
         button.setAttribute("aria-pressed", String(tag === shown.label_tag));
         button.addEventListener("click", () => tag !== shown.label_tag && this.page.show(tag));
@@ -197,7 +200,7 @@ export class Panel {
       const done = events.map(({ time, user, action, tag }) => {
         const line = element("li");
         line.append(element("span", "when", when(new Date(time))), ` ${ACTIONS[action] ?? action}`);
-        if (action === "remove label") line.append(` (${tag})`);
+        if (action === "remove label") line.append(` (${TAGS[tag] ?? tag})`);
         line.append(user ? ` by ${user}` : "");
         return line;
       });
@@ -205,9 +208,9 @@ export class Panel {
         const line = element("li");
         const button = element("button", "", "Bring back");
         button.type = "button";
-        button.setAttribute("aria-label", `Bring back the label ${tag} of ${when(new Date(1000 * time))} as a draft`);
+        button.setAttribute("aria-label", `Bring back the ${TAGS[tag] ?? tag} of ${when(new Date(1000 * time))} as a draft`);
         button.addEventListener("click", () => this.page.bringBack(version));
-        line.append(element("span", "when", when(new Date(1000 * time))), ` ${tag}${user ? ` by ${user}` : ""} `, button);
+        line.append(element("span", "when", when(new Date(1000 * time))), ` ${TAGS[tag] ?? tag}${user ? ` by ${user}` : ""} `, button);
         return line;
       });
       part.replaceChildren(...done, ...(earlier.length ? [element("li", "head", "Earlier states")] : []), ...earlier);
