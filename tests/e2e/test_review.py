@@ -230,6 +230,7 @@ def test_a_label_that_changed_meanwhile_is_not_written_over_and_nothing_painted_
     assert answer.value.status == 409 and not final.exists()
     expect(opened.get_by_role("alert")).to_contain_text("expected its label 'original' as it was shown")
     opened.get_by_role("button", name="Put my changes on the newer label").click()
+    expect(opened.locator("#message")).to_contain_text("Your changes are on top of the newer label")
     expect(opened.locator("#changed")).to_have_text("7 voxels changed")
     approve(opened)
     expected = read_label(other, geometry)

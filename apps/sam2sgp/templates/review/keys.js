@@ -1,6 +1,9 @@
 // Keys and what they do. They are the page's own: in a text field, a list of choices or a dialog they do nothing.
 
-/** @typedef {{keys: string[], does: string, run: (event: KeyboardEvent) => void}} Command */
+/**
+ * `once`: a key that is held does it once.
+ * @typedef {{keys: string[], once?: boolean, does: string, run: (event: KeyboardEvent) => void}} Command
+ */
 
 const TYPING = "input:not([type=checkbox], [type=radio], [type=range], [type=button]), textarea, select, [contenteditable]";
 /** Keys with which these elements do something themselves. */
@@ -42,7 +45,7 @@ export function listen(commands) {
     const command = known.get(nameOf(event));
     if (!command) return;
     event.preventDefault();
-    command.run(event);
+    if (!(command.once && event.repeat)) command.run(event);
   });
 }
 

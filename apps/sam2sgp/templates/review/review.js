@@ -29,6 +29,8 @@ const queue = new Queue(one("#list"), one("#filters"), (image) => open(image), f
 let ahead = null;
 /** Whether a decision is being carried out. */
 let busy = false;
+/** What was chosen meanwhile. @type {{image: string, tag: string} | null} */
+let chosen = null;
 
 // Words
 
@@ -74,7 +76,10 @@ async function load(image, tag = "") {
 
 /** Show an image; what was painted on the one before is kept as a draft. @param {string} image @param {string} [tag] */
 async function open(image, tag = "") {
-  if (busy) return;
+  if (busy) {
+    chosen = { image, tag };
+    return;
+  }
   await alone(async () => {
     if (state.open?.labels.changed && !(await save("draft"))) return;
     await turnTo(image, tag);
@@ -162,7 +167,7 @@ function jump(by) {
 
 // Deciding
 
-/** Carry out one thing at a time, and say what went wrong. @param {() => Promise<void>} act */
+/** Carry out one thing at a time, and say what went wrong. What is chosen meanwhile is opened afterwards. @param {() => Promise<void>} act */
 async function alone(act) {
   if (busy) return;
   busy = true;
@@ -176,6 +181,9 @@ async function alone(act) {
     busy = false;
     document.body.removeAttribute("aria-busy");
   }
+  const next = chosen;
+  chosen = null;
+  if (next && next.image !== state.open?.case.image) await open(next.image, next.tag);
 }
 
 /** Somebody else was faster; nothing of what was painted is lost. @param {Refused} error */
@@ -357,12 +365,12 @@ function nextPreset() {
 
 const setTool = (tool) => state.set({ tool });
 const commands = [
-  { keys: ["A"], does: "approve and go to the next image", run: () => approve() },
-  { keys: ["Shift+A"], does: "approve that nothing is there", run: () => approve(true) },
-  { keys: ["X"], does: "reject the prediction, or remove an approved label", run: reject },
-  { keys: ["D"], does: "save as a draft", run: draft },
+  { keys: ["A"], once: true, does: "approve and go to the next image", run: () => approve() },
+  { keys: ["Shift+A"], once: true, does: "approve that nothing is there", run: () => approve(true) },
+  { keys: ["X"], once: true, does: "reject the prediction, or remove an approved label", run: reject },
+  { keys: ["D"], once: true, does: "save as a draft", run: draft },
   { keys: ["N", "P"], does: "next or previous image", run: (event) => step(event.key.toLowerCase() === "n" ? 1 : -1) },
-  { keys: ["G"], does: "segment the image now", run: segmentNow },
+  { keys: ["G"], once: true, does: "segment the image now", run: segmentNow },
   { keys: ["ArrowUp", "ArrowDown"], does: "slice by slice", run: (event) => goTo((state.open?.slice ?? 0) + (event.key === "ArrowDown" ? 1 : -1)) },
   { keys: ["PageUp", "PageDown"], does: "ten slices", run: (event) => goTo((state.open?.slice ?? 0) + (event.key === "PageDown" ? 10 : -10)) },
   { keys: ["Home", "End"], does: "first or last slice", run: (event) => goTo(event.key === "Home" ? 0 : Infinity) },
