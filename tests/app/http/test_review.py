@@ -19,7 +19,7 @@ from lib.http.guard import install, serve_only
 from lib.http.page import SupportPage
 from lib.http.review import MOST_SLICES, ReviewPage
 from lib.http.volumes import Volumes
-from lib.http.work_list import Order, Shown, listed
+from lib.http.work_list import Order, Shown, listed, origins
 from lib.stores.audit import Audit
 from lib.stores.folder import ConfinedDatastore
 from lib.stores.history import MOST_KEPT
@@ -266,6 +266,12 @@ def test_what_is_marked_or_in_doubt_comes_first_and_filters_hold():
     assert counts == {"predicted": 4, "draft": 1, "unlabelled": 2, "removed": 1, "approved": 1}
     names = lambda **how: [entry.image for entry in listed(records, ranked, **how)[0]]  # noqa: E731
     assert names(shown=Shown.approved) == ["approved"] and names(shown=Shown.removed) == ["removed"]
+    finals = {
+        "as it was": {"final": {"model": "sam2sgp"}},
+        "painted": {"final": {"model": "sam2sgp", "corrected": {"voxels": 3, "from": "original"}}},
+        "by a viewer": {"final": {}},
+    }
+    assert origins({**records, **finals}) == {"unchanged": 1, "corrected": 1, "others": 2}
     assert names(of_class="cyst") == ["absent"] and names(name="SURE") == ["sure"]
     assert names(shown=Shown.all, order=Order.name) == sorted(records)
 

@@ -37,7 +37,7 @@ from lib.http.corrections import DRAFT, Correction, OptionalTag, Restoration, St
 from lib.http.page import DECIDING, DRAWING, PREFIX, SECURITY
 from lib.http.routing import ANNOTATOR, USER, Id, Query, Tag, in_threads
 from lib.http.volumes import ShownImage, ShownLabel, Volumes
-from lib.http.work_list import Order, Shown, entry_of, listed, prediction_of, shown_first
+from lib.http.work_list import Order, Shown, entry_of, listed, origins, prediction_of, shown_first
 from lib.refusals import refuse
 from lib.serving.segmenter import Segmenter
 from lib.stores.audit import current_user
@@ -188,7 +188,9 @@ class ReviewPage:
         return FileResponse(path, media_type=KINDS[path.suffix], headers=headers)
 
     def queue(self, query: QueueQuery) -> dict[str, Any]:
-        """A part of the list: its entries, how many there are in all and in each state, and the place of an image."""
+        """A part of the list: its entries, how many there are in all and in each state, how approved labels came about,
+        and the place of an image.
+        """
         records = self.datastore.records()
         entries, counts = listed(records, self.ranked, query.show, query.order, query.name, query.of_class)
         images = [entry.image for entry in entries] if query.find else []
@@ -197,6 +199,7 @@ class ReviewPage:
             "first": query.first,
             "total": len(entries),
             "counts": counts,
+            "origins": origins(records),
             "classes": sorted(set(self._names({}).values())),
             "place": images.index(query.find) if query.find in images else None,
         }

@@ -107,6 +107,18 @@ def prediction_of(records: Mapping[str, Mapping[str, Any]], tag: str) -> dict[st
     return {}
 
 
+def origins(records: Records) -> dict[str, int]:
+    """How approved labels came about: predictions `unchanged`, predictions `corrected` on the page, and `others`."""
+    counts = {"unchanged": 0, "corrected": 0, "others": 0}
+    for found in records.values():
+        if FINAL in found:
+            record = found[FINAL]
+            origin = record.get("corrected")
+            touched = isinstance(origin, dict) and bool(origin.get("voxels"))
+            counts["corrected" if touched else "unchanged" if record.get("model") else "others"] += 1
+    return counts
+
+
 def listed(
     records: Records,
     ranked: Callable[[list[str]], list[str]],

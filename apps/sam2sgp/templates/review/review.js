@@ -475,12 +475,14 @@ function drawStrip() {
   });
 }
 
-queue.onCounts = ({ counts, classes }) => {
+queue.onCounts = ({ counts, classes, origins: { unchanged, corrected } }) => {
   const all = Object.values(counts).reduce((sum, count) => sum + count, 0);
   const bar = one("#progress progress");
   bar.max = Math.max(all, 1);
   bar.value = counts.approved;
-  one("#progress span").textContent = `${counts.approved} of ${all} approved`;
+  const predicted = unchanged + corrected;
+  const share = predicted ? `, ${Math.round((100 * unchanged) / predicted)} % of ${predicted} predictions unchanged` : "";
+  one("#progress span").textContent = `${counts.approved} of ${all} approved${share}`;
   const select = one("[name=of_class]");
   const known = [...select.options].map(({ value }) => value);
   for (const name of classes) if (!known.includes(name)) select.append(new Option(name, name));
