@@ -39,7 +39,7 @@ from lib.http.routing import ANNOTATOR, USER, Id, Query, Tag, in_threads
 from lib.http.volumes import ShownImage, ShownLabel, Volumes
 from lib.http.work_list import Order, Shown, entry_of, listed, origins, prediction_of, shown_first
 from lib.refusals import refuse
-from lib.serving.segmenter import Segmenter
+from lib.serving.segmenter import ServerSegmenter
 from lib.stores.audit import current_user
 from lib.stores.decisions import FINAL, state_of
 from lib.stores.history import events_of
@@ -116,7 +116,7 @@ class ReviewPage:
     def __init__(
         self,
         datastore: Datastore,
-        segmenter: Segmenter,
+        segmenter: ServerSegmenter,
         ranked: Callable[[list[str]], list[str]],
         audit_log: Path,
         saved: Callable[[str, str], Any] = lambda image, label: None,
