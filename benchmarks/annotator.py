@@ -173,31 +173,36 @@ def work(annotator: Annotator, images: int, good: float, corrections: int) -> in
         seconds.append(took)
         left = f", Dice of the label {dice(final, truth):.3f}" if done == "corrected" else ""
         print(f"{number + 1:3} {image:24} Dice {score:.3f}  {done:9} next image after {took:.2f} s{left}", flush=True)
-    half = max(1, len(scores) // 2)
+    tenths = [f"{statistics.mean(scores[first : first + 10]):.3f}" for first in range(0, len(scores), 10)]
     print(
-        f"\nDice of predictions: first {half} images {statistics.mean(scores[:half]):.3f}, "
-        f"others {statistics.mean(scores[half:] or scores):.3f}\n"
+        f"\nDice of predictions, ten by ten: {', '.join(tenths)}\n"
         f"Seconds from a decision to the next image: median {statistics.median(seconds):.2f}, worst {max(seconds):.2f}"
     )
     return wrong
 
 
 def studies_of(folder: Path, cases: list[dict], seeds: int, images: int) -> tuple[Path, dict[str, Path]]:
-    """A studies folder with some approved labels, and the truths of the other images."""
+    """A studies folder with some approved labels, and the truths of the other images.
+
+    Images get numbers as names, in random order, so that the list by name is in no order of its own.
+    """
     studies = folder / "studies"
     (studies / "labels" / "final").mkdir(parents=True)
     order = np.random.default_rng(0).permutation(len(cases))[: seeds + images]
     truths = {}
     for place, case in enumerate(cases[number] for number in order):
         image, truth = Path(case["image"]), Path(case["label"])
-        stem = image.name.removesuffix("".join(image.suffixes)) if image.name.endswith(".gz") else image.stem
-        shutil.copy(image, studies / image.name)
+        name = f"case_{place + 1:03}"
+        shutil.copy(image, studies / f"{name}{suffix_of(image)}")
         if place < seeds:
-            suffix = ".nii.gz" if truth.name.endswith(".nii.gz") else truth.suffix
-            shutil.copy(truth, studies / "labels" / "final" / f"{stem}{suffix}")
+            shutil.copy(truth, studies / "labels" / "final" / f"{name}{suffix_of(truth)}")
         else:
-            truths[stem] = truth
+            truths[name] = truth
     return studies, truths
+
+
+def suffix_of(path: Path) -> str:
+    return ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
 
 
 def main() -> None:

@@ -310,13 +310,11 @@ class ReviewPage:
             )
         classes = {entry.idx: str(entry.name) for entry in correction.classes if entry.idx and entry.name}
         info: dict[str, Any] = {}
+        before, values = np.zeros(shown.geometry.shape, np.uint8), set(classes)
         if correction.label_tag:
-            label = self._label(image, correction.label_tag, correction.seen)
-            before = self.volumes.label(label, path).slices
+            label = self.volumes.label(self._label(image, correction.label_tag, correction.seen), path)
+            before, values = label.slices, values | label.counts.keys()
             info = self.datastore.get_label_info(image, correction.label_tag)
-        else:
-            before = shown.slices[..., 0] * 0
-        values = {*classes, *(int(value) for value in np.unique(before) if value)}
         after = corrected(before, correction.changes, values)
         changed = int((after != before).sum())
         info = {key: info[key] for key in ("model", "params") if key in info}
@@ -355,6 +353,11 @@ class ReviewPage:
             file = Path(folder, f"label{output_suffix(shown.geometry)}")
             write_label(file, labels, shown.geometry)
             self.datastore.correct(image, str(file), tag, {**info, "user": current_user.get()}, image_seen, seen)
+            if tag == DRAFT:
+                # Whoever saves one goes on with it. It may have gone by now.
+                with suppress(OSError, DataError):
+                    path = self.datastore.get_label_uri(image, tag)
+                    self.volumes.keep_label(path, self.datastore.get_image_uri(image), labels, file)
 
     def _saved(self, image: str, tag: str) -> dict[str, Any]:
         if tag == FINAL:

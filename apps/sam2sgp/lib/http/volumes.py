@@ -8,6 +8,7 @@ whole numbers of up to 16 bits exactly, all others in 65,536 steps from the lowe
 Any number of threads may ask at once: those that want the same file wait for the one that reads it.
 """
 
+import filecmp
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -108,7 +109,17 @@ class Volumes:
     def label(self, path: str | Path, image: str | Path) -> ShownLabel:
         """A label on its image's grid. Raises DataError where it can't be read or doesn't fit."""
         geometry = self.image(image).geometry
-        return self._labels.get((str(path), stamp(path), image_stamp(image)), lambda: _read_label(path, geometry))
+        return self._labels.get(_key(path, image), lambda: _read_label(path, geometry))
+
+    def keep_label(self, path: str | Path, image: str | Path, labels: np.ndarray, written: Path) -> None:
+        """Keep a label (Z, H, W) that was saved just now for those who look at it next.
+
+        Only where it was stored as it is: `path` must still hold what was `written`.
+        """
+        key = _key(path, image)
+        # In this order another one that comes to its place is seen, or has another key.
+        if filecmp.cmp(path, written, shallow=False):
+            self._labels.get(key, lambda: _shown_label(labels))
 
 
 class _ReadOnce:
@@ -149,6 +160,10 @@ class _ReadOnce:
         return promised.result()
 
 
+def _key(label: str | Path, image: str | Path) -> Hashable:
+    return str(label), stamp(label), image_stamp(image)
+
+
 def _read_image(path: str | Path) -> ShownImage:
     image = read_image(path)
     values = image.slices if image.is_rgb else image.slices[:, :1]
@@ -187,13 +202,15 @@ def _steps(values: np.ndarray, lowest: float, highest: float) -> tuple[float, fl
 
 
 def _read_label(path: str | Path, geometry: Geometry) -> ShownLabel:
-    values = read_label(path, geometry)
-    values = values.astype(np.uint8 if values.max() <= 255 else np.uint16)
+    return _shown_label(read_label(path, geometry))
+
+
+def _shown_label(labels: np.ndarray) -> ShownLabel:
+    values = labels.astype(np.uint8 if labels.max() <= 255 else np.uint16)
     values.flags.writeable = False
-    found = [np.unique(part, return_counts=True) for part in values]
     counts: dict[int, list[int]] = {}
-    for number, (classes, voxels) in enumerate(found):
-        for value, count in zip(classes.tolist(), voxels.tolist(), strict=True):
-            if value:
-                counts.setdefault(value, [0] * len(values))[number] = count
+    for number, part in enumerate(values):
+        voxels = np.bincount(part.reshape(-1))
+        for value in np.flatnonzero(voxels[1:]) + 1:
+            counts.setdefault(int(value), [0] * len(values))[number] = int(voxels[value])
     return ShownLabel(values, dict(sorted(counts.items())))

@@ -198,10 +198,12 @@ export class Picture {
 
   /** @param {Uint8Array | Uint16Array} map */
   drawLabel(map) {
-    const { open, hidden, opacity } = this.state;
+    const { open, hidden, opacity, active } = this.state;
     const { context } = this;
     const [, height, width] = open.case.shape;
-    const shown = open.case.classes.filter(({ value }) => !hidden.has(value) && open.counts.get(value)?.[open.slice] > 0);
+    // The class that is being painted may be new on this slice.
+    const isHere = (value) => value === active || open.counts.get(value)?.[open.slice] > 0;
+    const shown = open.case.classes.filter(({ value }) => !hidden.has(value) && isHere(value));
     const key = `${open.case.image}/${open.slice}/${shown.map(({ value }) => value)}`;
     if (this.drawn.label !== key) {
       Object.assign(this.colour, { width, height });

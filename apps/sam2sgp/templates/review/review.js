@@ -383,8 +383,9 @@ const commands = [
   { keys: ["[", "]"], does: "smaller or larger brush", run: (event) => tools.resize(event.key === "]" ? 1.25 : 0.8) },
   { keys: ["T"], does: "brush in 3D", run: () => setBall(!state.ball) },
   { keys: ["H"], does: "fill the holes of the class on this slice", run: () => tools.fillHoles() },
-  { keys: ["1", "2", "3", "4", "5", "6", "7", "8", "9"], does: "choose a class", run: (event) => chooseClass(placeOf(event)) },
+  { keys: ["1", "2", "3", "4", "5", "6", "7", "8", "9"], does: "", run: (event) => chooseClass(placeOf(event)) },
   { keys: [1, 2, 3, 4, 5, 6, 7, 8, 9].map((digit) => `Shift+${digit}`), does: "", run: (event) => hideClass(placeOf(event)) },
+  { keys: ["1…9"], does: "choose a class", run: () => {} },
   { keys: ["Shift+1…9"], does: "show or hide a class", run: () => {} },
   { keys: ["O"], does: "show or hide the label", run: () => state.set({ overlay: !state.overlay }) },
   { keys: ["L"], does: "next window", run: nextPreset },
@@ -480,9 +481,9 @@ queue.onCounts = ({ counts, classes, origins: { unchanged, corrected } }) => {
   const bar = one("#progress progress");
   bar.max = Math.max(all, 1);
   bar.value = counts.approved;
-  const predicted = unchanged + corrected;
-  const share = predicted ? `, ${Math.round((100 * unchanged) / predicted)} % of ${predicted} predictions unchanged` : "";
-  one("#progress span").textContent = `${counts.approved} of ${all} approved${share}`;
+  const share = unchanged + corrected ? `(predictions: ${unchanged} unchanged, ${corrected} corrected)` : "";
+  one("#progress span").textContent = `${counts.approved} of ${all} approved`;
+  one("#progress .share").textContent = share;
   const select = one("[name=of_class]");
   const known = [...select.options].map(({ value }) => value);
   for (const name of classes) if (!known.includes(name)) select.append(new Option(name, name));

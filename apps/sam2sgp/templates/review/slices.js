@@ -113,7 +113,7 @@ export class LabelSlices {
         ? voxels("labels", { ...query, first, count })
         : Promise.resolve(new ArrayBuffer(count * height * width * bytes)),
     );
-    /** @type {Map<number, {base: Uint16Array, now: Uint16Array}>} slices that were painted. */
+    /** @type {Map<number, {base: Uint16Array, now: Uint16Array, change: Change | null}>} slices that were painted. */
     this.painted = new Map();
   }
 
@@ -139,10 +139,13 @@ export class LabelSlices {
   /** A slice to paint on, or null where it has not come. @param {number} number */
   writable(number) {
     const found = this.painted.get(number);
-    if (found) return found.now;
+    if (found) {
+      found.change = null;
+      return found.now;
+    }
     const base = this.blocks.get(number);
     if (!base) return null;
-    const kept = { base: Uint16Array.from(base), now: Uint16Array.from(base) };
+    const kept = { base: Uint16Array.from(base), now: Uint16Array.from(base), change: null };
     this.painted.set(number, kept);
     return kept.now;
   }
@@ -150,7 +153,7 @@ export class LabelSlices {
   /** What differs from the label as it came. @returns {Change[]} */
   changes() {
     return [...this.painted]
-      .map(([slice, { base, now }]) => difference(slice, base, now))
+      .map(([slice, kept]) => (kept.change ??= difference(slice, kept.base, kept.now)))
       .filter(({ index }) => index.length)
       .sort((one, other) => one.slice - other.slice);
   }

@@ -183,13 +183,6 @@ export class Tools {
         stroke.paint(slice, disc(x, y, there, stretch, height, width));
       }
     }
-    // Classes that were not on this slice are drawn as well.
-    if (stroke.value) {
-      const counts = open.counts.get(stroke.value) ?? new Array(depth).fill(0);
-      open.counts.set(stroke.value, counts);
-      if (!counts[open.slice]) this.picture.drawn.label = null;
-    }
-    this.state.dispatchEvent(new Event("stroke"));
     this.picture.drawn.label = null;
     this.picture.later();
   }
