@@ -76,14 +76,16 @@ class Annotator:
             raise RuntimeError(answer.value.text())
         expect(self.opened.locator("#message")).to_contain_text("Segmented")
 
-    def decide(self, key: str, image: str) -> float:
-        """Press a key; seconds until the next image is on the screen."""
+    def decide(self, key: str, image: str, is_last: bool) -> float:
+        """Press a key; seconds until the next image is on the screen, if there is one."""
         started = time.perf_counter()
         with self.opened.expect_response(lambda answer: answer.request.method == "POST") as answer:
             self.opened.keyboard.press(key)
         if not answer.value.ok:
             raise RuntimeError(answer.value.text())
         expect(self.opened.locator("#message")).to_contain_text(image)
+        if not is_last:
+            expect(self.opened.locator("#panel h2")).not_to_have_text(image)
         self.shown()
         return time.perf_counter() - started
 
@@ -161,7 +163,7 @@ def work(annotator: Annotator, images: int, good: float, corrections: int) -> in
             annotator.paint(truth)
         else:
             done, key = "rejected", "x"
-        took = annotator.decide(key, image)
+        took = annotator.decide(key, image, number == images - 1)
         final = annotator.stored(image, "final")
         if done == "corrected":
             near = binary_dilation(truth > 0, np.ones((1, 5, 5)))
