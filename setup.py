@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 FILES = {
     "_bundle": ("bundle", ["configs/**/*", "docs/*", "models/model.pt", "models/large_files.yml", "LICENSE"]),
-    "_app": ("apps/sam2sgp", ["**/*.py", "templates/*", "deploy/*", "README.md"]),
+    "_app": ("apps/sam2sgp", ["**/*.py", "templates/**/*", "deploy/*", "README.md"]),
 }
 
 

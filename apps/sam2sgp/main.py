@@ -37,6 +37,7 @@ from lib.http.guard import install, serve_only
 from lib.http.health import Health, checks_of
 from lib.http.logs import keep_logs, log_routes, quiet_libraries
 from lib.http.page import SupportPage
+from lib.http.review import ReviewPage
 from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
 from lib.infers.segmentation import SegmentationTask
@@ -192,6 +193,7 @@ class Sam2SgpApp(MONAILabelApp):
             self._trainers[FINE_TUNING].stats,
             self.on_save_label,
         )
+        review = ReviewPage(self.datastore(), self.segmenter, self.ranked, self.settings.audit_file, self.on_save_label)
         # In place of MONAI Label's own, of which none but its login is left.
         answered = [
             routes(self),
@@ -199,6 +201,7 @@ class Sam2SgpApp(MONAILabelApp):
             viewer_routes(self),
             log_routes(self.log_file),
             page.router(),
+            review.router(),
             metrics_routes(self._metrics),
             Health(checks_of(self.segmenter, self.datastore(), self.settings)).router(),
         ]

@@ -24,6 +24,7 @@ from lib.http.endpoints import routes
 from lib.http.guard import install, serve_only
 from lib.http.logs import log_routes
 from lib.http.page import SupportPage
+from lib.http.review import ReviewPage
 from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
 from lib.stores.dicomweb import DicomWebDatastore
@@ -141,7 +142,9 @@ def test_every_route_asks_for_the_login_that_monai_label_is_set_up_for(app, tmp_
     archive = DicomWebDatastore("http://127.0.0.1:9/dicom-web", tmp_path / "archive", 1 << 20)
     app.datastore = lambda: archive
     page = SupportPage(archive, None, None, sorted, dict)
-    made = [routes(app), task_routes(app, app.tasks), viewer_routes(app), log_routes(Path("server.log")), page.router()]
+    review = ReviewPage(archive, None, sorted, tmp_path / "audit.jsonl")
+    made = [routes(app), task_routes(app, app.tasks), viewer_routes(app), log_routes(Path("server.log"))]
+    made += [page.router(), review.router()]
     found = [(route.path, route.methods, roles(route)) for router in made for route in router.routes]
     assert {"/infer/{model}", "/datastore/image", "/proxy/dicom/{path:path}", "/sam2sgp/"} <= {
         path for path, *_ in found
@@ -157,6 +160,7 @@ def test_every_route_asks_for_the_login_that_monai_label_is_set_up_for(app, tmp_
         admin: [("POST", "/train/{model}"), ("POST", "/train/"), ("DELETE", "/datastore/image"), ("GET", "/logs/")],
     }
     needed[annotator] += [("POST", f"/sam2sgp/{name}") for name in ("approve", "reject", "remove", "restore")]
+    needed[annotator] += [("POST", f"/sam2sgp/review/{name}") for name in ("correct", "bring_back")]
     for role, places in needed.items():
         for method, path in places:
             assert all(role in asked for where, methods, asked in found if (where, method) == (path, *methods)), path

@@ -9,12 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.checks import Forbidden, NotFound, RequestError, UnsupportedFile
+from lib.checks import Conflict, Forbidden, NotFound, RequestError, UnsupportedFile
 from lib.settings import Settings
 from lib.stores.archive import ArchiveError
+from lib.stores.decisions import state_of
 from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.naming import declared
-from sam2sgp.data import read_image, write_label
+from sam2sgp.data import read_image, read_label, write_label
 from sam2sgp.errors import ConfigError, DataError
 from tests.app.archives import fake_archive, series_entry, series_files
 from tests.uploads import crashing_dicom
@@ -163,6 +164,25 @@ def test_new_names_of_labels_that_come_at_once_get_values_of_their_own(fake, mak
         found = dict(zip(names, pool.map(save, names), strict=True))
     assert {uid: list(entry.values()) for uid, entry in found.items()} == {uid: [name] for uid, name in names.items()}
     assert {value for entry in found.values() for value in entry} == {1, 2}
+
+
+def test_what_was_corrected_is_kept_on_the_series_grid_and_only_as_long_as_nothing_changed(fake, make, tmp_path):
+    fake.series = [series_entry("1.5")]
+    datastore = make()
+    folder = datastore.get_image_uri("1.5")
+    geometry = read_image(folder).geometry
+    labels = np.zeros((2, 8, 8), np.uint8)
+    labels[1, 2, 3] = 1
+    file = tmp_path / "label.nii.gz"
+    write_label(file, labels, geometry)
+    info = {"label_info": [{"idx": 1, "name": "liver"}]}
+    datastore.correct("1.5", str(file), "draft", info, state_of(folder), {"draft": ""})
+    draft = datastore.get_label_uri("1.5", "draft")
+    assert np.array_equal(read_label(draft, geometry), labels) and datastore.history.versions("1.5") == []
+    with pytest.raises(Conflict, match="expected its label 'draft' as it was shown"):
+        datastore.correct("1.5", str(file), "draft", info, state_of(folder), {"draft": ""})
+    datastore.correct("1.5", str(file), "draft", info, state_of(folder), {"draft": state_of(draft)})
+    assert [entry["tag"] for entry in datastore.history.versions("1.5")] == ["draft"]
 
 
 @pytest.mark.parametrize("image_id", ["../1.2", "/etc/passwd", "1.2/3", "", "1.2*", "1" * 70])

@@ -4,6 +4,7 @@
     remove             an approved label gets the tag `removed`
     reject             a prediction is deleted
     submit, predict    a label is saved under a tag
+    correct            a label that somebody made of others is saved under a tag
 
 Datastores derive from `Decisions` and hold `deciding` for the image whenever one of its labels comes, goes or gets
 another tag, whoever asks for it. So what a decision was checked against is still there when it is carried out, and what
@@ -18,15 +19,19 @@ import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 from filelock import FileLock, Timeout
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
-from lib.checks import Conflict, RequestError, check_tag
+from lib.checks import Conflict, RequestError, check_tag, suffix_of
+from lib.stores.audit import Audit, content_hash
+from lib.stores.history import History
+from lib.stores.records import LabelRecord, checked
 from sam2sgp.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -80,10 +85,14 @@ class ImageLocks:
 
     Args:
         folder: of the lock files; made when first needed.
+
+    Attributes:
+        history: earlier states of the images' labels, next to the locks.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
+        self.history = History(self._folder.with_name("history"))
         self._threads = [threading.Lock() for _ in range(LOCKS)]
 
     @contextmanager
@@ -118,10 +127,15 @@ class ImageLocks:
 class Decisions(Datastore):
     """MONAI Label's interface of datastores, with decisions.
 
-    A datastore has to set `_image_locks`, and to define what is called while the image is held.
+    A datastore has to set `_image_locks` and `_audit`, and to define what is called while the image is held.
     """
 
     _image_locks: ImageLocks
+    _audit: Audit | None
+
+    @abstractmethod
+    def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
+        """Put a label in place, and the one before it out of it; `name`: the file's, for errors. The image's id."""
 
     @abstractmethod
     def _remove_label(self, label_id: str, tag: str) -> None:
@@ -138,6 +152,70 @@ class Decisions(Datastore):
     def tags(self) -> dict[str, list[str]]:
         """The tags of each image's labels, by the image's id."""
         return {image_id: list(self.get_labels_by_image_id(image_id)) for image_id in self.list_images()}
+
+    def records(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """What is known about each image's labels, by the image's id and the label's tag; not to be changed."""
+        return {
+            image_id: {tag: self.get_label_info(image_id, tag) for tag in tags}
+            for image_id, tags in self.tags().items()
+        }
+
+    @property
+    def history(self) -> History:
+        """Earlier states of labels that were replaced by a decision."""
+        return self._image_locks.history
+
+    def correct(
+        self,
+        image_id: str,
+        label_filename: str,
+        tag: str,
+        info: Mapping[str, Any],
+        image_seen: str,
+        seen: Mapping[str, str],
+    ) -> None:
+        """Save a label that somebody made of others; what it replaces goes to the history.
+
+        Args:
+            image_id: of its image.
+            label_filename: of a file that this server wrote on the image's grid.
+            tag: that it gets; `final` approves it.
+            info: what is to be known about it.
+            image_seen: `state_of` the image that was looked at.
+            seen: `state_of` the labels that it was made of, or takes the place of, by tag; "" for none.
+
+        Raises:
+            Conflict: the image or one of these labels is another one now.
+            BadLabel: it can't be approved.
+            RequestError: an unknown image, a full disk, a record that can't be stored.
+        """
+        record = checked(LabelRecord, info, f"label of {image_id}")
+        name = image_id + suffix_of(label_filename)
+        with self.deciding(image_id):
+            if state_of(self.get_image_uri(image_id)) != image_seen:
+                raise Conflict(
+                    f"image {image_id}: expected the image that was shown, found another one; load it again."
+                )
+            for other, state in seen.items():
+                self._check_unchanged(image_id, other, state)
+            if tag != FINAL and self._audit:
+                self._audit.write("correct", image=image_id, tag=tag, sha256=content_hash(label_filename))
+            self._keep_earlier(image_id, tag)
+            self._save_label(image_id, label_filename, name, tag, record)
+
+    def _check_unchanged(self, image_id: str, tag: str, seen: str) -> None:
+        """Raise Conflict where a label with a tag is another one than was seen, or came or went."""
+        path = self.get_label_uri(image_id, tag) if tag in self.get_labels_by_image_id(image_id) else ""
+        if ((state_of(path) if path else None) or "") != seen:
+            raise Conflict(
+                f"{image_id}: expected its label {tag!r} as it was shown, found another one; look at that one first."
+            )
+
+    def _keep_earlier(self, image_id: str, tag: str) -> None:
+        """Put a label that is about to be replaced or deleted into the history, if there is one."""
+        path = self.get_label_uri(image_id, tag) if tag in self.get_labels_by_image_id(image_id) else ""
+        if path:
+            self.history.keep(image_id, tag, path, self.get_label_info(image_id, tag))
 
     def approve(self, image_id: str, tag: str, seen: str = "") -> None:
         """Give a label the tag `final`, in place of an earlier label with that tag.
@@ -163,6 +241,7 @@ class Decisions(Datastore):
             raise DataError(f"{image_id}: only a prediction can be rejected; an approved label can be removed.")
         with self.deciding(image_id):
             self._check_seen(image_id, tag, seen)
+            self._keep_earlier(image_id, tag)
             self._remove_label(image_id, tag)
 
     def _check_image(self, image_id: str, seen: str) -> None:
@@ -178,6 +257,7 @@ class Decisions(Datastore):
             raise DataError(f"{image_id}: its label has the tag {new!r} already; load the page again.")
         with self.deciding(image_id):
             self._check_seen(image_id, tag, seen)
+            self._keep_earlier(image_id, new)
             self._change_tag(image_id, tag, new)
 
     def _check_seen(self, image_id: str, tag: str, seen: str) -> None:

@@ -220,6 +220,13 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         """The tags of each image's labels, by the image's id."""
         return {image_id: list(entry.labels) for image_id, entry in self._objects().items()}
 
+    def records(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """What is known about each image's labels, by the image's id and the label's tag; not to be changed."""
+        return {
+            image_id: {tag: label.info for tag, label in entry.labels.items()}
+            for image_id, entry in self._objects().items()
+        }
+
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """The path of a ZIP file with the approved pairs; the next call replaces it. Raises NotFound without pairs."""
         pairs = self.datalist()[: max(limit_cases, 1) if limit_cases else None]
@@ -314,6 +321,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             change.note("remove image", image=image_id, sha256=image_hash)
             change.delete(self._folder.writable(self._datastore.image_path()) / (image_id + entry.image.ext))
             del change.objects[image_id]
+        self.history.forget(image_id)
 
     def save_label(
         self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], seen: str = ""

@@ -1,0 +1,216 @@
+"""Images and labels as the review page gets them: a few slices at a time, as plain integers.
+
+In: paths of the datastore. Out: `ShownImage` and `ShownLabel`, whose slices are cut and sent as they are. A file is
+read whole and once, by the readers that everything else uses, then kept as integers of 8 or 16 bits for the requests
+that follow; which of them stay is bounded in memory. Values of an image are stored as `(value - intercept) / slope`:
+whole numbers of up to 16 bits exactly, all others in 65,536 steps from the lowest to the highest.
+
+Any number of threads may ask at once: those that want the same file wait for the one that reads it.
+"""
+
+import filecmp
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lib.checks import TooLarge
+from lib.stamps import image_stamp, stamp
+from sam2sgp.data import Geometry, read_image, read_label
+from sam2sgp.support.lru import ByteLRU
+from sam2sgp.transforms import choose_scaling
+from sam2sgp.transforms.scaling import COLOUR, CT
+
+IMAGES_KEPT_MB, LABELS_KEPT_MB = 1024, 512
+# Files that are read at once: each is held whole, and may be a volume of gigabytes.
+READING = 2
+# Of one slice, which a browser holds several times.
+LARGEST_SLICE = 64 << 20
+LARGEST_STORED = 65535
+CT_WINDOW = (-160.0, 240.0)
+PERCENTILES = (0.5, 99.5)
+VALUES_LOOKED_AT = 500_000
+# What is left, right, above and below as displayed, by the canonical axis of the slices.
+EDGES = {0: "APSI", 1: "RLSI", 2: "RLAP"}
+PLANES = {0: "sagittal", 1: "coronal", 2: "axial"}
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """An image to look at.
+
+    Attributes:
+        slices: (Z, H, W, C), uint8 or uint16, in display orientation; C is 1, or 3 for colours.
+        slope, intercept: a value of the file is `slope * stored + intercept`.
+        lowest, highest: of the file's values.
+        window: lowest and highest value that are told apart at first: those that the network sees.
+        kind: how it is scaled for the network: "ct", "colour" or "percentiles".
+        geometry: of the file.
+    """
+
+    slices: np.ndarray
+    slope: float
+    intercept: float
+    lowest: float
+    highest: float
+    window: tuple[float, float]
+    kind: str
+    geometry: Geometry
+
+    @property
+    def plane(self) -> str | None:
+        """How slices lie: axial, coronal or sagittal; None for pictures and files that don't say where they lie."""
+        return PLANES[self.geometry.slice_axis] if self._has_place() else None
+
+    @property
+    def edges(self) -> str | None:
+        """Letters of the patient's directions at the left, right, upper and lower edge; None where unknown."""
+        return EDGES[self.geometry.slice_axis] if self._has_place() else None
+
+    def _has_place(self) -> bool:
+        return not self.geometry.is_picture and self.geometry.has_spacing
+
+
+@dataclass(frozen=True)
+class ShownLabel:
+    """A label to look at.
+
+    Attributes:
+        slices: (Z, H, W) class values, uint8 or uint16, in display orientation.
+        counts: voxels in each slice, by class value.
+    """
+
+    slices: np.ndarray
+    counts: dict[int, list[int]]
+
+
+class Volumes:
+    """Images and labels that were looked at lately."""
+
+    def __init__(self) -> None:
+        few = threading.Semaphore(READING)
+        self._images = _ReadOnce(IMAGES_KEPT_MB, lambda shown: shown.slices.nbytes, few)
+        self._labels = _ReadOnce(LABELS_KEPT_MB, lambda shown: shown.slices.nbytes, few)
+
+    def image(self, path: str | Path) -> ShownImage:
+        """An image, read or as it was kept.
+
+        Raises:
+            DataError: it can't be read.
+            TooLarge: its slices are too large for a page.
+        """
+        return self._images.get((str(path), image_stamp(path)), lambda: _read_image(path))
+
+    def label(self, path: str | Path, image: str | Path) -> ShownLabel:
+        """A label on its image's grid. Raises DataError where it can't be read or doesn't fit."""
+        geometry = self.image(image).geometry
+        return self._labels.get(_key(path, image), lambda: _read_label(path, geometry))
+
+    def keep_label(self, path: str | Path, image: str | Path, labels: np.ndarray, written: Path) -> None:
+        """Keep a label (Z, H, W) that was saved just now for those who look at it next.
+
+        Only where it was stored as it is: `path` must still hold what was `written`.
+        """
+        key = _key(path, image)
+        # In this order another one that comes to its place is seen, or has another key.
+        if filecmp.cmp(path, written, shallow=False):
+            self._labels.get(key, lambda: _shown_label(labels))
+
+
+class _ReadOnce:
+    """Values that are made when they are first asked for, by one thread for all that ask meanwhile.
+
+    Args:
+        megabytes: of the values that are kept. size_of: bytes of one.
+        few: how many are made at once.
+    """
+
+    def __init__(self, megabytes: float, size_of: Callable[[Any], int], few: threading.Semaphore) -> None:
+        self._few = few
+        self._kept = ByteLRU(megabytes, size_of)
+        self._made: dict[Hashable, Future] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            if key in self._kept:
+                return self._kept[key]
+            promised = self._made.get(key)
+            mine = promised is None
+            if promised is None:
+                promised = self._made[key] = Future()
+        if mine:
+            try:
+                with self._few:
+                    value = make()
+            except BaseException as error:
+                promised.set_exception(error)
+                with self._lock:
+                    del self._made[key]
+            else:
+                with self._lock:
+                    self._kept[key] = value
+                    del self._made[key]
+                promised.set_result(value)
+        return promised.result()
+
+
+def _key(label: str | Path, image: str | Path) -> Hashable:
+    return str(label), stamp(label), image_stamp(image)
+
+
+def _read_image(path: str | Path) -> ShownImage:
+    image = read_image(path)
+    values = image.slices if image.is_rgb else image.slices[:, :1]
+    lowest, highest = float(values.min()), float(values.max())
+    slope, intercept = _steps(values, lowest, highest)
+    kind = np.uint8 if (highest - lowest) / slope <= 255 else np.uint16
+    count, channels, height, width = values.shape
+    if height * width * channels * np.dtype(kind).itemsize > LARGEST_SLICE:
+        raise TooLarge(
+            f"image: expected slices of at most {LARGEST_SLICE >> 20} MB to show on a page, found {height} x {width} "
+            "pixels; use a viewer for it."
+        )
+    stored = np.empty((count, height, width, channels), kind)
+    for number, slice_values in enumerate(values):
+        stored[number] = np.rint((slice_values - intercept) / slope).transpose(1, 2, 0)
+    stored.flags.writeable = False
+    scaling = choose_scaling(torch.from_numpy(values), image.is_rgb, image.geometry.is_picture, image.modality)
+    if scaling.kind == CT:
+        window = (CT_WINDOW[0] - scaling.offset, CT_WINDOW[1] - scaling.offset)
+    elif scaling.kind == COLOUR:
+        window = (0.0, 255.0 if highest <= 255 else 65535.0)
+    else:
+        step = max(1, values.size // VALUES_LOOKED_AT)
+        low, high = np.percentile(values.reshape(-1)[::step], PERCENTILES).tolist()
+        window = (low, high) if high > low else (lowest, max(highest, lowest + 1))
+    return ShownImage(stored, slope, intercept, lowest, highest, window, scaling.kind, image.geometry)
+
+
+def _steps(values: np.ndarray, lowest: float, highest: float) -> tuple[float, float]:
+    """Slope and intercept with which values are stored."""
+    is_whole = lowest.is_integer() and highest - lowest <= LARGEST_STORED
+    if is_whole and all(np.array_equal(part, np.rint(part)) for part in values):
+        # Colours, and what fits anyway, stay as they are.
+        return 1.0, 0.0 if lowest >= 0 and highest <= LARGEST_STORED else lowest
+    return (highest - lowest) / LARGEST_STORED or 1.0, lowest
+
+
+def _read_label(path: str | Path, geometry: Geometry) -> ShownLabel:
+    return _shown_label(read_label(path, geometry))
+
+
+def _shown_label(labels: np.ndarray) -> ShownLabel:
+    values = labels.astype(np.uint8 if labels.max() <= 255 else np.uint16)
+    values.flags.writeable = False
+    counts: dict[int, list[int]] = {}
+    for number, part in enumerate(values):
+        voxels = np.bincount(part.reshape(-1))
+        for value in np.flatnonzero(voxels[1:]) + 1:
+            counts.setdefault(int(value), [0] * len(values))[number] = int(voxels[value])
+    return ShownLabel(values, dict(sorted(counts.items())))

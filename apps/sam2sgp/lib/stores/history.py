@@ -1,0 +1,110 @@
+"""What became of an image's labels: who did what to them, and their earlier states.
+
+In: labels that are about to be replaced or deleted, and the audit log. Out: the log's lines about an image, the list of
+its earlier states, and the file of one. Of each image the last `MOST_KEPT` states stay, each a copy of the label's file
+with what was known about it next to it. Files are whole or not there; threads and processes may keep some at once.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lib.checks import NotFound, suffix_of
+from sam2sgp.files import replacing, write_text
+
+logger = logging.getLogger(__name__)
+
+MOST_KEPT = 20
+# Lines of the audit log about one image.
+MOST_EVENTS = 50
+# When it was kept, in ns, and its tag.
+VERSION = re.compile(r"(?P<time>\d{19})-(?P<tag>[A-Za-z0-9][A-Za-z0-9_+-]{0,63})")
+
+
+class History:
+    """Earlier states of labels, in a folder.
+
+    Args:
+        folder: theirs; made when first needed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+
+    def keep(self, image_id: str, tag: str, label: str | Path, info: Mapping[str, Any]) -> None:
+        """Keep a label as it is now. Where that fails, as on a full disk, a warning says so and work goes on."""
+        folder = self._of(image_id)
+        version = f"{time.time_ns():019}-{tag}"
+        try:
+            with replacing(folder / f"{version}{suffix_of(label)}") as part:
+                shutil.copyfile(label, part)
+            write_text(folder / f"{version}.json", json.dumps(dict(info), default=str))
+            for old in self.versions(image_id)[MOST_KEPT:]:
+                for file in folder.glob(f"{old['version']}.*"):
+                    file.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("An earlier label of image %s can't be kept: %s", image_id, error)
+
+    def versions(self, image_id: str) -> list[dict[str, Any]]:
+        """The newest first: `version`, `time` when it was replaced, in seconds since 1970, `tag` and `user`."""
+        found = []
+        for notes in sorted(self._of(image_id).glob("*.json"), reverse=True):
+            named = VERSION.fullmatch(notes.stem)
+            if named:
+                user = self._notes(notes).get("user")
+                found.append(
+                    {"version": notes.stem, "time": int(named["time"]) / 1e9, "tag": named["tag"], "user": user}
+                )
+        return found
+
+    def get(self, image_id: str, version: str) -> tuple[Path, dict[str, Any]]:
+        """The file of an earlier state, and what was known about it. Raises NotFound."""
+        if VERSION.fullmatch(version):
+            folder = self._of(image_id)
+            files = [path for path in folder.glob(f"{version}.*") if path.suffix != ".json"]
+            if files:
+                return files[0], self._notes(folder / f"{version}.json")
+        raise NotFound(f"image {image_id}: expected an earlier label of the list, found none; load the list again.")
+
+    def forget(self, image_id: str) -> None:
+        """Delete all of an image that is gone: another one may come under its id."""
+        shutil.rmtree(self._of(image_id), ignore_errors=True)
+
+    def _of(self, image_id: str) -> Path:
+        # Ids may be longer than a name of a folder, and differ in case only.
+        return self._folder / hashlib.sha256(image_id.encode("utf-8", "replace")).hexdigest()[:32]
+
+    def _notes(self, path: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def events_of(image_id: str, log: Path) -> list[dict[str, Any]]:
+    """Lines of an audit log about an image, the newest first, at most `MOST_EVENTS`: time, user, action and tag."""
+    mark = json.dumps(image_id).encode("ascii")
+    try:
+        with open(log, "rb") as file:
+            lines = [line for line in file if mark in line]
+    except OSError:
+        return []
+    events = []
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            # A process was killed in the middle of it.
+            continue
+        if isinstance(entry, dict) and entry.get("image") == image_id:
+            events.append({key: entry.get(key) for key in ("time", "user", "action", "tag")})
+        if len(events) == MOST_EVENTS:
+            break
+    return events

@@ -1,0 +1,495 @@
+// The review page: puts its parts together, and carries out decisions one after the other.
+
+import { Picture } from "./drawing.js";
+import { explain, listen } from "./keys.js";
+import { Panel, element } from "./panel.js";
+import { Queue } from "./queue.js";
+import { Refused, json, post, segment } from "./server.js";
+import { runsOf } from "./slices.js";
+import { Open, State } from "./state.js";
+import { Tools } from "./tools.js";
+
+/** Numbers of runs and bytes that one request may bring; more go in several. */
+const MOST_IN_A_REQUEST = 60_000;
+const CT_PRESETS = {
+  "soft tissue": [-160, 240],
+  lung: [-1350, 150],
+  bone: [-450, 1350],
+  brain: [0, 80],
+  liver: [-15, 155],
+};
+
+const one = (selector) => document.querySelector(selector);
+const state = new State();
+const picture = new Picture(one("#picture"), state);
+const tools = new Tools(state, picture, { goTo, say });
+const panel = new Panel(one("#panel"), state, { bringBack, show: (tag) => open(state.open.case.image, tag) });
+const queue = new Queue(one("#list"), one("#filters"), (image) => open(image), fail);
+/** What comes next is fetched while this is looked at. @type {{image: string, coming: Promise<Open>} | null} */
+let ahead = null;
+/** Whether a decision is being carried out. */
+let busy = false;
+/** What was chosen meanwhile. @type {{image: string, tag: string} | null} */
+let chosen = null;
+
+// Words
+
+/** @param {string} text @param {boolean} [isProblem] */
+function say(text, isProblem = false) {
+  const message = one("#message");
+  message.textContent = text;
+  message.classList.toggle("problem", isProblem);
+}
+
+/** @param {Error} error */
+function fail(error) {
+  say(error.message, true);
+}
+
+/** Say something that has to be answered. @param {string} text @param {[string, () => void][]} choices */
+function demand(text, choices) {
+  const box = one("#alert");
+  box.querySelector("span").textContent = text;
+  box.querySelector(".choices").replaceChildren(
+    ...choices.map(([name, run]) => {
+      const button = element("button", "", name);
+      button.type = "button";
+      button.addEventListener("click", () => {
+        box.hidden = true;
+        one("#picture").focus();
+        run();
+      });
+      return button;
+    }),
+  );
+  box.hidden = false;
+}
+
+// Looking
+
+/** @param {string} image @param {string} [tag] @returns {Promise<Open>} */
+async function load(image, tag = "") {
+  const opened = new Open(await json("case", tag ? { image, label_tag: tag } : { image }));
+  await opened.bring(opened.slice);
+  return opened;
+}
+
+/** Show an image; what was painted on the one before is kept as a draft. @param {string} image @param {string} [tag] */
+async function open(image, tag = "") {
+  if (busy) {
+    chosen = { image, tag };
+    return;
+  }
+  await alone(async () => {
+    if (state.open?.labels.changed && !(await save("draft"))) return;
+    await turnTo(image, tag);
+  });
+}
+
+/** @param {string} image @param {string} [tag] */
+async function turnTo(image, tag = "") {
+  const started = performance.now();
+  one("#picture").setAttribute("aria-busy", "true");
+  const isAhead = ahead?.image === image && !tag;
+  const opened = await (isAhead ? ahead.coming : load(image, tag)).finally(() => {
+    one("#picture").removeAttribute("aria-busy");
+    ahead = null;
+  });
+  show(opened);
+  queue.mark(image);
+  document.body.dataset.opened = image;
+  document.body.dataset.took = String(Math.round(performance.now() - started));
+  lookAhead();
+}
+
+/** @param {Open} opened @param {number} [slice] */
+function show(opened, slice) {
+  state.open = opened;
+  if (slice !== undefined) opened.slice = slice;
+  one("#alert").hidden = true;
+  const shown = opened.case;
+  state.window = shown.window;
+  if (!opened.classOf(state.active)) state.active = shown.classes[0]?.value ?? 1;
+  const slider = one("#slice");
+  slider.max = String(opened.depth);
+  one("#slices").hidden = opened.depth === 1;
+  one("#ball-label").hidden = opened.depth === 1;
+  const presets = { "as the model sees it": shown.window, "whole range": shown.range, ...(shown.kind === "ct" ? CT_PRESETS : {}) };
+  one("#preset").replaceChildren(
+    ...Object.entries(presets).map(([name, window]) => new Option(name, window.join())),
+    new Option("by hand", ""),
+  );
+  document.title = `${shown.image} – SAM2-SGP review`;
+  state.tell("case");
+  state.tell("view");
+  state.tell("label");
+  goTo(opened.slice);
+}
+
+/** Fetch what comes after this image. */
+async function lookAhead() {
+  const next = await queue.neighbour(1).catch(() => undefined);
+  if (!next || ahead?.image === next.image) return;
+  ahead = { image: next.image, coming: load(next.image) };
+  // Said when it is opened.
+  ahead.coming.catch(() => {});
+}
+
+/** @param {number} slice */
+async function goTo(slice) {
+  const { open: opened } = state;
+  if (!opened) return;
+  opened.slice = Math.max(0, Math.min(opened.depth - 1, slice));
+  const slider = one("#slice");
+  slider.value = String(opened.slice + 1);
+  slider.setAttribute("aria-valuetext", `Slice ${opened.slice + 1} of ${opened.depth}`);
+  picture.later();
+  const reach = state.ball ? Math.ceil(state.size / 2) : 0;
+  try {
+    await opened.bring(opened.slice);
+    if (reach) await opened.labels.bringAll(opened.slice - reach, opened.slice + reach);
+  } catch (error) {
+    fail(error);
+  }
+  picture.later();
+}
+
+/** The next slice with something on it. @param {number} by */
+function jump(by) {
+  const { open: opened } = state;
+  if (!opened) return;
+  const isUsed = (slice) => [...opened.counts].some(([value, counts]) => !state.hidden.has(value) && counts[slice] > 0);
+  for (let slice = opened.slice + by; slice >= 0 && slice < opened.depth; slice += by) {
+    if (isUsed(slice)) return goTo(slice);
+  }
+  say("No further slice with a label in this direction.");
+}
+
+// Deciding
+
+/** Carry out one thing at a time, and say what went wrong. What is chosen meanwhile is opened afterwards. @param {() => Promise<void>} act */
+async function alone(act) {
+  if (busy) return;
+  busy = true;
+  document.body.setAttribute("aria-busy", "true");
+  try {
+    await act();
+  } catch (error) {
+    if (error instanceof Refused && error.status === 409) conflict(error);
+    else fail(error);
+  } finally {
+    busy = false;
+    document.body.removeAttribute("aria-busy");
+  }
+  const next = chosen;
+  chosen = null;
+  if (next && next.image !== state.open?.case.image) await open(next.image, next.tag);
+}
+
+/** Somebody else was faster; nothing of what was painted is lost. @param {Refused} error */
+function conflict(error) {
+  const { open: opened } = state;
+  const { image } = opened.case;
+  const changes = opened.labels.changes();
+  const again = () => alone(() => turnTo(image));
+  if (!changes.length) {
+    demand(`${error.message}`, [["Load it again", again]]);
+    return;
+  }
+  const onTop = () =>
+    alone(async () => {
+      const newer = await load(image);
+      await newer.labels.paintOver(changes);
+      newer.count(changes);
+      newer.strokes.add(changes);
+      show(newer, opened.slice);
+      say("Your changes are on top of the newer label. Look at it, then approve or save it.");
+    });
+  demand(`${error.message} What you painted is kept here.`, [
+    ["Put my changes on the newer label", onTop],
+    ["Drop my changes", again],
+  ]);
+}
+
+/** Changes in pieces that the server takes in one request. @param {{slice: number, runs: number[]}[]} changes */
+function pieces(changes) {
+  const found = [[]];
+  let size = 0;
+  for (const change of changes) {
+    if (size && size + change.runs.length > MOST_IN_A_REQUEST) {
+      found.push([]);
+      size = 0;
+    }
+    found.at(-1).push(change);
+    size += change.runs.length;
+  }
+  return found;
+}
+
+/**
+ * Save what was painted. What is too much for one request becomes a draft first.
+ * @param {"draft" | "final"} as @returns {Promise<boolean>}
+ */
+async function save(as) {
+  const { open: opened } = state;
+  const shown = opened.case;
+  const parts = pieces(runsOf(opened.labels.changes()));
+  let [tag, seen] = [shown.label_tag, shown.seen];
+  const states = { ...shown.labels };
+  for (const [number, changes] of parts.entries()) {
+    const target = number === parts.length - 1 ? as : "draft";
+    const answer = await post("correct", {
+      image: shown.image,
+      image_seen: shown.image_seen,
+      shape: shown.shape,
+      label_tag: tag,
+      seen,
+      save_as: target,
+      replaces: states[target] ?? "",
+      classes: shown.classes.map(({ value, name }) => ({ idx: value, name })),
+      changes,
+    });
+    [tag, seen] = [answer.label_tag, answer.seen];
+    states[tag] = seen;
+  }
+  return true;
+}
+
+/** Approve what is shown, and go on. @param {boolean} [isNothing] approve that nothing is there. */
+function approve(isNothing = false) {
+  if (!state.open) return;
+  alone(async () => {
+    const { case: shown, labels } = state.open;
+    const { image } = shown;
+    if (!shown.label_tag && !labels.changed && !isNothing) {
+      say("No label yet: G segments the image, or paint. Shift+A approves that nothing is there.");
+      return;
+    }
+    const next = await queue.neighbour(1);
+    if (labels.changed || !shown.label_tag) await save("final");
+    else if (shown.label_tag !== "final") await post("../approve", { image, label_tag: shown.label_tag, seen: shown.seen });
+    await goOn(image, next, `Approved ${image}.`);
+  });
+}
+
+function reject() {
+  if (!state.open) return;
+  alone(async () => {
+    const { image, label_tag: tag, seen } = state.open.case;
+    if (!tag) {
+      say("There is no label to reject.");
+      return;
+    }
+    const next = await queue.neighbour(1);
+    if (tag === "final") await post("../remove", { image, label_tag: tag });
+    else await post("../reject", { image, label_tag: tag, seen });
+    await goOn(image, next, tag === "final" ? `Removed ${image} from the support set.` : `Rejected ${image}.`);
+  });
+}
+
+/** @param {string} image that was decided about. @param {{image: string} | undefined} next @param {string} text */
+async function goOn(image, next, text) {
+  say(text);
+  if (next) await turnTo(next.image);
+  else await turnTo(image);
+  queue.refresh().then(lookAhead);
+}
+
+function draft() {
+  if (!state.open) return;
+  alone(async () => {
+    const { case: shown, labels, slice } = state.open;
+    if (!labels.changed) {
+      say("Nothing was changed.");
+      return;
+    }
+    await save("draft");
+    show(await load(shown.image, "draft"), slice);
+    say(`Saved a draft of ${shown.image}.`);
+    queue.refresh();
+  });
+}
+
+function segmentNow() {
+  if (!state.open) return;
+  alone(async () => {
+    const { image } = state.open.case;
+    if (state.open.labels.changed) await save("draft");
+    say(`Segmenting ${image} …`);
+    await segment(image);
+    show(await load(image, "original"));
+    say(`Segmented ${image}.`);
+    queue.refresh();
+  });
+}
+
+/** @param {string} version */
+function bringBack(version) {
+  alone(async () => {
+    const { image, image_seen, labels } = state.open.case;
+    await post("bring_back", { image, version, image_seen, replaces: labels.draft ?? "" });
+    show(await load(image, "draft"));
+    say("The earlier label is a draft now; approve it to have it count.");
+    queue.refresh();
+  });
+}
+
+/** @param {number} by */
+async function step(by) {
+  const next = await queue.neighbour(by);
+  if (next) open(next.image);
+  else say(by > 0 ? "This is the last one of the list." : "This is the first one of the list.");
+}
+
+// Keys and buttons
+
+const buttons = {
+  holes: () => tools.fillHoles(),
+  undo: () => tools.again("undo"),
+  redo: () => tools.again("redo"),
+  fit: () => picture.fit(),
+  previous: () => step(-1),
+  next: () => step(1),
+  segment: segmentNow,
+  reject,
+  draft,
+  approve: () => approve(),
+};
+
+function nextPreset() {
+  const select = one("#preset");
+  const last = select.options.length - 1;
+  select.selectedIndex = (select.selectedIndex + 1) % last;
+  state.set({ window: select.value.split(",").map(Number) });
+}
+
+const setTool = (tool) => state.set({ tool });
+const commands = [
+  { keys: ["A"], once: true, does: "approve and go to the next image", run: () => approve() },
+  { keys: ["Shift+A"], once: true, does: "approve that nothing is there", run: () => approve(true) },
+  { keys: ["X"], once: true, does: "reject the prediction, or remove an approved label", run: reject },
+  { keys: ["D"], once: true, does: "save as a draft", run: draft },
+  { keys: ["N", "P"], does: "next or previous image", run: (event) => step(event.key.toLowerCase() === "n" ? 1 : -1) },
+  { keys: ["G"], once: true, does: "segment the image now", run: segmentNow },
+  { keys: ["ArrowUp", "ArrowDown"], does: "slice by slice", run: (event) => goTo((state.open?.slice ?? 0) + (event.key === "ArrowDown" ? 1 : -1)) },
+  { keys: ["PageUp", "PageDown"], does: "ten slices", run: (event) => goTo((state.open?.slice ?? 0) + (event.key === "PageDown" ? 10 : -10)) },
+  { keys: ["Home", "End"], does: "first or last slice", run: (event) => goTo(event.key === "Home" ? 0 : Infinity) },
+  { keys: [",", "."], does: "previous or next slice with a label", run: (event) => jump(event.key === "." ? 1 : -1) },
+  { keys: ["B"], does: "brush", run: () => setTool("brush") },
+  { keys: ["E"], does: "eraser", run: () => setTool("eraser") },
+  { keys: ["F"], does: "fill a closed area; with Shift, a click removes one", run: () => setTool("fill") },
+  { keys: ["V"], does: "move the picture", run: () => setTool("pan") },
+  { keys: ["W"], does: "window and level", run: () => setTool("window") },
+  { keys: ["[", "]"], does: "smaller or larger brush", run: (event) => tools.resize(event.key === "]" ? 1.25 : 0.8) },
+  { keys: ["T"], does: "brush in 3D", run: () => setBall(!state.ball) },
+  { keys: ["H"], does: "fill the holes of the class on this slice", run: () => tools.fillHoles() },
+  { keys: ["1", "2", "3", "4", "5", "6", "7", "8", "9"], does: "", run: (event) => chooseClass(placeOf(event)) },
+  { keys: [1, 2, 3, 4, 5, 6, 7, 8, 9].map((digit) => `Shift+${digit}`), does: "", run: (event) => hideClass(placeOf(event)) },
+  { keys: ["1…9"], does: "choose a class", run: () => {} },
+  { keys: ["Shift+1…9"], does: "show or hide a class", run: () => {} },
+  { keys: ["O"], does: "show or hide the label", run: () => state.set({ overlay: !state.overlay }) },
+  { keys: ["L"], does: "next window", run: nextPreset },
+  { keys: ["+", "-"], does: "zoom", run: (event) => picture.zoomBy(event.key === "+" ? 1.25 : 0.8) },
+  { keys: ["="], does: "", run: () => picture.zoomBy(1.25) },
+  { keys: ["0"], does: "show all of the slice", run: () => picture.fit() },
+  { keys: ["Space"], does: "hold to move the picture", run: () => (tools.isPanning = true) },
+  { keys: ["Ctrl+Z"], does: "undo", run: () => tools.again("undo") },
+  { keys: ["Ctrl+Y", "Ctrl+Shift+Z"], does: "redo", run: () => tools.again("redo") },
+  { keys: ["/"], does: "look for a name", run: () => one("[name=name]").focus() },
+  { keys: ["?"], does: "these keys", run: () => one("#keys").showModal() },
+];
+
+/** @param {KeyboardEvent} event */
+function placeOf(event) {
+  return Number(/\d/.exec(event.code ?? event.key)?.[0] ?? event.key) - 1;
+}
+
+/** @param {number} place in the list of classes. */
+function chooseClass(place) {
+  const found = state.open?.case.classes[place];
+  if (found) state.set({ active: found.value });
+}
+
+/** @param {number} place */
+function hideClass(place) {
+  const found = state.open?.case.classes[place];
+  if (found) panel.toggle(found.value);
+}
+
+/** @param {boolean} ball */
+function setBall(ball) {
+  state.set({ ball });
+  goTo(state.open?.slice ?? 0);
+}
+
+listen(commands);
+explain(one("#keys table"), commands);
+one("#help").addEventListener("click", () => one("#keys").showModal());
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button?.dataset.do) buttons[button.dataset.do]();
+  if (button?.dataset.tool) setTool(button.dataset.tool);
+});
+one("#slice").addEventListener("input", (event) => goTo(Number(event.target.value) - 1));
+one("#size").addEventListener("input", (event) => state.set({ size: Number(event.target.value) }));
+one("#ball").addEventListener("change", (event) => setBall(event.target.checked));
+one("#opacity").addEventListener("input", (event) => state.set({ opacity: event.target.value / 100 }));
+one("#preset").addEventListener("change", (event) => {
+  if (event.target.value) state.set({ window: event.target.value.split(",").map(Number) });
+});
+window.addEventListener("beforeunload", (event) => {
+  if (state.open?.labels.changed) event.preventDefault();
+});
+
+// Bringing the boxes in line
+
+state.addEventListener("view", () => {
+  for (const button of document.querySelectorAll("[data-tool]")) {
+    button.setAttribute("aria-pressed", String(button.dataset.tool === state.tool));
+  }
+  one("#size").value = String(state.size);
+  one("#size-told").value = String(state.size);
+  one("#ball").checked = state.ball;
+  one("#preset").value = [...one("#preset").options].some(({ value }) => value === state.window.join()) ? state.window.join() : "";
+  one("#picture").dataset.tool = state.tool;
+});
+
+state.addEventListener("label", () => {
+  const { open: opened } = state;
+  const count = opened?.labels.changes().reduce((sum, { index }) => sum + index.length, 0) ?? 0;
+  one("#changed").textContent = count ? `${count} voxels changed` : "";
+  drawStrip();
+});
+
+/** Where in the volume there is something. */
+function drawStrip() {
+  const { open: opened } = state;
+  const strip = one("#strip");
+  if (!opened || opened.depth === 1) return;
+  Object.assign(strip, { width: opened.depth, height: 10 });
+  const context = strip.getContext("2d");
+  const shown = opened.case.classes.filter(({ value }) => !state.hidden.has(value));
+  shown.forEach(({ value, colour }, number) => {
+    context.fillStyle = `rgb(${colour})`;
+    const height = 10 / shown.length;
+    (opened.counts.get(value) ?? []).forEach((count, slice) => count > 0 && context.fillRect(slice, number * height, 1, height));
+  });
+}
+
+queue.onCounts = ({ counts, classes, origins: { unchanged, corrected } }) => {
+  const all = Object.values(counts).reduce((sum, count) => sum + count, 0);
+  const bar = one("#progress progress");
+  bar.max = Math.max(all, 1);
+  bar.value = counts.approved;
+  const share = unchanged + corrected ? `(predictions: ${unchanged} unchanged, ${corrected} corrected)` : "";
+  one("#progress span").textContent = `${counts.approved} of ${all} approved`;
+  one("#progress .share").textContent = share;
+  const select = one("[name=of_class]");
+  const known = [...select.options].map(({ value }) => value);
+  for (const name of classes) if (!known.includes(name)) select.append(new Option(name, name));
+};
+
+await queue.refresh(true);
+const first = await queue.fetched(0);
+if (first) open(first.image);
+else say("No image waits. Choose another list on the left.");

@@ -1,0 +1,301 @@
+"""The routes of the review page: slices and labels in parts, corrections, the list, and who may what."""
+
+import gzip
+import json
+import os
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from monailabel.endpoints.user.auth import RBAC
+from PIL import Image
+from starlette.testclient import TestClient
+
+from lib.checks import BadLabel
+from lib.http.corrections import SliceChange, corrected
+from lib.http.guard import install, serve_only
+from lib.http.page import SupportPage
+from lib.http.review import MOST_SLICES, ReviewPage
+from lib.http.volumes import Volumes
+from lib.http.work_list import Order, Shown, listed, origins
+from lib.stores.audit import Audit
+from lib.stores.folder import ConfinedDatastore
+from lib.stores.history import MOST_KEPT
+from sam2sgp.data import read_label
+from tests.app.http.test_guard import Given
+
+SHAPE = (5, 6, 40)
+AFFINE = np.array([[-0.7, 0, 0, 11], [0, 0.9, 0.1, -5], [0, -0.1, 2.5, 40], [0, 0, 0, 1]])
+
+
+@pytest.fixture
+def studies(tmp_path):
+    """A CT-like volume `ct` of 40 slices with a prediction, and a picture `us` without a label."""
+    folder = tmp_path / "studies"
+    (folder / "labels" / "original").mkdir(parents=True)
+    voxels = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE) - 1000
+    nib.save(nib.Nifti1Image(voxels, AFFINE), folder / "ct.nii.gz")
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[1:3, 2, 7] = 2
+    nib.save(nib.Nifti1Image(labels, AFFINE), folder / "labels" / "original" / "ct.nii.gz")
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8)).save(folder / "us.png")
+    return folder
+
+
+@pytest.fixture
+def datastore(studies, tmp_path):
+    return ConfinedDatastore(str(studies), tmp_path / "state", 1 << 24, Audit(tmp_path / "state" / "audit.jsonl"))
+
+
+@pytest.fixture
+def client(datastore, tmp_path):
+    state = SimpleNamespace(class_names={1: "liver"}, segmentable={})
+    cases = SimpleNamespace(declared=dict)
+    segmenter = SimpleNamespace(keep_up=lambda **_: True, state=lambda: state, cases=cases)
+    server = FastAPI()
+    install(server, Given(tmp_path / "state", max_upload_mb=4))
+    page = ReviewPage(datastore, segmenter, sorted, tmp_path / "state" / "audit.jsonl")
+    serve_only(server, [page.router(), SupportPage(datastore, segmenter, None, sorted, dict).router()])
+    return TestClient(server, base_url="http://server:8000", headers={"X-Forwarded-User": "ann"})
+
+
+def case(client, image: str, **query) -> dict:
+    answer = client.get("/sam2sgp/review/case", params={"image": image, **query})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def correction(shown: dict, changes: list, save_as: str = "draft", **other) -> dict:
+    return {
+        "image": shown["image"],
+        "image_seen": shown["image_seen"],
+        "shape": shown["shape"],
+        "label_tag": shown["label_tag"],
+        "seen": shown["seen"],
+        "save_as": save_as,
+        "replaces": shown["labels"].get(save_as, ""),
+        "classes": [{"idx": entry["value"], "name": entry["name"]} for entry in shown["classes"]],
+        "changes": changes,
+        **other,
+    }
+
+
+def test_a_case_tells_what_the_page_needs_and_slices_are_the_images_own_values(client, datastore):
+    shown = case(client, "ct")
+    assert shown["shape"] == [40, 6, 5] and shown["state"] == "predicted" and shown["label_tag"] == "original"
+    assert shown["plane"] == "axial" and shown["edges"] == "RLAP"
+    assert [entry["value"] for entry in shown["classes"]] == [1, 2]
+    counts = shown["classes"][1]["counts"]
+    assert counts[7] == 2 and sum(counts) == 2
+    query = {"image": "ct", "seen": shown["image_seen"], "first": 3, "count": 2}
+    answer = client.get("/sam2sgp/review/slices", params=query)
+    stored = np.frombuffer(answer.content, "<u2").reshape(2, 6, 5)
+    from sam2sgp.data import read_image
+
+    values = read_image(datastore.get_image_uri("ct")).slices[3:5, 0]
+    assert np.array_equal(stored * shown["slope"] + shown["intercept"], values)
+    query = {"image": "ct", "label_tag": "original", "seen": shown["seen"], "first": 7, "count": 1}
+    label = np.frombuffer(client.get("/sam2sgp/review/labels", params=query).content, np.uint8)
+    assert (label == 2).sum() == 2
+
+
+def test_what_a_browser_has_is_not_sent_again_and_requests_are_bounded(client, datastore):
+    shown = case(client, "ct")
+    query = {"image": "ct", "seen": shown["image_seen"], "first": 0, "count": 4}
+    first = client.get("/sam2sgp/review/slices", params=query)
+    assert "no-cache" in first.headers["cache-control"] and first.headers["content-encoding"] == "gzip"
+    again = client.get("/sam2sgp/review/slices", params=query, headers={"If-None-Match": first.headers["etag"]})
+    assert again.status_code == 304 and again.content == b""
+    for wrong in ({"count": MOST_SLICES + 1}, {"count": 0}, {"first": 40}, {"first": -1}, {"image": "../ct"}):
+        assert 400 <= client.get("/sam2sgp/review/slices", params={**query, **wrong}).status_code < 500
+    stale = client.get("/sam2sgp/review/slices", params={**query, "seen": "1-1"})
+    assert stale.status_code == 409
+    path = datastore.get_image_uri("ct")
+    os.utime(path, ns=(1, 1))
+    assert client.get("/sam2sgp/review/slices", params=query).status_code == 409
+
+
+def test_whole_numbers_are_exact_and_others_close(tmp_path):
+    volumes = Volumes()
+    for values in (
+        np.linspace(-1e-3, 7e-3, 60).reshape(3, 4, 5).astype(np.float32),
+        np.arange(60, dtype=np.float32).reshape(3, 4, 5) * 40000,
+        np.full((3, 4, 5), 7, np.float32),
+        np.arange(60, dtype=np.float32).reshape(3, 4, 5) - 1024,
+    ):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.nii.gz"
+        nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+        shown = volumes.image(path)
+        restored = shown.slices[..., 0] * shown.slope + shown.intercept
+        from sam2sgp.data import read_image
+
+        truth = read_image(path).slices[:, 0]
+        assert np.abs(restored - truth).max() <= np.ptp(values) / 65535 * 0.51
+        assert volumes.image(path) is shown
+
+
+def test_a_correction_is_stored_with_the_images_geometry_and_the_draft_goes_when_it_is_approved(client, datastore):
+    shown = case(client, "ct")
+    answer = client.post("/sam2sgp/review/correct", json=correction(shown, [{"slice": 7, "runs": [0, 3, 1]}]))
+    assert answer.status_code == 200 and answer.json()["voxels"] == 3
+    drawn = case(client, "ct")
+    assert drawn["label_tag"] == "draft" and drawn["state"] == "draft" and drawn["user"] == "ann"
+    answer = client.post(
+        "/sam2sgp/review/correct", json=correction(drawn, [{"slice": 39, "runs": [29, 1, 2]}], "final")
+    )
+    assert answer.status_code == 200
+    assert set(datastore.get_labels_by_image_id("ct")) == {"original", "final"}
+    final = datastore.get_label_uri("ct", "final")
+    labels = read_label(final)
+    assert labels[7].reshape(-1)[:3].tolist() == [1, 1, 1] and labels[39, -1, -1] == 2 and (labels > 0).sum() == 6
+    image, label = nib.load(datastore.get_image_uri("ct")), nib.load(final)
+    assert np.array_equal(image.affine, label.affine) and image.shape == label.shape
+    events = client.get("/sam2sgp/review/history", params={"image": "ct"}).json()["events"]
+    assert [(event["action"], event["user"]) for event in events][::-1][:2] == [("correct", "ann"), ("approve", "ann")]
+
+
+def test_a_correction_of_something_else_than_there_is_changes_nothing(client, datastore):
+    shown = case(client, "ct")
+    changes = [{"slice": 7, "runs": [0, 3, 1]}]
+    for other, status in (
+        ({"shape": [40, 5, 6]}, 409),
+        ({"image_seen": "1-1"}, 409),
+        ({"seen": "1-1"}, 409),
+        ({"replaces": "1-1"}, 409),
+        ({"label_tag": "nowhere"}, 409),
+        ({"changes": [{"slice": 40, "runs": [0, 1, 1]}]}, 422),
+        ({"changes": [{"slice": 0, "runs": [29, 2, 1]}]}, 422),
+        ({"changes": [{"slice": 0, "runs": [5, 2, 1, 6, 1, 1]}]}, 422),
+        ({"changes": [{"slice": 0, "runs": [0, 1, 9]}]}, 422),
+        ({"changes": [{"slice": 0, "runs": [0, 1]}]}, 422),
+        ({"changes": changes * 2}, 422),
+        ({"changes": [{"slice": 0, "runs": [0, -1, 1]}]}, 422),
+        ({"changes": [{"slice": 0, "runs": [0, True, 1]}]}, 422),
+        ({"save_as": "original"}, 422),
+        ({"image": "../ct"}, 400),
+        ({"path": "/etc/passwd"}, 422),
+        ({"classes": [{"idx": 1, "name": "a\u0000b"}]}, 400),
+    ):
+        answer = client.post("/sam2sgp/review/correct", json={**correction(shown, changes), **other})
+        assert 400 <= answer.status_code < 500 and (status != 409 or answer.status_code == 409), (other, answer.text)
+    assert set(datastore.get_labels_by_image_id("ct")) == {"original"}
+    # Somebody else saved a draft meanwhile: it stays.
+    assert client.post("/sam2sgp/review/correct", json=correction(shown, changes)).status_code == 200
+    draft = open(datastore.get_label_uri("ct", "draft"), "rb").read()
+    late = client.post("/sam2sgp/review/correct", json=correction(shown, [{"slice": 1, "runs": [0, 1, 1]}]))
+    assert late.status_code == 409 and open(datastore.get_label_uri("ct", "draft"), "rb").read() == draft
+
+
+def test_other_sites_and_readers_can_not_correct(client, datastore, tmp_path):
+    body = correction(case(client, "ct"), [{"slice": 7, "runs": [0, 3, 1]}])
+    foreign = client.post("/sam2sgp/review/correct", json=body, headers={"Origin": "https://evil.example"})
+    assert foreign.status_code == 403
+    form = client.post("/sam2sgp/review/correct", data={"image": "ct"})
+    assert 400 <= form.status_code < 500
+    large = client.post("/sam2sgp/review/correct", content=json.dumps({"image": "a" * (2 << 20)}))
+    assert large.status_code == 413
+    page = ReviewPage(datastore, None, sorted, tmp_path / "audit.jsonl")
+    writes = [route for route in page.router().routes if "POST" in route.methods]
+    asked = [{d.call.roles for d in route.dependant.dependencies if isinstance(d.call, RBAC)} for route in writes]
+    from monailabel.config import settings
+
+    assert len(writes) == 2 and all(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR in roles for roles in asked)
+    assert set(datastore.get_labels_by_image_id("ct")) == {"original"}
+
+
+def test_a_picture_without_a_label_is_painted_from_nothing_with_a_new_class(client, datastore):
+    shown = case(client, "us")
+    assert shown["label_tag"] == "" and shown["edges"] is None and shown["bytes"] == 1
+    classes = [{"idx": 1, "name": "liver"}, {"idx": 2, "name": "cyst"}]
+    body = correction(shown, [{"slice": 0, "runs": [8, 4, 2]}], "final", classes=classes)
+    assert client.post("/sam2sgp/review/correct", json=body).status_code == 200
+    labels = read_label(datastore.get_label_uri("us", "final"))
+    assert labels[0, 1].tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
+    assert [entry["name"] for entry in case(client, "us")["classes"]] == ["liver", "cyst"]
+
+
+def test_an_earlier_state_is_brought_back_as_a_draft_and_the_oldest_ones_go(client, datastore):
+    for number in range(MOST_KEPT + 2):
+        shown = case(client, "us")
+        body = correction(shown, [{"slice": 0, "runs": [number, 1, 1]}])
+        assert client.post("/sam2sgp/review/correct", json=body).status_code == 200
+    versions = client.get("/sam2sgp/review/history", params={"image": "us"}).json()["versions"]
+    assert len(versions) == MOST_KEPT and versions[0]["tag"] == "draft" and versions[0]["user"] == "ann"
+    shown = case(client, "us")
+    body = {"image": "us", "image_seen": shown["image_seen"], "replaces": shown["labels"]["draft"]}
+    for version in ("../../audit", "1", versions[0]["version"] + "x"):
+        assert client.post("/sam2sgp/review/bring_back", json={**body, "version": version}).status_code == 404
+    oldest = versions[-1]["version"]
+    assert client.post("/sam2sgp/review/bring_back", json={**body, "version": oldest}).status_code == 200
+    assert (read_label(datastore.get_label_uri("us", "draft")) > 0).sum() == 2
+    newer = {**body, "version": versions[0]["version"]}
+    assert client.post("/sam2sgp/review/bring_back", json=newer).status_code == 409
+    datastore.remove_image("us")
+    assert datastore.history.versions("us") == []
+
+
+def test_the_page_loads_its_own_files_only(client):
+    answer = client.get("/sam2sgp/review/")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert client.get("/sam2sgp/review/assets/review.js").headers["content-type"].startswith("text/javascript")
+    for name in ("../page.css", "%2e%2e/page.css", "page.html.j2", "none.js"):
+        assert 400 <= client.get(f"/sam2sgp/review/assets/{name}").status_code < 500
+
+
+def record(confidence: dict, **params) -> dict:
+    return {"label_info": [], "params": {"confidence": confidence, **params}}
+
+
+def test_what_is_marked_or_in_doubt_comes_first_and_filters_hold():
+    records = {
+        "sure": {"original": record({"liver": 0.9})},
+        "doubtful": {"original": record({"liver": 0.4, "cyst": None})},
+        "unlike": {"original": record({"liver": 0.95}, unlike_support=True)},
+        "absent": {"original": record({"liver": 0.8}, maybe_absent=["cyst"])},
+        "draft": {"original": record({"liver": 0.6}), "draft": {"label_info": [{"idx": 1, "name": "liver"}]}},
+        "later": {},
+        "sooner": {},
+        "approved": {"final": {"label_info": [{"idx": 1, "name": "liver"}]}, "draft": {}},
+        "removed": {"removed": {}},
+    }
+    ranked = lambda images: sorted(images, reverse=True)  # noqa: E731
+    entries, counts = listed(records, ranked)
+    assert [entry.image for entry in entries] == ["absent", "unlike", "doubtful", "draft", "sure", "sooner", "later"]
+    assert counts == {"predicted": 4, "draft": 1, "unlabelled": 2, "removed": 1, "approved": 1}
+    names = lambda **how: [entry.image for entry in listed(records, ranked, **how)[0]]  # noqa: E731
+    assert names(shown=Shown.approved) == ["approved"] and names(shown=Shown.removed) == ["removed"]
+    finals = {
+        "as it was": {"final": {"model": "sam2sgp"}},
+        "painted": {"final": {"model": "sam2sgp", "corrected": {"voxels": 3, "from": "original"}}},
+        "by a viewer": {"final": {}},
+    }
+    assert origins({**records, **finals}) == {"unchanged": 1, "corrected": 1, "others": 2}
+    assert names(of_class="cyst") == ["absent"] and names(name="SURE") == ["sure"]
+    assert names(shown=Shown.all, order=Order.name) == sorted(records)
+
+
+def test_runs_must_be_in_order_and_stay_in_their_slice():
+    labels = np.zeros((2, 3, 4), np.uint8)
+    painted = corrected(labels, [SliceChange(slice=1, runs=[2, 3, 1, 5, 7, 2])], {1, 2})
+    assert painted[1].reshape(-1).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2] and not labels.any()
+    for runs in ([2, 0, 1], [11, 2, 1], [3, 2, 1, 4, 1, 1], [3, 1, 1, 0, 1, 1], [0, 1, 3]):
+        with pytest.raises(BadLabel):
+            corrected(labels, [SliceChange(slice=0, runs=runs)], {1, 2})
+
+
+def test_ten_thousand_images_are_listed_quickly(client, datastore, monkeypatch):
+    records = {f"image_{n}": {"original": record({"liver": n / 10000})} for n in range(10000)}
+    monkeypatch.setattr(datastore, "records", lambda: records)
+    answer = client.get("/sam2sgp/review/queue", params={"first": 200, "count": 50, "find": "image_9999"}).json()
+    assert [entry["image"] for entry in answer["entries"]] == [f"image_{n}" for n in range(200, 250)]
+    assert answer["total"] == 10000 and answer["place"] == 9999
+
+
+def test_gzip_content_is_what_was_cut(client):
+    shown = case(client, "us")
+    query = {"image": "us", "seen": shown["image_seen"], "first": 0, "count": 1}
+    with client.stream("GET", "/sam2sgp/review/slices", params=query) as answer:
+        content = b"".join(answer.iter_raw())
+    assert gzip.decompress(content) == bytes(range(48))

@@ -1,0 +1,294 @@
+"""The review page in a real browser, on a real server: strokes, keys, pixels, and what is stored of them."""
+
+import json
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import requests
+import SimpleITK as sitk
+from playwright.sync_api import expect
+
+from sam2sgp.data import load_datalist, read_image, read_label
+from tests.e2e.browsers import keep, page
+from tests.e2e.server import serving
+
+USER = "dr.who"
+
+
+@pytest.fixture(scope="module")
+def server(phantoms, tmp_path_factory):
+    """Volumes and pictures of phantoms: of each look two have an approved label, the others a prediction."""
+    folder = tmp_path_factory.mktemp("review")
+    studies = folder / "studies"
+    for tag in ("final", "original"):
+        (studies / "labels" / tag).mkdir(parents=True)
+    for look in ("mr_", "us_"):
+        cases = [case for case in load_datalist(phantoms) if case["name"].startswith(look)][:7]
+        for place, case in enumerate(cases):
+            name = Path(case["image"]).name
+            shutil.copy(case["image"], studies / name)
+            tag = "final" if place < 2 else "original"
+            shutil.copy(case["label"], studies / "labels" / tag / Path(case["label"]).name)
+    (studies / "labels.json").write_text(json.dumps({"1": "disc", "2": "ellipse", "3": "ring"}))
+    with serving(folder, studies, {"user_header": "X-Remote-User"}) as found:
+        yield found
+
+
+@pytest.fixture
+def opened(server):
+    with page(1280, 800, extra_http_headers={"X-Remote-User": USER}) as found:
+        found.problems, found.hosts = [], set()
+        found.on("console", lambda message: found.problems.append(message.text) if message.type == "error" else None)
+        found.on("pageerror", lambda error: found.problems.append(str(error)))
+        found.on("request", lambda request: found.hosts.add(urlsplit(request.url).netloc))
+        found.goto(f"{server.url}/sam2sgp/review/")
+        yield found
+
+
+def waiting(server, look: str) -> str:
+    """An image with a prediction and no approved label."""
+    labels = Path(server.studies) / "labels"
+    names = {tag: {path.name for path in (labels / tag).glob(f"{look}*")} for tag in ("final", "original")}
+    return min(names["original"] - names["final"]).split(".")[0]
+
+
+def files(server, image: str) -> tuple[Path, Path, Path]:
+    """Image, prediction and where its approved label will be."""
+    studies = Path(server.studies)
+    suffix = next(studies.glob(f"{image}.*")).name.removeprefix(image)
+    return studies / f"{image}{suffix}", *(
+        studies / "labels" / tag / f"{image}{suffix}" for tag in ("original", "final")
+    )
+
+
+def show(opened, image: str) -> None:
+    """Open an image by looking for its name."""
+    opened.locator("[name=name]").fill(image)
+    opened.locator(f"#list [data-image='{image}']").click()
+    is_shown(opened, image)
+    opened.locator("#picture").focus()
+
+
+def is_shown(opened, image: str) -> None:
+    expect(opened.locator("#panel h2")).to_have_text(image)
+    expect(opened.locator("#picture[data-drawn^='" + image + "/']")).to_have_count(1)
+
+
+def place(opened, row: float, column: float) -> tuple[float, float]:
+    """Where the centre of a pixel is on the screen."""
+    zoom, stretch, left, top = json.loads(opened.locator("#picture").get_attribute("data-view"))
+    box = opened.locator("#picture").bounding_box()
+    return box["x"] + left + (column + 0.5) * zoom, box["y"] + top + (row + 0.5) * zoom * stretch
+
+
+def draw(opened, *pixels: tuple[float, float]) -> None:
+    """A stroke through pixels."""
+    opened.mouse.move(*place(opened, *pixels[0]))
+    opened.mouse.down()
+    for pixel in pixels[1:]:
+        opened.mouse.move(*place(opened, *pixel), steps=4)
+    opened.mouse.up()
+
+
+def go_to(opened, slice_index: int) -> None:
+    opened.keyboard.press("Home")
+    for _ in range(slice_index):
+        opened.keyboard.press("ArrowDown")
+    expect(opened.locator("#picture[data-drawn$='/" + str(slice_index) + "']")).to_have_count(1)
+
+
+def use_pencil(opened) -> None:
+    """A brush of one pixel."""
+    opened.locator("#size").fill("1")
+    opened.locator("#picture").focus()
+    opened.keyboard.press("b")
+
+
+def colour_at(opened, row: int, column: int) -> list[int]:
+    x, y = place(opened, row, column)
+    box = opened.locator("#picture").bounding_box()
+    read = "(c, [x, y]) => [...c.getContext('2d').getImageData(Math.round(x), Math.round(y), 1, 1).data.slice(0, 3)]"
+    return opened.locator("#picture").evaluate(read, [x - box["x"], y - box["y"]])
+
+
+def approve(opened) -> None:
+    with opened.expect_response(lambda answer: answer.url.endswith(("/correct", "/approve"))) as answer:
+        opened.keyboard.press("a")
+    assert answer.value.status == 200, answer.value.text()
+
+
+def test_a_stroke_on_one_slice_is_stored_voxel_by_voxel_on_the_images_own_grid(server, opened):
+    image = waiting(server, "mr_")
+    source, prediction, final = files(server, image)
+    geometry = read_image(source).geometry
+    before = read_label(prediction, geometry)
+    show(opened, image)
+    keep(opened, "review_page")
+    go_to(opened, 2)
+    use_pencil(opened)
+    opened.keyboard.press("3")
+    grey = colour_at(opened, 5, 10)
+    draw(opened, (5, 4), (5, 20))
+    expect(opened.locator("#changed")).to_have_text("17 voxels changed")
+    green = opened.evaluate("getComputedStyle(document.querySelector('.class.active .swatch')).backgroundColor")
+    seen = colour_at(opened, 5, 10)
+    assert seen != grey and green == "rgb(0, 158, 115)" and seen[1] > seen[0]
+    # Another stroke, taken back.
+    draw(opened, (30, 4), (40, 4))
+    opened.keyboard.press("Control+z")
+    expect(opened.locator("#changed")).to_have_text("17 voxels changed")
+    approve(opened)
+    expect(opened.locator("#message")).to_have_text(f"Approved {image}.")
+    expected = before.copy()
+    expected[2, 5, 4:21] = 3
+    assert np.array_equal(read_label(final, geometry), expected)
+    one, other = sitk.ReadImage(str(source)), sitk.ReadImage(str(final))
+    assert one.GetSize() == other.GetSize()
+    for what in ("GetOrigin", "GetSpacing", "GetDirection"):
+        assert np.allclose(getattr(one, what)(), getattr(other, what)(), atol=1e-6)
+    info = requests.get(f"{server.url}/datastore/label/info", params={"label": image, "tag": "final"}).json()
+    assert info["user"] == USER and info["corrected"] == {"voxels": 17, "from": "original"}
+    log = [json.loads(line) for line in (server.state / "audit.jsonl").read_text().splitlines()]
+    assert (log[-1]["action"], log[-1]["image"], log[-1]["user"]) == ("approve", image, USER)
+    assert opened.problems == [] and opened.hosts == {urlsplit(server.url).netloc}
+
+
+def test_one_key_approves_what_is_shown_and_opens_the_next(server, opened):
+    image = waiting(server, "us_")
+    _, prediction, final = files(server, image)
+    content = prediction.read_bytes()
+    opened.locator("[name=name]").fill("us_")
+    opened.locator("[name=order]").select_option("name")
+    opened.locator(f"#list [data-image='{image}']").click()
+    is_shown(opened, image)
+    opened.locator("#picture").focus()
+    # A key that is held decides once.
+    sent = []
+    opened.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    with opened.expect_response(lambda answer: answer.url.endswith("/approve")):
+        for _ in range(3):
+            opened.keyboard.down("a")
+    after = waiting(server, "us_")
+    is_shown(opened, after)
+    assert final.read_bytes() == content and after != image and len(sent) == 1
+    assert opened.evaluate("document.activeElement.id") == "picture"
+    expect(opened.locator(f"#list [data-image='{image}']")).to_have_count(0)
+    assert opened.problems == []
+
+
+def test_a_picture_is_erased_filled_and_kept_as_a_draft_and_its_earlier_state_comes_back(server, opened):
+    image = waiting(server, "us_")
+    source, _, _ = files(server, image)
+    draft = Path(server.studies) / "labels" / "draft" / source.name
+    geometry = read_image(source).geometry
+    show(opened, image)
+    use_pencil(opened)
+    opened.keyboard.press("1")
+    # The outline of a square is painted, its inside filled, one pixel erased.
+    draw(opened, (2, 2), (2, 8), (8, 8), (8, 2), (2, 2))
+    opened.keyboard.press("f")
+    opened.mouse.click(*place(opened, 5, 5))
+    opened.keyboard.press("e")
+    opened.mouse.click(*place(opened, 4, 6))
+    expected = np.ones((7, 7), int)
+    expected[2, 4] = 0
+    with opened.expect_response(lambda answer: answer.url.endswith("/correct")):
+        opened.keyboard.press("d")
+    expect(opened.locator("#panel button.tag.shown")).to_have_text("draft")
+    assert np.array_equal(read_label(draft, geometry)[0, 2:9, 2:9], expected)
+    # The hole is filled and saved; the state before is brought back from the history.
+    opened.keyboard.press("h")
+    with opened.expect_response(lambda answer: answer.url.endswith("/correct")):
+        opened.keyboard.press("d")
+    expect(opened.locator("#changed")).to_have_text("")
+    assert read_label(draft, geometry)[0, 2:9, 2:9].all()
+    opened.get_by_role("button", name="Bring back the draft").click()
+    expect(opened.locator("#message")).to_contain_text("The earlier label is a draft now")
+    assert np.array_equal(read_label(draft, geometry)[0, 2:9, 2:9], expected)
+    with opened.expect_response(lambda answer: answer.url.endswith("/reject")):
+        opened.keyboard.press("x")
+    assert not draft.exists() and opened.problems == []
+
+
+def test_a_label_that_changed_meanwhile_is_not_written_over_and_nothing_painted_is_lost(server, opened):
+    image = waiting(server, "mr_")
+    source, prediction, final = files(server, image)
+    geometry = read_image(source).geometry
+    show(opened, image)
+    go_to(opened, 1)
+    use_pencil(opened)
+    opened.keyboard.press("2")
+    draw(opened, (3, 3), (3, 9))
+    # Meanwhile a batch inference puts another prediction in its place: without the first class.
+    newer = sitk.ReadImage(str(prediction))
+    newer = sitk.Cast(newer * sitk.Cast(newer != 1, newer.GetPixelID()), sitk.sitkUInt8)
+    other = Path(server.folder) / "newer.nii.gz"
+    sitk.WriteImage(newer, str(other))
+    with open(other, "rb") as file:
+        query = {"image": image, "tag": "original"}
+        assert requests.put(f"{server.url}/datastore/label", params=query, files={"label": file}).ok
+    with opened.expect_response(lambda answer: answer.url.endswith("/correct")) as answer:
+        opened.keyboard.press("a")
+    assert answer.value.status == 409 and not final.exists()
+    expect(opened.get_by_role("alert")).to_contain_text("expected its label 'original' as it was shown")
+    opened.get_by_role("button", name="Put my changes on the newer label").click()
+    expect(opened.locator("#message")).to_contain_text("Your changes are on top of the newer label")
+    expect(opened.locator("#changed")).to_have_text("7 voxels changed")
+    approve(opened)
+    expected = read_label(other, geometry)
+    expected[1, 3, 3:10] = 2
+    assert not (expected == 1).any() and np.array_equal(read_label(final, geometry), expected)
+    # The browser itself logs that it was answered 409.
+    assert all("409" in problem for problem in opened.problems)
+
+
+def test_who_may_only_read_is_told_so_and_keeps_what_was_painted(server, opened):
+    image = waiting(server, "us_")
+    refusal = {"status": 403, "json": {"detail": "You may look, but not change labels."}}
+    opened.route("**/correct", lambda route: route.fulfill(**refusal))
+    show(opened, image)
+    use_pencil(opened)
+    draw(opened, (3, 3), (3, 5))
+    opened.keyboard.press("a")
+    expect(opened.locator("#message.problem")).to_have_text("You may look, but not change labels.")
+    expect(opened.locator("#changed")).to_have_text("3 voxels changed")
+    expect(opened.locator("#panel h2")).to_have_text(image)
+
+
+def test_keys_are_text_where_text_is_typed(server, opened):
+    image = waiting(server, "us_")
+    show(opened, image)
+    sent = []
+    opened.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    opened.keyboard.press("/")
+    opened.keyboard.type("axdg")
+    assert opened.locator("[name=name]").input_value().endswith("axdg")
+    opened.get_by_role("textbox", name="Name of a new class").fill("")
+    opened.get_by_role("textbox", name="Name of a new class").type("axdg")
+    expect(opened.locator("#panel h2")).to_have_text(image)
+    assert sent == []
+
+
+def test_ten_thousand_images_are_a_short_list_of_rows(server, opened):
+    asked = []
+
+    def answer(route):
+        query = dict(part.split("=") for part in urlsplit(route.request.url).query.split("&"))
+        first = int(query["first"])
+        asked.append(first)
+        entry = {"tag": "", "state": "unlabelled", "confidence": None, "unlike": False, "absent": [], "classes": []}
+        entries = [{**entry, "image": f"image_{n}", "user": None, "time": None} for n in range(first, first + 100)]
+        counts = {"predicted": 0, "draft": 0, "unlabelled": 10000, "removed": 0, "approved": 0}
+        body = {"entries": entries, "first": first, "total": 10000, "counts": counts, "classes": [], "place": None}
+        body["origins"] = {"unchanged": 0, "corrected": 0, "others": 0}
+        route.fulfill(json=body)
+
+    opened.route("**/queue?*", answer)
+    opened.locator("[name=show]").select_option("all")
+    expect(opened.locator("#list [data-image='image_3']")).to_have_count(1)
+    opened.locator("#list").evaluate("list => list.scrollTop = list.scrollHeight")
+    expect(opened.locator("#list [data-image='image_9999']")).to_be_visible()
+    assert opened.locator("#list .row").count() < 40 and asked == [0, 9900]
