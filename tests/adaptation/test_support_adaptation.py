@@ -207,13 +207,15 @@ def test_volumes_are_judged_as_volumes_and_never_guided_by_their_own_slices(netw
     assert record.judged == len(record.groups) == 3
 
 
-def test_short_of_time_few_slices_of_many_volumes_are_judged(network, monkeypatch):
+@pytest.mark.parametrize(("once", "expected"), [(0, [8, 4, 4, 4]), (15, [8, 4, 4])])
+def test_short_of_time_few_slices_of_many_volumes_are_judged(network, monkeypatch, once, expected):
+    """`once`: seconds that the first slices take besides, for the support set's own encodings."""
     counts, chunks, now = [], SupportSetInferer.chunks, itertools.count()
     clock = SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds + next(now) / 1000)
 
     def slow(self, inputs, *arguments, **more):
+        clock.seconds += len(inputs) + (0 if counts else once)
         counts.append(len(inputs))
-        clock.seconds += len(inputs)
         yield from chunks(self, inputs, *arguments, **more)
 
     monkeypatch.setattr(SupportSetInferer, "chunks", slow)
@@ -223,7 +225,7 @@ def test_short_of_time_few_slices_of_many_volumes_are_judged(network, monkeypatc
     support = bank([volume(number, 12) for number in range(4)])
     inferer = SupportSetInferer(support, InferenceSettings(region_below=0.0, volume_memory=VolumeMemory()))
     record = adapt(network, support, 60.0, 1, progress=False, inferer=inferer).record
-    assert counts == [8, 4, 4, 4] and record.judged == 4
+    assert counts == expected and record.judged == len(expected)
 
 
 def test_of_a_volume_that_is_too_long_both_ends_are_judged_in_turn(network):

@@ -36,8 +36,9 @@ from sam2sgp.support.fingerprint import fingerprint
 from sam2sgp.transforms.array import pixel_size
 
 FOLDS = 3
-# Of the time: until when the plain network may be judged, and when training ends; what is left stores and loads.
-PLAIN_UNTIL, TRAINED_UNTIL = 0.35, 0.95
+# Of the time: until when the plain network is judged, until when where too few groups are judged yet, and when training
+# ends; what is left stores and loads.
+PLAIN_UNTIL, PLAIN_AT_MOST, TRAINED_UNTIL = 0.35, 0.6, 0.95
 # Steps that the first ones promise are not all made where a machine gets busier.
 CAUTION = 0.85
 # More steps than this bring nothing.
@@ -223,7 +224,8 @@ class Run:
         slices, began = FIRST_SLICES if self.seconds else MAX_SLICES, 0.0
         for number, case in enumerate(order):
             held = sum(entry.logits.nbytes for entry in judged)
-            if judged and (self._elapsed_share() > PLAIN_UNTIL or held > MAX_BYTES):
+            until = PLAIN_UNTIL if number >= MIN_GROUPS else PLAIN_AT_MOST
+            if judged and (self._elapsed_share() > until or held > MAX_BYTES):
                 break
             if judged and self.seconds:
                 per_slice = (time.monotonic() - began) / len(judged[-1].logits)
