@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,16 @@ def test_settings_table_has_the_defaults_of_the_training_config():
             assert setting == value, key
             checked += 1
     assert checked >= 25
+
+
+def test_badges_say_what_the_package_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    badges = {name: (ROOT / f"docs/images/badge_{name}.svg").read_text() for name in ("python", "licence")}
+    versions = [entry.rpartition(" ")[2] for entry in project["classifiers"] if "Python ::" in entry]
+    assert f"python: {' | '.join(versions)}" in badges["python"]
+    assert f"code: {project['license']}" in badges["licence"]
+    shown = re.findall(r"!\[[^]]*\]\(docs/images/(badge_\w+)\.svg\)", (ROOT / "README.md").read_text())
+    assert len(shown) == len(list((ROOT / "docs/images").glob("badge_*.svg"))) == 4
 
 
 def test_readme_is_short():
