@@ -77,6 +77,7 @@ def test_every_described_setting_is_in_some_config_and_every_documented_one_is_d
         (INFERENCE, {"percentiles": [0.5, 101]}, "--percentiles: expected a list of two numbers from 0 to 100"),
         (("train.json",), {"split": [0.7, -0.1, 0.4]}, "--split: expected a list of three numbers of at least 0"),
         (("train.json",), {"max_epochs": 0}, "--max_epochs: expected a whole number of at least 1, found 0"),
+        (("train.json", "pretrain.json"), {"decay_steps": 0}, "--decay_steps: expected a whole number of at least 1"),
         (("train.json",), {"min_k": 6}, "--min_k: expected at most max_k, found 6, which is more than 5"),
         (INFERENCE, {"k": True}, "--k: expected a whole number of at least 1, found True"),
         (INFERENCE, {"lora": "None"}, "--lora: .*Write None, with a capital letter"),

@@ -16,6 +16,7 @@ from sam2sgp import distributed
 from sam2sgp.engines import QueryEvaluator
 from sam2sgp.engines.case_records import CaseRecords, settings_of_run
 from sam2sgp.errors import ConfigError, DataError, cause_of
+from sam2sgp.transforms import cache_keys
 from tests.bundle_runs import BUNDLE, CONFIGS, random_weights, run
 from tests.support.pairs import age, write_case, write_set
 
@@ -253,3 +254,9 @@ def test_every_setting_that_decides_a_result_is_part_of_its_key(key_of):
     keys = {name: key_of(**{name: value}) for name, value in OTHER.items()}
     assert [name for name, key in keys.items() if key == same] == []
     assert len(set(keys.values())) == len(OTHER)
+
+
+def test_what_older_readers_gave_is_segmented_again(key_of, monkeypatch):
+    before = key_of()
+    monkeypatch.setattr(cache_keys, "READERS_VERSION", cache_keys.READERS_VERSION + 1)
+    assert key_of() != before

@@ -216,7 +216,7 @@ class Training(OptionGroup):
     learning_rate: Amount = Field(description="highest learning rate")
     weight_decay: Amount = Field(description="of AdamW")
     warmup_steps: Count = Field(description="steps in which the learning rate rises")
-    decay_steps: Count = Field(description="pre-training: last steps, in which it falls to zero")
+    decay_steps: Positive = Field(description="pre-training: last steps, in which it falls to zero")
     trunk_rate: Amount = Field(
         description="pre-training: learning rate of a pretrained trunk, as a share of the others'"
     )

@@ -6,9 +6,9 @@ import torch
 from monai.transforms import Compose
 from PIL import Image
 
-from sam2sgp.episodes import CaseCache, case_cache
+from sam2sgp.episodes import CaseCache
 from sam2sgp.errors import DataError
-from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
+from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd, cache_keys
 
 
 def preprocessing(size: int = 32) -> Compose:
@@ -68,7 +68,7 @@ def test_what_an_older_reader_prepared_is_prepared_again(case, tmp_path, monkeyp
     assert read(3)[case].label.max() == 3
     # By the files and the settings, nothing has changed.
     assert read(4)[case].label.max() == 3
-    monkeypatch.setattr(case_cache, "READERS_VERSION", case_cache.READERS_VERSION + 1)
+    monkeypatch.setattr(cache_keys, "READERS_VERSION", cache_keys.READERS_VERSION + 1)
     assert read(4)[case].label.max() == 4
 
 

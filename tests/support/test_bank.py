@@ -17,6 +17,7 @@ from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler, content, tensor_store
 from sam2sgp.support.lru import ByteLRU
+from sam2sgp.transforms import cache_keys
 from tests.support import pairs
 from tests.support.pairs import (
     COUNT,
@@ -106,6 +107,14 @@ def test_the_same_content_under_other_names_is_found(folder, cache, net, encoder
     assert [item.content for item in after.items] == [item.content for item in before.items]
     assert [item.id for item in after.items] == [f"scan{number}" for number in range(COUNT)]
     assert after.items[2].source == str(tmp_path / "other" / "images" / "scan2.nii")
+
+
+def test_what_an_older_reader_prepared_is_read_again(folder, cache, net, monkeypatch):
+    bank(folder, cache).encode(net)
+    monkeypatch.setattr(cache_keys, "READERS_VERSION", cache_keys.READERS_VERSION + 1)
+    preprocessing = CountedPreprocessing()
+    bank(folder, cache, transform=preprocessing).encode(net)
+    assert preprocessing.calls == COUNT
 
 
 @pytest.mark.parametrize("kind", ["images", "labels"])

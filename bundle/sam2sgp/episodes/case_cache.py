@@ -19,10 +19,6 @@ from sam2sgp.transforms.cache_keys import transform_fingerprint
 from sam2sgp.transforms.dictionary import log_warnings
 from sam2sgp.transforms.scaling import Scaling, scaling_hint
 
-# To be raised when the readers of `sam2sgp.data` or the transforms, with the same settings, would make something else
-# of the same files: part of the key, so that what an older version prepared is not used.
-READERS_VERSION = 1
-
 
 @dataclass(frozen=True)
 class CachedCase:
@@ -84,7 +80,7 @@ class CaseCache:
             ) from error
 
     def _key(self, case: dict) -> str:
-        parts = [READERS_VERSION, transform_fingerprint(self.transform), case.get("modality"), scaling_hint(case)]
+        parts = [transform_fingerprint(self.transform), case.get("modality"), scaling_hint(case)]
         for key in ("image", "label"):
             path = Path(case[key])
             files = sorted(path.iterdir()) if path.is_dir() else [path]

@@ -5,8 +5,13 @@ from collections.abc import Callable
 
 from monai.transforms import Compose
 
+# To be raised when the readers of `sam2sgp.data` or the transforms, with the same settings, would make something else
+# of the same files, or refuse them: so that nothing is used that an older version prepared or segmented.
+READERS_VERSION = 2
+
 
 def transform_fingerprint(transform: Callable) -> list:
-    """What a (composed) transform is made of, as JSON types: class names and their settings."""
+    """What a (composed) transform is made of, as JSON types: `READERS_VERSION`, class names and their settings."""
     steps = transform.transforms if isinstance(transform, Compose) else [transform]
-    return [[type(step).__name__, json.loads(json.dumps(vars(step), default=str, sort_keys=True))] for step in steps]
+    settings = [json.loads(json.dumps(vars(step), default=str, sort_keys=True)) for step in steps]
+    return [READERS_VERSION, *([type(step).__name__, own] for step, own in zip(steps, settings, strict=True))]

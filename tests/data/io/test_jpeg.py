@@ -121,6 +121,17 @@ def test_damage_that_gdcm_passes_over_is_told(tmp_path, damage: Callable[[bytes]
         read_image(encapsulated(tmp_path / "a.dcm", damage(stream(GREY))))
 
 
+def test_what_phones_write_around_a_picture_is_no_damage(tmp_path):
+    picture = Image.fromarray(COLOUR)
+    picture.save(tmp_path / "thumbnail.jpg", exif=b"Exif\0\0" + stream(COLOUR[::4, ::4]))
+    picture.save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[Image.fromarray(COLOUR[::-1])])
+    (tmp_path / "behind.jpg").write_bytes(stream(COLOUR) + bytes(100) + stream(GREY))
+    (tmp_path / "filled.jpg").write_bytes(stream(COLOUR)[:-2] + b"\xff\xff\xff\xd9")
+    expected = np.asarray(Image.open(io.BytesIO(stream(COLOUR))), float).transpose(2, 0, 1)
+    for path in sorted(tmp_path.iterdir()):
+        assert np.array_equal(read_image(path).slices[0], expected)
+
+
 @pytest.mark.skipif(shutil.which("dcmcjpeg") is None, reason="needs dcmtk to compress without loss")
 def test_lossless_jpeg_that_is_cut_is_told(tmp_path):
     values = (GREY.astype(np.uint16) * 13)[:64]

@@ -92,7 +92,7 @@ def decode_picture(
     check_blocks(path)
     picture = _decoded(path, label, formats, limit)
     if picture.image.format in JPEG_FORMATS:
-        _check_jpeg(path, picture.image)
+        _check_jpeg(path, picture.image, limit)
     return picture
 
 
@@ -185,7 +185,7 @@ def _judged_header(
     return header, values
 
 
-def _check_jpeg(path: str | os.PathLike, image: Image.Image) -> None:
+def _check_jpeg(path: str | os.PathLike, image: Image.Image, limit: int | None) -> None:
     """Raise DataError for a JPEG whose damage shows, though it can be decoded."""
     with tempfile.TemporaryDirectory(prefix="sam2sgp-") as folder:
         copy = Path(folder, "copy.jpg")
@@ -193,7 +193,7 @@ def _check_jpeg(path: str | os.PathLike, image: Image.Image) -> None:
         def decode(streams: list[bytes]) -> np.ndarray | None:
             copy.write_bytes(streams[0])
             try:
-                return np.asarray(_decoded(copy, True, JPEG_FORMATS, None).image)[None]
+                return np.asarray(_decoded(copy, True, JPEG_FORMATS, limit).image)[None]
             except DataError:
                 return None
 

@@ -1,10 +1,10 @@
 """From a DICOM file to the values of its frames.
 
-Stored values are decoded, cut to the bits that are stored (PS3.5 8.1.1; those from HighBit
-down, which earlier editions let be any bit), and sent through the modality transformation
-(PS3.3 C.11.1): a lookup table or a slope and an intercept, of the frame where it has its own. Grey values where low is
-bright are inverted (MONOCHROME1, Presentation LUT Shape INVERSE), Hounsfield units excepted. Padding around the image
-(PS3.3 C.7.5.1.1.2) becomes as dark as the darkest pixel. Colours become RGB.
+Stored values are decoded, cut to the bits that are stored (PS3.5 8.1.1; those from HighBit down, which earlier editions
+let be any bit), and sent through the modality transformation (PS3.3 C.11.1): a lookup table or a slope and an
+intercept, of the frame where it has its own. Grey values where low is bright are inverted (MONOCHROME1, Presentation
+LUT Shape INVERSE), Hounsfield units excepted. Padding around the image (PS3.3 C.7.5.1.1.2) becomes as dark as the
+darkest pixel. Colours become RGB.
 """
 
 import math
