@@ -36,7 +36,7 @@ from lib.http.endpoints import routes, without_path
 from lib.http.guard import install, serve_only
 from lib.http.health import Health, checks_of
 from lib.http.logs import keep_logs, log_routes, quiet_libraries
-from lib.http.page import SupportPage
+from lib.http.page import SupportPage, Threads
 from lib.http.review import ReviewPage
 from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
@@ -194,14 +194,15 @@ class Sam2SgpApp(MONAILabelApp):
             self.on_save_label,
         )
         review = ReviewPage(self.datastore(), self.segmenter, self.ranked, self.settings.audit_file, self.on_save_label)
+        threads = Threads()
         # In place of MONAI Label's own, of which none but its login is left.
         answered = [
             routes(self),
             task_routes(self, self._tasks),
             viewer_routes(self),
             log_routes(self.log_file),
-            page.router(),
-            review.router(),
+            page.router(threads),
+            review.router(threads),
             metrics_routes(self._metrics),
             Health(checks_of(self.segmenter, self.datastore(), self.settings)).router(),
         ]

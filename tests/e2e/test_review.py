@@ -292,3 +292,68 @@ def test_ten_thousand_images_are_a_short_list_of_rows(server, opened):
     opened.locator("#list").evaluate("list => list.scrollTop = list.scrollHeight")
     expect(opened.locator("#list [data-image='image_9999']")).to_be_visible()
     assert opened.locator("#list .row").count() < 40 and asked == [0, 9900]
+
+
+def test_what_is_painted_while_a_decision_is_carried_out_gets_into_no_other_label(server, opened):
+    image = waiting(server, "us_")
+    source, _, _ = files(server, image)
+    draft = Path(server.studies) / "labels" / "draft" / source.name
+    geometry = read_image(source).geometry
+    show(opened, image)
+    use_pencil(opened)
+    opened.keyboard.press("1")
+    before = read_label(files(server, image)[1], geometry)[0]
+    held = []
+    opened.route("**/correct", lambda route: held.append(route))
+    opened.mouse.move(*place(opened, 2, 2))
+    opened.mouse.down()
+    opened.mouse.move(*place(opened, 2, 6), steps=4)
+    with opened.expect_request("**/correct"):
+        opened.keyboard.press("d")
+    opened.mouse.move(*place(opened, 2, 12), steps=4)
+    opened.mouse.up()
+    draw(opened, (6, 2), (6, 9))
+    expect(opened.locator("#message")).to_have_text("Wait until this is done, then paint.")
+    held.pop().continue_()
+    expect(opened.locator("#panel button.tag.shown")).to_have_text("draft")
+    expected = before.copy()
+    expected[2, 2:7] = 1
+    assert np.array_equal(read_label(draft, geometry)[0], expected)
+    opened.keyboard.press("Control+z")
+    expect(opened.locator("#message")).to_have_text("Nothing to undo.")
+    # What was painted when an earlier state is brought back becomes an earlier state as well.
+    opened.unroute("**/correct")
+    draw(opened, (8, 2), (8, 5))
+    with opened.expect_response(lambda answer: answer.url.endswith("/correct")):
+        opened.keyboard.press("d")
+    expect(opened.locator("#changed")).to_have_text("")
+    draw(opened, (9, 2), (9, 5))
+    opened.get_by_role("button", name="Bring back the draft").first.click()
+    expect(opened.locator("#message")).to_contain_text("The earlier label is a draft now")
+    assert np.array_equal(read_label(draft, geometry)[0], expected)
+    expected[8:10, 2:6] = 1
+    kept = max((server.state / "history").glob("*/*-draft.*[!n]"), key=lambda path: path.name)
+    assert np.array_equal(read_label(kept, geometry)[0], expected)
+    with opened.expect_response(lambda answer: answer.url.endswith("/reject")):
+        opened.keyboard.press("x")
+    assert opened.problems == []
+
+
+def test_changes_of_any_size_go_in_requests_that_the_server_takes(opened):
+    sizes = opened.evaluate(
+        """async () => {
+            const { pieces } = await import("/sam2sgp/review/assets/slices.js");
+            const runs = (number) => Array.from({ length: 3 * number }, (_, place) => place);
+            const small = runs(3000).map((place) => ({ slice: 1 + place, runs: runs(1) }));
+            const changes = [{ slice: 0, runs: runs(45000) }, ...small];
+            const parts = pieces(changes);
+            const back = parts.flat().filter(({ slice }) => slice === 0);
+            return {
+                numbers: parts.map((part) => part.reduce((sum, { runs }) => sum + runs.length, 0)),
+                slices: parts.map((part) => part.length),
+                same: String(back.flatMap(({ runs }) => runs)) === String(changes[0].runs),
+            };
+        }"""
+    )
+    assert max(sizes["numbers"]) <= 60_000 and max(sizes["slices"]) <= 4096 and sizes["same"]
+    assert sum(sizes["numbers"]) == 135_000 + 27_000 and sum(sizes["slices"]) == 3 + 9000

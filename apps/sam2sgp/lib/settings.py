@@ -114,7 +114,7 @@ class Settings(BaseModel):
 
     state_dir: ResolvedPath
     """The app's own files: `support/` (the bank's cache), `weights/`, `training/`, scores, audit log. By default a
-    folder of its own for each `studies` in the app's `model/state`."""
+    folder of its own for each `studies`, see `lib.state_folder`."""
 
     support_dir: ResolvedPath | None = None
     """A data folder of labelled pairs that belong to the support set from the start; None for none."""

@@ -157,6 +157,16 @@ def test_what_is_meant_has_to_be_there(site, tmp_path):
     assert not (tmp_path / "x.tar").exists()
 
 
+def test_root_does_not_make_files_that_the_server_can_not_write_to(site, monkeypatch):
+    if os.geteuid() == 0:
+        os.chown(site.state, 54321, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    before = content(site.studies, site.state)
+    with pytest.raises(ConfigError, match="expected to be run by the folder's user, found root.*run it as user "):
+        site.save()
+    assert content(site.studies, site.state) == before
+
+
 def test_labels_are_saved_while_nobody_decides_about_their_image(site):
     """A label that is being changed is saved as it was before or after, with what is known about just that one."""
     store = open_datastore(site.settings)
@@ -250,6 +260,34 @@ def test_a_backup_that_was_cut_or_changed_anywhere_is_refused(site, other, tmp_p
         if inside:
             with pytest.raises(DataError):
                 restore(other.words(file), APP)
+    assert not other.studies.exists() and not other.state.exists()
+
+
+def test_earlier_states_of_labels_go_along_and_later_ones_do_not_stay(site, other):
+    store = open_datastore(site.settings)
+    store.approve("b", "original")
+    store.save_label("b", str(label(site.folder / "x.png", 1)), "original", {"model": "sam2sgp"})
+    store.approve("b", "original")
+    [version] = store.history.versions("b")
+    file = site.save()
+    restore(other.words(file), APP)
+    new = open_datastore(other.settings)
+    assert new.history.versions("b") == [version]
+    path, info = new.history.get("b", version["version"])
+    assert int(np.asarray(Image.open(path))[0, 0]) == 2 and info["model"] == "sam2sgp"
+    # What came after the backup is no part of what is restored.
+    new.history.keep("c", "final", path, {})
+    restore(other.words(file, "--overwrite"), APP)
+    assert new.history.versions("b") == [version] and new.history.versions("c") == []
+
+
+@pytest.mark.parametrize("name", ["state/app/torch.py", "state/archive/labels/x.json", "studies/more/x", "studies/.x"])
+def test_a_whole_backup_with_files_that_none_has_is_refused(other, tmp_path, name):
+    file = tmp_path / "evil.tar"
+    with backup_file.writing(file, "folder") as writer:
+        writer.add_bytes(name, b"import os")
+    with pytest.raises(DataError, match="which none has; take another one"):
+        restore(other.words(file), APP)
     assert not other.studies.exists() and not other.state.exists()
 
 
@@ -368,7 +406,9 @@ def test_of_an_archive_predictions_and_removals_are_saved(tmp_path):
         return state, ["--studies", "http://archive.example/dicom-web", "--state-dir", str(state)]
 
     state, words = settings("state")
+    kept = f"history/{'0' * 32}/{1:019}-final"
     files = ("labels/original/1.2.nii.gz", "labels/original/1.2.json", "removed/1.2.json", "classes.json")
+    files += (f"{kept}.nii.gz", f"{kept}.json")
     for name in (*files, "labels/final/1.2.nii.gz", "images/1.2/0.dcm"):
         path = state / "archive" / name
         path.parent.mkdir(parents=True, exist_ok=True)

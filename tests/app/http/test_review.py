@@ -3,6 +3,9 @@
 import gzip
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -13,11 +16,13 @@ from monailabel.endpoints.user.auth import RBAC
 from PIL import Image
 from starlette.testclient import TestClient
 
-from lib.checks import BadLabel
+from lib.checks import MOST_CLASSES, BadLabel
 from lib.http.corrections import SliceChange, corrected
 from lib.http.guard import install, serve_only
-from lib.http.page import SupportPage
+from lib.http.metrics import DECISIONS
+from lib.http.page import SupportPage, Threads
 from lib.http.review import MOST_SLICES, ReviewPage
+from lib.http.routing import in_threads
 from lib.http.volumes import Volumes
 from lib.http.work_list import Order, Shown, listed, origins
 from lib.stores.audit import Audit
@@ -124,6 +129,8 @@ def test_whole_numbers_are_exact_and_others_close(tmp_path):
         np.arange(60, dtype=np.float32).reshape(3, 4, 5) * 40000,
         np.full((3, 4, 5), 7, np.float32),
         np.arange(60, dtype=np.float32).reshape(3, 4, 5) - 1024,
+        # Of a range that 8 bits can hold, above what they can.
+        np.arange(60, dtype=np.float32).reshape(3, 4, 5) + 230,
     ):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.nii.gz"
         nib.save(nib.Nifti1Image(values, np.eye(4)), path)
@@ -236,6 +243,88 @@ def test_an_earlier_state_is_brought_back_as_a_draft_and_the_oldest_ones_go(clie
     assert datastore.history.versions("us") == []
 
 
+def test_decisions_that_are_refused_drive_no_earlier_state_out(client, datastore, studies):
+    shown = case(client, "us")
+    body = correction(shown, [{"slice": 0, "runs": [8, 4, 1]}], "final")
+    for number in range(2):
+        body = {**body, "changes": [{"slice": 0, "runs": [8, 4 + number, 1]}]}
+        assert client.post("/sam2sgp/review/correct", json=body).status_code == 200
+        shown = case(client, "us")
+        body = correction(shown, [], "final")
+    assert len(datastore.history.versions("us")) == 1
+    (studies / "labels" / "original" / "us.png").write_bytes(b"no label")
+    for _ in range(3):
+        answer = client.post("/sam2sgp/approve", json={"image": "us", "label_tag": "original"})
+        assert 400 <= answer.status_code < 500
+    assert len(datastore.history.versions("us")) == 2
+    # What is approved in the end takes the place of just that one.
+    Image.fromarray(np.ones((6, 8), np.uint8)).save(studies / "labels" / "original" / "us.png")
+    assert client.post("/sam2sgp/approve", json={"image": "us", "label_tag": "original"}).status_code == 200
+    kept = [datastore.history.get("us", entry["version"])[0] for entry in datastore.history.versions("us")]
+    assert [int((read_label(path) > 0).sum()) for path in kept] == [5, 4]
+
+
+def test_what_was_corrected_stays_so_when_it_is_brought_back(client, datastore):
+    for _ in range(2):
+        shown = case(client, "ct")
+        change = [{"slice": 7, "runs": [0, 3, 1]}] if shown["label_tag"] == "original" else []
+        assert client.post("/sam2sgp/review/correct", json=correction(shown, change, "final")).status_code == 200
+    [version] = client.get("/sam2sgp/review/history", params={"image": "ct"}).json()["versions"]
+    body = {"image": "ct", "image_seen": shown["image_seen"], "replaces": "", "version": version["version"]}
+    assert client.post("/sam2sgp/review/bring_back", json=body).status_code == 200
+    assert datastore.get_label_info("ct", "draft")["corrected"]["voxels"] == 3
+
+
+def test_a_label_of_more_classes_than_a_page_can_show_is_refused(client, studies):
+    many = np.arange(MOST_CLASSES + 2, dtype=np.uint16)
+    Image.fromarray(np.zeros((1, many.size), np.uint8)).save(studies / "many.png")
+    Image.fromarray(many[None]).save(studies / "labels" / "original" / "many.png")
+    answer = client.get("/sam2sgp/review/case", params={"image": "many"})
+    assert answer.status_code == 413 and f"at most {MOST_CLASSES} classes" in answer.json()["detail"]
+
+
+def test_all_that_people_decide_here_is_counted(datastore, tmp_path):
+    page = ReviewPage(datastore, None, sorted, tmp_path / "audit.jsonl")
+    assert {("POST", route.path) for route in page.router().routes if "POST" in route.methods} <= DECISIONS.keys()
+
+
+def test_an_approved_label_that_changed_since_it_was_shown_is_not_removed(client, datastore):
+    first = correction(case(client, "us"), [{"slice": 0, "runs": [8, 4, 1]}], "final")
+    assert client.post("/sam2sgp/review/correct", json=first).status_code == 200
+    shown = case(client, "us")
+    newer = correction(shown, [{"slice": 0, "runs": [0, 2, 1]}], "final")
+    assert client.post("/sam2sgp/review/correct", json=newer).status_code == 200
+    body = {"image": "us", "label_tag": "final", "seen": shown["seen"]}
+    assert client.post("/sam2sgp/remove", json=body).status_code == 409
+    assert set(datastore.get_labels_by_image_id("us")) == {"final"}
+    assert client.post("/sam2sgp/remove", json={**body, "seen": case(client, "us")["seen"]}).status_code == 200
+    assert set(datastore.get_labels_by_image_id("us")) == {"removed"}
+
+
+def test_decisions_of_both_pages_share_one_limit(datastore, tmp_path, monkeypatch):
+    meeting = threading.Barrier(2)
+    met = []
+
+    def decide(*_arguments):
+        with suppress(threading.BrokenBarrierError):
+            met.append(meeting.wait(0.3))
+
+    server = FastAPI()
+    install(server, Given(tmp_path / "state"))
+    review, page = ReviewPage(datastore, None, sorted, tmp_path), SupportPage(datastore, None, None, sorted, dict)
+    monkeypatch.setattr(datastore, "reject", decide)
+    monkeypatch.setattr(review, "bring_back", lambda restoration: decide() or {})
+    threads = Threads(deciding=in_threads(1))
+    serve_only(server, [review.router(threads), page.router(threads)])
+    asked = {
+        "/sam2sgp/reject": {"image": "ct", "label_tag": "original"},
+        "/sam2sgp/review/bring_back": {"image": "ct", "version": "1", "image_seen": "1", "replaces": ""},
+    }
+    with TestClient(server, base_url="http://server:8000") as client, ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda path: client.post(path, json=asked[path]).status_code, asked))
+    assert answers == [200, 200] and met == []
+
+
 def test_the_page_loads_its_own_files_only(client):
     answer = client.get("/sam2sgp/review/")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
@@ -261,6 +350,9 @@ def test_what_is_marked_or_in_doubt_comes_first_and_filters_hold():
         "removed": {"removed": {}},
     }
     ranked = lambda images: sorted(images, reverse=True)  # noqa: E731
+    # One record that another program made takes no list away.
+    foreign = {"foreign": {"original": record({"liver": "sure", "cyst": 0.7}, maybe_absent=3)}}
+    assert [(entry.confidence, entry.absent) for entry in listed(foreign, ranked)[0]] == [(0.7, ())]
     entries, counts = listed(records, ranked)
     assert [entry.image for entry in entries] == ["absent", "unlike", "doubtful", "draft", "sure", "sooner", "later"]
     assert counts == {"predicted": 4, "draft": 1, "unlabelled": 2, "removed": 1, "approved": 1}
@@ -280,6 +372,9 @@ def test_runs_must_be_in_order_and_stay_in_their_slice():
     labels = np.zeros((2, 3, 4), np.uint8)
     painted = corrected(labels, [SliceChange(slice=1, runs=[2, 3, 1, 5, 7, 2])], {1, 2})
     assert painted[1].reshape(-1).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2] and not labels.any()
+    turned = np.zeros((4, 3, 2), np.uint16).T
+    painted = corrected(turned, [SliceChange(slice=0, runs=[3, 2, 1])], {1})
+    assert np.flatnonzero(painted).tolist() == [3, 4]
     for runs in ([2, 0, 1], [11, 2, 1], [3, 2, 1, 4, 1, 1], [3, 1, 1, 0, 1, 1], [0, 1, 3]):
         with pytest.raises(BadLabel):
             corrected(labels, [SliceChange(slice=0, runs=runs)], {1, 2})

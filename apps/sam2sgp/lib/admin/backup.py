@@ -1,7 +1,7 @@
 """`sam2sgp backup`: labels, what is known about them, and the app's state, in one file, while the server serves.
 
     studies folder ── each image's labels and index entry, while the image's lock is held ─┐
-    state folder ──── weights in use and published, audit log ─────────────────────────────┴─ FILE.tar
+    state folder ──── earlier states of labels, weights in use and published, audit log ───┴─ FILE.tar
 
 In: the studies, the state folder of their server, the path of the file. Out: the file, which is there only when it is
 whole (`lib.admin.backup_file`). Decisions about an image wait while its labels are copied, others go on. A label and
@@ -9,7 +9,7 @@ what is known about it are of one moment; labels of two images may be of differe
 those that are saved, and no label is saved without its line of the audit log: the log comes last.
 
 Of an archive of DICOM, what lies there is not copied: its approved labels are its own. The predictions and removals in
-the state folder are.
+the state folder are, and so are earlier states of labels.
 """
 
 import json
@@ -26,6 +26,8 @@ from lib.layout import check_layout
 from lib.serving.published_weights import ACTIVE_FILE, Weights
 from lib.settings import Settings
 from lib.stores.decisions import FINAL, ImageLocks
+from lib.stores.history import FOLDER as HISTORY
+from lib.stores.history import History
 from lib.stores.opening import open_datastore
 from sam2sgp.data.tree import DESCRIPTIONS
 from sam2sgp.errors import ConfigError
@@ -63,6 +65,7 @@ def backup(words: Sequence[str], app_dir: Path) -> None:
             _add_studies(writer, settings, given.images)
         for room, folder in ((STATE, settings.state_dir), *((STUDIES, folder) for folder in settings.studies_folders)):
             _add_all(writer, [(f"{room}/{LAYOUT_FILE}", folder / LAYOUT_FILE)])
+        _add_history(writer, settings)
         _add_weights(writer, settings)
         _add_audit(writer, settings)
     size = sum(size for size, _ in writer.files.values())
@@ -127,6 +130,15 @@ def _add_archive(writer: BackupWriter, settings: Settings) -> None:
         found = sorted((folder / name).glob("*.json"))
         _add_all(writer, ((f"{STATE}/{ARCHIVE}/{name}/{file.name}", file) for file in found))
     _add_all(writer, ((f"{STATE}/{ARCHIVE}/{name}", folder / name) for name in ARCHIVE_FILES))
+
+
+def _add_history(writer: BackupWriter, settings: Settings) -> None:
+    place = f"{ARCHIVE}/{HISTORY}" if settings.is_remote else HISTORY
+    for label, notes in History(settings.state_dir / place).files():
+        # States never change, but the oldest ones go; one without its notes is none.
+        with suppress(FileNotFoundError):
+            for file in (label, notes):
+                writer.add(f"{STATE}/{place}/{file.parent.name}/{file.name}", file)
 
 
 def _add_weights(writer: BackupWriter, settings: Settings) -> None:

@@ -185,7 +185,13 @@ def _walk(path: Path, take: Callable[[str, IO[bytes]], str]) -> Manifest:
 def _check_member(path: Path, member: tarfile.TarInfo, found: dict[str, tuple[int, str]]) -> None:
     name = PurePosixPath(member.name)
     is_own = member.name == MANIFEST or (len(name.parts) > 1 and name.parts[0] in (STUDIES, STATE))
-    is_plain = member.isreg() and ".." not in name.parts and "\0" not in member.name and str(name) == member.name
+    is_plain = (
+        member.isreg()
+        and not member.issparse()
+        and ".." not in name.parts
+        and "\0" not in member.name
+        and str(name) == member.name
+    )
     if not is_own or not is_plain or member.name in found:
         raise _not_whole(path, f"{ascii(member.name)[:80]}, which no backup has")
 

@@ -1,6 +1,8 @@
 """Which server a command is about: `--studies` and `--state-dir`, or the settings file that the server starts with."""
 
 import argparse
+import os
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def settings_of(given: argparse.Namespace, app_dir: Path) -> Settings:
         app_dir: the app's folder.
 
     Raises:
-        ConfigError: no studies are named, or a setting can't work.
+        ConfigError: no studies are named, a setting can't work, or root is at work on another user's state.
     """
     start = start_values(given.settings) if given.settings else {}
     studies = given.studies or start.get("studies")
@@ -37,4 +39,23 @@ def settings_of(given: argparse.Namespace, app_dir: Path) -> Settings:
     conf: dict[str, Any] = {"settings": given.settings} if given.settings else {}
     if given.state_dir:
         conf["state_dir"] = given.state_dir
-    return Settings.from_conf(app_dir, studies, conf, starts=True)
+    settings = Settings.from_conf(app_dir, studies, conf, starts=True)
+    _check_user(settings.state_dir)
+    return settings
+
+
+def _check_user(folder: Path) -> None:
+    """Raise ConfigError where root would make files, such as locks, that the server's user can't write to."""
+    owner = os.stat(folder).st_uid if folder.exists() else 0
+    if os.geteuid() == 0 != owner:
+        raise ConfigError(
+            f"{folder}: expected to be run by the folder's user, found root, whose files the server couldn't write to; "
+            f"run it as user {_name_of(owner)}."
+        )
+
+
+def _name_of(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)

@@ -12,13 +12,13 @@ renames is finished by the next one, and no server starts before that. What was 
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lib.admin.backup import ARCHIVE, FOLDER, INDEX
+from lib.admin.backup import ARCHIVE, ARCHIVE_FILES, ARCHIVE_FOLDERS, FOLDER, INDEX
 from lib.admin.backup_file import STATE, STUDIES, Manifest, checked, unpack
 from lib.admin.command_line import parser_of, settings_of
 from lib.layout import FILE as LAYOUT_FILE
@@ -26,6 +26,7 @@ from lib.settings import Settings
 from lib.state_folder import LOCK, RESTORE, UNFINISHED, alone, make_private
 from lib.stores.audit import Audit
 from lib.stores.folder_index import JOURNAL
+from lib.stores.history import FOLDER as HISTORY
 from sam2sgp.data.tree import DESCRIPTIONS
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.files import sync_folder, write_text
@@ -33,9 +34,9 @@ from sam2sgp.files import sync_folder, write_text
 # What a backup takes the place of, though it may hold none of it: stale, it would be taken for a part of it.
 REPLACED = {
     STUDIES: ("labels", INDEX, JOURNAL, *DESCRIPTIONS, LAYOUT_FILE),
-    STATE: ("weights", "audit.jsonl", LAYOUT_FILE),
+    STATE: ("weights", "audit.jsonl", HISTORY, LAYOUT_FILE),
 }
-REPLACED_OF_ARCHIVE = ("archive/labels", "archive/removed", "archive/facts", "archive/classes.json")
+REPLACED_OF_ARCHIVE = tuple(f"{ARCHIVE}/{name}" for name in ("labels", *ARCHIVE_FOLDERS, *ARCHIVE_FILES, HISTORY))
 NAMES_TOLD = 3
 
 
@@ -90,14 +91,18 @@ def restore(words: Sequence[str], app_dir: Path) -> None:
             _restore(given.file, settings, given.overwrite)
         except BaseException:
             if is_new:
-                (state / LOCK).unlink(missing_ok=True)
-                state.rmdir()
+                # A restore that has begun to put files in place stays.
+                if not unfinished.exists():
+                    (state / LOCK).unlink(missing_ok=True)
+                    with suppress(OSError):
+                        state.rmdir()
             raise
 
 
 def _restore(file: Path, settings: Settings, overwrite: bool) -> None:
     manifest = checked(file)
     targets = _targets(manifest, settings, file)
+    _check_names(manifest, file)
     for target in targets.values():
         shutil.rmtree(target / RESTORE, ignore_errors=True)
     if not overwrite:
@@ -153,6 +158,16 @@ def _targets(manifest: Manifest, settings: Settings, file: Path) -> dict[str, Pa
             STUDIES: Path(settings.studies).resolve(),
         }
     )
+
+
+def _check_names(manifest: Manifest, file: Path) -> None:
+    """Raise DataError for a file that no backup has, such as code in the folder that the server starts from."""
+    known = {STATE: (*REPLACED[STATE], *REPLACED_OF_ARCHIVE)} if manifest.kind == ARCHIVE else REPLACED
+    for name in manifest.files:
+        room, _, rest = name.partition("/")
+        is_image = room == STUDIES and room in known and "/" not in rest and not rest.startswith(".")
+        if not is_image and not any(_is_within(rest, place) for place in known.get(room, ())):
+            raise DataError(f"{file}: expected a backup, found {ascii(name)[:80]}, which none has; take another one.")
 
 
 def _check_empty(folder: Path) -> None:

@@ -68,7 +68,7 @@ def corrected(labels: np.ndarray, changes: Sequence[SliceChange], values: Collec
         [[[0, 7], [7, 0]]]
     """
     allowed = np.array(sorted({0, *values}))
-    painted = labels.astype(np.uint16)
+    painted = labels.astype(np.uint16, order="C")
     pixels = painted.reshape(len(painted), -1)
     seen: set[int] = set()
     for change in changes:
@@ -87,9 +87,9 @@ def corrected(labels: np.ndarray, changes: Sequence[SliceChange], values: Collec
                 f"changes: expected the classes {', '.join(map(str, allowed))}, found "
                 f"{int(new[~np.isin(new, allowed)][0])}; name the class first."
             )
-        firsts = np.cumsum(lengths) - lengths
-        index = np.arange(int(lengths.sum())) + np.repeat(starts - firsts, lengths)
-        pixels[change.slice, index] = np.repeat(new, lengths)
+        row = pixels[change.slice]
+        for start, end, value in zip(starts.tolist(), ends.tolist(), new.tolist(), strict=True):
+            row[start:end] = value
     return painted
 
 

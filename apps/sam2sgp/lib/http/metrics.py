@@ -55,6 +55,8 @@ DECISIONS = {
     ("POST", "/sam2sgp/reject"): "reject",
     ("POST", "/sam2sgp/remove"): "remove",
     ("POST", "/sam2sgp/restore"): "restore",
+    ("POST", "/sam2sgp/review/correct"): "correct",
+    ("POST", "/sam2sgp/review/bring_back"): "bring_back",
     ("PUT", "/datastore/label"): "submit",
 }
 INFER = "/infer/{model}"

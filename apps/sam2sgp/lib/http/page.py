@@ -6,7 +6,7 @@
     POST /sam2sgp/{approve,reject,remove,restore}  {"image": …, "label_tag": …[, "seen": …]}, as JSON
 
 Approving a prediction gives it the tag `final`, which is what joins the support set. `seen` names the state of the
-label that the page showed; a newer one is neither approved nor rejected in its place. Removing an approved label from
+label that the page showed; nothing is decided about a newer one in its place. Removing an approved label from
 the support set gives it the tag `removed`, restoring it the tag `final` again; the file itself stays. Nothing is loaded
 from elsewhere.
 
@@ -18,6 +18,7 @@ import io
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,25 +85,33 @@ class PictureQuery(Query):
 
 
 class Decision(Declared):
-    """A label by its image and its tag, of which removing and restoring have a default."""
+    """A label by its image and its tag, and `seen`: the state of the label that the page showed, if it tells."""
 
     image: Id
-    label_tag: Tag = ""
-
-
-class SeenDecision(Decision):
-    """`seen`: the state of the label that the page showed."""
-
     label_tag: Tag
     seen: Annotated[str, Field(max_length=256)] = ""
 
 
+class DecisionAgain(Decision):
+    """One about a label that was approved before, of which the tag has a default."""
+
+    label_tag: Tag = ""
+
+
 DECISIONS: dict[str, type[Decision]] = {
-    "approve": SeenDecision,
-    "reject": SeenDecision,
-    "remove": Decision,
-    "restore": Decision,
+    "approve": Decision,
+    "reject": Decision,
+    "remove": DecisionAgain,
+    "restore": DecisionAgain,
 }
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Decorators of handlers that hold an image in memory: those of both pages share their limits."""
+
+    drawing: Callable = field(default_factory=lambda: in_threads(DRAWING))
+    deciding: Callable = field(default_factory=lambda: in_threads(DECIDING))
 
 
 class SupportPage:
@@ -137,7 +146,9 @@ class SupportPage:
         )
         self.template = environment.get_template("page.html.j2")
 
-    def router(self) -> APIRouter:
+    def router(self, threads: Threads | None = None) -> APIRouter:
+        """The routes; their own threads by default."""
+        threads = threads or Threads()
         made = APIRouter(prefix=PREFIX, include_in_schema=False, dependencies=[USER])
 
         @made.get("/")
@@ -149,14 +160,13 @@ class SupportPage:
             return self.item(query.content)
 
         @made.get("/picture")
-        @in_threads(DRAWING)
+        @threads.drawing
         def picture(query: Annotated[PictureQuery, fastapi.Query()]) -> Response:
             return self.picture(query.image, query.label_tag)
 
         made.add_api_route("/assets/{name}", self.asset, methods=["GET"])
-        deciding = in_threads(DECIDING)
         for name, declared in DECISIONS.items():
-            decide = deciding(_declaring(getattr(self, name), declared))
+            decide = threads.deciding(_declaring(getattr(self, name), declared))
             made.add_api_route(f"/{name}", decide, methods=["POST"], dependencies=[ANNOTATOR])
         return made
 
@@ -232,13 +242,13 @@ class SupportPage:
         """A prediction joins the support set."""
         return self._decided(image, FINAL, lambda: self.datastore.approve(image, label_tag, seen))
 
-    def restore(self, image: str, label_tag: str = REMOVED) -> dict:
+    def restore(self, image: str, label_tag: str = REMOVED, seen: str = "") -> dict:
         """A removed label joins the support set again."""
-        return self._decided(image, FINAL, lambda: self.datastore.approve(image, label_tag))
+        return self._decided(image, FINAL, lambda: self.datastore.approve(image, label_tag, seen))
 
-    def remove(self, image: str, label_tag: str = FINAL) -> dict:
+    def remove(self, image: str, label_tag: str = FINAL, seen: str = "") -> dict:
         """An approved label leaves the support set; it can be restored."""
-        return self._decided(image, REMOVED, lambda: self.datastore.remove(image, label_tag))
+        return self._decided(image, REMOVED, lambda: self.datastore.remove(image, label_tag, seen))
 
     def reject(self, image: str, label_tag: str, seen: str = "") -> dict:
         """A prediction is deleted. Approved labels are not deleted here."""

@@ -34,7 +34,7 @@ from pydantic import Field
 
 from lib.checks import Conflict, NotFound, RequestError
 from lib.http.corrections import DRAFT, Correction, OptionalTag, Restoration, State, corrected, tags_seen
-from lib.http.page import DECIDING, DRAWING, PREFIX, SECURITY
+from lib.http.page import PREFIX, SECURITY, Threads
 from lib.http.routing import ANNOTATOR, USER, Id, Query, Tag, in_threads
 from lib.http.volumes import ShownImage, ShownLabel, Volumes
 from lib.http.work_list import Order, Shown, entry_of, listed, origins, prediction_of, shown_first
@@ -129,9 +129,11 @@ class ReviewPage:
         self.volumes = Volumes()
         self.files = {path.name: path for path in FILES.iterdir() if path.suffix in KINDS}
 
-    def router(self) -> APIRouter:
+    def router(self, threads: Threads | None = None) -> APIRouter:
+        """The routes; their own threads by default."""
+        threads = threads or Threads()
+        looking = in_threads(LOOKING)
         made = APIRouter(prefix=f"{PREFIX}/review", include_in_schema=False, dependencies=[USER])
-        reading, looking, deciding = in_threads(DRAWING), in_threads(LOOKING), in_threads(DECIDING)
         tag = Annotated[str | None, Header(alias="if-none-match")]
 
         @made.get("/")
@@ -147,7 +149,7 @@ class ReviewPage:
             return _refusing(self.queue, query)
 
         @made.get("/case")
-        @reading
+        @threads.drawing
         def case(query: Annotated[CaseQuery, fastapi.Query()]) -> dict[str, Any]:
             return _refusing(self.case, query.image, query.label_tag)
 
@@ -166,12 +168,12 @@ class ReviewPage:
             return _refusing(self.history, query.image)
 
         @made.post("/correct", dependencies=[ANNOTATOR])
-        @deciding
+        @threads.deciding
         def correct(correction: Correction) -> dict[str, Any]:
             return _refusing(self.correct, correction)
 
         @made.post("/bring_back", dependencies=[ANNOTATOR])
-        @deciding
+        @threads.deciding
         def bring_back(restoration: Restoration) -> dict[str, Any]:
             return _refusing(self.bring_back, restoration)
 
@@ -333,7 +335,7 @@ class ReviewPage:
         path = self.datastore.get_image_uri(image)
         shown = self.volumes.image(path)
         file, info = self.datastore.history.get(image, restoration.version)
-        kept = {key: info[key] for key in ("model", "params", "label_info") if key in info}
+        kept = {key: info[key] for key in ("model", "params", "label_info", "corrected") if key in info}
         seen = {DRAFT: restoration.replaces}
         labels = self.volumes.label(file, path).slices
         self._save(image, labels, shown, DRAFT, kept, restoration.image_seen, seen)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.checks import TooLarge
+from lib.checks import MOST_CLASSES, TooLarge
 from lib.stamps import image_stamp, stamp
 from sam2sgp.data import Geometry, read_image, read_label
 from sam2sgp.support.lru import ByteLRU
@@ -107,7 +107,7 @@ class Volumes:
         return self._images.get((str(path), image_stamp(path)), lambda: _read_image(path))
 
     def label(self, path: str | Path, image: str | Path) -> ShownLabel:
-        """A label on its image's grid. Raises DataError where it can't be read or doesn't fit."""
+        """A label on its image's grid. Raises DataError where it can't be read, doesn't fit or has too many classes."""
         geometry = self.image(image).geometry
         return self._labels.get(_key(path, image), lambda: _read_label(path, geometry))
 
@@ -169,7 +169,7 @@ def _read_image(path: str | Path) -> ShownImage:
     values = image.slices if image.is_rgb else image.slices[:, :1]
     lowest, highest = float(values.min()), float(values.max())
     slope, intercept = _steps(values, lowest, highest)
-    kind = np.uint8 if (highest - lowest) / slope <= 255 else np.uint16
+    kind = np.uint8 if (highest - intercept) / slope <= 255 else np.uint16
     count, channels, height, width = values.shape
     if height * width * channels * np.dtype(kind).itemsize > LARGEST_SLICE:
         raise TooLarge(
@@ -213,4 +213,8 @@ def _shown_label(labels: np.ndarray) -> ShownLabel:
         voxels = np.bincount(part.reshape(-1))
         for value in np.flatnonzero(voxels[1:]) + 1:
             counts.setdefault(int(value), [0] * len(values))[number] = int(voxels[value])
+        if len(counts) > MOST_CLASSES:
+            raise TooLarge(
+                f"label: expected at most {MOST_CLASSES} classes to show on a page, found more; use a viewer."
+            )
     return ShownLabel(values, dict(sorted(counts.items())))

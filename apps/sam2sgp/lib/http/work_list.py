@@ -70,8 +70,9 @@ def entry_of(image: str, records: Mapping[str, Mapping[str, Any]]) -> Entry:
     if not tag:
         return Entry(image)
     record, found = records[tag], prediction_of(records, tag)
-    confidence = found.get("confidence")
-    known = {name: value for name, value in confidence.items() if value is not None} if confidence else {}
+    confidence, absent = found.get("confidence") or {}, found.get("maybe_absent")
+    # An index of another program may hold anything here.
+    known = {name: value for name, value in confidence.items() if isinstance(value, int | float)}
     named = [str(entry["name"]) for entry in record.get("label_info") or () if entry.get("name")]
     return Entry(
         image,
@@ -79,7 +80,7 @@ def entry_of(image: str, records: Mapping[str, Mapping[str, Any]]) -> Entry:
         state,
         min(known.values(), default=None),
         bool(found.get("unlike_support")),
-        tuple(found.get("maybe_absent") or ()),
+        tuple(map(str, absent)) if isinstance(absent, list | tuple) else (),
         tuple(known) if known else tuple(named),
         record.get("user"),
         record.get("ts"),

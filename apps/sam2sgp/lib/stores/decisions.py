@@ -30,6 +30,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from lib.checks import Conflict, RequestError, check_tag, suffix_of
 from lib.stores.audit import Audit, content_hash
+from lib.stores.history import FOLDER as HISTORY
 from lib.stores.history import History
 from lib.stores.records import LabelRecord, checked
 from sam2sgp.errors import DataError
@@ -92,7 +93,7 @@ class ImageLocks:
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
-        self.history = History(self._folder.with_name("history"))
+        self.history = History(self._folder.with_name(HISTORY))
         self._threads = [threading.Lock() for _ in range(LOCKS)]
 
     @contextmanager

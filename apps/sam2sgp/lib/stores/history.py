@@ -11,15 +11,19 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lib.checks import NotFound, suffix_of
+from lib.stores.audit import content_hash
 from sam2sgp.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
+# Next to the locks of the images.
+FOLDER = "history"
 MOST_KEPT = 20
 # Lines of the audit log about one image.
 MOST_EVENTS = 50
@@ -38,10 +42,15 @@ class History:
         self._folder = Path(folder)
 
     def keep(self, image_id: str, tag: str, label: str | Path, info: Mapping[str, Any]) -> None:
-        """Keep a label as it is now. Where that fails, as on a full disk, a warning says so and work goes on."""
+        """Keep a label as it is now. Where that fails, as on a full disk, a warning says so and work goes on.
+
+        What was kept for a decision that was then refused isn't kept once more: it would drive out older ones.
+        """
         folder = self._of(image_id)
         version = f"{time.time_ns():019}-{tag}"
         try:
+            if self._is_latest(image_id, tag, label, info):
+                return
             with replacing(folder / f"{version}{suffix_of(label)}") as part:
                 shutil.copyfile(label, part)
             write_text(folder / f"{version}.json", json.dumps(dict(info), default=str))
@@ -72,9 +81,29 @@ class History:
                 return files[0], self._notes(folder / f"{version}.json")
         raise NotFound(f"image {image_id}: expected an earlier label of the list, found none; load the list again.")
 
+    def files(self) -> Iterator[tuple[Path, Path]]:
+        """Of all images, each earlier state: the label, and what was known about it."""
+        for folder in sorted(self._folder.glob("*")):
+            # It goes with its image.
+            with suppress(FileNotFoundError):
+                for notes in sorted(folder.glob("*.json")):
+                    if VERSION.fullmatch(notes.stem):
+                        yield from ((path, notes) for path in folder.glob(f"{notes.stem}.*") if path != notes)
+
     def forget(self, image_id: str) -> None:
         """Delete all of an image that is gone: another one may come under its id."""
         shutil.rmtree(self._of(image_id), ignore_errors=True)
+
+    def _is_latest(self, image_id: str, tag: str, label: str | Path, info: Mapping[str, Any]) -> bool:
+        """Whether a label is the one with its tag that was kept last."""
+        kept = next((found["version"] for found in self.versions(image_id) if found["tag"] == tag), None)
+        if kept is None:
+            return False
+        try:
+            file, known = self.get(image_id, kept)
+        except NotFound:
+            return False
+        return known == json.loads(json.dumps(dict(info), default=str)) and content_hash(file) == content_hash(label)
 
     def _of(self, image_id: str) -> Path:
         # Ids may be longer than a name of a folder, and differ in case only.

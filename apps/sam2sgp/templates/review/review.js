@@ -5,12 +5,10 @@ import { explain, listen } from "./keys.js";
 import { Panel, element } from "./panel.js";
 import { Queue } from "./queue.js";
 import { Refused, json, post, segment } from "./server.js";
-import { runsOf } from "./slices.js";
+import { pieces, runsOf } from "./slices.js";
 import { Open, State } from "./state.js";
 import { Tools } from "./tools.js";
 
-/** Numbers of runs and bytes that one request may bring; more go in several. */
-const MOST_IN_A_REQUEST = 60_000;
 const CT_PRESETS = {
   "soft tissue": [-160, 240],
   lung: [-1350, 150],
@@ -22,7 +20,7 @@ const CT_PRESETS = {
 const one = (selector) => document.querySelector(selector);
 const state = new State();
 const picture = new Picture(one("#picture"), state);
-const tools = new Tools(state, picture, { goTo, say });
+const tools = new Tools(state, picture, { goTo, say, isBusy: () => busy });
 const panel = new Panel(one("#panel"), state, { bringBack, show: (tag) => open(state.open.case.image, tag) });
 const queue = new Queue(one("#list"), one("#filters"), (image) => open(image), fail);
 /** What comes next is fetched while this is looked at. @type {{image: string, coming: Promise<Open>} | null} */
@@ -81,7 +79,7 @@ async function open(image, tag = "") {
     return;
   }
   await alone(async () => {
-    if (state.open?.labels.changed && !(await save("draft"))) return;
+    if (state.open?.labels.changed) await save("draft");
     await turnTo(image, tag);
   });
 }
@@ -170,12 +168,13 @@ function jump(by) {
 /** Carry out one thing at a time, and say what went wrong. What is chosen meanwhile is opened afterwards. @param {() => Promise<void>} act */
 async function alone(act) {
   if (busy) return;
+  tools.finish();
   busy = true;
   document.body.setAttribute("aria-busy", "true");
   try {
     await act();
   } catch (error) {
-    if (error instanceof Refused && error.status === 409) conflict(error);
+    if (error instanceof Refused && error.status === 409 && state.open) conflict(error);
     else fail(error);
   } finally {
     busy = false;
@@ -211,24 +210,9 @@ function conflict(error) {
   ]);
 }
 
-/** Changes in pieces that the server takes in one request. @param {{slice: number, runs: number[]}[]} changes */
-function pieces(changes) {
-  const found = [[]];
-  let size = 0;
-  for (const change of changes) {
-    if (size && size + change.runs.length > MOST_IN_A_REQUEST) {
-      found.push([]);
-      size = 0;
-    }
-    found.at(-1).push(change);
-    size += change.runs.length;
-  }
-  return found;
-}
-
 /**
  * Save what was painted. What is too much for one request becomes a draft first.
- * @param {"draft" | "final"} as @returns {Promise<boolean>}
+ * @param {"draft" | "final"} as @returns {Promise<string>} the state of the label that was saved.
  */
 async function save(as) {
   const { open: opened } = state;
@@ -252,7 +236,7 @@ async function save(as) {
     [tag, seen] = [answer.label_tag, answer.seen];
     states[tag] = seen;
   }
-  return true;
+  return seen;
 }
 
 /** Approve what is shown, and go on. @param {boolean} [isNothing] approve that nothing is there. */
@@ -281,8 +265,7 @@ function reject() {
       return;
     }
     const next = await queue.neighbour(1);
-    if (tag === "final") await post("../remove", { image, label_tag: tag });
-    else await post("../reject", { image, label_tag: tag, seen });
+    await post(tag === "final" ? "../remove" : "../reject", { image, label_tag: tag, seen });
     await goOn(image, next, tag === "final" ? `Removed ${image} from the support set.` : `Rejected ${image}.`);
   });
 }
@@ -326,8 +309,11 @@ function segmentNow() {
 /** @param {string} version */
 function bringBack(version) {
   alone(async () => {
-    const { image, image_seen, labels } = state.open.case;
-    await post("bring_back", { image, version, image_seen, replaces: labels.draft ?? "" });
+    const { case: shown, labels } = state.open;
+    const { image, image_seen } = shown;
+    // What was painted becomes an earlier state, too.
+    const replaces = labels.changed ? await save("draft") : (shown.labels.draft ?? "");
+    await post("bring_back", { image, version, image_seen, replaces });
     show(await load(image, "draft"));
     say("The earlier label is a draft now; approve it to have it count.");
     queue.refresh();

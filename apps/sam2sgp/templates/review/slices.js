@@ -6,6 +6,9 @@ import { voxels } from "./server.js";
 /** Slices that come with one request, if the server allows as many, and bytes of an image that are kept. */
 const AT_ONCE = 16;
 const MOST_BYTES = 192 * 2 ** 20;
+/** Numbers of runs, three for each, and slices that one request may bring; more go in several. */
+const MOST_IN_A_REQUEST = 60_000;
+const MOST_SLICES_IN_A_REQUEST = 4096;
 
 /**
  * Little-endian numbers, as every machine that runs a browser has them.
@@ -200,4 +203,25 @@ export function runsOf(changes) {
     }
     return { slice, runs };
   });
+}
+
+/** Such changes in pieces that the server takes in one request each. @param {{slice: number, runs: number[]}[]} changes */
+export function pieces(changes) {
+  const found = [[]];
+  let size = 0;
+  const parts = changes.flatMap(({ slice, runs }) =>
+    Array.from({ length: Math.ceil(runs.length / MOST_IN_A_REQUEST) }, (_, part) => ({
+      slice,
+      runs: runs.slice(part * MOST_IN_A_REQUEST, (part + 1) * MOST_IN_A_REQUEST),
+    })),
+  );
+  for (const change of parts) {
+    if (size + change.runs.length > MOST_IN_A_REQUEST || found.at(-1).length === MOST_SLICES_IN_A_REQUEST) {
+      found.push([]);
+      size = 0;
+    }
+    found.at(-1).push(change);
+    size += change.runs.length;
+  }
+  return found;
 }

@@ -12,7 +12,7 @@ const LARGEST_BRUSH = 200;
 export class Tools {
   /**
    * @param {State} state @param {Picture} picture
-   * @param {{goTo: (slice: number) => void, say: (text: string) => void}} page
+   * @param {{goTo: (slice: number) => void, say: (text: string) => void, isBusy: () => boolean}} page
    */
   constructor(state, picture, page) {
     this.state = state;
@@ -60,6 +60,7 @@ export class Tools {
     }
     if (this.down.size > 2) return;
     const kind = this.kindOf(event);
+    if (["brush", "eraser", "fill"].includes(kind) && !this.mayChange()) return;
     const last = { ...this.picture.place(event), clientX: event.clientX, clientY: event.clientY };
     this.action = { kind, last };
     if (kind === "brush" || kind === "eraser") {
@@ -75,6 +76,12 @@ export class Tools {
     if (event.button === 1 || this.isPanning) return "pan";
     if (event.button === 2) return "window";
     return this.state.tool;
+  }
+
+  /** Whether the label may be changed now: what is painted while a decision is carried out would be in no label. */
+  mayChange() {
+    if (this.page.isBusy()) this.page.say("Wait until this is done, then paint.");
+    return !this.page.isBusy();
   }
 
   /** Whether there is something to paint on; else says why not. */
@@ -141,15 +148,19 @@ export class Tools {
   end(event) {
     this.down.delete(event.pointerId);
     if (this.action?.kind === "pinch" && this.down.size) return;
+    if (event.type === "pointercancel" && this.action?.stroke) {
+      this.action.stroke.cancel();
+      this.action = null;
+      this.state.tell("label");
+    }
+    this.finish();
+  }
+
+  /** End what the pointer does; of a stroke, what was painted so far stays. */
+  finish() {
     const stroke = this.action?.stroke;
     this.action = null;
-    if (!stroke) return;
-    if (event.type === "pointercancel") {
-      stroke.cancel();
-      this.state.tell("label");
-    } else {
-      this.keep(stroke);
-    }
+    if (stroke) this.keep(stroke);
   }
 
   /** A stroke is done. @param {Stroke} stroke */
@@ -207,7 +218,7 @@ export class Tools {
   fillHoles() {
     const { open, active } = this.state;
     const map = open?.labels.get(open.slice);
-    if (!map || !this.canPaint()) return;
+    if (!map || !this.mayChange() || !this.canPaint()) return;
     const found = holes(map, open.case.shape[2], active);
     if (found.length) this.atOnce(active, (stroke) => stroke.set(open.slice, found));
     this.page.say(found.length ? `${found.length} pixels of holes filled.` : "There are no holes on this slice.");
@@ -223,6 +234,7 @@ export class Tools {
   /** @param {"undo" | "redo"} way */
   again(way) {
     const { open } = this.state;
+    if (!this.mayChange()) return;
     const changes = open?.strokes[way](open.labels);
     if (!changes) {
       this.page.say(way === "undo" ? "Nothing to undo." : "Nothing to redo.");
