@@ -60,7 +60,7 @@ def test_a_backbone_is_an_overlay_of_the_bundle(tmp_path):
         ("dicomweb_filter", "CT", "expected attributes as JSON such as .*, found 'CT'"),
         ("dicomweb_filter", "[1]", "expected attributes as JSON such as .*, found \\[1\\]"),
         ("hosts", "a.example, b/c", "expected names such as viewer.example, found 'b/c'"),
-        ("k", "many", "--conf k: expected a whole number, found 'many'"),
+        ("k", "many", "--conf k: expected a whole number of at least 1, found 'many'"),
         ("object_gate", "perhaps", "--conf object_gate: expected True or False, found 'perhaps'"),
         ("allow_overrides", "maybe", "expected true or false, found 'maybe'"),
         ("cors_origins", "viewer.example", "expected origins such as https://viewer.example"),
