@@ -93,6 +93,9 @@ async function turnTo(image, tag = "") {
     one("#picture").removeAttribute("aria-busy");
     ahead = null;
   });
+  // What was hidden on the image before is not to be approved unseen on this one.
+  state.hidden = new Set();
+  state.overlay = true;
   show(opened);
   queue.mark(image);
   document.body.dataset.opened = image;
