@@ -25,7 +25,7 @@ import typer
 from sam2sgp import __version__
 from sam2sgp.errors import ConfigError
 from sam2sgp.files import sha256_of
-from sam2sgp.places import APP, BUNDLE, overlays_of
+from sam2sgp.places import APP, BUNDLE, is_address, overlays_of
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 MORE_SETTINGS = "Any setting of the run may follow, as in --ct_window '[-1000, 400]'; docs/settings.md lists them."
@@ -354,7 +354,7 @@ def _server(studies: str | None, settings: Path | None, state_dir: Path | None) 
 
 
 def _studies(given: str | None) -> str | None:
-    return given if given is None or given.startswith(("http://", "https://")) else _absolute(Path(given))
+    return given if given is None or is_address(given) else _absolute(Path(given))
 
 
 def _absolute(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Where the files beside the package are: the bundle's configs and weights, and the MONAI Label app."""
+"""Where things are: the bundle's configs and weights and the MONAI Label app beside the package, and studies."""
 
 from pathlib import Path
 
@@ -9,6 +9,11 @@ PACKAGE = Path(__file__).parent
 IS_INSTALLED = (PACKAGE / "_bundle").is_dir()
 BUNDLE = PACKAGE / "_bundle" if IS_INSTALLED else PACKAGE.parent
 APP = PACKAGE / "_app" if IS_INSTALLED else BUNDLE.parent / "apps" / "sam2sgp"
+
+
+def is_address(place: str) -> bool:
+    """Whether a place is the address of a server, not a path."""
+    return place.startswith(("http://", "https://"))
 
 
 def overlays_of(backbone: str) -> list[str]:

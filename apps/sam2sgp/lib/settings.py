@@ -27,7 +27,7 @@ from lib.state_folder import at_its_place, default_folder
 from sam2sgp.errors import ConfigError
 from sam2sgp.options import ALL as OPTIONS
 from sam2sgp.options import Expected
-from sam2sgp.places import BUNDLE
+from sam2sgp.places import BUNDLE, is_address
 
 CONFIG = "configs/inference.json"
 # Keys of inference.json that an operator may set; the others are the app's own or make no sense in a server.
@@ -231,7 +231,7 @@ class Settings(BaseModel):
     @property
     def is_remote(self) -> bool:
         """Whether `studies` is a DICOMweb server."""
-        return self.studies.startswith(("http://", "https://"))
+        return is_address(self.studies)
 
     @property
     def studies_folders(self) -> tuple[Path, ...]:
@@ -301,7 +301,7 @@ def start_values(path: str | Path) -> dict[str, Any]:
     port = values.get("port", 1)
     if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 1 << 16:
         raise ConfigError(f"{path}, port: expected a number from 1 to 65535, found {port!r}.")
-    if "studies" in values and not values["studies"].startswith(("http://", "https://")):
+    if "studies" in values and not is_address(values["studies"]):
         values["studies"] = _from_folder(path.parent, values["studies"])
     return values
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sam2sgp.errors import ConfigError
+from sam2sgp.places import is_address
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,6 @@ def _former(app_dir: Path, studies: str) -> tuple[Path, ...]:
 
 def _name(studies: str) -> str:
     name = studies.rstrip("/")
-    if not name.startswith(("http://", "https://")):
+    if not is_address(name):
         name = str(Path(name).resolve())
     return hashlib.sha256(name.encode()).hexdigest()[:16]

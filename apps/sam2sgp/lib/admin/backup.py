@@ -26,13 +26,13 @@ from lib.layout import check_layout
 from lib.serving.published_weights import ACTIVE_FILE, Weights
 from lib.settings import Settings
 from lib.stores.decisions import FINAL, ImageLocks
+from lib.stores.folder_index import INDEX
 from lib.stores.history import FOLDER as HISTORY
 from lib.stores.history import History
 from lib.stores.opening import open_datastore
 from sam2sgp.data.tree import DESCRIPTIONS
 from sam2sgp.errors import ConfigError
 
-INDEX = "datastore_v2.json"
 FOLDER, ARCHIVE = "folder", "archive"
 # Of an archive: UIDs that are not used any more, and notes of viewers, one file for each series; values of class names.
 ARCHIVE_FOLDERS, ARCHIVE_FILES = ("removed", "facts"), ("classes.json",)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pwd
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,34 @@ def settings_of(given: argparse.Namespace, app_dir: Path) -> Settings:
     Raises:
         ConfigError: no studies are named, a setting can't work, or root is at work on another user's state.
     """
+    conf = {"state_dir": given.state_dir} if given.state_dir else {}
+    settings, _ = with_file(given, conf, app_dir, "give --studies, or --settings with a file that names it.")
+    _check_user(settings.state_dir)
+    return settings
+
+
+def with_file(
+    given: argparse.Namespace, conf: Mapping[str, Any], app_dir: Path, remedy: str
+) -> tuple[Settings, dict[str, Any]]:
+    """Settings of a command line and of the settings file that it may name, and what that file says of the start.
+
+    Args:
+        given: with `studies` and `settings`, each None where it isn't given.
+        conf: settings that come before those of the file.
+        app_dir: the app's folder.
+        remedy: what to do where no studies are named.
+
+    Raises:
+        ConfigError: no studies are named, or a setting can't work.
+    """
     start = start_values(given.settings) if given.settings else {}
     studies = given.studies or start.get("studies")
     if not studies:
         raise ConfigError(
-            "studies: expected a folder of images or the address of an archive, found none; give --studies, or "
-            "--settings with a file that names it."
+            f"studies: expected a folder of images or the address of a DICOMweb server, found none; {remedy}"
         )
-    conf: dict[str, Any] = {"settings": given.settings} if given.settings else {}
-    if given.state_dir:
-        conf["state_dir"] = given.state_dir
-    settings = Settings.from_conf(app_dir, studies, conf, starts=True)
-    _check_user(settings.state_dir)
-    return settings
+    named = {"settings": given.settings} if given.settings else {}
+    return Settings.from_conf(app_dir, studies, {**conf, **named}, starts=True), start
 
 
 def _check_user(folder: Path) -> None:

@@ -18,14 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lib.admin.backup import ARCHIVE, ARCHIVE_FILES, ARCHIVE_FOLDERS, FOLDER, INDEX
+from lib.admin.backup import ARCHIVE, ARCHIVE_FILES, ARCHIVE_FOLDERS, FOLDER
 from lib.admin.backup_file import STATE, STUDIES, Manifest, checked, unpack
 from lib.admin.command_line import parser_of, settings_of
 from lib.layout import FILE as LAYOUT_FILE
 from lib.settings import Settings
 from lib.state_folder import LOCK, RESTORE, UNFINISHED, alone, make_private
 from lib.stores.audit import Audit
-from lib.stores.folder_index import JOURNAL
+from lib.stores.folder_index import INDEX, JOURNAL
 from lib.stores.history import FOLDER as HISTORY
 from sam2sgp.data.tree import DESCRIPTIONS
 from sam2sgp.errors import ConfigError, DataError

@@ -11,9 +11,9 @@ one in the state folder that only links to the code: code may be read-only, and 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from lib.settings import Settings, start_values
+from lib.admin.command_line import with_file
+from lib.settings import Settings
 from lib.state_folder import make_private
 from sam2sgp.errors import ConfigError
 
@@ -39,20 +39,13 @@ def chosen(given: argparse.Namespace, app_dir: Path) -> tuple[Settings, str, int
     Raises:
         ConfigError: a setting can't work, or no studies are named.
     """
-    start = start_values(given.settings) if given.settings else {}
-    studies = given.studies or start.get("studies")
-    if not studies:
-        raise ConfigError(
-            "studies: expected a folder of images or the address of a DICOMweb server, found none; give it on the "
-            "command line, or as studies in the settings file."
-        )
-    conf: dict[str, Any] = dict(given.conf)
-    if given.settings:
-        conf["settings"] = given.settings
-    settings = Settings.from_conf(app_dir, studies, conf, starts=True)
-    if not settings.is_remote and not Path(studies).is_dir():
+    remedy = "give it on the command line, or as studies in the settings file."
+    settings, start = with_file(given, dict(given.conf), app_dir, remedy)
+    if not settings.is_remote and not Path(settings.studies).is_dir():
         # MONAI Label would make an empty one.
-        raise ConfigError(f"studies: expected a folder of images, found no folder {studies}; correct its path.")
+        raise ConfigError(
+            f"studies: expected a folder of images, found no folder {settings.studies}; correct its path."
+        )
     return settings, given.host or start.get("host", HOST), given.port or start.get("port", PORT)
 
 
