@@ -43,7 +43,7 @@ from lib.http.viewers import viewer_routes
 from lib.infers.segmentation import SegmentationTask
 from lib.layout import OF_STATE, OF_STUDIES, bring_up_to_date
 from lib.priority import give_way
-from lib.refusals import refuse
+from lib.refusals import refuse, refusing
 from lib.scratch import own_temporary_folder
 from lib.serving.approved_cases import FINAL, LabelledCases
 from lib.serving.options import BatchParams, Declared, InferParams, TrainParams
@@ -193,7 +193,14 @@ class Sam2SgpApp(MONAILabelApp):
             self._trainers[FINE_TUNING].stats,
             self.on_save_label,
         )
-        review = ReviewPage(self.datastore(), self.segmenter, self.ranked, self.settings.audit_file, self.on_save_label)
+        review = ReviewPage(
+            self.datastore(),
+            self.segmenter,
+            self.ranked,
+            self.settings.audit_file,
+            self.settings.value("scale_intensity"),
+            self.on_save_label,
+        )
         threads = Threads()
         # In place of MONAI Label's own, of which none but its login is left.
         answered = [
@@ -241,10 +248,8 @@ class Sam2SgpApp(MONAILabelApp):
         With `save_label` the result of a datastore's image is saved with the tag `label_tag`; `final` approves it.
         """
         datastore = datastore or self.datastore()
-        try:
+        with refusing():
             return self._infer(dict(request), datastore)
-        except Exception as error:
-            raise refuse(error) from error
 
     def _infer(self, request: dict[str, Any], datastore) -> dict[str, Any]:
         task = self._infers.get(request.get("model"))
@@ -288,13 +293,11 @@ class Sam2SgpApp(MONAILabelApp):
 
     def train(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Fine-tune, or roll the weights back: see `FineTuning`."""
-        try:
+        with refusing():
             declared = _declared(request, TrainParams, "model")
             if not self.settings.allow_overrides:
                 declared.pop("device", None)
             return super().train(declared)
-        except Exception as error:
-            raise refuse(error) from error
 
     def scoring(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
         return super().scoring({"method": request.get("method")}, datastore)

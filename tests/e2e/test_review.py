@@ -11,7 +11,7 @@ import requests
 import SimpleITK as sitk
 from playwright.sync_api import expect
 
-from sam2sgp.data import load_datalist, read_image, read_label
+from sam2sgp.data import Geometry, load_datalist, read_image, read_label
 from tests.e2e.browsers import keep, page
 from tests.e2e.server import serving
 
@@ -179,14 +179,18 @@ def test_one_key_approves_what_is_shown_and_opens_the_next(server, opened):
     assert opened.problems == []
 
 
-def test_a_picture_is_erased_filled_and_kept_as_a_draft_and_its_earlier_state_comes_back(server, opened):
+def picture_to_paint(server, opened) -> tuple[str, Path, Geometry]:
+    """A picture with a prediction, opened with a pencil for class 1; where its draft will be; and its geometry."""
     image = waiting(server, "us_")
     source, _, _ = files(server, image)
-    draft = Path(server.studies) / "labels" / "draft" / source.name
-    geometry = read_image(source).geometry
     show(opened, image)
     use_pencil(opened)
     opened.keyboard.press("1")
+    return image, Path(server.studies) / "labels" / "draft" / source.name, read_image(source).geometry
+
+
+def test_a_picture_is_erased_filled_and_kept_as_a_draft_and_its_earlier_state_comes_back(server, opened):
+    image, draft, geometry = picture_to_paint(server, opened)
     # The outline of a square is painted, its inside filled, one pixel erased.
     draw(opened, (2, 2), (2, 8), (8, 8), (8, 2), (2, 2))
     opened.keyboard.press("f")
@@ -295,13 +299,7 @@ def test_ten_thousand_images_are_a_short_list_of_rows(server, opened):
 
 
 def test_what_is_painted_while_a_decision_is_carried_out_gets_into_no_other_label(server, opened):
-    image = waiting(server, "us_")
-    source, _, _ = files(server, image)
-    draft = Path(server.studies) / "labels" / "draft" / source.name
-    geometry = read_image(source).geometry
-    show(opened, image)
-    use_pencil(opened)
-    opened.keyboard.press("1")
+    image, draft, geometry = picture_to_paint(server, opened)
     before = read_label(files(server, image)[1], geometry)[0]
     held = []
     opened.route("**/correct", lambda route: held.append(route))

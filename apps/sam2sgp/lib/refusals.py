@@ -5,6 +5,8 @@ In: any exception. Out: an HTTPException of one sentence.
 
 import errno
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fastapi import HTTPException
 from monailabel.interfaces.exception import (
@@ -18,6 +20,15 @@ from lib.checks import RequestError
 from sam2sgp.errors import ConfigError, DataError, Sam2SgpError, WeightsError, cause_of
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """A block whose errors are answers, see `refuse`."""
+    try:
+        yield
+    except Exception as error:
+        raise refuse(error) from error
 
 
 def refuse(error: BaseException) -> HTTPException:

@@ -33,7 +33,7 @@ from sam2sgp.data.io import (
 )
 from sam2sgp.errors import DataError
 from sam2sgp.transforms.array import Letterbox, Region, pixel_size
-from sam2sgp.transforms.scaling import choose_scaling, is_ct, scale_intensity
+from sam2sgp.transforms.scaling import Scaling, SupportScaling, choose_scaling, is_ct, scale_intensity
 
 logger = logging.getLogger(__name__)
 
@@ -103,14 +103,25 @@ class ScaleIntensityByModalityd(MapTransform):
         self.percentiles = percentiles[0], percentiles[1]
         self.modality = modality
 
+    def scaling_of(
+        self,
+        slices: torch.Tensor,
+        is_rgb: bool,
+        is_picture: bool,
+        modality: str | None,
+        stated_by: str = "datalist",
+        support: SupportScaling | None = None,
+    ) -> Scaling:
+        """How raw intensities (Z, C, H, W) are scaled; arguments as of `choose_scaling`."""
+        if is_ct(modality) is None and self.modality is not None:
+            modality, stated_by = self.modality, "setting"
+        return choose_scaling(slices, is_rgb, is_picture, modality, stated_by, support)
+
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         case = dict(data)
-        stated = case.get("modality"), case.get("stated_by", "datalist")
-        if is_ct(stated[0]) is None and self.modality is not None:
-            stated = self.modality, "setting"
+        stated = case.get("modality"), case.get("stated_by", "datalist"), case.get("support_scaling")
         for key in self.key_iterator(case):
-            picture = case["geometry"].is_picture
-            case["scaling"] = choose_scaling(case[key], case["is_rgb"], picture, *stated, case.get("support_scaling"))
+            case["scaling"] = self.scaling_of(case[key], case["is_rgb"], case["geometry"].is_picture, *stated)
             constant = [CONSTANT] if case[key].min() == case[key].max() else []
             case["warnings"] = [*case.get("warnings", ()), *case["scaling"].warnings, *constant]
             case[key] = scale_intensity(case[key], case["scaling"], self.ct_window, self.percentiles)

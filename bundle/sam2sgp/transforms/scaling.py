@@ -247,6 +247,26 @@ def is_open(scaling: Scaling) -> bool:
     return not scaling.stated and scaling.kind == PERCENTILES and scaling.evidence in ("open", "stored")
 
 
+def window_of(
+    values: Tensor, scaling: Scaling, ct_window: tuple[float, float], percentiles: tuple[float, float]
+) -> tuple[float, float]:
+    """The raw intensities that become 0 and 1; equal ones where all values are.
+
+    Args:
+        values: (Z, H, W) of one channel, or all of a colour image.
+        ct_window, percentiles: as of `scale_intensity`.
+    """
+    if scaling.kind == CT:
+        return ct_window[0] - scaling.offset, ct_window[1] - scaling.offset
+    if scaling.kind == COLOUR:
+        return 0.0, 255.0 if values.max() <= 255 else 65535.0
+    low, high = (float(percentile(values, percent)) for percent in percentiles)
+    if not high > low:
+        # Percentiles coincide in an image such as a small object on an empty ground.
+        low, high = float(values.min()), float(values.max())
+    return low, high
+
+
 def scale_intensity(
     slices: Tensor,
     scaling: Scaling,
@@ -263,16 +283,13 @@ def scale_intensity(
     """
     slices = slices.float()
     if scaling.kind == CT:
-        return _scaled(slices, *(end - scaling.offset for end in ct_window))
+        return _scaled(slices, *window_of(slices, scaling, ct_window, percentiles))
     if scaling.kind == COLOUR:
-        return slices / (255.0 if slices.max() <= 255 else 65535.0)
+        return slices / window_of(slices, scaling, ct_window, percentiles)[1]
     out = torch.zeros_like(slices)
     for channel in range(slices.shape[1]):
         values = slices[:, channel]
-        low, high = (float(percentile(values, percent)) for percent in percentiles)
-        if not high > low:
-            # Percentiles coincide in an image such as a small object on an empty ground.
-            low, high = float(values.min()), float(values.max())
+        low, high = window_of(values, scaling, ct_window, percentiles)
         if high > low:
             out[:, channel] = _scaled(values, low, high)
     return out

@@ -31,6 +31,7 @@ from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.folder import ConfinedDatastore
 from lib.stores.sessions import ConfinedSessions
 from lib.tasks.background import Busy
+from sam2sgp.transforms import ScaleIntensityByModalityd
 from tests.app.http.test_guard import Given
 
 EVIL = "/tmp/evil"
@@ -142,7 +143,7 @@ def test_every_route_asks_for_the_login_that_monai_label_is_set_up_for(app, tmp_
     archive = DicomWebDatastore("http://127.0.0.1:9/dicom-web", tmp_path / "archive", 1 << 20)
     app.datastore = lambda: archive
     page = SupportPage(archive, None, None, sorted, dict)
-    review = ReviewPage(archive, None, sorted, tmp_path / "audit.jsonl")
+    review = ReviewPage(archive, None, sorted, tmp_path / "audit.jsonl", ScaleIntensityByModalityd())
     made = [routes(app), task_routes(app, app.tasks), viewer_routes(app), log_routes(Path("server.log"))]
     made += [page.router(), review.router()]
     found = [(route.path, route.methods, roles(route)) for router in made for route in router.routes]

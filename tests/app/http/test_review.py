@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from fastapi import FastAPI
 from monailabel.endpoints.user.auth import RBAC
 from PIL import Image
@@ -29,9 +30,11 @@ from lib.stores.audit import Audit
 from lib.stores.folder import ConfinedDatastore
 from lib.stores.history import MOST_KEPT
 from sam2sgp.data import read_label
+from sam2sgp.transforms import ScaleIntensityByModalityd
 from tests.app.http.test_guard import Given
 
 SHAPE = (5, 6, 40)
+SCALE = ScaleIntensityByModalityd()
 AFFINE = np.array([[-0.7, 0, 0, 11], [0, 0.9, 0.1, -5], [0, -0.1, 2.5, 40], [0, 0, 0, 1]])
 
 
@@ -61,7 +64,7 @@ def client(datastore, tmp_path):
     segmenter = SimpleNamespace(keep_up=lambda **_: True, state=lambda: state, cases=cases)
     server = FastAPI()
     install(server, Given(tmp_path / "state", max_upload_mb=4))
-    page = ReviewPage(datastore, segmenter, sorted, tmp_path / "state" / "audit.jsonl")
+    page = ReviewPage(datastore, segmenter, sorted, tmp_path / "state" / "audit.jsonl", SCALE)
     serve_only(server, [page.router(), SupportPage(datastore, segmenter, None, sorted, dict).router()])
     return TestClient(server, base_url="http://server:8000", headers={"X-Forwarded-User": "ann"})
 
@@ -123,7 +126,7 @@ def test_what_a_browser_has_is_not_sent_again_and_requests_are_bounded(client, d
 
 
 def test_whole_numbers_are_exact_and_others_close(tmp_path):
-    volumes = Volumes()
+    volumes = Volumes(SCALE)
     for values in (
         np.linspace(-1e-3, 7e-3, 60).reshape(3, 4, 5).astype(np.float32),
         np.arange(60, dtype=np.float32).reshape(3, 4, 5) * 40000,
@@ -141,6 +144,23 @@ def test_whole_numbers_are_exact_and_others_close(tmp_path):
         truth = read_image(path).slices[:, 0]
         assert np.abs(restored - truth).max() <= np.ptp(values) / 65535 * 0.51
         assert volumes.image(path) is shown
+
+
+def test_the_window_at_first_is_that_of_the_network(tmp_path):
+    """With what the operator set: what lies within it, and nothing else, is neither black nor white."""
+    values = np.random.default_rng(0).normal(0, 300, (3, 16, 20)).astype(np.float32)
+    path = tmp_path / "image.nii.gz"
+    nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+    for modality, kind, bounds in (
+        ("CT", "ct", (-50.0, 150.0)),
+        ("MR", "percentiles", np.percentile(values, (10, 90))),
+    ):
+        scale = ScaleIntensityByModalityd(ct_window=(-50.0, 150.0), percentiles=(10.0, 90.0), modality=modality)
+        shown = Volumes(scale).image(path)
+        assert shown.kind == kind and np.allclose(shown.window, bounds)
+        scaled = scale({"image": torch.from_numpy(values)[:, None], "is_rgb": False, "geometry": shown.geometry})
+        within = (scaled["image"] > 0) & (scaled["image"] < 1)
+        assert torch.equal(within[:, 0], torch.from_numpy((values > shown.window[0]) & (values < shown.window[1])))
 
 
 def test_a_correction_is_stored_with_the_images_geometry_and_the_draft_goes_when_it_is_approved(client, datastore):
@@ -203,7 +223,7 @@ def test_other_sites_and_readers_can_not_correct(client, datastore, tmp_path):
     assert 400 <= form.status_code < 500
     large = client.post("/sam2sgp/review/correct", content=json.dumps({"image": "a" * (2 << 20)}))
     assert large.status_code == 413
-    page = ReviewPage(datastore, None, sorted, tmp_path / "audit.jsonl")
+    page = ReviewPage(datastore, None, sorted, tmp_path / "audit.jsonl", SCALE)
     writes = [route for route in page.router().routes if "POST" in route.methods]
     asked = [{d.call.roles for d in route.dependant.dependencies if isinstance(d.call, RBAC)} for route in writes]
     from monailabel.config import settings
@@ -284,7 +304,7 @@ def test_a_label_of_more_classes_than_a_page_can_show_is_refused(client, studies
 
 
 def test_all_that_people_decide_here_is_counted(datastore, tmp_path):
-    page = ReviewPage(datastore, None, sorted, tmp_path / "audit.jsonl")
+    page = ReviewPage(datastore, None, sorted, tmp_path / "audit.jsonl", SCALE)
     assert {("POST", route.path) for route in page.router().routes if "POST" in route.methods} <= DECISIONS.keys()
 
 
@@ -311,7 +331,10 @@ def test_decisions_of_both_pages_share_one_limit(datastore, tmp_path, monkeypatc
 
     server = FastAPI()
     install(server, Given(tmp_path / "state"))
-    review, page = ReviewPage(datastore, None, sorted, tmp_path), SupportPage(datastore, None, None, sorted, dict)
+    review, page = (
+        ReviewPage(datastore, None, sorted, tmp_path, SCALE),
+        SupportPage(datastore, None, None, sorted, dict),
+    )
     monkeypatch.setattr(datastore, "reject", decide)
     monkeypatch.setattr(review, "bring_back", lambda restoration: decide() or {})
     threads = Threads(deciding=in_threads(1))

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from lib.checks import BadLabel, check_tag
-from lib.http.routing import Id, Tag
+from lib.http.routing import Id
 from lib.serving.options import Declared, LabelClasses
 from lib.stores.decisions import FINAL
 
@@ -107,6 +107,3 @@ class Restoration(Declared):
     version: Annotated[str, Field(max_length=128)]
     image_seen: Annotated[State, Field(min_length=1)]
     replaces: State
-
-
-__all__ = ["DRAFT", "Correction", "OptionalTag", "Restoration", "SliceChange", "State", "Tag", "corrected", "tags_seen"]

@@ -29,16 +29,15 @@ import torch
 from fastapi import APIRouter
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from monailabel.interfaces.datastore import Datastore
 from PIL import Image
 from pydantic import Field
 
 from lib.checks import NotFound
 from lib.http.routing import ANNOTATOR, USER, Id, Query, Tag, in_threads
-from lib.refusals import refuse
+from lib.refusals import refuse, refusing
 from lib.serving.options import Declared
 from lib.serving.usage import Usage
-from lib.stores.decisions import FINAL, REMOVED, state_of
+from lib.stores.decisions import FINAL, REMOVED, Decisions, state_of
 from lib.stores.dicomweb import DicomWebDatastore
 from sam2sgp.data import read_image, read_label
 from sam2sgp.drawing import class_colour, draw_overlay, to_display
@@ -128,7 +127,7 @@ class SupportPage:
 
     def __init__(
         self,
-        datastore: Datastore,
+        datastore: Decisions,
         segmenter: Any,
         usage: Usage,
         ranked: Callable[[list[str]], list[str]],
@@ -228,13 +227,11 @@ class SupportPage:
 
     def picture(self, image: str, label_tag: str = "") -> Response:
         """An image, and over it the label of a tag; of a volume the slice that shows most of it. PNG."""
-        try:
+        with refusing():
             source = Path(self.datastore.get_image_uri(image))
             label = Path(self._label_path(image, label_tag)) if label_tag else None
             stamps = tuple(path.stat().st_mtime_ns for path in (source, label) if path is not None)
             return _png(_drawn(source, label, stamps))
-        except Exception as error:
-            raise refuse(error) from error
 
     # Decisions
 
@@ -255,10 +252,8 @@ class SupportPage:
         return self._decided(image, None, lambda: self.datastore.reject(image, label_tag, seen))
 
     def _decided(self, image: str, tag: str | None, decide: Callable[[], None]) -> dict:
-        try:
+        with refusing():
             decide()
-        except Exception as error:
-            raise refuse(error) from error
         if tag is not None:
             self.saved(image, image)
         return {"image": image, "label_tag": tag}
@@ -269,7 +264,7 @@ class SupportPage:
         return [{**entry, "seen": state} for entry, state in states if state]
 
     def _label_path(self, image: str, tag: str) -> str:
-        path = self.datastore.get_label_uri(image, tag) if tag in self.datastore.get_labels_by_image_id(image) else ""
+        path = self.datastore.path_of_label(image, tag)
         if not path:
             raise DataError(f"{image}: expected a label with the tag {tag!r}, found none; load the page again.")
         return path

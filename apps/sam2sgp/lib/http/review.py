@@ -29,7 +29,6 @@ import fastapi
 import numpy as np
 from fastapi import APIRouter, Header
 from fastapi.responses import FileResponse, Response
-from monailabel.interfaces.datastore import Datastore
 from pydantic import Field
 
 from lib.checks import Conflict, NotFound, RequestError
@@ -38,16 +37,17 @@ from lib.http.page import PREFIX, SECURITY, Threads
 from lib.http.routing import ANNOTATOR, USER, Id, Query, Tag, in_threads
 from lib.http.volumes import ShownImage, ShownLabel, Volumes
 from lib.http.work_list import Order, Shown, entry_of, listed, origins, prediction_of, shown_first
-from lib.refusals import refuse
+from lib.refusals import refuse, refusing
 from lib.serving.segmenter import ServerSegmenter
 from lib.stores.audit import current_user
-from lib.stores.decisions import FINAL, state_of
+from lib.stores.decisions import FINAL, Decisions, state_of
 from lib.stores.history import events_of
 from lib.stores.naming import declared
 from sam2sgp.data import write_label
 from sam2sgp.data.io import output_suffix
 from sam2sgp.drawing import class_colour
 from sam2sgp.errors import DataError
+from sam2sgp.transforms import ScaleIntensityByModalityd
 
 FILES = Path(__file__).parents[2] / "templates" / "review"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -110,15 +110,17 @@ class ReviewPage:
         segmenter: knows the classes.
         ranked: puts ids of images without an approved label in the order in which they should be labelled.
         audit_log: path of the audit log.
+        scale: how the network gets to see intensities.
         saved: called with image id and label id when an approved label has come.
     """
 
     def __init__(
         self,
-        datastore: Datastore,
+        datastore: Decisions,
         segmenter: ServerSegmenter,
         ranked: Callable[[list[str]], list[str]],
         audit_log: Path,
+        scale: ScaleIntensityByModalityd,
         saved: Callable[[str, str], Any] = lambda image, label: None,
     ) -> None:
         self.datastore = datastore
@@ -126,7 +128,7 @@ class ReviewPage:
         self.ranked = ranked
         self.audit_log = audit_log
         self.saved = saved
-        self.volumes = Volumes()
+        self.volumes = Volumes(scale)
         self.files = {path.name: path for path in FILES.iterdir() if path.suffix in KINDS}
 
     def router(self, threads: Threads | None = None) -> APIRouter:
@@ -223,7 +225,6 @@ class ReviewPage:
         if image_seen is None or image_seen != state_of(path) or (label and seen != state_of(label)):
             raise Conflict(f"image {image}: expected it to stay as it was while it was read; load it again.")
         names = self._names(records.get(tag, {}), looked_at)
-        height, width = shown.geometry.shape[1:]
         found = prediction_of(records, tag) if tag else {}
         return {
             **vars(entry_of(image, records)),
@@ -244,7 +245,7 @@ class ReviewPage:
             "seen": seen or "",
             "label_bytes": looked_at.slices.dtype.itemsize if looked_at else 1,
             "labels_per_request": _per_request(looked_at.slices) if looked_at else 1,
-            "labels": {other: self._state(image, other) for other in tags},
+            "labels": {other: self.datastore.state_of_label(image, other) for other in tags},
             "classes": [
                 {
                     "value": value,
@@ -335,7 +336,7 @@ class ReviewPage:
         path = self.datastore.get_image_uri(image)
         shown = self.volumes.image(path)
         file, info = self.datastore.history.get(image, restoration.version)
-        kept = {key: info[key] for key in ("model", "params", "label_info", "corrected") if key in info}
+        kept: dict[str, Any] = {key: info[key] for key in ("model", "params", "label_info", "corrected") if key in info}
         seen = {DRAFT: restoration.replaces}
         labels = self.volumes.label(file, path).slices
         self._save(image, labels, shown, DRAFT, kept, restoration.image_seen, seen)
@@ -364,20 +365,16 @@ class ReviewPage:
     def _saved(self, image: str, tag: str) -> dict[str, Any]:
         if tag == FINAL:
             self.saved(image, image)
-        return {"image": image, "label_tag": tag, "seen": self._state(image, tag)}
+        return {"image": image, "label_tag": tag, "seen": self.datastore.state_of_label(image, tag)}
 
     # Parts
 
     def _label(self, image: str, tag: str, seen: str) -> str:
         """The path of a label as it was seen. Raises Conflict."""
-        path = self.datastore.get_label_uri(image, tag)
+        path = self.datastore.path_of_label(image, tag)
         if not path or state_of(path) != seen:
             raise Conflict(f"{image}: expected its label {tag!r} as it was shown, found another one; load it again.")
         return path
-
-    def _state(self, image: str, tag: str) -> str:
-        path = self.datastore.get_label_uri(image, tag)
-        return (state_of(path) or "") if path else ""
 
     def _names(self, record: dict[str, Any], label: ShownLabel | None = None) -> dict[int, str]:
         """Names of the classes that a label may have, by value: what it says itself comes first."""
@@ -388,10 +385,8 @@ class ReviewPage:
 
 
 def _refusing(handle: Callable[..., Any], *arguments: Any) -> Any:
-    try:
+    with refusing():
         return handle(*arguments)
-    except Exception as error:
-        raise refuse(error) from error
 
 
 def _per_request(slices: np.ndarray) -> int:

@@ -22,9 +22,10 @@ import torch
 from lib.checks import MOST_CLASSES, TooLarge
 from lib.stamps import image_stamp, stamp
 from sam2sgp.data import Geometry, read_image, read_label
+from sam2sgp.report.slices import SIDES
 from sam2sgp.support.lru import ByteLRU
-from sam2sgp.transforms import choose_scaling
-from sam2sgp.transforms.scaling import COLOUR, CT
+from sam2sgp.transforms import ScaleIntensityByModalityd
+from sam2sgp.transforms.scaling import window_of
 
 IMAGES_KEPT_MB, LABELS_KEPT_MB = 1024, 512
 # Files that are read at once: each is held whole, and may be a volume of gigabytes.
@@ -32,11 +33,6 @@ READING = 2
 # Of one slice, which a browser holds several times.
 LARGEST_SLICE = 64 << 20
 LARGEST_STORED = 65535
-CT_WINDOW = (-160.0, 240.0)
-PERCENTILES = (0.5, 99.5)
-VALUES_LOOKED_AT = 500_000
-# What is left, right, above and below as displayed, by the canonical axis of the slices.
-EDGES = {0: "APSI", 1: "RLSI", 2: "RLAP"}
 PLANES = {0: "sagittal", 1: "coronal", 2: "axial"}
 
 
@@ -70,7 +66,7 @@ class ShownImage:
     @property
     def edges(self) -> str | None:
         """Letters of the patient's directions at the left, right, upper and lower edge; None where unknown."""
-        return EDGES[self.geometry.slice_axis] if self._has_place() else None
+        return SIDES[self.geometry.slice_axis] if self._has_place() else None
 
     def _has_place(self) -> bool:
         return not self.geometry.is_picture and self.geometry.has_spacing
@@ -90,9 +86,14 @@ class ShownLabel:
 
 
 class Volumes:
-    """Images and labels that were looked at lately."""
+    """Images and labels that were looked at lately.
 
-    def __init__(self) -> None:
+    Args:
+        scale: how the network gets to see intensities.
+    """
+
+    def __init__(self, scale: ScaleIntensityByModalityd) -> None:
+        self._scale = scale
         few = threading.Semaphore(READING)
         self._images = _ReadOnce(IMAGES_KEPT_MB, lambda shown: shown.slices.nbytes, few)
         self._labels = _ReadOnce(LABELS_KEPT_MB, lambda shown: shown.slices.nbytes, few)
@@ -104,7 +105,7 @@ class Volumes:
             DataError: it can't be read.
             TooLarge: its slices are too large for a page.
         """
-        return self._images.get((str(path), image_stamp(path)), lambda: _read_image(path))
+        return self._images.get((str(path), image_stamp(path)), lambda: _read_image(path, self._scale))
 
     def label(self, path: str | Path, image: str | Path) -> ShownLabel:
         """A label on its image's grid. Raises DataError where it can't be read, doesn't fit or has too many classes."""
@@ -164,7 +165,7 @@ def _key(label: str | Path, image: str | Path) -> Hashable:
     return str(label), stamp(label), image_stamp(image)
 
 
-def _read_image(path: str | Path) -> ShownImage:
+def _read_image(path: str | Path, scale: ScaleIntensityByModalityd) -> ShownImage:
     image = read_image(path)
     values = image.slices if image.is_rgb else image.slices[:, :1]
     lowest, highest = float(values.min()), float(values.max())
@@ -180,15 +181,10 @@ def _read_image(path: str | Path) -> ShownImage:
     for number, slice_values in enumerate(values):
         stored[number] = np.rint((slice_values - intercept) / slope).transpose(1, 2, 0)
     stored.flags.writeable = False
-    scaling = choose_scaling(torch.from_numpy(values), image.is_rgb, image.geometry.is_picture, image.modality)
-    if scaling.kind == CT:
-        window = (CT_WINDOW[0] - scaling.offset, CT_WINDOW[1] - scaling.offset)
-    elif scaling.kind == COLOUR:
-        window = (0.0, 255.0 if highest <= 255 else 65535.0)
-    else:
-        step = max(1, values.size // VALUES_LOOKED_AT)
-        low, high = np.percentile(values.reshape(-1)[::step], PERCENTILES).tolist()
-        window = (low, high) if high > low else (lowest, max(highest, lowest + 1))
+    scaling = scale.scaling_of(torch.from_numpy(image.slices), image.is_rgb, image.geometry.is_picture, image.modality)
+    window = window_of(torch.from_numpy(values), scaling, scale.ct_window, scale.percentiles)
+    if not window[1] > window[0]:
+        window = lowest, lowest + 1
     return ShownImage(stored, slope, intercept, lowest, highest, window, scaling.kind, image.geometry)
 
 

@@ -43,6 +43,7 @@ LOCKS = 1024
 # Checking a label takes as long as reading its image; a lock held for longer belongs to a process that hangs.
 PATIENCE = 60.0
 POLL = 0.01
+SEGMENTED = "the image that was segmented, found another one under its id; segment it again."
 
 
 class Busy(RequestError):
@@ -161,6 +162,15 @@ class Decisions(Datastore):
             for image_id, tags in self.tags().items()
         }
 
+    def path_of_label(self, image_id: str, tag: str) -> str:
+        """Where an image's label with a tag is; "" where there is none."""
+        return self.get_label_uri(image_id, tag) if tag in self.get_labels_by_image_id(image_id) else ""
+
+    def state_of_label(self, image_id: str, tag: str) -> str:
+        """`state_of` an image's label with a tag; "" where there is none."""
+        path = self.path_of_label(image_id, tag)
+        return (state_of(path) or "") if path else ""
+
     @property
     def history(self) -> History:
         """Earlier states of labels that were replaced by a decision."""
@@ -193,10 +203,7 @@ class Decisions(Datastore):
         record = checked(LabelRecord, info, f"label of {image_id}")
         name = image_id + suffix_of(label_filename)
         with self.deciding(image_id):
-            if state_of(self.get_image_uri(image_id)) != image_seen:
-                raise Conflict(
-                    f"image {image_id}: expected the image that was shown, found another one; load it again."
-                )
+            self._check_image(image_id, image_seen, "the image that was shown, found another one; load it again.")
             for other, state in seen.items():
                 self._check_unchanged(image_id, other, state)
             if tag != FINAL and self._audit:
@@ -206,15 +213,14 @@ class Decisions(Datastore):
 
     def _check_unchanged(self, image_id: str, tag: str, seen: str) -> None:
         """Raise Conflict where a label with a tag is another one than was seen, or came or went."""
-        path = self.get_label_uri(image_id, tag) if tag in self.get_labels_by_image_id(image_id) else ""
-        if ((state_of(path) if path else None) or "") != seen:
+        if self.state_of_label(image_id, tag) != seen:
             raise Conflict(
                 f"{image_id}: expected its label {tag!r} as it was shown, found another one; look at that one first."
             )
 
     def _keep_earlier(self, image_id: str, tag: str) -> None:
         """Put a label that is about to be replaced or deleted into the history, if there is one."""
-        path = self.get_label_uri(image_id, tag) if tag in self.get_labels_by_image_id(image_id) else ""
+        path = self.path_of_label(image_id, tag)
         if path:
             self.history.keep(image_id, tag, path, self.get_label_info(image_id, tag))
 
@@ -245,13 +251,10 @@ class Decisions(Datastore):
             self._keep_earlier(image_id, tag)
             self._remove_label(image_id, tag)
 
-    def _check_image(self, image_id: str, seen: str) -> None:
+    def _check_image(self, image_id: str, seen: str, expected: str = SEGMENTED) -> None:
         """Raise Conflict where a label is of another image than there is now; "" fits every image."""
         if seen and state_of(self.get_image_uri(image_id)) != seen:
-            raise Conflict(
-                f"image {image_id}: expected the image that was segmented, found another one under its id; segment it "
-                "again."
-            )
+            raise Conflict(f"image {image_id}: expected {expected}")
 
     def _decide(self, image_id: str, tag: str, new: str, seen: str) -> None:
         if check_tag(tag) == new:
@@ -262,9 +265,8 @@ class Decisions(Datastore):
             self._change_tag(image_id, tag, new)
 
     def _check_seen(self, image_id: str, tag: str, seen: str) -> None:
-        path = self.get_label_uri(image_id, tag) if tag in self.get_labels_by_image_id(image_id) else ""
-        state = state_of(path) if path else None
-        if state is None:
+        state = self.state_of_label(image_id, tag)
+        if not state:
             raise DataError(f"{image_id}: expected a label with the tag {tag!r}, found none; load the page again.")
         if seen and seen != state:
             raise Conflict(
