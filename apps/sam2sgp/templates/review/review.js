@@ -72,12 +72,13 @@ async function load(image, tag = "") {
   return opened;
 }
 
-/** Show an image; what was painted on the one before is kept as a draft. @param {string} image @param {string} [tag] */
+/** Show an image that isn't shown yet; what was painted on the one before is kept as a draft. @param {string} image @param {string} [tag] */
 async function open(image, tag = "") {
   if (busy) {
     chosen = { image, tag };
     return;
   }
+  if (!tag && image === state.open?.case.image) return;
   await alone(async () => {
     if (state.open?.labels.changed) await save("draft");
     await turnTo(image, tag);
@@ -185,7 +186,7 @@ async function alone(act) {
   }
   const next = chosen;
   chosen = null;
-  if (next && next.image !== state.open?.case.image) await open(next.image, next.tag);
+  if (next) await open(next.image, next.tag);
 }
 
 /** Somebody else was faster; nothing of what was painted is lost. @param {Refused} error */
