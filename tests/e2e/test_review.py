@@ -75,6 +75,7 @@ def show(opened, image: str) -> None:
 def is_shown(opened, image: str) -> None:
     expect(opened.locator("#panel h2")).to_have_text(image)
     expect(opened.locator("#picture[data-drawn^='" + image + "/']")).to_have_count(1)
+    expect(opened.locator("body[aria-busy]")).to_have_count(0)
 
 
 def place(opened, row: float, column: float) -> tuple[float, float]:
@@ -191,8 +192,11 @@ def picture_to_paint(server, opened) -> tuple[str, Path, Geometry]:
 
 def test_a_picture_is_erased_filled_and_kept_as_a_draft_and_its_earlier_state_comes_back(server, opened):
     image, draft, geometry = picture_to_paint(server, opened)
-    # The outline of a square is painted, its inside filled, one pixel erased.
+    # The outline of a square is painted, its inside filled, one pixel erased; the picture stays where it is.
+    box = opened.locator("#picture").bounding_box()
     draw(opened, (2, 2), (2, 8), (8, 8), (8, 2), (2, 2))
+    expect(opened.locator("#changed")).to_have_text("24 voxels changed")
+    assert opened.locator("#picture").bounding_box() == box
     opened.keyboard.press("f")
     opened.mouse.click(*place(opened, 5, 5))
     opened.keyboard.press("e")
