@@ -1,19 +1,31 @@
 """What a support set gives without SAM2-SGP: floors that need no training, and networks trained on it from scratch.
 
 In: support pairs on the network's grid, images (N, 3, S, S) in [0, 1] and masks (N, 1, S, S) in {0, 1}. Out: for
-query images (B, 3, S, S), maps (B, 1, S, S) that are foreground where > 0.
+query images (B, 3, S, S), maps (B, 1, S, S) that are foreground where > 0. `train_volumes` has whole volumes instead.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
 from monai.metrics import compute_dice
 from monai.networks.nets import BasicUNet, DynUNet, SwinUNETR
+from monai.transforms import (
+    Compose,
+    NormalizeIntensityd,
+    RandAdjustContrastd,
+    RandAffined,
+    RandCropByPosNegLabeld,
+    RandGaussianNoised,
+    SpatialPadd,
+)
+from monai.utils import set_determinism
 from torch import Tensor, nn
 
 from sam2sgp.networks import SAM2SGP
@@ -31,6 +43,14 @@ MAX_GRADIENT_NORM = 5.0
 FLIP_OVERLAP = 0.9
 # The later outputs of deep supervision, each half as large as the one before, count half as much, as in nnU-Net.
 DEPTH_DECAY = 0.5
+
+# Patches of volumes, (Z, H, W): the support volumes' median size, up to this, in multiples of the first.
+PATCH_STEP = np.array([8, 16, 16])
+LARGEST_PATCH = np.array([48, 160, 160])
+VOLUME_BATCH = 2
+VOLUME_FILTERS = (32, 64, 128, 256, 320)
+# An axis of fewer voxels is not halved any more.
+SMALLEST_AXIS = 8
 
 Map = Callable[[Tensor], Tensor]
 
@@ -105,23 +125,41 @@ def train(peer: Peer, images: Tensor, masks: Tensor, seconds: float, seed: int) 
     determined by the seed.
     """
     torch.manual_seed(seed)
-    network = peer.build(images.shape[-1]).to(images.device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), peer.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    loss_function = DiceCELoss(sigmoid=True, batch=True)
+    network = peer.build(images.shape[-1]).to(images.device)
     axes = flip_axes(masks)
     order: list[int] = []
+
+    def draw() -> tuple[Tensor, Tensor]:
+        while len(order) < BATCH:
+            order.extend(torch.randperm(len(images)).tolist())
+        chosen = order[:BATCH]
+        del order[:BATCH]
+        batch, target = augment(images[chosen], masks[chosen], axes)
+        return standardise(batch), target
+
+    steps = fit(network, peer.learning_rate, seconds, draw, DiceCELoss(sigmoid=True, batch=True))
+    return torch.no_grad()(lambda queries: network(standardise(queries))), steps
+
+
+def fit(
+    network: nn.Module,
+    learning_rate: float,
+    seconds: float,
+    draw: Callable[[], tuple[Tensor, Tensor]],
+    loss_function: nn.Module,
+) -> int:
+    """Train a network for a number of seconds on the batches that are drawn; returns the number of steps."""
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
     steps, started = 0, time.perf_counter()
     while (share := (time.perf_counter() - started) / seconds) < 1:
         rise, fall = min(1.0, share / WARMUP + EPS), 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
-            group["lr"] = peer.learning_rate * rise * fall
-        while len(order) < BATCH:
-            order += torch.randperm(len(images)).tolist()
-        chosen, order = order[:BATCH], order[BATCH:]
-        batch, target = augment(images[chosen], masks[chosen], axes)
-        out = network(standardise(batch))
+            group["lr"] = learning_rate * rise * fall
+        batch, target = draw()
+        out = network(batch)
         # Deep supervision stacks the outputs of all levels, resized to the first one's size.
-        outputs = out.unbind(1) if out.ndim == 5 else [out]
+        outputs = out.unbind(1) if out.ndim > batch.ndim else [out]
         weights = [DEPTH_DECAY**level for level in range(len(outputs))]
         losses = [weight * loss_function(logits, target) for weight, logits in zip(weights, outputs, strict=True)]
         optimizer.zero_grad(set_to_none=True)
@@ -130,7 +168,78 @@ def train(peer: Peer, images: Tensor, masks: Tensor, seconds: float, seed: int) 
         optimizer.step()
         steps += 1
     network.eval()
-    return torch.no_grad()(lambda queries: network(standardise(queries))), steps
+    return steps
+
+
+def train_volumes(volumes: Sequence[tuple[Tensor, Tensor]], classes: int, seconds: float, seed: int) -> tuple[Map, int]:
+    """Train MONAI's 3D DynUNet, nnU-Net's network, on patches of volumes for a number of seconds.
+
+    Args:
+        volumes: images (C, Z, H, W) and class maps (1, Z, H, W) of 0 (background) to `classes`.
+
+    Returns:
+        A map from an image (C, Z, H, W) to class values (Z, H, W), and the number of steps.
+    """
+    set_determinism(seed)
+    median = np.median([label.shape[1:] for _, label in volumes], axis=0)
+    patch = np.minimum(np.ceil(median / PATCH_STEP) * PATCH_STEP, LARGEST_PATCH).astype(int)
+    network = _volume_network(len(volumes[0][0]), classes, patch)
+    both = ("image", "label")
+    prepare = Compose([NormalizeIntensityd("image", channel_wise=True), SpatialPadd(both, patch)])
+    change = Compose(
+        [
+            RandCropByPosNegLabeld(both, "label", patch, pos=2, neg=1),
+            RandAffined(
+                both,
+                prob=0.7,
+                rotate_range=(0.4, 0, 0),
+                scale_range=(0, 0.2, 0.2),
+                mode=("bilinear", "nearest"),
+                padding_mode="border",
+            ),
+            RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5), retain_stats=True),
+            RandGaussianNoised("image", prob=0.3, std=0.1),
+        ]
+    )
+    prepared = [prepare({"image": image.float(), "label": label}) for image, label in volumes]
+
+    def draw() -> tuple[Tensor, Tensor]:
+        chosen = [change(prepared[int(torch.randint(len(prepared), ()))])[0] for _ in range(VOLUME_BATCH)]
+        return tuple(torch.stack([case[key].as_tensor() for case in chosen]) for key in both)
+
+    loss_function = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, batch=True)
+    steps = fit(network, 1e-3, seconds, draw, loss_function)
+    windows = SlidingWindowInferer(patch.tolist(), sw_batch_size=VOLUME_BATCH, overlap=0.5, mode="gaussian")
+
+    @torch.no_grad()
+    def segment(image: Tensor) -> Tensor:
+        image = NormalizeIntensityd("image", channel_wise=True)({"image": image.float()})["image"]
+        return windows(image[None].as_tensor(), network)[0].argmax(0)
+
+    return segment, steps
+
+
+def _volume_network(channels: int, classes: int, patch: np.ndarray) -> DynUNet:
+    """A DynUNet whose axes are halved as long as they are long enough, as in nnU-Net's plan."""
+    size, strides, kernels = patch.copy(), [], []
+    for level in range(len(VOLUME_FILTERS)):
+        stride = np.where(size >= 2 * SMALLEST_AXIS if level else 0, 2, 1)
+        if level and (stride == 1).all():
+            break
+        size = size // stride
+        strides.append(stride.tolist())
+        kernels.append([3, 3, 3])
+    return DynUNet(
+        spatial_dims=3,
+        in_channels=channels,
+        out_channels=classes + 1,
+        kernel_size=kernels,
+        strides=strides,
+        upsample_kernel_size=strides[1:],
+        filters=VOLUME_FILTERS[: len(strides)],
+        deep_supervision=True,
+        deep_supr_num=max(1, len(strides) - 2),
+    )
 
 
 def standardise(images: Tensor) -> Tensor:

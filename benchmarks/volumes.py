@@ -1,6 +1,6 @@
 """What the slices of a volume tell each other: whole-volume Dice, HD95 and NSD, and what a slice costs.
 
-    python benchmarks/volumes.py acdc=DIR hippocampus=DIR
+    python benchmarks/volumes.py acdc=DIR hippocampus=DIR --support 4 --adapt 60 300 --dyn_unet 300
     python benchmarks/volumes.py --cost
     python benchmarks/volumes.py --memory
     python benchmarks/volumes.py --classes SUPPORT QUERIES
@@ -9,8 +9,10 @@ Accuracy: each data set goes through the bundle's evaluation with the same weigh
 3D memory of neighbouring slices, and with both memory and the object gate, which keeps slices without a class empty.
 The split is that of `pretrain.json`, so the embedded weights never saw the test patients, and the support set is the
 training patients, or `--support` volumes of them. Every slice of every test volume counts; `false slices` is the share
-of those without a class on which some of it is found. Differences are paired over cases, with 95 % bootstrap intervals
-over patients. Without data sets it makes phantoms and uses those.
+of those without a class on which some of it is found. With `--adapt`, memory and gate are followed by adaptation to
+the support set for so many seconds, and with `--dyn_unet` by MONAI's DynUNet (3D, nnU-Net's network), trained from
+scratch on the same volumes for so many seconds. Differences are paired over cases, with 95 % bootstrap intervals over
+patients. Without data sets it makes phantoms and uses those.
 
 Cost (`--cost`): seconds of a slice in a volume over those of the same image as a 2D query of its own, and peak memory
 of a process beyond its input, for volumes of 100 and 1000 slices.
@@ -32,7 +34,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -41,12 +43,15 @@ from unittest import mock
 import nibabel as nib
 import numpy as np
 import torch
+from _clock import count_processor_time
+from _peers import train_volumes
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 
-from sam2sgp.data import load_datalist
+from sam2sgp.data import load_datalist, read_image, read_label
 from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.data.phantom_scenes import phantom_volume
+from sam2sgp.evaluation import case_metrics
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory, second_pass
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 from sam2sgp.support import SupportBank, SupportSampler, bank, catalogue
@@ -61,14 +66,26 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Variant:
-    """How many neighbouring slices guide a slice (0: slice by slice), and whether the object gate is on."""
+    """How many neighbouring slices guide a slice (0: slice by slice), whether the object gate is on, and adaptation."""
 
     frames: int
     gate: bool
+    adapt_seconds: float = 0.0
 
     def __str__(self) -> str:
         memory = f"{self.frames} neighbours" if self.frames else "slice by slice"
-        return f"{memory}, object gate" if self.gate else memory
+        gate = ", object gate" if self.gate else ""
+        return memory + gate + (f", adapted {self.adapt_seconds:g} s" if self.adapt_seconds else "")
+
+
+@dataclass(frozen=True)
+class DynUNet:
+    """MONAI's DynUNet, trained on the support volumes for so many seconds."""
+
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"DynUNet, {self.seconds:g} s"
 
 
 @dataclass
@@ -89,15 +106,19 @@ class Found:
         """Count a scored case in."""
         self.seconds += case["seconds"]
         self.slices += len(case["pred"])
-        truth, pred = case["truth_index"].flatten(1), case["pred_index"].flatten(1)
-        for number, value in enumerate(case["confidence"], 1):
-            absent = ~(truth == number).any(1)
+        numbers = {value: number for number, value in enumerate(case["confidence"], 1)}
+        self.add_slices(case["truth_index"], case["pred_index"], numbers)
+
+    def add_slices(self, truth: torch.Tensor, prediction: torch.Tensor, numbers: dict[int, int]) -> None:
+        """Count slices in. numbers: what stands in both maps (Z, H, W) for a class value."""
+        for value, number in numbers.items():
+            absent = ~(truth == number).flatten(1).any(1)
             self.empty[value] += int(absent.sum())
-            self.false[value] += int((absent & (pred == number).any(1)).sum())
+            self.false[value] += int((absent & (prediction == number).flatten(1).any(1)).sum())
 
 
-def evaluate(folder: Path, variant: Variant, options: argparse.Namespace) -> Found:
-    """The bundle's evaluation of the test section of a folder."""
+def configured(folder: Path, variant: Variant, options: argparse.Namespace) -> ConfigParser:
+    """The bundle's evaluation of the test section of a folder, guided by its training section."""
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / name) for name in EVALUATE])
     with open(BUNDLE / "configs" / "pretrain.json") as file:
@@ -112,6 +133,7 @@ def evaluate(folder: Path, variant: Variant, options: argparse.Namespace) -> Fou
         "three_d_memory": variant.frames > 0,
         "memory_frames": max(variant.frames, 1),
         "object_gate": variant.gate,
+        "adapt_seconds": variant.adapt_seconds,
         "report_figures": options.figures,
         "progress": False,
     }
@@ -120,6 +142,11 @@ def evaluate(folder: Path, variant: Variant, options: argparse.Namespace) -> Fou
     if options.support:
         settings["support_bank::data"] = f"$sam2sgp.data.subset(@train_data, {options.support}, @split_seed)"
     parser.update(settings)
+    return parser
+
+
+def evaluate(folder: Path, variant: Variant, options: argparse.Namespace) -> Found:
+    parser = configured(folder, variant, options)
     evaluator = parser.get_parsed_content("validate::evaluator")
     load_weights(parser.get_parsed_content("network"), options.model_file)
     found = Found([])
@@ -130,8 +157,40 @@ def evaluate(folder: Path, variant: Variant, options: argparse.Namespace) -> Fou
             found.add(case)
 
     evaluator.run()
-    found.rows = parser.get_parsed_content("validate::handlers")[0].rows
+    found.rows = scored_rows(parser)
     return found
+
+
+def scored_rows(parser: ConfigParser) -> list[dict]:
+    """The rows of `metrics.csv` that are results; others name files that are not used."""
+    return [row for row in parser.get_parsed_content("validate::handlers")[0].rows if "dice" in row]
+
+
+def compare(folder: Path, peer: DynUNet, options: argparse.Namespace) -> Found:
+    """A network trained from scratch on the volumes that guide ours, on the same test volumes."""
+    parser = configured(folder, Variant(0, False), options)
+    names = parser.get_parsed_content("support_bank").class_names
+    read = [read_pair(case) for case in parser.get_parsed_content("support_bank::data")]
+    volumes = [(image, label) for image, label, _ in read]
+    segment, steps = train_volumes(volumes, max(names), peer.seconds, seed=0)
+    print(f"{folder.name}: {steps} steps of DynUNet", file=sys.stderr)
+    found = Found([])
+    for case in parser.get_parsed_content("validate::dataset::data"):
+        image, label, spacing = read_pair(case)
+        started = time.perf_counter()
+        prediction, truth = segment(image), label[0]
+        found.seconds += time.perf_counter() - started
+        found.slices += len(truth)
+        found.rows += [{"case": case["name"], **row} for row in case_metrics(prediction, truth, names, spacing)]
+        found.add_slices(truth, prediction, {value: value for value in names})
+    return found
+
+
+def read_pair(case: dict) -> tuple[torch.Tensor, torch.Tensor, tuple | None]:
+    """Image (C, Z, H, W), class map (1, Z, H, W), spacing."""
+    image = read_image(case["image"])
+    label = read_label(case["label"], image.geometry)
+    return torch.from_numpy(image.slices).transpose(0, 1), torch.from_numpy(label)[None], image.geometry.spacing
 
 
 def difference(
@@ -154,21 +213,26 @@ def difference(
 def accuracy(folders: dict[str, Path], options: argparse.Namespace) -> None:
     print("| data | class | slices | Dice | HD95 | NSD at 2 mm | false slices | volumes | s per slice | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    variants = [Variant(0, False), Variant(options.frames, False), Variant(options.frames, True)]
+    full = Variant(options.frames, True)
+    steps = [Variant(0, False), Variant(options.frames, False), full]
+    further = [replace(full, adapt_seconds=seconds) for seconds in options.adapt]
+    further += [DynUNet(seconds) for seconds in options.dyn_unet]
+    pairs = [*pairwise(steps), *((full, other) for other in further)]
     changes = []
     for name, folder in folders.items():
         patient_of = {case["name"]: case["patient"] for case in load_datalist(folder)}
-        results: dict[Variant, Found] = {}
-        for variant in variants:
-            found = results[variant] = evaluate(folder, variant, options)
+        results: dict[Variant | DynUNet, Found] = {}
+        for variant in [*steps, *further]:
+            run = compare if isinstance(variant, DynUNet) else evaluate
+            found = results[variant] = run(folder, variant, options)
             for value in sorted({row["class"] for row in found.rows}):
                 of_class = [row for row in found.rows if row["class"] == value]
                 means = [np.nanmean([row[metric] for row in of_class]) for metric in METRICS]
                 cells = [name, of_class[0]["class_name"], str(variant), f"{means[0]:.3f}", f"{means[1]:.1f}"]
                 cells += [f"{means[2]:.3f}", f"{found.false[value]} of {found.empty[value]}", str(len(of_class))]
-                cells += [f"{found.per_slice:.3f}", f"{found.per_slice / results[variants[0]].per_slice:.2f}"]
+                cells += [f"{found.per_slice:.3f}", f"{found.per_slice / results[steps[0]].per_slice:.2f}"]
                 print("|", " | ".join(cells), "|", flush=True)
-        for before, after in pairwise(variants):
+        for before, after in pairs:
             parts = []
             for metric in METRICS:
                 mean, low, high = difference(results[after].rows, results[before].rows, metric, patient_of)
@@ -291,8 +355,7 @@ def searched(few: int, support: Path, queries: Path, options: argparse.Namespace
 
     with mock.patch.object(bank, "FEW_CLASSES", few), mock.patch.object(second_pass, "FEW_CLASSES", few):
         evaluator.run()
-    rows = parser.get_parsed_content("validate::handlers")[0].rows
-    dice = float(np.mean([row["dice"] for row in rows if row["truth_size"] > 0]))
+    dice = float(np.mean([row["dice"] for row in scored_rows(parser) if row["truth_size"] > 0]))
     return len(names - {0}), found.per_slice, dice
 
 
@@ -313,6 +376,10 @@ def main() -> None:
     arguments.add_argument("--frames", type=int, default=2, help="neighbouring slices")
     arguments.add_argument("--support", type=int, default=0, help="support volumes at most; 0 for all")
     arguments.add_argument("--cases", type=int, default=0, help="test volumes of each set at most; 0 for all")
+    arguments.add_argument("--adapt", type=float, nargs="*", default=[], metavar="SECONDS")
+    arguments.add_argument("--dyn_unet", type=float, nargs="*", default=[], metavar="SECONDS")
+    arguments.add_argument("--cpu_time", action="store_true", help="count these seconds in processor time")
+    arguments.add_argument("--threads", type=int, help="of torch; default: its own choice")
     arguments.add_argument("--figures", type=int, default=4, help="cases with pictures in each report")
     arguments.add_argument("--output", type=Path, default=Path("out/volumes"))
     arguments.add_argument("--cost", action="store_true", help="measure cost in place of accuracy")
@@ -327,6 +394,10 @@ def main() -> None:
         return
     print(f"\n{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n", flush=True)
     options.output = options.output.resolve()
+    if options.cpu_time:
+        count_processor_time()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.cost:
         cost(options)
         return
