@@ -1,4 +1,4 @@
-"""What somebody may do, from looking on to everything: reader, annotator, approver, admin; each may what those before may.
+"""What somebody may do: four roles, each of which may do what those before it may.
 
     reader      looks at images, labels and lists; has images segmented, of which nothing is kept
     annotator   saves drafts and predictions, brings earlier states back, uploads images, asks for the next image

@@ -288,8 +288,8 @@ class Settings(BaseModel):
     def _check(self) -> None:
         if not self.user_header and (self.users is not None or self.default_role or not self.approve_own):
             raise ConfigError(
-                "user_header: expected the header in which the reverse proxy names the user, because users, default_role "
-                "and approve_own are of no use without, found none; give it, such as X-Remote-User."
+                "user_header: expected the header in which the reverse proxy names the user, because users, "
+                "default_role and approve_own are of no use without, found none; give it, such as X-Remote-User."
             )
         if not (self.bundle_root / CONFIG).is_file():
             raise ConfigError(

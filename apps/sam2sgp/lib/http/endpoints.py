@@ -309,7 +309,9 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp, storing: Callabl
         user: Annotated[User, ANNOTATOR],
         form: Annotated[NotesForm, fastapi.Form()] = NotesForm(),  # noqa: B008
     ) -> None:
-        datastore.update_image_info(query.image, {**form.info.model_dump(), "user": current_user.get() or user.username})
+        datastore.update_image_info(
+            query.image, {**form.info.model_dump(), "user": current_user.get() or user.username}
+        )
 
     # Labels
 

@@ -7,8 +7,8 @@ meets half an upload. What a request may say is declared where it is answered: s
 frame, and none but the log tells where on the server a file is. The checks keep no state of their own and hold for any
 number of requests at once.
 
-Who asks is told by a reverse proxy, or by a token, and what he may do by the settings: see `lib.http.roles`. What it does
-not do: check passwords and encrypt, which are a reverse proxy's.
+Who asks is told by a reverse proxy, or by a token, and what he may do by the settings: see `lib.http.roles`. What it
+does not do: check passwords and encrypt, which are a reverse proxy's.
 """
 
 import asyncio

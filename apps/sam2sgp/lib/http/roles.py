@@ -112,6 +112,7 @@ OFFERED = {
     "bring_back": NEEDED["POST /sam2sgp/review/bring_back"],
     **{name: NEEDED[f"POST /sam2sgp/{name}"] for name in ("approve", "reject", "remove", "restore")},
 }
+GIVEN_BY = "The administrator of this server gives roles."
 NO_APPROVER = "Saved as a draft: an approver has to approve it."
 SECOND_PAIR = "Saved as a draft: somebody else has to approve it, because you changed it."
 
@@ -165,8 +166,8 @@ class Access:
         names = headers.getlist(self._header) if self._header else []
         if len(names) > 1:
             raise Forbidden(
-                f"{self._header}: expected it once, from the reverse proxy, found it {len(names)} times; have the proxy "
-                "replace what clients send."
+                f"{self._header}: expected it once, from the reverse proxy, found it {len(names)} times; have the "
+                "proxy replace what clients send."
             )
         if not names or not names[0]:
             return None
@@ -207,7 +208,7 @@ def not_offered() -> dict[str, str]:
     """What the client may not do of all that the pages offer, and why."""
     mine = current_role.get()
     return {
-        action: f"This needs the role {needed.name}; yours is {mine.name}. The administrator of this server gives roles."
+        action: f"This needs the role {needed.name}; yours is {mine.name}. {GIVEN_BY}"
         for action, needed in OFFERED.items()
         if needed is not None and mine < needed
     }
@@ -239,8 +240,7 @@ def _check(needed: Role, role: Role | None, asked: str) -> None:
     if role is None or role < needed:
         found = "none" if role is None else role.name
         raise Forbidden(
-            f"role: expected {_or_higher(needed)} for {asked}, found {found} of {current_user.get()!r}; the administrator "
-            "of this server gives roles."
+            f"role: expected {_or_higher(needed)} for {asked}, found {found} of {current_user.get()!r}. {GIVEN_BY}"
         )
 
 

@@ -222,7 +222,7 @@ class Decisions(Datastore):
         return tag
 
     def tag_of_own(self, tag: str) -> str:
-        """The tag of a label that somebody made and asks to have saved with this one: a draft is what he can't approve."""
+        """The tag of a label that somebody made and wants to save with this one: what he can't approve is a draft."""
         return tag if self.approve_own or tag != FINAL else DRAFT
 
     def _check_author(self, image_id: str, tag: str) -> None:

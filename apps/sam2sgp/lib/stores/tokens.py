@@ -8,17 +8,17 @@ that change it at once do so one after the other.
 
 import hashlib
 import hmac
-import json
 import os
 import re
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter
 
 from lib.checks import RequestError, Unauthorized
 from lib.roles import Role, role_of
@@ -41,24 +41,28 @@ class Unreadable(RequestError):
     status = 503
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(BaseModel):
     """What is known about a token.
 
     Attributes:
-        name: as the audit log has it. role: the name of one. sha256: of the token, hexadecimal digits.
+        name: as the audit log has it. role: what it may do. sha256: of the token, hexadecimal digits.
         made: when, in seconds since 1970. ends: from when on it is refused; None for never.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     name: str
-    role: str
-    sha256: str
+    role: Annotated[Role, BeforeValidator(role_of), PlainSerializer(lambda role: role.name)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     made: float
     ends: float | None = None
 
     def is_over(self) -> bool:
         """Whether its time has come."""
         return self.ends is not None and time.time() >= self.ends
+
+
+FORM = TypeAdapter(list[Token])
 
 
 class Tokens:
@@ -95,8 +99,10 @@ class Tokens:
         found = [token for token in self.all() if hmac.compare_digest(token.sha256, digest)]
         if not found or found[0].is_over():
             was = "one whose time is over" if found else "an unknown or revoked one"
-            raise Unauthorized(f"token: expected a valid one, found {was}; ask the administrator of this server for one.")
-        return found[0].name, role_of(found[0].role)
+            raise Unauthorized(
+                f"token: expected a valid one, found {was}; ask the administrator of this server for one."
+            )
+        return found[0].name, found[0].role
 
     def add(self, name: str, role: Role, days: float | None = None) -> str:
         """Make a token, which can't be read again afterwards.
@@ -118,7 +124,8 @@ class Tokens:
         with self._changing() as tokens:
             if any(token.name == name for token in tokens):
                 raise ConfigError(f"name: expected a new one, found a token named {name!r}; revoke that first.")
-            tokens.append(Token(name, role.name, _digest(text), now, None if days is None else now + days * DAY))
+            ends = None if days is None else now + days * DAY
+            tokens.append(Token(name=name, role=role, sha256=_digest(text), made=now, ends=ends))
         return text
 
     def revoke(self, name: str) -> None:
@@ -136,7 +143,7 @@ class Tokens:
         with FileLock(self._path.with_suffix(".lock"), mode=MODE):
             tokens = list(self._load())
             yield tokens
-            content = json.dumps([asdict(token) for token in tokens], indent=1).encode("ascii")
+            content = FORM.dump_json(tokens, indent=1)
             with replacing(self._path) as part:
                 file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, MODE)
                 with open(file, "wb") as opened:
@@ -144,17 +151,14 @@ class Tokens:
 
     def _load(self) -> tuple[Token, ...]:
         try:
-            tokens = tuple(Token(**entry) for entry in json.loads(self._path.read_bytes()))
-            for token in tokens:
-                role_of(token.role)
+            return tuple(FORM.validate_json(self._path.read_bytes()))
         except FileNotFoundError:
             return ()
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise Unreadable(
                 f"{FILE}: expected the tokens of this server, found it damaged or unreadable; its administrator has to "
                 "delete it and make new ones."
             ) from error
-        return tokens
 
 
 def _digest(text: str) -> str:
