@@ -268,7 +268,8 @@ def test_who_may_only_read_is_told_so_and_keeps_what_was_painted(server, opened)
 
 def test_what_a_user_may_not_do_is_disabled_and_what_became_a_draft_is_said(server, opened):
     image = waiting(server, "us_")
-    reason, notice = "This needs the role annotator; yours is reader.", "Saved as a draft: somebody else has to approve it."
+    reason = "This needs the role annotator; yours is reader."
+    notice = "Saved as a draft: somebody else has to approve it."
     actions = ("segment", "draft", "bring_back", "approve", "reject")
 
     def as_reader(route):
