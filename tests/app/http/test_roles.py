@@ -185,6 +185,10 @@ def decide(client, action: str, tag: str, image: str = "a"):
     return client.post(f"/sam2sgp/{action}", json={"image": image, "label_tag": tag})
 
 
+def versions(client, image: str) -> list[dict]:
+    return client.get("/sam2sgp/review/history", params={"image": image}).json()["versions"]
+
+
 def paint(client, save_as: str, image: str = "a", value: int = 1):
     return client.post(
         "/sam2sgp/review/correct", json=correction(case(client, image), [{"slice": 0, "runs": [9, 2, value]}], save_as)
@@ -419,6 +423,13 @@ def test_nobody_approves_what_he_changed_himself(site):
     # Nor is a note, which leaves a label its author.
     note = {"params": {"label": "b", "tag": "draft"}, "data": {"info": '{"note": "x"}'}}
     assert ada.put("/datastore/label/info", **note).status_code == 200
+    assert decide(ben, "approve", "draft", "b").status_code == 403
+    assert paint(ada, "draft", "b").status_code == 200
+    # Nor is having somebody bring back what one made, who is its author no more than before.
+    shown = case(ada, "b")
+    version = next(entry["version"] for entry in versions(ada, "b") if entry["tag"] == "draft")
+    body = {"image": "b", "image_seen": shown["image_seen"], "version": version, "replaces": shown["labels"]["draft"]}
+    assert ada.post("/sam2sgp/review/bring_back", json=body).status_code == 200
     assert decide(ben, "approve", "draft", "b").status_code == 403
     # A prediction that nobody changed is anybody's.
     assert decide(ben, "approve", "original", "b").status_code == 200

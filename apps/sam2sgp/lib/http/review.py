@@ -344,6 +344,8 @@ class ReviewPage:
         shown = self.volumes.image(path)
         file, info = self.datastore.history.get(image, restoration.version)
         kept: dict[str, Any] = {key: info[key] for key in ("model", "params", "label_info", "corrected") if key in info}
+        # Who brought it back hasn't made it, and the audit log knows him.
+        kept["user"] = info.get("user")
         seen = {DRAFT: restoration.replaces}
         labels = self.volumes.label(file, path).slices
         self._save(image, labels, shown, DRAFT, kept, restoration.image_seen, seen)
@@ -363,7 +365,7 @@ class ReviewPage:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, f"label{output_suffix(shown.geometry)}")
             write_label(file, labels, shown.geometry)
-            known = {**info, "user": current_user.get()}
+            known = {"user": current_user.get(), **info}
             tag = self.datastore.correct(image, str(file), tag, known, image_seen, seen)
             if tag == DRAFT:
                 # Whoever saves one goes on with it. It may have gone by now.

@@ -12,6 +12,7 @@ asks by `need`.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -116,8 +117,13 @@ GIVEN_BY = "The administrator of this server gives roles."
 NO_APPROVER = "Saved as a draft: an approver has to approve it."
 SECOND_PAIR = "Saved as a draft: somebody else has to approve it, because you changed it."
 
-_ROUTES = [(*place.split(" "), role) for place, role in NEEDED.items()]
-_PATTERNS = [(method, compile_path(path)[0], role) for method, path, role in _ROUTES]
+
+def _pattern(place: str, role: Role | None) -> tuple[str, re.Pattern[str], Role | None]:
+    method, _, path = place.partition(" ")
+    return method, compile_path(path)[0], role
+
+
+_PATTERNS = [_pattern(place, role) for place, role in NEEDED.items()]
 
 
 class Access:
