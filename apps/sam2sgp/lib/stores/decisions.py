@@ -221,24 +221,6 @@ class Decisions(Datastore):
             self._save_label(image_id, label_filename, name, tag, record)
         return tag
 
-    def tag_of_own(self, tag: str) -> str:
-        """The tag of a label that somebody made and wants to save with this one: what he can't approve is a draft."""
-        return tag if self.approve_own or tag != FINAL else DRAFT
-
-    def _check_author(self, image_id: str, tag: str) -> None:
-        """Raise Forbidden where who asks made or changed a label last, and so may not approve it.
-
-        A prediction has no author, and whoever looks at it is the first.
-        """
-        user, author = current_user.get(), self.get_label_info(image_id, tag).get("user")
-        if self.approve_own or (user is not None and user != author):
-            return
-        found = "nobody by name" if user is None else f"{user!r}, who made or changed it last"
-        raise Forbidden(
-            f"{image_id}: expected somebody else than its author to approve this label, found {found}; ask another "
-            "approver."
-        )
-
     def _check_unchanged(self, image_id: str, tag: str, seen: str) -> None:
         """Raise Conflict where a label with a tag is another one than was seen, or came or went."""
         if self.state_of_label(image_id, tag) != seen:
@@ -302,6 +284,24 @@ class Decisions(Datastore):
             raise Conflict(
                 f"{image_id}: expected the label that was shown, found a newer one; load the page and look at it."
             )
+
+    def tag_of_own(self, tag: str) -> str:
+        """The tag of a label that somebody made and wants to save with this one: what he can't approve is a draft."""
+        return tag if self.approve_own or tag != FINAL else DRAFT
+
+    def _check_author(self, image_id: str, tag: str) -> None:
+        """Raise Forbidden where who asks made or changed a label last, and so may not approve it.
+
+        A prediction has no author, and whoever looks at it is the first.
+        """
+        user, author = current_user.get(), self.get_label_info(image_id, tag).get("user")
+        if self.approve_own or (user is not None and user != author):
+            return
+        found = "nobody by name" if user is None else f"{user!r}, who made or changed it last"
+        raise Forbidden(
+            f"{image_id}: expected somebody else than its author to approve this label, found {found}; ask another "
+            "approver."
+        )
 
 
 def state_of(path: str | Path) -> str | None:
