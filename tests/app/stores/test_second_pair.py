@@ -5,19 +5,23 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from lib.checks import Conflict, Forbidden
+from lib.settings import Settings
 from lib.stores.audit import Audit, current_user
 from lib.stores.decisions import DRAFT, FINAL, state_of
 from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.folder import ConfinedDatastore
+from lib.stores.opening import open_datastore
 from sam2sgp.data import read_image, write_label
 from sam2sgp.errors import DataError
 from tests.app.archives import fake_archive, series_entry, series_files
+from tests.app.conftest import APP
 
 SIZE = (8, 6, 3)
 
@@ -128,3 +132,15 @@ def test_the_label_of_an_archives_series_is_not_approved_by_its_author(tmp_path)
         with pytest.raises(Forbidden, match="'ann', who made or changed it last"):
             named("ann", store.approve, "1.5", DRAFT)
         assert store.tags() == {"1.5": [DRAFT]} and archive.stored == []
+
+
+@pytest.mark.parametrize("studies", ["folder", "http://127.0.0.1:9/dicom-web"])
+def test_the_setting_reaches_the_datastore_of_either_kind(tmp_path, studies):
+    if studies == "folder":
+        studies = str(tmp_path / "images")
+        Path(studies).mkdir()
+    conf = {"state_dir": str(tmp_path / "state"), "user_header": "X-Remote-User"}
+    for value in ("true", "false"):
+        settings = Settings.from_conf(APP, studies, {**conf, "approve_own": value})
+        assert open_datastore(settings).approve_own is (value == "true")
+    assert open_datastore(Settings.from_conf(APP, studies, conf)).approve_own is True
