@@ -1,10 +1,12 @@
 """The administrator's guide, command by command: what would change the system is done by stand-ins that note it."""
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,7 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lib.http.metrics import Metrics
+from lib.roles import Role
+from lib.settings import Settings
 from lib.stores.audit import Audit
+from lib.stores.tokens import Tokens
 from manage import main
 from sam2sgp import cli
 from tests.app.http.test_metrics import datastore, segmenter
@@ -95,6 +100,10 @@ def test_the_guide_is_followed_word_for_word(tmp_path):
     shutil.rmtree(studies / "labels")
     machine.run("--overwrite")
     assert (studies / "labels/final/a.png").is_file() and (studies / "a.png").is_file()
+    machine.run("--role annotator")
+    assert Tokens(state).all() == ()
+    lines = [json.loads(line) for line in (state / "audit.jsonl").read_text().splitlines()]
+    assert [line["action"] for line in lines][-2:] == ["make token", "revoke token"]
     machine.run("backups/tried")
     assert (tmp_path / "srv/sam2sgp/backups/tried/labels/final/a.png").is_file()
     machine.run("before-upgrade")
@@ -105,7 +114,7 @@ def test_the_guide_is_followed_word_for_word(tmp_path):
         assert f"\n{line}\n" in done, line
     assert "curl --fail http://127.0.0.1:8000/sam2sgp/health/ready" in done
     # Every block of the page was run.
-    assert len(BLOCKS) == 7 and machine.done == [0] * 4
+    assert len(BLOCKS) == 8 and machine.done == [0] * 7
 
 
 def test_the_unit_and_the_settings_agree_with_the_guide():
@@ -116,6 +125,20 @@ def test_the_unit_and_the_settings_agree_with_the_guide():
     settings = (ROOT / "apps/sam2sgp/deploy/settings.toml").read_text()
     assert 'studies = "/srv/sam2sgp/studies"' in settings and 'state_dir = "/var/lib/sam2sgp/state"' in settings
     assert "/srv/sam2sgp/studies" in PAGE and "/var/lib/sam2sgp/state/logs/server.log" in PAGE
+
+
+def test_the_roles_of_the_guide_are_settings_that_the_file_takes(tmp_path):
+    example = re.search(r"^    users = .+\n    default_role = .+\n", PAGE, re.MULTILINE)[0]
+    path = tmp_path / "settings.toml"
+    path.write_text((ROOT / "apps/sam2sgp/deploy/settings.toml").read_text() + textwrap.dedent(example))
+    made = Settings.from_conf(ROOT / "apps/sam2sgp", "studies", {"settings": path}, starts=True)
+    assert made.users == {"anna": Role.admin, "ben": Role.approver, "slicer-7": Role.annotator}
+    assert made.default_role is Role.reader and made.user_header == "X-Remote-User"
+    # The same stands there as a comment.
+    assert textwrap.dedent(example) in (ROOT / "apps/sam2sgp/deploy/settings.toml").read_text().replace("# ", "")
+    assert re.findall(r"^\| `(\w+)` \| ", PAGE.partition("## Who may do what")[2], re.MULTILINE)[:4] == [
+        role.name for role in Role
+    ]
 
 
 @pytest.fixture

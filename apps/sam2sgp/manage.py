@@ -1,4 +1,7 @@
-"""What `sam2sgp serve`, `backup` and `restore` start, in a process of its own: the app is no part of the package."""
+"""What `sam2sgp serve`, `backup`, `restore`, `token` and `tokens` start, in a process of its own.
+
+The app is no part of the package.
+"""
 
 import sys
 from pathlib import Path
@@ -6,9 +9,10 @@ from pathlib import Path
 from lib.admin.backup import backup
 from lib.admin.restore import restore
 from lib.admin.start import serve
+from lib.admin.tokens import token, tokens
 from sam2sgp.errors import sentence_for_users
 
-COMMANDS = {"serve": serve, "backup": backup, "restore": restore}
+COMMANDS = {"serve": serve, "backup": backup, "restore": restore, "token": token, "tokens": tokens}
 APP = Path(__file__).parent
 
 

@@ -272,6 +272,30 @@ def restore(
     _manage("restore", [*words, *(["--overwrite"] if overwrite else [])])
 
 
+@app.command(epilog=EXIT_CODES)
+def token(
+    name: Annotated[str, typer.Option(help="Of the script, as the audit log is to have it.")],
+    role: Annotated[str, typer.Option(help="reader, annotator, approver or admin.")],
+    days: Annotated[int | None, typer.Option(min=1, help="For how many days; default: until it is revoked.")] = None,
+    studies: Studies = None,
+    settings: ServerSettings = None,
+    state_dir: StateDir = None,
+) -> None:
+    """Make a token by which a script signs in to a server, and print it: it isn't shown again."""
+    _manage("token", _words({"--name": name, "--role": role, "--days": days, **_server(studies, settings, state_dir)}))
+
+
+@app.command(epilog=EXIT_CODES)
+def tokens(
+    revoke: Annotated[str | None, typer.Option(metavar="NAME", help="Have this one refused from now on.")] = None,
+    studies: Studies = None,
+    settings: ServerSettings = None,
+    state_dir: StateDir = None,
+) -> None:
+    """List the tokens of a server's scripts, or revoke one."""
+    _manage("tokens", _words({"--revoke": revoke, **_server(studies, settings, state_dir)}))
+
+
 @app.command(context_settings=SETTINGS, epilog=EXIT_CODES)
 def export(context: typer.Context, weights: Weights = None, backbone: Backbone = "lite") -> None:
     """Export the network to ONNX graphs, which `segment --runtime onnxruntime` runs."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from monai.bundle import ConfigParser
 
+from lib.roles import Role
 from lib.settings import METHOD_KEYS, Settings
 from sam2sgp.errors import ConfigError
 
@@ -64,6 +65,19 @@ def test_a_backbone_is_an_overlay_of_the_bundle(tmp_path):
         ("object_gate", "perhaps", "--conf object_gate: expected True or False, found 'perhaps'"),
         ("allow_overrides", "maybe", "expected true or false, found 'maybe'"),
         ("cors_origins", "viewer.example", "expected origins such as https://viewer.example"),
+        ("users", "anna", r'--conf users: expected a table of users and their roles such as {"anna": "admin"}, found'),
+        ("users", '{"ben": "aprover"}', "--conf users, ben: .*, found 'aprover'; did you mean approver?"),
+        ("users", '{"ben": "Admin"}', "found 'Admin'; did you mean admin?"),
+        (
+            "users",
+            '{"ben": 4}',
+            "--conf users, ben: expected one of reader, annotator, approver, admin, found 4; choose",
+        ),
+        ("users", '{"ben": "admin"}', "user_header: expected the header in which the reverse proxy names the user"),
+        ("default_role", "reader", "user_header: expected the header"),
+        ("default_role", "readers", "--conf default_role: .*did you mean reader?"),
+        ("approve_own", "no", "user_header: expected the header"),
+        ("approve_own", "perhaps", "--conf approve_own: expected true or false, found 'perhaps'"),
         ("backbone", "huge", "expected one of base_plus, large, lite, nano, small, tiny, found 'huge'"),
         ("model_file", "/nowhere/model.pt", "expected a weights file, found no /nowhere/model.pt"),
         ("support_dir", "/nowhere", "expected a folder of labelled pairs, found no /nowhere"),
@@ -82,6 +96,24 @@ def test_each_studies_folder_has_a_state_of_its_own_outside_the_code(tmp_path, m
     assert one.state_dir != other.state_dir and one.state_dir.parent == tmp_path / "data" / "sam2sgp" / "state"
     assert settings(str(tmp_path / "x" / ".." / "a")).state_dir == one.state_dir
     assert settings("http://pacs/dicom-web/").state_dir == settings("http://pacs/dicom-web").state_dir
+
+
+def test_roles_are_read_from_a_file_and_from_the_command_line(tmp_path):
+    header = "user_header = 'X-Remote-User'\n"
+    path = tmp_path / "settings.toml"
+    path.write_text(
+        f"{header}default_role = 'reader'\napprove_own = false\nusers = {{ anna = 'admin', ben = 'approver' }}"
+    )
+    made = settings(settings=str(path))
+    assert made.users == {"anna": Role.admin, "ben": Role.approver} and made.default_role is Role.reader
+    assert made.approve_own is False
+    assert settings(user_header="X", users='{"anna": "admin"}').users == {"anna": Role.admin}
+    # What is written below the table belongs to it, which would be no setting.
+    path.write_text(f"{header}[users]\nanna = 'admin'\nhosts = 'a.example'\n")
+    with pytest.raises(ConfigError, match="settings.toml, users, hosts: expected one of .*, found 'a.example'"):
+        settings(settings=str(path))
+    # As the processes of tasks get them.
+    assert json.loads(json.dumps(made.for_tasks()))["users"] == {"anna": "admin", "ben": "approver"}
 
 
 def test_origins_and_flags_are_read():

@@ -12,6 +12,8 @@ from tests.e2e.programs import free_port, listens, program, running
 
 EXAMPLE = Path(__file__).parents[2] / "apps" / "sam2sgp" / "deploy" / "nginx.conf"
 USER, PASSWORD = "reader", "correct horse"
+# Address and name of one that needs no password.
+WORKSTATION = "127.0.0.2", "slicer-7"
 
 
 @dataclass
@@ -44,7 +46,9 @@ def configuration(folder: Path, upstream: int, upload_limit: str) -> tuple[str, 
         "/var/log/nginx/access.log;": f"{folder}/access.log;",
         "worker_processes auto;": "worker_processes 1;",
     }
-    # What stands in comments is for people.
+    # What stands in comments is for people, but for the workstation.
+    assert "# 10.1.2.7 slicer-7;" in text
+    text = text.replace("# 10.1.2.7 slicer-7;", f"{WORKSTATION[0]} {WORKSTATION[1]};")
     text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE)
     for old, new in replacements.items():
         assert old in text, f"the example has no {old!r} any more"

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tests.e2e.proxies import PASSWORD, USER, nginx
+from tests.e2e.proxies import PASSWORD, USER, WORKSTATION, nginx
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -71,9 +71,36 @@ def test_nobody_gets_in_without_the_password(proxy):
 
 
 def test_the_app_learns_who_it_was_from_the_proxy_alone(proxy):
-    _, answer = send(proxy, headers={"X-Remote-User": "somebody else"})
-    assert answer["headers"]["x-remote-user"] == USER
-    assert "authorization" not in answer["headers"]
+    for name in ("X-Remote-User", "x-remote-user", "X_Remote_User"):
+        _, answer = send(proxy, headers={name: "somebody else"})
+        assert answer["headers"]["x-remote-user"] == USER and "somebody else" not in str(answer)
+        assert "authorization" not in answer["headers"]
+
+
+def test_a_token_reaches_the_app_in_place_of_a_password_and_names_nobody_else(proxy):
+    """What lets in whoever has it is the app's to say."""
+    for scheme in ("Bearer", "bearer"):
+        sent = {"Authorization": f"{scheme} sam2sgp_x", "X-Remote-User": "somebody else"}
+        status, answer = send(proxy, password=None, headers=sent)
+        assert status == 200 and answer["headers"]["authorization"] == f"{scheme} sam2sgp_x"
+        assert "x-remote-user" not in answer["headers"]
+    for sent in ("Bearer", "Basic Bearer x", "BearerX y", "Digest Bearer x", "x Bearer y", "Bearer\tx"):
+        assert send(proxy, password=None, headers={"Authorization": sent})[0] == 401, sent
+
+
+def test_a_workstation_is_known_by_its_address_and_by_nothing_that_it_sends(proxy):
+    address, name = WORKSTATION
+    context = ssl.create_default_context(cafile=str(proxy.certificate))
+    token = b64encode(b"somebody else:x").decode()
+    for headers in ({}, {"Authorization": f"Basic {token}", "X-Remote-User": "somebody else"}):
+        connection = http.client.HTTPSConnection(
+            "localhost", proxy.port, context=context, timeout=20, source_address=(address, 0)
+        )
+        with closing(connection):
+            connection.request("GET", "/info/", headers=headers)
+            answer = connection.getresponse()
+            told = json.loads(answer.read())["headers"]
+        assert answer.status == 200 and told["x-remote-user"] == name and "authorization" not in told
 
 
 def test_uploads_above_the_limit_are_refused(proxy):

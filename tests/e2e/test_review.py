@@ -266,6 +266,44 @@ def test_who_may_only_read_is_told_so_and_keeps_what_was_painted(server, opened)
     expect(opened.locator("#panel h2")).to_have_text(image)
 
 
+def test_what_a_user_may_not_do_is_disabled_and_what_became_a_draft_is_said(server, opened):
+    image = waiting(server, "us_")
+    reason = "This needs the role annotator; yours is reader."
+    notice = "Saved as a draft: somebody else has to approve it."
+    actions = ("segment", "draft", "bring_back", "approve", "reject")
+
+    def as_reader(route):
+        route.fulfill(json={**route.fetch().json(), "not_offered": dict.fromkeys(actions, reason)})
+
+    opened.route("**/queue?*", as_reader)
+    opened.reload()
+    show(opened, image)
+    for name in ("Segment G", "Reject X", "Save draft D", "Approve, next A", "Brush", "Eraser", "Fill", "Holes"):
+        button = opened.get_by_role("button", name=name, exact=True)
+        expect(button).to_be_disabled()
+        expect(button).to_have_attribute("title", reason)
+    expect(opened.get_by_role("button", name="Pan")).to_have_attribute("aria-pressed", "true")
+    sent = []
+    opened.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    for key in "bagdx":
+        opened.keyboard.press(key)
+        expect(opened.locator("#message.problem")).to_have_text(reason)
+    draw(opened, (3, 3), (3, 5))
+    expect(opened.locator("#changed")).to_have_text("")
+    assert sent == []
+    # As an approver whose own label somebody else has to approve.
+    opened.unroute("**/queue?*")
+    opened.reload()
+    show(opened, image)
+    use_pencil(opened)
+    draw(opened, (3, 3), (3, 5))
+    saved = {"image": image, "label_tag": "draft", "seen": "1-1", "voxels": 3, "notice": notice}
+    opened.route("**/correct", lambda route: route.fulfill(json=saved))
+    opened.keyboard.press("a")
+    expect(opened.locator("#message")).to_have_text(f"{image}: {notice}")
+    assert opened.problems == []
+
+
 def test_keys_are_text_where_text_is_typed(server, opened):
     image = waiting(server, "us_")
     show(opened, image)

@@ -34,6 +34,12 @@ class RequestError(DataError):
     status = 400
 
 
+class Unauthorized(RequestError):
+    """It isn't said who asks, or not so that it can be believed."""
+
+    status = 401
+
+
 class Forbidden(RequestError):
     """The server's settings don't allow it."""
 

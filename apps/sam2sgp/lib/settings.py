@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
 )
 
+from lib.roles import Role, role_of
 from lib.settings_file import read_settings_file
 from lib.state_folder import at_its_place, default_folder
 from sam2sgp.errors import ConfigError
@@ -155,6 +156,19 @@ class Settings(BaseModel):
     user_header: str | None = None
     """HTTP header with the user's name, which a reverse proxy sets; None for none."""
 
+    users: Annotated[
+        dict[str, Annotated[Role, BeforeValidator(role_of)]] | None,
+        BeforeValidator(_from_json),
+        Expected('a table of users and their roles such as {"anna": "admin"}'),
+    ] = None
+    """The role of each user, see `lib.roles`. Without it, and without `default_role`, everybody may do everything."""
+
+    default_role: Annotated[Role | None, BeforeValidator(role_of)] = None
+    """The role of users who are not among `users`; None for no way in."""
+
+    approve_own: Annotated[bool, Expected("true or false")] = True
+    """Whether people may approve labels that they made, or changed last, themselves."""
+
     dicomweb_filter: Annotated[
         dict[str, Any],
         BeforeValidator(_from_json),
@@ -272,6 +286,11 @@ class Settings(BaseModel):
         return ConfigParser(self.config()).get_parsed_content(key)
 
     def _check(self) -> None:
+        if not self.user_header and (self.users is not None or self.default_role or not self.approve_own):
+            raise ConfigError(
+                "user_header: expected the header in which the reverse proxy names the user, because users, "
+                "default_role and approve_own are of no use without, found none; give it, such as X-Remote-User."
+            )
         if not (self.bundle_root / CONFIG).is_file():
             raise ConfigError(
                 f"bundle_root: expected a bundle with {CONFIG}, found none in {self.bundle_root}; give its folder."
@@ -336,6 +355,10 @@ def _sentence(error: ValidationError, places: Mapping[str, str]) -> str:
     """The first mistake, with what the setting's declaration expects."""
     first = error.errors()[0]
     key = str(first["loc"][0])
+    if first["type"] == "value_error":
+        # It says what is expected itself.
+        within = f", {first['loc'][1]}" if len(first["loc"]) > 1 else ""
+        return f"{places.get(key, key)}{within}: {first['ctx']['error']}"
     marks = Settings.model_fields[key].metadata
     expected = next((mark.words for mark in marks if isinstance(mark, Expected)), first["msg"])
     return f"{places.get(key, key)}: expected {expected}, found {first['input']!r}."

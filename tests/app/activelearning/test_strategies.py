@@ -17,6 +17,7 @@ class Images:
 
     def __init__(self, names: list[str], labelled: tuple[str, ...] = ()) -> None:
         self.names, self.labelled, self.asked = names, set(labelled), 0
+        self.drafted: set[str] = set()
 
     def get_unlabeled_images(self, label_tag=None, labels=None) -> list[str]:
         self.asked += 1
@@ -25,6 +26,10 @@ class Images:
     def get_labeled_images(self, label_tag=None, labels=None) -> list[str]:
         self.asked += 1
         return sorted(self.labelled)
+
+    def tags(self) -> dict[str, list[str]]:
+        self.asked += 1
+        return {name: ["original", "draft"] if name in self.drafted else ["original"] for name in self.names}
 
 
 def score(degrees: float, uncertainty: float | None = None) -> ImageScore:
@@ -133,9 +138,18 @@ def test_ten_thousand_images_cost_a_fixed_number_of_reads(tmp_path):
     assert len(set(found)) == 4 and not set(found) & datastore.labelled
     best = max((value, name) for value, name in zip(uncertainty, names, strict=True) if name not in datastore.labelled)
     assert found[2] == best[1] or best[1] in found[:2]
-    # All rows are read once; of the datastore only its two lists are asked for.
+    # All rows are read once; of the datastore only its three lists are asked for.
     assert [len(rows) for rows in read] == [count, 0, 0, 0]
-    assert datastore.asked == 2 * 4
+    assert datastore.asked == 3 * 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_whose_draft_waits_for_an_approval_comes_after_all_others(scores, name):
+    datastore = Images(["done", "near", "doubt", "far"], ("done",))
+    datastore.drafted = {"doubt", "far"}
+    assert offered(scores, name, datastore)["id"] == "near"
+    datastore.drafted.add("near")
+    assert offered(scores, name, datastore)["id"] in datastore.drafted
 
 
 def test_the_ranking_for_people_names_every_image_and_offers_none(scores):

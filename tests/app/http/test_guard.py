@@ -4,6 +4,7 @@ import asyncio
 import html
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from starlette.testclient import TestClient
 from lib.checks import Conflict, RequestError
 from lib.http.guard import CHUNK, MOST_FIELDS, MOST_FILES, RequestGuard, install, serve_only
 from lib.refusals import refuse
+from lib.roles import Role
 from lib.stores.audit import current_user
 from sam2sgp.errors import ConfigError, DataError, WeightsError
 
@@ -48,6 +50,8 @@ class Given:
     hosts: tuple[str, ...] = ("server",)
     user_header: str | None = "X-Forwarded-User"
     folders: tuple[Path, ...] = ()
+    users: Mapping[str, Role] | None = None
+    default_role: Role | None = None
 
 
 @pytest.fixture

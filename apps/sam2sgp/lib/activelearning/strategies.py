@@ -7,8 +7,9 @@ and why. No network is used here. Embeddings are held in memory and only rows th
 Cases of the seed folder, which are no images of the datastore, count as labelled too.
 
 An image that was offered lately counts as labelled: it is not offered again, and neither is one like it. When all have
-been offered, the one whose offer is the longest ago comes again. All strategies share one `Choices`, which several
-threads may ask: it takes them one by one.
+been offered, the one whose offer is the longest ago comes again. One with a draft waits for its approval: it is offered
+only where every other one is labelled. All strategies share one `Choices`, which several threads may ask: it takes them
+one by one.
 """
 
 import threading
@@ -19,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
 from lib.activelearning.scoring import Row, Scores
+from lib.stores.decisions import DRAFT, Decisions
 from sam2sgp.active import STRATEGIES, choose
 
 RANDOM = "random"
@@ -143,10 +144,12 @@ class ScoredStrategy(Strategy):
         self.name = name
         self.choices = choices
 
-    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
+    def __call__(self, request: dict[str, Any], datastore: Decisions) -> dict[str, Any] | None:
         """`id` of the image, with `uncertainty`, `distance` to what is labelled, and a `note`, as far as known."""
         unlabelled = datastore.get_unlabeled_images(request.get("label_tag"), request.get("labels"))
-        return self.choices(self.name, unlabelled, datastore.get_labeled_images())
+        drafted = {image_id for image_id, tags in datastore.tags().items() if DRAFT in tags}
+        free = [image_id for image_id in unlabelled if image_id not in drafted]
+        return self.choices(self.name, free or unlabelled, datastore.get_labeled_images())
 
 
 def strategies(choices: Choices) -> dict[str, ScoredStrategy]:

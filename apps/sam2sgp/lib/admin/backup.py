@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.admin.backup_file import STATE, STUDIES, BackupWriter, writing
-from lib.admin.command_line import parser_of, settings_of
+from lib.admin.command_line import check_state, parser_of, settings_of
 from lib.checks import NotFound, suffix_of
 from lib.layout import FILE as LAYOUT_FILE
 from lib.layout import check_layout
@@ -73,11 +73,7 @@ def backup(words: Sequence[str], app_dir: Path) -> None:
 
 
 def _check(settings: Settings, output: Path) -> None:
-    if not settings.state_dir.is_dir():
-        raise ConfigError(
-            f"state_dir: expected the state folder of the server, found no {settings.state_dir}; give --settings or "
-            "--state-dir as the server has it."
-        )
+    check_state(settings)
     studies = settings.studies_folders
     if studies and not studies[0].is_dir():
         raise ConfigError(f"studies: expected a folder of images, found no folder {studies[0]}; correct its path.")

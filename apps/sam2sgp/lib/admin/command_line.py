@@ -60,6 +60,15 @@ def with_file(
     return Settings.from_conf(app_dir, studies, {**conf, **named}, starts=True), start
 
 
+def check_state(settings: Settings) -> None:
+    """Raise ConfigError where there is no state folder, as of a server that was never started."""
+    if not settings.state_dir.is_dir():
+        raise ConfigError(
+            f"state_dir: expected the state folder of the server, found no {settings.state_dir}; give --settings or "
+            "--state-dir as the server has it."
+        )
+
+
 def _check_user(folder: Path) -> None:
     """Raise ConfigError where root would make files, such as locks, that the server's user can't write to."""
     owner = os.stat(folder).st_uid if folder.exists() else 0

@@ -9,21 +9,19 @@ from collections.abc import Collection, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from lib.checks import BadLabel, check_tag
-from lib.http.routing import Id
+from lib.checks import BadLabel
+from lib.http.routing import Id, OptionalTag
 from lib.serving.options import Declared, LabelClasses
-from lib.stores.decisions import FINAL
+from lib.stores.decisions import DRAFT, FINAL
 
-DRAFT = "draft"
 MOST_SLICES = 4096
 # Numbers of one request, whose body has a limit as well.
 MOST_NUMBERS = 1 << 19
 MOST_VOXELS = 1 << 40
 
 State = Annotated[str, Field(max_length=256)]
-OptionalTag = Annotated[str, Field(max_length=64), AfterValidator(lambda tag: check_tag(tag) if tag else tag)]
 
 
 class SliceChange(Declared):

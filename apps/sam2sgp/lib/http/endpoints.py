@@ -39,9 +39,25 @@ from starlette.background import BackgroundTask
 from starlette.types import Receive, Scope, Send
 
 from lib.checks import NotFound, RequestError, check_file_name, image_limit, suffix_of
-from lib.http.routing import ADMIN, ANNOTATOR, Form, Id, OptionalId, Query, Tag, client_gone, in_threads, router, taken
+from lib.http.roles import NO_APPROVER, SECOND_PAIR, default_tag, need_for_tag
+from lib.http.routing import (
+    ADMIN,
+    ANNOTATOR,
+    Form,
+    Id,
+    OptionalId,
+    OptionalTag,
+    Query,
+    Tag,
+    client_gone,
+    in_threads,
+    router,
+    taken,
+)
 from lib.server_paths import open_plain
 from lib.serving.options import ImageParams, InferParams, LabelNotes, LabelParams, Notes, SampleParams, in_form
+from lib.stores.audit import current_user
+from lib.stores.decisions import FINAL
 from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.door import admit
 from sam2sgp.data import read_image, read_label, write_dicom_seg
@@ -119,10 +135,10 @@ class LabelQuery(Query):
 
 
 class NewLabelQuery(Query):
-    """Which image a label is of; the tag `final`, the default, approves it."""
+    """Which image a label is of; the tag `final`, the default for those who may approve, approves it."""
 
     image: Id
-    tag: Annotated[Tag, BeforeValidator(lambda tag: tag or DefaultLabelTag.FINAL.value)] = DefaultLabelTag.FINAL.value
+    tag: OptionalTag = ""
 
 
 class LabelForm(Form):
@@ -200,6 +216,8 @@ def routes(app: MONAILabelApp) -> APIRouter:
         gone: Annotated[threading.Event, fastapi.Depends(client_gone)],
         form: Annotated[InferForm, fastapi.Form()] = InferForm(),  # noqa: B008
     ) -> Any:
+        if form.params.save_label:
+            need_for_tag(form.params.label_tag or DefaultLabelTag.ORIGINAL.value)
         with tempfile.TemporaryDirectory() as folder:
             request = {"model": model, "image": query.image, "gone": gone, **form.params.given()}
             # A path says that the server made it: what clients name are ids, which are text.
@@ -274,7 +292,7 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp, storing: Callabl
         with tempfile.TemporaryDirectory() as folder:
             path = taken(form.file, Path(folder), "image")
             image_id = query.image or _name(form.file)[: -len(suffix_of(path))]
-            return {"image": datastore.add_image(image_id, str(path), {"user": user.username})}
+            return {"image": datastore.add_image(image_id, str(path), {"user": current_user.get() or user.username})}
 
     @made.delete("/datastore/image", dependencies=[ADMIN])
     def remove_image(query: Annotated[RemovedImageQuery, fastapi.Query()]) -> dict[str, str]:
@@ -291,7 +309,9 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp, storing: Callabl
         user: Annotated[User, ANNOTATOR],
         form: Annotated[NotesForm, fastapi.Form()] = NotesForm(),  # noqa: B008
     ) -> None:
-        datastore.update_image_info(query.image, {**form.info.model_dump(), "user": user.username})
+        datastore.update_image_info(
+            query.image, {**form.info.model_dump(), "user": current_user.get() or user.username}
+        )
 
     # Labels
 
@@ -307,11 +327,18 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp, storing: Callabl
         form: Annotated[LabelForm, fastapi.Form()],
         user: Annotated[User, ANNOTATOR],
     ) -> dict[str, Any]:
+        # Viewers name no tag: what may not be approved becomes a draft.
+        asked = query.tag or default_tag()
+        need_for_tag(asked)
+        tag = datastore.tag_of_own(asked)
         with tempfile.TemporaryDirectory() as folder:
             path = taken(form.label, Path(folder), "label")
-            given = {**form.params.given(), "user": user.username}
-            label_id = datastore.save_label(query.image, str(path), query.tag, given)
-        return {**app.on_save_label(query.image, label_id), "image": query.image, "label": label_id}
+            given = {**form.params.given(), "user": current_user.get() or user.username}
+            label_id = datastore.save_label(query.image, str(path), tag, given)
+        told = {**app.on_save_label(query.image, label_id), "image": query.image, "label": label_id}
+        if tag != (query.tag or FINAL):
+            told["notice"] = SECOND_PAIR if tag != asked else NO_APPROVER
+        return told
 
     @made.delete("/datastore/label", dependencies=[ADMIN])
     def remove_label(query: Annotated[RemovedLabelQuery, fastapi.Query()]) -> dict[str, str]:
@@ -322,14 +349,13 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp, storing: Callabl
     def label_info(query: Annotated[LabelQuery, fastapi.Query()]) -> dict[str, Any]:
         return without_path(datastore.get_label_info(query.label, query.tag))
 
-    @made.put("/datastore/label/info")
+    @made.put("/datastore/label/info", dependencies=[ANNOTATOR])
     def note_label(
         query: Annotated[LabelQuery, fastapi.Query()],
-        user: Annotated[User, ANNOTATOR],
         form: Annotated[LabelNotesForm, fastapi.Form()] = LabelNotesForm(),  # noqa: B008
     ) -> None:
-        noted = form.info.model_dump(exclude_unset=True)
-        datastore.update_label_info(query.label, query.tag, {**noted, "user": user.username})
+        # Its user stays who made it.
+        datastore.update_label_info(query.label, query.tag, form.info.model_dump(exclude_unset=True))
 
 
 def _add_sessions(made: APIRouter, app: MONAILabelApp, storing: Callable) -> None:

@@ -7,7 +7,8 @@ meets half an upload. What a request may say is declared where it is answered: s
 frame, and none but the log tells where on the server a file is. The checks keep no state of their own and hold for any
 number of requests at once.
 
-What it does not do: authentication and encryption, which are a reverse proxy's.
+Who asks is told by a reverse proxy, or by a token, and what he may do by the settings: see `lib.http.roles`. What it
+does not do: check passwords and encrypt, which are a reverse proxy's.
 """
 
 import asyncio
@@ -38,6 +39,7 @@ from lib.checks import (
     check_file_name,
     suffix_of,
 )
+from lib.http.roles import Access, current_role, told
 from lib.refusals import refuse
 from lib.server_paths import Folders
 from lib.serving.options import parse_object, sentence
@@ -82,8 +84,10 @@ def install(app: FastAPI, settings) -> None:
 
     Args:
         app: MONAI Label's FastAPI app.
-        settings: the app's; reads `max_upload_mb`, `cors_origins`, `hosts`, `user_header`, `state_dir` and `folders`.
+        settings: the app's; reads `max_upload_mb`, `cors_origins`, `hosts`, `state_dir`, `folders`, and what
+            `lib.http.roles.Access` does.
     """
+    logger.info("%s", told(settings))
     kept = [entry for entry in app.user_middleware if entry.cls not in (CORSMiddleware, RequestGuard)]
     added = [Middleware(RequestGuard, settings=settings)]
     if settings.cors_origins:
@@ -123,6 +127,7 @@ class RequestGuard:
         self._limit = int(settings.max_upload_mb * (1 << 20))
         self._hosts = {host.lower() for host in (*settings.hosts, *own_names())}
         self._audit = Audit(settings.state_dir / "audit.jsonl")
+        self._access = Access(settings)
         self._folders = Folders((*settings.folders, server_settings.MONAI_LABEL_SESSION_PATH))
 
     async def __call__(self, scope, receive, send) -> None:
@@ -134,10 +139,11 @@ class RequestGuard:
             return
         body = None
         send = _answering(send, self._folders)
-        user = current_user.set(self._user(Headers(scope=scope)))
+        user, role = current_user.set(None), current_role.set(current_role.get())
         try:
             try:
                 self._check_head(scope)
+                self._access.enter(scope["method"], scope["path"], Headers(scope=scope))
                 body = await self._take(scope, receive)
                 await self._check_body(scope, body)
                 self._note(scope)
@@ -149,19 +155,17 @@ class RequestGuard:
                     logger.exception("A request could not be checked")
                 # The rest of a body that was refused unread isn't waited for.
                 headers = {"connection": "close"} if body is None else {}
+                if answer.status_code == 401:
+                    headers["www-authenticate"] = "Bearer"
                 response = JSONResponse({"detail": answer.detail}, answer.status_code, headers)
                 await response(scope, receive, send)
                 return
             await self._app(scope, _replay(body, receive), send)
         finally:
             current_user.reset(user)
+            current_role.reset(role)
             if body is not None:
                 body.close()
-
-    def _user(self, headers: Headers) -> str | None:
-        name = self._settings.user_header
-        value = headers.get(name) if name else None
-        return value[:256] if value else None
 
     def _check_head(self, scope) -> None:
         method, path = scope["method"], scope["path"]

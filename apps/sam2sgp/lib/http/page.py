@@ -33,6 +33,7 @@ from PIL import Image
 from pydantic import Field
 
 from lib.checks import NotFound
+from lib.http.roles import not_offered
 from lib.http.routing import ANNOTATOR, USER, Id, Query, Tag, in_threads
 from lib.refusals import refuse, refusing
 from lib.serving.options import Declared
@@ -210,6 +211,7 @@ class SupportPage:
             curve_size=CURVE,
             final=FINAL,
             removed_tag=REMOVED,
+            not_offered=not_offered(),
         )
         return HTMLResponse(page, headers={"Content-Security-Policy": SECURITY, "Cache-Control": "no-store"})
 

@@ -32,15 +32,16 @@ from fastapi.responses import FileResponse, Response
 from pydantic import Field
 
 from lib.checks import Conflict, NotFound, RequestError
-from lib.http.corrections import DRAFT, Correction, OptionalTag, Restoration, State, corrected, tags_seen
+from lib.http.corrections import Correction, Restoration, State, corrected, tags_seen
 from lib.http.page import PREFIX, SECURITY, Threads
-from lib.http.routing import ANNOTATOR, USER, Id, Query, Tag, in_threads
+from lib.http.roles import SECOND_PAIR, need_for_tag, not_offered
+from lib.http.routing import ANNOTATOR, USER, Id, OptionalTag, Query, Tag, in_threads
 from lib.http.volumes import ShownImage, ShownLabel, Volumes
 from lib.http.work_list import Order, Shown, entry_of, listed, origins, prediction_of, shown_first
 from lib.refusals import refuse, refusing
 from lib.serving.segmenter import ServerSegmenter
 from lib.stores.audit import current_user
-from lib.stores.decisions import FINAL, Decisions, state_of
+from lib.stores.decisions import DRAFT, FINAL, Decisions, state_of
 from lib.stores.history import events_of
 from lib.stores.naming import declared
 from sam2sgp.data import write_label
@@ -193,7 +194,7 @@ class ReviewPage:
 
     def queue(self, query: QueueQuery) -> dict[str, Any]:
         """A part of the list: its entries, how many there are in all and in each state, how approved labels came about,
-        and the place of an image.
+        the place of an image, and what the client may not do.
         """
         records = self.datastore.records()
         entries, counts = listed(records, self.ranked, query.show, query.order, query.name, query.of_class)
@@ -206,6 +207,7 @@ class ReviewPage:
             "origins": origins(records),
             "classes": sorted(set(self._names({}).values())),
             "place": images.index(query.find) if query.find in images else None,
+            "not_offered": not_offered(),
         }
 
     def case(self, image: str, label_tag: str = "") -> dict[str, Any]:
@@ -302,8 +304,12 @@ class ReviewPage:
     # What changes
 
     def correct(self, correction: Correction) -> dict[str, Any]:
-        """Save what was painted, as a draft or approved, and tell the new state."""
+        """Save what was painted, as a draft or approved, and tell the new state.
+
+        What the client wants to approve becomes a draft where somebody else has to, and `notice` says so.
+        """
         image = correction.image
+        need_for_tag(correction.save_as)
         path = self.datastore.get_image_uri(image)
         shown = self.volumes.image(path)
         if list(shown.geometry.shape) != correction.shape:
@@ -323,12 +329,13 @@ class ReviewPage:
         info = {key: info[key] for key in ("model", "params") if key in info}
         info["label_info"] = [{"idx": value, "name": name} for value, name in sorted(classes.items())]
         info["corrected"] = {"voxels": changed, "from": correction.label_tag}
-        self._save(image, after, shown, correction.save_as, info, correction.image_seen, tags_seen(correction))
-        if correction.save_as == FINAL and correction.label_tag == DRAFT:
+        tag = self._save(image, after, shown, correction.save_as, info, correction.image_seen, tags_seen(correction))
+        if tag == FINAL and correction.label_tag == DRAFT:
             # Somebody else may have saved another one meanwhile, which stays.
             with suppress(DataError):
                 self.datastore.reject(image, DRAFT, correction.seen)
-        return {**self._saved(image, correction.save_as), "voxels": changed}
+        notice = {"notice": SECOND_PAIR} if tag != correction.save_as else {}
+        return {**self._saved(image, tag), "voxels": changed, **notice}
 
     def bring_back(self, restoration: Restoration) -> dict[str, Any]:
         """Make an earlier state of a label a draft."""
@@ -337,6 +344,8 @@ class ReviewPage:
         shown = self.volumes.image(path)
         file, info = self.datastore.history.get(image, restoration.version)
         kept: dict[str, Any] = {key: info[key] for key in ("model", "params", "label_info", "corrected") if key in info}
+        # Who brought it back hasn't made it, and the audit log knows him.
+        kept["user"] = info.get("user")
         seen = {DRAFT: restoration.replaces}
         labels = self.volumes.label(file, path).slices
         self._save(image, labels, shown, DRAFT, kept, restoration.image_seen, seen)
@@ -351,16 +360,19 @@ class ReviewPage:
         info: dict[str, Any],
         image_seen: str,
         seen: dict[str, str],
-    ) -> None:
+    ) -> str:
+        """Save a label; the tag that it got."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, f"label{output_suffix(shown.geometry)}")
             write_label(file, labels, shown.geometry)
-            self.datastore.correct(image, str(file), tag, {**info, "user": current_user.get()}, image_seen, seen)
+            known = {"user": current_user.get(), **info}
+            tag = self.datastore.correct(image, str(file), tag, known, image_seen, seen)
             if tag == DRAFT:
                 # Whoever saves one goes on with it. It may have gone by now.
                 with suppress(OSError, DataError):
                     path = self.datastore.get_label_uri(image, tag)
                     self.volumes.keep_label(path, self.datastore.get_image_uri(image), labels, file)
+        return tag
 
     def _saved(self, image: str, tag: str) -> dict[str, Any]:
         if tag == FINAL:

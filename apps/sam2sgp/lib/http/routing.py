@@ -36,6 +36,7 @@ Id = Annotated[str, Field(max_length=1024), AfterValidator(check_id)]
 # Clients send it empty where they have none to give.
 OptionalId = Annotated[str, Field(max_length=1024), AfterValidator(lambda value: check_id(value) if value else value)]
 Tag = Annotated[str, AfterValidator(check_tag)]
+OptionalTag = Annotated[str, Field(max_length=64), AfterValidator(lambda tag: check_tag(tag) if tag else tag)]
 
 
 class Query(BaseModel):

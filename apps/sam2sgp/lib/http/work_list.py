@@ -13,8 +13,7 @@ from typing import Any
 
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from lib.http.corrections import DRAFT
-from lib.stores.decisions import FINAL, REMOVED
+from lib.stores.decisions import DRAFT, FINAL, REMOVED
 
 PREDICTED, UNLABELLED, APPROVED = "predicted", "unlabelled", "approved"
 # In the order of the list.

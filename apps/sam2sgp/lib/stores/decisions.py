@@ -28,8 +28,8 @@ from zlib import crc32
 from filelock import FileLock, Timeout
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
-from lib.checks import Conflict, RequestError, check_tag, suffix_of
-from lib.stores.audit import Audit, content_hash
+from lib.checks import Conflict, Forbidden, RequestError, check_tag, suffix_of
+from lib.stores.audit import Audit, content_hash, current_user
 from lib.stores.history import FOLDER as HISTORY
 from lib.stores.history import History
 from lib.stores.records import LabelRecord, checked
@@ -37,7 +37,7 @@ from sam2sgp.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-FINAL, REMOVED = DefaultLabelTag.FINAL.value, "removed"
+FINAL, REMOVED, DRAFT = DefaultLabelTag.FINAL.value, "removed", "draft"
 # Images share this many locks, so that their files don't grow in number with the datastore.
 LOCKS = 1024
 # Checking a label takes as long as reading its image; a lock held for longer belongs to a process that hangs.
@@ -134,6 +134,8 @@ class Decisions(Datastore):
 
     _image_locks: ImageLocks
     _audit: Audit | None
+    # Whether somebody may approve a label that he made or changed last: the setting of this name.
+    approve_own = True
 
     @abstractmethod
     def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
@@ -184,16 +186,19 @@ class Decisions(Datastore):
         info: Mapping[str, Any],
         image_seen: str,
         seen: Mapping[str, str],
-    ) -> None:
+    ) -> str:
         """Save a label that somebody made of others; what it replaces goes to the history.
 
         Args:
             image_id: of its image.
             label_filename: of a file that this server wrote on the image's grid.
-            tag: that it gets; `final` approves it.
+            tag: that it gets; `final` approves it, where people may approve what they made.
             info: what is to be known about it.
             image_seen: `state_of` the image that was looked at.
             seen: `state_of` the labels that it was made of, or takes the place of, by tag; "" for none.
+
+        Returns:
+            The tag that it got, see `tag_of_own`.
 
         Raises:
             Conflict: the image or one of these labels is another one now.
@@ -202,6 +207,10 @@ class Decisions(Datastore):
         """
         record = checked(LabelRecord, info, f"label of {image_id}")
         name = image_id + suffix_of(label_filename)
+        if self.tag_of_own(tag) != tag:
+            # What it takes the place of then is another label, which nobody has looked at unless it was made of that.
+            tag = self.tag_of_own(tag)
+            seen = {tag: "", **seen}
         with self.deciding(image_id):
             self._check_image(image_id, image_seen, "the image that was shown, found another one; load it again.")
             for other, state in seen.items():
@@ -210,6 +219,7 @@ class Decisions(Datastore):
                 self._audit.write("correct", image=image_id, tag=tag, sha256=content_hash(label_filename))
             self._keep_earlier(image_id, tag)
             self._save_label(image_id, label_filename, name, tag, record)
+        return tag
 
     def _check_unchanged(self, image_id: str, tag: str, seen: str) -> None:
         """Raise Conflict where a label with a tag is another one than was seen, or came or went."""
@@ -261,6 +271,8 @@ class Decisions(Datastore):
             raise DataError(f"{image_id}: its label has the tag {new!r} already; load the page again.")
         with self.deciding(image_id):
             self._check_seen(image_id, tag, seen)
+            if new == FINAL:
+                self._check_author(image_id, tag)
             self._keep_earlier(image_id, new)
             self._change_tag(image_id, tag, new)
 
@@ -272,6 +284,24 @@ class Decisions(Datastore):
             raise Conflict(
                 f"{image_id}: expected the label that was shown, found a newer one; load the page and look at it."
             )
+
+    def tag_of_own(self, tag: str) -> str:
+        """The tag of a label that somebody made and wants to save with this one: what he can't approve is a draft."""
+        return tag if self.approve_own or tag != FINAL else DRAFT
+
+    def _check_author(self, image_id: str, tag: str) -> None:
+        """Raise Forbidden where who asks made or changed a label last, and so may not approve it.
+
+        A prediction has no author, and whoever looks at it is the first.
+        """
+        user, author = current_user.get(), self.get_label_info(image_id, tag).get("user")
+        if self.approve_own or (user is not None and user != author):
+            return
+        found = "nobody by name" if user is None else f"{user!r}, who made or changed it last"
+        raise Forbidden(
+            f"{image_id}: expected somebody else than its author to approve this label, found {found}; ask another "
+            "approver."
+        )
 
 
 def state_of(path: str | Path) -> str | None:

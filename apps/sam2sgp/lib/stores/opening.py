@@ -1,20 +1,25 @@
 """The datastore of a server: a folder, or a DICOMweb archive by its address."""
 
-from monailabel.interfaces.datastore import Datastore
-
 from lib.checks import image_limit
 from lib.settings import Settings
 from lib.stores.audit import Audit
+from lib.stores.decisions import Decisions
 from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.folder import ConfinedDatastore
 
 
-def open_datastore(settings: Settings) -> Datastore:
+def open_datastore(settings: Settings) -> Decisions:
     """The confined datastore of `settings.studies`: a folder, or a DICOMweb archive by its address.
 
     Raises:
         StorageError: the folder can't be opened.
     """
+    opened = _opened(settings)
+    opened.approve_own = settings.approve_own
+    return opened
+
+
+def _opened(settings: Settings) -> Decisions:
     audit = Audit(settings.state_dir / "audit.jsonl")
     limit = image_limit(settings)
     if settings.is_remote:

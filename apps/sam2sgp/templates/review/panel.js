@@ -209,6 +209,8 @@ export class Panel {
         const button = element("button", "", "Bring back");
         button.type = "button";
         button.setAttribute("aria-label", `Bring back the ${TAGS[tag] ?? tag} of ${when(new Date(1000 * time))} as a draft`);
+        button.disabled = Boolean(this.state.notOffered.bring_back);
+        button.title = this.state.notOffered.bring_back ?? "";
         button.addEventListener("click", () => this.page.bringBack(version));
         line.append(element("span", "when", when(new Date(1000 * time))), ` ${TAGS[tag] ?? tag}${user ? ` by ${user}` : ""} `, button);
         return line;

@@ -43,6 +43,7 @@ export class Queue {
     this.place = -1;
     this.counts = {};
     this.onCounts = () => {};
+    this.onRole = () => {};
     list.addEventListener("scroll", () => this.draw(), { passive: true });
     new ResizeObserver(() => this.draw()).observe(list);
     list.addEventListener("click", (event) => {
@@ -83,6 +84,7 @@ export class Queue {
       this.counts = answer.counts;
       this.classes = answer.classes;
       this.onCounts(answer);
+      this.onRole(answer.not_offered ?? {});
       this.space.style.height = `${this.total * ROW}px`;
       if (toTop) this.list.scrollTop = 0;
       this.draw();

@@ -214,9 +214,17 @@ function conflict(error) {
   ]);
 }
 
+/** Whether the user may not do something, which is then said. @param {string} action */
+function refuses(action) {
+  const reason = state.notOffered[action];
+  if (reason) say(reason, true);
+  return Boolean(reason);
+}
+
 /**
  * Save what was painted. What is too much for one request becomes a draft first.
- * @param {"draft" | "final"} as @returns {Promise<string>} the state of the label that was saved.
+ * @param {"draft" | "final"} as
+ * @returns {Promise<{seen: string, notice?: string}>} the state of the label that was saved, and what has to be known.
  */
 async function save(as) {
   const { open: opened } = state;
@@ -224,6 +232,7 @@ async function save(as) {
   const parts = pieces(runsOf(opened.labels.changes()));
   let [tag, seen] = [shown.label_tag, shown.seen];
   const states = { ...shown.labels };
+  let notice;
   for (const [number, changes] of parts.entries()) {
     const target = number === parts.length - 1 ? as : "draft";
     const answer = await post("correct", {
@@ -237,15 +246,15 @@ async function save(as) {
       classes: shown.classes.map(({ value, name }) => ({ idx: value, name })),
       changes,
     });
-    [tag, seen] = [answer.label_tag, answer.seen];
+    [tag, seen, notice] = [answer.label_tag, answer.seen, answer.notice];
     states[tag] = seen;
   }
-  return seen;
+  return { seen, notice };
 }
 
 /** Approve what is shown, and go on. @param {boolean} [isNothing] approve that nothing is there. */
 function approve(isNothing = false) {
-  if (!state.open) return;
+  if (!state.open || refuses("approve")) return;
   alone(async () => {
     const { case: shown, labels } = state.open;
     const { image } = shown;
@@ -254,14 +263,15 @@ function approve(isNothing = false) {
       return;
     }
     const next = await queue.neighbour(1);
-    if (labels.changed || !shown.label_tag) await save("final");
+    let notice;
+    if (labels.changed || !shown.label_tag) ({ notice } = await save("final"));
     else if (shown.label_tag !== "final") await post("../approve", { image, label_tag: shown.label_tag, seen: shown.seen });
-    await goOn(image, next, `Approved ${image}.`);
+    await goOn(image, next, notice ? `${image}: ${notice}` : `Approved ${image}.`);
   });
 }
 
 function reject() {
-  if (!state.open) return;
+  if (!state.open || refuses("reject")) return;
   alone(async () => {
     const { image, label_tag: tag, seen } = state.open.case;
     if (!tag) {
@@ -283,7 +293,7 @@ async function goOn(image, next, text) {
 }
 
 function draft() {
-  if (!state.open) return;
+  if (!state.open || refuses("draft")) return;
   alone(async () => {
     const { case: shown, labels, slice } = state.open;
     if (!labels.changed) {
@@ -298,7 +308,7 @@ function draft() {
 }
 
 function segmentNow() {
-  if (!state.open) return;
+  if (!state.open || refuses("segment")) return;
   alone(async () => {
     const { image } = state.open.case;
     if (state.open.labels.changed) await save("draft");
@@ -316,7 +326,7 @@ function bringBack(version) {
     const { case: shown, labels } = state.open;
     const { image, image_seen } = shown;
     // What was painted becomes an earlier state, too.
-    const replaces = labels.changed ? await save("draft") : (shown.labels.draft ?? "");
+    const replaces = labels.changed ? (await save("draft")).seen : (shown.labels.draft ?? "");
     await post("bring_back", { image, version, image_seen, replaces });
     show(await load(image, "draft"));
     say("The earlier label is a draft now; approve it to have it count.");
@@ -353,7 +363,9 @@ function nextPreset() {
   state.set({ window: select.value.split(",").map(Number) });
 }
 
-const setTool = (tool) => state.set({ tool });
+/** What buttons and tools are for, of what the server may not offer. */
+const NEEDS = { segment: "segment", reject: "reject", draft: "draft", approve: "approve", holes: "draft", brush: "draft", eraser: "draft", fill: "draft" };
+const setTool = (tool) => (NEEDS[tool] && refuses(NEEDS[tool])) || state.set({ tool });
 const commands = [
   { keys: ["A"], once: true, does: "approve and go to the next image", run: () => approve() },
   { keys: ["Shift+A"], once: true, does: "approve that nothing is there", run: () => approve(true) },
@@ -477,6 +489,16 @@ queue.onCounts = ({ counts, classes, origins: { unchanged, corrected } }) => {
   const select = one("[name=of_class]");
   const known = [...select.options].map(({ value }) => value);
   for (const name of classes) if (!known.includes(name)) select.append(new Option(name, name));
+};
+
+queue.onRole = (notOffered) => {
+  state.notOffered = notOffered;
+  for (const button of document.querySelectorAll("[data-do], [data-tool]")) {
+    const reason = notOffered[NEEDS[button.dataset.do ?? button.dataset.tool]];
+    button.disabled = Boolean(reason);
+    if (reason) button.title = reason;
+  }
+  if (notOffered.draft && NEEDS[state.tool]) state.set({ tool: "pan" });
 };
 
 await queue.refresh(true);

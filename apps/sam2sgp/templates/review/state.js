@@ -100,6 +100,8 @@ export class State extends EventTarget {
     /** @type {Open | null} */
     this.open = null;
     this.tool = "brush";
+    /** @type {Record<string, string>} what the user may not do, and why. */
+    this.notOffered = {};
     /** Diameter of brush and eraser, in pixels. */
     this.size = 8;
     /** Whether brush and eraser are balls that reach into other slices. */

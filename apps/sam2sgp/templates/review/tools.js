@@ -78,8 +78,13 @@ export class Tools {
     return this.state.tool;
   }
 
-  /** Whether the label may be changed now: what is painted while a decision is carried out would be in no label. */
+  /**
+   * Whether the label may be changed now: what is painted while a decision is carried out would be in no label, nor
+   * would be what somebody paints who may not save it.
+   */
   mayChange() {
+    if (this.state.notOffered.draft) this.page.say(this.state.notOffered.draft);
+    if (this.state.notOffered.draft) return false;
     if (this.page.isBusy()) this.page.say("Wait until this is done, then paint.");
     return !this.page.isBusy();
   }
