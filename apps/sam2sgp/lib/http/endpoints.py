@@ -42,6 +42,7 @@ from lib.checks import NotFound, RequestError, check_file_name, image_limit, suf
 from lib.http.routing import ADMIN, ANNOTATOR, Form, Id, OptionalId, Query, Tag, client_gone, in_threads, router, taken
 from lib.server_paths import open_plain
 from lib.serving.options import ImageParams, InferParams, LabelNotes, LabelParams, Notes, SampleParams, in_form
+from lib.stores.audit import current_user
 from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.door import admit
 from sam2sgp.data import read_image, read_label, write_dicom_seg
@@ -309,7 +310,7 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp, storing: Callabl
     ) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             path = taken(form.label, Path(folder), "label")
-            given = {**form.params.given(), "user": user.username}
+            given = {**form.params.given(), "user": current_user.get() or user.username}
             label_id = datastore.save_label(query.image, str(path), query.tag, given)
         return {**app.on_save_label(query.image, label_id), "image": query.image, "label": label_id}
 

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from lib.checks import Conflict, RequestError, check_tag, suffix_of
-from lib.stores.audit import Audit, content_hash
+from lib.stores.audit import Audit
 from lib.stores.history import FOLDER as HISTORY
 from lib.stores.history import History
 from lib.stores.records import LabelRecord, checked
@@ -38,6 +38,7 @@ from sam2sgp.errors import DataError
 logger = logging.getLogger(__name__)
 
 FINAL, REMOVED = DefaultLabelTag.FINAL.value, "removed"
+ORIGINAL = DefaultLabelTag.ORIGINAL.value
 # Images share this many locks, so that their files don't grow in number with the datastore.
 LOCKS = 1024
 # Checking a label takes as long as reading its image; a lock held for longer belongs to a process that hangs.
@@ -136,8 +137,15 @@ class Decisions(Datastore):
     _audit: Audit | None
 
     @abstractmethod
-    def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
-        """Put a label in place, and the one before it out of it; `name`: the file's, for errors. The image's id."""
+    def _save_label(
+        self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any], action: str = ""
+    ) -> str:
+        """Put a label in place, and the one before it out of it. The image's id.
+
+        Args:
+            name: the file's, for errors.
+            action: what the audit log is to say of a label that isn't approved; "" for nothing.
+        """
 
     @abstractmethod
     def _remove_label(self, label_id: str, tag: str) -> None:
@@ -173,7 +181,7 @@ class Decisions(Datastore):
 
     @property
     def history(self) -> History:
-        """Earlier states of labels that were replaced by a decision."""
+        """Earlier states of labels that were replaced, or deleted by a decision."""
         return self._image_locks.history
 
     def correct(
@@ -206,10 +214,8 @@ class Decisions(Datastore):
             self._check_image(image_id, image_seen, "the image that was shown, found another one; load it again.")
             for other, state in seen.items():
                 self._check_unchanged(image_id, other, state)
-            if tag != FINAL and self._audit:
-                self._audit.write("correct", image=image_id, tag=tag, sha256=content_hash(label_filename))
             self._keep_earlier(image_id, tag)
-            self._save_label(image_id, label_filename, name, tag, record)
+            self._save_label(image_id, label_filename, name, tag, record, "correct")
 
     def _check_unchanged(self, image_id: str, tag: str, seen: str) -> None:
         """Raise Conflict where a label with a tag is another one than was seen, or came or went."""
@@ -223,6 +229,11 @@ class Decisions(Datastore):
         path = self.path_of_label(image_id, tag)
         if path:
             self.history.keep(image_id, tag, path, self.get_label_info(image_id, tag))
+
+    def _keep_replaced(self, image_id: str, tag: str) -> None:
+        """The same of a label that is about to be submitted once more, but for predictions: these are made again."""
+        if tag != ORIGINAL:
+            self._keep_earlier(image_id, tag)
 
     def approve(self, image_id: str, tag: str, seen: str = "") -> None:
         """Give a label the tag `final`, in place of an earlier label with that tag.

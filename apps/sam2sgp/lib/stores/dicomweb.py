@@ -344,9 +344,12 @@ class DicomWebDatastore(Decisions):
         limit = label_limit(self.get_image_uri(image_id), self._max_unpacked)
         with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):
             self._check_image(image_id, seen)
+            self._keep_replaced(image_id, tag)
             return self._save_label(image_id, str(content), name, tag, info)
 
-    def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
+    def _save_label(
+        self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any], action: str = ""
+    ) -> str:
         folder = self.get_image_uri(image_id)
         try:
             geometry = read_image(folder).geometry
@@ -373,6 +376,7 @@ class DicomWebDatastore(Decisions):
         path = self._kept.path(image_id, tag)
         if tag == FINAL:
             self._approve(self._series(image_id), folder, labels, geometry, names, info)
+        before = self._kept.files(path) if action and tag != FINAL else {}
         try:
             with storing("to save the label"):
                 self._kept.write(path, labels, geometry, info)
@@ -384,6 +388,12 @@ class DicomWebDatastore(Decisions):
         else:
             if tag == FINAL:
                 self._at_hand[image_id] = info["segmentation"]
+            elif action and self._audit:
+                try:
+                    self._audit.write(action, image=image_id, tag=tag, sha256=content_hash(path))
+                except StorageError:
+                    self._kept.restore(path, before)
+                    raise
         return image_id
 
     def _change_tag(self, image_id: str, old: str, new: str) -> None:

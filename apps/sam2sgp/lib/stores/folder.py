@@ -7,12 +7,12 @@ image before it is approved (tag `final`).
 
 Several threads and processes may use one folder at once. A label is changed while its image is held
 (`lib.stores.decisions`), because it takes a while to check it. Then new content is copied to the disk. The change
-itself is made under the folder's lock, which threads get in the order in which they came: the audit log and the index
+itself is made under the folder's lock, which threads get in the order in which they came: the index and the audit log
 are written, and then one file is put in place, renamed or deleted, which makes the change. So a change that fails
 leaves everything as it was, a reader sees the old file or the new one, and a process killed at any moment leaves no
 half file. Which entries of the index hold until then stands in a file of its own (`Journal`), so an old file never goes
-with what is known about a new one. A change that is refused is not in the audit log, and none that is made is missing
-there. Readers never wait for a change: they look at the folders' times, and read them again only when these changed; of
+with what is known about a new one. A change that is refused, or finds no space, is not in the audit log, and none that
+is made is missing there. Readers never wait for a change: they look at the folders' times, and read them again only when these changed; of
 those that wait for that, one reads for all.
 
     ConfinedFolder   which files are there, and that no path leads out
@@ -321,16 +321,19 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         info = _without_stamp(checked(LabelRecord, label_info, f"label of {image_id}"))
         with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):
             self._check_image(image_id, seen)
+            self._keep_replaced(image_id, tag)
             return self._save_label(image_id, str(content), name, tag, info)
 
     @again_if_renumbered
-    def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
+    def _save_label(
+        self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any], action: str = ""
+    ) -> str:
         if tag != FINAL:
-            return self._put_label(image_id, label_filename, tag, name, info)
+            return self._put_label(image_id, label_filename, tag, name, info, action)
         with tempfile.TemporaryDirectory() as scratch:
             label = self._checked_label(image_id, label_filename, name, info, Path(scratch))
             name = image_id + _suffix_for(image_id, suffix_of(label.file))
-            return self._put_label(image_id, label.file, tag, name, label.info, label.values)
+            return self._put_label(image_id, label.file, tag, name, label.info, "approve", label.values)
 
     def _put_label(
         self,
@@ -339,20 +342,22 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         tag: str,
         name: str,
         info: dict[str, Any],
+        action: str = "",
         values: tuple[int, ...] = (),
     ) -> str:
-        """Put a label in place; `values`: of one to approve. Raises _Renumbered."""
+        """Put a label in place; `action`: for the audit log; `values`: of one to approve, which may be _Renumbered."""
         suffix = name[len(image_id) :]
         target = self._folder.writable(self._datastore.label_path(tag)) / name
         with copied(label_filename, target) as part, ExitStack() as stack:
-            sha256 = content_hash(part) if tag == FINAL else None
+            sha256 = content_hash(part) if action else None
             change = stack.enter_context(self._changing())
             entry = change.objects.get(image_id)
             if entry is None:
                 raise _no_image(image_id)
             if tag == FINAL:
                 check_values(values, info, self.declared_names(), _infos(change.objects))
-                change.note("approve", image=image_id, tag=tag, sha256=sha256)
+            if action:
+                change.note(action, image=image_id, tag=tag, sha256=sha256)
             change.move(part, target)
             label = DataModel(info={**info, **_first_info(name)}, ext=suffix)
             change.objects[image_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: label})
@@ -526,10 +531,6 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             change = Change(dict(before.objects))
             try:
                 yield change
-                # Before the change is made: a line too many is better than one too few.
-                for action, details in change.notes:
-                    if self._audit:
-                        self._audit.write(action, **details)
                 after = before.model_copy(update={**change.header, "objects": change.objects})
                 if needs_index:
                     # Entries of files that are not there mean nothing: only those that are replaced are to be kept.
@@ -537,6 +538,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                         self._index.journal.open(before.objects, after.objects, *change.moved)
                     self._index.write(after)
                 try:
+                    # Before the change is made: a line too many is better than one too few.
+                    for action, details in change.notes:
+                        if self._audit:
+                            self._audit.write(action, **details)
                     change.make()
                 except BaseException:
                     if needs_index:
