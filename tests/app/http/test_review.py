@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -319,6 +320,26 @@ def test_an_approved_label_that_changed_since_it_was_shown_is_not_removed(client
     assert set(datastore.get_labels_by_image_id("us")) == {"final"}
     assert client.post("/sam2sgp/remove", json={**body, "seen": case(client, "us")["seen"]}).status_code == 200
     assert set(datastore.get_labels_by_image_id("us")) == {"removed"}
+
+
+def test_the_support_page_removes_and_restores_only_what_it_showed(datastore, client, tmp_path):
+    """A button sends the state of the label that was there when the page was made."""
+    item = SimpleNamespace(id="us", content="1", info=SimpleNamespace(holds=[1]), source="us.png")
+    state = SimpleNamespace(
+        class_names={1: "liver"}, segmentable={}, images={"us.png": "us"}, items=[item], errors=(), cases={"us"}
+    )
+    segmenter = SimpleNamespace(keep_up=lambda: True, state=lambda: state)
+    page = SupportPage(datastore, segmenter, SimpleNamespace(counts=dict), sorted, dict)
+
+    for action, tag in (("remove", "final"), ("restore", "removed")):
+        seen = []
+        for value in (1, 2):
+            file = tmp_path / "label.png"
+            Image.fromarray(np.full((6, 8), value, np.uint8)).save(file)
+            datastore.save_label("us", str(file), tag, {})
+            seen += re.findall(rf'data-action="{action}"[^>]*data-seen="([^"]*)"', page.show().body.decode())
+        asked = [{"image": "us", "label_tag": tag, "seen": state} for state in seen]
+        assert [client.post(f"/sam2sgp/{action}", json=body).status_code for body in asked] == [409, 200]
 
 
 def test_decisions_of_both_pages_share_one_limit(datastore, tmp_path, monkeypatch):
