@@ -31,6 +31,7 @@ from lib.stores.audit import Audit
 from lib.stores.folder import ConfinedDatastore
 from lib.stores.history import MOST_KEPT
 from sam2sgp.data import read_label
+from sam2sgp.errors import DataError
 from sam2sgp.transforms import ScaleIntensityByModalityd
 from tests.app.http.test_guard import Given
 
@@ -283,6 +284,52 @@ def test_decisions_that_are_refused_drive_no_earlier_state_out(client, datastore
     assert client.post("/sam2sgp/approve", json={"image": "us", "label_tag": "original"}).status_code == 200
     kept = [datastore.history.get("us", entry["version"])[0] for entry in datastore.history.versions("us")]
     assert [int((read_label(path) > 0).sum()) for path in kept] == [5, 4]
+
+
+def test_labels_of_an_image_that_another_one_took_the_place_of_are_named_and_neither_approved_nor_brought_back(
+    client, datastore, studies, tmp_path
+):
+    picture, file = studies / "us.png", tmp_path / "label.png"
+    Image.fromarray(np.ones((6, 8), np.uint8)).save(file)
+    for tag in ("original", "draft", "draft"):
+        datastore.save_label("us", str(file), tag, {"user": tag})
+    datastore.save_label("us", str(file), "removed", {})
+
+    def of_another() -> tuple[bool, list[bool]]:
+        versions = client.get("/sam2sgp/review/history", params={"image": "us"}).json()["versions"]
+        shown = case(client, "us", label_tag="original")
+        return shown["of_another_image"], [entry["of_another_image"] for entry in versions]
+
+    def decide() -> list[int]:
+        shown = case(client, "us")
+        version = datastore.history.versions("us")[-1]["version"]
+        back = {"image": "us", "image_seen": shown["image_seen"], "replaces": shown["labels"].get("draft", "")}
+        answers = [client.post("/sam2sgp/review/bring_back", json={**back, "version": version})]
+        for tag in ("original", "removed"):
+            answers.append(client.post("/sam2sgp/approve", json={"image": "us", "label_tag": tag}))
+            with suppress(DataError):
+                datastore.remove("us")
+        assert all("another image under this name" in answer.text for answer in answers if answer.status_code == 409)
+        return [answer.status_code for answer in answers]
+
+    content = picture.read_bytes()
+    os.utime(picture, ns=(1, 1))
+    assert of_another() == (False, [False]), "a copy of the same image"
+    Image.fromarray(np.arange(48, dtype=np.uint8)[::-1].reshape(6, 8)).save(picture)
+    assert of_another() == (True, [True])
+    assert decide() == [409, 409, 409] and "final" not in datastore.get_labels_by_image_id("us")
+    # On the page it may be corrected, as is told there, and is then one of this image.
+    shown = case(client, "us", label_tag="original")
+    body = correction(shown, [{"slice": 0, "runs": [0, 1, 0]}])
+    assert client.post("/sam2sgp/review/correct", json=body).status_code == 200
+    assert not case(client, "us", label_tag="draft")["of_another_image"]
+    # Somebody puts a label of their own in the place of the prediction: nothing is known of its image.
+    Image.fromarray(np.eye(6, 8, dtype=np.uint8)).save(studies / "labels" / "original" / "us.png")
+    assert not case(client, "us", label_tag="original")["of_another_image"]
+    Image.fromarray(np.ones((6, 8), np.uint8)).save(file)
+    datastore.save_label("us", str(file), "original", {})
+    picture.write_bytes(content)
+    assert of_another()[1][-1] is False and decide()[0] == 200
 
 
 def test_what_was_corrected_stays_so_when_it_is_brought_back(client, datastore):

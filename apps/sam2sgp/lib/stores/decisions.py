@@ -32,6 +32,7 @@ from lib.checks import Conflict, RequestError, check_tag, suffix_of
 from lib.stores.audit import Audit
 from lib.stores.history import FOLDER as HISTORY
 from lib.stores.history import History
+from lib.stores.image_identity import is_of_another
 from lib.stores.records import LabelRecord, checked
 from sam2sgp.errors import DataError
 
@@ -44,6 +45,7 @@ LOCKS = 1024
 # Checking a label takes as long as reading its image; a lock held for longer belongs to a process that hangs.
 PATIENCE = 60.0
 POLL = 0.01
+OF_ANOTHER = "that was made of another image under this name; segment this one, or correct the label on it."
 SEGMENTED = "the image that was segmented, found another one under its id; segment it again."
 
 
@@ -179,6 +181,11 @@ class Decisions(Datastore):
         path = self.path_of_label(image_id, tag)
         return (state_of(path) or "") if path else ""
 
+    def is_of_another_image(self, image_id: str, tag: str) -> bool:
+        """Whether the label with a tag was made of an image that had this id before, see `image_identity`."""
+        label = self.path_of_label(image_id, tag)
+        return bool(label) and is_of_another(self.get_label_info(image_id, tag), self.get_image_uri(image_id), label)
+
     @property
     def history(self) -> History:
         """Earlier states of labels that were replaced, or deleted by a decision."""
@@ -244,7 +251,7 @@ class Decisions(Datastore):
             seen: `state_of` the label that was decided about; "" for whatever is there.
 
         Raises:
-            Conflict: the label is another one than was seen.
+            Conflict: the label is another one than was seen, or was made of an image that had this id before.
             DataError: there is no such label, or it doesn't fit its image.
         """
         self._decide(image_id, tag, FINAL, seen)
@@ -272,6 +279,8 @@ class Decisions(Datastore):
             raise DataError(f"{image_id}: its label has the tag {new!r} already; load the page again.")
         with self.deciding(image_id):
             self._check_seen(image_id, tag, seen)
+            if new == FINAL and self.is_of_another_image(image_id, tag):
+                raise Conflict(f"{image_id}: expected a label of this image, found one {OF_ANOTHER}")
             self._keep_earlier(image_id, new)
             self._change_tag(image_id, tag, new)
 

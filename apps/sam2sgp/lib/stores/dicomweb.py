@@ -55,6 +55,8 @@ from lib.stores.audit import Audit, content_hash
 from lib.stores.decisions import FINAL, Decisions, ImageLocks
 from lib.stores.door import ImageTooLarge, admitted, check_instance, check_series, label_limit
 from lib.stores.file_changes import storing
+from lib.stores.image_identity import KEY as MADE_OF
+from lib.stores.image_identity import claim
 from lib.stores.kept_labels import KeptLabels
 from lib.stores.naming import agreed, declared, renumber
 from lib.stores.records import ImageRecord, LabelRecord, checked
@@ -372,7 +374,7 @@ class DicomWebDatastore(Decisions):
         labels = renumber(labels, changes) if changes else labels
         names = {value: sent.get(value) or of_value.get(value) or f"class_{value}" for value in values} or of_value
         info["label_info"] = [{"name": text, "idx": value} for value, text in names.items()]
-        info.update(ts=int(time.time()), name=name, SeriesInstanceUID=image_id)
+        info.update(ts=int(time.time()), name=name, SeriesInstanceUID=image_id, **claim(folder))
         path = self._kept.path(image_id, tag)
         if tag == FINAL:
             self._approve(self._series(image_id), folder, labels, geometry, names, info)
@@ -468,6 +470,7 @@ class DicomWebDatastore(Decisions):
         check_uid(label_id, "label id")
         path = self._kept.path(label_id, check_tag(label_tag))
         info = checked(LabelRecord, info, f"label of series {label_id}")
+        info.pop(MADE_OF, None)
         with self.deciding(label_id), storing("to save what is known about the label"):
             if not path.exists():
                 raise NotFound(

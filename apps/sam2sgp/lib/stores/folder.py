@@ -51,6 +51,8 @@ from lib.stores.decisions import FINAL, POLL, Decisions, FairLock, ImageLocks, s
 from lib.stores.door import admitted, label_limit
 from lib.stores.file_changes import LOCK_TIMEOUT, Change, copied, storage_error, storing
 from lib.stores.folder_index import FolderIndex, replaces
+from lib.stores.image_identity import KEY as MADE_OF
+from lib.stores.image_identity import claim
 from lib.stores.label_checks import CheckedLabel, again_if_renumbered, check_values, checked_label, naming_file
 from lib.stores.records import ImageRecord, LabelRecord, checked
 from sam2sgp.data.classes import class_names
@@ -349,7 +351,8 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         suffix = name[len(image_id) :]
         target = self._folder.writable(self._datastore.label_path(tag)) / name
         with copied(label_filename, target) as part, ExitStack() as stack:
-            sha256 = content_hash(part) if action else None
+            sha256 = content_hash(part)
+            made_of = claim(self.get_image_uri(image_id), sha256)
             change = stack.enter_context(self._changing())
             entry = change.objects.get(image_id)
             if entry is None:
@@ -359,7 +362,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             if action:
                 change.note(action, image=image_id, tag=tag, sha256=sha256)
             change.move(part, target)
-            label = DataModel(info={**info, **_first_info(name)}, ext=suffix)
+            label = DataModel(info={**info, **made_of, **_first_info(name)}, ext=suffix)
             change.objects[image_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: label})
             # Of files of several kinds the newest counts, so a process killed before this has replaced the label too.
             self._leave_only(change, image_id, tag, suffix)
@@ -465,6 +468,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         info = checked(LabelRecord, info, f"label of {label_id}")
         with self.deciding(check_id(label_id, "label id")), self._changing() as change:
             entry, label = _labelled(change.objects, label_id, tag)
+            info.pop(MADE_OF, None)
             known = checked(LabelRecord, {**label.info, **info}, f"label of {label_id}")
             changed = DataModel(info=known, ext=label.ext)
             change.objects[label_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: changed})
