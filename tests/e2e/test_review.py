@@ -1,6 +1,7 @@
 """The review page in a real browser, on a real server: strokes, keys, pixels, and what is stored of them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -264,6 +265,41 @@ def test_who_may_only_read_is_told_so_and_keeps_what_was_painted(server, opened)
     expect(opened.locator("#message.problem")).to_have_text("You may look, but not change labels.")
     expect(opened.locator("#changed")).to_have_text("3 voxels changed")
     expect(opened.locator("#panel h2")).to_have_text(image)
+
+
+def test_an_image_that_cant_be_opened_is_named_marked_and_passed_by_the_keys(server, opened):
+    studies = Path(server.studies)
+    sound = files(server, waiting(server, "us_"))[0]
+    for name in ("zz_a", "zz_d"):
+        shutil.copy(sound, studies / f"{name}{sound.suffix}")
+    for name in ("zz_b", "zz_c"):
+        (studies / f"{name}{sound.suffix}").write_bytes(b"no picture")
+    problem = opened.locator("#message.problem")
+    try:
+        opened.locator("[name=order]").select_option("name")
+        show(opened, "zz_a")
+        opened.locator("[name=name]").fill("zz_")
+        expect(opened.locator("#list[data-total='4']")).to_have_count(1)
+        opened.locator("#picture").focus()
+        opened.keyboard.press("n")
+        is_shown(opened, "zz_d")
+        for name in ("zz_b", "zz_c"):
+            expect(problem).to_contain_text(f"{name} can't be opened: ")
+            expect(opened.locator(f"#list [data-image='{name}']")).to_contain_text("can't be opened")
+        opened.keyboard.press("p")
+        is_shown(opened, "zz_a")
+        # Chosen by hand it is tried again; what is shown stays.
+        opened.locator("#list [data-image='zz_b']").click()
+        expect(problem).to_have_text(re.compile("^zz_b can't be opened: "))
+        is_shown(opened, "zz_a")
+        shutil.copy(sound, studies / f"zz_b{sound.suffix}")
+        opened.locator("#list [data-image='zz_b']").click()
+        is_shown(opened, "zz_b")
+        expect(opened.locator("#list [data-image='zz_b']")).not_to_contain_text("can't be opened")
+        assert all("422" in text for text in opened.problems)
+    finally:
+        for path in studies.glob("zz_*"):
+            path.unlink()
 
 
 def test_keys_are_text_where_text_is_typed(server, opened):
