@@ -7,6 +7,7 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -18,6 +19,8 @@ from monailabel.endpoints.user.auth import RBAC
 from PIL import Image
 from starlette.testclient import TestClient
 
+import sam2sgp.data.io.images
+import sam2sgp.data.io.labels
 from lib.checks import MOST_CLASSES, BadLabel
 from lib.http.corrections import SliceChange, corrected
 from lib.http.guard import install, serve_only
@@ -30,13 +33,14 @@ from lib.http.work_list import Order, Shown, listed, origins
 from lib.stores.audit import Audit
 from lib.stores.folder import ConfinedDatastore
 from lib.stores.history import MOST_KEPT
-from sam2sgp.data import read_label
+from sam2sgp.data import read_image, read_label
 from sam2sgp.errors import DataError
-from sam2sgp.transforms import ScaleIntensityByModalityd
+from sam2sgp.transforms import ScaleIntensityByModalityd, SupportScaling
 from tests.app.http.test_guard import Given
 
 SHAPE = (5, 6, 40)
 SCALE = ScaleIntensityByModalityd()
+NOTHING_GUIDES = SupportScaling()
 AFFINE = np.array([[-0.7, 0, 0, 11], [0, 0.9, 0.1, -5], [0, -0.1, 2.5, 40], [0, 0, 0, 1]])
 
 
@@ -61,7 +65,7 @@ def datastore(studies, tmp_path):
 
 @pytest.fixture
 def client(datastore, tmp_path):
-    state = SimpleNamespace(class_names={1: "liver"}, segmentable={})
+    state = SimpleNamespace(class_names={1: "liver"}, segmentable={}, scaling=NOTHING_GUIDES)
     cases = SimpleNamespace(declared=dict)
     segmenter = SimpleNamespace(keep_up=lambda **_: True, state=lambda: state, cases=cases)
     server = FastAPI()
@@ -102,8 +106,6 @@ def test_a_case_tells_what_the_page_needs_and_slices_are_the_images_own_values(c
     query = {"image": "ct", "seen": shown["image_seen"], "first": 3, "count": 2}
     answer = client.get("/sam2sgp/review/slices", params=query)
     stored = np.frombuffer(answer.content, "<u2").reshape(2, 6, 5)
-    from sam2sgp.data import read_image
-
     values = read_image(datastore.get_image_uri("ct")).slices[3:5, 0]
     assert np.array_equal(stored * shown["slope"] + shown["intercept"], values)
     query = {"image": "ct", "label_tag": "original", "seen": shown["seen"], "first": 7, "count": 1}
@@ -141,8 +143,6 @@ def test_whole_numbers_are_exact_and_others_close(tmp_path):
         nib.save(nib.Nifti1Image(values, np.eye(4)), path)
         shown = volumes.image(path)
         restored = shown.slices[..., 0] * shown.slope + shown.intercept
-        from sam2sgp.data import read_image
-
         truth = read_image(path).slices[:, 0]
         assert np.abs(restored - truth).max() <= np.ptp(values) / 65535 * 0.51
         assert volumes.image(path) is shown
@@ -158,11 +158,49 @@ def test_the_window_at_first_is_that_of_the_network(tmp_path):
         ("MR", "percentiles", np.percentile(values, (10, 90))),
     ):
         scale = ScaleIntensityByModalityd(ct_window=(-50.0, 150.0), percentiles=(10.0, 90.0), modality=modality)
-        shown = Volumes(scale).image(path)
-        assert shown.kind == kind and np.allclose(shown.window, bounds)
+        volumes = Volumes(scale)
+        shown = volumes.image(path)
+        window, found = volumes.window(shown, NOTHING_GUIDES)
+        assert found == kind and np.allclose(window, bounds)
         scaled = scale({"image": torch.from_numpy(values)[:, None], "is_rgb": False, "geometry": shown.geometry})
         within = (scaled["image"] > 0) & (scaled["image"] < 1)
-        assert torch.equal(within[:, 0], torch.from_numpy((values > shown.window[0]) & (values < shown.window[1])))
+        assert torch.equal(within[:, 0], torch.from_numpy((values > window[0]) & (values < window[1])))
+
+
+def test_the_window_at_first_follows_the_support_set_as_a_segmentation_does(client, studies, tmp_path):
+    """Of an image of which nothing is stated and nothing can be told, such as a CT of the brain without air."""
+    values = np.random.default_rng(0).normal(0, 40, (8, 10, 12)).astype(np.int16)
+    path = studies / "brain.nii.gz"
+    nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+    shown = case(client, "brain")
+    assert shown["kind"] == "percentiles" and np.allclose(shown["window"], np.percentile(values, SCALE.percentiles))
+    volumes = Volumes(SCALE)
+    image, read = volumes.image(path), read_image(path)
+    for support in (NOTHING_GUIDES, *(SupportScaling(frozenset({kind})) for kind in ("ct", "percentiles"))):
+        loaded = {"image": torch.from_numpy(read.slices), "is_rgb": False, "geometry": read.geometry}
+        scaling = SCALE({**loaded, "support_scaling": support})["scaling"]
+        window, kind = volumes.window(image, support)
+        assert kind == scaling.kind and (window == SCALE.ct_window) == (kind == "ct")
+
+
+def test_a_case_reads_image_and_label_once_and_sorts_no_volume(client, monkeypatch):
+    read, sort = [], []
+
+    def noting(calls, function):
+        return lambda first, *others, **named: calls.append(first) or function(first, *others, **named)
+
+    for module in (sam2sgp.data.io.images, sam2sgp.data.io.labels):
+        monkeypatch.setattr(module, "read_grid", noting(read, module.read_grid))
+    monkeypatch.setattr(np, "partition", noting(sort, np.partition))
+    shown = case(client, "ct")
+    query = {"image": "ct", "seen": shown["image_seen"], "first": 0, "count": 16}
+    assert client.get("/sam2sgp/review/slices", params=query).status_code == 200
+    query |= {"label_tag": "original", "seen": shown["seen"]}
+    assert client.get("/sam2sgp/review/labels", params=query).status_code == 200
+    assert case(client, "ct")["window"] == shown["window"]
+    assert [Path(path).parent.name for path in read] == ["studies", "original"]
+    # Percentiles are found among the voxels that share a step, of which each has one of its own here.
+    assert {values.size for values in sort} == {1}
 
 
 def test_a_correction_is_stored_with_the_images_geometry_and_the_draft_goes_when_it_is_approved(client, datastore):

@@ -226,6 +226,7 @@ class ReviewPage:
         if image_seen is None or image_seen != state_of(path) or (label and seen != state_of(label)):
             raise Conflict(f"image {image}: expected it to stay as it was while it was read; load it again.")
         names = self._names(records.get(tag, {}), looked_at)
+        window, kind = self.volumes.window(shown, self.segmenter.state().scaling)
         found = prediction_of(records, tag) if tag else {}
         return {
             **vars(entry_of(image, records)),
@@ -240,8 +241,8 @@ class ReviewPage:
             "slope": shown.slope,
             "intercept": shown.intercept,
             "range": [shown.lowest, shown.highest],
-            "window": shown.window,
-            "kind": shown.kind,
+            "window": window,
+            "kind": kind,
             "label_tag": tag,
             "seen": seen or "",
             "label_bytes": looked_at.slices.dtype.itemsize if looked_at else 1,

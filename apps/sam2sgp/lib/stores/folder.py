@@ -12,8 +12,8 @@ are written, and then one file is put in place, renamed or deleted, which makes 
 leaves everything as it was, a reader sees the old file or the new one, and a process killed at any moment leaves no
 half file. Which entries of the index hold until then stands in a file of its own (`Journal`), so an old file never goes
 with what is known about a new one. A change that is refused, or finds no space, is not in the audit log, and none that
-is made is missing there. Readers never wait for a change: they look at the folders' times, and read them again only when these changed; of
-those that wait for that, one reads for all.
+is made is missing there. Readers never wait for a change: they look at the folders' times, and read them again only
+when these changed; of those that wait for that, one reads for all.
 
     ConfinedFolder   which files are there, and that no path leads out
     FolderIndex      what is known about them

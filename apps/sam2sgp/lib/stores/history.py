@@ -1,9 +1,9 @@
 """What became of an image's labels: who did what to them, and their earlier states.
 
 In: labels that are about to be replaced or deleted, and the audit log. Out: the log's lines about an image, the list of
-its earlier states, and the file of one. Of each image the last `MOST_KEPT` states stay, as far as they take no more than
-`MOST_BYTES` together, each a copy of the label's file with what was known about it next to it; the last one of all stays
-however large it is. Files are whole or not there; threads and processes may keep some at once.
+its earlier states, and the file of one. Of each image the last `MOST_KEPT` states stay, as far as they take no more
+than `MOST_BYTES` together; the last one stays however large it is. Each is a copy of the label's file with what was
+known about it next to it. Files are whole or not there; threads and processes may keep some at once.
 """
 
 import hashlib
