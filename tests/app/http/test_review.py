@@ -31,11 +31,14 @@ from lib.http.routing import in_threads
 from lib.http.volumes import Volumes
 from lib.http.work_list import Order, Shown, listed, origins
 from lib.stores.audit import Audit
+from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.folder import ConfinedDatastore
 from lib.stores.history import MOST_KEPT
+from lib.stores.naming import declared
 from sam2sgp.data import read_image, read_label
 from sam2sgp.errors import DataError
 from sam2sgp.transforms import ScaleIntensityByModalityd, SupportScaling
+from tests.app.archives import fake_archive, series_entry, series_files
 from tests.app.http.test_guard import Given
 
 SHAPE = (5, 6, 40)
@@ -65,6 +68,11 @@ def datastore(studies, tmp_path):
 
 @pytest.fixture
 def client(datastore, tmp_path):
+    return client_of(datastore, tmp_path)
+
+
+def client_of(datastore, tmp_path) -> TestClient:
+    """Both pages on a datastore."""
     state = SimpleNamespace(class_names={1: "liver"}, segmentable={}, scaling=NOTHING_GUIDES)
     cases = SimpleNamespace(declared=dict)
     segmenter = SimpleNamespace(keep_up=lambda **_: True, state=lambda: state, cases=cases)
@@ -368,6 +376,64 @@ def test_labels_of_an_image_that_another_one_took_the_place_of_are_named_and_nei
     datastore.save_label("us", str(file), "original", {})
     picture.write_bytes(content)
     assert of_another()[1][-1] is False and decide()[0] == 200
+
+
+def test_a_series_of_an_archive_is_corrected_and_approved_like_any_image(tmp_path):
+    with fake_archive() as archive:
+        archive.series, archive.keeps = [series_entry("1.5")], True
+        archive.files = series_files(tmp_path / "source")
+
+        def opened(name: str) -> DicomWebDatastore:
+            log = Audit(tmp_path / "state" / "audit.jsonl")
+            return DicomWebDatastore(archive.address, tmp_path / name, 1 << 20, log, expiry=0.0, patience=10.0)
+
+        datastore = opened("archive")
+        client = client_of(datastore, tmp_path)
+        shown = case(client, "1.5")
+        assert shown["shape"] == [2, 8, 8] and shown["plane"] == "axial" and shown["state"] == "unlabelled"
+        query = {"image": "1.5", "seen": shown["image_seen"], "first": 0, "count": 2}
+        voxels = np.frombuffer(client.get("/sam2sgp/review/slices", params=query).content, np.uint8)
+        assert voxels.size == 128 and (voxels * shown["slope"] + shown["intercept"] == -1024).all()
+        queue = client.get("/sam2sgp/review/queue").json()
+        assert [entry["image"] for entry in queue["entries"]] == ["1.5"]
+
+        def correct(changes: list, save_as: str) -> dict:
+            shown = case(client, "1.5")
+            classes = [{"idx": 1, "name": "liver"}, {"idx": 2, "name": "cyst"}]
+            body = correction(shown, changes, save_as, classes=classes)
+            answer = client.post("/sam2sgp/review/correct", json=body)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        assert correct([{"slice": 1, "runs": [8, 3, 2]}], "draft")["voxels"] == 3
+        drawn = case(client, "1.5")
+        assert drawn["state"] == "draft" and drawn["user"] == "ann" and not archive.stored
+        label = {"image": "1.5", "label_tag": "draft", "seen": drawn["seen"], "first": 1, "count": 1}
+        row = np.frombuffer(client.get("/sam2sgp/review/labels", params=label).content, np.uint8)
+        assert np.flatnonzero(row).tolist() == [8, 9, 10] and set(row[8:11]) == {2}
+        # As it is, by the other page's route, and once more with a change.
+        body = {"image": "1.5", "label_tag": "draft", "seen": drawn["seen"]}
+        assert client.post("/sam2sgp/approve", json=body).status_code == 200 and len(archive.stored) == 1
+        assert set(case(client, "1.5")["labels"]) == {"final"}
+        correct([{"slice": 0, "runs": [0, 1, 1]}], "final")
+        assert len(archive.stored) == 2
+        events = client.get("/sam2sgp/review/history", params={"image": "1.5"}).json()
+        assert [event["action"] for event in events["events"]] == ["approve", "remove label", "approve", "correct"]
+        assert [(entry["tag"], entry["user"]) for entry in events["versions"]] == [("final", "ann")]
+        # The archive has it, so a server with another work folder does, too.
+        other = opened("elsewhere")
+        labels = read_label(other.get_label_uri("1.5", "final"))
+        assert (labels[1, 1, :3] == 2).all() and labels[0, 0, 0] == 1 and (labels > 0).sum() == 4
+        assert declared(other.get_label_info("1.5", "final")) == {1: "liver", 2: "cyst"}
+        # What was approved first is brought back.
+        shown = case(client, "1.5")
+        version = events["versions"][0]["version"]
+        body = {"image": "1.5", "image_seen": shown["image_seen"], "replaces": "", "version": version}
+        assert client.post("/sam2sgp/review/bring_back", json=body).status_code == 200
+        assert (read_label(datastore.get_label_uri("1.5", "draft")) > 0).sum() == 3
+        body = {"image": "1.5", "label_tag": "final", "seen": shown["seen"]}
+        assert client.post("/sam2sgp/remove", json=body).status_code == 200
+        assert set(case(client, "1.5")["labels"]) == {"draft", "removed"}
 
 
 def test_what_was_corrected_stays_so_when_it_is_brought_back(client, datastore):
