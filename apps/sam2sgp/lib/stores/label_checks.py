@@ -18,7 +18,7 @@ import numpy as np
 from lib.checks import BadLabel
 from lib.stores.naming import agreed, declared, renumber
 from sam2sgp.data.classes import check_label_values
-from sam2sgp.data.io import output_suffix, read_image, read_label, write_label
+from sam2sgp.data.io import output_suffix, read_class_map, read_geometry, write_label
 from sam2sgp.errors import DataError
 
 
@@ -59,8 +59,8 @@ def checked_label(
     """
     try:
         with naming_file(label, name):
-            geometry = read_image(image).geometry
-            labels = read_label(label, geometry)
+            geometry = read_geometry(image)
+            labels = read_class_map(label, geometry)
             names = declared_names()
             sent = declared(info)
             changes, agreed_on = agreed(np.unique(labels).tolist(), sent, _known_names(names, approved))

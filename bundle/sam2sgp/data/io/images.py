@@ -86,6 +86,14 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
     return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path), grid.warnings)
 
 
+def read_geometry(path: str | os.PathLike, slice_axis: str | int = "auto") -> Geometry:
+    """Where an image's voxels lie, without turning or converting any of them; arguments and errors as of `read_image`.
+
+    An image without a finite value is not told from others.
+    """
+    return geometry_of(read_grid(path), slice_axis)
+
+
 def read_grid(path: str | os.PathLike, label: bool = False, limit: int | None = None) -> Grid:
     path = Path(path)
     if not path.exists():
