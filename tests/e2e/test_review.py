@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import requests
 import SimpleITK as sitk
+from PIL import Image
 from playwright.sync_api import expect
 
 from sam2sgp.data import Geometry, load_datalist, read_image, read_label
@@ -220,6 +221,20 @@ def test_a_picture_is_erased_filled_and_kept_as_a_draft_and_its_earlier_state_co
     with opened.expect_response(lambda answer: answer.url.endswith("/reject")):
         opened.keyboard.press("x")
     assert not draft.exists() and opened.problems == []
+    # Another picture comes under its name.
+    source = files(server, image)[0]
+    content = source.read_bytes()
+    with Image.open(source) as picture:
+        other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    try:
+        other.save(source)
+        opened.reload()
+        show(opened, image)
+        history = opened.locator("#panel [data-part=history]")
+        expect(history).to_contain_text("draft by dr.who (of another image, which had this name before)")
+        expect(history.get_by_role("button")).to_have_count(0)
+    finally:
+        source.write_bytes(content)
 
 
 def test_a_label_that_changed_meanwhile_is_not_written_over_and_nothing_painted_is_lost(server, opened):

@@ -191,24 +191,24 @@ def test_the_window_at_first_follows_the_support_set_as_a_segmentation_does(clie
         assert kind == scaling.kind and (window == SCALE.ct_window) == (kind == "ct")
 
 
-def test_a_case_reads_image_and_label_once_and_sorts_no_volume(client, monkeypatch):
-    read, sort = [], []
+def test_a_case_reads_image_and_label_once_and_sorts_no_voxels(client, monkeypatch):
+    read = []
 
-    def noting(calls, function):
-        return lambda first, *others, **named: calls.append(first) or function(first, *others, **named)
+    def noting(read_grid):
+        return lambda path, *others, **named: read.append(Path(path).parent.name) or read_grid(path, *others, **named)
 
     for module in (sam2sgp.data.io.images, sam2sgp.data.io.labels):
-        monkeypatch.setattr(module, "read_grid", noting(read, module.read_grid))
-    monkeypatch.setattr(np, "partition", noting(sort, np.partition))
+        monkeypatch.setattr(module, "read_grid", noting(module.read_grid))
+    monkeypatch.setattr("sam2sgp.transforms.scaling.percentile", None)
+    monkeypatch.setattr(np, "partition", None)
     shown = case(client, "ct")
     query = {"image": "ct", "seen": shown["image_seen"], "first": 0, "count": 16}
     assert client.get("/sam2sgp/review/slices", params=query).status_code == 200
     query |= {"label_tag": "original", "seen": shown["seen"]}
     assert client.get("/sam2sgp/review/labels", params=query).status_code == 200
-    assert case(client, "ct")["window"] == shown["window"]
-    assert [Path(path).parent.name for path in read] == ["studies", "original"]
-    # Percentiles are found among the voxels that share a step, of which each has one of its own here.
-    assert {values.size for values in sort} == {1}
+    assert case(client, "ct")["window"] == shown["window"] and read == ["studies", "original"]
+    # A grey picture is scaled by percentiles, which the number of voxels of each value tells.
+    assert np.allclose(case(client, "us")["window"], np.percentile(np.arange(48), SCALE.percentiles))
 
 
 def test_a_correction_is_stored_with_the_images_geometry_and_the_draft_goes_when_it_is_approved(client, datastore):

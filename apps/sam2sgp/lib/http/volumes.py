@@ -204,18 +204,21 @@ def _read_image(path: str | Path, scale: ScaleIntensityByModalityd) -> ShownImag
     for number, slice_values in enumerate(values):
         stored[number] = np.rint((slice_values - intercept) / slope).transpose(1, 2, 0)
     stored.flags.writeable = False
-    low, high = (lowest, highest) if image.is_rgb else _percentiles(values, stored, scale.percentiles)
+    low, high = (lowest, highest) if image.is_rgb else _percentiles(values, stored, slope, intercept, scale.percentiles)
     looked_at = voxels_looked_at(torch.from_numpy(image.slices))
     return ShownImage(
         stored, slope, intercept, lowest, highest, (low, high), looked_at, image.is_rgb, image.modality, image.geometry
     )
 
 
-def _percentiles(values: np.ndarray, stored: np.ndarray, percents: Sequence[float]) -> list[float]:
-    """`np.percentile` of values, without sorting all of them: only those that share a step with the one asked for.
+def _percentiles(
+    values: np.ndarray, stored: np.ndarray, slope: float, intercept: float, percents: Sequence[float]
+) -> list[float]:
+    """`np.percentile` of values without sorting all of them: at most those that share a step with the one asked for.
 
     Args:
         values: of any shape. stored: the same in steps that go up with them, uint8 or uint16.
+        slope, intercept: as of `_steps`.
     """
     counts = np.zeros(int(np.iinfo(stored.dtype).max) + 1, np.int64)
     for part in stored:
@@ -224,6 +227,8 @@ def _percentiles(values: np.ndarray, stored: np.ndarray, percents: Sequence[floa
 
     def ranked(rank: int) -> float:
         step = int(np.searchsorted(ends, rank, "right"))
+        if slope == 1.0:
+            return step + intercept
         inside = values[stored.reshape(values.shape) == step]
         place = rank - int(ends[step] - counts[step])
         return float(np.partition(inside, place)[place])

@@ -43,7 +43,8 @@ def is_of_another(record: Mapping[str, Any], image: str | Path, label: str | Pat
     made_of = record.get(KEY)
     if not isinstance(made_of, dict) or made_of.get("stamp") == _stamp(image):
         return False
-    if made_of.get("content") == _content(image):
+    before, now = made_of.get("content"), _content(image)
+    if not before or not now or before == now:
         return False
     return not made_of.get("label") or made_of["label"] == content_hash(label)
 
@@ -53,7 +54,9 @@ def _stamp(image: str | Path) -> str:
 
 
 def _content(image: str | Path) -> str:
-    return _content_of(str(image), image_stamp(image))
+    """What tells an image's content; "" where it is gone."""
+    stamp = image_stamp(image)
+    return _content_of(str(image), stamp) if stamp else ""
 
 
 @lru_cache(maxsize=HASHES_KEPT)

@@ -72,8 +72,8 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
     grid.array = np.empty(0)
     with np.errstate(over="ignore"):
         array = stored.astype(np.float32)
+    finite = np.isfinite(array) if stored.dtype.kind == "f" else np.True_
     del stored
-    finite = np.isfinite(array)
     if not finite.all():
         if not finite.any():
             raise DataError(f"{path}: expected intensities, found no finite value; export the image again.")
