@@ -45,7 +45,7 @@ class ShownImage:
         slope, intercept: a value of the file is `slope * stored + intercept`.
         lowest, highest: of the file's values.
         spread: the percentiles of the values by which it is scaled where nothing else decides.
-        looked_at: (N,) the values by which is told what it is, see `hounsfield_evidence`.
+        looked_at: (N,) the values that tell what a volume is, see `hounsfield_evidence`; none of pictures and colours.
         is_rgb: whether it is a colour image. modality: as the file states it.
         geometry: of the file.
     """
@@ -98,7 +98,7 @@ class Volumes:
     def __init__(self, scale: ScaleIntensityByModalityd) -> None:
         self._scale = scale
         few = threading.Semaphore(READING)
-        self._images = _ReadOnce(IMAGES_KEPT_MB, lambda shown: shown.slices.nbytes, few)
+        self._images = _ReadOnce(IMAGES_KEPT_MB, lambda shown: shown.slices.nbytes + shown.looked_at.nbytes, few)
         self._labels = _ReadOnce(LABELS_KEPT_MB, lambda shown: shown.slices.nbytes, few)
 
     def image(self, path: str | Path) -> ShownImage:
@@ -205,7 +205,8 @@ def _read_image(path: str | Path, scale: ScaleIntensityByModalityd) -> ShownImag
         stored[number] = np.rint((slice_values - intercept) / slope).transpose(1, 2, 0)
     stored.flags.writeable = False
     low, high = (lowest, highest) if image.is_rgb else _percentiles(values, stored, slope, intercept, scale.percentiles)
-    looked_at = voxels_looked_at(torch.from_numpy(image.slices))
+    is_told = image.is_rgb or image.geometry.is_picture
+    looked_at = torch.empty(0) if is_told else voxels_looked_at(torch.from_numpy(image.slices))
     return ShownImage(
         stored, slope, intercept, lowest, highest, (low, high), looked_at, image.is_rgb, image.modality, image.geometry
     )

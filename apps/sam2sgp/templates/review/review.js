@@ -123,7 +123,8 @@ async function turnTo(image, tag = "") {
   const started = performance.now();
   one("#picture").setAttribute("aria-busy", "true");
   const isAhead = ahead?.image === image && !tag;
-  const opened = await (isAhead ? ahead.coming : load(image, tag))
+  // What failed ahead of time may do now.
+  const opened = await (isAhead ? ahead.coming.catch(() => load(image)) : load(image, tag))
     .catch((error) => {
       if (error instanceof Refused && !PASSING.includes(error.status)) queue.markUnreadable(image);
       // Nothing of what is shown was refused.
