@@ -52,7 +52,7 @@ from lib.serving.segmenter import ServerSegmenter
 from lib.serving.usage import Usage
 from lib.settings import Settings
 from lib.state_folder import hold, make_private
-from lib.stores.audit import Audit
+from lib.stores.audit import Audit, current_user
 from lib.stores.decisions import state_of
 from lib.stores.opening import open_datastore
 from lib.stores.records import of_prediction
@@ -277,7 +277,7 @@ class Sam2SgpApp(MONAILabelApp):
         tag = params.label_tag or DefaultLabelTag.ORIGINAL.value
         label_id = label
         if image_id and params.save_label:
-            info = of_prediction(request["model"], result)
+            info = {**of_prediction(request["model"], result), "user": current_user.get()}
             try:
                 label_id = datastore.save_label(image_id, label, tag, info, seen)
             except BaseException:

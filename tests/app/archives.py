@@ -15,6 +15,7 @@ import pydicom
 from tests.data.dicom_files import write_series
 
 BOUNDARY = "part"
+MULTIPART = f'multipart/related; type="application/dicom"; boundary={BOUNDARY}'
 
 
 def series_entry(uid: str, study: str = "1.2", modality: str = "CT", instances: int = 2) -> dict:
@@ -31,7 +32,7 @@ def series_entry(uid: str, study: str = "1.2", modality: str = "CT", instances: 
 
 def series_files(folder: Path) -> list[bytes]:
     """Two slices of a series."""
-    written = write_series(folder, np.zeros((2, 8, 8), np.int16))
+    written = write_series(folder, np.zeros((2, 8, 8), np.int16), StudyInstanceUID="1.2", FrameOfReferenceUID="1.2.9")
     return [path.read_bytes() for path in sorted(written.iterdir())]
 
 
@@ -59,7 +60,8 @@ class FakeArchive:
         address: what `--studies` gets.
         series: QIDO entries, of images and SEGs. files: of every series, which each becomes its own when it is asked
             for. foreign: whether the files are sent as they are, whatever series they are of.
-        stored: bodies that were stored. told: the answer to that.
+        stored: bodies that were stored. told: the answer to that. keeps: whether it gives them back as objects of
+            series of their own.
         asked: the paths that were asked for, with their queries.
         behave: called with the handler before each answer; True if it has answered itself.
         let_go: set at the end, for behaviours that wait.
@@ -72,9 +74,18 @@ class FakeArchive:
         self.foreign = False
         self.stored: list[bytes] = []
         self.told = b"{}"
+        self.keeps = False
+        self.kept: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.behave: Callable[[Handler], bool | None] = lambda handler: False
         self.let_go = threading.Event()
+
+    def keep(self, body: bytes) -> None:
+        """List what was stored."""
+        content = body.partition(b"\r\n\r\n")[2].rpartition(b"\r\n--")[0]
+        header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
+        self.kept[str(header.SeriesInstanceUID)] = content
+        self.series.append(series_entry(str(header.SeriesInstanceUID), str(header.StudyInstanceUID), "SEG", 1))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -89,18 +100,28 @@ class Handler(BaseHTTPRequestHandler):
             return
         if parts.path.endswith("/dicom-web/series"):
             self.lists()
+        elif (uid := parts.path.split("/")[5]) in self.archive.kept:
+            content = self.archive.kept[uid]
+            if parts.path.endswith("/metadata"):
+                header = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
+                self.answer(json.dumps([header.to_json_dict()]).encode())
+            else:
+                self.answer(multipart([content]), MULTIPART)
         elif "/instances/" in parts.path or parts.path.count("/") == 5:
-            files, uid = self.archive.files, parts.path.split("/")[5]
+            files = self.archive.files
             if not self.archive.foreign and "/instances/" not in parts.path:
                 files = [of_series(file, uid) for file in files]
-            self.answer(multipart(files), f'multipart/related; type="application/dicom"; boundary={BOUNDARY}')
+            self.answer(multipart(files), MULTIPART)
         else:
             self.answer(b"", status=404)
 
     def do_POST(self) -> None:
         self.archive.asked.append(self.path)
         if not self.archive.behave(self):
-            self.archive.stored.append(self.rfile.read(int(self.headers["content-length"])))
+            body = self.rfile.read(int(self.headers["content-length"]))
+            self.archive.stored.append(body)
+            if self.archive.keeps:
+                self.archive.keep(body)
             self.answer(self.archive.told)
 
     def lists(self) -> None:

@@ -8,6 +8,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from PIL import Image
 
 from lib.checks import NotFound, StorageError
+from lib.stores.audit import current_user
 from lib.stores.folder import ConfinedDatastore
 from main import Sam2SgpApp
 from sam2sgp.errors import DataError
@@ -103,7 +104,14 @@ def test_a_result_is_not_saved_for_another_image_that_came_to_its_id_meanwhile(a
 
     app._infers = {"sam2sgp": task}
     app.usage = SimpleNamespace(add=lambda used: list(used))
-    app.infer({"model": "sam2sgp", "image": "A", "save_label": True}, datastore)
+    for user in ("ann", "ben"):
+        asked_by = current_user.set(user)
+        for tag in ("original", "draft"):
+            app.infer({"model": "sam2sgp", "image": "A", "save_label": True, "label_tag": tag}, datastore)
+        current_user.reset(asked_by)
+    # A draft that a segmentation took the place of stays in the history, and whose it was.
+    assert [(entry["tag"], entry["user"]) for entry in datastore.history.versions("A")] == [("draft", "ann")]
+    datastore.remove_label("A", "draft")
     with pytest.raises(HTTPException, match="another one under its id") as refused:
         app.infer({"model": "sam2sgp", "image": "A", "save_label": True, "label_tag": "other", "k": 2}, datastore)
     assert refused.value.status_code == 409 and datastore.tags() == {"A": ["original"]} and not result.exists()

@@ -1,6 +1,7 @@
 """The review page in a real browser, on a real server: strokes, keys, pixels, and what is stored of them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import requests
 import SimpleITK as sitk
+from PIL import Image
 from playwright.sync_api import expect
 
 from sam2sgp.data import Geometry, load_datalist, read_image, read_label
@@ -219,6 +221,20 @@ def test_a_picture_is_erased_filled_and_kept_as_a_draft_and_its_earlier_state_co
     with opened.expect_response(lambda answer: answer.url.endswith("/reject")):
         opened.keyboard.press("x")
     assert not draft.exists() and opened.problems == []
+    # Another picture comes under its name.
+    source = files(server, image)[0]
+    content = source.read_bytes()
+    with Image.open(source) as picture:
+        other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    try:
+        other.save(source)
+        opened.reload()
+        show(opened, image)
+        history = opened.locator("#panel [data-part=history]")
+        expect(history).to_contain_text("draft by dr.who (of another image, which had this name before)")
+        expect(history.get_by_role("button")).to_have_count(0)
+    finally:
+        source.write_bytes(content)
 
 
 def test_a_label_that_changed_meanwhile_is_not_written_over_and_nothing_painted_is_lost(server, opened):
@@ -302,6 +318,41 @@ def test_what_a_user_may_not_do_is_disabled_and_what_became_a_draft_is_said(serv
     opened.keyboard.press("a")
     expect(opened.locator("#message")).to_have_text(f"{image}: {notice}")
     assert opened.problems == []
+
+
+def test_an_image_that_cant_be_opened_is_named_marked_and_passed_by_the_keys(server, opened):
+    studies = Path(server.studies)
+    sound = files(server, waiting(server, "us_"))[0]
+    for name in ("zz_a", "zz_d"):
+        shutil.copy(sound, studies / f"{name}{sound.suffix}")
+    for name in ("zz_b", "zz_c"):
+        (studies / f"{name}{sound.suffix}").write_bytes(b"no picture")
+    problem = opened.locator("#message.problem")
+    try:
+        opened.locator("[name=order]").select_option("name")
+        show(opened, "zz_a")
+        opened.locator("[name=name]").fill("zz_")
+        expect(opened.locator("#list[data-total='4']")).to_have_count(1)
+        opened.locator("#picture").focus()
+        opened.keyboard.press("n")
+        is_shown(opened, "zz_d")
+        for name in ("zz_b", "zz_c"):
+            expect(problem).to_contain_text(f"{name} can't be opened: ")
+            expect(opened.locator(f"#list [data-image='{name}']")).to_contain_text("can't be opened")
+        opened.keyboard.press("p")
+        is_shown(opened, "zz_a")
+        # Chosen by hand it is tried again; what is shown stays.
+        opened.locator("#list [data-image='zz_b']").click()
+        expect(problem).to_have_text(re.compile("^zz_b can't be opened: "))
+        is_shown(opened, "zz_a")
+        shutil.copy(sound, studies / f"zz_b{sound.suffix}")
+        opened.locator("#list [data-image='zz_b']").click()
+        is_shown(opened, "zz_b")
+        expect(opened.locator("#list [data-image='zz_b']")).not_to_contain_text("can't be opened")
+        assert all("422" in text for text in opened.problems)
+    finally:
+        for path in studies.glob("zz_*"):
+            path.unlink()
 
 
 def test_keys_are_text_where_text_is_typed(server, opened):

@@ -196,10 +196,7 @@ def is_ct(modality: str | None) -> bool | None:
 
 def hounsfield_evidence(slices: Tensor) -> str:
     """What the values say on whether they are Hounsfield units, see `Scaling.evidence`; by shares of the voxels."""
-    values = slices.flatten()
-    if len(values) > VOXELS_LOOKED_AT:
-        values = values[torch.randint(len(values), (VOXELS_LOOKED_AT,), generator=torch.Generator().manual_seed(0))]
-    values = values.float()
+    values = voxels_looked_at(slices).float()
     lowest = values.min()
     if lowest < AIR[0]:
         # Scanners fill what lies outside the field of view with one value far below air.
@@ -218,6 +215,14 @@ def hounsfield_evidence(slices: Tensor) -> str:
     air, tissue = _share(moved, -STORED_OFFSET - 1, -800.0), _share(moved, *TISSUE)
     between = _share(moved, -750.0, -300.0)
     return "stored" if air >= LEAST_SHARE and tissue >= 5 * LEAST_SHARE and 2 * between < tissue else "positive"
+
+
+def voxels_looked_at(slices: Tensor) -> Tensor:
+    """The values (N,), at most `VOXELS_LOOKED_AT`, by which `hounsfield_evidence` judges; all of them where given."""
+    values = slices.flatten()
+    if len(values) <= VOXELS_LOOKED_AT:
+        return values
+    return values[torch.randint(len(values), (VOXELS_LOOKED_AT,), generator=torch.Generator().manual_seed(0))]
 
 
 def _share(values: Tensor, low: float, high: float) -> float:

@@ -326,6 +326,15 @@ def test_a_result_is_sent_and_neither_it_nor_the_upload_is_kept(client, app, tmp
     assert not (tmp_path / "made.png").exists() and not Path(upload).exists()
 
 
+def test_a_submitted_label_is_of_the_user_that_the_proxy_names(client, app):
+    files = {"label": ("label.png", (app.studies / "a.png").read_bytes())}
+    for user in ("ann", "ben"):
+        headers = {"X-Forwarded-User": user}
+        assert client.put("/datastore/label?image=a&tag=draft", files=files, headers=headers).status_code == 200
+    assert app.datastore().get_label_info("a", "draft")["user"] == "ben"
+    assert [(entry["tag"], entry["user"]) for entry in app.datastore().history.versions("a")] == [("draft", "ann")]
+
+
 def test_no_answer_tells_where_something_is_on_the_server(client, app, tmp_path):
     picture = (app.studies / "a.png").read_bytes()
     assert client.put("/datastore/label?image=a", files={"label": ("C:\\me\\l.png", picture)}).status_code == 200

@@ -3,9 +3,11 @@
 import gzip
 import json
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -17,6 +19,8 @@ from monailabel.endpoints.user.auth import RBAC
 from PIL import Image
 from starlette.testclient import TestClient
 
+import sam2sgp.data.io.images
+import sam2sgp.data.io.labels
 from lib.checks import MOST_CLASSES, BadLabel
 from lib.http.corrections import SliceChange, corrected
 from lib.http.guard import install, serve_only
@@ -27,14 +31,19 @@ from lib.http.routing import in_threads
 from lib.http.volumes import Volumes
 from lib.http.work_list import Order, Shown, listed, origins
 from lib.stores.audit import Audit
+from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.folder import ConfinedDatastore
 from lib.stores.history import MOST_KEPT
-from sam2sgp.data import read_label
-from sam2sgp.transforms import ScaleIntensityByModalityd
+from lib.stores.naming import declared
+from sam2sgp.data import read_image, read_label
+from sam2sgp.errors import DataError
+from sam2sgp.transforms import ScaleIntensityByModalityd, SupportScaling
+from tests.app.archives import fake_archive, series_entry, series_files
 from tests.app.http.test_guard import Given
 
 SHAPE = (5, 6, 40)
 SCALE = ScaleIntensityByModalityd()
+NOTHING_GUIDES = SupportScaling()
 AFFINE = np.array([[-0.7, 0, 0, 11], [0, 0.9, 0.1, -5], [0, -0.1, 2.5, 40], [0, 0, 0, 1]])
 
 
@@ -59,7 +68,12 @@ def datastore(studies, tmp_path):
 
 @pytest.fixture
 def client(datastore, tmp_path):
-    state = SimpleNamespace(class_names={1: "liver"}, segmentable={})
+    return client_of(datastore, tmp_path)
+
+
+def client_of(datastore, tmp_path) -> TestClient:
+    """Both pages on a datastore."""
+    state = SimpleNamespace(class_names={1: "liver"}, segmentable={}, scaling=NOTHING_GUIDES)
     cases = SimpleNamespace(declared=dict)
     segmenter = SimpleNamespace(keep_up=lambda **_: True, state=lambda: state, cases=cases)
     server = FastAPI()
@@ -100,8 +114,6 @@ def test_a_case_tells_what_the_page_needs_and_slices_are_the_images_own_values(c
     query = {"image": "ct", "seen": shown["image_seen"], "first": 3, "count": 2}
     answer = client.get("/sam2sgp/review/slices", params=query)
     stored = np.frombuffer(answer.content, "<u2").reshape(2, 6, 5)
-    from sam2sgp.data import read_image
-
     values = read_image(datastore.get_image_uri("ct")).slices[3:5, 0]
     assert np.array_equal(stored * shown["slope"] + shown["intercept"], values)
     query = {"image": "ct", "label_tag": "original", "seen": shown["seen"], "first": 7, "count": 1}
@@ -139,8 +151,6 @@ def test_whole_numbers_are_exact_and_others_close(tmp_path):
         nib.save(nib.Nifti1Image(values, np.eye(4)), path)
         shown = volumes.image(path)
         restored = shown.slices[..., 0] * shown.slope + shown.intercept
-        from sam2sgp.data import read_image
-
         truth = read_image(path).slices[:, 0]
         assert np.abs(restored - truth).max() <= np.ptp(values) / 65535 * 0.51
         assert volumes.image(path) is shown
@@ -156,11 +166,49 @@ def test_the_window_at_first_is_that_of_the_network(tmp_path):
         ("MR", "percentiles", np.percentile(values, (10, 90))),
     ):
         scale = ScaleIntensityByModalityd(ct_window=(-50.0, 150.0), percentiles=(10.0, 90.0), modality=modality)
-        shown = Volumes(scale).image(path)
-        assert shown.kind == kind and np.allclose(shown.window, bounds)
+        volumes = Volumes(scale)
+        shown = volumes.image(path)
+        window, found = volumes.window(shown, NOTHING_GUIDES)
+        assert found == kind and np.allclose(window, bounds)
         scaled = scale({"image": torch.from_numpy(values)[:, None], "is_rgb": False, "geometry": shown.geometry})
         within = (scaled["image"] > 0) & (scaled["image"] < 1)
-        assert torch.equal(within[:, 0], torch.from_numpy((values > shown.window[0]) & (values < shown.window[1])))
+        assert torch.equal(within[:, 0], torch.from_numpy((values > window[0]) & (values < window[1])))
+
+
+def test_the_window_at_first_follows_the_support_set_as_a_segmentation_does(client, studies, tmp_path):
+    """Of an image of which nothing is stated and nothing can be told, such as a CT of the brain without air."""
+    values = np.random.default_rng(0).normal(0, 40, (8, 10, 12)).astype(np.int16)
+    path = studies / "brain.nii.gz"
+    nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+    shown = case(client, "brain")
+    assert shown["kind"] == "percentiles" and np.allclose(shown["window"], np.percentile(values, SCALE.percentiles))
+    volumes = Volumes(SCALE)
+    image, read = volumes.image(path), read_image(path)
+    for support in (NOTHING_GUIDES, *(SupportScaling(frozenset({kind})) for kind in ("ct", "percentiles"))):
+        loaded = {"image": torch.from_numpy(read.slices), "is_rgb": False, "geometry": read.geometry}
+        scaling = SCALE({**loaded, "support_scaling": support})["scaling"]
+        window, kind = volumes.window(image, support)
+        assert kind == scaling.kind and (window == SCALE.ct_window) == (kind == "ct")
+
+
+def test_a_case_reads_image_and_label_once_and_sorts_no_voxels(client, monkeypatch):
+    read = []
+
+    def noting(read_grid):
+        return lambda path, *others, **named: read.append(Path(path).parent.name) or read_grid(path, *others, **named)
+
+    for module in (sam2sgp.data.io.images, sam2sgp.data.io.labels):
+        monkeypatch.setattr(module, "read_grid", noting(module.read_grid))
+    monkeypatch.setattr("sam2sgp.transforms.scaling.percentile", None)
+    monkeypatch.setattr(np, "partition", None)
+    shown = case(client, "ct")
+    query = {"image": "ct", "seen": shown["image_seen"], "first": 0, "count": 16}
+    assert client.get("/sam2sgp/review/slices", params=query).status_code == 200
+    query |= {"label_tag": "original", "seen": shown["seen"]}
+    assert client.get("/sam2sgp/review/labels", params=query).status_code == 200
+    assert case(client, "ct")["window"] == shown["window"] and read == ["studies", "original"]
+    # A grey picture is scaled by percentiles, which the number of voxels of each value tells.
+    assert np.allclose(case(client, "us")["window"], np.percentile(np.arange(48), SCALE.percentiles))
 
 
 def test_a_correction_is_stored_with_the_images_geometry_and_the_draft_goes_when_it_is_approved(client, datastore):
@@ -284,6 +332,110 @@ def test_decisions_that_are_refused_drive_no_earlier_state_out(client, datastore
     assert [int((read_label(path) > 0).sum()) for path in kept] == [5, 4]
 
 
+def test_labels_of_an_image_that_another_one_took_the_place_of_are_named_and_neither_approved_nor_brought_back(
+    client, datastore, studies, tmp_path
+):
+    picture, file = studies / "us.png", tmp_path / "label.png"
+    Image.fromarray(np.ones((6, 8), np.uint8)).save(file)
+    for tag in ("original", "draft", "draft"):
+        datastore.save_label("us", str(file), tag, {"user": tag})
+    datastore.save_label("us", str(file), "removed", {})
+
+    def of_another() -> tuple[bool, list[bool]]:
+        versions = client.get("/sam2sgp/review/history", params={"image": "us"}).json()["versions"]
+        shown = case(client, "us", label_tag="original")
+        return shown["of_another_image"], [entry["of_another_image"] for entry in versions]
+
+    def decide() -> list[int]:
+        shown = case(client, "us")
+        version = datastore.history.versions("us")[-1]["version"]
+        back = {"image": "us", "image_seen": shown["image_seen"], "replaces": shown["labels"].get("draft", "")}
+        answers = [client.post("/sam2sgp/review/bring_back", json={**back, "version": version})]
+        for tag in ("original", "removed"):
+            answers.append(client.post("/sam2sgp/approve", json={"image": "us", "label_tag": tag}))
+            with suppress(DataError):
+                datastore.remove("us")
+        assert all("another image under this name" in answer.text for answer in answers if answer.status_code == 409)
+        return [answer.status_code for answer in answers]
+
+    content = picture.read_bytes()
+    os.utime(picture, ns=(1, 1))
+    assert of_another() == (False, [False]), "a copy of the same image"
+    Image.fromarray(np.arange(48, dtype=np.uint8)[::-1].reshape(6, 8)).save(picture)
+    assert of_another() == (True, [True])
+    assert decide() == [409, 409, 409] and "final" not in datastore.get_labels_by_image_id("us")
+    # On the page it may be corrected, as is told there, and is then one of this image.
+    shown = case(client, "us", label_tag="original")
+    body = correction(shown, [{"slice": 0, "runs": [0, 1, 0]}])
+    assert client.post("/sam2sgp/review/correct", json=body).status_code == 200
+    assert not case(client, "us", label_tag="draft")["of_another_image"]
+    # Somebody puts a label of their own in the place of the prediction: nothing is known of its image.
+    Image.fromarray(np.eye(6, 8, dtype=np.uint8)).save(studies / "labels" / "original" / "us.png")
+    assert not case(client, "us", label_tag="original")["of_another_image"]
+    Image.fromarray(np.ones((6, 8), np.uint8)).save(file)
+    datastore.save_label("us", str(file), "original", {})
+    picture.write_bytes(content)
+    assert of_another()[1][-1] is False and decide()[0] == 200
+
+
+def test_a_series_of_an_archive_is_corrected_and_approved_like_any_image(tmp_path):
+    with fake_archive() as archive:
+        archive.series, archive.keeps = [series_entry("1.5")], True
+        archive.files = series_files(tmp_path / "source")
+
+        def opened(name: str) -> DicomWebDatastore:
+            log = Audit(tmp_path / "state" / "audit.jsonl")
+            return DicomWebDatastore(archive.address, tmp_path / name, 1 << 20, log, expiry=0.0, patience=10.0)
+
+        datastore = opened("archive")
+        client = client_of(datastore, tmp_path)
+        shown = case(client, "1.5")
+        assert shown["shape"] == [2, 8, 8] and shown["plane"] == "axial" and shown["state"] == "unlabelled"
+        query = {"image": "1.5", "seen": shown["image_seen"], "first": 0, "count": 2}
+        voxels = np.frombuffer(client.get("/sam2sgp/review/slices", params=query).content, np.uint8)
+        assert voxels.size == 128 and (voxels * shown["slope"] + shown["intercept"] == -1024).all()
+        queue = client.get("/sam2sgp/review/queue").json()
+        assert [entry["image"] for entry in queue["entries"]] == ["1.5"]
+
+        def correct(changes: list, save_as: str) -> dict:
+            shown = case(client, "1.5")
+            classes = [{"idx": 1, "name": "liver"}, {"idx": 2, "name": "cyst"}]
+            body = correction(shown, changes, save_as, classes=classes)
+            answer = client.post("/sam2sgp/review/correct", json=body)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        assert correct([{"slice": 1, "runs": [8, 3, 2]}], "draft")["voxels"] == 3
+        drawn = case(client, "1.5")
+        assert drawn["state"] == "draft" and drawn["user"] == "ann" and not archive.stored
+        label = {"image": "1.5", "label_tag": "draft", "seen": drawn["seen"], "first": 1, "count": 1}
+        row = np.frombuffer(client.get("/sam2sgp/review/labels", params=label).content, np.uint8)
+        assert np.flatnonzero(row).tolist() == [8, 9, 10] and set(row[8:11]) == {2}
+        # As it is, by the other page's route, and once more with a change.
+        body = {"image": "1.5", "label_tag": "draft", "seen": drawn["seen"]}
+        assert client.post("/sam2sgp/approve", json=body).status_code == 200 and len(archive.stored) == 1
+        assert set(case(client, "1.5")["labels"]) == {"final"}
+        correct([{"slice": 0, "runs": [0, 1, 1]}], "final")
+        assert len(archive.stored) == 2
+        events = client.get("/sam2sgp/review/history", params={"image": "1.5"}).json()
+        assert [event["action"] for event in events["events"]] == ["approve", "remove label", "approve", "correct"]
+        assert [(entry["tag"], entry["user"]) for entry in events["versions"]] == [("final", "ann")]
+        # The archive has it, so a server with another work folder does, too.
+        other = opened("elsewhere")
+        labels = read_label(other.get_label_uri("1.5", "final"))
+        assert (labels[1, 1, :3] == 2).all() and labels[0, 0, 0] == 1 and (labels > 0).sum() == 4
+        assert declared(other.get_label_info("1.5", "final")) == {1: "liver", 2: "cyst"}
+        # What was approved first is brought back.
+        shown = case(client, "1.5")
+        version = events["versions"][0]["version"]
+        body = {"image": "1.5", "image_seen": shown["image_seen"], "replaces": "", "version": version}
+        assert client.post("/sam2sgp/review/bring_back", json=body).status_code == 200
+        assert (read_label(datastore.get_label_uri("1.5", "draft")) > 0).sum() == 3
+        body = {"image": "1.5", "label_tag": "final", "seen": shown["seen"]}
+        assert client.post("/sam2sgp/remove", json=body).status_code == 200
+        assert set(case(client, "1.5")["labels"]) == {"draft", "removed"}
+
+
 def test_what_was_corrected_stays_so_when_it_is_brought_back(client, datastore):
     for _ in range(2):
         shown = case(client, "ct")
@@ -319,6 +471,26 @@ def test_an_approved_label_that_changed_since_it_was_shown_is_not_removed(client
     assert set(datastore.get_labels_by_image_id("us")) == {"final"}
     assert client.post("/sam2sgp/remove", json={**body, "seen": case(client, "us")["seen"]}).status_code == 200
     assert set(datastore.get_labels_by_image_id("us")) == {"removed"}
+
+
+def test_the_support_page_removes_and_restores_only_what_it_showed(datastore, client, tmp_path):
+    """A button sends the state of the label that was there when the page was made."""
+    item = SimpleNamespace(id="us", content="1", info=SimpleNamespace(holds=[1]), source="us.png")
+    state = SimpleNamespace(
+        class_names={1: "liver"}, segmentable={}, images={"us.png": "us"}, items=[item], errors=(), cases={"us"}
+    )
+    segmenter = SimpleNamespace(keep_up=lambda: True, state=lambda: state)
+    page = SupportPage(datastore, segmenter, SimpleNamespace(counts=dict), sorted, dict)
+
+    for action, tag in (("remove", "final"), ("restore", "removed")):
+        seen = []
+        for value in (1, 2):
+            file = tmp_path / "label.png"
+            Image.fromarray(np.full((6, 8), value, np.uint8)).save(file)
+            datastore.save_label("us", str(file), tag, {})
+            seen += re.findall(rf'data-action="{action}"[^>]*data-seen="([^"]*)"', page.show().body.decode())
+        asked = [{"image": "us", "label_tag": tag, "seen": state} for state in seen]
+        assert [client.post(f"/sam2sgp/{action}", json=body).status_code for body in asked] == [409, 200]
 
 
 def test_decisions_of_both_pages_share_one_limit(datastore, tmp_path, monkeypatch):

@@ -36,6 +36,9 @@ def test_an_approved_label_guides_the_very_next_request_and_leaves_with_its_file
     made = studio(PICTURES, ["us_000_0"])
     segmenter = made.segmenter()
     assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0"}
+    # Whoever only looks at an image scales it like a request.
+    prepared = segmenter.prepare(made.image(QUERY), QUERY)
+    assert segmenter.state().scaling == prepared["support_scaling"] and prepared["support_scaling"].kinds
     made.approve("us_001_0")
     assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0", "us_001_0"}
     made.label("us_000_0").unlink()

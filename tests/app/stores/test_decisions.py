@@ -78,12 +78,7 @@ def test_each_decision_moves_the_label_with_what_is_known_about_it(predicted, op
             assert tags(store) == {new}
             assert Path(store.get_label_uri("A", new)).read_bytes() == content
             assert store.get_label_info("A", new)["note"] == "seen"
-    lines = [json.loads(line) for line in predicted._audit.path.read_text().splitlines()]
-    assert [(line["action"], line["tag"]) for line in lines] == [
-        ("approve", FINAL),
-        ("remove label", FINAL),
-        ("approve", FINAL),
-    ]
+    assert lines(predicted) == [("approve", FINAL), ("remove label", FINAL), ("approve", FINAL)]
 
 
 def test_rejecting_deletes_a_prediction_and_no_approved_label(predicted):
@@ -185,6 +180,75 @@ def test_a_decision_that_fails_at_any_step_leaves_all_as_it_was(predicted, tmp_p
             calls[decision]()
     predicted.refresh()
     assert all_there() == before
+
+
+def lines(store) -> list[tuple[str, str]]:
+    """What the audit log says: actions with the tags."""
+    path = store._audit.path
+    return [(line["action"], line["tag"]) for line in map(json.loads, path.read_text().splitlines())]
+
+
+def corrected(store, file: Path, tag: str = "draft") -> None:
+    """Save a label as the review page does."""
+    seen = {tag: store.state_of_label("A", tag)}
+    store.correct("A", str(file), tag, {**CLASSES, "user": "ann"}, state_of(store.get_image_uri("A")), seen)
+
+
+def test_a_submitted_label_leaves_what_it_replaces_in_the_history_and_a_prediction_none(store, tmp_path):
+    sent = [label(tmp_path / f"{value}.nii.gz", value) for value in (1, 2)]
+    for tag in ("original", "draft", FINAL):
+        for number, file in enumerate(sent):
+            store.save_label("A", str(file), tag, {**CLASSES, "user": f"user {number}"})
+    kept = store.history.versions("A")
+    assert [(entry["tag"], entry["user"]) for entry in kept] == [(FINAL, "user 0"), ("draft", "user 0")]
+    for entry in kept:
+        file, info = store.history.get("A", entry["version"])
+        assert file.read_bytes() == sent[0].read_bytes() and info["label_info"] == CLASSES["label_info"]
+    # The same label once more drives nothing out.
+    for _ in range(3):
+        store.save_label("A", str(sent[1]), FINAL, {**CLASSES, "user": "user 1"})
+    assert len(store.history.versions("A")) <= 4
+
+
+def test_the_earlier_states_of_an_image_take_so_much_of_the_disk_and_no_more(store, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        file = tmp_path / f"{number}.nii.gz"
+        nib.save(nib.Nifti1Image(rng.integers(0, 3, SIZE, np.uint8), np.eye(4)), file)
+        store.save_label("A", str(file), "draft", CLASSES)
+        if number == 1:
+            one = sum(path.stat().st_size for path in (tmp_path / "state" / "history").glob("*/*"))
+            monkeypatch.setattr("lib.stores.history.MOST_BYTES", 2.5 * one)
+    assert len(store.history.versions("A")) == 2
+    monkeypatch.setattr("lib.stores.history.MOST_BYTES", 1)
+    store.save_label("A", str(label(tmp_path / "last.nii.gz")), "draft", CLASSES)
+    (last,) = store.history.versions("A")
+    assert store.history.get("A", last["version"])[0].read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("step", ["copy", "index"])
+def test_the_audit_log_has_no_line_about_a_draft_that_could_not_be_saved(store, tmp_path, monkeypatch, step):
+    corrected(store, label(tmp_path / "first.nii.gz"))
+    assert lines(store) == [("correct", "draft")]
+
+    def fail(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        if step == "copy":
+            patch.setattr(lib.stores.file_changes.shutil, "copyfile", fail)
+        else:
+            patch.setattr(lib.stores.folder_index.FolderIndex, "write", fail)
+        with pytest.raises(StorageError):
+            corrected(store, label(tmp_path / "second.nii.gz", 2))
+    assert lines(store) == [("correct", "draft")]
+    with pytest.raises(Conflict):
+        store.correct("A", str(tmp_path / "second.nii.gz"), "draft", CLASSES, "", {"draft": "another"})
+    assert lines(store) == [("correct", "draft")]
+    corrected(store, tmp_path / "second.nii.gz")
+    assert lines(store) == [("correct", "draft")] * 2
+    corrected(store, tmp_path / "second.nii.gz", FINAL)
+    assert lines(store)[2:] == [("approve", FINAL)]
 
 
 def test_of_decisions_at_once_those_that_were_answered_are_stored(opened, tmp_path):

@@ -9,9 +9,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lib.checks import Conflict, Forbidden, NotFound, RequestError, UnsupportedFile
+from lib.checks import Conflict, Forbidden, NotFound, RequestError, StorageError, UnsupportedFile
 from lib.settings import Settings
 from lib.stores.archive import ArchiveError
+from lib.stores.audit import Audit
 from lib.stores.decisions import state_of
 from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.naming import declared
@@ -167,8 +168,8 @@ def test_new_names_of_labels_that_come_at_once_get_values_of_their_own(fake, mak
 
 
 def test_what_was_corrected_is_kept_on_the_series_grid_and_only_as_long_as_nothing_changed(fake, make, tmp_path):
-    fake.series = [series_entry("1.5")]
-    datastore = make()
+    fake.series, fake.keeps = [series_entry("1.5")], True
+    datastore = make(audit=Audit(tmp_path / "audit.jsonl"))
     folder = datastore.get_image_uri("1.5")
     geometry = read_image(folder).geometry
     labels = np.zeros((2, 8, 8), np.uint8)
@@ -183,6 +184,38 @@ def test_what_was_corrected_is_kept_on_the_series_grid_and_only_as_long_as_nothi
         datastore.correct("1.5", str(file), "draft", info, state_of(folder), {"draft": ""})
     datastore.correct("1.5", str(file), "draft", info, state_of(folder), {"draft": state_of(draft)})
     assert [entry["tag"] for entry in datastore.history.versions("1.5")] == ["draft"]
+    # What viewers submit is kept as well, but for predictions.
+    for tag in ("final", "draft", "original"):
+        for name in ("ann", "ben"):
+            datastore.save_label("1.5", str(file), tag, {**info, "user": name})
+    kept = [(entry["tag"], entry["user"]) for entry in datastore.history.versions("1.5")]
+    assert kept[0] == ("draft", "ann") and ("final", "ann") in kept and "original" not in dict(kept)
+
+
+def test_a_draft_without_its_line_in_the_audit_log_is_not_saved_and_one_that_fails_has_none(
+    fake, make, tmp_path, monkeypatch
+):
+    fake.series = [series_entry("1.5")]
+    log = tmp_path / "audit.jsonl"
+    datastore = make(audit=Audit(log))
+    folder = datastore.get_image_uri("1.5")
+    file = tmp_path / "label.nii.gz"
+    info = {"label_info": [{"idx": 1, "name": "liver"}]}
+
+    def save(value: int) -> None:
+        write_label(file, np.full((2, 8, 8), value, np.uint8), read_image(folder).geometry)
+        seen = {"draft": datastore.state_of_label("1.5", "draft")}
+        datastore.correct("1.5", str(file), "draft", info, state_of(folder), seen)
+
+    save(1)
+    before, draft = log.read_bytes(), Path(datastore.get_label_uri("1.5", "draft"))
+    content = draft.read_bytes()
+    for where in (datastore._kept, datastore._audit):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, "write", lambda *_, **__: (_ for _ in ()).throw(StorageError("full")))
+            with pytest.raises(StorageError):
+                save(0)
+        assert log.read_bytes() == before and draft.read_bytes() == content
 
 
 @pytest.mark.parametrize("image_id", ["../1.2", "/etc/passwd", "1.2/3", "", "1.2*", "1" * 70])

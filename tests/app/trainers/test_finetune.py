@@ -241,32 +241,45 @@ def test_only_devices_that_are_there_are_taken(tmp_path, phantoms, cases, monkey
             task._device(name)
 
 
-def test_a_killed_training_reads_as_stopped_and_the_next_one_goes_on_but_publishes_nothing_that_is_not_better(
+def test_a_training_that_ends_with_its_server_reads_as_stopped_and_goes_on_where_it_was_after_a_restart(
     tmp_path, phantoms, cases, monkeypatch
 ):
-    task, weights, events = a_task(tmp_path, cases, phantoms)
+    """Killed after the first epoch of the second half: then all that was built is gone, but for what is on the disk."""
     request = {**REQUEST, "max_epochs": 2, "learning_rate": 1e-12}
-    epoch = StatusHandler._epoch
+    step, epoch, dice = StatusHandler._step, StatusHandler._epoch, FineTuning._dice
+    trained, measured = [], []
+
+    def stepped(handler, engine):
+        trained.append((handler.part, engine.state.epoch))
+        step(handler, engine)
 
     def killed(handler, engine):
         epoch(handler, engine)
-        if engine.state.epoch == 1:
+        if trained and trained[-1] == (1, 1):
             raise KeyboardInterrupt  # like SIGKILL, nothing of the task's own handles it
 
-    monkeypatch.setattr(StatusHandler, "_epoch", killed)
-    with pytest.raises(KeyboardInterrupt):
-        task(request, None)
-    monkeypatch.undo()
-    assert task.stats()["state"] == "running" and task.stats()["best_epoch"] == 1
+    monkeypatch.setattr(StatusHandler, "_step", stepped)
+    monkeypatch.setattr(FineTuning, "_dice", lambda task, *given: measured.append(1) or dice(task, *given))
+    with monkeypatch.context() as patch:
+        patch.setattr(StatusHandler, "_epoch", killed)
+        task, weights, events = a_task(tmp_path, cases, phantoms)
+        with pytest.raises(KeyboardInterrupt):
+            task(request, None)
+    assert trained == [(0, 1), (0, 2), (1, 1)] and len(measured) == 3
+    assert task.stats()["state"] == "running" and weights.active().name == "embedded"
+    assert [action for action, _ in events] == ["train"] and not events[0][1]["resumed"]
+
     written = json.loads(task.status.path.read_text())
     write_text(task.status.path, json.dumps({**written, "pid_created": 0.0}))
+    task, weights, events = a_task(tmp_path, cases, phantoms)
     stopped = task.stats()
-    assert stopped["state"] == "stopped" and "after 1 of 4 epochs" in stopped["message"]
-    assert weights.active().name == "embedded" and not events[0][1]["resumed"]
-
+    assert stopped["state"] == "stopped" and "after 3 of 4 epochs" in stopped["message"]
     stats = task(request, None)
+    assert trained[3:] == [(1, 2)] and len(measured) == 4
+    assert [(row["part"], row["epoch"]) for row in stats["history"]] == [(0, 1), (0, 2), (1, 3), (1, 4)]
+    # It publishes nothing that is not better.
     assert stats["state"] == "kept" and stats["epoch"] == 4 and "'embedded' stay in use" in stats["message"]
-    assert [action for action, _ in events] == ["train", "train", "keep"] and events[1][1]["resumed"]
+    assert [action for action, _ in events] == ["train", "keep"] and events[0][1]["resumed"]
     assert weights.versions() == [weights.active()]
 
 

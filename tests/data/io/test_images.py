@@ -8,10 +8,7 @@ import pytest
 import SimpleITK
 from PIL import Image
 
-from sam2sgp.data.io import (
-    read_image,
-    read_label,
-)
+from sam2sgp.data.io import Geometry, read_geometry, read_image, read_label
 from sam2sgp.errors import DataError
 from tests.data.dicom_files import write_dicom
 from tests.data.io.nifti_files import save_nifti
@@ -29,6 +26,16 @@ def test_nan_and_infinite_voxels_become_the_minimum_with_a_warning(tmp_path):
     assert native[0, 0, 0] == native[1, 1, 1] == native[2, 2, 2] == array[np.isfinite(array)].min()
     with pytest.raises(DataError, match="no finite value"):
         read_image(save_nifti(tmp_path / "b.nii.gz", np.full((3, 3, 3), np.nan, np.float32)))
+
+
+def test_where_voxels_lie_is_told_without_turning_any(tmp_path, monkeypatch):
+    path = tmp_path / "a.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([-2.0, 1.0, 3.0, 1.0])), path)
+    read = read_image(path).geometry
+    monkeypatch.setattr(Geometry, "display", None)
+    told = read_geometry(path)
+    assert (told.shape, told.axes, told.flips, told.spacing) == (read.shape, read.axes, read.flips, read.spacing)
+    assert np.array_equal(told.affine, read.affine)
 
 
 def test_constant_image_and_empty_label_are_read(tmp_path):

@@ -17,6 +17,7 @@ from sam2sgp.data.io import (
     is_binary_255,
     map_suffix,
     output_suffix,
+    read_class_map,
     read_image,
     read_label,
     write_label,
@@ -48,6 +49,10 @@ def test_written_label_has_the_world_positions_of_its_image_in_another_library(t
         assert np.array_equal(header[name], stored.header[name]), name
     assert np.allclose(header.get_zooms(), stored.header.get_zooms())
     assert np.array_equal(read_label(tmp_path / "out.nii.gz", geometry), labels)
+    small = read_class_map(tmp_path / "out.nii.gz", geometry)
+    assert small.dtype == np.uint8 and np.array_equal(small, labels)
+    write_label(tmp_path / "many.nii.gz", 1000 * labels, geometry)
+    assert read_class_map(tmp_path / "many.nii.gz", geometry).dtype == np.uint16
 
 
 @pytest.mark.parametrize("codes", ["LPS", "PIR", "SAL"])

@@ -184,6 +184,7 @@ class SupportPage:
         items = [item for item in state.items if state.images.get(item.source) in known]
         labels = self._labels()
         counts = self.usage.counts()
+        seen = self._seen({state.images.get(item.source) for item in _part(items, support)} - {None})
         shown = [
             {
                 "id": item.id,
@@ -191,6 +192,7 @@ class SupportPage:
                 "classes": ", ".join(names[value] for value in item.info.holds) or "nothing of any class",
                 "used": counts.get(item.content, 0),
                 "image": state.images.get(item.source),
+                "seen": seen.get(state.images.get(item.source), ""),
             }
             for item in _part(items, support)
         ]
@@ -203,7 +205,7 @@ class SupportPage:
             joining=len(labelled - state.cases),
             support=_paged("support", shown, len(items), support),
             waiting=_paged("waiting", self._shown(_part(labels["waiting"], waiting)), len(labels["waiting"]), waiting),
-            removed=_paged("removed", _part(labels["removed"], removed), len(labels["removed"]), removed),
+            removed=_paged("removed", self._shown(_part(labels["removed"], removed)), len(labels["removed"]), removed),
             unlabelled=_paged("next", _part(unlabelled, next), len(unlabelled), next),
             archive=self.datastore.state() if isinstance(self.datastore, DicomWebDatastore) else None,
             training=stats,
@@ -259,6 +261,15 @@ class SupportPage:
         if tag is not None:
             self.saved(image, image)
         return {"image": image, "label_tag": tag}
+
+    def _seen(self, images: set[str]) -> dict[str, str]:
+        """States of images' approved labels; nothing is fetched for it."""
+        datastore = self.datastore
+        if isinstance(datastore, DicomWebDatastore):
+            paths = {image: label for image, (_, label) in datastore.pairs_at_hand().items() if image in images}
+        else:
+            paths = {image: datastore.path_of_label(image, FINAL) for image in images}
+        return {image: state for image, path in paths.items() if path and (state := state_of(path))}
 
     def _shown(self, entries: list[dict]) -> list[dict]:
         """With the state of each label, but for those that have gone since they were listed."""

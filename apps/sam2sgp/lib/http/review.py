@@ -41,8 +41,9 @@ from lib.http.work_list import Order, Shown, entry_of, listed, origins, predicti
 from lib.refusals import refuse, refusing
 from lib.serving.segmenter import ServerSegmenter
 from lib.stores.audit import current_user
-from lib.stores.decisions import DRAFT, FINAL, Decisions, state_of
+from lib.stores.decisions import DRAFT, FINAL, OF_ANOTHER, Decisions, state_of
 from lib.stores.history import events_of
+from lib.stores.image_identity import is_of_another
 from lib.stores.naming import declared
 from sam2sgp.data import write_label
 from sam2sgp.data.io import output_suffix
@@ -227,6 +228,7 @@ class ReviewPage:
         if image_seen is None or image_seen != state_of(path) or (label and seen != state_of(label)):
             raise Conflict(f"image {image}: expected it to stay as it was while it was read; load it again.")
         names = self._names(records.get(tag, {}), looked_at)
+        window, kind = self.volumes.window(shown, self.segmenter.state().scaling)
         found = prediction_of(records, tag) if tag else {}
         return {
             **vars(entry_of(image, records)),
@@ -241,12 +243,13 @@ class ReviewPage:
             "slope": shown.slope,
             "intercept": shown.intercept,
             "range": [shown.lowest, shown.highest],
-            "window": shown.window,
-            "kind": shown.kind,
+            "window": window,
+            "kind": kind,
             "label_tag": tag,
             "seen": seen or "",
             "label_bytes": looked_at.slices.dtype.itemsize if looked_at else 1,
             "labels_per_request": _per_request(looked_at.slices) if looked_at else 1,
+            "of_another_image": bool(tag) and self.datastore.is_of_another_image(image, tag),
             "labels": {other: self.datastore.state_of_label(image, other) for other in tags},
             "classes": [
                 {
@@ -296,10 +299,14 @@ class ReviewPage:
     def history(self, image: str) -> dict[str, Any]:
         """What was done to an image's labels, and the earlier states that can be brought back."""
         self.datastore.get_image_info(image)
-        return {
-            "events": events_of(image, self.audit_log),
-            "versions": self.datastore.history.versions(image),
-        }
+        path, earlier = self.datastore.get_image_uri(image), self.datastore.history
+        versions = []
+        for entry in earlier.versions(image):
+            # The oldest one may go meanwhile.
+            with suppress(NotFound):
+                file, info = earlier.get(image, entry["version"])
+                versions.append({**entry, "of_another_image": is_of_another(info, path, file)})
+        return {"events": events_of(image, self.audit_log), "versions": versions}
 
     # What changes
 
@@ -343,6 +350,8 @@ class ReviewPage:
         path = self.datastore.get_image_uri(image)
         shown = self.volumes.image(path)
         file, info = self.datastore.history.get(image, restoration.version)
+        if is_of_another(info, path, file):
+            raise Conflict(f"{image}: expected an earlier label of this image, found one {OF_ANOTHER}")
         kept: dict[str, Any] = {key: info[key] for key in ("model", "params", "label_info", "corrected") if key in info}
         # Who brought it back hasn't made it, and the audit log knows him.
         kept["user"] = info.get("user")

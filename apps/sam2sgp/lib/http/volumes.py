@@ -10,7 +10,7 @@ Any number of threads may ask at once: those that want the same file wait for th
 
 import filecmp
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,11 @@ import torch
 
 from lib.checks import MOST_CLASSES, TooLarge
 from lib.stamps import image_stamp, stamp
-from sam2sgp.data import Geometry, read_image, read_label
+from sam2sgp.data import Geometry, read_class_map, read_image
 from sam2sgp.report.slices import SIDES
 from sam2sgp.support.lru import ByteLRU
-from sam2sgp.transforms import ScaleIntensityByModalityd
-from sam2sgp.transforms.scaling import window_of
+from sam2sgp.transforms import ScaleIntensityByModalityd, SupportScaling
+from sam2sgp.transforms.scaling import PERCENTILES, voxels_looked_at, window_of
 
 IMAGES_KEPT_MB, LABELS_KEPT_MB = 1024, 512
 # Files that are read at once: each is held whole, and may be a volume of gigabytes.
@@ -44,8 +44,9 @@ class ShownImage:
         slices: (Z, H, W, C), uint8 or uint16, in display orientation; C is 1, or 3 for colours.
         slope, intercept: a value of the file is `slope * stored + intercept`.
         lowest, highest: of the file's values.
-        window: lowest and highest value that are told apart at first: those that the network sees.
-        kind: how it is scaled for the network: "ct", "colour" or "percentiles".
+        spread: the percentiles of the values by which it is scaled where nothing else decides.
+        looked_at: (N,) the values that tell what a volume is, see `hounsfield_evidence`; none of pictures and colours.
+        is_rgb: whether it is a colour image. modality: as the file states it.
         geometry: of the file.
     """
 
@@ -54,8 +55,10 @@ class ShownImage:
     intercept: float
     lowest: float
     highest: float
-    window: tuple[float, float]
-    kind: str
+    spread: tuple[float, float]
+    looked_at: torch.Tensor
+    is_rgb: bool
+    modality: str | None
     geometry: Geometry
 
     @property
@@ -95,7 +98,7 @@ class Volumes:
     def __init__(self, scale: ScaleIntensityByModalityd) -> None:
         self._scale = scale
         few = threading.Semaphore(READING)
-        self._images = _ReadOnce(IMAGES_KEPT_MB, lambda shown: shown.slices.nbytes, few)
+        self._images = _ReadOnce(IMAGES_KEPT_MB, lambda shown: shown.slices.nbytes + shown.looked_at.nbytes, few)
         self._labels = _ReadOnce(LABELS_KEPT_MB, lambda shown: shown.slices.nbytes, few)
 
     def image(self, path: str | Path) -> ShownImage:
@@ -106,6 +109,26 @@ class Volumes:
             TooLarge: its slices are too large for a page.
         """
         return self._images.get((str(path), image_stamp(path)), lambda: _read_image(path, self._scale))
+
+    def window(self, shown: ShownImage, support: SupportScaling) -> tuple[tuple[float, float], str]:
+        """The values that the network tells apart, lowest and highest, and how it gets to see the image: "ct", "colour"
+        or "percentiles".
+
+        Args:
+            shown: an image.
+            support: how the support set is scaled, which decides where nothing is stated.
+        """
+        scale, is_picture = self._scale, shown.geometry.is_picture
+        scaling = scale.scaling_of(shown.looked_at, shown.is_rgb, is_picture, shown.modality, support=support)
+        ends = torch.tensor([shown.lowest, shown.highest])
+        window = shown.spread
+        if scaling.kind != PERCENTILES:
+            window = window_of(ends, scaling, scale.ct_window, scale.percentiles)
+        if not window[1] > window[0]:
+            window = shown.lowest, shown.highest
+        if not window[1] > window[0]:
+            window = shown.lowest, shown.lowest + 1
+        return window, scaling.kind
 
     def label(self, path: str | Path, image: str | Path) -> ShownLabel:
         """A label on its image's grid. Raises DataError where it can't be read, doesn't fit or has too many classes."""
@@ -181,11 +204,42 @@ def _read_image(path: str | Path, scale: ScaleIntensityByModalityd) -> ShownImag
     for number, slice_values in enumerate(values):
         stored[number] = np.rint((slice_values - intercept) / slope).transpose(1, 2, 0)
     stored.flags.writeable = False
-    scaling = scale.scaling_of(torch.from_numpy(image.slices), image.is_rgb, image.geometry.is_picture, image.modality)
-    window = window_of(torch.from_numpy(values), scaling, scale.ct_window, scale.percentiles)
-    if not window[1] > window[0]:
-        window = lowest, lowest + 1
-    return ShownImage(stored, slope, intercept, lowest, highest, window, scaling.kind, image.geometry)
+    low, high = (lowest, highest) if image.is_rgb else _percentiles(values, stored, slope, intercept, scale.percentiles)
+    is_told = image.is_rgb or image.geometry.is_picture
+    looked_at = torch.empty(0) if is_told else voxels_looked_at(torch.from_numpy(image.slices))
+    return ShownImage(
+        stored, slope, intercept, lowest, highest, (low, high), looked_at, image.is_rgb, image.modality, image.geometry
+    )
+
+
+def _percentiles(
+    values: np.ndarray, stored: np.ndarray, slope: float, intercept: float, percents: Sequence[float]
+) -> list[float]:
+    """`np.percentile` of values without sorting all of them: at most those that share a step with the one asked for.
+
+    Args:
+        values: of any shape. stored: the same in steps that go up with them, uint8 or uint16.
+        slope, intercept: as of `_steps`.
+    """
+    counts = np.zeros(int(np.iinfo(stored.dtype).max) + 1, np.int64)
+    for part in stored:
+        counts += np.bincount(part.reshape(-1), minlength=len(counts))
+    ends = counts.cumsum()
+
+    def ranked(rank: int) -> float:
+        step = int(np.searchsorted(ends, rank, "right"))
+        if slope == 1.0:
+            return step + intercept
+        inside = values[stored.reshape(values.shape) == step]
+        place = rank - int(ends[step] - counts[step])
+        return float(np.partition(inside, place)[place])
+
+    found = []
+    for percent in percents:
+        rank, part = divmod(percent / 100 * (values.size - 1), 1)
+        low = ranked(int(rank))
+        found.append(low + part * (ranked(int(rank) + 1) - low) if part else low)
+    return found
 
 
 def _steps(values: np.ndarray, lowest: float, highest: float) -> tuple[float, float]:
@@ -198,7 +252,7 @@ def _steps(values: np.ndarray, lowest: float, highest: float) -> tuple[float, fl
 
 
 def _read_label(path: str | Path, geometry: Geometry) -> ShownLabel:
-    return _shown_label(read_label(path, geometry))
+    return _shown_label(read_class_map(path, geometry))
 
 
 def _shown_label(labels: np.ndarray) -> ShownLabel:

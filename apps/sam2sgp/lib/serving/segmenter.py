@@ -81,6 +81,7 @@ class SupportState:
         images: ids of the datastore's images among them, by their paths.
         errors: cases that can't be used, dicts with `name`, `source` and `error`.
         weights: name of the version that serves.
+        scaling: how its images are scaled, which a query follows of which nothing is stated.
     """
 
     items: tuple[SupportItem, ...]
@@ -90,6 +91,7 @@ class SupportState:
     images: dict[str, str]
     errors: tuple[dict, ...]
     weights: str
+    scaling: SupportScaling = SupportScaling()
 
 
 class ServerSegmenter:
@@ -320,6 +322,7 @@ class ServerSegmenter:
             {str(case["image"]): case["name"] for case in cases if case["name"] not in seeds},
             tuple(bank.errors),
             serving.version.name,
+            bank.scaling(),
         )
         for error in bank.errors:
             if error not in errors:

@@ -29,20 +29,23 @@ from filelock import FileLock, Timeout
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from lib.checks import Conflict, Forbidden, RequestError, check_tag, suffix_of
-from lib.stores.audit import Audit, content_hash, current_user
+from lib.stores.audit import Audit, current_user
 from lib.stores.history import FOLDER as HISTORY
 from lib.stores.history import History
+from lib.stores.image_identity import is_of_another
 from lib.stores.records import LabelRecord, checked
 from sam2sgp.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 FINAL, REMOVED, DRAFT = DefaultLabelTag.FINAL.value, "removed", "draft"
+ORIGINAL = DefaultLabelTag.ORIGINAL.value
 # Images share this many locks, so that their files don't grow in number with the datastore.
 LOCKS = 1024
 # Checking a label takes as long as reading its image; a lock held for longer belongs to a process that hangs.
 PATIENCE = 60.0
 POLL = 0.01
+OF_ANOTHER = "that was made of another image under this name; segment this one, or correct the label on it."
 SEGMENTED = "the image that was segmented, found another one under its id; segment it again."
 
 
@@ -138,8 +141,15 @@ class Decisions(Datastore):
     approve_own = True
 
     @abstractmethod
-    def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
-        """Put a label in place, and the one before it out of it; `name`: the file's, for errors. The image's id."""
+    def _save_label(
+        self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any], action: str = ""
+    ) -> str:
+        """Put a label in place, and the one before it out of it. The image's id.
+
+        Args:
+            name: the file's, for errors.
+            action: what the audit log is to say of a label that isn't approved; "" for nothing.
+        """
 
     @abstractmethod
     def _remove_label(self, label_id: str, tag: str) -> None:
@@ -173,9 +183,14 @@ class Decisions(Datastore):
         path = self.path_of_label(image_id, tag)
         return (state_of(path) or "") if path else ""
 
+    def is_of_another_image(self, image_id: str, tag: str) -> bool:
+        """Whether the label with a tag was made of an image that had this id before, see `image_identity`."""
+        label = self.path_of_label(image_id, tag)
+        return bool(label) and is_of_another(self.get_label_info(image_id, tag), self.get_image_uri(image_id), label)
+
     @property
     def history(self) -> History:
-        """Earlier states of labels that were replaced by a decision."""
+        """Earlier states of labels that were replaced, or deleted by a decision."""
         return self._image_locks.history
 
     def correct(
@@ -215,10 +230,8 @@ class Decisions(Datastore):
             self._check_image(image_id, image_seen, "the image that was shown, found another one; load it again.")
             for other, state in seen.items():
                 self._check_unchanged(image_id, other, state)
-            if tag != FINAL and self._audit:
-                self._audit.write("correct", image=image_id, tag=tag, sha256=content_hash(label_filename))
             self._keep_earlier(image_id, tag)
-            self._save_label(image_id, label_filename, name, tag, record)
+            self._save_label(image_id, label_filename, name, tag, record, "correct")
         return tag
 
     def _check_unchanged(self, image_id: str, tag: str, seen: str) -> None:
@@ -234,6 +247,11 @@ class Decisions(Datastore):
         if path:
             self.history.keep(image_id, tag, path, self.get_label_info(image_id, tag))
 
+    def _keep_replaced(self, image_id: str, tag: str) -> None:
+        """The same of a label that is about to be submitted once more, but for predictions: these are made again."""
+        if tag != ORIGINAL:
+            self._keep_earlier(image_id, tag)
+
     def approve(self, image_id: str, tag: str, seen: str = "") -> None:
         """Give a label the tag `final`, in place of an earlier label with that tag.
 
@@ -243,7 +261,7 @@ class Decisions(Datastore):
             seen: `state_of` the label that was decided about; "" for whatever is there.
 
         Raises:
-            Conflict: the label is another one than was seen.
+            Conflict: the label is another one than was seen, or was made of an image that had this id before.
             DataError: there is no such label, or it doesn't fit its image.
         """
         self._decide(image_id, tag, FINAL, seen)
@@ -273,6 +291,8 @@ class Decisions(Datastore):
             self._check_seen(image_id, tag, seen)
             if new == FINAL:
                 self._check_author(image_id, tag)
+                if self.is_of_another_image(image_id, tag):
+                    raise Conflict(f"{image_id}: expected a label of this image, found one {OF_ANOTHER}")
             self._keep_earlier(image_id, new)
             self._change_tag(image_id, tag, new)
 

@@ -55,11 +55,13 @@ from lib.stores.audit import Audit, content_hash
 from lib.stores.decisions import FINAL, Decisions, ImageLocks
 from lib.stores.door import ImageTooLarge, admitted, check_instance, check_series, label_limit
 from lib.stores.file_changes import storing
+from lib.stores.image_identity import KEY as MADE_OF
+from lib.stores.image_identity import claim
 from lib.stores.kept_labels import KeptLabels
 from lib.stores.naming import agreed, declared, renumber
 from lib.stores.records import ImageRecord, LabelRecord, checked
 from lib.stores.series_cache import SUFFIX, SeriesCache
-from sam2sgp.data import read_dicom_seg, read_image, read_label, write_dicom_seg, write_map
+from sam2sgp.data import read_class_map, read_dicom_seg, read_geometry, read_image, write_dicom_seg, write_map
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing
 
@@ -344,13 +346,16 @@ class DicomWebDatastore(Decisions):
         limit = label_limit(self.get_image_uri(image_id), self._max_unpacked)
         with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):
             self._check_image(image_id, seen)
+            self._keep_replaced(image_id, tag)
             return self._save_label(image_id, str(content), name, tag, info)
 
-    def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
+    def _save_label(
+        self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any], action: str = ""
+    ) -> str:
         folder = self.get_image_uri(image_id)
         try:
-            geometry = read_image(folder).geometry
-            labels = read_label(label_filename, geometry)
+            geometry = read_geometry(folder)
+            labels = read_class_map(label_filename, geometry)
         except DataError as error:
             text = str(error).replace(str(label_filename), name).replace(folder, f"series {image_id}")
             raise BadLabel(text) from error
@@ -369,10 +374,11 @@ class DicomWebDatastore(Decisions):
         labels = renumber(labels, changes) if changes else labels
         names = {value: sent.get(value) or of_value.get(value) or f"class_{value}" for value in values} or of_value
         info["label_info"] = [{"name": text, "idx": value} for value, text in names.items()]
-        info.update(ts=int(time.time()), name=name, SeriesInstanceUID=image_id)
+        info.update(ts=int(time.time()), name=name, SeriesInstanceUID=image_id, **claim(folder))
         path = self._kept.path(image_id, tag)
         if tag == FINAL:
             self._approve(self._series(image_id), folder, labels, geometry, names, info)
+        before = self._kept.files(path) if action and tag != FINAL else {}
         try:
             with storing("to save the label"):
                 self._kept.write(path, labels, geometry, info)
@@ -384,6 +390,12 @@ class DicomWebDatastore(Decisions):
         else:
             if tag == FINAL:
                 self._at_hand[image_id] = info["segmentation"]
+            elif action and self._audit:
+                try:
+                    self._audit.write(action, image=image_id, tag=tag, sha256=content_hash(path))
+                except StorageError:
+                    self._kept.restore(path, before)
+                    raise
         return image_id
 
     def _change_tag(self, image_id: str, old: str, new: str) -> None:
@@ -458,6 +470,7 @@ class DicomWebDatastore(Decisions):
         check_uid(label_id, "label id")
         path = self._kept.path(label_id, check_tag(label_tag))
         info = checked(LabelRecord, info, f"label of series {label_id}")
+        info.pop(MADE_OF, None)
         with self.deciding(label_id), storing("to save what is known about the label"):
             if not path.exists():
                 raise NotFound(
@@ -593,7 +606,7 @@ class DicomWebDatastore(Decisions):
             )
             what = f"segmentation {segmentation.uid}"
             self._checked(file, what, sys.maxsize, SOPInstanceUID=segmentation.uid)
-            geometry = read_image(folder).geometry
+            geometry = read_geometry(folder)
             labels, names = read_dicom_seg(
                 file, geometry, folder, lambda text: self._kept.value_of(clean_class_name(text)), self._max_unpacked
             )

@@ -7,13 +7,13 @@ image before it is approved (tag `final`).
 
 Several threads and processes may use one folder at once. A label is changed while its image is held
 (`lib.stores.decisions`), because it takes a while to check it. Then new content is copied to the disk. The change
-itself is made under the folder's lock, which threads get in the order in which they came: the audit log and the index
+itself is made under the folder's lock, which threads get in the order in which they came: the index and the audit log
 are written, and then one file is put in place, renamed or deleted, which makes the change. So a change that fails
 leaves everything as it was, a reader sees the old file or the new one, and a process killed at any moment leaves no
 half file. Which entries of the index hold until then stands in a file of its own (`Journal`), so an old file never goes
-with what is known about a new one. A change that is refused is not in the audit log, and none that is made is missing
-there. Readers never wait for a change: they look at the folders' times, and read them again only when these changed; of
-those that wait for that, one reads for all.
+with what is known about a new one. A change that is refused, or finds no space, is not in the audit log, and none that
+is made is missing there. Readers never wait for a change: they look at the folders' times, and read them again only
+when these changed; of those that wait for that, one reads for all.
 
     ConfinedFolder   which files are there, and that no path leads out
     FolderIndex      what is known about them
@@ -27,19 +27,15 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 
 from lib.checks import (
-    BadLabel,
     Conflict,
     NotFound,
     StorageError,
@@ -55,43 +51,19 @@ from lib.stores.decisions import FINAL, POLL, Decisions, FairLock, ImageLocks, s
 from lib.stores.door import admitted, label_limit
 from lib.stores.file_changes import LOCK_TIMEOUT, Change, copied, storage_error, storing
 from lib.stores.folder_index import FolderIndex, replaces
-from lib.stores.naming import agreed, declared, renumber
+from lib.stores.image_identity import KEY as MADE_OF
+from lib.stores.image_identity import claim
+from lib.stores.label_checks import CheckedLabel, again_if_renumbered, check_values, checked_label, naming_file
 from lib.stores.records import ImageRecord, LabelRecord, checked
-from sam2sgp.data.classes import check_label_values, class_names
-from sam2sgp.data.io import SUFFIXES, output_suffix, read_image, read_label, write_label
+from sam2sgp.data.classes import class_names
+from sam2sgp.data.io import SUFFIXES, read_image
 from sam2sgp.data.tree import DESCRIPTIONS
-from sam2sgp.errors import DataError
 from sam2sgp.files import replacing
 
 # A folder changed less than this many seconds ago may change again without a new time: it is read again.
 COARSEST_CLOCK = 0.1
 # Sentences about bad entries of the index that `status` tells.
 PROBLEMS_TOLD = 20
-
-
-class _Renumbered(Exception):
-    """Labels that were approved meanwhile have other values for the names of a label."""
-
-
-def _again_if_renumbered(approve: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the label once more, as often as others are approved first: two new names must not get one value."""
-
-    @wraps(approve)
-    def again(*arguments: Any) -> Any:
-        while True:
-            with suppress(_Renumbered):
-                return approve(*arguments)
-
-    return again
-
-
-@dataclass(frozen=True)
-class _CheckedLabel:
-    """A label that fits its image: its file, the values in it, and what is known about it."""
-
-    file: str
-    values: tuple[int, ...]
-    info: dict[str, Any]
 
 
 class ConfinedDatastore(Decisions, LocalDatastore):
@@ -284,7 +256,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
     def _add_image(self, image_id: str, image_filename: str, name: str, image_info: dict[str, Any]) -> str:
         suffix = name[len(image_id) :]
         info = _without_stamp(checked(ImageRecord, image_info, f"image {image_id}"))
-        with _naming(image_filename, name):
+        with naming_file(image_filename, name):
             read_image(image_filename)
         target = self._folder.writable(self._datastore.image_path()) / name
         check_looks(image_id, self._objects())
@@ -351,16 +323,19 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         info = _without_stamp(checked(LabelRecord, label_info, f"label of {image_id}"))
         with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):
             self._check_image(image_id, seen)
+            self._keep_replaced(image_id, tag)
             return self._save_label(image_id, str(content), name, tag, info)
 
-    @_again_if_renumbered
-    def _save_label(self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any]) -> str:
+    @again_if_renumbered
+    def _save_label(
+        self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any], action: str = ""
+    ) -> str:
         if tag != FINAL:
-            return self._put_label(image_id, label_filename, tag, name, info)
+            return self._put_label(image_id, label_filename, tag, name, info, action)
         with tempfile.TemporaryDirectory() as scratch:
-            label = self._checked_label(self.get_image_uri(image_id), label_filename, name, info, Path(scratch))
+            label = self._checked_label(image_id, label_filename, name, info, Path(scratch))
             name = image_id + _suffix_for(image_id, suffix_of(label.file))
-            return self._put_label(image_id, label.file, tag, name, label.info, label.values)
+            return self._put_label(image_id, label.file, tag, name, label.info, "approve", label.values)
 
     def _put_label(
         self,
@@ -369,22 +344,25 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         tag: str,
         name: str,
         info: dict[str, Any],
+        action: str = "",
         values: tuple[int, ...] = (),
     ) -> str:
-        """Put a label in place; `values`: of one to approve. Raises _Renumbered."""
+        """Put a label in place; `action`: for the audit log; `values`: of one to approve, which may be _Renumbered."""
         suffix = name[len(image_id) :]
         target = self._folder.writable(self._datastore.label_path(tag)) / name
         with copied(label_filename, target) as part, ExitStack() as stack:
-            sha256 = content_hash(part) if tag == FINAL else None
+            sha256 = content_hash(part)
+            made_of = claim(self.get_image_uri(image_id), sha256)
             change = stack.enter_context(self._changing())
             entry = change.objects.get(image_id)
             if entry is None:
                 raise _no_image(image_id)
             if tag == FINAL:
-                self._check_values(values, info, change.objects)
-                change.note("approve", image=image_id, tag=tag, sha256=sha256)
+                check_values(values, info, self.declared_names(), _infos(change.objects))
+            if action:
+                change.note(action, image=image_id, tag=tag, sha256=sha256)
             change.move(part, target)
-            label = DataModel(info={**info, **_first_info(name)}, ext=suffix)
+            label = DataModel(info={**info, **made_of, **_first_info(name)}, ext=suffix)
             change.objects[image_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: label})
             # Of files of several kinds the newest counts, so a process killed before this has replaced the label too.
             self._leave_only(change, image_id, tag, suffix)
@@ -418,7 +396,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         for suffix in sorted(self._folder.files(folder).get(image_id, {}), key=label.ext.__eq__):
             change.delete(self._folder.writable(folder) / (image_id + suffix))
 
-    @_again_if_renumbered
+    @again_if_renumbered
     def _change_tag(self, image_id: str, old: str, new: str) -> None:
         """Rename a label from the folder of one tag to that of another, in place of what is there."""
         path = self.get_label_uri(image_id, old)
@@ -427,7 +405,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         if new == FINAL:
             with tempfile.TemporaryDirectory() as scratch:
                 info = self.get_label_info(image_id, old)
-                label = self._checked_label(self.get_image_uri(image_id), path, Path(path).name, info, Path(scratch))
+                label = self._checked_label(image_id, path, Path(path).name, info, Path(scratch))
                 values = label.values
                 if label.file != path:
                     # The same label, with the values that other labels have for its names.
@@ -445,7 +423,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             if state is None or state_of(self._folder.inside(folder, name)) != state:
                 raise Conflict(f"{image_id}: expected the label that was checked, found a newer one; look at it again.")
             if new == FINAL:
-                self._check_values(values, label.info, change.objects)
+                check_values(values, label.info, self.declared_names(), _infos(change.objects))
             change.note(action, image=image_id, tag=noted, sha256=sha256)
             change.move(self._folder.writable(folder) / name, self._folder.writable(other) / name)
             for place in (old, new):
@@ -490,60 +468,17 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         info = checked(LabelRecord, info, f"label of {label_id}")
         with self.deciding(check_id(label_id, "label id")), self._changing() as change:
             entry, label = _labelled(change.objects, label_id, tag)
+            info.pop(MADE_OF, None)
             known = checked(LabelRecord, {**label.info, **info}, f"label of {label_id}")
             changed = DataModel(info=known, ext=label.ext)
             change.objects[label_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: changed})
 
-    # Files
-
     def _checked_label(
-        self, image: str, label: str, name: str, info: Mapping[str, Any], scratch: Path
-    ) -> _CheckedLabel:
-        """A label to approve, with the values that other labels have for its names: where these differ from its own, in
-        a file in `scratch`.
-
-        Raises BadLabel.
-        """
-        try:
-            with _naming(label, name):
-                geometry = read_image(image).geometry
-                labels = read_label(label, geometry)
-                names = self.declared_names()
-                sent = declared(info)
-                known = self._known_names(names, self._objects())
-                changes, agreed_on = agreed(np.unique(labels).tolist(), sent, known)
-                if changes:
-                    labels = renumber(labels, changes)
-                if agreed_on != sent:
-                    entries = [{"name": text, "idx": value} for value, text in sorted(agreed_on.items())]
-                    info = {**info, "label_info": entries}
-                values = tuple(np.unique(labels).tolist())
-                if names:
-                    check_label_values(label, values, {**names, **agreed_on})
-                if changes:
-                    path = scratch / f"label{output_suffix(geometry)}"
-                    write_label(path, labels, geometry)
-                    label = str(path)
-                return _CheckedLabel(label, values, dict(info))
-        except DataError as error:
-            raise BadLabel(str(error)) from error
-
-    def _check_values(
-        self, values: tuple[int, ...], info: Mapping[str, Any], objects: Mapping[str, ImageLabelModel]
-    ) -> None:
-        """Raise _Renumbered where labels that have come since a label was checked give its names other values."""
-        sent = declared(info)
-        if agreed(values, sent, self._known_names(self.declared_names(), objects)) != ({}, sent):
-            raise _Renumbered
-
-    def _known_names(self, names: Mapping[int, str], objects: Mapping[str, ImageLabelModel]) -> dict[str, int]:
-        """Values of the class names of the folder, and of approved labels."""
-        known = {text: value for value, text in names.items()}
-        for entry in objects.values():
-            if FINAL in entry.labels:
-                for value, text in declared(entry.labels[FINAL].info).items():
-                    known.setdefault(text, value)
-        return known
+        self, image_id: str, label: str, name: str, info: Mapping[str, Any], scratch: Path
+    ) -> CheckedLabel:
+        """A label to approve, see `lib.stores.label_checks`."""
+        image, names = self.get_image_uri(image_id), self.declared_names
+        return checked_label(image, label, name, info, names, _infos(self._objects()), scratch)
 
     # The index
 
@@ -600,10 +535,6 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             change = Change(dict(before.objects))
             try:
                 yield change
-                # Before the change is made: a line too many is better than one too few.
-                for action, details in change.notes:
-                    if self._audit:
-                        self._audit.write(action, **details)
                 after = before.model_copy(update={**change.header, "objects": change.objects})
                 if needs_index:
                     # Entries of files that are not there mean nothing: only those that are replaced are to be kept.
@@ -611,6 +542,10 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                         self._index.journal.open(before.objects, after.objects, *change.moved)
                     self._index.write(after)
                 try:
+                    # Before the change is made: a line too many is better than one too few.
+                    for action, details in change.notes:
+                        if self._audit:
+                            self._audit.write(action, **details)
                     change.make()
                 except BaseException:
                     if needs_index:
@@ -700,13 +635,9 @@ def _first_info(name: str) -> dict[str, Any]:
     return {"ts": int(time.time()), "name": name}
 
 
-@contextmanager
-def _naming(path: str, name: str) -> Iterator[None]:
-    """Errors that name a temporary path name the file as the client knows it."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(str(error).replace(str(path), name)) from error
+def _infos(objects: Mapping[str, ImageLabelModel]) -> Iterator[Mapping[str, Any]]:
+    """What is known about the approved labels."""
+    return (entry.labels[FINAL].info for entry in objects.values() if FINAL in entry.labels)
 
 
 def _labelled(objects: dict[str, ImageLabelModel], label_id: str, tag: str) -> tuple[ImageLabelModel, DataModel]:

@@ -1,8 +1,9 @@
 """What became of an image's labels: who did what to them, and their earlier states.
 
 In: labels that are about to be replaced or deleted, and the audit log. Out: the log's lines about an image, the list of
-its earlier states, and the file of one. Of each image the last `MOST_KEPT` states stay, each a copy of the label's file
-with what was known about it next to it. Files are whole or not there; threads and processes may keep some at once.
+its earlier states, and the file of one. Of each image the last `MOST_KEPT` states stay, as far as they take no more
+than `MOST_BYTES` together; the last one stays however large it is. Each is a copy of the label's file with what was
+known about it next to it. Files are whole or not there; threads and processes may keep some at once.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 # Next to the locks of the images.
 FOLDER = "history"
 MOST_KEPT = 20
+MOST_BYTES = 256 << 20
 # Lines of the audit log about one image.
 MOST_EVENTS = 50
 # When it was kept, in ns, and its tag.
@@ -54,9 +56,7 @@ class History:
             with replacing(folder / f"{version}{suffix_of(label)}") as part:
                 shutil.copyfile(label, part)
             write_text(folder / f"{version}.json", json.dumps(dict(info), default=str))
-            for old in self.versions(image_id)[MOST_KEPT:]:
-                for file in folder.glob(f"{old['version']}.*"):
-                    file.unlink(missing_ok=True)
+            self._clear(image_id)
         except OSError as error:
             logger.warning("An earlier label of image %s can't be kept: %s", image_id, error)
 
@@ -93,6 +93,16 @@ class History:
     def forget(self, image_id: str) -> None:
         """Delete all of an image that is gone: another one may come under its id."""
         shutil.rmtree(self._of(image_id), ignore_errors=True)
+
+    def _clear(self, image_id: str) -> None:
+        """Delete the oldest states of an image that are too many or take too much."""
+        size = 0
+        for number, kept in enumerate(self.versions(image_id)):
+            files = list(self._of(image_id).glob(f"{kept['version']}.*"))
+            size += sum(file.stat().st_size for file in files)
+            if number >= MOST_KEPT or (number and size > MOST_BYTES):
+                for file in files:
+                    file.unlink(missing_ok=True)
 
     def _is_latest(self, image_id: str, tag: str, label: str | Path, info: Mapping[str, Any]) -> bool:
         """Whether a label is the one with its tag that was kept last."""

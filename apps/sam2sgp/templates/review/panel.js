@@ -63,6 +63,9 @@ export class Panel {
     const lines = [];
     const { prediction } = shown;
     const warn = (text) => lines.push(element("li", "warn", text));
+    if (shown.of_another_image) {
+      warn("⚠ This label was made of another image, which had this name before. Segment this one (G), or correct the label on it.");
+    }
     if (prediction?.unlike_support) warn("⚠ This image is unlike every image of the support set: check the result with care.");
     if (prediction?.maybe_absent.length) {
       warn(`⚠ Less sign of ${prediction.maybe_absent.join(", ")} than in any approved image: may be absent.`);
@@ -204,15 +207,21 @@ export class Panel {
         line.append(user ? ` by ${user}` : "");
         return line;
       });
-      const earlier = versions.map(({ version, time, tag, user }) => {
+      const earlier = versions.map(({ version, time, tag, user, of_another_image: isOfAnother }) => {
         const line = element("li");
+        const words = ` ${TAGS[tag] ?? tag}${user ? ` by ${user}` : ""} `;
+        line.append(element("span", "when", when(new Date(1000 * time))), words);
+        if (isOfAnother) {
+          line.append("(of another image, which had this name before)");
+          return line;
+        }
         const button = element("button", "", "Bring back");
         button.type = "button";
         button.setAttribute("aria-label", `Bring back the ${TAGS[tag] ?? tag} of ${when(new Date(1000 * time))} as a draft`);
         button.disabled = Boolean(this.state.notOffered.bring_back);
         button.title = this.state.notOffered.bring_back ?? "";
         button.addEventListener("click", () => this.page.bringBack(version));
-        line.append(element("span", "when", when(new Date(1000 * time))), ` ${TAGS[tag] ?? tag}${user ? ` by ${user}` : ""} `, button);
+        line.append(button);
         return line;
       });
       part.replaceChildren(...done, ...(earlier.length ? [element("li", "head", "Earlier states")] : []), ...earlier);

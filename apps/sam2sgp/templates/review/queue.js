@@ -41,6 +41,8 @@ export class Queue {
     /** @type {string | null} */
     this.image = null;
     this.place = -1;
+    /** Images that couldn't be opened: steps go past them. @type {Set<string>} */
+    this.unreadable = new Set();
     this.counts = {};
     this.onCounts = () => {};
     this.onRole = () => {};
@@ -118,10 +120,22 @@ export class Queue {
     return this.at(place);
   }
 
-  /** The entry after the one that is looked at, or before it. @param {number} by */
+  /** The entry after the one that is looked at, or before it, but for those that couldn't be opened. @param {number} by */
   async neighbour(by) {
-    const place = Math.max(0, Math.min(this.total - 1, this.place + by));
-    return place === this.place ? undefined : this.fetched(place);
+    let place = Math.max(0, Math.min(this.total - 1, this.place + by));
+    if (place === this.place) return undefined;
+    let entry = await this.fetched(place);
+    while (entry && this.unreadable.has(entry.image)) {
+      place += Math.sign(by);
+      entry = await this.fetched(place);
+    }
+    return entry;
+  }
+
+  /** @param {string} image that couldn't be opened. */
+  markUnreadable(image) {
+    this.unreadable.add(image);
+    this.draw();
   }
 
   /** @param {number} by */
@@ -133,6 +147,7 @@ export class Queue {
   /** Mark what is looked at, and have it in view. @param {string} image */
   mark(image) {
     this.image = image;
+    this.unreadable.delete(image);
     const rows = [...this.parts].flatMap(([part, entries]) => entries.map((entry, number) => [entry.image, part * PART + number]));
     const found = rows.find(([name]) => name === image);
     this.place = found ? found[1] : -1;
@@ -187,6 +202,7 @@ export class Queue {
     if (entry.confidence !== null && entry.state !== "approved") {
       add(line, "span", "sure", `${Math.round(100 * entry.confidence)} % sure`);
     }
+    if (this.unreadable.has(entry.image)) add(line, "span", "warn", "⚠ can't be opened");
     if (entry.unlike) add(line, "span", "warn", "⚠ unlike support");
     if (entry.absent.length) add(line, "span", "warn", `⚠ ${entry.absent.join(", ")} absent?`);
     if (entry.user && entry.state !== "predicted") add(line, "span", "who", entry.user);

@@ -17,6 +17,11 @@ const CT_PRESETS = {
   liver: [-15, 155],
 };
 
+/** Answers that are not the image's fault, so that it is tried again. */
+const PASSING = [0, 401, 403, 409, 429, 503, 504];
+/** Images that are tried one after the other until one can be opened. */
+const MOST_TRIED = 10;
+
 const one = (selector) => document.querySelector(selector);
 const state = new State();
 const picture = new Picture(one("#picture"), state);
@@ -72,8 +77,12 @@ async function load(image, tag = "") {
   return opened;
 }
 
-/** Show an image that isn't shown yet; what was painted on the one before is kept as a draft. @param {string} image @param {string} [tag] */
-async function open(image, tag = "") {
+/**
+ * Show an image that isn't shown yet; what was painted on the one before is kept as a draft.
+ * @param {string} image @param {string} [tag]
+ * @param {number} [by] where to go on from one that can't be opened; by default nowhere.
+ */
+async function open(image, tag = "", by = 0) {
   if (busy) {
     chosen = { image, tag };
     return;
@@ -81,8 +90,32 @@ async function open(image, tag = "") {
   if (!tag && image === state.open?.case.image) return;
   await alone(async () => {
     if (state.open?.labels.changed) await save("draft");
-    await turnTo(image, tag);
+    if (by) await turnToNext(image, by);
+    else await turnTo(image, tag);
   });
+}
+
+/**
+ * Show an image, or the nearest one after it (`by` 1) or before it (-1) that can be opened.
+ * @param {string} image @param {number} by @param {string} [text] to be said before what couldn't be opened.
+ * @returns {Promise<boolean>} whether one is shown.
+ */
+async function turnToNext(image, by, text = "") {
+  const problems = [];
+  let entry = { image };
+  let isOpen = false;
+  while (entry && !isOpen && problems.length < MOST_TRIED) {
+    try {
+      await turnTo(entry.image);
+      isOpen = true;
+    } catch (error) {
+      if (!queue.unreadable.has(entry.image)) throw error;
+      problems.push(error.message);
+      entry = await queue.neighbour(by);
+    }
+  }
+  if (problems.length) say([text, ...problems].join(" "), true);
+  return isOpen;
 }
 
 /** @param {string} image @param {string} [tag] */
@@ -90,10 +123,17 @@ async function turnTo(image, tag = "") {
   const started = performance.now();
   one("#picture").setAttribute("aria-busy", "true");
   const isAhead = ahead?.image === image && !tag;
-  const opened = await (isAhead ? ahead.coming : load(image, tag)).finally(() => {
-    one("#picture").removeAttribute("aria-busy");
-    ahead = null;
-  });
+  // What failed ahead of time may do now.
+  const opened = await (isAhead ? ahead.coming.catch(() => load(image)) : load(image, tag))
+    .catch((error) => {
+      if (error instanceof Refused && !PASSING.includes(error.status)) queue.markUnreadable(image);
+      // Nothing of what is shown was refused.
+      throw new Error(`${image} can't be opened: ${error.message}`);
+    })
+    .finally(() => {
+      one("#picture").removeAttribute("aria-busy");
+      ahead = null;
+    });
   // What was hidden on the image before is not to be approved unseen on this one.
   state.hidden = new Set();
   state.overlay = true;
@@ -287,8 +327,8 @@ function reject() {
 /** @param {string} image that was decided about. @param {{image: string} | undefined} next @param {string} text */
 async function goOn(image, next, text) {
   say(text);
-  if (next) await turnTo(next.image);
-  else await turnTo(image);
+  const isOpen = next && (await turnToNext(next.image, 1, text));
+  if (!isOpen) await turnTo(image);
   queue.refresh().then(lookAhead);
 }
 
@@ -337,7 +377,7 @@ function bringBack(version) {
 /** @param {number} by */
 async function step(by) {
   const next = await queue.neighbour(by);
-  if (next) open(next.image);
+  if (next) open(next.image, "", by);
   else say(by > 0 ? "This is the last one of the list." : "This is the first one of the list.");
 }
 
@@ -503,5 +543,5 @@ queue.onRole = (notOffered) => {
 
 await queue.refresh(true);
 const first = await queue.fetched(0);
-if (first) open(first.image);
+if (first) open(first.image, "", 1);
 else say("No image waits. Choose another list on the left.");

@@ -39,6 +39,7 @@ import { Strokes } from "./painting.js";
  * @property {string} seen
  * @property {number} label_bytes
  * @property {number} labels_per_request
+ * @property {boolean} of_another_image whether the label was made of an image that had this name before.
  * @property {Record<string, string>} labels states by tag.
  * @property {LabelClass[]} classes
  * @property {Prediction | null} prediction

@@ -26,8 +26,8 @@ from sam2sgp.data.io.formats import (
     without_pixels,
 )
 from sam2sgp.data.io.geometry import Geometry
-from sam2sgp.data.io.images import MedicalImage, read_image
-from sam2sgp.data.io.labels import is_binary_255, read_label, write_label, write_map, writing
+from sam2sgp.data.io.images import MedicalImage, read_geometry, read_image
+from sam2sgp.data.io.labels import is_binary_255, read_class_map, read_label, write_label, write_map, writing
 from sam2sgp.data.io.nifti import itk_affine
 from sam2sgp.data.io.picture_files import png_palette
 
@@ -53,7 +53,9 @@ __all__ = [
     "map_suffix",
     "output_suffix",
     "png_palette",
+    "read_geometry",
     "read_image",
+    "read_class_map",
     "read_label",
     "result_endings",
     "without_pixels",

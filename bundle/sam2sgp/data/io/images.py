@@ -72,8 +72,8 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
     grid.array = np.empty(0)
     with np.errstate(over="ignore"):
         array = stored.astype(np.float32)
+    finite = np.isfinite(array) if stored.dtype.kind == "f" else np.True_
     del stored
-    finite = np.isfinite(array)
     if not finite.all():
         if not finite.any():
             raise DataError(f"{path}: expected intensities, found no finite value; export the image again.")
@@ -84,6 +84,14 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
         array[~finite] = array[finite].min()
     slices = np.ascontiguousarray(np.moveaxis(array, 3, 1))
     return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path), grid.warnings)
+
+
+def read_geometry(path: str | os.PathLike, slice_axis: str | int = "auto") -> Geometry:
+    """Where an image's voxels lie, without turning or converting any of them; arguments and errors as of `read_image`.
+
+    An image without a finite value is not told from others.
+    """
+    return geometry_of(read_grid(path), slice_axis)
 
 
 def read_grid(path: str | os.PathLike, label: bool = False, limit: int | None = None) -> Grid:
