@@ -41,8 +41,8 @@ from lib.refusals import refuse, refusing
 from lib.serving.segmenter import ServerSegmenter
 from lib.stores.audit import current_user
 from lib.stores.decisions import FINAL, Decisions, state_of
-from lib.stores.history import events_of
 from lib.stores.naming import declared
+from lib.stores.trail import Trail
 from sam2sgp.data import write_label
 from sam2sgp.data.io import output_suffix
 from sam2sgp.drawing import class_colour
@@ -126,7 +126,7 @@ class ReviewPage:
         self.datastore = datastore
         self.segmenter = segmenter
         self.ranked = ranked
-        self.audit_log = audit_log
+        self.trail = Trail(audit_log)
         self.saved = saved
         self.volumes = Volumes(scale)
         self.files = {path.name: path for path in FILES.iterdir() if path.suffix in KINDS}
@@ -295,7 +295,7 @@ class ReviewPage:
         """What was done to an image's labels, and the earlier states that can be brought back."""
         self.datastore.get_image_info(image)
         return {
-            "events": events_of(image, self.audit_log),
+            "events": self.trail.events_of(image),
             "versions": self.datastore.history.versions(image),
         }
 

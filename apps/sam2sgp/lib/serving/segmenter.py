@@ -36,6 +36,7 @@ from lib.serving.approved_cases import LabelledCases
 from lib.serving.loaded_network import LoadedNetwork, inference_parser, tensor_bytes
 from lib.serving.options import Options
 from lib.serving.published_weights import Version, Weights
+from lib.serving.turns import Requests, WorkLock
 from lib.settings import Settings
 from lib.stamps import image_stamp
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
@@ -102,6 +103,7 @@ class ServerSegmenter:
 
     Attributes:
         lock: held by whoever touches network or bank.
+        requests: tells other processes that a request is being worked on.
         ending: set when the server ends: segmentations then stop at their next slice.
         rebuilding: name of the weights for which tokens are being made; None if none are.
         problem: why new weights could not be put in use; None if nothing is wrong.
@@ -111,7 +113,8 @@ class ServerSegmenter:
         self.settings = settings
         self.weights = weights
         self.cases = cases
-        self.lock = threading.RLock()
+        self.lock = WorkLock()
+        self.requests = Requests(settings.state_dir / "locks" / "requests")
         self.ending = threading.Event()
         self.rebuilding: str | None = None
         self.problem: str | None = None
@@ -287,6 +290,38 @@ class ServerSegmenter:
         with self._working():
             self._ready().encode()
 
+    def catch_up(self) -> bool:
+        """Take in what has changed, and learn all that the next request needs, while nobody else wants the network.
+
+        Returns:
+            Whether that is done; otherwise it stepped back, and goes on from there the next time.
+
+        Raises:
+            Sam2SgpError: as of `refresh`.
+        """
+        self.cases.prepare(0.0)
+        try:
+            with self.stepping_back() as step:
+                self.refresh()
+                self._ready().encode(step)
+        except Stopped:
+            return False
+        return True
+
+    @contextmanager
+    def stepping_back(self) -> Iterator[Step]:
+        """Hold the lock for work in the background, when nobody else wants it.
+
+        The block gets what it has to call every few slices: it raises Stopped where somebody else wants the network by
+        then, or the server ends.
+        """
+        with self.lock.last():
+            yield self._step_back
+
+    def _step_back(self, slices: int = 0) -> None:
+        if self.lock.is_wanted or self.ending.is_set():
+            raise Stopped("Work in the background steps back: somebody else wants the network, or the server ends.")
+
     def wait(self) -> None:
         """Return when no tokens are being made for other weights."""
         thread = self._rebuilt
@@ -406,7 +441,7 @@ class ServerSegmenter:
         step = partial(self._go_on, gone)
         options = options or Options()
         self.cases.prepare()
-        with self._working():
+        with self.requests.at_work(), self._working():
             started = time.perf_counter()
             step()
             self.refresh()
