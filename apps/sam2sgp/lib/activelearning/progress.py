@@ -83,10 +83,12 @@ class Progress:
 
     # The thread
 
-    def start(self) -> None:
-        """Have a thread of its own measure whatever is to be measured, from now on."""
+    def start(self) -> threading.Thread:
+        """Have a thread of its own measure whatever is to be measured, until the server ends."""
         self.wake()
-        threading.Thread(target=self._run, daemon=True, name="sam2sgp-progress").start()
+        thread = threading.Thread(target=self._run, daemon=True, name="sam2sgp-progress")
+        thread.start()
+        return thread
 
     def wake(self) -> None:
         """Labels have come or gone."""

@@ -75,13 +75,11 @@ def dice_of(pair: Pair, image: Path) -> dict[str, float]:
     truth = read_label(pair.label, geometry)
     found = truth if pair.unchanged else read_label(pair.prediction, geometry)
     names = _asked_for(pair.of_prediction)
-    # A label that was approved may have another value for the same name.
-    values_of_names = {name: value for value, name in declared(pair.of_label).items()}
-    changes = {value: values_of_names[name] for value, name in names.items() if name in values_of_names}
-    if not pair.unchanged and any(value != wanted for value, wanted in changes.items()):
+    if not pair.unchanged:
+        changes = _values_in_label(names, declared(pair.of_label))
         found = renumber(found, changes)
-    by_value = {changes.get(value, value): name for value, name in names.items()}
-    return {by_value[value]: dice for value, dice in dice_of_values(found, truth, by_value).items()}
+        names = {changes[value]: name for value, name in names.items()}
+    return {names[value]: dice for value, dice in dice_of_values(found, truth, names).items()}
 
 
 def mean_of(dice: Mapping[Any, float]) -> float | None:
@@ -96,6 +94,20 @@ def _asked_for(record: Mapping[str, Any]) -> dict[int, str]:
     if isinstance(named, dict):
         return {value: name for name, value in named.items() if isinstance(value, int) and value > 0}
     return declared(record)
+
+
+def _values_in_label(asked_for: Mapping[int, str], named: Mapping[int, str]) -> dict[int, int]:
+    """For each value of a prediction the one that its class has in the label, which may be another for the same name.
+
+    A class that the label doesn't name keeps its value, or gets a free one where another class has it.
+    """
+    wanted = {name: value for value, name in named.items()}
+    free = max([0, *asked_for, *named]) + 1
+    changes = {}
+    for value, name in asked_for.items():
+        changes[value] = wanted.get(name, value if value not in named else free)
+        free += changes[value] == free
+    return changes
 
 
 def _time(record: Mapping[str, Any]) -> float:
