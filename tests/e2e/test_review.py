@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from playwright.sync_api import expect
 
 from sam2sgp.data import Geometry, load_datalist, read_image, read_label
-from tests.e2e.browsers import keep, page
+from tests.e2e.browsers import PATIENCE_MS, keep, page
 from tests.e2e.server import serving
 
 USER = "dr.who"
@@ -355,3 +355,32 @@ def test_changes_of_any_size_go_in_requests_that_the_server_takes(opened):
     )
     assert max(sizes["numbers"]) <= 60_000 and max(sizes["slices"]) <= 4096 and sizes["same"]
     assert sum(sizes["numbers"]) == 135_000 + 27_000 and sum(sizes["slices"]) == 3 + 9000
+
+
+def test_all_without_a_label_are_segmented_from_the_page_and_progress_is_told(server, opened):
+    """With a batch in its own process, while one works on."""
+    studies = Path(server.studies)
+    shutil.copy(next(studies.glob("us_*.png")), studies / "zz.png")
+    batch = opened.locator("#batch")
+    batch.get_by_role("button", name="Segment all without a label").click()
+    expect(batch.get_by_role("button", name="Cancel")).to_be_visible()
+    show(opened, waiting(server, "mr_"))
+    expect(batch).to_have_attribute("data-state", "done", timeout=5 * PATIENCE_MS)
+    expect(batch).to_contain_text("Batch: 1 of 1 images segmented.")
+    assert (studies / "labels" / "original" / "zz.png").exists()
+    assert not (studies / "labels" / "final" / "zz.png").exists()
+    show(opened, "zz")
+    approve(opened)
+    opened.keyboard.press("i")
+    progress = opened.get_by_role("dialog", name="Progress")
+    expect(progress).to_contain_text("Too few labels to say: 1 of at least 10")
+    expect(progress).to_contain_text("Predictions approved unchanged")
+    expect(progress.locator("rect.left-out")).not_to_have_count(0)
+    progress.get_by_text("The curves as tables").click()
+    rows = progress.get_by_role("table", name="Predictions as shown").get_by_role("row")
+    expect(rows).to_have_text(["LabelDice", "11.00"])
+    points = progress.get_by_role("table", name="Labelled images left out").locator("tbody tr")
+    expect(progress.locator("rect.left-out")).to_have_count(points.count())
+    assert "at last 1.00" in progress.get_by_role("img").get_attribute("aria-label")
+    keep(opened, "progress")
+    assert not opened.problems
