@@ -494,8 +494,8 @@ queue.onCounts = ({ counts, classes, origins: { unchanged, corrected } }) => {
   for (const name of classes) if (!known.includes(name)) select.append(new Option(name, name));
 };
 
-await queue.refresh(true);
 new Batch(one("#batch"), { say, changed: lookAgain });
+await queue.refresh(true);
 const first = await queue.fetched(0);
 if (first) open(first.image);
 else say("No image waits. Choose another list on the left.");
