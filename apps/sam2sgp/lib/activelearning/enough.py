@@ -47,15 +47,15 @@ def verdict_of(dice: Sequence[float]) -> Verdict:
         f"{count} before, a difference of {gain:+.2f} (95 % interval {low:+.2f} to {high:+.2f})."
     )
     if low > 0:
-        return Verdict("better", f"More labels pay: predictions still get better. {reason}")
+        return Verdict("better", f"Not yet: predictions still get better. {reason}")
     if high < 0:
         return Verdict(
             "worse",
-            f"Predictions get worse: the newer images may be of another kind, or a label may be wrong. {reason}",
+            f"Not clear: predictions got worse, so the newer images may be of another kind, or a label wrong. {reason}",
         )
     if high <= WORTH:
-        return Verdict("level", f"Probably enough labels for images of this kind: predictions hardly change. {reason}")
-    return Verdict("open", f"It can't be told yet whether more labels pay. {reason}")
+        return Verdict("level", f"Probably: more labels of this kind would hardly make predictions better. {reason}")
+    return Verdict("open", f"It can't be told yet. {reason}")
 
 
 def interval_of(values: Sequence[float]) -> tuple[float, float]:
