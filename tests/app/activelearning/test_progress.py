@@ -12,7 +12,6 @@ import torch
 import lib.activelearning.progress as module
 from lib.activelearning.progress import Progress
 from lib.serving.options import Options
-from lib.serving.segmenter import Stopped
 from lib.stores.audit import Audit
 from lib.stores.decisions import state_of
 from lib.stores.records import of_prediction
@@ -135,7 +134,7 @@ def test_classes_go_by_their_names_and_later_predictions_and_labels_by_hand_are_
     assert progress.told()["shown"] == []
 
 
-def test_images_left_out_are_measured_as_the_support_set_grows(made, progress):
+def test_images_left_out_are_measured_as_the_support_set_grows(made, progress, tmp_path):
     assert progress.work()
     (point,) = lines(made, "left out")
     assert (point["labels"], point["images"], point["failed"], point["weights"]) == (3, 3, 0, "embedded")
@@ -154,6 +153,17 @@ def test_images_left_out_are_measured_as_the_support_set_grows(made, progress):
     assert progress.work()
     assert [entry["labels"] for entry in lines(made, "left out")] == [3, 4]
     assert [entry["labels"] for entry in progress.told()["left_out"]] == [3, 4]
+    # Other weights begin a figure of their own.
+    with torch.no_grad():
+        for parameter in segmenter.network.parameters():
+            parameter.mul_(1.01)
+    save_weights(segmenter.network, tmp_path / "other.pt")
+    segmenter.weights.publish(tmp_path / "other.pt", {})
+    segmenter.take_in()
+    segmenter.wait()
+    assert progress.work()
+    *_, before, after = lines(made, "left out")
+    assert before["labels"] == after["labels"] and before["sha256"] != after["sha256"]
 
 
 @pytest.mark.parametrize(("before", "grown"), [(1, 2), (10, 11), (20, 22), (25, 28), (100, 110), (100, 90)])
@@ -189,28 +199,25 @@ def test_whoever_wants_the_network_gets_it_before_the_next_image(made, progress,
     assert lines(made, "left out")[0]["images"] == 3
 
 
-def test_learning_steps_back_and_goes_on_from_there(made, progress, monkeypatch):
-    """What the next request would learn is learned for it."""
+def test_the_server_that_ends_waits_for_nothing_and_the_next_request_has_nothing_to_learn(made, progress, monkeypatch):
     segmenter = progress.segmenter
-    segmenter.ending.set()
-    assert not progress.work() and lines(made, "left out") == []
-    segmenter.ending.clear()
-    assert segmenter.catch_up()
-    monkeypatch.setattr(SupportSetInferer, "_judge", lambda *_: pytest.fail("a request had to learn"))
-    segmenter.segment(made.image(PICTURES[7]))
-
-
-def test_the_server_that_ends_waits_for_no_figure(made, progress, monkeypatch):
     real = module.dice_left_out
 
     def dice(segmenter, case, step):
         segmenter.ending.set()
         return real(segmenter, case, step)
 
-    monkeypatch.setattr(module, "dice_left_out", dice)
-    assert not progress.work() and lines(made, "left out") == []
-    with pytest.raises(Stopped), progress.segmenter.stepping_back() as step:
-        step(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "dice_left_out", dice)
+        assert not progress.work() and lines(made, "left out") == []
+    # While it learns, too.
+    made.approve(PICTURES[7])
+    progress.datastore.refresh()
+    assert not progress.work()
+    segmenter.ending.clear()
+    assert segmenter.catch_up()
+    monkeypatch.setattr(SupportSetInferer, "_judge", lambda *_: pytest.fail("a request had to learn"))
+    segmenter.segment(made.image(PICTURES[1]))
 
 
 def test_a_label_that_cannot_be_used_and_a_single_patient_spoil_nothing(made, progress, caplog):
@@ -225,22 +232,6 @@ def test_a_label_that_cannot_be_used_and_a_single_patient_spoil_nothing(made, pr
     made.label(PICTURES[3]).unlink()
     progress.datastore.refresh()
     assert progress.work() and len(lines(made, "left out")) == 1
-
-
-def test_other_weights_begin_a_figure_of_their_own(made, progress, tmp_path):
-    assert progress.work()
-    segmenter = progress.segmenter
-    network = segmenter.network
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(1.01)
-    save_weights(network, tmp_path / "other.pt")
-    segmenter.weights.publish(tmp_path / "other.pt", {})
-    segmenter.refresh()
-    segmenter.wait()
-    assert progress.work()
-    first, second = lines(made, "left out")
-    assert first["labels"] == second["labels"] and first["sha256"] != second["sha256"]
 
 
 def test_the_thread_measures_when_it_is_woken(made, progress):

@@ -43,8 +43,9 @@ GROWTH = 0.1
 MOST_MEASURED = 64
 # Points of a curve that are told.
 MOST_POINTS = 100
-# Seconds after which work that stepped back is tried again.
-AGAIN = 1.0
+# Seconds after which work that stepped back is tried again; and between two looks for labels and weights that nobody told
+# of, such as files that were copied in.
+AGAIN, EVERY = 1.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,21 @@ class Progress:
 
     def _run(self) -> None:
         give_way()
+        trouble = ""
         while not self.segmenter.ending.is_set():
-            self._due.wait()
+            self._due.wait(EVERY)
             self._due.clear()
             try:
                 if not self.work():
                     time.sleep(AGAIN)
                     self._due.set()
+                trouble = ""
             except Exception as error:
                 # The request that needs the support set tells its client.
-                level = logging.WARNING if isinstance(error, Sam2SgpError) else logging.ERROR
-                logger.log(level, "Progress is not measured: %s", error, exc_info=level == logging.ERROR)
+                if str(error) != trouble:
+                    is_known = isinstance(error, Sam2SgpError)
+                    logger.warning("Progress is not measured: %s", error, exc_info=not is_known)
+                trouble = str(error)
 
     def work(self) -> bool:
         """Measure what is to be measured. Returns whether all is done; otherwise it stepped back."""
@@ -223,7 +228,7 @@ class Progress:
         while True:
             try:
                 with self.segmenter.stepping_back() as step:
-                    self.segmenter.refresh()
+                    self.segmenter.take_in()
                     is_same = self.segmenter.version.name == point.weights
                     if not is_same or _has_grown(point.labels, len(self._cases())):
                         raise _Outdated

@@ -9,7 +9,8 @@ The network with its bank is a `LoadedNetwork`; which labels guide it, `Labelled
 Concurrency: `segment`, `refresh` and everything else that touches network or bank hold `lock`, so one request is worked
 on at a time, by whatever thread. Whoever only looks (`state`, `status`, `class_names`, `thumbnail`) waits for nobody:
 each change of the support set publishes a `SupportState`, which never changes. Whoever changed a label calls `keep_up`,
-which has a thread of its own take it in; a request that comes before that does it itself. When other weights are put in
+which has a thread of its own take it in; a request that comes before that does it itself. Work in the background holds
+the lock by `stepping_back`, when nobody else wants it, and gives it back within a few slices where somebody does. When other weights are put in
 use, a thread of its own builds a second network and a second bank on the same cache folder and encodes the support set
 with them, while the old ones go on serving; then both are exchanged at once, under the lock. Tokens are stored under a
 fingerprint of the network, so a network never meets those of another. Several processes (server, batch inference,
@@ -235,6 +236,10 @@ class ServerSegmenter:
             Sam2SgpError: at the first time: the weights can't be loaded; later: declared class names can't be read.
         """
         self.cases.prepare()
+        self.take_in()
+
+    def take_in(self) -> None:
+        """`refresh` with the labels that are here; for one that comes from an archive nobody waits."""
         with self.lock:
             serving = self._ready()
             if self._behind or self.cases.changed():
@@ -302,7 +307,7 @@ class ServerSegmenter:
         self.cases.prepare(0.0)
         try:
             with self.stepping_back() as step:
-                self.refresh()
+                self.take_in()
                 self._ready().encode(step)
         except Stopped:
             return False
