@@ -43,8 +43,8 @@ GROWTH = 0.1
 MOST_MEASURED = 64
 # Points of a curve that are told.
 MOST_POINTS = 100
-# Seconds after which work that stepped back is tried again; and between two looks for labels and weights that nobody told
-# of, such as files that were copied in.
+# Seconds after which work that stepped back is tried again; and between two looks for labels and weights that came
+# unannounced, such as files that were copied in.
 AGAIN, EVERY = 1.0, 60.0
 
 

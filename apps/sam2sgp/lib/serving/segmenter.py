@@ -10,11 +10,11 @@ Concurrency: `segment`, `refresh` and everything else that touches network or ba
 on at a time, by whatever thread. Whoever only looks (`state`, `status`, `class_names`, `thumbnail`) waits for nobody:
 each change of the support set publishes a `SupportState`, which never changes. Whoever changed a label calls `keep_up`,
 which has a thread of its own take it in; a request that comes before that does it itself. Work in the background holds
-the lock by `stepping_back`, when nobody else wants it, and gives it back within a few slices where somebody does. When other weights are put in
-use, a thread of its own builds a second network and a second bank on the same cache folder and encodes the support set
-with them, while the old ones go on serving; then both are exchanged at once, under the lock. Tokens are stored under a
-fingerprint of the network, so a network never meets those of another. Several processes (server, batch inference,
-scoring) may share the cache folder.
+the lock by `stepping_back`, when nobody else wants it, and gives it back within a few slices where somebody does. When
+other weights are put in use, a thread of its own builds a second network and a second bank on the same cache folder and
+encodes the support set with them, while the old ones go on serving; then both are exchanged at once, under the lock.
+Tokens are stored under a fingerprint of the network, so a network never meets those of another. Several processes
+(server, batch inference, scoring) may share the cache folder.
 """
 
 import logging
