@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -98,6 +99,8 @@ def test_predictions_are_compared_once_with_what_was_approved_in_their_place(mad
 
     # Nothing is measured again: not by what comes later, nor by the next server.
     monkeypatch.setattr(module, "dice_of", lambda *_: pytest.fail("measured again"))
+    # Times of labels are whole seconds.
+    time.sleep(1.1 - time.time() % 1)
     annotator.predict(PICTURES[3], 5)
     progress.datastore.remove(PICTURES[5])
     progress.compare()
@@ -173,13 +176,16 @@ def test_a_figure_is_due_with_a_tenth_more_labels(before, grown):
 
 
 def test_whoever_wants_the_network_gets_it_before_the_next_image(made, progress, monkeypatch):
-    segmenter = progress.segmenter
+    annotator = Annotator(made, progress)
     measured, served = [], threading.Event()
     real = module.dice_left_out
 
     def dice(segmenter, case, step):
         if not measured:
             measured.append("begins")
+            annotator.predict(PICTURES[1], 32)
+            progress.datastore.approve(PICTURES[1], "original")
+            progress.wake()
             request = threading.Thread(target=serve)
             request.start()
             while not segmenter.lock.is_wanted:
@@ -189,14 +195,14 @@ def test_whoever_wants_the_network_gets_it_before_the_next_image(made, progress,
         return real(segmenter, case, step)
 
     def serve():
-        with segmenter.lock:
+        with progress.segmenter.lock:
             served.set()
 
     monkeypatch.setattr(module, "dice_left_out", dice)
-    assert progress.work()
-    # The first image is begun again, and nothing is lost.
-    assert measured == ["begins", "served", "served", "served"]
-    assert lines(made, "left out")[0]["images"] == 3
+    # With a label more it is another figure, which is begun when that label was compared with its prediction.
+    assert not progress.work() and served.is_set() and len(lines(made, "shown")) == 1
+    assert progress.work() and measured == ["begins", *4 * ["served"]]
+    assert [entry["images"] for entry in lines(made, "left out")] == [4]
 
 
 def test_the_server_that_ends_waits_for_nothing_and_the_next_request_has_nothing_to_learn(made, progress, monkeypatch):

@@ -144,12 +144,13 @@ class Progress:
         lines = self._shown.get(image, {})
         before = next((line["label"] for line in reversed(lines.values()) if line.get("unchanged")), None)
         try:
+            # The prediction of a label that was measured may be another one by now.
+            if lines and (known := lines.get(content_hash(self.datastore.path_of_label(image, FINAL)))):
+                return known
             pair = pair_of(self.datastore, image, tags, before)
             if pair is None:
                 return {}
             label = content_hash(pair.label)
-            if label in lines:
-                return lines[label]
             dice = dice_of(pair, Path(self.datastore.get_image_uri(image)))
         except (Sam2SgpError, OSError) as error:
             logger.warning("Not compared with its prediction: image %s: %s", image, error)
@@ -226,6 +227,9 @@ class Progress:
     def _left_out(self, point: _Point, case: Mapping[str, Any]) -> dict[int, float]:
         """Dice of a case by class, tried again where somebody else wanted the network. Raises Stopped for good."""
         while True:
+            if self._due.is_set():
+                # Who has approved a label sees its figure soon.
+                self.compare()
             try:
                 with self.segmenter.stepping_back() as step:
                     self.segmenter.take_in()
