@@ -27,6 +27,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 import sam2sgp
+from lib.activelearning.progress import Progress
 from lib.activelearning.scoring import Scores, Scoring
 from lib.activelearning.strategies import Choices, strategies
 from lib.checks import NotFound
@@ -36,13 +37,13 @@ from lib.http.endpoints import routes, without_path
 from lib.http.guard import install, serve_only
 from lib.http.health import Health, checks_of
 from lib.http.logs import keep_logs, log_routes, quiet_libraries
+from lib.http.loop import loop_routes
 from lib.http.page import SupportPage, Threads
 from lib.http.review import ReviewPage
 from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
 from lib.infers.segmentation import SegmentationTask
 from lib.layout import OF_STATE, OF_STUDIES, bring_up_to_date
-from lib.priority import give_way
 from lib.refusals import refuse, refusing
 from lib.scratch import own_temporary_folder
 from lib.serving.approved_cases import FINAL, LabelledCases
@@ -59,6 +60,7 @@ from lib.stores.records import of_prediction
 from lib.stores.sessions import open_sessions
 from lib.tasks.background import DONE, BackgroundTasks
 from lib.tasks.batch import BatchInference
+from lib.tasks.batch_report import FILE as BATCH_REPORT
 from lib.trainers.finetune import FineTuning
 from sam2sgp.errors import DataError, Sam2SgpError
 
@@ -83,8 +85,9 @@ THREAD_SWITCH = 0.0005
 class Sam2SgpApp(MONAILabelApp):
     """See the module."""
 
-    # Set in the server; the processes of tasks count nothing.
+    # Set in the server; the processes of tasks count and measure nothing.
     _metrics: Any = None
+    _progress: Progress | None = None
 
     def __init__(self, app_dir: str, studies: str, conf: Mapping[str, str]) -> None:
         self._in_background = _started_as(BACKGROUND)
@@ -155,7 +158,7 @@ class Sam2SgpApp(MONAILabelApp):
         return strategies(self.choices)
 
     def init_batch_infer(self):
-        return BatchInference()
+        return BatchInference(self.weights, self.segmenter.requests, self.settings.state_dir / BATCH_REPORT)
 
     def _load_sessions(self, load: bool = False):
         return open_sessions(self.settings)
@@ -201,6 +204,7 @@ class Sam2SgpApp(MONAILabelApp):
             self.settings.value("scale_intensity"),
             self.on_save_label,
         )
+        self._progress = Progress(self.datastore(), self.segmenter, self.settings.progress_file, review.trail)
         threads = Threads()
         # In place of MONAI Label's own, of which none but its login is left.
         answered = [
@@ -210,6 +214,7 @@ class Sam2SgpApp(MONAILabelApp):
             log_routes(self.log_file),
             page.router(threads),
             review.router(threads),
+            loop_routes(self._progress, self._tasks, self.settings.state_dir / BATCH_REPORT),
             metrics_routes(self._metrics),
             Health(checks_of(self.segmenter, self.datastore(), self.settings)).router(),
         ]
@@ -219,16 +224,8 @@ class Sam2SgpApp(MONAILabelApp):
         self.cases.prepare(START_WAIT)
         with _sentence_first():
             self.segmenter.refresh()
-        threading.Thread(target=self._warm_up, daemon=True, name="sam2sgp-warm-up").start()
+        self._progress.start()
         super().on_init_complete()
-
-    def _warm_up(self) -> None:
-        give_way()
-        try:
-            self.segmenter.encode()
-        except Exception:
-            # The request that needs it tells its client.
-            logger.exception("The support set could not be encoded at the start")
 
     def ranked(self, images: list[str]) -> list[str]:
         """Ids of unlabelled images in the order in which the support page shows them."""
@@ -335,6 +332,8 @@ class Sam2SgpApp(MONAILabelApp):
         """
         super().on_save_label(image_id, label_id)
         joined = self.segmenter.keep_up()
+        if self._progress:
+            self._progress.wake()
         status = self.segmenter.status()
         return {"support_items": status["items"], "warnings": status["errors"], "pending": not joined}
 

@@ -13,6 +13,7 @@ import SimpleITK as sitk
 from PIL import Image
 from playwright.sync_api import expect
 
+from lib.stores.audit import Audit
 from sam2sgp.data import Geometry, load_datalist, read_image, read_label
 from tests.e2e.browsers import keep, page
 from tests.e2e.server import serving
@@ -448,3 +449,59 @@ def test_changes_of_any_size_go_in_requests_that_the_server_takes(opened):
     )
     assert max(sizes["numbers"]) <= 60_000 and max(sizes["slices"]) <= 4096 and sizes["same"]
     assert sum(sizes["numbers"]) == 135_000 + 27_000 and sum(sizes["slices"]) == 3 + 9000
+
+
+def test_a_batch_is_started_followed_and_cancelled_while_one_works_on(server, opened):
+    """What the page makes of the server's answers; batches themselves are tested without a browser."""
+    known = {"total": 4, "skipped": 9, "done": 1, "failed": 1, "seconds_left": 150.0}
+    failures = [{"image": "broken", "reason": "broken: expected a readable image."}]
+    answers = {"state": "none"}
+    asked = []
+
+    def started(route):
+        asked.append((route.request.method, urlsplit(route.request.url).query))
+        answers.update(known, failures=failures, state="running" if route.request.method == "POST" else "stopped")
+        route.fulfill(json={})
+
+    opened.route("**/review/batch", lambda route: route.fulfill(json=answers))
+    opened.route("**/batch/infer**", started)
+    opened.reload()
+    batch = opened.locator("#batch")
+    batch.get_by_role("button", name="Segment all without a label").click()
+    expect(batch).to_contain_text("2 of 4 images, 1 failed, about 3 min left")
+    assert batch.get_by_role("progressbar").evaluate("bar => bar.value / bar.max") == 0.5
+    show(opened, waiting(server, "mr_"))
+    batch.get_by_text("1 image failed").click()
+    expect(batch.get_by_role("listitem")).to_have_text("broken expected a readable image.")
+    batch.get_by_role("button", name="Cancel").click()
+    expect(batch).to_contain_text("The batch was stopped after 2 of 4 images, 1 failed.")
+    batch.get_by_role("button", name="Go on segmenting (2 left)").click()
+    expect(batch.get_by_role("button", name="Cancel")).to_be_visible()
+    answers |= {"state": "done", "done": 3}
+    expect(batch).to_contain_text("Batch: 3 of 4 images segmented, 1 failed.")
+    assert asked == [("POST", "images=unannotated"), ("DELETE", ""), ("POST", "images=unannotated")]
+    assert not opened.problems
+
+
+def test_progress_is_told_as_a_curve_and_as_the_same_numbers_in_tables(server, opened):
+    studies = Path(server.studies)
+    shutil.copy(next(studies.glob("us_*.png")), studies / "zz.png")
+    measured = {"labels": 2, "images": 2, "dice": 0.8, "low": 0.6, "high": 0.9, "weights": "embedded", "sha256": ""}
+    Audit(server.state / "progress.jsonl").write("left out", **measured)
+    opened.reload()
+    show(opened, "zz")
+    opened.keyboard.press("g")
+    expect(opened.locator("#message")).to_have_text("Segmented zz.")
+    approve(opened)
+    opened.keyboard.press("i")
+    progress = opened.get_by_role("dialog", name="Progress")
+    expect(progress).to_contain_text("Enough labels? Too few labels to say: 1 of at least 10")
+    expect(progress.locator("rect.left-out")).not_to_have_count(0)
+    progress.get_by_text("The curves as tables").click()
+    rows = progress.get_by_role("table", name="Predictions as shown").get_by_role("row")
+    expect(rows).to_have_text(["LabelDice", "11.00"])
+    rows = progress.get_by_role("table", name="Labelled images left out").get_by_role("row")
+    expect(rows.filter(has_text="0.80")).to_contain_text("0.60 to 0.902embedded")
+    assert "at last 1.00" in progress.get_by_role("img").get_attribute("aria-label")
+    keep(opened, "progress")
+    assert not opened.problems

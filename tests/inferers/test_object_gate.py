@@ -189,3 +189,23 @@ def test_items_that_taught_the_gate_are_not_segmented_again_for_the_least_signs(
     inferer.thresholds(network, torch.device("cpu"))
     before = network.encoded
     assert before >= 3 * 2 and inferer.least_signs(network).isfinite().all() and network.encoded == before
+
+
+def test_learning_that_is_interrupted_goes_on_from_there():
+    inferer, network = SupportSetInferer(bank(3, 12, range(3, 7)), InferenceSettings(SupportSampler(k=2))), Eager()
+    inferer.encode(network)
+    encoded, told = network.encoded, []
+
+    def step(slices):
+        told.append(slices)
+        if len(told) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        inferer.thresholds(network, torch.device("cpu"), step=step)
+    assert network.encoded - encoded == 3
+    found = inferer.thresholds(network, torch.device("cpu"), step=step)
+    # Each item once, and progress isn't counted in slices.
+    assert set(told) == {0} and network.encoded - encoded == len(told) - 1
+    fresh = SupportSetInferer(inferer.bank, inferer.settings).thresholds(network, torch.device("cpu"))
+    assert torch.equal(found.in_volume, fresh.in_volume)

@@ -23,7 +23,7 @@ LAYOUT = 1
 # Hidden, because the studies folder is one that people look into.
 FILE = ".sam2sgp-layout.json"
 # What can't be made again and is no image, label or weights file; the latter are never changed in place.
-PRECIOUS = ("audit.jsonl", "datastore_v2.json", "weights/active.json", "archive/classes.json")
+PRECIOUS = ("audit.jsonl", "progress.jsonl", "datastore_v2.json", "weights/active.json", "archive/classes.json")
 # What older versions left open to other users, from when the state folder was not closed to them.
 OPEN_FILES = ("audit.jsonl", "usage.sqlite", "scores.sqlite", "logs/*.log*", "weights/*.json")
 

@@ -268,6 +268,11 @@ class Settings(BaseModel):
         """The audit log."""
         return self.state_dir / "audit.jsonl"
 
+    @property
+    def progress_file(self) -> Path:
+        """The log of how good predictions were."""
+        return self.state_dir / "progress.jsonl"
+
     def config(self) -> dict[str, Any]:
         """The content of inference.json with overlay and overrides, for a `ConfigParser`."""
         content = ConfigParser.load_config_files([str(self.bundle_root / name) for name in (CONFIG, *self.overlays)])

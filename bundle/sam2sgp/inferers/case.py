@@ -141,7 +141,7 @@ class CaseSegmenter:
         found = _Collected(case, bank.class_values, truth, maps)
         for rows, logits, chunk in self.inferer.segment_case(case, self.network, patient, case.get("group"), step):
             found.add(rows, logits, chunk)
-        result = found.result(self.inferer.least_signs(self.network, case.get("group")))
+        result = found.result(self.inferer.least_signs(self.network, case.get("group"), step))
         if truth is not None:
             check_label_values(case["source"], torch.unique(truth).tolist(), bank.class_names)
             result.pred_index = _indices(result.pred, bank.class_values)

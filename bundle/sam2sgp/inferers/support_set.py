@@ -143,9 +143,9 @@ class SupportSetInferer(Inferer):
         with autocast(device.type, self.settings.precision):
             if self.bank.embedding is None:
                 self.bank.encode(network, device)
-            thresholds = self.thresholds(network, device, group)
-            batches = self._encoded(inputs, network, device)
             step = step or _no_step
+            thresholds = self.thresholds(network, device, group, step)
+            batches = self._encoded(inputs, network, device)
             if self.looks(len(inputs), volume) > 1:
                 yield from self._propagated(batches, network, thresholds, patient, group, step)
                 return
@@ -200,22 +200,31 @@ class SupportSetInferer(Inferer):
         """What computes as the network does."""
         return network if self.runtime is None else self.runtime(network)
 
-    def thresholds(self, network: SAM2SGP, device: torch.device, group: str | None = None) -> Thresholds:
-        """Up to which evidence each class counts as absent, learned once from the encoded bank."""
+    def thresholds(
+        self, network: SAM2SGP, device: torch.device, group: str | None = None, step: Step | None = None
+    ) -> Thresholds:
+        """Up to which evidence each class counts as absent, learned once from the encoded bank.
+
+        `step` is told of 0 slices before each item that is looked at. What it raises ends the learning, which goes on
+        from there the next time.
+        """
         if not self.settings.object_gate or not self.bank.items:
             return Thresholds.none(len(self.bank.class_values)).to(device)
-        return self._gate(partial(self._judge, network, device), group).to(device)
+        return self._gate(partial(self._judge, network, device, step or _no_step), group).to(device)
 
     @torch.no_grad()
-    def least_signs(self, network: SAM2SGP, group: str | None = None) -> Tensor:
+    def least_signs(self, network: SAM2SGP, group: str | None = None, step: Step | None = None) -> Tensor:
         """The object scores (C,) below which an image shows less sign of a class than any support image, on the CPU;
-        learned once from the encoded bank, see `LeastSigns`."""
+        learned once from the encoded bank, see `LeastSigns`; `step` as of `thresholds`."""
         device = next(network.parameters()).device
         with autocast(device.type, self.settings.precision):
-            return self._signs(partial(self._judge, self._run_by(network), device), group)
+            return self._signs(partial(self._judge, self._run_by(network), device, step or _no_step), group)
 
-    def _judge(self, network: SAM2SGP, device: torch.device, number: int, retrieved: list[Retrieved]) -> Judgement:
+    def _judge(
+        self, network: SAM2SGP, device: torch.device, step: Step, number: int, retrieved: list[Retrieved]
+    ) -> Judgement:
         """An item as a query."""
+        step(0)
         item = self.bank.items[number]
         image = to_three_channels(item.image.to(device, torch.float32))[None]
         output = self._segment(network, network.encode(image), retrieved)

@@ -57,6 +57,7 @@ class Site:
         store.update_image_info("c", {"note": "ä"})
         weights = Weights(self.state / "weights", self.settings.start_weights)
         weights.publish(label(self.folder / "model.pt.png", 9), {"dice": 0.5})
+        Audit(self.settings.progress_file).write("shown", image="a", dice=0.9)
         return self
 
     def words(self, *more: object) -> list[str]:
@@ -108,6 +109,7 @@ def test_a_restored_folder_is_as_the_one_that_was_saved(site, other):
         assert (other.studies / name).read_bytes() == (site.studies / name).read_bytes()
     weights = Weights(other.state / "weights", other.settings.start_weights)
     assert weights.active().name == "1" and weights.active().metrics == {"dice": 0.5}
+    assert other.settings.progress_file.read_bytes() == site.settings.progress_file.read_bytes()
     lines = [json.loads(line) for line in (other.state / "audit.jsonl").read_text().splitlines()]
     assert [line["action"] for line in lines] == ["approve", "restore"] and lines[1]["backup"] == "backup.tar"
     assert not list(other.folder.rglob(RESTORE)) and other.state.stat().st_mode & 0o777 == 0o700

@@ -270,12 +270,14 @@ def test_tasks_are_started_as_the_shipped_clients_ask_for_them(client, app):
     assert client.post("/train/", json={}).status_code == client.post("/scoring/scores").status_code == 200
     body = {"device": "cuda", "multi_gpu": True, "gpus": "all", "max_workers": 1, "k": 2}
     assert client.post("/batch/infer/sam2sgp?images=unlabeled", json=body).status_code == 200
+    assert client.post("/batch/infer/sam2sgp?images=unannotated", json={}).status_code == 200
     assert app.tasks.started == [
         ("train", {"model": "finetune", "max_epochs": 2}),
         ("train", {"model": "finetune", "action": "train", "learning_rate": 0.01}),
         ("train", {"model": "finetune"}),
         ("scoring", {"method": "scores"}),
         ("batch_infer", {"model": "sam2sgp", "k": 2, "device": "cuda", "images": "unlabeled"}),
+        ("batch_infer", {"model": "sam2sgp", "images": "unannotated"}),
     ]
     assert client.get("/train/").json() == {"status": "DONE"} and len(client.get("/train/?all=true").json()) == 3
     assert client.get("/train/?check_if_running=true").status_code == 404

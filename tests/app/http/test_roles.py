@@ -30,6 +30,7 @@ from lib.stores.folder import ConfinedDatastore
 from lib.stores.sessions import ConfinedSessions
 from lib.stores.tokens import Tokens
 from sam2sgp.data import read_label
+from sam2sgp.transforms import SupportScaling
 from tests.app.http.test_endpoints import Recorder
 from tests.app.http.test_guard import Given
 from tests.app.http.test_review import SCALE, case, correction
@@ -146,7 +147,14 @@ class Site:
             on_save_label=lambda image, label: {"warnings": []},
         )
         state = SimpleNamespace(
-            class_names={1: "liver"}, segmentable={}, items=[], images={}, cases=set(), errors=[], weights=None
+            class_names={1: "liver"},
+            segmentable={},
+            items=[],
+            images={},
+            cases=set(),
+            errors=[],
+            weights=None,
+            scaling=SupportScaling(),
         )
         cases = SimpleNamespace(declared=dict)
         segmenter = SimpleNamespace(keep_up=lambda **_: True, state=lambda: state, cases=cases)

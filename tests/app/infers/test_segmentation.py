@@ -212,18 +212,14 @@ def test_batch_inference_goes_on_after_an_image_that_fails(task):
         return {"label": request["image"], "tag": request["label_tag"], "params": {"confidence": {}, "warnings": []}}
 
     datastore = task.segmenter.cases.datastore
-    results = BatchInference()({"model": "sam2sgp", "images": "all", "k": 2}, datastore, infer)
+    batch = BatchInference(task.segmenter.weights, task.segmenter.requests, task.studio.folder / "batch.json")
+    results = batch({"model": "sam2sgp", "images": "all", "k": 2}, datastore, infer)
     assert list(results) == ["mr_000", "mr_001", "us_000_0", "us_001_0", "us_002_0"]
     assert results["us_001_0"] == {"error": "us_001_0: expected an image."}
     assert results["us_002_0"] == {"label": "us_002_0", "tag": "original", "confidence": {}, "warnings": []}
     assert all(request["save_label"] and request["label_tag"] == "original" and request["k"] == 2 for request in asked)
-    unlabelled = BatchInference()({"images": "unlabeled", "max_batch_size": 2}, datastore, infer)
+    unlabelled = batch({"images": "unlabeled", "max_batch_size": 2}, datastore, infer)
     assert list(unlabelled) == ["mr_000", "mr_001"]
-
-
-def test_batch_inference_approves_nothing(task):
-    with pytest.raises(RequestError, match="found 'final', which approves labels"):
-        BatchInference()({"images": "all", "label_tag": "final"}, task.segmenter.cases.datastore, None)
 
 
 def _place(image) -> np.ndarray:

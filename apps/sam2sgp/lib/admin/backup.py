@@ -1,7 +1,7 @@
 """`sam2sgp backup`: labels, what is known about them, and the app's state, in one file, while the server serves.
 
     studies folder ── each image's labels and index entry, while the image's lock is held ─┐
-    state folder ──── earlier states of labels, weights in use and published, audit log ───┴─ FILE.tar
+    state folder ──── earlier states of labels, weights in use and published, logs ────────┴─ FILE.tar
 
 In: the studies, the state folder of their server, the path of the file. Out: the file, which is there only when it is
 whole (`lib.admin.backup_file`). Decisions about an image wait while its labels are copied, others go on. A label and
@@ -67,7 +67,8 @@ def backup(words: Sequence[str], app_dir: Path) -> None:
             _add_all(writer, [(f"{room}/{LAYOUT_FILE}", folder / LAYOUT_FILE)])
         _add_history(writer, settings)
         _add_weights(writer, settings)
-        _add_audit(writer, settings)
+        for log in (settings.progress_file, settings.audit_file):
+            _add_log(writer, log)
     size = sum(size for size, _ in writer.files.values())
     print(f"{output}: {len(writer.files)} files, {size / 1e6:.1f} MB")
 
@@ -146,8 +147,7 @@ def _add_weights(writer: BackupWriter, settings: Settings) -> None:
             writer.add(f"{STATE}/weights/{version.name}/{file.name}", file)
 
 
-def _add_audit(writer: BackupWriter, settings: Settings) -> None:
-    path = settings.audit_file
+def _add_log(writer: BackupWriter, path: Path) -> None:
     with suppress(FileNotFoundError):
         # A line that is being written has no end yet.
         whole = 0

@@ -34,7 +34,7 @@ from sam2sgp.files import sync_folder, write_text
 # What a backup takes the place of, though it may hold none of it: stale, it would be taken for a part of it.
 REPLACED = {
     STUDIES: ("labels", INDEX, JOURNAL, *DESCRIPTIONS, LAYOUT_FILE),
-    STATE: ("weights", "audit.jsonl", HISTORY, LAYOUT_FILE),
+    STATE: ("weights", "audit.jsonl", "progress.jsonl", HISTORY, LAYOUT_FILE),
 }
 REPLACED_OF_ARCHIVE = tuple(f"{ARCHIVE}/{name}" for name in ("labels", *ARCHIVE_FOLDERS, *ARCHIVE_FILES, HISTORY))
 NAMES_TOLD = 3

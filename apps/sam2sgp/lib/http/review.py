@@ -42,9 +42,9 @@ from lib.refusals import refuse, refusing
 from lib.serving.segmenter import ServerSegmenter
 from lib.stores.audit import current_user
 from lib.stores.decisions import DRAFT, FINAL, OF_ANOTHER, Decisions, state_of
-from lib.stores.history import events_of
 from lib.stores.image_identity import is_of_another
 from lib.stores.naming import declared
+from lib.stores.trail import Trail
 from sam2sgp.data import write_label
 from sam2sgp.data.io import output_suffix
 from sam2sgp.drawing import class_colour
@@ -128,7 +128,7 @@ class ReviewPage:
         self.datastore = datastore
         self.segmenter = segmenter
         self.ranked = ranked
-        self.audit_log = audit_log
+        self.trail = Trail(audit_log)
         self.saved = saved
         self.volumes = Volumes(scale)
         self.files = {path.name: path for path in FILES.iterdir() if path.suffix in KINDS}
@@ -306,7 +306,7 @@ class ReviewPage:
             with suppress(NotFound):
                 file, info = earlier.get(image, entry["version"])
                 versions.append({**entry, "of_another_image": is_of_another(info, path, file)})
-        return {"events": events_of(image, self.audit_log), "versions": versions}
+        return {"events": self.trail.events_of(image), "versions": versions}
 
     # What changes
 

@@ -71,6 +71,8 @@ NEEDED: Mapping[str, Role | None] = {
     "GET /sam2sgp/review/slices": READER,
     "GET /sam2sgp/review/labels": READER,
     "GET /sam2sgp/review/history": READER,
+    "GET /sam2sgp/review/progress": READER,
+    "GET /sam2sgp/review/batch": READER,
     # With `save_label` what its tag needs.
     "POST /infer/{model}": READER,
     # Adding
@@ -109,6 +111,7 @@ OF_TAGS = {FINAL: APPROVER, REMOVED: APPROVER}
 # What the pages offer.
 OFFERED = {
     "segment": ANNOTATOR,
+    "batch": NEEDED["POST /batch/infer/{model}"],
     "draft": NEEDED["POST /sam2sgp/review/correct"],
     "bring_back": NEEDED["POST /sam2sgp/review/bring_back"],
     **{name: NEEDED[f"POST /sam2sgp/{name}"] for name in ("approve", "reject", "remove", "restore")},

@@ -36,7 +36,7 @@ class StartQuery(Query):
 class BatchQuery(Query):
     """Which images; a list of them comes in the body."""
 
-    images: Literal["all", "labeled", "unlabeled"] | None = None
+    images: Literal["all", "labeled", "unlabeled", "unannotated"] | None = None
     run_sync: Annotated[bool, AfterValidator(_in_background)] = False
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.stores.decisions import DRAFT, FINAL, REMOVED
+from lib.stores.records import CORRECTED, UNCHANGED, origin_of
 
 PREDICTED, UNLABELLED, APPROVED = "predicted", "unlabelled", "approved"
 # In the order of the list.
@@ -109,13 +110,10 @@ def prediction_of(records: Mapping[str, Mapping[str, Any]], tag: str) -> dict[st
 
 def origins(records: Records) -> dict[str, int]:
     """How approved labels came about: predictions `unchanged`, predictions `corrected` on the page, and `others`."""
-    counts = {"unchanged": 0, "corrected": 0, "others": 0}
+    counts = {UNCHANGED: 0, CORRECTED: 0, "others": 0}
     for found in records.values():
         if FINAL in found:
-            record = found[FINAL]
-            origin = record.get("corrected")
-            touched = isinstance(origin, dict) and bool(origin.get("voxels"))
-            counts["corrected" if touched else "unchanged" if record.get("model") else "others"] += 1
+            counts[origin_of(found[FINAL]) or "others"] += 1
     return counts
 
 

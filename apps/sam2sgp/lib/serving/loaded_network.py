@@ -100,14 +100,17 @@ class LoadedNetwork:
             self.inferers[key] = replace(self.segmenter.inferer, settings=settings, gate=None, signs=None)
         return self.inferers[key]
 
-    def encode(self) -> None:
-        """Make all tokens that are not there yet, and what the inferer learns from them."""
+    def encode(self, step: Step | None = None) -> None:
+        """Make all tokens that are not there yet, and what the inferer learns from them.
+
+        `step` is called between the items that are learned from, and ends that by what it raises.
+        """
         with torch.no_grad():
             inferer = self.inferer(Options())
             with autocast(self.device.type, inferer.settings.precision):
                 self.bank.encode(self.network, self.device)
-                inferer.thresholds(self.network, self.device)
-                inferer.least_signs(self.network)
+                inferer.thresholds(self.network, self.device, step=step)
+                inferer.least_signs(self.network, step=step)
 
     def segment(self, case: PreparedCase, options: Options, step: Step) -> tuple[dict[str, Any], list[str]]:
         """Segment a case, in smaller batches and at last on the CPU if memory runs out.

@@ -234,13 +234,14 @@ class BatchParams(InferParams):
     """The body of a batch inference."""
 
     images: (
-        Literal["all", "labeled", "unlabeled"]
+        Literal["all", "labeled", "unlabeled", "unannotated"]
         | Annotated[
             list[Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]],
             Field(max_length=MOST_IMAGES, fail_fast=True),
         ]
     ) = "all"
-    """Which images of the datastore: a kind of them, or their ids."""
+    """Which images of the datastore: a kind of them, or their ids. "unlabeled" are those without an approved label,
+    "unannotated" those that have no label at all, or only a prediction of weights that aren't in use any more."""
 
     max_batch_size: Annotated[int, Field(ge=0, le=MOST_IMAGES), BeforeValidator(_whole)] = 0
     """At most so many images; 0 for all."""

@@ -9,11 +9,12 @@ The network with its bank is a `LoadedNetwork`; which labels guide it, `Labelled
 Concurrency: `segment`, `refresh` and everything else that touches network or bank hold `lock`, so one request is worked
 on at a time, by whatever thread. Whoever only looks (`state`, `status`, `class_names`, `thumbnail`) waits for nobody:
 each change of the support set publishes a `SupportState`, which never changes. Whoever changed a label calls `keep_up`,
-which has a thread of its own take it in; a request that comes before that does it itself. When other weights are put in
-use, a thread of its own builds a second network and a second bank on the same cache folder and encodes the support set
-with them, while the old ones go on serving; then both are exchanged at once, under the lock. Tokens are stored under a
-fingerprint of the network, so a network never meets those of another. Several processes (server, batch inference,
-scoring) may share the cache folder.
+which has a thread of its own take it in; a request that comes before that does it itself. Work in the background holds
+the lock by `stepping_back`, when nobody else wants it, and gives it back within a few slices where somebody does. When
+other weights are put in use, a thread of its own builds a second network and a second bank on the same cache folder and
+encodes the support set with them, while the old ones go on serving; then both are exchanged at once, under the lock.
+Tokens are stored under a fingerprint of the network, so a network never meets those of another. Several processes
+(server, batch inference, scoring) may share the cache folder.
 """
 
 import logging
@@ -36,6 +37,7 @@ from lib.serving.approved_cases import LabelledCases
 from lib.serving.loaded_network import LoadedNetwork, inference_parser, tensor_bytes
 from lib.serving.options import Options
 from lib.serving.published_weights import Version, Weights
+from lib.serving.turns import Requests, WorkLock
 from lib.settings import Settings
 from lib.stamps import image_stamp
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
@@ -104,6 +106,7 @@ class ServerSegmenter:
 
     Attributes:
         lock: held by whoever touches network or bank.
+        requests: tells other processes that a request is being worked on.
         ending: set when the server ends: segmentations then stop at their next slice.
         rebuilding: name of the weights for which tokens are being made; None if none are.
         problem: why new weights could not be put in use; None if nothing is wrong.
@@ -113,7 +116,8 @@ class ServerSegmenter:
         self.settings = settings
         self.weights = weights
         self.cases = cases
-        self.lock = threading.RLock()
+        self.lock = WorkLock()
+        self.requests = Requests(settings.state_dir / "locks" / "requests")
         self.ending = threading.Event()
         self.rebuilding: str | None = None
         self.problem: str | None = None
@@ -234,6 +238,10 @@ class ServerSegmenter:
             Sam2SgpError: at the first time: the weights can't be loaded; later: declared class names can't be read.
         """
         self.cases.prepare()
+        self.take_in()
+
+    def take_in(self) -> None:
+        """`refresh` with the labels that are here; for one that comes from an archive nobody waits."""
         with self.lock:
             serving = self._ready()
             if self._behind or self.cases.changed():
@@ -288,6 +296,38 @@ class ServerSegmenter:
         """Make all tokens that are not there yet, so that no request has to."""
         with self._working():
             self._ready().encode()
+
+    def catch_up(self) -> bool:
+        """Take in what has changed, and learn all that the next request needs, while nobody else wants the network.
+
+        Returns:
+            Whether that is done; otherwise it stepped back, and goes on from there the next time.
+
+        Raises:
+            Sam2SgpError: as of `refresh`.
+        """
+        self.cases.prepare(0.0)
+        try:
+            with self.stepping_back() as step:
+                self.take_in()
+                self._ready().encode(step)
+        except Stopped:
+            return False
+        return True
+
+    @contextmanager
+    def stepping_back(self) -> Iterator[Step]:
+        """Hold the lock for work in the background, when nobody else wants it.
+
+        The block gets what it has to call every few slices: it raises Stopped where somebody else wants the network by
+        then, or the server ends.
+        """
+        with self.lock.last():
+            yield self._step_back
+
+    def _step_back(self, slices: int = 0) -> None:
+        if self.lock.is_wanted or self.ending.is_set():
+            raise Stopped("Work in the background steps back: somebody else wants the network, or the server ends.")
 
     def wait(self) -> None:
         """Return when no tokens are being made for other weights."""
@@ -409,7 +449,7 @@ class ServerSegmenter:
         step = partial(self._go_on, gone)
         options = options or Options()
         self.cases.prepare()
-        with self._working():
+        with self.requests.at_work(), self._working():
             started = time.perf_counter()
             step()
             self.refresh()

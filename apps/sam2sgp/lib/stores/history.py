@@ -1,9 +1,9 @@
-"""What became of an image's labels: who did what to them, and their earlier states.
+"""Earlier states of images' labels.
 
-In: labels that are about to be replaced or deleted, and the audit log. Out: the log's lines about an image, the list of
-its earlier states, and the file of one. Of each image the last `MOST_KEPT` states stay, as far as they take no more
-than `MOST_BYTES` together; the last one stays however large it is. Each is a copy of the label's file with what was
-known about it next to it. Files are whole or not there; threads and processes may keep some at once.
+In: labels that are about to be replaced or deleted. Out: the list of an image's earlier states, and the file of one. Of
+each image the last `MOST_KEPT` states stay, as far as they take no more than `MOST_BYTES` together; the last one stays
+however large it is. Each is a copy of the label's file with what was known about it next to it. Files are whole or not
+there; threads and processes may keep some at once.
 """
 
 import hashlib
@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 FOLDER = "history"
 MOST_KEPT = 20
 MOST_BYTES = 256 << 20
-# Lines of the audit log about one image.
-MOST_EVENTS = 50
 # When it was kept, in ns, and its tag.
 VERSION = re.compile(r"(?P<time>\d{19})-(?P<tag>[A-Za-z0-9][A-Za-z0-9_+-]{0,63})")
 
@@ -125,25 +123,3 @@ class History:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
-
-
-def events_of(image_id: str, log: Path) -> list[dict[str, Any]]:
-    """Lines of an audit log about an image, the newest first, at most `MOST_EVENTS`: time, user, action and tag."""
-    mark = json.dumps(image_id).encode("ascii")
-    try:
-        with open(log, "rb") as file:
-            lines = [line for line in file if mark in line]
-    except OSError:
-        return []
-    events = []
-    for line in reversed(lines):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            # A process was killed in the middle of it.
-            continue
-        if isinstance(entry, dict) and entry.get("image") == image_id:
-            events.append({key: entry.get(key) for key in ("time", "user", "action", "tag")})
-        if len(events) == MOST_EVENTS:
-            break
-    return events

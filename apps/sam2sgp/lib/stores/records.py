@@ -24,6 +24,8 @@ LONGEST_KEY = 256
 LARGEST_NUMBER = 1 << 63
 # Items of each class that are stored with a prediction; the answer to its request lists more.
 ITEMS_KEPT = 10
+# How an approved label came about.
+UNCHANGED, CORRECTED = "unchanged", "corrected"
 
 ShortText = Annotated[str, Field(max_length=1024, strict=True)]
 Seconds = Annotated[float, Field(ge=0, le=1e12, strict=True)]
@@ -113,6 +115,14 @@ def of_prediction(model: str, params: Mapping[str, Any]) -> dict[str, Any]:
     kept["support"] = {name: items[:ITEMS_KEPT] for name, items in params["support"].items()}
     label_info = [{"name": name, "idx": value} for name, value in params["label_names"].items()]
     return {"model": model, "label_info": label_info, "params": kept}
+
+
+def origin_of(record: Mapping[str, Any]) -> str | None:
+    """How an approved label came about: a prediction `UNCHANGED`, or `CORRECTED` on the page; None for others."""
+    corrected = record.get("corrected")
+    if isinstance(corrected, dict) and corrected.get("voxels"):
+        return CORRECTED
+    return UNCHANGED if record.get("model") else None
 
 
 def _plain_parts(record: Any) -> tuple[dict[str, Any], list[str]]:

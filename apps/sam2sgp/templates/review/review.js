@@ -1,8 +1,10 @@
 // The review page: puts its parts together, and carries out decisions one after the other.
 
+import { Batch } from "./batch.js";
 import { Picture } from "./drawing.js";
 import { explain, listen } from "./keys.js";
 import { Panel, element } from "./panel.js";
+import { Progress } from "./progress.js";
 import { Queue } from "./queue.js";
 import { Refused, json, post, segment } from "./server.js";
 import { pieces, runsOf } from "./slices.js";
@@ -28,6 +30,7 @@ const picture = new Picture(one("#picture"), state);
 const tools = new Tools(state, picture, { goTo, say, isBusy: () => busy });
 const panel = new Panel(one("#panel"), state, { bringBack, show: (tag) => open(state.open.case.image, tag) });
 const queue = new Queue(one("#list"), one("#filters"), (image) => open(image), fail);
+const progress = new Progress(one("#loop"));
 /** What comes next is fetched while this is looked at. @type {{image: string, coming: Promise<Open>} | null} */
 let ahead = null;
 /** Whether a decision is being carried out. */
@@ -175,6 +178,17 @@ async function lookAhead() {
   ahead = { image: next.image, coming: load(next.image) };
   // Said when it is opened.
   ahead.coming.catch(() => {});
+}
+
+/** Take note of labels that a batch has made. */
+async function lookAgain() {
+  await queue.refresh();
+  ahead = null;
+  lookAhead();
+  const { open: opened } = state;
+  const entry = queue.at(queue.place);
+  if (!opened || opened.case.label_tag || entry?.image !== opened.case.image || entry.state !== "predicted") return;
+  demand("The batch has segmented this image.", [["Show the prediction", () => open(entry.image, entry.tag)]]);
 }
 
 /** @param {number} slice */
@@ -438,6 +452,7 @@ const commands = [
   { keys: ["Ctrl+Z"], does: "undo", run: () => tools.again("undo") },
   { keys: ["Ctrl+Y", "Ctrl+Shift+Z"], does: "redo", run: () => tools.again("redo") },
   { keys: ["/"], does: "look for a name", run: () => one("[name=name]").focus() },
+  { keys: ["I"], does: "how the loop gets on", run: () => progress.open() },
   { keys: ["?"], does: "these keys", run: () => one("#keys").showModal() },
 ];
 
@@ -466,6 +481,7 @@ function setBall(ball) {
 
 listen(commands);
 explain(one("#keys table"), commands);
+one("#loop-open").addEventListener("click", () => progress.open());
 one("#help").addEventListener("click", () => one("#keys").showModal());
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
@@ -531,6 +547,8 @@ queue.onCounts = ({ counts, classes, origins: { unchanged, corrected } }) => {
   for (const name of classes) if (!known.includes(name)) select.append(new Option(name, name));
 };
 
+const batch = new Batch(one("#batch"), { say, changed: lookAgain });
+
 queue.onRole = (notOffered) => {
   state.notOffered = notOffered;
   for (const button of document.querySelectorAll("[data-do], [data-tool]")) {
@@ -538,6 +556,7 @@ queue.onRole = (notOffered) => {
     button.disabled = Boolean(reason);
     if (reason) button.title = reason;
   }
+  batch.permit(notOffered.batch);
   if (notOffered.draft && NEEDS[state.tool]) state.set({ tool: "pan" });
 };
 

@@ -48,6 +48,11 @@ export async function post(path, body) {
   return (await ask(path, { method: "POST", headers, body: JSON.stringify(body) })).json();
 }
 
+/** @param {string} path */
+export async function remove(path) {
+  return (await ask(path, { method: "DELETE" })).json();
+}
+
 /** Have an image segmented; the prediction is saved. @param {string} image */
 export async function segment(image) {
   const form = new FormData();

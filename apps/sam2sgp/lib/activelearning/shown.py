@@ -1,0 +1,115 @@
+"""How close the prediction that was shown came to the label that was approved in its place.
+
+In: an image's approved label and the prediction from which it was made, as they are stored. Out: Dice of each class
+that the prediction was asked for. Of a prediction that was approved as it was the label is all that is left, and Dice
+is 1 by definition; if it is corrected after all, that earlier state is the prediction.
+"""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monailabel.interfaces.datastore import DefaultLabelTag
+
+from lib.stores.audit import content_hash
+from lib.stores.decisions import FINAL, Decisions
+from lib.stores.naming import declared, renumber
+from lib.stores.records import UNCHANGED, origin_of
+from sam2sgp.data import read_image, read_label
+from sam2sgp.evaluation import dice_of_values
+
+Records = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prediction and the label in its place: their files, what is known about each, and whether they are the same."""
+
+    prediction: Path
+    of_prediction: Mapping[str, Any]
+    label: Path
+    of_label: Mapping[str, Any]
+    unchanged: bool
+
+
+def pair_of(datastore: Decisions, image: str, records: Records, approved_before: str | None = None) -> Pair | None:
+    """The pair of an image with an approved label; None where no prediction was there before the label.
+
+    Args:
+        datastore: where they are.
+        image: its id.
+        records: what is known about its labels, by tag.
+        approved_before: hash of a prediction of this image that was approved as it was, earlier.
+    """
+    final = records[FINAL]
+    label = Path(datastore.path_of_label(image, FINAL))
+    if origin_of(final) == UNCHANGED:
+        return Pair(label, final, label, final, unchanged=True)
+    corrected = final.get("corrected")
+    tags = [corrected.get("from") if isinstance(corrected, dict) else None, DefaultLabelTag.ORIGINAL.value]
+    for tag in tags:
+        record = records.get(tag) if tag != FINAL else None
+        if record and record.get("model") and not record.get("corrected") and _time(record) <= _time(final):
+            return Pair(Path(datastore.path_of_label(image, tag)), record, label, final, unchanged=False)
+    if approved_before:
+        for version in datastore.history.versions(image):
+            file, record = datastore.history.get(image, version["version"])
+            if version["tag"] == FINAL and content_hash(file) == approved_before:
+                return Pair(file, record, label, final, unchanged=False)
+    return None
+
+
+def dice_of(pair: Pair, image: Path) -> dict[str, float]:
+    """Dice by the class's name; classes that neither map holds are left out.
+
+    Args:
+        pair: of the image's labels.
+        image: the image's file.
+
+    Raises:
+        DataError: one of the files can't be read, or doesn't fit the image.
+    """
+    geometry = read_image(image).geometry
+    truth = read_label(pair.label, geometry)
+    found = truth if pair.unchanged else read_label(pair.prediction, geometry)
+    names = _asked_for(pair.of_prediction)
+    if not pair.unchanged:
+        changes = _values_in_label(names, declared(pair.of_label))
+        found = renumber(found, changes)
+        names = {changes[value]: name for value, name in names.items()}
+    return {names[value]: dice for value, dice in dice_of_values(found, truth, names).items()}
+
+
+def mean_of(dice: Mapping[Any, float]) -> float | None:
+    """Of all classes; None without any."""
+    return statistics.mean(dice.values()) if dice else None
+
+
+def _asked_for(record: Mapping[str, Any]) -> dict[int, str]:
+    """Names by value of the classes that a prediction could have had."""
+    params = record.get("params")
+    named = params.get("label_names") if isinstance(params, dict) else None
+    if isinstance(named, dict):
+        return {value: name for name, value in named.items() if isinstance(value, int) and value > 0}
+    return declared(record)
+
+
+def _values_in_label(asked_for: Mapping[int, str], named: Mapping[int, str]) -> dict[int, int]:
+    """For each value of a prediction the one that its class has in the label, which may be another for the same name.
+
+    A class that the label doesn't name keeps its value, or gets a free one where another class has it.
+    """
+    wanted = {name: value for value, name in named.items()}
+    free = max([0, *asked_for, *named]) + 1
+    changes = {}
+    for value, name in asked_for.items():
+        changes[value] = wanted.get(name, value if value not in named else free)
+        free += changes[value] == free
+    return changes
+
+
+def _time(record: Mapping[str, Any]) -> float:
+    when = record.get("ts")
+    return float(when) if isinstance(when, int | float) else 0.0

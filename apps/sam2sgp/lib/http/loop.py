@@ -1,0 +1,67 @@
+"""How the loop gets on, for the review page: figures of progress, and the batch that segments what has no label.
+
+    GET /sam2sgp/review/progress    Dice as labels come, predictions approved unchanged, labels an hour, enough labels?
+    GET /sam2sgp/review/batch       the last batch inference: numbers, time left, failures
+
+A batch is started and stopped by MONAI Label's own addresses, `POST /batch/infer/sam2sgp?images=unannotated` and
+`DELETE /batch/infer`. Nothing here waits for the network.
+"""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+
+from lib.activelearning.progress import Progress
+from lib.http.page import PREFIX
+from lib.http.routing import USER
+from lib.refusals import refusing
+from lib.tasks.background import DONE, ERROR, RUNNING, SUBMITTED, TIME, BackgroundTasks
+from lib.tasks.batch_report import last_report
+
+METHOD = "batch_infer"
+STARTING, STOPPED, FAILED, NONE = "starting", "stopped", "failed", "none"
+
+
+def loop_routes(progress: Progress, tasks: BackgroundTasks, report: Path) -> APIRouter:
+    """The routes.
+
+    Args:
+        progress: what is known of it.
+        tasks: follows the batch.
+        report: file in which the batch tells how it gets on.
+    """
+    made = APIRouter(prefix=f"{PREFIX}/review", include_in_schema=False, dependencies=[USER])
+
+    @made.get("/progress")
+    def told() -> dict[str, Any]:
+        with refusing():
+            return progress.told()
+
+    @made.get("/batch")
+    def batch() -> dict[str, Any]:
+        return state_of_batch(tasks, report)
+
+    return made
+
+
+def state_of_batch(tasks: BackgroundTasks, report: Path) -> dict[str, Any]:
+    """The last batch: its `state` ("none", "starting", "running", "done", "stopped", "failed"), for one that failed the
+    `reason`, and what its report tells, see `BatchReport`.
+
+    A batch that was stopped, or whose server ended, can be started again and goes on where it was.
+    """
+    found = last_report(report)
+    task = next(iter(tasks.all(METHOD)[-1:]), None)
+    # The report of a task that has just begun is that of the one before.
+    is_old = task is not None and found.get("started", 0) < datetime.strptime(task["start_ts"], TIME).timestamp()
+    if task is not None and task["status"] in (SUBMITTED, RUNNING):
+        return {"state": STARTING} if is_old or not found else {**found, "state": RUNNING.lower()}
+    found = {} if is_old else found
+    if task is not None and task["status"] == ERROR:
+        _, said, sentence = (task["details"] or [""])[-1].rpartition(f"{METHOD}: ")
+        return {**found, "state": FAILED, "reason": sentence if said else "Its process was ended; the log says more."}
+    if task is None and not found:
+        return {"state": NONE}
+    return {**found, "state": DONE.lower() if found.get("ended") else STOPPED}
