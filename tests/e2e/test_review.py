@@ -19,6 +19,7 @@ from tests.e2e.browsers import keep, page
 from tests.e2e.server import serving
 
 USER = "dr.who"
+BATCH = "Segment all without a label"
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,13 @@ def opened(server):
 
 def waiting(server, look: str) -> str:
     """An image with a prediction and no approved label."""
+    return min(all_waiting(server, look))
+
+
+def all_waiting(server, look: str) -> set[str]:
     labels = Path(server.studies) / "labels"
     names = {tag: {path.name for path in (labels / tag).glob(f"{look}*")} for tag in ("final", "original")}
-    return min(names["original"] - names["final"]).split(".")[0]
+    return {name.split(".")[0] for name in names["original"] - names["final"]}
 
 
 def files(server, image: str) -> tuple[Path, Path, Path]:
@@ -166,7 +171,10 @@ def test_one_key_approves_what_is_shown_and_opens_the_next(server, opened):
     content = prediction.read_bytes()
     opened.locator("[name=name]").fill("us_")
     opened.locator("[name=order]").select_option("name")
-    opened.locator(f"#list [data-image='{image}']").click()
+    # The list in this order: what comes next is taken from it.
+    expect(opened.locator(f"#list[data-total='{len(all_waiting(server, 'us_'))}']")).to_have_count(1)
+    expect(opened.locator("#row-0")).to_have_attribute("data-image", image)
+    opened.locator("#row-0").click()
     is_shown(opened, image)
     opened.locator("#picture").focus()
     # A key that is held decides once.
@@ -287,7 +295,7 @@ def test_what_a_user_may_not_do_is_disabled_and_what_became_a_draft_is_said(serv
     image = waiting(server, "us_")
     reason = "This needs the role annotator; yours is reader."
     notice = "Saved as a draft: somebody else has to approve it."
-    actions = ("segment", "draft", "bring_back", "approve", "reject")
+    actions = ("segment", "batch", "draft", "bring_back", "approve", "reject")
 
     def as_reader(route):
         route.fulfill(json={**route.fetch().json(), "not_offered": dict.fromkeys(actions, reason)})
@@ -295,7 +303,7 @@ def test_what_a_user_may_not_do_is_disabled_and_what_became_a_draft_is_said(serv
     opened.route("**/queue?*", as_reader)
     opened.reload()
     show(opened, image)
-    for name in ("Segment G", "Reject X", "Save draft D", "Approve, next A", "Brush", "Eraser", "Fill", "Holes"):
+    for name in ("Segment G", "Reject X", "Save draft D", "Approve, next A", "Brush", "Eraser", "Fill", "Holes", BATCH):
         button = opened.get_by_role("button", name=name, exact=True)
         expect(button).to_be_disabled()
         expect(button).to_have_attribute("title", reason)

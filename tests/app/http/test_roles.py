@@ -56,6 +56,7 @@ def routes_of_the_app(tmp_path, monkeypatch, datastore) -> set[str]:
         (MONAILabelApp, "on_init_complete"),
     ):
         monkeypatch.setattr(module, name, lambda *arguments: None)
+    monkeypatch.setattr(main, "Progress", lambda *arguments: SimpleNamespace(start=lambda: None))
     monkeypatch.setattr(server_settings, "MONAI_LABEL_AUTH_ENABLE", True)
     monkeypatch.setattr(main.logging.getLogger(), "addHandler", lambda handler: None)
     app = object.__new__(main.Sam2SgpApp)
@@ -71,6 +72,7 @@ def routes_of_the_app(tmp_path, monkeypatch, datastore) -> set[str]:
         studies=str(tmp_path),
         state_dir=tmp_path / "state",
         audit_file=tmp_path / "audit.jsonl",
+        progress_file=tmp_path / "progress.jsonl",
         value=lambda key: SCALE,
     )
     nothing = SimpleNamespace(ending=None, refresh=lambda: None, encode=lambda: None, stats=dict)
@@ -392,10 +394,10 @@ def test_tokens_that_can_not_be_read_let_nobody_in_and_leave_the_others_alone(si
 def test_the_pages_say_what_their_user_may_not_do(site):
     made = site()
     told_to = {user: made.client(user).get("/sam2sgp/review/queue").json()["not_offered"] for user in USERS}
-    assert set(told_to["rea"]) == {"segment", "draft", "bring_back", "approve", "reject", "remove", "restore"}
-    assert set(told_to["ann"]) == {"approve", "reject", "remove", "restore"}
+    assert set(told_to["rea"]) == {"segment", "draft", "bring_back", "batch", "approve", "reject", "remove", "restore"}
+    assert set(told_to["ann"]) == {"batch", "approve", "reject", "remove", "restore"}
     assert "needs the role approver; yours is annotator" in told_to["ann"]["approve"]
-    assert told_to["ben"] == told_to["ada"] == {}
+    assert set(told_to["ben"]) == {"batch"} and told_to["ada"] == {}
     assert made.client("rea").get("/sam2sgp/").text.count("disabled title=") == 4
     assert "disabled" not in made.client("ben").get("/sam2sgp/").text
 
