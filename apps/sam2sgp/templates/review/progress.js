@@ -3,6 +3,9 @@
 import { element } from "./panel.js";
 import { json } from "./server.js";
 
+/** Of work, before a pace is told. */
+const LEAST_HOURS = 1 / 12;
+
 /**
  * @typedef {{first: number, last: number, dice: number}} Shown of labels in the order of approval.
  * @typedef {{time: string, labels: number, images: number, dice: number, low: number, high: number, weights: string}} LeftOut
@@ -85,7 +88,7 @@ export class Progress {
   facts({ labels, unchanged, per_hour: pace, per_hour_latest: latest, hours }) {
     const share = (count, of) => (of ? `${Math.round((100 * count) / of)} % (${count} of ${of})` : "none yet");
     const recent = unchanged.of > unchanged.of_latest ? `; of the last ${unchanged.of_latest}: ${share(unchanged.latest, unchanged.of_latest)}` : "";
-    const fast = pace === null ? "not known yet" : `${Math.round(pace)} (${hours < 0.1 ? `${Math.round(60 * hours)} min` : `${hours.toFixed(1)} h`} of work)`;
+    const fast = pace === null || hours < LEAST_HOURS ? "not known yet" : `${Math.round(pace)} (${hours < 0.1 ? `${Math.round(60 * hours)} min` : `${hours.toFixed(1)} h`} of work)`;
     const now = latest !== null && Math.round(latest) !== Math.round(pace) ? `; at last ${Math.round(latest)}` : "";
     return [
       ["Approved labels", `${labels}`],
