@@ -1,4 +1,4 @@
-"""A network trained for a minute on phantom tasks does what its support set asks for.
+"""The embedded network does what its support set asks for.
 
 In every phantom several structures are present and any of them may be the target, so only the support pairs tell which.
 """
@@ -19,7 +19,7 @@ from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.support.encodings import Encodings
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
-from tests.bundle_runs import run
+from tests.bundle_runs import BUNDLE
 
 pytestmark = pytest.mark.slow
 
@@ -35,25 +35,13 @@ def prepare(case: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_phantoms(tmp_path_factory.mktemp("tasks") / "set", patients_per_modality=24, progress=False)
+    return make_phantoms(tmp_path_factory.mktemp("tasks") / "set", patients_per_modality=12, progress=False)
 
 
 @pytest.fixture(scope="module")
-def network(folder, tmp_path_factory):
-    output = tmp_path_factory.mktemp("trained")
-    run(
-        "training",
-        "train.json",
-        dataset_dir=str(folder),
-        output_dir=str(output),
-        max_epochs=1,
-        episodes_per_epoch=60,
-        val_max_cases=4,
-        image_size=128,
-        progress=False,
-    )
+def network():
     net = SAM2SGP("lite", 128).eval()
-    load_weights(net, output / "model.pt")
+    load_weights(net, BUNDLE / "models" / "model.pt")
     return net
 
 
@@ -65,9 +53,9 @@ class Task:
         self.images = torch.cat([case["image"] for case in test])
         self.labels = torch.cat([case["label"] for case in test])
         complete = torch.stack([(self.labels == value).flatten(1).sum(1) > 60 for value in CLASS_NAMES]).all(0)
-        self.images, self.labels = self.images[complete][:8], self.labels[complete][:8]
+        self.images, self.labels = self.images[complete][:4], self.labels[complete][:4]
         training = [case for case in load_datalist(folder, "train") if case["group"] == look]
-        self.bank = SupportBank(training[:8], prepare, progress=False)
+        self.bank = SupportBank(training[:4], prepare, progress=False)
         self.plain: torch.Tensor | None = None
 
     def predict(self, net) -> torch.Tensor:
@@ -105,7 +93,7 @@ def tasks(folder) -> list[Task]:
 
 def test_unseen_phantoms_are_segmented(network, tasks):
     scores = [dice(task.predict(network), task.truth()) for task in tasks]
-    assert all(len(task.images) >= 4 for task in tasks)
+    assert all(len(task.images) == 4 for task in tasks)
     assert np.mean(scores) >= 0.80, dict(zip(LOOKS, scores, strict=True))
 
 
@@ -120,7 +108,7 @@ def test_another_support_set_makes_the_same_query_yield_another_target(network, 
 
 
 def test_inverted_support_masks_invert_the_prediction(network, tasks):
-    for task in tasks:
+    for task in (tasks[0], tasks[-1]):
         plain = task.predict(network)
         with task.told(lambda masks: 1 - masks) as other:
             inverted = other.predict(network)

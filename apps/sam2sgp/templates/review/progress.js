@@ -88,8 +88,9 @@ export class Progress {
   facts({ labels, unchanged, per_hour: pace, per_hour_latest: latest, hours }) {
     const share = (count, of) => (of ? `${Math.round((100 * count) / of)} % (${count} of ${of})` : "none yet");
     const recent = unchanged.of > unchanged.of_latest ? `; of the last ${unchanged.of_latest}: ${share(unchanged.latest, unchanged.of_latest)}` : "";
-    const fast = pace === null || hours < LEAST_HOURS ? "not known yet" : `${Math.round(pace)} (${hours < 0.1 ? `${Math.round(60 * hours)} min` : `${hours.toFixed(1)} h`} of work)`;
-    const now = latest !== null && Math.round(latest) !== Math.round(pace) ? `; at last ${Math.round(latest)}` : "";
+    const isKnown = pace !== null && hours >= LEAST_HOURS;
+    const fast = !isKnown ? "not known yet" : `${Math.round(pace)} (${hours < 0.1 ? `${Math.round(60 * hours)} min` : `${hours.toFixed(1)} h`} of work)`;
+    const now = isKnown && latest !== null && Math.round(latest) !== Math.round(pace) ? `; at last ${Math.round(latest)}` : "";
     return [
       ["Approved labels", `${labels}`],
       ["Predictions approved unchanged", share(unchanged.all, unchanged.of) + recent],
