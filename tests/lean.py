@@ -6,14 +6,18 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+# MONAI and pandas import them where they are, and none is a requirement of what runs here.
+OPTIONAL = ("mlflow", "pyarrow", "matplotlib", "IPython")
+
 
 @cache
 def lean_path() -> str:
-    """A folder for a process's PYTHONPATH, with which there is no `mlflow`: where there is, MONAI imports it first.
+    """A folder for a process's PYTHONPATH, with which there is none of `OPTIONAL`.
 
-    That takes a second of each process, and most installations don't have it.
+    They take two seconds of each process, and most installations don't have them.
     """
     folder = Path(tempfile.mkdtemp(prefix="lean-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / "mlflow.py").write_text("raise ImportError('left out in tests')\n")
+    for name in OPTIONAL:
+        (folder / f"{name}.py").write_text("raise ImportError('left out in tests')\n")
     return str(folder)

@@ -1,10 +1,10 @@
 """The system's Chromium, driven by Playwright."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.e2e.programs import program
 
@@ -25,17 +25,25 @@ SCREENSHOTS = Path(__file__).parents[2] / "out" / "screenshots"
 
 
 @contextmanager
-def page(width: int = 1280, height: int = 900, **options) -> Iterator[Page]:
-    """A page of a new browser. `options`: of Playwright's `new_page`, such as `http_credentials`."""
+def browser() -> Iterator[Browser]:
+    """A new browser, of which each new page has cookies and a cache of its own. One at a time in a process."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program("chromium", "chromium"), args=ARGUMENTS)
+        started = playwright.chromium.launch(executable_path=program("chromium", "chromium"), args=ARGUMENTS)
         try:
-            opened = browser.new_page(viewport={"width": width, "height": height}, **options)
-            opened.set_default_timeout(PATIENCE_MS)
             expect.set_options(timeout=PATIENCE_MS)
-            yield opened
+            yield started
         finally:
-            browser.close()
+            started.close()
+
+
+@contextmanager
+def page(width: int = 1280, height: int = 900, of: Browser | None = None, **options) -> Iterator[Page]:
+    """A page of a browser, by default of a new one. `options`: of Playwright's `new_page`, as `http_credentials`."""
+    with nullcontext(of) if of else browser() as started:
+        opened = started.new_page(viewport={"width": width, "height": height}, **options)
+        opened.set_default_timeout(PATIENCE_MS)
+        yield opened
+        opened.context.close()
 
 
 def keep(opened: Page, name: str) -> Path:

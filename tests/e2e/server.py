@@ -3,24 +3,34 @@
 The app and the bundle are used from a copy, because MONAI Label makes folders in the app's own folder.
 """
 
+import compileall
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import requests
 
+from tests.e2e.forks import Fork
 from tests.e2e.programs import free_port
 from tests.lean import lean_path
 
 REPO = Path(__file__).parents[2]
 START_SECONDS = 180
 LINES_SHOWN = 60
+
+
+def started(command: list[str], folder: Path, environment: dict[str, str], log: Path) -> subprocess.Popen:
+    """Start a process with a session of its own. Its output is added to a file."""
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
 
 
 class Server:
@@ -30,6 +40,9 @@ class Server:
         url: its address. studies, state: its folders. log: the file with its output. process: its process.
     """
 
+    # How its process is started. Tests fork it, see `tests.e2e.forks`; benchmarks don't.
+    launch: Callable[[list[str], Path, dict[str, str], Path], subprocess.Popen | Fork] = staticmethod(started)
+
     def __init__(self, folder: Path, studies: Path | str, conf: dict[str, str] | None = None) -> None:
         self.folder = folder
         self.studies = studies
@@ -38,7 +51,7 @@ class Server:
         self.conf = {"state_dir": str(self.state), **(conf or {})}
         self.app = copied_app(folder)
         self.url = ""
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen | Fork | None = None
 
     def start(self, environment: dict[str, str] | None = None) -> "Server":
         """Start and wait until it answers. Raises RuntimeError with the end of its output if it doesn't."""
@@ -51,10 +64,7 @@ class Server:
             "MONAI_LABEL_SESSION_PATH": str(self.folder / "sessions"),
             **(environment or {}),
         }
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                self.command(port), cwd=self.folder, env=variables, stdout=log, stderr=log, start_new_session=True
-            )
+        self.process = self.launch(self.command(port), self.folder, variables, self.log)
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self.process.poll() is None:
             try:
@@ -101,10 +111,12 @@ class Server:
 
 
 def copied_app(folder: Path) -> Path:
-    """The app and the bundle under a folder as they lie in the repository."""
-    skip = shutil.ignore_patterns("__pycache__", "model", "logs", "bin", "eval")
+    """The app and the bundle under a folder as they lie in the repository, with their bytecode."""
+    skip = shutil.ignore_patterns("model", "logs", "bin", "eval")
     app = folder / "apps" / "sam2sgp"
     if not app.exists():
+        for package in ("apps/sam2sgp", "bundle/sam2sgp"):
+            compileall.compile_dir(REPO / package, quiet=2)
         shutil.copytree(REPO / "apps" / "sam2sgp", app, ignore=skip)
         shutil.copytree(REPO / "bundle", folder / "bundle", ignore=skip)
     return app

@@ -19,6 +19,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -70,11 +71,22 @@ def server(tmp_path_factory):
 
 
 def state(folder: Path) -> dict[str, str]:
+    """Digests of all files."""
     found = {}
-    for path in folder.rglob("*"):
-        if path.is_file() and not set(path.relative_to(folder).parts) & set(ITS_OWN):
-            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in ITS_OWN]
+        for name in names:
+            path = os.path.join(parent, name)
+            if name not in ITS_OWN and os.path.isfile(path):
+                about = os.stat(path)
+                found[path] = digest(path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
     return found
+
+
+@cache
+def digest(path: str, *_: int) -> str:
+    """Of a file, read again when anything was written to it: that changes its times, and nobody can set the last."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def put_label(image: str = "A", tag: str = "final", name: str = "l.nii.gz", content: bytes = LABEL, **more):
@@ -349,7 +361,35 @@ def test_an_attack_is_refused_and_nothing_changes(server, name):
     assert state(server.folder) == before
 
 
-def test_no_answer_tells_where_the_server_keeps_its_files(server):
+MARK = "from pathlib import Path\nPath(__file__).with_name('ran').write_text('')\n"
+
+
+@pytest.fixture(scope="module")
+def module(server) -> Path:
+    """The folder of a module that a client brings, where sessions are kept; in case that sessions take none."""
+    told = send(server, dict(method="PUT", path="/session/", files={"files": ("sitecustomize.py", MARK)}))
+    assert str(server.folder) not in told.text
+    folder = server.folder / "sessions" / "own"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(MARK)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batch(server, module) -> dict:
+    """What is told of the inference of a file that can't be read, asked for by a long request."""
+    broken = server.studies / "broken.nii.gz"
+    broken.write_bytes(IMAGE[:-40])
+    many = {"images": ["broken"] * 60_000, "max_batch_size": 1}
+    try:
+        answer = send(server, dict(method="POST", path="/batch/infer/sam2sgp", json=many))
+        assert answer.ok and str(server.folder) not in answer.text
+        return server.finished("/batch/infer")
+    finally:
+        broken.unlink()
+
+
+def test_no_answer_tells_where_the_server_keeps_its_files(server, batch):
     """A file that can't be read is named by every answer that has to do with it, and by its name only."""
     broken = server.studies / "broken.nii.gz"
     broken.write_bytes(IMAGE[:-40])
@@ -367,14 +407,12 @@ def test_no_answer_tells_where_the_server_keeps_its_files(server):
         put_label("broken"),
         put_label("C"),
         delete("/datastore/label", id="C", tag="final"),
-        dict(method="POST", path="/batch/infer/sam2sgp", json={"images": ["broken"]}),
     ]
     try:
         answers = [send(server, request) for request in asked]
         assert answers[0].status_code == 422 and "broken.nii.gz" in answers[0].text
-        task = json.dumps(server.finished("/batch/infer"))
-        assert "broken" in task
-        told = [task, *(answer.text for answer in answers)]
+        assert "broken" in json.dumps(batch["details"])
+        told = [json.dumps(batch), *(answer.text for answer in answers)]
     finally:
         broken.unlink()
         label.unlink()
@@ -589,17 +627,8 @@ def test_no_address_that_a_client_names_is_asked(server):
             trap.accept()
 
 
-MARK = "from pathlib import Path\nPath(__file__).with_name('ran').write_text('')\n"
-
-
-def test_a_module_that_a_client_brings_is_never_run(server):
+def test_a_module_that_a_client_brings_is_never_run(server, module, batch):
     """Two requests ran any code before: a session with a module, whose folder becomes the search path of a process."""
-    told = send(server, dict(method="PUT", path="/session/", files={"files": ("sitecustomize.py", MARK)}))
-    # In case that sessions take no modules: it lies where they are kept.
-    module = server.folder / "sessions" / "own"
-    module.mkdir(parents=True, exist_ok=True)
-    (module / "sitecustomize.py").write_text(MARK)
-    assert str(server.folder) not in told.text
     for path in ("/train/", "/train/finetune", "/scoring/", "/scoring/scores"):
         for body in (
             {"finetune": [["bundle_path", str(module)]]},
@@ -608,11 +637,8 @@ def test_a_module_that_a_client_brings_is_never_run(server):
             {"bundle_path": str(module)},
         ):
             assert 400 <= send(server, dict(method="POST", path=path, json=body)).status_code < 500
-    # A process that is started now does not find it, and a long request reaches it.
-    many = {"images": ["C"] * 60_000, "max_batch_size": 1}
-    assert send(server, dict(method="POST", path="/batch/infer/sam2sgp", json=many)).ok
-    task = server.finished("/batch/infer")
-    assert task["status"] == "DONE", task["details"]
+    # The process did not find it, and the long request reached it.
+    assert batch["status"] == "DONE", batch["details"]
     assert not list(server.folder.rglob("ran"))
 
 

@@ -11,7 +11,8 @@ import requests
 from playwright.sync_api import expect
 
 from sam2sgp.data import load_datalist
-from tests.e2e.browsers import keep, page
+from sam2sgp.data.phantom import make_phantoms
+from tests.e2e.browsers import browser, keep, page
 from tests.e2e.proxies import PASSWORD, USER, nginx
 from tests.e2e.server import serving
 
@@ -20,25 +21,31 @@ LONGEST_JOINING = 60.0
 
 
 @pytest.fixture(scope="module")
-def server(phantoms, tmp_path_factory):
+def server(tmp_path_factory):
     """Pictures of ultrasound phantoms: three have an approved label, two a prediction."""
     folder = tmp_path_factory.mktemp("page")
     studies = folder / "studies"
     for tag in ("final", "original"):
         (studies / "labels" / tag).mkdir(parents=True)
-    cases = [case for case in load_datalist(phantoms) if str(case["image"]).endswith(".png")][:8]
-    for place, case in enumerate(cases):
+    make_phantoms(folder / "set", 8, size=(64, 64), num_slices=6, modalities=("us",), progress=False)
+    for place, case in enumerate(load_datalist(folder / "set")[:8]):
         shutil.copy(case["image"], studies / f"{case['name']}.png")
         if place < 5:
             tag = "final" if place < 3 else "original"
             shutil.copy(case["label"], studies / "labels" / tag / f"{case['name']}.png")
-    with serving(folder, studies, {"user_header": "X-Remote-User"}) as found:
+    with serving(folder, studies, {"image_size": "64", "user_header": "X-Remote-User"}) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as found:
         yield found
 
 
 @pytest.fixture
-def opened(server):
-    with page() as found:
+def opened(server, chromium):
+    with page(of=chromium) as found:
         found.problems = []
         found.on("console", lambda message: found.problems.append(message.text) if message.type == "error" else None)
         # A page that is left cancels what it still loads.

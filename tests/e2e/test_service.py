@@ -21,7 +21,7 @@ from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
 from tests.app.http.test_metrics import values
 from tests.e2e.programs import program
-from tests.e2e.server import Server
+from tests.e2e.server import Server, started
 
 APPROVED, WAITING = "us_000_0", "us_001_0"
 
@@ -37,6 +37,9 @@ def unit(key: str) -> str:
 
 class Service(Server):
     """A server that the unit's command line starts with the example's settings, but for where its folders are."""
+
+    # A process of its own from its first line, which other tests spare.
+    launch = staticmethod(started)
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, folder / "my studies")

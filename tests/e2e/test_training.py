@@ -22,9 +22,11 @@ from sam2sgp.data.phantom import make_phantoms
 from tests.e2e.server import serving
 from tests.spoilt import save_spoilt_weights
 
-REQUEST = {"max_epochs": 2, "episodes_per_epoch": 24, "learning_rate": 3e-3}
+REQUEST = {"max_epochs": 2, "episodes_per_epoch": 12, "learning_rate": 3e-3}
 SMALL = {"image_size": "64", "three_d_memory": "false", "region_below": "0", "k": "8"}
 QUERY, FRESH = "us_005_0", "us_004_0"
+# Seconds: a training comes after all else that a machine has to do.
+PATIENCE = 600.0
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +71,10 @@ def stats(server) -> dict:
 
 
 def wait_for(server, condition) -> dict:
-    limit = time.monotonic() + 150
+    limit = time.monotonic() + PATIENCE
     while not condition(found := stats(server)):
         assert time.monotonic() < limit and found.get("state") != "failed", (found, get(server, "/train/"))
-        time.sleep(0.5)
+        time.sleep(0.2)
     return found
 
 
@@ -114,8 +116,8 @@ def test_training_survives_the_kill_of_its_server_is_stopped_and_its_weights_are
         assert get(server, "/info/")["trainers"]["finetune"]["config"]["action"] == ["train", "roll_back"]
 
         assert post(server, REQUEST).ok
-        running = wait_for(server, lambda found: found.get("epoch") == 1)
-        assert running["state"] == "running" and 0 < running["best_metric"] <= 1 and running["loss"] > 0
+        # It has read its labels.
+        wait_for(server, lambda found: "epoch" in found)
         # Requests meanwhile: the same answer, and a label approved now counts now.
         assert segment(server, answers) == before
         with open(studies.parent / f"{FRESH}.png", "rb") as file:
@@ -124,6 +126,8 @@ def test_training_survives_the_kill_of_its_server_is_stopped_and_its_weights_are
         assert segment(server, answers)[1] == {*approved, FRESH}
         assert requests.delete(f"{server.url}/datastore/label?id={FRESH}&tag=final", timeout=60).ok
         assert segment(server, answers) == before
+        running = wait_for(server, lambda found: found["epoch"] >= 1)
+        assert running["state"] == "running" and 0 < running["best_metric"] <= 1 and running["loss"] > 0
         training = json.loads((server.state / "training" / "status.json").read_text())["pid"]
         os.kill(server.process.pid, signal.SIGKILL)
         wait_until_gone(training)
@@ -132,7 +136,7 @@ def test_training_survives_the_kill_of_its_server_is_stopped_and_its_weights_are
 
         server.start(unscored)
         stopped = stats(server)
-        assert "after 1 of 4 epochs" in stopped["message"] and stopped["weights"]["version"] == "embedded"
+        assert re.search("after [123] of 4 epochs", stopped["message"]) and stopped["weights"]["version"] == "embedded"
         assert post(server, REQUEST).ok
         wait_for(server, lambda found: found["state"] == "running" and "goes on" in found.get("message", ""))
         assert requests.delete(f"{server.url}/train/", timeout=60).json()["status"] == "STOPPED"
