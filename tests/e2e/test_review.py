@@ -87,7 +87,8 @@ def is_shown(opened, image: str) -> None:
 
 
 def place(opened, row: float, column: float) -> tuple[float, float]:
-    """Where the centre of a pixel is on the screen."""
+    """Where the centre of a pixel is on the screen, once the picture is drawn at the size that it has by now."""
+    opened.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     zoom, stretch, left, top = json.loads(opened.locator("#picture").get_attribute("data-view"))
     box = opened.locator("#picture").bounding_box()
     return box["x"] + left + (column + 0.5) * zoom, box["y"] + top + (row + 0.5) * zoom * stretch
@@ -322,6 +323,7 @@ def test_what_a_user_may_not_do_is_disabled_and_what_became_a_draft_is_said(serv
     show(opened, image)
     use_pencil(opened)
     draw(opened, (3, 3), (3, 5))
+    expect(opened.locator("#changed")).to_have_text("3 voxels changed")
     saved = {"image": image, "label_tag": "draft", "seen": "1-1", "voxels": 3, "notice": notice}
     opened.route("**/correct", lambda route: route.fulfill(json=saved))
     opened.keyboard.press("a")

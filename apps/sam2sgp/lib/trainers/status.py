@@ -150,7 +150,9 @@ class StatusHandler:
 
 
 def _is_alive(pid: int | None, created: float | None) -> bool:
+    """Whether a process runs; one that has ended may be listed until somebody collects it, in a container for ever."""
     try:
-        return psutil.Process(pid).create_time() == created
+        process = psutil.Process(pid)
+        return process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, TypeError, ValueError):
         return False
