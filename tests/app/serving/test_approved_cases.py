@@ -58,6 +58,23 @@ def test_a_label_edited_in_place_is_noticed_and_nothing_else_is(studio):
     assert cases.changed()
 
 
+def test_a_label_that_changes_while_its_record_is_read_is_noticed(studio, monkeypatch):
+    made = studio(PICTURES, ["us_000_0"])
+    cases = made.cases()
+    settle(made)
+    read = cases.datastore.get_label_info
+
+    def replaced_meanwhile(*which):
+        found = read(*which)
+        os.utime(made.label("us_000_0"))
+        return found
+
+    monkeypatch.setattr(cases.datastore, "get_label_info", replaced_meanwhile)
+    assert names(cases) == ["us_000_0"] and cases.changed(certain=False)
+    monkeypatch.undo()
+    assert names(cases) == ["us_000_0"] and not cases.changed(certain=False)
+
+
 def test_what_changed_within_the_clocks_resolution_is_looked_at_again(studio):
     cases = studio(PICTURES, ["us_000_0"]).cases()
     cases.cases()

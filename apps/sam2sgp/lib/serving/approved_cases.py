@@ -95,6 +95,10 @@ class LabelledCases:
         started = time.time_ns()
         pairs = self._pairs()
         ids = list(pairs)
+        # Before anything is read: what comes while it is being read is a change.
+        self._paths = pairs
+        self._folders = self._folder_times()
+        self._seen = self._state(ids)
         paths = {}
         cases, infos = [], []
         for image_id, (image, label) in pairs.items():
@@ -110,12 +114,14 @@ class LabelledCases:
             modality = info.get("Modality")
             cases.append({**case, "group": None, **({"modality": modality} if modality else {})})
             infos.append(self.datastore.get_label_info(image_id, FINAL))
-        self._paths = paths
+        if paths.keys() != pairs.keys():
+            # What has gone is looked for again, for it may come back.
+            self._paths = paths
+            self._folders = self._folder_times()
+            self._seen = self._state(ids)
         self._refresh_seeds()
         self._given = _names_of(infos)
         self._declared = self._read_declared()
-        self._folders = self._folder_times()
-        self._seen = self._state(ids)
         self._seeds_seen = self._seed_files()
         folders, _, files = self._seen
         found = [*(entry for _, entry in folders), *(files or ()), *self._seeds_seen]
