@@ -198,16 +198,22 @@ def test_a_submitted_label_leaves_what_it_replaces_in_the_history_and_a_predicti
     sent = [label(tmp_path / f"{value}.nii.gz", value) for value in (1, 2)]
     for tag in ("original", "draft", FINAL):
         for number, file in enumerate(sent):
-            store.save_label("A", str(file), tag, {**CLASSES, "user": f"user {number}"})
+            model = {"model": "sam2sgp"} if tag == "original" else {}
+            store.save_label("A", str(file), tag, {**CLASSES, **model, "user": f"user {number}"})
     kept = store.history.versions("A")
     assert [(entry["tag"], entry["user"]) for entry in kept] == [(FINAL, "user 0"), ("draft", "user 0")]
     for entry in kept:
         file, info = store.history.get("A", entry["version"])
         assert file.read_bytes() == sent[0].read_bytes() and info["label_info"] == CLASSES["label_info"]
+    # What somebody submitted where predictions are is none.
+    for model in ({}, {"model": "sam2sgp"}):
+        store.save_label("A", str(sent[0]), "original", {**CLASSES, **model, "user": "ann"})
+    first, *others = store.history.versions("A")
+    assert (first["tag"], first["user"]) == ("original", "ann") and others == kept
     # The same label once more drives nothing out.
     for _ in range(3):
         store.save_label("A", str(sent[1]), FINAL, {**CLASSES, "user": "user 1"})
-    assert len(store.history.versions("A")) <= 4
+    assert len(store.history.versions("A")) <= 5
 
 
 def test_the_earlier_states_of_an_image_take_so_much_of_the_disk_and_no_more(store, tmp_path, monkeypatch):

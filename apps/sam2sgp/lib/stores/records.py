@@ -119,10 +119,22 @@ def of_prediction(model: str, params: Mapping[str, Any]) -> dict[str, Any]:
 
 def origin_of(record: Mapping[str, Any]) -> str | None:
     """How an approved label came about: a prediction `UNCHANGED`, or `CORRECTED` on the page; None for others."""
-    corrected = record.get("corrected")
-    if isinstance(corrected, dict) and corrected.get("voxels"):
+    if voxels_corrected(record):
         return CORRECTED
     return UNCHANGED if record.get("model") else None
+
+
+def voxels_corrected(record: Mapping[str, Any]) -> int:
+    """How many voxels of a label were changed on the page, from save to save."""
+    corrected = record.get("corrected")
+    voxels = corrected.get("voxels") if isinstance(corrected, dict) else 0
+    return voxels if isinstance(voxels, int) else 0
+
+
+def author_of(record: Mapping[str, Any]) -> str | None:
+    """Who made a label, or changed it last; None for a prediction as it was made, whoever asked for it."""
+    is_prediction = record.get("model") and "corrected" not in record
+    return None if is_prediction else record.get("user")
 
 
 def _plain_parts(record: Any) -> tuple[dict[str, Any], list[str]]:
