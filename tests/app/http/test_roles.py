@@ -231,6 +231,8 @@ BORDERS = {
         ("a final label", lambda client: label(client, tag="final")),
         ("a removed label", lambda client: label(client, tag="removed")),
         ("a final prediction", lambda client: infer(client, save_label=True, label_tag="final")),
+        # On a disk that knows no case it would be in the folder of the approved ones.
+        ("a label called final", lambda client: label(client, tag="Final")),
         ("a final correction", lambda client: paint(client, "final")),
     ],
     Role.admin: [
