@@ -437,6 +437,12 @@ def test_a_series_of_an_archive_is_corrected_and_approved_like_any_image(tmp_pat
         body = {"image": "1.5", "label_tag": "final", "seen": shown["seen"]}
         assert client.post("/sam2sgp/remove", json=body).status_code == 200
         assert set(case(client, "1.5")["labels"]) == {"draft", "removed"}
+        # Another tag makes no label of another series one of this.
+        path = datastore._kept.path("1.5", "draft")
+        made_of = {"stamp": "", "content": "names:of others", "label": ""}
+        datastore._kept.note(path, {**datastore._kept.record(path), "made_of": made_of})
+        datastore.remove("1.5", "draft")
+        assert case(client, "1.5", label_tag="removed")["of_another_image"]
 
 
 def test_what_was_corrected_stays_so_when_it_is_brought_back(client, datastore):
