@@ -21,6 +21,7 @@ from lib.checks import NotFound
 from lib.settings import Settings
 from lib.stamps import Stamp, stamp
 from lib.stores.decisions import FINAL
+from lib.stores.image_identity import is_of_another
 from lib.stores.naming import declared
 from sam2sgp.data import class_names, load_datalist, skipped_in
 from sam2sgp.errors import DataError
@@ -32,6 +33,10 @@ COARSEST_TIME = 2 * 10**9
 DECLARATIONS = ("dataset.json", "labels.json")
 # Of a data folder: what its list of pairs depends on.
 LISTINGS = (".", *DECLARATIONS, "images", "labels", "masks")
+OF_ANOTHER = (
+    "image {}: expected an approved label of this image, found one that was made of another image under this name; "
+    "correct it on this one, or remove it."
+)
 
 
 class LabelledCases:
@@ -43,6 +48,8 @@ class LabelledCases:
 
     Attributes:
         problem: why no cases of `support_dir` are used; None if nothing is wrong.
+        left_out: approved labels that aren't of the image that is there, as of the last `cases`: dicts with `name`,
+            `source` and `error`, as those of a `SupportBank`.
     """
 
     def __init__(self, datastore: Datastore, settings: Settings) -> None:
@@ -56,6 +63,7 @@ class LabelledCases:
         self._folders: tuple | None = None
         self._paths: dict[str, tuple[str, str]] = {}
         self.problem: str | None = None
+        self.left_out: list[dict] = []
         self._seeds: list[dict] = []
         self._listing: tuple = ()
         self._listing_settled = False
@@ -96,7 +104,7 @@ class LabelledCases:
         pairs = self._pairs()
         ids = list(pairs)
         paths = {}
-        cases, infos = [], []
+        cases, infos, left_out = [], [], list[dict]()
         for image_id, (image, label) in pairs.items():
             try:
                 info = self.datastore.get_image_info(image_id) if image else None
@@ -106,11 +114,15 @@ class LabelledCases:
             if info is None:
                 continue
             paths[image_id] = image, label
+            about = self.datastore.get_label_info(image_id, FINAL)
+            if is_of_another(about, image, label):
+                left_out.append({"name": image_id, "source": image, "error": OF_ANOTHER.format(image_id)})
+                continue
             case = {"name": image_id, "image": image, "label": label, "patient": self.patient_of(image_id, info)}
             modality = info.get("Modality")
             cases.append({**case, "group": None, **({"modality": modality} if modality else {})})
-            infos.append(self.datastore.get_label_info(image_id, FINAL))
-        self._paths = paths
+            infos.append(about)
+        self._paths, self.left_out = paths, left_out
         self._refresh_seeds()
         self._given = _names_of(infos)
         self._declared = self._read_declared()
