@@ -32,7 +32,7 @@ from lib.stores.audit import Audit, content_hash
 from lib.stores.decisions import FINAL, Decisions
 from lib.stores.image_identity import claim_in
 from lib.stores.log_lines import LogLines
-from lib.stores.records import UNCHANGED, origin_of
+from lib.stores.records import UNCHANGED, origin_of, time_of
 from lib.stores.trail import LATEST, Trail
 from sam2sgp.errors import Sam2SgpError
 from sam2sgp.files import sha256_of
@@ -169,7 +169,7 @@ class Progress:
             image=image,
             content=content,
             label=label,
-            approved=tags[FINAL].get("ts") or 0,
+            approved=time_of(tags[FINAL]),
             unchanged=pair.unchanged,
             dice=mean_of(dice),
             classes=dice,
@@ -324,7 +324,7 @@ def _has_grown(before: int, now: int) -> bool:
 
 def _mark(record: Mapping[str, Any]) -> tuple:
     """What tells an approved label from the one that takes its place."""
-    return record.get("ts"), record.get("segmentation"), claim_in(record).get("label"), str(record.get("corrected"))
+    return record.get("ts"), record.get("segmentation"), str(claim_in(record)), str(record.get("corrected"))
 
 
 def _curve(dice: list[float]) -> list[dict[str, Any]]:
@@ -336,7 +336,7 @@ def _curve(dice: list[float]) -> list[dict[str, Any]]:
 
 def _unchanged(finals: Any) -> dict[str, int]:
     """How many predictions were approved unchanged, `of` so many, and of the `latest`."""
-    origins = [(record.get("ts") or 0, origin_of(record)) for record in finals]
+    origins = [(time_of(record), origin_of(record)) for record in finals]
     known = [origin for _, origin in sorted((entry for entry in origins if entry[1]), key=lambda entry: entry[0])]
     latest = known[-LATEST:]
     return {

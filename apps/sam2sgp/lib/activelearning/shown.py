@@ -17,7 +17,7 @@ from lib.stores.audit import content_hash
 from lib.stores.decisions import FINAL, Decisions
 from lib.stores.image_identity import is_of_another
 from lib.stores.naming import declared, renumber
-from lib.stores.records import UNCHANGED, origin_of
+from lib.stores.records import UNCHANGED, origin_of, time_of
 from sam2sgp.data import read_geometry, read_label
 from sam2sgp.evaluation import dice_of_values
 
@@ -52,7 +52,7 @@ def pair_of(datastore: Decisions, image: str, records: Records, approved_before:
     tags = [corrected.get("from") if isinstance(corrected, dict) else None, DefaultLabelTag.ORIGINAL.value]
     for tag in tags:
         record = records.get(tag) if tag != FINAL else None
-        if record and record.get("model") and not record.get("corrected") and _time(record) <= _time(final):
+        if record and record.get("model") and not record.get("corrected") and time_of(record) <= time_of(final):
             if not datastore.is_of_another_image(image, tag):
                 return Pair(Path(datastore.path_of_label(image, tag)), record, label, final, unchanged=False)
     if approved_before:
@@ -117,8 +117,3 @@ def _values_in_label(asked_for: Mapping[int, str], named: Mapping[int, str]) -> 
         changes[value] = wanted.get(name, value if value not in named else free)
         free += changes[value] == free
     return changes
-
-
-def _time(record: Mapping[str, Any]) -> float:
-    when = record.get("ts")
-    return float(when) if isinstance(when, int | float) else 0.0

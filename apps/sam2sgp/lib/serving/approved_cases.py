@@ -23,6 +23,7 @@ from lib.stamps import Stamp, stamp
 from lib.stores.decisions import FINAL
 from lib.stores.image_identity import is_of_another
 from lib.stores.naming import declared
+from lib.stores.records import time_of
 from sam2sgp.data import class_names, load_datalist, skipped_in
 from sam2sgp.errors import DataError
 
@@ -237,12 +238,6 @@ def _is_settled(stamps: Iterable[Stamp | None], now: int) -> bool:
 def _names_of(infos: list[dict[str, Any]]) -> dict[int, str]:
     """Class names that clients sent with labels, as `label_info`; of several for one value the newest counts."""
     names: dict[int, str] = {}
-    for info in sorted(infos, key=_made):
+    for info in sorted(infos, key=time_of):
         names |= declared(info)
     return names
-
-
-def _made(info: dict[str, Any]) -> float:
-    """When a label was made, in seconds since 1970; 0 where nothing tells."""
-    when = info.get("ts")
-    return when if isinstance(when, int | float) and when == when else 0

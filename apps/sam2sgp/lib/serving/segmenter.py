@@ -159,7 +159,7 @@ class ServerSegmenter:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether an image is being segmented, or the support set encoded; it waits for nobody."""
+        """Whether a request for a segmentation is being worked on; it waits for nobody."""
         return self._at_work
 
     @property
@@ -291,11 +291,6 @@ class ServerSegmenter:
                 yield
             finally:
                 self._at_work = False
-
-    def encode(self) -> None:
-        """Make all tokens that are not there yet, so that no request has to."""
-        with self._working():
-            self._ready().encode()
 
     def catch_up(self) -> bool:
         """Take in what has changed, and learn all that the next request needs, while nobody else wants the network.

@@ -131,6 +131,12 @@ def voxels_corrected(record: Mapping[str, Any]) -> int:
     return voxels if isinstance(voxels, int) else 0
 
 
+def time_of(record: Mapping[str, Any]) -> float:
+    """When a label was saved, in seconds since 1970; 0 where nothing tells."""
+    when = record.get("ts")
+    return float(when) if isinstance(when, int | float) and when == when else 0.0
+
+
 def author_of(record: Mapping[str, Any]) -> str | None:
     """Who made a label, or changed it last; None for a prediction as it was made, whoever asked for it."""
     is_prediction = record.get("model") and "corrected" not in record
