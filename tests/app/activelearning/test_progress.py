@@ -71,7 +71,8 @@ class Annotator:
         self.datastore.save_label(name, self.labels(name, rows, value), "original", record)
 
     def correct(self, name: str, rows: int, tag: str = "original", save_as: str = "final", value: int = 1) -> None:
-        info = {"label_info": [{"idx": value, "name": "disc"}], "corrected": {"voxels": 9, "from": tag}}
+        corrected = {"voxels": 9, "from": tag}
+        info = {"model": "sam2sgp", "label_info": [{"idx": value, "name": "disc"}], "corrected": corrected}
         seen = {save_as: self.datastore.state_of_label(name, save_as)}
         self.datastore.correct(
             name, self.labels(name, rows, value), save_as, info, state_of(self.made.image(name)), seen

@@ -568,8 +568,9 @@ def test_what_is_marked_or_in_doubt_comes_first_and_filters_hold():
         "as it was": {"final": {"model": "sam2sgp"}},
         "painted": {"final": {"model": "sam2sgp", "corrected": {"voxels": 3, "from": "original"}}},
         "by a viewer": {"final": {}},
+        "drawn from nothing": {"final": {"corrected": {"voxels": 3, "from": ""}}},
     }
-    assert origins({**records, **finals}) == {"unchanged": 1, "corrected": 1, "others": 2}
+    assert origins({**records, **finals}) == {"unchanged": 1, "corrected": 1, "others": 3}
     assert names(of_class="cyst") == ["absent"] and names(name="SURE") == ["sure"]
     assert names(shown=Shown.all, order=Order.name) == sorted(records)
 

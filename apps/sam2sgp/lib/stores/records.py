@@ -118,10 +118,11 @@ def of_prediction(model: str, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def origin_of(record: Mapping[str, Any]) -> str | None:
-    """How an approved label came about: a prediction `UNCHANGED`, or `CORRECTED` on the page; None for others."""
-    if voxels_corrected(record):
-        return CORRECTED
-    return UNCHANGED if record.get("model") else None
+    """How an approved label came about: a prediction `UNCHANGED`, or `CORRECTED` on the page; None for others,
+    such as those drawn by hand."""
+    if not record.get("model"):
+        return None
+    return CORRECTED if voxels_corrected(record) else UNCHANGED
 
 
 def voxels_corrected(record: Mapping[str, Any]) -> int:
