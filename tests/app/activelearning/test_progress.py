@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 import lib.activelearning.progress as module
 from lib.activelearning.progress import Progress
 from lib.serving.options import Options
+from lib.stores.archive import ArchiveError
 from lib.stores.audit import Audit
 from lib.stores.decisions import state_of
 from lib.stores.records import of_prediction
@@ -69,7 +71,8 @@ class Annotator:
         self.datastore.save_label(name, self.labels(name, rows, value), "original", record)
 
     def correct(self, name: str, rows: int, tag: str = "original", save_as: str = "final", value: int = 1) -> None:
-        info = {"label_info": [{"idx": value, "name": "disc"}], "corrected": {"voxels": 9, "from": tag}}
+        corrected = {"voxels": 9, "from": tag}
+        info = {"model": "sam2sgp", "label_info": [{"idx": value, "name": "disc"}], "corrected": corrected}
         seen = {save_as: self.datastore.state_of_label(name, save_as)}
         self.datastore.correct(
             name, self.labels(name, rows, value), save_as, info, state_of(self.made.image(name)), seen
@@ -135,6 +138,65 @@ def test_classes_go_by_their_names_and_later_predictions_and_labels_by_hand_are_
     made.label(PICTURES[1]).unlink()
     progress.datastore.refresh()
     assert progress.told()["shown"] == []
+
+
+def test_a_label_is_compared_with_predictions_of_its_own_image_only(made, progress):
+    annotator, datastore = Annotator(made, progress), progress.datastore
+    name, other = PICTURES[1], PICTURES[3]
+    annotator.predict(name, 32)
+    datastore.approve(name, "original")
+    annotator.predict(other, 10)
+    progress.compare()
+    # The same label of another image that comes under the same id, once it is there as an upload, once by hand.
+    (line,) = lines(made, "shown")
+    file = annotator.labels(name, 32)
+    datastore.remove_image(name)
+    datastore.add_image(name, str(made.known[PICTURES[7]]["image"]), {})
+    annotator.predict(name, 16)
+    datastore.save_label(name, file, "final", {"label_info": [{"idx": 1, "name": "disc"}]})
+    shutil.copy(made.known[PICTURES[7]]["image"], made.image(other))
+    datastore.save_label(other, annotator.labels(other, 10), "final", {"label_info": [{"idx": 1, "name": "disc"}]})
+    progress.compare()
+    before, after = lines(made, "shown")
+    assert before == line and (after["image"], after["dice"]) == (name, pytest.approx(2 * 16 / 48))
+    assert [point["dice"] for point in progress.told()["shown"]] == [after["dice"]]
+
+
+def test_a_label_that_its_archive_does_not_give_now_is_compared_later(made, progress, monkeypatch):
+    annotator = Annotator(made, progress)
+    annotator.predict(PICTURES[1], 32)
+    progress.datastore.approve(PICTURES[1], "original")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "pair_of", Mock(side_effect=ArchiveError("archive: no answer")))
+        progress.compare()
+    assert progress.told()["shown"] == []
+    progress.compare()
+    assert [point["dice"] for point in progress.told()["shown"]] == [1.0]
+
+
+def test_a_prediction_that_was_renumbered_when_it_was_approved_is_counted_by_its_class(made, progress):
+    annotator = Annotator(made, progress)
+    annotator.predict(PICTURES[3], 20)
+    progress.datastore.approve(PICTURES[3], "original")
+    annotator.predict(PICTURES[1], 32, names=[("disc", 5), ("ring", 1)], value=5)
+    progress.datastore.approve(PICTURES[1], "original")
+    assert np.unique(read_label(made.label(PICTURES[1]))).tolist() == [0, 1]
+    progress.compare()
+    assert [line["classes"] for line in lines(made, "shown")] == 2 * [{"disc": 1.0}]
+
+
+def test_an_image_that_memory_is_too_small_for_keeps_no_other_from_being_measured(made, progress, monkeypatch, caplog):
+    real = module.dice_left_out
+
+    def dice(segmenter, case, step):
+        if case["name"] == PICTURES[2]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(segmenter, case, step)
+
+    monkeypatch.setattr(module, "dice_left_out", dice)
+    assert progress.leave_out()
+    (point,) = lines(made, "left out")
+    assert (point["images"], point["failed"]) == (2, 1) and f"Not measured: image {PICTURES[2]}" in caplog.text
 
 
 def test_images_left_out_are_measured_as_the_support_set_grows(made, progress, tmp_path):

@@ -52,6 +52,9 @@ def test_a_token_is_printed_once_listed_and_revoked(server, tmp_path, capsys):
         (["--name", "x", "--role", "aprover"], "role: expected one of .*, found 'aprover'; did you mean approver?"),
         (["--name", "anna", "--role", "admin"], "name: expected none of a user, found 'anna'"),
         (["--name", "a b", "--role", "admin"], "name: expected up to 64 letters"),
+        (["--name", "x", "--role", "admin", "--days", "0"], "days: expected a number from 1 to 36500, found 0"),
+        # Its end would be after the last year that can be listed.
+        (["--name", "x", "--role", "admin", "--days", "9999999"], "days: expected a number from 1 to 36500"),
     ],
 )
 def test_what_can_not_be_a_token_is_said_in_one_sentence(server, tmp_path, capsys, words, message):

@@ -146,13 +146,16 @@ def test_whole_numbers_are_exact_and_others_close(tmp_path):
         np.arange(60, dtype=np.float32).reshape(3, 4, 5) - 1024,
         # Of a range that 8 bits can hold, above what they can.
         np.arange(60, dtype=np.float32).reshape(3, 4, 5) + 230,
+        # Of a range that float32 can't hold, and of one below its smallest normal number.
+        np.linspace(-3e38, 3e38, 60).reshape(3, 4, 5).astype(np.float32),
+        np.linspace(0, 1e-40, 60).reshape(3, 4, 5).astype(np.float32),
     ):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.nii.gz"
         nib.save(nib.Nifti1Image(values, np.eye(4)), path)
         shown = volumes.image(path)
         restored = shown.slices[..., 0] * shown.slope + shown.intercept
         truth = read_image(path).slices[:, 0]
-        assert np.abs(restored - truth).max() <= np.ptp(values) / 65535 * 0.51
+        assert np.abs(restored - truth).max() <= np.ptp(values.astype(np.float64)) / 65535 * 0.51
         assert volumes.image(path) is shown
 
 
@@ -434,6 +437,12 @@ def test_a_series_of_an_archive_is_corrected_and_approved_like_any_image(tmp_pat
         body = {"image": "1.5", "label_tag": "final", "seen": shown["seen"]}
         assert client.post("/sam2sgp/remove", json=body).status_code == 200
         assert set(case(client, "1.5")["labels"]) == {"draft", "removed"}
+        # Another tag makes no label of another series one of this.
+        path = datastore._kept.path("1.5", "draft")
+        made_of = {"stamp": "", "content": "names:of others", "label": ""}
+        datastore._kept.note(path, {**datastore._kept.record(path), "made_of": made_of})
+        datastore.remove("1.5", "draft")
+        assert case(client, "1.5", label_tag="removed")["of_another_image"]
 
 
 def test_what_was_corrected_stays_so_when_it_is_brought_back(client, datastore):
@@ -441,6 +450,8 @@ def test_what_was_corrected_stays_so_when_it_is_brought_back(client, datastore):
         shown = case(client, "ct")
         change = [{"slice": 7, "runs": [0, 3, 1]}] if shown["label_tag"] == "original" else []
         assert client.post("/sam2sgp/review/correct", json=correction(shown, change, "final")).status_code == 200
+    # The second time nothing was painted, which makes no untouched prediction of it.
+    assert datastore.get_label_info("ct", "final")["corrected"]["voxels"] == 3
     [version] = client.get("/sam2sgp/review/history", params={"image": "ct"}).json()["versions"]
     body = {"image": "ct", "image_seen": shown["image_seen"], "replaces": "", "version": version["version"]}
     assert client.post("/sam2sgp/review/bring_back", json=body).status_code == 200
@@ -557,8 +568,9 @@ def test_what_is_marked_or_in_doubt_comes_first_and_filters_hold():
         "as it was": {"final": {"model": "sam2sgp"}},
         "painted": {"final": {"model": "sam2sgp", "corrected": {"voxels": 3, "from": "original"}}},
         "by a viewer": {"final": {}},
+        "drawn from nothing": {"final": {"corrected": {"voxels": 3, "from": ""}}},
     }
-    assert origins({**records, **finals}) == {"unchanged": 1, "corrected": 1, "others": 2}
+    assert origins({**records, **finals}) == {"unchanged": 1, "corrected": 1, "others": 3}
     assert names(of_class="cyst") == ["absent"] and names(name="SURE") == ["sure"]
     assert names(shown=Shown.all, order=Order.name) == sorted(records)
 

@@ -75,7 +75,7 @@ def routes_of_the_app(tmp_path, monkeypatch, datastore) -> set[str]:
         progress_file=tmp_path / "progress.jsonl",
         value=lambda key: SCALE,
     )
-    nothing = SimpleNamespace(ending=None, refresh=lambda: None, encode=lambda: None, stats=dict)
+    nothing = SimpleNamespace(ending=None, refresh=lambda: None, stats=dict)
     app.segmenter, app.cases, app.usage = nothing, SimpleNamespace(prepare=lambda seconds: None), None
     app._trainers = {main.FINE_TUNING: nothing}
 
@@ -231,6 +231,8 @@ BORDERS = {
         ("a final label", lambda client: label(client, tag="final")),
         ("a removed label", lambda client: label(client, tag="removed")),
         ("a final prediction", lambda client: infer(client, save_label=True, label_tag="final")),
+        # On a disk that knows no case it would be in the folder of the approved ones.
+        ("a label called final", lambda client: label(client, tag="Final")),
         ("a final correction", lambda client: paint(client, "final")),
     ],
     Role.admin: [

@@ -117,6 +117,23 @@ def test_a_label_that_cannot_be_used_leaves_the_others_at_work(studio):
     assert error.startswith(f"{made.label('us_001_0')}: expected a label of its image's size") and "32" in error
 
 
+def test_an_approved_label_guides_nothing_once_another_image_is_in_the_place_of_its_own(studio):
+    made = studio(PICTURES, ["us_000_0"])
+    segmenter = made.segmenter()
+    label = made.known["us_001_0"]["label"]
+    segmenter.cases.datastore.save_label("us_001_0", str(label), "final", {"label_info": [{"idx": 1, "name": "disc"}]})
+    shutil.copy(made.image("us_001_0"), made.folder / "copy.png")
+    shutil.copy(made.folder / "copy.png", made.image("us_001_0"))
+    assert len(segmenter.usable_cases()[0]) == 2
+    shutil.copy(made.image("us_002_0"), made.image("us_001_0"))
+    (case,), (sentence,) = segmenter.usable_cases()
+    assert case["name"] == "us_000_0"
+    assert sentence.startswith("image us_001_0: expected an approved label of this image, found one that was made of")
+    segmenter.take_in()
+    status = segmenter.status()
+    assert status["errors"] == [sentence] and status["cases"] == 1
+
+
 def test_a_training_gets_every_label_but_those_that_cannot_be_used_and_is_told_which(studio, monkeypatch):
     made = studio(PICTURES, PICTURES)
     made.label("us_001_0").write_bytes(_png(np.ones((32, 32), np.uint8)))

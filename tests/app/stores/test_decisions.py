@@ -198,32 +198,46 @@ def test_a_submitted_label_leaves_what_it_replaces_in_the_history_and_a_predicti
     sent = [label(tmp_path / f"{value}.nii.gz", value) for value in (1, 2)]
     for tag in ("original", "draft", FINAL):
         for number, file in enumerate(sent):
-            store.save_label("A", str(file), tag, {**CLASSES, "user": f"user {number}"})
+            model = {"model": "sam2sgp"} if tag == "original" else {}
+            store.save_label("A", str(file), tag, {**CLASSES, **model, "user": f"user {number}"})
     kept = store.history.versions("A")
     assert [(entry["tag"], entry["user"]) for entry in kept] == [(FINAL, "user 0"), ("draft", "user 0")]
     for entry in kept:
         file, info = store.history.get("A", entry["version"])
         assert file.read_bytes() == sent[0].read_bytes() and info["label_info"] == CLASSES["label_info"]
+    # What somebody submitted where predictions are is none.
+    for model in ({}, {"model": "sam2sgp"}):
+        store.save_label("A", str(sent[0]), "original", {**CLASSES, **model, "user": "ann"})
+    first, *others = store.history.versions("A")
+    assert (first["tag"], first["user"]) == ("original", "ann") and others == kept
     # The same label once more drives nothing out.
     for _ in range(3):
         store.save_label("A", str(sent[1]), FINAL, {**CLASSES, "user": "user 1"})
-    assert len(store.history.versions("A")) <= 4
+    assert len(store.history.versions("A")) <= 5
 
 
 def test_the_earlier_states_of_an_image_take_so_much_of_the_disk_and_no_more(store, tmp_path, monkeypatch):
+    for file in (label(tmp_path / "a.nii.gz"), label(tmp_path / "b.nii.gz", 2)):
+        store.save_label("A", str(file), FINAL, CLASSES)
+    (approved,) = store.history.versions("A")
+    monkeypatch.setattr("lib.stores.history.MOST_KEPT", 3)
     rng = np.random.default_rng(0)
     for number in range(6):
         file = tmp_path / f"{number}.nii.gz"
         nib.save(nib.Nifti1Image(rng.integers(0, 3, SIZE, np.uint8), np.eye(4)), file)
         store.save_label("A", str(file), "draft", CLASSES)
         if number == 1:
-            one = sum(path.stat().st_size for path in (tmp_path / "state" / "history").glob("*/*"))
-            monkeypatch.setattr("lib.stores.history.MOST_BYTES", 2.5 * one)
-    assert len(store.history.versions("A")) == 2
+            one = sum(path.stat().st_size for path in (tmp_path / "state" / "history").glob("*/*-draft.*"))
+    # No number of drafts drives out what was approved.
+    assert [entry["tag"] for entry in store.history.versions("A")] == 3 * ["draft"] + [FINAL]
+    monkeypatch.setattr("lib.stores.history.MOST_BYTES", 2.5 * one)
+    store.save_label("A", str(tmp_path / "0.nii.gz"), "draft", CLASSES)
+    assert [entry["tag"] for entry in store.history.versions("A")] == 2 * ["draft"] + [FINAL]
     monkeypatch.setattr("lib.stores.history.MOST_BYTES", 1)
     store.save_label("A", str(label(tmp_path / "last.nii.gz")), "draft", CLASSES)
-    (last,) = store.history.versions("A")
-    assert store.history.get("A", last["version"])[0].read_bytes() == file.read_bytes()
+    last, kept = store.history.versions("A")
+    assert store.history.get("A", last["version"])[0].read_bytes() == (tmp_path / "0.nii.gz").read_bytes()
+    assert kept == approved
 
 
 @pytest.mark.parametrize("step", ["copy", "index"])

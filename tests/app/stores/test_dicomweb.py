@@ -187,7 +187,8 @@ def test_what_was_corrected_is_kept_on_the_series_grid_and_only_as_long_as_nothi
     # What viewers submit is kept as well, but for predictions.
     for tag in ("final", "draft", "original"):
         for name in ("ann", "ben"):
-            datastore.save_label("1.5", str(file), tag, {**info, "user": name})
+            model = {"model": "sam2sgp"} if tag == "original" else {}
+            datastore.save_label("1.5", str(file), tag, {**info, **model, "user": name})
     kept = [(entry["tag"], entry["user"]) for entry in datastore.history.versions("1.5")]
     assert kept[0] == ("draft", "ann") and ("final", "ann") in kept and "original" not in dict(kept)
 

@@ -72,7 +72,8 @@ def test_a_label_is_approved_by_somebody_else_and_a_prediction_by_anybody(store,
     named("ann", store.remove, "A")
     with pytest.raises(Forbidden, match="'ann', who made or changed it last"):
         named("ann", store.approve, "A", "removed")
-    store.save_label("A", str(tmp_path / "1.nii.gz"), "original", {"model": "sam2sgp"})
+    # Whoever had it segmented hasn't made it.
+    store.save_label("A", str(tmp_path / "1.nii.gz"), "original", {"model": "sam2sgp", "user": "ann"})
     named("ann", store.approve, "A", "original")
 
 

@@ -27,10 +27,12 @@ from lib.activelearning.shown import dice_of, mean_of, pair_of
 from lib.priority import give_way
 from lib.serving.left_out import dice_left_out
 from lib.serving.segmenter import ServerSegmenter, Stopped
+from lib.stores.archive import ArchiveBusy, ArchiveError
 from lib.stores.audit import Audit, content_hash
 from lib.stores.decisions import FINAL, Decisions
+from lib.stores.image_identity import claim_in
 from lib.stores.log_lines import LogLines
-from lib.stores.records import UNCHANGED, origin_of
+from lib.stores.records import UNCHANGED, origin_of, time_of
 from lib.stores.trail import LATEST, Trail
 from sam2sgp.errors import Sam2SgpError
 from sam2sgp.files import sha256_of
@@ -133,15 +135,19 @@ class Progress:
             if FINAL in tags:
                 mark = _mark(tags[FINAL])
                 known = current.get(image)
-                found[image] = known if known and known[0] == mark else (mark, self._compared(image, tags))
+                line = known[1] if known and known[0] == mark else self._compared(image, tags)
+                if line is not None:
+                    found[image] = mark, line
                 if self.segmenter.ending.is_set():
                     return
         with self._lock:
             self._current = found
 
-    def _compared(self, image: str, tags: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """The line about an approved label; {} where it can't be compared with anything."""
-        lines = self._shown.get(image, {})
+    def _compared(self, image: str, tags: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+        """The line about an approved label; {} where it can't be compared with anything, None where not now."""
+        content = claim_in(tags[FINAL]).get("content")
+        # Another image may have had this id before.
+        lines = {label: line for label, line in self._shown.get(image, {}).items() if line.get("content") == content}
         before = next((line["label"] for line in reversed(lines.values()) if line.get("unchanged")), None)
         try:
             # The prediction of a label that was measured may be another one by now.
@@ -152,14 +158,18 @@ class Progress:
                 return {}
             label = content_hash(pair.label)
             dice = dice_of(pair, Path(self.datastore.get_image_uri(image)))
+        except (ArchiveError, ArchiveBusy):
+            # The next request that needs it tells its client.
+            return None
         except (Sam2SgpError, OSError) as error:
             logger.warning("Not compared with its prediction: image %s: %s", image, error)
             return {}
         self._log.write(
             SHOWN,
             image=image,
+            content=content,
             label=label,
-            approved=tags[FINAL].get("ts") or 0,
+            approved=time_of(tags[FINAL]),
             unchanged=pair.unchanged,
             dice=mean_of(dice),
             classes=dice,
@@ -190,7 +200,8 @@ class Progress:
                     found = self._left_out(point, case)
                 except Stopped:
                     return False
-                except (Sam2SgpError, OSError) as error:
+                # Out of memory is a RuntimeError: one image must not keep the others from being measured.
+                except (Sam2SgpError, OSError, RuntimeError) as error:
                     logger.warning("Not measured: image %s: %s", case["name"], error)
                     failed += 1
                     continue
@@ -313,7 +324,7 @@ def _has_grown(before: int, now: int) -> bool:
 
 def _mark(record: Mapping[str, Any]) -> tuple:
     """What tells an approved label from the one that takes its place."""
-    return record.get("ts"), record.get("segmentation"), str(record.get("corrected"))
+    return record.get("ts"), record.get("segmentation"), str(claim_in(record)), str(record.get("corrected"))
 
 
 def _curve(dice: list[float]) -> list[dict[str, Any]]:
@@ -325,7 +336,7 @@ def _curve(dice: list[float]) -> list[dict[str, Any]]:
 
 def _unchanged(finals: Any) -> dict[str, int]:
     """How many predictions were approved unchanged, `of` so many, and of the `latest`."""
-    origins = [(record.get("ts") or 0, origin_of(record)) for record in finals]
+    origins = [(time_of(record), origin_of(record)) for record in finals]
     known = [origin for _, origin in sorted((entry for entry in origins if entry[1]), key=lambda entry: entry[0])]
     latest = known[-LATEST:]
     return {

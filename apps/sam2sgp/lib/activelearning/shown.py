@@ -15,9 +15,10 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 
 from lib.stores.audit import content_hash
 from lib.stores.decisions import FINAL, Decisions
+from lib.stores.image_identity import is_of_another
 from lib.stores.naming import declared, renumber
-from lib.stores.records import UNCHANGED, origin_of
-from sam2sgp.data import read_image, read_label
+from lib.stores.records import UNCHANGED, origin_of, time_of
+from sam2sgp.data import read_geometry, read_label
 from sam2sgp.evaluation import dice_of_values
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -35,7 +36,7 @@ class Pair:
 
 
 def pair_of(datastore: Decisions, image: str, records: Records, approved_before: str | None = None) -> Pair | None:
-    """The pair of an image with an approved label; None where no prediction was there before the label.
+    """The pair of an image with an approved label; None where no prediction of it was there before the label.
 
     Args:
         datastore: where they are.
@@ -51,12 +52,15 @@ def pair_of(datastore: Decisions, image: str, records: Records, approved_before:
     tags = [corrected.get("from") if isinstance(corrected, dict) else None, DefaultLabelTag.ORIGINAL.value]
     for tag in tags:
         record = records.get(tag) if tag != FINAL else None
-        if record and record.get("model") and not record.get("corrected") and _time(record) <= _time(final):
-            return Pair(Path(datastore.path_of_label(image, tag)), record, label, final, unchanged=False)
+        if record and record.get("model") and not record.get("corrected") and time_of(record) <= time_of(final):
+            if not datastore.is_of_another_image(image, tag):
+                return Pair(Path(datastore.path_of_label(image, tag)), record, label, final, unchanged=False)
     if approved_before:
+        path = datastore.get_image_uri(image)
         for version in datastore.history.versions(image):
             file, record = datastore.history.get(image, version["version"])
-            if version["tag"] == FINAL and content_hash(file) == approved_before:
+            is_it = version["tag"] == FINAL and content_hash(file) == approved_before
+            if is_it and not is_of_another(record, path, file):
                 return Pair(file, record, label, final, unchanged=False)
     return None
 
@@ -71,7 +75,7 @@ def dice_of(pair: Pair, image: Path) -> dict[str, float]:
     Raises:
         DataError: one of the files can't be read, or doesn't fit the image.
     """
-    geometry = read_image(image).geometry
+    geometry = read_geometry(image)
     truth = read_label(pair.label, geometry)
     found = truth if pair.unchanged else read_label(pair.prediction, geometry)
     names = _asked_for(pair.of_prediction)
@@ -88,12 +92,17 @@ def mean_of(dice: Mapping[Any, float]) -> float | None:
 
 
 def _asked_for(record: Mapping[str, Any]) -> dict[int, str]:
-    """Names by value of the classes that a prediction could have had."""
+    """Names of the classes that a prediction could have had, by the values that they have, or would have, in its file.
+
+    A store that renumbered it says so in its classes, and leaves what the model said as it was.
+    """
     params = record.get("params")
-    named = params.get("label_names") if isinstance(params, dict) else None
-    if isinstance(named, dict):
-        return {value: name for name, value in named.items() if isinstance(value, int) and value > 0}
-    return declared(record)
+    told = params.get("label_names") if isinstance(params, dict) else None
+    if not isinstance(told, dict):
+        return declared(record)
+    names = {value: name for name, value in told.items() if isinstance(value, int) and value > 0}
+    stored = _values_in_label(names, declared(record))
+    return {stored[value]: name for value, name in names.items()}
 
 
 def _values_in_label(asked_for: Mapping[int, str], named: Mapping[int, str]) -> dict[int, int]:
@@ -108,8 +117,3 @@ def _values_in_label(asked_for: Mapping[int, str], named: Mapping[int, str]) -> 
         changes[value] = wanted.get(name, value if value not in named else free)
         free += changes[value] == free
     return changes
-
-
-def _time(record: Mapping[str, Any]) -> float:
-    when = record.get("ts")
-    return float(when) if isinstance(when, int | float) else 0.0

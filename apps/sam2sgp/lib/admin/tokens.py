@@ -18,6 +18,8 @@ from lib.stores.audit import Audit
 from lib.stores.tokens import Token, Tokens
 from sam2sgp.errors import ConfigError
 
+MOST_DAYS = 36500
+
 
 def token(words: Sequence[str], app_dir: Path) -> None:
     """Make a token and print it.
@@ -27,7 +29,8 @@ def token(words: Sequence[str], app_dir: Path) -> None:
         app_dir: the app's folder.
 
     Raises:
-        ConfigError: the name is in use or a user's, the role is none, there is no such server.
+        ConfigError: the name is in use or a user's, the role is none, the days are too few or too many, there is no
+            such server.
         OSError: the file can't be written.
     """
     parser = parser_of("token")
@@ -35,6 +38,8 @@ def token(words: Sequence[str], app_dir: Path) -> None:
     parser.add_argument("--role", required=True)
     parser.add_argument("--days", type=int)
     given = parser.parse_args(words)
+    if given.days is not None and not 1 <= given.days <= MOST_DAYS:
+        raise ConfigError(f"days: expected a number from 1 to {MOST_DAYS}, found {given.days}.")
     settings = _settings(given, app_dir)
     try:
         role = role_of(given.role)

@@ -44,6 +44,7 @@ from lib.stores.audit import current_user
 from lib.stores.decisions import DRAFT, FINAL, OF_ANOTHER, Decisions, state_of
 from lib.stores.image_identity import is_of_another
 from lib.stores.naming import declared
+from lib.stores.records import voxels_corrected
 from lib.stores.trail import Trail
 from sam2sgp.data import write_label
 from sam2sgp.data.io import output_suffix
@@ -333,9 +334,10 @@ class ReviewPage:
             info = self.datastore.get_label_info(image, correction.label_tag)
         after = corrected(before, correction.changes, values)
         changed = int((after != before).sum())
+        earlier = voxels_corrected(info)
         info = {key: info[key] for key in ("model", "params") if key in info}
         info["label_info"] = [{"idx": value, "name": name} for value, name in sorted(classes.items())]
-        info["corrected"] = {"voxels": changed, "from": correction.label_tag}
+        info["corrected"] = {"voxels": earlier + changed, "from": correction.label_tag}
         tag = self._save(image, after, shown, correction.save_as, info, correction.image_seen, tags_seen(correction))
         if tag == FINAL and correction.label_tag == DRAFT:
             # Somebody else may have saved another one meanwhile, which stays.

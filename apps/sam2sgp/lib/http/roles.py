@@ -204,8 +204,11 @@ def need(role: Role, what: str) -> None:
 
 
 def need_for_tag(tag: str) -> None:
-    """Refuse to save a label under a tag that needs a higher role than the client's. Raises Forbidden."""
-    need(OF_TAGS.get(tag, ANNOTATOR), f"saving a label as {tag!r}")
+    """Refuse to save a label under a tag that needs a higher role than the client's. Raises Forbidden.
+
+    A tag that differs in case only is in the same folder on a disk that knows no case.
+    """
+    need(OF_TAGS.get(tag.lower(), ANNOTATOR), f"saving a label as {tag!r}")
 
 
 def default_tag() -> str:

@@ -201,8 +201,11 @@ def _read_image(path: str | Path, scale: ScaleIntensityByModalityd) -> ShownImag
             "pixels; use a viewer for it."
         )
     stored = np.empty((count, height, width, channels), kind)
+    # The range of float32 values may be larger than the largest of them, or smaller than the smallest normal one.
+    precision = np.float32 if slope == 1.0 else np.float64
     for number, slice_values in enumerate(values):
-        stored[number] = np.rint((slice_values - intercept) / slope).transpose(1, 2, 0)
+        steps = np.subtract(slice_values, intercept, dtype=precision) / slope
+        stored[number] = np.rint(steps).transpose(1, 2, 0)
     stored.flags.writeable = False
     low, high = (lowest, highest) if image.is_rgb else _percentiles(values, stored, slope, intercept, scale.percentiles)
     is_told = image.is_rgb or image.geometry.is_picture

@@ -21,7 +21,9 @@ from lib.checks import NotFound
 from lib.settings import Settings
 from lib.stamps import Stamp, stamp
 from lib.stores.decisions import FINAL
+from lib.stores.image_identity import is_of_another
 from lib.stores.naming import declared
+from lib.stores.records import time_of
 from sam2sgp.data import class_names, load_datalist, skipped_in
 from sam2sgp.errors import DataError
 
@@ -32,6 +34,10 @@ COARSEST_TIME = 2 * 10**9
 DECLARATIONS = ("dataset.json", "labels.json")
 # Of a data folder: what its list of pairs depends on.
 LISTINGS = (".", *DECLARATIONS, "images", "labels", "masks")
+OF_ANOTHER = (
+    "image {}: expected an approved label of this image, found one that was made of another image under this name; "
+    "correct it on this one, or remove it."
+)
 
 
 class LabelledCases:
@@ -43,6 +49,8 @@ class LabelledCases:
 
     Attributes:
         problem: why no cases of `support_dir` are used; None if nothing is wrong.
+        left_out: approved labels that aren't of the image that is there, as of the last `cases`: dicts with `name`,
+            `source` and `error`, as those of a `SupportBank`.
     """
 
     def __init__(self, datastore: Datastore, settings: Settings) -> None:
@@ -56,6 +64,7 @@ class LabelledCases:
         self._folders: tuple | None = None
         self._paths: dict[str, tuple[str, str]] = {}
         self.problem: str | None = None
+        self.left_out: list[dict] = []
         self._seeds: list[dict] = []
         self._listing: tuple = ()
         self._listing_settled = False
@@ -100,7 +109,7 @@ class LabelledCases:
         self._folders = self._folder_times()
         self._seen = self._state(ids)
         paths = {}
-        cases, infos = [], []
+        cases, infos, left_out = [], [], list[dict]()
         for image_id, (image, label) in pairs.items():
             try:
                 info = self.datastore.get_image_info(image_id) if image else None
@@ -110,15 +119,20 @@ class LabelledCases:
             if info is None:
                 continue
             paths[image_id] = image, label
+            about = self.datastore.get_label_info(image_id, FINAL)
+            if is_of_another(about, image, label):
+                left_out.append({"name": image_id, "source": image, "error": OF_ANOTHER.format(image_id)})
+                continue
             case = {"name": image_id, "image": image, "label": label, "patient": self.patient_of(image_id, info)}
             modality = info.get("Modality")
             cases.append({**case, "group": None, **({"modality": modality} if modality else {})})
-            infos.append(self.datastore.get_label_info(image_id, FINAL))
+            infos.append(about)
         if paths.keys() != pairs.keys():
             # What has gone is looked for again, for it may come back.
             self._paths = paths
             self._folders = self._folder_times()
             self._seen = self._state(ids)
+        self.left_out = left_out
         self._refresh_seeds()
         self._given = _names_of(infos)
         self._declared = self._read_declared()
@@ -231,12 +245,6 @@ def _is_settled(stamps: Iterable[Stamp | None], now: int) -> bool:
 def _names_of(infos: list[dict[str, Any]]) -> dict[int, str]:
     """Class names that clients sent with labels, as `label_info`; of several for one value the newest counts."""
     names: dict[int, str] = {}
-    for info in sorted(infos, key=_made):
+    for info in sorted(infos, key=time_of):
         names |= declared(info)
     return names
-
-
-def _made(info: dict[str, Any]) -> float:
-    """When a label was made, in seconds since 1970; 0 where nothing tells."""
-    when = info.get("ts")
-    return when if isinstance(when, int | float) and when == when else 0

@@ -159,7 +159,7 @@ class ServerSegmenter:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether an image is being segmented, or the support set encoded; it waits for nobody."""
+        """Whether a request for a segmentation is being worked on; it waits for nobody."""
         return self._at_work
 
     @property
@@ -224,7 +224,7 @@ class ServerSegmenter:
             self._behind = True
             declared = self.cases.declared()
         bank.reconcile(cases, declared)
-        left_out = {error["name"]: error["error"] for error in bank.errors}
+        left_out = {error["name"]: error["error"] for error in [*self.cases.left_out, *bank.errors]}
         return [case for case in cases if case["name"] not in left_out], list(left_out.values())
 
     # Keeping up
@@ -292,11 +292,6 @@ class ServerSegmenter:
             finally:
                 self._at_work = False
 
-    def encode(self) -> None:
-        """Make all tokens that are not there yet, so that no request has to."""
-        with self._working():
-            self._ready().encode()
-
     def catch_up(self) -> bool:
         """Take in what has changed, and learn all that the next request needs, while nobody else wants the network.
 
@@ -346,7 +341,7 @@ class ServerSegmenter:
     def _reconcile(self, serving: LoadedNetwork) -> None:
         """Take in the approved labels as they are now."""
         cases = self.cases.cases()
-        errors = serving.bank.errors
+        before = self.state().errors
         self._bring_in_line(serving, cases)
         self._behind = False
         self._patients = {case["name"]: case["patient"] for case in cases}
@@ -354,18 +349,18 @@ class ServerSegmenter:
         values = [value for column, value in enumerate(bank.class_values) if bank.holds[:, column].any()]
         self._names = self.cases.names(values)
         seeds = set(self.cases.seeds())
-        self._state = SupportState(
+        state = self._state = SupportState(
             tuple(bank.items),
             dict(bank.class_names),
             self._names,
-            frozenset(case["name"] for case in cases),
+            frozenset(case["name"] for case in (*cases, *self.cases.left_out)),
             {str(case["image"]): case["name"] for case in cases if case["name"] not in seeds},
-            tuple(bank.errors),
+            (*self.cases.left_out, *bank.errors),
             serving.version.name,
             bank.scaling(),
         )
-        for error in bank.errors:
-            if error not in errors:
+        for error in state.errors:
+            if error not in before:
                 logger.warning("Not in the support set: %s", error["error"])
 
     def _bring_in_line(self, serving: LoadedNetwork, cases: list[dict]) -> None:

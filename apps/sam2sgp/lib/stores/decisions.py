@@ -33,7 +33,7 @@ from lib.stores.audit import Audit, current_user
 from lib.stores.history import FOLDER as HISTORY
 from lib.stores.history import History
 from lib.stores.image_identity import is_of_another
-from lib.stores.records import LabelRecord, checked
+from lib.stores.records import UNCHANGED, LabelRecord, author_of, checked, origin_of
 from sam2sgp.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -248,8 +248,11 @@ class Decisions(Datastore):
             self.history.keep(image_id, tag, path, self.get_label_info(image_id, tag))
 
     def _keep_replaced(self, image_id: str, tag: str) -> None:
-        """The same of a label that is about to be submitted once more, but for predictions: these are made again."""
-        if tag != ORIGINAL:
+        """The same of a label that is about to be submitted once more, but for predictions: these are made again.
+
+        A label that somebody submitted where predictions are is none.
+        """
+        if tag != ORIGINAL or origin_of(self.get_label_info(image_id, tag)) != UNCHANGED:
             self._keep_earlier(image_id, tag)
 
     def approve(self, image_id: str, tag: str, seen: str = "") -> None:
@@ -314,7 +317,7 @@ class Decisions(Datastore):
 
         A prediction has no author, and whoever looks at it is the first.
         """
-        user, author = current_user.get(), self.get_label_info(image_id, tag).get("user")
+        user, author = current_user.get(), author_of(self.get_label_info(image_id, tag))
         if self.approve_own or (user is not None and user != author):
             return
         found = "nobody by name" if user is None else f"{user!r}, who made or changed it last"

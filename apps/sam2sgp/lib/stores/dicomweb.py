@@ -374,7 +374,7 @@ class DicomWebDatastore(Decisions):
         labels = renumber(labels, changes) if changes else labels
         names = {value: sent.get(value) or of_value.get(value) or f"class_{value}" for value in values} or of_value
         info["label_info"] = [{"name": text, "idx": value} for value, text in names.items()]
-        info.update(ts=int(time.time()), name=name, SeriesInstanceUID=image_id, **claim(folder))
+        info = {**claim(folder), **info, "ts": int(time.time()), "name": name, "SeriesInstanceUID": image_id}
         path = self._kept.path(image_id, tag)
         if tag == FINAL:
             self._approve(self._series(image_id), folder, labels, geometry, names, info)
@@ -406,7 +406,9 @@ class DicomWebDatastore(Decisions):
         """
         path = self._kept.path(image_id, old)
         before = self._kept.files(self._kept.path(image_id, new)) if new != FINAL else {}
-        self._save_label(image_id, str(path), path.name, new, _without_segmentation(self._kept.record(path)))
+        record = _without_segmentation(self._kept.record(path))
+        # It is of the series that it was made of, as far as that is known.
+        self._save_label(image_id, str(path), path.name, new, {MADE_OF: {}, **record})
         try:
             self._remove_label(image_id, old)
         except (StorageError, OSError) as error:

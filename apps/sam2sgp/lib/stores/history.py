@@ -2,7 +2,8 @@
 
 In: labels that are about to be replaced or deleted. Out: the list of an image's earlier states, and the file of one. Of
 each image the last `MOST_KEPT` states stay, as far as they take no more than `MOST_BYTES` together; the last one stays
-however large it is. Each is a copy of the label's file with what was known about it next to it. Files are whole or not
+however large it is. Approved states have as much room for themselves, so that no number of drafts drives them out. Each
+is a copy of the label's file with what was known about it next to it. Files are whole or not
 there; threads and processes may keep some at once.
 """
 
@@ -17,12 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from monailabel.interfaces.datastore import DefaultLabelTag
+
 from lib.checks import NotFound, suffix_of
 from lib.stores.audit import content_hash
 from sam2sgp.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
+FINAL = DefaultLabelTag.FINAL.value
 # Next to the locks of the images.
 FOLDER = "history"
 MOST_KEPT = 20
@@ -94,8 +98,13 @@ class History:
 
     def _clear(self, image_id: str) -> None:
         """Delete the oldest states of an image that are too many or take too much."""
+        versions = self.versions(image_id)
+        for was_approved in (True, False):
+            self._clear_of(image_id, [kept for kept in versions if (kept["tag"] == FINAL) is was_approved])
+
+    def _clear_of(self, image_id: str, versions: list[dict[str, Any]]) -> None:
         size = 0
-        for number, kept in enumerate(self.versions(image_id)):
+        for number, kept in enumerate(versions):
             files = list(self._of(image_id).glob(f"{kept['version']}.*"))
             size += sum(file.stat().st_size for file in files)
             if number >= MOST_KEPT or (number and size > MOST_BYTES):

@@ -30,6 +30,12 @@ def claim(image: str | Path, label: str = "") -> dict[str, Any]:
     return {KEY: {"stamp": _stamp(image), "content": _content(image), "label": label}}
 
 
+def claim_in(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known about the image that a label was made of: `stamp`, `content` and `label`; {} for nothing."""
+    made_of = record.get(KEY)
+    return made_of if isinstance(made_of, dict) else {}
+
+
 def is_of_another(record: Mapping[str, Any], image: str | Path, label: str | Path) -> bool:
     """Whether a label was made of another image than there is now.
 
@@ -40,13 +46,17 @@ def is_of_another(record: Mapping[str, Any], image: str | Path, label: str | Pat
         record: what is known about the label.
         image, label: paths.
     """
-    made_of = record.get(KEY)
-    if not isinstance(made_of, dict) or made_of.get("stamp") == _stamp(image):
+    made_of = claim_in(record)
+    if not made_of or made_of.get("stamp") == _stamp(image):
         return False
-    before, now = made_of.get("content"), _content(image)
-    if not before or not now or before == now:
+    try:
+        before, now = made_of.get("content"), _content(image)
+        if not before or not now or before == now:
+            return False
+        return not made_of.get("label") or made_of["label"] == content_hash(label)
+    except OSError:
+        # One of them has gone meanwhile.
         return False
-    return not made_of.get("label") or made_of["label"] == content_hash(label)
 
 
 def _stamp(image: str | Path) -> str:

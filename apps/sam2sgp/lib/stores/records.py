@@ -118,11 +118,30 @@ def of_prediction(model: str, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def origin_of(record: Mapping[str, Any]) -> str | None:
-    """How an approved label came about: a prediction `UNCHANGED`, or `CORRECTED` on the page; None for others."""
+    """How an approved label came about: a prediction `UNCHANGED`, or `CORRECTED` on the page; None for others,
+    such as those drawn by hand."""
+    if not record.get("model"):
+        return None
+    return CORRECTED if voxels_corrected(record) else UNCHANGED
+
+
+def voxels_corrected(record: Mapping[str, Any]) -> int:
+    """How many voxels of a label were changed on the page, from save to save."""
     corrected = record.get("corrected")
-    if isinstance(corrected, dict) and corrected.get("voxels"):
-        return CORRECTED
-    return UNCHANGED if record.get("model") else None
+    voxels = corrected.get("voxels") if isinstance(corrected, dict) else 0
+    return voxels if isinstance(voxels, int) else 0
+
+
+def time_of(record: Mapping[str, Any]) -> float:
+    """When a label was saved, in seconds since 1970; 0 where nothing tells."""
+    when = record.get("ts")
+    return float(when) if isinstance(when, int | float) and when == when else 0.0
+
+
+def author_of(record: Mapping[str, Any]) -> str | None:
+    """Who made a label, or changed it last; None for a prediction as it was made, whoever asked for it."""
+    is_prediction = record.get("model") and "corrected" not in record
+    return None if is_prediction else record.get("user")
 
 
 def _plain_parts(record: Any) -> tuple[dict[str, Any], list[str]]:
