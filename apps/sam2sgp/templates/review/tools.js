@@ -83,10 +83,9 @@ export class Tools {
    * would be what somebody paints who may not save it.
    */
   mayChange() {
-    if (this.state.notOffered.draft) this.page.say(this.state.notOffered.draft);
-    if (this.state.notOffered.draft) return false;
-    if (this.page.isBusy()) this.page.say("Wait until this is done, then paint.");
-    return !this.page.isBusy();
+    const refusal = this.state.notOffered.draft || (this.page.isBusy() && "Wait until this is done, then paint.");
+    if (refusal) this.page.say(refusal);
+    return !refusal;
   }
 
   /** Whether there is something to paint on; else says why not. */
