@@ -2,9 +2,7 @@
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -13,7 +11,6 @@ import torch
 
 from sam2sgp.errors import DataError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
-from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler, content, tensor_store
 from sam2sgp.support.lru import ByteLRU
@@ -517,63 +514,6 @@ def test_a_query_costs_the_same_however_large_the_bank_is(tmp_path, net, encoder
 
 
 # Queries
-
-
-def test_a_second_request_on_an_image_skips_the_encoder(folder, net, encoder):
-    support = bank(folder)
-    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2), batch_size=2), query_cache=QueryCache())
-    first = inferer(query(), net)
-    calls = encoder.calls
-    assert torch.equal(inferer(query(), net), first) and encoder.calls == calls
-    inferer = replace(inferer, settings=replace(inferer.settings, sampler=SupportSampler(k=3)))
-    more = inferer(query(), net)
-    assert encoder.calls == calls and not torch.equal(more, first)
-    assert torch.equal(
-        more, SupportSetInferer(support, InferenceSettings(SupportSampler(k=3), batch_size=2))(query(), net)
-    )
-    calls = encoder.calls
-    inferer(query(98), net)
-    assert encoder.calls == calls + 2
-
-
-def test_features_of_another_network_or_precision_are_not_used(folder):
-    support, query_cache = bank(folder), QueryCache()
-    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2)), query_cache=query_cache)
-    for seed in (0, 1, 0):
-        inferer.reset()
-        assert torch.equal(
-            inferer(query(), network(seed)),
-            SupportSetInferer(bank(folder), InferenceSettings(SupportSampler(k=2)))(query(), network(seed)),
-        )
-    assert len(query_cache.recent) == 2 * len(query())
-    half = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2), precision="bf16"), query_cache=query_cache)
-    half(query(), network(0))
-    assert len(query_cache.recent) == 3 * len(query())
-
-
-def test_only_the_images_that_are_new_are_encoded(net):
-    cache, encoded = QueryCache(), []
-    images = query(count=4).expand(-1, 3, -1, -1)
-
-    def encode(image):
-        encoded.append(len(image))
-        return net.encode(image)
-
-    counting = SimpleNamespace(encode=encode)
-    cache(images[[1, 3]], counting, "")
-    features = cache(images[[0, 1, 0, 3]], counting, "")
-    assert encoded == [2, 1]
-    torch.testing.assert_close(features.embedding, net.encode(images[[0, 1, 0, 3]]).embedding)
-
-
-def test_cached_features_are_bounded(net, folder):
-    whole = QueryCache()
-    whole(query(count=1).expand(-1, 3, -1, -1), net, "")
-    small = QueryCache(2.5 * whole.recent.currsize / 2**20)
-    SupportSetInferer(bank(folder), InferenceSettings(SupportSampler(k=2), batch_size=1), query_cache=small)(
-        query(count=5), net
-    )
-    assert len(small.recent) == 2 and small.recent.currsize <= small.recent.maxsize
 
 
 def test_a_part_has_tables_of_its_own_and_writes_nothing(folder, cache, net):
