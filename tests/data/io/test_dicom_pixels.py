@@ -208,20 +208,6 @@ def test_high_throughput_jpeg_2000_is_decoded_and_private_syntaxes_are_named(tmp
             read_image(tmp_path / "b.dcm")
 
 
-@pytest.mark.parametrize("implicit", [True, False])
-def test_file_without_preamble_and_meta_header_is_read(tmp_path, implicit):
-    values = RNG.integers(0, 4096, (6, 7)).astype(np.uint16)
-    dataset = pydicom.dcmread(write_dicom(tmp_path / "whole.dcm", values, **TWELVE_BITS))
-    bare = pydicom.Dataset({element.tag: element for element in dataset})
-    bare.is_little_endian, bare.is_implicit_VR = True, implicit
-    pydicom.dcmwrite(tmp_path / "bare", bare)
-    assert (tmp_path / "bare").read_bytes()[:2] == b"\x08\x00"
-    assert np.array_equal(view(tmp_path / "bare"), values * 2.0 - 100)
-    (tmp_path / "noise.dcm").write_bytes(RNG.bytes(2000))
-    with pytest.raises(DataError, match="noise.dcm: expected a DICOM file"):
-        read_image(tmp_path / "noise.dcm")
-
-
 @pytest.mark.parametrize("bits", [10, 16])
 def test_deep_colours_fill_the_range_of_colours(tmp_path, bits):
     colours = RNG.integers(0, 2**bits, (6, 7, 3)).astype(np.uint16)
