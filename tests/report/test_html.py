@@ -6,16 +6,12 @@ import io
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
-import nibabel as nib
 import numpy as np
-import torch
 from PIL import Image
 
-from sam2sgp.data import read_image
 from sam2sgp.drawing import class_colour, draw_overlay
 from sam2sgp.evaluation import case_metrics, summarise
 from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
-from sam2sgp.report.slices import frames, sides_of, slice_position
 from tests.drawn import GREY, plain, square_map
 
 NASTY = "<img src=x onerror=alert(1)>\"'&.png"
@@ -221,25 +217,3 @@ def test_links_lead_from_the_report_to_the_files(tmp_path):
     links = [attributes["href"] for attributes in page.all("a") if not attributes["href"].startswith("#")]
     reached = {(tmp_path / "out" / unquote(link)).resolve() for link in links}
     assert reached == {image, label}
-
-
-def test_pictures_of_a_volume_say_sides_scale_and_place(tmp_path):
-    affine = np.diag([-0.5, -0.5, 3.0, 1.0])
-    affine[:3, 3] = (40, 60, -30)
-    nib.save(nib.Nifti1Image(np.zeros((160, 200, 12), np.int16), affine), tmp_path / "v.nii.gz")
-    image = read_image(tmp_path / "v.nii.gz")
-    assert sides_of(image.geometry) == "RLAP"
-    assert slice_position(image.geometry, 0) == "Slice 1 of 12, 30.0 mm I"
-    assert slice_position(image.geometry, 11) == "Slice 12 of 12, 3.0 mm S"
-    coronal = read_image(tmp_path / "v.nii.gz", slice_axis=1).geometry
-    assert sides_of(coronal) == "RLSI" and slice_position(coronal, 0) == "Slice 1 of 200, 60.0 mm A"
-    sagittal = read_image(tmp_path / "v.nii.gz", slice_axis=0).geometry
-    assert sides_of(sagittal) == "APSI" and slice_position(sagittal, 0)[-9:] == "40.0 mm R"
-    shown = frames(image.geometry, [3, 7], torch.zeros(2, 1, 200, 160), {"pred": np.zeros((3, 200, 160), int)})
-    assert [frame.caption for frame in shown] == ["Slice 4 of 12, 21.0 mm I", "Slice 8 of 12, 9.0 mm I"]
-    panels = [("Query", plain())]
-    page, html = page_of(
-        tmp_path, Report("R", figures=[CaseFigure("v", "", panels, frames=shown, sides="RLAP", width_mm=80)])
-    )
-    # A bar of 20 mm in a picture of 80 mm, and four letters, on the panel and both frames.
-    assert html.count('class="bar" style="width:25.00%">20 mm<') == 3 and html.count('class="side ') == 12
