@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from monai.bundle import ConfigParser
@@ -9,7 +10,6 @@ from monai.bundle import ConfigParser
 from sam2sgp.errors import ConfigError, cause_of
 from sam2sgp.options import ALL, check, check_places, help_text
 from tests.bundle_runs import CONFIGS, run
-from tests.test_docs import SETTINGS
 
 INFERENCE = ("inference.json",)
 EVALUATION = ("train.json", "evaluate.json")
@@ -48,7 +48,8 @@ def test_every_described_setting_is_in_some_config_and_every_documented_one_is_d
     content = "".join(path.read_text() for path in CONFIGS.rglob("*.json"))
     idle = {"lora::dropout"}
     assert [name for name in ALL if name not in idle and f'"{name.split("::")[-1]}"' not in content] == []
-    rows = re.findall(r"^\| (`[a-z_:]+`(?:, `[a-z_:]+`)*) \| [^|]* \| ", SETTINGS, re.MULTILINE)
+    page = (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
+    rows = re.findall(r"^\| (`[a-z_:]+`(?:, `[a-z_:]+`)*) \| [^|]* \| ", page, re.MULTILINE)
     documented = {name for names in rows for name in re.findall("`([a-z_:]+)`", names)}
     settings = documented & {name for path in CONFIGS.rglob("*.json") for name in json.loads(path.read_text())}
     assert len(settings) > 40 and settings <= ALL.keys()
