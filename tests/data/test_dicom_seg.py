@@ -360,3 +360,14 @@ def test_an_image_without_a_class_becomes_a_segmentation_of_empty_segments(tmp_p
     # A map with classes is what it is without the switch.
     write_dicom_seg(path, blobs(geometry.shape), geometry, source, NAMES, keep_empty=True)
     assert len(highdicom.seg.segread(path).SegmentSequence) == 3
+
+
+def test_more_than_255_classes_are_segments_of_their_own(tmp_path):
+    source = series(tmp_path / "series")
+    geometry = read_image(source).geometry
+    labels = np.zeros(geometry.shape, int)
+    labels.ravel()[:257] = np.arange(1, 258)
+    names = {value: f"structure {value}" for value in range(1, 258)}
+    assert write_dicom_seg(tmp_path / "seg.dcm", labels, geometry, source, names)
+    found, told = read_dicom_seg(tmp_path / "seg.dcm", geometry, source)
+    assert np.array_equal(found, labels) and told == names

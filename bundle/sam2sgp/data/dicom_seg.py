@@ -93,7 +93,7 @@ def write_dicom_seg(
         if is_dicom_seg(path):
             path.unlink()
         return False
-    numbers = np.zeros(values[-1] + 1, dtype=np.uint8)
+    numbers = np.zeros(values[-1] + 1, dtype=np.uint16)
     numbers[values] = np.arange(1, len(values) + 1)
     # A file's grid is (column, row, slice), with slices in the order of its headers.
     segments = numbers[native.transpose(2, 1, 0)]
