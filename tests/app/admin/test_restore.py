@@ -13,7 +13,7 @@ from lib.admin import restore as restoring
 from lib.admin.backup_file import checked
 from lib.admin.restore import restore
 from lib.serving.published_weights import Weights
-from lib.state_folder import RESTORE, UNFINISHED, alone, hold
+from lib.state_folder import RESTORE, UNFINISHED, exclusive, hold
 from lib.stores.folder_index import JOURNAL
 from lib.stores.opening import open_datastore
 from sam2sgp.errors import ConfigError, DataError
@@ -118,7 +118,7 @@ def test_a_restore_that_is_killed_leaves_all_as_it_was_or_is_finished_by_the_nex
 def test_a_restore_and_a_server_keep_out_of_each_others_way(site, other):
     file = site.save()
     other.state.mkdir()
-    with alone(other.state), pytest.raises(ConfigError, match="found a restore at work on it"):
+    with exclusive(other.state), pytest.raises(ConfigError, match="found a restore at work on it"):
         hold(other.state)
     child = os.fork()
     if not child:

@@ -39,7 +39,7 @@ from starlette.background import BackgroundTask
 from starlette.types import Receive, Scope, Send
 
 from lib.checks import NotFound, RequestError, check_file_name, image_limit, suffix_of
-from lib.http.roles import NO_APPROVER, SECOND_PAIR, default_tag, need_for_tag
+from lib.http.access import NO_APPROVER, SECOND_PAIR, default_tag, need_for_tag
 from lib.http.routing import (
     ADMIN,
     ANNOTATOR,

@@ -17,11 +17,11 @@ from starlette.testclient import TestClient
 
 import lib.http.metrics
 import main
+from lib.http.access import NEEDED, SECOND_PAIR, needed_for, told
 from lib.http.endpoints import routes
 from lib.http.guard import install, serve_only
 from lib.http.page import SupportPage
 from lib.http.review import ReviewPage
-from lib.http.roles import NEEDED, SECOND_PAIR, needed_for, told
 from lib.http.task_endpoints import task_routes
 from lib.roles import Role
 from lib.stores.audit import Audit, current_user
