@@ -8,11 +8,11 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from sam2sgp.engines.case_records import CaseRecords, settings_of_run
+from sam2sgp.engines.case_records import CaseRecords, _bank_content, settings_of_run
 from sam2sgp.errors import DataError
 from sam2sgp.transforms import cache_keys
 from tests.bundle_runs import BUNDLE, CONFIGS
-from tests.support.pairs import write_set
+from tests.support.pairs import bank, write_set
 
 FAST = {"image_size": 64, "k": 2, "region_below": 0, "report_figures": 1, "progress": False}
 
@@ -39,6 +39,7 @@ OTHER = {
     "three_d_memory": False,
     "memory_frames": 1,
     "object_gate": False,
+    "one_piece": False,
     "dicom_seg": True,
     "save_probability": True,
     "save_uncertainty": True,
@@ -117,3 +118,16 @@ def test_what_older_readers_gave_is_segmented_again(key_of, monkeypatch):
     before = key_of()
     monkeypatch.setattr(cache_keys, "READERS_VERSION", cache_keys.READERS_VERSION + 1)
     assert key_of() != before
+
+
+def test_a_labelled_image_without_an_object_counts_where_queries_are_scaled_like_it(tmp_path):
+    folder = write_set(tmp_path / "set", 2)
+    before = bank(folder)
+    ct = np.full((32, 32, 6), -1000, np.int16)
+    ct[8:24, 8:24] = np.random.default_rng(0).integers(-50, 150, (16, 16, 6))
+    for kind, array in (("images", ct), ("labels", np.zeros(ct.shape, np.uint8))):
+        nib.save(nib.Nifti1Image(array, np.eye(4)), folder / kind / "empty.nii")
+    after = bank(folder)
+    assert [item.content for item in after.items] == [item.content for item in before.items]
+    assert after.scaling() != before.scaling() and _bank_content(after) != _bank_content(before)
+    assert _bank_content(bank(folder)) == _bank_content(after)
