@@ -24,6 +24,14 @@ def test_each_module_has_its_tests_in_the_file_of_its_name(package, tests):
     assert [file for file in expected.values() if file.is_file() and "def test_" not in file.read_text()] == []
 
 
+def test_helpers_are_in_one_place():
+    modules = {path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("*.py")}
+    others = {path for path in modules if not path.name.startswith("test_") and path.name != "conftest.py"}
+    # Servers, browsers and archives of the end-to-end tests are by themselves.
+    assert {path.parts[0] for path in others} == {"helpers", "e2e"}
+    assert not any(path.name.startswith("test_") for path in modules if path.parts[0] == "helpers")
+
+
 def test_tests_take_their_helpers_from_modules_that_are_no_tests():
     written = re.compile(r"^\s*(?:from|import) tests\.(?:\w+\.)*test_\w+", re.MULTILINE)
     assert [path.name for path in (ROOT / "tests").rglob("*.py") if written.search(path.read_text())] == []

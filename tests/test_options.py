@@ -9,7 +9,7 @@ from monai.bundle import ConfigParser
 
 from sam2sgp.errors import ConfigError, cause_of
 from sam2sgp.options import ALL, check, check_places, help_text
-from tests.bundle_runs import CONFIGS, run
+from tests.helpers.bundle_runs import CONFIGS, run
 
 INFERENCE = ("inference.json",)
 EVALUATION = ("train.json", "evaluate.json")

@@ -5,7 +5,7 @@ import torch
 
 from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.networks import SAM2SGP, load_weights
-from tests.bundle_runs import SMALL, run
+from tests.helpers.bundle_runs import SMALL, run
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from PIL import Image
 from sam2sgp import distributed
 from sam2sgp.engines import QueryEvaluator
 from sam2sgp.errors import ConfigError, cause_of
-from tests.bundle_runs import random_weights, run
-from tests.support.pairs import age, write_case, write_set
+from tests.helpers.bundle_runs import random_weights, run
+from tests.helpers.pairs import age, write_case, write_set
 
 FAST = {"image_size": 64, "k": 2, "region_below": 0, "report_figures": 1, "progress": False}
 

@@ -5,7 +5,7 @@ import torch
 
 from sam2sgp.active import STRATEGIES, choose
 from sam2sgp.errors import ConfigError
-from tests.active.embeddings import at
+from tests.helpers.embeddings import at
 
 
 def test_each_strategy_goes_by_what_it_is_named_after():

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from sam2sgp.active import distances, k_centre, represent
-from tests.active.embeddings import at
+from tests.helpers.embeddings import at
 
 
 def test_distance_is_half_the_chord_to_the_nearest_labelled_image():

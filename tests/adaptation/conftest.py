@@ -5,7 +5,7 @@ import torch
 
 from sam2sgp.adaptation import plan
 from sam2sgp.networks import SAM2SGP
-from tests.adaptation.banks import SIZE
+from tests.helpers.banks import SIZE
 
 
 @pytest.fixture(scope="module")

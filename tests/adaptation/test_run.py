@@ -12,7 +12,7 @@ from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.run import Run
 from sam2sgp.adaptation.training import Training
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
-from tests.adaptation.banks import bank, phantom, volume
+from tests.helpers.banks import bank, phantom, volume
 
 pytestmark = pytest.mark.usefixtures("small_correctors")
 

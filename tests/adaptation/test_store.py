@@ -12,7 +12,7 @@ from sam2sgp.adaptation.corrector import Corrector, Trunk
 from sam2sgp.adaptation.groups import Groups
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.record import AdaptationRecord
-from tests.adaptation.banks import SIZE, bank, phantom
+from tests.helpers.banks import SIZE, bank, phantom
 
 CASES = [phantom(number) for number in range(4)]
 

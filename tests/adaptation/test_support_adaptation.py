@@ -18,7 +18,7 @@ from sam2sgp.engines import adapted
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.transforms import to_three_channels
-from tests.adaptation.banks import SIZE, bank, bright_discs, phantom, queries, volume
+from tests.helpers.banks import SIZE, bank, bright_discs, phantom, queries, volume
 
 pytestmark = pytest.mark.usefixtures("small_correctors")
 

@@ -7,7 +7,7 @@ from sam2sgp.adaptation.corrector import Corrector, Trunk, bounded
 from sam2sgp.adaptation.pairs import Pair, Pairs
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.training import WARMUP, Training
-from tests.adaptation.banks import SIZE, bright_discs
+from tests.helpers.banks import SIZE, bright_discs
 
 
 def test_a_corrector_starts_from_what_the_network_finds_and_learns_its_pairs(network):

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from lib.server_paths import Folders, open_plain, read_plain
-from tests.app.waiting import in_time
-from tests.uploads import nifti
+from tests.helpers.uploads import nifti
+from tests.helpers.waiting import in_time
 
 
 @pytest.fixture

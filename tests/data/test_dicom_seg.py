@@ -23,8 +23,8 @@ from sam2sgp.data.dicom_seg import MOST_SEGMENTS, DicomSourceError
 from sam2sgp.data.folders import load_datalist
 from sam2sgp.errors import DataError
 from sam2sgp.transforms import OutputNames, SaveDicomSegd
-from tests.data.dicom_files import write_dicom, write_enhanced
-from tests.data.segmentations import NAMES, SERIES, SHAPE, blobs, segment, series
+from tests.helpers.dicom_files import write_dicom, write_enhanced
+from tests.helpers.segmentations import NAMES, SERIES, SHAPE, blobs, segment, series
 
 
 def classes_on(header: pydicom.Dataset, label: nib.Nifti1Image) -> np.ndarray:

@@ -9,8 +9,8 @@ import pytest
 
 from sam2sgp.data import load_datalist, load_queries, skipped_in
 from sam2sgp.errors import DataError
-from tests.data.data_folders import pairs_in, write
-from tests.data.dicom_files import write_series
+from tests.helpers.data_folders import pairs_in, write
+from tests.helpers.dicom_files import write_series
 
 NNUNET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
 DECATHLON = {"training": [{"image": f"imagesTr/c_{n}.nii.gz", "label": f"labelsTr/c_{n}.nii.gz"} for n in (1, 2)]}

@@ -7,7 +7,7 @@ import pytest
 
 from sam2sgp.data.folders import load_datalist
 from sam2sgp.errors import DataError
-from tests.data.data_folders import names, pairs_in, said, touch, write, write_json
+from tests.helpers.data_folders import names, pairs_in, said, touch, write, write_json
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from sam2sgp.data.folders import load_datalist
 from sam2sgp.data.io import read_image
 from sam2sgp.errors import DataError
-from tests.data.data_folders import names, said, touch
-from tests.data.dicom_files import write_dicom, write_object, write_series
+from tests.helpers.data_folders import names, said, touch
+from tests.helpers.dicom_files import write_dicom, write_object, write_series
 
 
 def test_what_lies_among_queries_is_read_or_said(tmp_path):

@@ -19,10 +19,10 @@ import requests
 from pydicom import dcmread
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
-from tests.app.archives import fake_archive, series_entry
-from tests.data.io.itk_files import META_REFUSED, NRRD_REFUSED
 from tests.e2e.server import Server, serving
-from tests.uploads import (
+from tests.helpers.archives import fake_archive, series_entry
+from tests.helpers.itk_files import META_REFUSED, NRRD_REFUSED
+from tests.helpers.uploads import (
     GREY,
     VOLUME,
     crashing_dicom,

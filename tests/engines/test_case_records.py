@@ -11,8 +11,8 @@ from monai.bundle import ConfigParser
 from sam2sgp.engines.case_records import CaseRecords, _bank_content, settings_of_run
 from sam2sgp.errors import DataError
 from sam2sgp.transforms import cache_keys
-from tests.bundle_runs import BUNDLE, CONFIGS
-from tests.support.pairs import bank, write_set
+from tests.helpers.bundle_runs import BUNDLE, CONFIGS
+from tests.helpers.pairs import bank, write_set
 
 FAST = {"image_size": 64, "k": 2, "region_below": 0, "report_figures": 1, "progress": False}
 

@@ -10,7 +10,7 @@ from sam2sgp.inferers.object_gate import MAX_JUDGED, among_neighbours, gate_thre
 from sam2sgp.inferers.volume import MAX_WINDOW
 from sam2sgp.networks import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
-from tests.inferers.stubs import SIZE, StubNetwork
+from tests.helpers.stubs import SIZE, StubNetwork
 
 
 class Eager(StubNetwork):

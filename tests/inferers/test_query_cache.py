@@ -9,8 +9,8 @@ import torch
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.support import SupportSampler
-from tests.bundle_runs import computing_with_one_thread
-from tests.support.pairs import (
+from tests.helpers.bundle_runs import computing_with_one_thread
+from tests.helpers.pairs import (
     COUNT,
     Counter,
     bank,

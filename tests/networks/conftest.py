@@ -7,7 +7,7 @@ import torch
 from sam2.build_sam import build_sam2
 
 from sam2sgp import networks
-from tests.networks.small import SIZE
+from tests.helpers.small_network import SIZE
 
 TINY_YAML = "configs/sam2.1/sam2.1_hiera_t.yaml"
 

@@ -3,7 +3,7 @@
 import torch
 
 from sam2sgp.networks.mask_decoder import _attend
-from tests.networks.small import network
+from tests.helpers.small_network import network
 
 
 def test_guidance_draws_attention_to_the_pseudo_mask(images):

@@ -5,7 +5,7 @@ import torch
 from monai.networks.blocks.dynunet_block import UnetResBlock
 
 from sam2sgp.networks.refinement import ClassesBlock, Refinement, _block
-from tests.networks.small import SIZE, network, square_masks
+from tests.helpers.small_network import SIZE, network, square_masks
 
 
 def test_a_new_refinement_changes_nothing(images):

@@ -6,7 +6,7 @@ import torch
 from sam2sgp.engines import SGPLoss
 from sam2sgp.errors import ConfigError
 from sam2sgp.networks import SAM2SGP
-from tests.networks.small import SIZE, network, square_masks
+from tests.helpers.small_network import SIZE, network, square_masks
 
 
 def test_shapes_with_and_without_support(images):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from sam2sgp.networks.support_prior import SupportPrior
-from tests.networks.small import network, square_masks
+from tests.helpers.small_network import network, square_masks
 
 
 def test_prior_carries_the_mask_of_an_identical_support_image(images):

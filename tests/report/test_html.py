@@ -12,7 +12,7 @@ from PIL import Image
 from sam2sgp.drawing import class_colour, draw_overlay
 from sam2sgp.evaluation import case_metrics, summarise
 from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
-from tests.drawn import GREY, plain, square_map
+from tests.helpers.drawn import GREY, plain, square_map
 
 NASTY = "<img src=x onerror=alert(1)>\"'&.png"
 

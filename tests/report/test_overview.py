@@ -2,7 +2,7 @@
 
 from sam2sgp.evaluation import case_metrics
 from sam2sgp.report.overview import histograms, looks
-from tests.drawn import square_map
+from tests.helpers.drawn import square_map
 
 
 def test_dice_decides_the_order_of_an_evaluation():

@@ -12,7 +12,7 @@ from sam2sgp.report.html import CaseFigure, Report, write_report
 from sam2sgp.report.slices import frames, frames_per_case, scaled_slices, sides_of, slice_position
 from sam2sgp.transforms import ScaleIntensityByModalityd
 from sam2sgp.transforms.scaling import CT, PERCENTILES, Scaling, scale_intensity
-from tests.drawn import plain
+from tests.helpers.drawn import plain
 
 
 def test_pictures_of_a_volume_say_sides_scale_and_place(tmp_path):

@@ -18,7 +18,7 @@ from sam2sgp.errors import WeightsError, cause_of
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory, load_weights, save_weights
 from sam2sgp.runtime import RUNTIMES, GraphRuntime
 from sam2sgp.runtime.graphs import exportable, stages
-from tests.bundle_runs import BUNDLE, run
+from tests.helpers.bundle_runs import BUNDLE, run
 
 SIZE = 64
 LORA = {"r": 2, "alpha": 8}

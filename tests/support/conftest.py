@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sam2sgp.networks import SAM2SGP
-from tests.bundle_runs import computing_with_one_thread
-from tests.support.pairs import (
+from tests.helpers.bundle_runs import computing_with_one_thread
+from tests.helpers.pairs import (
     COUNT,
     Counter,
     bank,

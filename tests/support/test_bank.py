@@ -6,8 +6,8 @@ import torch
 from sam2sgp.errors import DataError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.support import SupportBank, SupportSampler, tensor_store
-from tests.support import pairs
-from tests.support.pairs import (
+from tests.helpers import pairs
+from tests.helpers.pairs import (
     COUNT,
     CountedPreprocessing,
     Counter,

@@ -10,8 +10,8 @@ import torch
 from sam2sgp.errors import DataError
 from sam2sgp.support import SupportBank
 from sam2sgp.transforms import cache_keys
-from tests.support import pairs
-from tests.support.pairs import (
+from tests.helpers import pairs
+from tests.helpers.pairs import (
     COUNT,
     CountedPreprocessing,
     bank,

@@ -8,8 +8,8 @@ import torch
 
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import content
-from tests.support import pairs
-from tests.support.pairs import (
+from tests.helpers import pairs
+from tests.helpers.pairs import (
     COUNT,
     CountedPreprocessing,
     Counter,

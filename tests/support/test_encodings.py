@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam2sgp.support.lru import ByteLRU
-from tests.support.pairs import (
+from tests.helpers.pairs import (
     COUNT,
     Counter,
     bank,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.app.admin.sites import Site
+from tests.helpers.sites import Site
 
 
 @pytest.fixture

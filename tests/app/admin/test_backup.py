@@ -20,8 +20,8 @@ from lib.layout import LAYOUT, OF_STATE, OF_STUDIES, bring_up_to_date, layout_of
 from lib.stores.audit import Audit
 from lib.stores.opening import open_datastore
 from sam2sgp.errors import ConfigError
-from tests.app.admin.sites import content, dying, label
 from tests.app.conftest import APP
+from tests.helpers.sites import content, dying, label
 
 
 def test_the_number_of_the_layout_goes_along_and_a_newer_one_is_not_saved(site, other):

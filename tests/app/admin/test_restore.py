@@ -17,8 +17,8 @@ from lib.state_folder import RESTORE, UNFINISHED, exclusive, hold
 from lib.stores.folder_index import JOURNAL
 from lib.stores.opening import open_datastore
 from sam2sgp.errors import ConfigError, DataError
-from tests.app.admin.sites import IMAGES, content, dying, label, objects
 from tests.app.conftest import APP
+from tests.helpers.sites import IMAGES, content, dying, label, objects
 
 
 def test_a_restored_folder_is_as_the_one_that_was_saved(site, other):

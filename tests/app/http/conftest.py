@@ -15,7 +15,7 @@ from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
 from lib.stores.folder import ConfinedDatastore
 from lib.stores.sessions import ConfinedSessions
-from tests.app.http.parts import Given, Recorder
+from tests.helpers.parts import Given, Recorder
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ from lib.stores.sessions import ConfinedSessions
 from lib.stores.tokens import Tokens
 from sam2sgp.data import read_label
 from sam2sgp.transforms import SupportScaling
-from tests.app.http.pages import SCALE, case, correction
-from tests.app.http.parts import Given, Recorder
+from tests.helpers.pages import SCALE, case, correction
+from tests.helpers.parts import Given, Recorder
 
 USERS = {"rea": Role.reader, "ann": Role.annotator, "ben": Role.approver, "ada": Role.admin}
 HEADER = "X-Remote-User"

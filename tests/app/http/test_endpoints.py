@@ -18,7 +18,7 @@ from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
 from lib.stores.dicomweb import DicomWebDatastore
 from sam2sgp.transforms import ScaleIntensityByModalityd
-from tests.app.http.parts import TASK_PATHS, assert_refused
+from tests.helpers.parts import TASK_PATHS, assert_refused
 
 EVIL = "/tmp/evil"
 # In each of them MONAI Label finds its option `bundle_path`, a folder that joins the search path of a process.

@@ -17,7 +17,7 @@ from lib.checks import Conflict
 from lib.http.guard import CHUNK, MOST_FIELDS, MOST_FILES, RequestGuard, install, serve_only
 from lib.stores.audit import current_user
 from sam2sgp.errors import DataError
-from tests.app.http.parts import Given
+from tests.helpers.parts import Given
 
 STUDIES = "/srv/Röntgen & more/studies"
 SENTENCE = f"{STUDIES}/labels/final/a b.png: expected a label, found {STUDIES}2/c.png; see {STUDIES}: {{}}"

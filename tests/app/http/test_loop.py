@@ -12,7 +12,7 @@ from lib.http.guard import install, serve_only
 from lib.http.loop import loop_routes, state_of_batch
 from lib.tasks.background import TIME
 from sam2sgp.errors import DataError
-from tests.app.http.parts import Given
+from tests.helpers.parts import Given
 
 TOLD = {"total": 8, "done": 3, "failed": 0, "ended": False}
 

@@ -12,7 +12,7 @@ from lib.checks import NotFound
 from lib.http import metrics as module
 from lib.http.guard import install, serve_only
 from lib.http.metrics import Metrics, measure, metrics_routes
-from tests.app.http.parts import Given, datastore, segmenter, values
+from tests.helpers.parts import Given, datastore, segmenter, values
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from lib.http import page
 from lib.http.guard import install, serve_only
 from lib.http.page import SupportPage
-from tests.app.http.parts import Given, assert_refused
+from tests.helpers.parts import Given, assert_refused
 
 
 def test_decisions_on_the_support_page_are_declared_too(app, tmp_path):

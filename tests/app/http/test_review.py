@@ -36,9 +36,9 @@ from lib.stores.naming import declared
 from sam2sgp.data import read_image, read_label
 from sam2sgp.errors import DataError
 from sam2sgp.transforms import SupportScaling
-from tests.app.archives import fake_archive, series_entry, series_files
-from tests.app.http.pages import SCALE, case, correction, record
-from tests.app.http.parts import Given
+from tests.helpers.archives import fake_archive, series_entry, series_files
+from tests.helpers.pages import SCALE, case, correction, record
+from tests.helpers.parts import Given
 
 SHAPE = (5, 6, 40)
 NOTHING_GUIDES = SupportScaling()

@@ -1,6 +1,6 @@
 """The routes of training, scoring and batch inference: what is started, and what is refused."""
 
-from tests.app.http.parts import TASK_PATHS, assert_refused
+from tests.helpers.parts import TASK_PATHS, assert_refused
 
 
 def test_long_work_is_never_done_while_the_client_waits(client, app):

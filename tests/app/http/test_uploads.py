@@ -21,9 +21,9 @@ from lib.http import guard
 from lib.stores.door import ImageTooLarge
 from lib.stores.folder import ConfinedDatastore
 from lib.stores.sessions import ConfinedSessions
-from tests.app.http.parts import Given
-from tests.data.dicom_files import write_series
-from tests.uploads import dicom, metaimage, nifti, with_dims
+from tests.helpers.dicom_files import write_series
+from tests.helpers.parts import Given
+from tests.helpers.uploads import dicom, metaimage, nifti, with_dims
 
 LIMIT = 1 << 20
 

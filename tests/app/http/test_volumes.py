@@ -7,7 +7,7 @@ import torch
 from lib.http.volumes import Volumes
 from sam2sgp.data import read_image
 from sam2sgp.transforms import ScaleIntensityByModalityd, SupportScaling
-from tests.app.http.pages import SCALE
+from tests.helpers.pages import SCALE
 
 
 def test_whole_numbers_are_exact_and_others_close(tmp_path):

@@ -1,7 +1,7 @@
 """The images of the review page, in the order in which it pays to look at them."""
 
 from lib.http.work_list import Order, Shown, listed, origins
-from tests.app.http.pages import record
+from tests.helpers.pages import record
 
 
 def test_what_is_marked_or_in_doubt_comes_first_and_filters_hold():

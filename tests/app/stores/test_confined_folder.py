@@ -21,8 +21,8 @@ from lib.stores.confined_folder import FolderGone
 from lib.stores.folder import ConfinedDatastore
 from sam2sgp.data import read_image
 from sam2sgp.errors import DataError
-from tests.app.waiting import in_time
-from tests.uploads import VOLUME, nifti, nrrd
+from tests.helpers.uploads import VOLUME, nifti, nrrd
+from tests.helpers.waiting import in_time
 
 SECRET = "only for the eyes of others"
 INDEX, JOURNAL = "datastore_v2.json", ".datastore_v2.unfinished.json"

@@ -28,8 +28,8 @@ from lib.stores.folder import ConfinedDatastore
 from lib.stores.naming import declared
 from sam2sgp.data.io import read_image, read_label
 from sam2sgp.errors import DataError
-from tests.app.stores.files import LIMIT, SIZE, label, tree, volume
-from tests.data.dicom_files import write_series
+from tests.helpers.dicom_files import write_series
+from tests.helpers.store_files import LIMIT, SIZE, label, tree, volume
 
 ILL_IDS = [
     "../x",

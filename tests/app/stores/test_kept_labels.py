@@ -7,7 +7,7 @@ import pytest
 
 from lib.stores.kept_labels import KeptLabels
 from sam2sgp.data import read_image, read_label
-from tests.app.stores.files import volume
+from tests.helpers.store_files import volume
 
 
 @pytest.fixture

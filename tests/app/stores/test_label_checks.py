@@ -6,7 +6,7 @@ import pytest
 from lib.checks import BadLabel
 from lib.stores.label_checks import again_if_renumbered, check_values, checked_label
 from sam2sgp.data import read_image, read_label
-from tests.app.stores.files import SIZE, label, volume
+from tests.helpers.store_files import SIZE, label, volume
 
 LIVER_IS_2 = [{"label_info": [{"idx": 2, "name": "liver"}]}]
 

@@ -13,8 +13,8 @@ from lib.checks import UnsupportedFile
 from lib.stores.door import admitted
 from sam2sgp.data import read_image
 from sam2sgp.data.io import dicom_file
-from tests.data.dicom_files import write_dicom
-from tests.uploads import GREY, dicom
+from tests.helpers.dicom_files import write_dicom
+from tests.helpers.uploads import GREY, dicom
 
 LIMIT = 1 << 28
 ITEM = b"\xfe\xff\x00\xe0\0\0\0\0"

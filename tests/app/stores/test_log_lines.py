@@ -7,7 +7,7 @@ import pytest
 from lib.stores import log_lines
 from lib.stores.audit import Audit
 from lib.stores.trail import MOST_EVENTS, Trail
-from tests.app.stores.log_files import line
+from tests.helpers.log_files import line
 
 
 def test_of_a_long_log_only_what_is_new_is_read(tmp_path, bytes_read):

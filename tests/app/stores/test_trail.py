@@ -3,7 +3,7 @@
 import pytest
 
 from lib.stores.trail import Trail
-from tests.app.stores.log_files import line
+from tests.helpers.log_files import line
 
 
 def test_lines_that_are_not_whole_are_read_when_they_are_and_spoilt_ones_are_left_out(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from lib.trainers.data import digest, halve
 from sam2sgp.errors import DataError
-from tests.app.trainers.labelled import some
+from tests.helpers.labelled import some
 
 
 def test_patients_are_halved_and_stay_in_their_half_as_labels_come_and_go():

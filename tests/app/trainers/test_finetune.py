@@ -17,9 +17,9 @@ from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.errors import DataError, WeightsError
 from sam2sgp.files import write_text
 from sam2sgp.networks import SAM2SGP, load_weights
-from tests.app.trainers.labelled import some
 from tests.e2e.disks import disk
-from tests.spoilt import save_spoilt_weights
+from tests.helpers.labelled import some
+from tests.helpers.spoilt import save_spoilt_weights
 
 BUNDLE = Path(__file__).parents[3] / "bundle"
 TINY = {

@@ -15,7 +15,7 @@ from pydicom.encaps import encapsulate, generate_pixel_data_frame
 
 from sam2sgp.data.io import decoding, read_image
 from sam2sgp.errors import DataError, FormatError, TooLargeError
-from tests.uploads import COLOUR, GREY, dicom_by_gdcm, png, sound_files
+from tests.helpers.uploads import COLOUR, GREY, dicom_by_gdcm, png, sound_files
 
 PICTURES = {name: content for name, content in sound_files().items() if name.endswith((".png", ".jpg", ".tif", ".bmp"))}
 

@@ -11,8 +11,8 @@ from pydicom.uid import RLELossless
 from sam2sgp.data.io import dicom_file, is_image, read_image
 from sam2sgp.data.io.formats import without_pixels
 from sam2sgp.errors import DataError
-from tests.data.dicom_files import item, write_dicom, write_enhanced
-from tests.uploads import GREY, dicom
+from tests.helpers.dicom_files import item, write_dicom, write_enhanced
+from tests.helpers.uploads import GREY, dicom
 
 RNG = np.random.default_rng(0)
 

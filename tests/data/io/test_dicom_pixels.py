@@ -16,7 +16,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBasel
 
 from sam2sgp.data.io import read_image
 from sam2sgp.errors import DataError
-from tests.data.dicom_files import item, write_dicom, write_enhanced, write_series
+from tests.helpers.dicom_files import item, write_dicom, write_enhanced, write_series
 
 RNG = np.random.default_rng(0)
 TWELVE_BITS = {"BitsStored": 12, "HighBit": 11, "RescaleSlope": 2.0, "RescaleIntercept": -100.0}

@@ -8,7 +8,7 @@ from pydicom.uid import generate_uid
 
 from sam2sgp.data import read_image, read_label, write_dicom_seg
 from sam2sgp.errors import DataError
-from tests.data.segmentations import NAMES, SERIES, SHAPE, blobs, segment, series
+from tests.helpers.segmentations import NAMES, SERIES, SHAPE, blobs, segment, series
 
 
 @pytest.mark.parametrize("name", SERIES)

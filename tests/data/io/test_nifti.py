@@ -10,7 +10,7 @@ import SimpleITK
 
 from sam2sgp.data.io import itk_affine, read_image, read_label, write_label, write_map
 from sam2sgp.errors import DataError
-from tests.data.io.nifti_files import save_nifti
+from tests.helpers.nifti_files import save_nifti
 
 RNG = np.random.default_rng(0)
 

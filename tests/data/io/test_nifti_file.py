@@ -9,7 +9,7 @@ import pytest
 import SimpleITK
 
 from sam2sgp.data.io import read_image, read_label, write_label
-from tests.data.io.nifti_files import save_nifti
+from tests.helpers.nifti_files import save_nifti
 
 RNG = np.random.default_rng(0)
 

@@ -4,7 +4,7 @@ import pytest
 
 from sam2sgp.data.io.itk import raw_header
 from sam2sgp.errors import FormatError
-from tests.data.io.itk_files import NRRD, NRRD_REFUSED, VOXELS, same_as_simpleitk, written
+from tests.helpers.itk_files import NRRD, NRRD_REFUSED, VOXELS, same_as_simpleitk, written
 
 VARIANTS = {
     "big-endian": NRRD,

@@ -10,7 +10,7 @@ import SimpleITK
 from sam2sgp.data.io import read_image, read_label
 from sam2sgp.data.io.itk import raw_header
 from sam2sgp.errors import DataError, FormatError, TooLargeError
-from tests.data.io.itk_files import META, NRRD, RNG, VOXELS, same_as_simpleitk, written
+from tests.helpers.itk_files import META, NRRD, RNG, VOXELS, same_as_simpleitk, written
 
 
 @pytest.mark.parametrize("dtype", "u1 i1 u2 i2 u4 i4 u8 i8 f4 f8".split())

@@ -7,7 +7,7 @@ import numpy as np
 from pydicom.uid import generate_uid
 
 from sam2sgp.data import read_image, write_dicom_seg, write_label
-from tests.data.dicom_files import write_series
+from tests.helpers.dicom_files import write_series
 
 NAMES = {1: "liver", 3: "Läsion", 5: "right_kidney", 7: "tumour"}
 

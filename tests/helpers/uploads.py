@@ -25,7 +25,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from tests.data.dicom_files import write_dicom, write_series
+from tests.helpers.dicom_files import write_dicom, write_series
 
 SIZE = (16, 12, 3)
 GREY = (np.indices((32, 24)).sum(0) * 4).astype(np.uint8)
