@@ -147,3 +147,14 @@ def test_a_run_checks_its_options_before_any_work_and_lists_them_for_help(tmp_pa
     assert re.search(r"--retrieval +which items.*; similarity\s+or random \[similarity\]", shown.replace("'", ""))
     assert re.search(r"--object_gate +a class with too little evidence .* \[True\]", shown)
     assert re.search(r"^Segmenting$", shown, re.MULTILINE) and "--max_epochs" in shown
+
+
+def test_configs_are_written_in_one_style():
+    """Steps of four spaces, and a newline at the end."""
+    files = sorted(CONFIGS.rglob("*.json"))
+    assert len(files) > 10
+    for path in files:
+        text = path.read_text()
+        assert text.endswith("}\n") and "\t" not in text, path
+        indents = {len(line) - len(line.lstrip(" ")) for line in text.splitlines() if line.strip()}
+        assert all(indent % 4 == 0 for indent in indents), path
