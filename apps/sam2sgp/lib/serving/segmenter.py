@@ -364,9 +364,12 @@ class ServerSegmenter:
                 logger.warning("Not in the support set: %s", error["error"])
 
     def _bring_in_line(self, serving: LoadedNetwork, cases: list[dict]) -> None:
-        changes = serving.bank.reconcile(cases, self.cases.declared())
+        bank, before = serving.bank, serving.bank.version
+        changes = bank.reconcile(cases, self.cases.declared())
         if changes.added or changes.removed:
             logger.info("Support set: %d items in, %d out", len(changes.added), len(changes.removed))
+        # Items may also turn out to be of another patient.
+        if bank.version != before:
             serving.results.clear()
 
     def _look_for_weights(self, serving: LoadedNetwork) -> None:
