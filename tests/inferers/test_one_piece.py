@@ -103,3 +103,16 @@ def test_little_that_is_left_out_is_not_told():
     pred[5, 6:] = 0
     assert keep_main_parts(pred, [1], [1]) == {1: 4 / 52} and int(pred.sum()) == 48
     assert keep_main_parts(pred, [1], [1]) == {} and sentence("liver", 4 / 52) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_other_classes_stay_as_they_are_whatever_their_values(dtype):
+    pred = (255 * TWO).to(dtype)
+    pred[0, 6:, 6:] = pred[5, 0, 0] = 254
+    before, probability = pred.clone(), torch.zeros(6, 3, SIZE, SIZE)
+    probability[:, 2] = 1.0
+    assert keep_main_parts(pred, [255], [254, 255], probability) == {255: 12 / 60}
+    changed = pred != before
+    assert int(changed.sum()) == 12 and not pred[changed].any()
+    assert probability.sum((0, 2, 3)).tolist() == [12.0, 0.0, 6 * SIZE * SIZE - 12]
+    assert keep_main_parts(pred, [], [254, 255]) == {}

@@ -1,8 +1,11 @@
 """Connected parts of masks of whole volumes."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from sam2sgp.transforms import parts
 from sam2sgp.transforms.parts import largest_part, main_shares
 
 
@@ -24,5 +27,23 @@ def test_the_largest_part_is_connected_over_faces(classes):
 
 
 def test_the_share_of_the_largest_part_is_told_by_class(classes):
-    assert main_shares(classes) == {3: pytest.approx(27 / 35, abs=1e-4), 9: 0.5}
-    assert main_shares(np.zeros((2, 3, 3), np.uint8)) == {}
+    assert main_shares(classes, 255) == {3: pytest.approx(27 / 35, abs=1e-4), 9: 0.5}
+    assert list(main_shares(classes, 8)) == [3]
+    assert main_shares(np.zeros((2, 3, 3), np.uint8), 255) == {}
+
+
+def test_of_a_long_volume_little_is_held_next_to_it(monkeypatch):
+    """Of 1000 slices of 512 x 512 pixels one array of eight bytes a voxel is 2 GiB."""
+    monkeypatch.setattr(parts, "COUNTED_AT_A_TIME", 1 << 12)
+    classes = np.ones((64, 64, 64), np.int64)
+    classes[32] = 0
+    classes[40:, :2] = 255
+    tracemalloc.start()
+    try:
+        shares = main_shares(classes, 255)
+        kept = largest_part(classes == 1)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert shares == {1: pytest.approx(32 / 62.25, abs=1e-4), 255: 1.0} and kept.sum() == 32 * 64 * 64
+    assert most < 7 * classes.size

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sam2sgp.transforms.parts import largest_part
+from sam2sgp.transforms.parts import boxes_of, largest_part
 
 # Share of what was found of a class from which on it is said that it was left out.
 TOLD = 0.2
@@ -31,17 +31,21 @@ def keep_main_parts(
         For each class of which something was left out, its share of what had been found.
     """
     shares = {}
-    for value in values:
-        found = (pred == value).numpy()
+    for value, box in boxes_of(pred.numpy(), max(values, default=0)).items():
+        if value not in values:
+            continue
+        own = pred.numpy()[box]
+        found = own == value
         apart = found & ~largest_part(found)
         if not apart.any():
             continue
         shares[value] = float(apart.sum() / found.sum())
-        pred.numpy()[apart] = 0
+        own[apart] = 0
         if probability is not None:
-            background, own = (probability[:, column].numpy() for column in (0, 1 + list(class_values).index(value)))
-            background[apart] += own[apart]
-            own[apart] = 0
+            columns = probability[:, 0], probability[:, 1 + list(class_values).index(value)]
+            background, of_class = (column.numpy()[box] for column in columns)
+            background[apart] += of_class[apart]
+            of_class[apart] = 0
     return shares
 
 

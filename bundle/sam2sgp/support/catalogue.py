@@ -22,7 +22,7 @@ from sam2sgp.data.classes import check_label_values, complete_class_names
 from sam2sgp.data.coding import LabelCoding
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, settings_fingerprint
-from sam2sgp.support.items import CaseListing, Prepared, SupportItem, prepare_items
+from sam2sgp.support.items import MAX_VALUE, CaseListing, Prepared, SupportItem, prepare_items
 from sam2sgp.support.tensor_store import TensorStore, checksum
 from sam2sgp.transforms.dictionary import log_warnings
 from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 VERSION = 6
 CASE = "case"
 CASES_PER_LOOKUP = 256
-MAX_VALUE = 255
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ EMPTY_SLICES = 4
 # Tiles kept of an item for each of its thin classes: those with most of it.
 MAX_TILES = 4
 CROPS = ("regions", "tiles")
+# Class values fit into a byte.
+MAX_VALUE = 255
 # Of a preprocessing that does not say how it scales.
 AS_GIVEN = Scaling(PERCENTILES, "as given", stated=True)
 
@@ -204,7 +206,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
     Slices much longer than wide are seen through windows, see `Region.windows`, which count as slices.
     """
     volume = len(case["label"]) > 1
-    shares = main_shares(case["label_full"].numpy()) if volume else {}
+    shares = main_shares(case["label_full"].numpy(), MAX_VALUE) if volume else {}
     case = _in_windows(case)
     label = case["label"]
     flat = label.flatten(1)
