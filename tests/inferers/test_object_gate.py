@@ -59,6 +59,14 @@ def test_evidence_rises_with_size_certainty_iou_and_object_score():
     assert torch.allclose(found, expected)
 
 
+def test_evidence_is_a_number_whatever_the_object_score():
+    logits = torch.full((4, 1, SIZE, SIZE), -5.0)
+    logits[1:, :, :4, :4] = 50.0
+    score = torch.tensor([[1e4], [1e4], [-1e4], [-torch.inf]])
+    found = evidence_of(SGPOutput(logits, logits, torch.zeros(4, 1, 4), torch.ones(4, 1), score))[:, 0]
+    assert found[[0, 2, 3]].tolist() == [0.0] * 3 and 1e6 < found[1] < torch.inf
+
+
 BRIGHT = [False] * 4 + [True] * 5 + [False] * 11
 
 

@@ -37,6 +37,8 @@ LOSS_WEIGHT = 3.0
 MIN_GAIN = 0.005
 # The threshold of evidence itself, as a share of where it would pay on the support set.
 CAUTION = 0.5
+# Object scores count up to this: the odds by higher ones, times the rest, would leave the range of numbers.
+MAX_SCORE = 40.0
 
 
 @dataclass
@@ -92,7 +94,7 @@ class ObjectGate(TaughtByItems[Thresholds]):
 def evidence_of(output: SGPOutput) -> Tensor:
     """Evidence (B, C) for the classes, at least 0."""
     certainty = (2 * output.logits.float().sigmoid() - 1).clamp(min=0)
-    odds = output.object_score.float().exp()
+    odds = output.object_score.float().clamp(max=MAX_SCORE).exp()
     return output.iou.float() * certainty.flatten(2).mean(2).sqrt() * odds.sqrt()
 
 
