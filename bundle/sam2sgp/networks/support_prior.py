@@ -101,8 +101,8 @@ class SupportPrior(nn.Module):
             query: (B, P, d) keys of the query images.
             support: (B, C, K, T, d) keys of the support items of each query and class.
             masks: (B, C, K, 16 T) support masks on the finest grid, in [0, 1].
-            item: see `SupportMemory`. Where most images guide several classes, and no gradient is needed, a CPU compares
-                a query with each of them once.
+            item: see `SupportMemory`. Where most images guide several classes, and no gradient is needed, a CPU
+                compares a query with each of them once.
 
         Returns:
             p_match (B, C, P) in [0, 1].
@@ -112,7 +112,9 @@ class SupportPrior(nn.Module):
         coarse = F.avg_pool2d(masks.unflatten(-1, (4 * side, 4 * side)).flatten(0, 2), 4)
         if item is not None and self._shares(query, item):
             temperature = float(self.log_temperature.exp())
-            rows = zip(query * temperature, support, coarse.reshape(batch, classes, items, positions), item, strict=True)
+            rows = zip(
+                query * temperature, support, coarse.reshape(batch, classes, items, positions), item, strict=True
+            )
             return torch.stack([_match_once(*row, temperature) for row in rows])
         q = (query * self.log_temperature.exp())[:, None].expand(-1, classes, -1, -1)
         k = support.reshape(batch, classes, items * positions, dim)
