@@ -19,6 +19,8 @@ from PIL import Image
 from sam2sgp.data.io import Geometry
 from sam2sgp.errors import DataError
 
+# From so many rows and slices on, an array whose last axis has 3 or 4 entries is meant as colours, not as a volume.
+LEAST_ROWS = 16
 KINDS = "a path, a NumPy array, a torch tensor, or an image of nibabel, SimpleITK or ITK"
 
 
@@ -74,6 +76,11 @@ def _of_array(
     array = array.astype(np.uint8) if array.dtype == bool else array
     is_colour = array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8
     dimensions = 2 if is_colour else array.ndim
+    if dimensions == 3 and array.shape[-1] in (3, 4) and min(array.shape[:2]) >= LEAST_ROWS:
+        raise DataError(
+            f"{name}: expected colours as bytes of shape (H, W, 3), found {array.dtype} {array.shape}; bring them to "
+            "0 to 255, convert to uint8 and leave out a fourth channel."
+        )
     if dimensions not in (2, 3) or not array.size or array.dtype.kind not in "iuf":
         raise DataError(
             f"{name}: expected numbers of shape (H, W), (Z, H, W) or, bytes in colour, (H, W, 3), found "
@@ -91,10 +98,20 @@ def _of_array(
     # Rows run to the patient's left, columns to his back and slices to his head, as in DICOM: no axis is turned.
     affine = np.diag([-sizes[0], -sizes[1], sizes[2], 1.0])
     path = folder / f"{name}.nii"
-    small = array.astype(np.float32) if array.dtype == np.float64 else array
-    small = small.astype(np.int32) if small.dtype in (np.int64, np.uint64) else small
-    nib.save(nib.Nifti1Image(small.T, affine, dtype=small.dtype), path)
+    stored = _storable(array)
+    nib.save(nib.Nifti1Image(stored.T, affine, dtype=stored.dtype), path)
     return ImageFile(path, lambda values, geometry: _like(image, _native(values, geometry).T))
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """The array in a type that NIfTI has and every reader knows; images end up in single precision in any case."""
+    if array.dtype.kind == "f":
+        return array.astype(np.float32)
+    if array.dtype.itemsize < 8:
+        return array
+    limits = np.iinfo(np.int32)
+    fits = limits.min <= array.min() and array.max() <= limits.max
+    return array.astype(np.int32 if fits else np.float32)
 
 
 def _like(image: np.ndarray | torch.Tensor, values: np.ndarray) -> np.ndarray | torch.Tensor:
