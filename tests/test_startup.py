@@ -10,7 +10,7 @@ import monai.bundle
 import pytest
 
 from sam2sgp import cli, startup
-from tests.bundle_runs import random_weights
+from tests.helpers.bundle_runs import random_weights
 
 # A command, and then what is known of its process.
 PROGRAM = """
