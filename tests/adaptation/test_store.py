@@ -57,7 +57,7 @@ def test_a_folder_that_can_not_be_written_costs_one_warning(correctors, tmp_path
     assert "can't be kept" in warning.getMessage()
 
 
-@pytest.mark.parametrize("change", ["label", "image", "patient", "weights", "seed"])
+@pytest.mark.parametrize("change", ["label", "image", "patient", "spacing", "weights", "seed"])
 def test_another_support_set_network_or_setting_is_another_adaptation(network, change):
     support, other, settings = bank(CASES), network, {"seed": 0}
     before = store.key_of(network, support, settings)
@@ -67,6 +67,8 @@ def test_another_support_set_network_or_setting_is_another_adaptation(network, c
         support.items[3].image = support.items[3].image + 0.01
     elif change == "patient":
         support.items[3].patient = "p0"
+    elif change == "spacing":
+        support.items[3].content = "the hash of the same pixels of another size"
     elif change == "weights":
         other = deepcopy(network)
         with torch.no_grad():
