@@ -48,6 +48,9 @@ def opened(server):
         found.on("console", lambda message: found.problems.append(message.text) if message.type == "error" else None)
         found.on("pageerror", lambda error: found.problems.append(str(error)))
         found.on("request", lambda request: found.hosts.add(urlsplit(request.url).netloc))
+        # The first route takes hold of a page that is there already a little after Playwright says so, and a request
+        # of that moment reaches the server. One that matches nothing is there from the start; more are heeded at once.
+        found.route("**/nothing", lambda route: route.abort())
         found.goto(f"{server.url}/sam2sgp/review/")
         yield found
 
