@@ -350,6 +350,8 @@ def test_what_is_painted_where_slices_have_not_come_is_said_and_a_ball_reaches_a
     opened.route("**/case?*", slice_by_slice)
     opened.route("**/labels?*&first=5&*", lambda route: held.append(route))
     opened.route("**/correct", correct)
+    # The image may be the one that the page opened first.
+    opened.reload()
     show(opened, image)
     go_to(opened, 2)
     use_pencil(opened)
