@@ -570,7 +570,13 @@ def test_a_batch_is_started_followed_and_cancelled_while_one_works_on(server, op
     expect(batch.get_by_role("button", name="Cancel")).to_be_visible()
     answers |= {"state": "done", "done": 3}
     expect(batch).to_contain_text("Batch: 3 of 4 images segmented, 1 failed.")
-    assert asked == [("POST", "images=unannotated"), ("DELETE", ""), ("POST", "images=unannotated")]
+    # One whose report couldn't be written.
+    batch.get_by_role("button", name="Segment all without a label").click()
+    expect(batch.get_by_role("button", name="Cancel")).to_be_visible()
+    answers.clear()
+    answers["state"] = "done"
+    expect(batch).to_contain_text("The batch is done. How many images failed, the server's log says.")
+    assert asked == [("POST", "images=unannotated"), ("DELETE", ""), *2 * [("POST", "images=unannotated")]]
     assert not opened.problems
 
 
