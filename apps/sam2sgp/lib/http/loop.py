@@ -50,7 +50,8 @@ def state_of_batch(tasks: BackgroundTasks, report: Path) -> dict[str, Any]:
     """The last batch: its `state` ("none", "starting", "running", "done", "stopped", "failed"), for one that failed the
     `reason`, and what its report tells, see `BatchReport`.
 
-    One that is done, but couldn't write its report, tells its state only. A batch that was stopped, or whose server ended, can be started again and goes on where it was.
+    One that is done, but couldn't write its report, tells its state only. A batch that was stopped, or whose server
+    ended, can be started again and goes on where it was.
     """
     found = last_report(report)
     task = next(iter(tasks.all(METHOD)[-1:]), None)

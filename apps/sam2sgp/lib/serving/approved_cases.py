@@ -4,8 +4,8 @@ In: a datastore, in which labels come, change and go in any way: by requests, or
 the list of cases that a `SupportBank` is brought in line with, and the names of their classes. Only labels with the tag
 `final` are approved; all others are ignored.
 
-For one thread at a time, but for `prepare` and `read_ahead`. `changed` costs two stats for each approved label, and if it is to be certain for each pair of
-the seed folder too, so it may be asked before every request.
+For one thread at a time, but for `prepare` and `read_ahead`. `changed` costs two stats for each approved label, and if
+it is to be certain for each pair of the seed folder too, so it may be asked before every request.
 """
 
 import logging
