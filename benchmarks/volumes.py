@@ -6,13 +6,13 @@
     python benchmarks/volumes.py --classes SUPPORT QUERIES
 
 Accuracy: each data set goes through the bundle's evaluation with the same weights and support set: slice by slice, with
-3D memory of neighbouring slices, and with both memory and the object gate, which keeps slices without a class empty.
-The split is that of `pretrain.json`, so the embedded weights never saw the test patients, and the support set is the
-training patients, or `--support` volumes of them. Every slice of every test volume counts; `false slices` is the share
-of those without a class on which some of it is found. With `--adapt`, memory and gate are followed by adaptation to
-the support set for so many seconds, and with `--dyn_unet` by MONAI's DynUNet (3D, nnU-Net's network), trained from
-scratch on the same volumes for so many seconds. Differences are paired over cases, with 95 % bootstrap intervals over
-patients. Without data sets it makes phantoms and uses those.
+3D memory of neighbouring slices, with memory and the object gate, which keeps slices without a class empty, and with
+only the largest part of classes that are one piece besides. The split is that of `pretrain.json`, so the embedded
+weights never saw the test patients, and the support set is the training patients, or `--support` volumes of them. Every
+slice of every test volume counts; `false slices` is the share of those without a class on which some of it is found.
+With `--adapt`, all of these are followed by adaptation to the support set for so many seconds, and with `--dyn_unet` by
+MONAI's DynUNet (3D, nnU-Net's network), trained from scratch on the same volumes for so many seconds. Differences are
+paired over cases, with 95 % bootstrap intervals over patients. Without data sets it makes phantoms and uses those.
 
 Cost (`--cost`): seconds of a slice in a volume over those of the same image as a 2D query of its own, and peak memory
 of a process beyond its input, for volumes of 100 and 1000 slices.
@@ -66,16 +66,18 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Variant:
-    """How many neighbouring slices guide a slice (0: slice by slice), whether the object gate is on, and adaptation."""
+    """How many neighbouring slices guide a slice (0: slice by slice), whether the object gate is on, whether classes
+    that are one piece keep only that, and adaptation."""
 
     frames: int
     gate: bool
+    one_piece: bool = False
     adapt_seconds: float = 0.0
 
     def __str__(self) -> str:
         memory = f"{self.frames} neighbours" if self.frames else "slice by slice"
-        gate = ", object gate" if self.gate else ""
-        return memory + gate + (f", adapted {self.adapt_seconds:g} s" if self.adapt_seconds else "")
+        gate, piece = ", object gate" * self.gate, ", one piece" * self.one_piece
+        return memory + gate + piece + (f", adapted {self.adapt_seconds:g} s" if self.adapt_seconds else "")
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def configured(folder: Path, variant: Variant, options: argparse.Namespace) -> C
         "three_d_memory": variant.frames > 0,
         "memory_frames": max(variant.frames, 1),
         "object_gate": variant.gate,
+        "one_piece": variant.one_piece,
         "adapt_seconds": variant.adapt_seconds,
         "report_figures": options.figures,
         "progress": False,
@@ -213,8 +216,8 @@ def difference(
 def accuracy(folders: dict[str, Path], options: argparse.Namespace) -> None:
     print("| data | class | slices | Dice | HD95 | NSD at 2 mm | false slices | volumes | s per slice | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    full = Variant(options.frames, True)
-    steps = [Variant(0, False), Variant(options.frames, False), full]
+    full = Variant(options.frames, True, True)
+    steps = [Variant(0, False), Variant(options.frames, False), Variant(options.frames, True), full]
     further = [replace(full, adapt_seconds=seconds) for seconds in options.adapt]
     further += [DynUNet(seconds) for seconds in options.dyn_unet]
     pairs = [*pairwise(steps), *((full, other) for other in further)]

@@ -153,8 +153,9 @@ def test_volumes_are_compared_with_and_without_memory_and_gate(script, data, tmp
     monkeypatch.setattr(sys, "argv", command)
     script("volumes").main()
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| phantoms")]
-    assert {line[2] for line in lines} == {"slice by slice", "2 neighbours", "2 neighbours, object gate"}
-    assert len(lines) == 3 * len({line[1] for line in lines})
+    steps = "slice by slice", "2 neighbours", "2 neighbours, object gate", "2 neighbours, object gate, one piece"
+    assert {line[2] for line in lines} == set(steps)
+    assert len(lines) == 4 * len({line[1] for line in lines})
     assert all(0 <= float(line[3]) <= 1 and float(line[8]) > 0 for line in lines)
     false, empty = zip(*(map(int, line[6].split(" of ")) for line in lines), strict=True)
     assert sum(empty) > 0 and all(some <= all_ for some, all_ in zip(false, empty, strict=True))

@@ -150,6 +150,9 @@ class Segmenting(OptionGroup):
     three_d_memory: bool = Field(description="slices of a volume guide their neighbours")
     memory_frames: Positive = Field(description="how many of the last slices guide one")
     object_gate: bool = Field(description="a class with too little evidence in an image is not segmented there")
+    one_piece: bool = Field(
+        description="in volumes, only the largest part of a class that every labelled volume shows in one piece is kept"
+    )
     adapt_seconds: Amount = Field(description="first adapt the network to the support set for so long")
     adapt_steps: Count | None = Field(description="at most so many steps of it")
     adapt_seed: Seed = Field(description="seed of the adaptation")

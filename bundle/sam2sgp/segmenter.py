@@ -201,7 +201,7 @@ class Segmenter:
             prepared = segmenter.prepare(case)
         result = segmenter.segment(prepared)
         geometry = prepared["geometry"]
-        self.last = self._explain(result, prepared["warnings"], lambda values: file.restore(values, geometry))
+        self.last = self._explain(result, lambda values: file.restore(values, geometry))
         if self.last.unlike_support:
             logger.warning("%s is unlike every labelled image: check the result.", case["name"])
         if self.last.maybe_absent:
@@ -292,7 +292,7 @@ class Segmenter:
             self._binary = are_binary_255(self._cases, self._ready().inferer.bank.class_values)
         return self._binary
 
-    def _explain(self, result: CaseResult, warnings: list[str], restore: Any) -> Explanation:
+    def _explain(self, result: CaseResult, restore: Any) -> Explanation:
         bank: SupportBank = self._ready().inferer.bank
         names = bank.class_names
         used = {}
@@ -311,7 +311,7 @@ class Segmenter:
             support_used=used,
             unlike_support=bool(is_unlike(result.support_distance)),
             maybe_absent=[names[value] for value in result.maybe_absent],
-            warnings=list(warnings),
+            warnings=result.warnings,
             seconds=result.seconds,
             **maps,
         )

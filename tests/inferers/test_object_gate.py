@@ -1,12 +1,13 @@
 """Whether a class is in an image at all, by the evidence for it and what the support set teaches about that."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
-from sam2sgp.inferers.object_gate import MAX_JUDGED, among_neighbours, gate_threshold, learn
+from sam2sgp.inferers.object_gate import MAX_JUDGED, among_neighbours, evidence_of, gate_threshold, learn
 from sam2sgp.inferers.volume import MAX_WINDOW
 from sam2sgp.networks import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
@@ -45,6 +46,17 @@ def shown(support: SupportBank, bright: list[bool] | list[float], volume: bool =
     inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2), **settings))
     chunks = inferer.chunks(images, Eager(), volume=volume)
     return (torch.cat([chunk.output.logits for chunk in chunks]) > 0).flatten(1).any(1).tolist()
+
+
+def test_evidence_rises_with_size_certainty_iou_and_object_score():
+    logits = torch.full((4, 1, SIZE, SIZE), -5.0)
+    logits[:, :, :4, :4] = 50.0
+    logits[1, :, :2] = -5.0
+    iou, score = torch.tensor([[0.8], [0.8], [0.4], [0.8]]), torch.tensor([[2.0], [2.0], [2.0], [0.0]])
+    found = evidence_of(SGPOutput(logits, logits, torch.zeros(4, 1, 4), iou, score))[:, 0]
+    # A quarter of the image is found, then half of that; half the IoU; odds that are lower by exp(2).
+    expected = 0.8 * 0.5 * math.e * torch.tensor([1.0, 0.5**0.5, 0.5, 1 / math.e])
+    assert torch.allclose(found, expected)
 
 
 BRIGHT = [False] * 4 + [True] * 5 + [False] * 11

@@ -22,6 +22,7 @@ def test_the_defaults_are_those_of_the_shipped_configs(name):
         config["region_below"],
         VolumeMemory(config["memory_frames"]) if config["three_d_memory"] else None,
         config["object_gate"],
+        config["one_piece"],
     )
     assert shipped == InferenceSettings()
 

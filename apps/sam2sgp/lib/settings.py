@@ -56,6 +56,7 @@ METHOD_KEYS = (
     "three_d_memory",
     "memory_frames",
     "object_gate",
+    "one_piece",
 )
 # MONAI Label's own, which it puts among them.
 FOREIGN_KEYS = ("server_mode",)

@@ -19,6 +19,8 @@ from PIL import Image
 from sam2sgp.data.io import Geometry
 from sam2sgp.errors import DataError
 
+# From so many rows and slices on, an array whose last axis has 3 or 4 entries is meant as colours, not as a volume.
+LEAST_ROWS = 16
 KINDS = "a path, a NumPy array, a torch tensor, or an image of nibabel, SimpleITK or ITK"
 
 
@@ -74,6 +76,11 @@ def _of_array(
     array = array.astype(np.uint8) if array.dtype == bool else array
     is_colour = array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8
     dimensions = 2 if is_colour else array.ndim
+    if dimensions == 3 and array.shape[-1] in (3, 4) and min(array.shape[:2]) >= LEAST_ROWS:
+        raise DataError(
+            f"{name}: expected colours as bytes of shape (H, W, 3), found {array.dtype} {array.shape}; bring them to "
+            "0 to 255, convert to uint8 and leave out a fourth channel."
+        )
     if dimensions not in (2, 3) or not array.size or array.dtype.kind not in "iuf":
         raise DataError(
             f"{name}: expected numbers of shape (H, W), (Z, H, W) or, bytes in colour, (H, W, 3), found "

@@ -8,7 +8,7 @@ case ─ prepare ─ prepared case ─ segment ─ CaseResult: class map on the 
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sam2sgp.data.classes import check_label_values
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
+from sam2sgp.inferers.one_piece import keep_main_parts, sentence
 from sam2sgp.inferers.support_set import Chunk, Step, SupportSetInferer
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank
@@ -56,6 +57,9 @@ class CaseResult:
     seconds: float
     """What segmenting took."""
 
+    warnings: list[str] = field(default_factory=list)
+    """Sentences on what may be wrong with the image or the result."""
+
     probability: Tensor | None = None
     """(Z, C + 1, H, W) float16, of background and classes, where asked for."""
 
@@ -70,7 +74,7 @@ class CaseResult:
 
     def entries(self) -> dict:
         """Those that there are, by name, for transforms on dicts."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        named = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -142,6 +146,12 @@ class CaseSegmenter:
         for rows, logits, chunk in self.inferer.segment_case(case, self.network, patient, case.get("group"), step):
             found.add(rows, logits, chunk)
         result = found.result(self.inferer.least_signs(self.network, case.get("group"), step))
+        result.warnings = list(case.get("warnings", ()))
+        if self.inferer.settings.one_piece and len(case["image"]) > 1:
+            values = bank.one_piece(patient, case.get("group"))
+            for value, share in keep_main_parts(result.pred, values, bank.class_values, result.probability).items():
+                if told := sentence(bank.class_names[value], share):
+                    result.warnings.append(told)
         if truth is not None:
             check_label_values(case["source"], torch.unique(truth).tolist(), bank.class_names)
             result.pred_index = _indices(result.pred, bank.class_values)

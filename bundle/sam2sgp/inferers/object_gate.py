@@ -1,9 +1,10 @@
 """Whether a class is in an image at all: the evidence for it, with thresholds that the support set itself teaches.
 
 Evidence is SAM2's predicted IoU times the side of a square as large as what was found, each pixel counted by its
-certainty. It tells images with the class from those without better than SAM2's object score, but where to cut differs
-from task to task, and from patient to patient. So support items without the class, such as the slices beyond its end,
-are segmented like queries, each guided by other patients, and so are items with the class. They teach two thresholds:
+certainty, times the square root of the odds by SAM2's object score. Together they tell images with the class from those
+without better than any of them does, but where to cut differs from task to task, and from patient to patient. So
+support items without the class, such as the slices beyond its end, are segmented like queries, each guided by other
+patients, and so are items with the class. They teach two thresholds:
 
 - of a slice's share of the most evidence in its volume: what is beyond an object's end is told from the end by the
   object's middle, however faint a patient is as a whole. Between two slices with more, a slice counts as these;
@@ -89,9 +90,10 @@ class ObjectGate(TaughtByItems[Thresholds]):
 
 
 def evidence_of(output: SGPOutput) -> Tensor:
-    """Evidence (B, C) for the classes, between 0 and 1."""
+    """Evidence (B, C) for the classes, at least 0."""
     certainty = (2 * output.logits.float().sigmoid() - 1).clamp(min=0)
-    return output.iou.float() * certainty.flatten(2).mean(2).sqrt()
+    odds = output.object_score.float().exp()
+    return output.iou.float() * certainty.flatten(2).mean(2).sqrt() * odds.sqrt()
 
 
 def among_neighbours(evidence: Tensor) -> Tensor:

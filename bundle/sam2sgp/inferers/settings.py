@@ -35,6 +35,9 @@ class InferenceSettings:
     """An image with too little evidence of a class gets nothing of it, where the support set teaches how little, see
     `sam2sgp.inferers.object_gate`."""
 
+    one_piece: bool = True
+    """Of a class that every labelled volume shows in one piece, only the largest part is kept in a volume."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.region_below <= 1:
             raise ConfigError(

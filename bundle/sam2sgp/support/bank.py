@@ -12,6 +12,7 @@ none of them may be called while a query that has retrieved is still being segme
 a cache folder; each has a bank of its own and encodes what it does not find there.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -36,6 +37,10 @@ from sam2sgp.transforms.scaling import SupportScaling
 # those whose own items are the most similar.
 FEW_CLASSES = 8
 NEAREST_ITEMS = 8
+# A class is one piece where at least so many patients' volumes hold it, each with so much of it in its largest part:
+# specks of a label that was drawn slice by slice don't count.
+PIECE_PATIENTS = 3
+MAIN_SHARE = 0.9
 
 
 @dataclass
@@ -361,6 +366,21 @@ class SupportBank:
         allowed = self._patient_of != self.patients.get(patient, -1)
         of_group = allowed & (self._group_of == self.groups.get(group, -1))
         return of_group if bool(of_group.any()) else allowed
+
+    def one_piece(self, patient: str | None = None, group: str | None = None) -> list[int]:
+        """Values of the classes that each labelled volume shows in one piece, of enough patients.
+
+        Args:
+            patient, group: as for `retrieve`.
+        """
+        shares: dict[int, list[float]] = defaultdict(list)
+        patients: dict[int, set[str]] = defaultdict(set)
+        for number in torch.nonzero(self._allowed(patient, group))[:, 0].tolist():
+            item = self.items[number]
+            for value, share in item.main_shares.items():
+                shares[value].append(share)
+                patients[value].add(item.patient)
+        return [v for v in sorted(shares) if len(patients[v]) >= PIECE_PATIENTS and min(shares[v]) >= MAIN_SHARE]
 
     def select(self, retrieved: list[Retrieved]) -> SupportMemory:
         """Memory with leading dimensions (B, C, K) of classes that share one K."""

@@ -30,7 +30,7 @@ from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open,
 logger = logging.getLogger(__name__)
 
 # Part of the keys of what is prepared and encoded: counted up when that changes by the code.
-VERSION = 5
+VERSION = 6
 CASE = "case"
 CASES_PER_LOOKUP = 256
 MAX_VALUE = 255
@@ -310,6 +310,7 @@ class Catalogue:
                     group=case["group"],
                     case=case,
                     info=info,
+                    main_shares=entry.listing.main_shares,
                     load=load,
                 )
             )

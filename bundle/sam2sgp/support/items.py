@@ -16,6 +16,7 @@ from sam2sgp.drawing import draw_overlay, to_display
 from sam2sgp.errors import ConfigError
 from sam2sgp.support.fingerprint import ImageMeasures, tile_share
 from sam2sgp.transforms.array import Region, pixel_size
+from sam2sgp.transforms.parts import main_shares
 from sam2sgp.transforms.scaling import PERCENTILES, Scaling
 
 THUMBNAIL = 128
@@ -94,24 +95,26 @@ class ItemInfo:
 
 @dataclass(frozen=True)
 class CaseListing:
-    """What a case has: class values found in its whole label, its items, and how it was scaled."""
+    """What a case has: class values found in its whole label, its items, how it was scaled, and of a volume for each
+    class value the share of its voxels that the largest connected part holds."""
 
     values: tuple[int, ...]
     items: tuple[ItemInfo, ...]
     scaling: Scaling
+    main_shares: dict[int, float]
 
     def to_json(self) -> bytes:
         rows = [[f.slice, f.holds, f.regions, f.tiles, f.measures.to_json()] for f in self.items]
-        return json.dumps([self.values, rows, asdict(self.scaling)]).encode()
+        return json.dumps([self.values, rows, asdict(self.scaling), list(self.main_shares.items())]).encode()
 
     @classmethod
     def of_json(cls, text: bytes) -> "CaseListing":
-        values, rows, scaling = json.loads(text)
+        values, rows, scaling, shares = json.loads(text)
         items = (
             ItemInfo(index, tuple(holds), tuple(regions), tuple(tiles), ImageMeasures.of_json(measures))
             for index, holds, regions, tiles, measures in rows
         )
-        return cls(tuple(values), tuple(items), Scaling.of_dict(scaling))
+        return cls(tuple(values), tuple(items), Scaling.of_dict(scaling), dict(shares))
 
 
 @dataclass(eq=False)
@@ -125,6 +128,7 @@ class SupportItem:
         patient, group: of the case.
         case: where it comes from, to be prepared again.
         info: its slice and classes.
+        main_shares: of the case, if that is a volume, see `CaseListing`.
         load: gives its pixels.
     """
 
@@ -135,6 +139,7 @@ class SupportItem:
     group: str
     case: dict = field(repr=False)
     info: ItemInfo
+    main_shares: dict[int, float]
     load: Callable[[], Prepared] = field(repr=False)
 
     @property
@@ -199,6 +204,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
     Slices much longer than wide are seen through windows, see `Region.windows`, which count as slices.
     """
     volume = len(case["label"]) > 1
+    shares = main_shares(case["label_full"].numpy()) if volume else {}
     case = _in_windows(case)
     label = case["label"]
     flat = label.flatten(1)
@@ -219,7 +225,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
         ItemInfo.of(index if len(label) > 1 else None, item, measures[index])
         for index, item in zip(sorted(chosen), items, strict=True)
     ]
-    return CaseListing(tuple(values), tuple(infos), case.get("scaling", AS_GIVEN)), items
+    return CaseListing(tuple(values), tuple(infos), case.get("scaling", AS_GIVEN), shares), items
 
 
 def choose_slices(areas: np.ndarray, count: int) -> list[int]:
