@@ -21,8 +21,8 @@ sys.path.insert(0, str(REPO))
 
 from sam2sgp.data import load_datalist  # noqa: E402
 from sam2sgp.data.phantom import make_phantoms  # noqa: E402
-from tests.decisions import rounds  # noqa: E402
 from tests.e2e.server import serving  # noqa: E402
+from tests.helpers.decisions import rounds  # noqa: E402
 
 
 def main() -> None:

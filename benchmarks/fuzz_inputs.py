@@ -52,7 +52,7 @@ def write_sound_files(folder: Path) -> list[Path]:
     from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
     from sam2sgp.data import read_image, write_dicom_seg
-    from tests.data.dicom_files import write_compressed, write_dicom, write_enhanced, write_series
+    from tests.helpers.dicom_files import write_compressed, write_dicom, write_enhanced, write_series
 
     rng = np.random.default_rng(0)
     volume = rng.integers(0, 3, SHAPE).astype(np.uint8)

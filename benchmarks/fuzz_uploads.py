@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz_uploads.py --files 20000 --seed 0
 
-Sound files of `tests/uploads.py` are changed at random: bits, bytes, numbers, lines of text headers, pieces cut out,
-doubled or taken from another file; packed ones also inside. Each goes through the same steps as an upload:
+Sound files of `tests/helpers/uploads.py` are changed at random: bits, bytes, numbers, lines of text headers, pieces
+cut out, doubled or taken from another file; packed ones also inside. Each goes through the same steps as an upload:
 `lib.stores.door` (or, for archives, a session), then reading as an image or as a label, decoders in their own process.
 A canary file lies beside the uploads, and its content is put into no upload: an image that has it was read from
 elsewhere.
@@ -43,7 +43,7 @@ from lib.stores.sessions import ConfinedSessions  # noqa: E402
 from sam2sgp.data.io import read_image, read_label  # noqa: E402
 from sam2sgp.data.io.decoding import decode_picture  # noqa: E402
 from sam2sgp.errors import DataError  # noqa: E402
-from tests.uploads import picture, sound_files  # noqa: E402
+from tests.helpers.uploads import picture, sound_files  # noqa: E402
 
 LIMIT = 256 << 20
 ARCHIVES = (".zip", ".tar.gz")

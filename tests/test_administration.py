@@ -22,7 +22,7 @@ from lib.stores.audit import Audit
 from lib.stores.tokens import Tokens
 from manage import main
 from sam2sgp import cli
-from tests.app.http.test_metrics import datastore, segmenter
+from tests.helpers.parts import datastore, segmenter
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "administration.md").read_text()

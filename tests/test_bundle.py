@@ -17,9 +17,9 @@ from monailabel.tasks.infer.bundle import BundleInferTask
 
 from sam2sgp.errors import ConfigError, cause_of
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
-from tests.bundle_runs import BUNDLE, CONFIGS, SMALL, computing_with_one_thread, random_weights, run
-from tests.support.pairs import write_set
-from tests.torchrun import TORCHRUN, bundle_command, finish
+from tests.helpers.bundle_runs import BUNDLE, CONFIGS, SMALL, computing_with_one_thread, random_weights, run
+from tests.helpers.pairs import write_set
+from tests.helpers.torchrun import TORCHRUN, bundle_command, finish
 
 BACKBONES = ["nano", "lite", "tiny", "small", "base_plus", "large"]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sam2sgp import cli
-from tests.bundle_runs import random_weights, run
+from tests.helpers.bundle_runs import random_weights, run
 
 SMALL = ["--image_size", "64", "--progress", "False"]
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from sam2sgp import distributed
 from sam2sgp.data import load_queries
-from tests.bundle_runs import BUNDLE, computing_with_one_thread, random_weights, run
-from tests.support.pairs import write_set
-from tests.torchrun import TORCHRUN, bundle_command, finish, start
+from tests.helpers.bundle_runs import BUNDLE, computing_with_one_thread, random_weights, run
+from tests.helpers.pairs import write_set
+from tests.helpers.torchrun import TORCHRUN, bundle_command, finish, start
 
 EXAMPLES = BUNDLE.parent / "docs" / "slurm"
 FAST = {"image_size": 64, "k": 2, "region_below": 0.5, "report_figures": 3}
@@ -150,7 +150,7 @@ def test_two_processes_measure_what_one_does(model, tmp_path):
 @pytest.mark.slow
 def test_two_processes_read_and_encode_each_support_item_once_and_adapt_once(tmp_path):
     folder = write_set(tmp_path / "set", 5)
-    finish([*TORCHRUN, "-m", "tests.support.sharing", str(folder), str(tmp_path / "cache"), str(tmp_path)])
+    finish([*TORCHRUN, "-m", "tests.helpers.sharing", str(folder), str(tmp_path / "cache"), str(tmp_path)])
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert sorted(process["read"] for process in found) == [2, 3]
     assert sorted(process["encoded"] for process in found) == [2, 3]

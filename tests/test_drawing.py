@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sam2sgp.drawing import class_colour, draw_overlay, montage, spread_slices, to_display
-from tests.drawn import GREY, plain, square_map
+from tests.helpers.drawn import GREY, plain, square_map
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from sam2sgp.data import load_datalist
 from sam2sgp.networks import SAM2SGP, save_weights
-from tests.bundle_runs import SMALL, run
+from tests.helpers.bundle_runs import SMALL, run
 
 
 def rows(path) -> list[dict]:

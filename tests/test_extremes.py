@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sam2sgp.engines import ResultWriter
-from tests.bundle_runs import random_weights, run
+from tests.helpers.bundle_runs import random_weights, run
 
 FAST = {"k": 2, "slices_per_class": 1, "support_max_items": 4, "region_below": 0, "image_size": 64, "progress": False}
 RNG = np.random.default_rng(0)

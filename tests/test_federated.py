@@ -13,7 +13,7 @@ from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.errors import ConfigError
 from sam2sgp.federated import TrainableWeights
 from sam2sgp.networks import SAM2SGP
-from tests.bundle_runs import BUNDLE, SMALL
+from tests.helpers.bundle_runs import BUNDLE, SMALL
 
 CONFIGS = [f"configs/{name}.json" for name in ("train", "finetune", "federated")]
 # evaluate.json first: finetune.json says which weights the frozen part has.

@@ -8,7 +8,7 @@ from monai.bundle import ConfigParser
 
 from sam2sgp.episodes import PretrainingDataset
 from sam2sgp.networks import SAM2SGP, load_weights, merge_lora
-from tests.bundle_runs import BUNDLE, CONFIGS, SMALL, run
+from tests.helpers.bundle_runs import BUNDLE, CONFIGS, SMALL, run
 
 EMBEDDED = BUNDLE / "models" / "model.pt"
 

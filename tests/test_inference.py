@@ -22,8 +22,8 @@ from sam2sgp.engines import QueryDataset, QueryEvaluator, results
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.networks import SAM2SGP, save_weights
 from sam2sgp.transforms import OutputNames
-from tests.bundle_runs import BUNDLE, run
-from tests.data.dicom_files import write_series
+from tests.helpers.bundle_runs import BUNDLE, run
+from tests.helpers.dicom_files import write_series
 
 SETTINGS = {"image_size": 64, "progress": False}
 FAST = {"k": 2, "slices_per_class": 1, "support_max_items": 6, "region_below": 0, "report_figures": 0}

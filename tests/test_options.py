@@ -2,14 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from monai.bundle import ConfigParser
 
 from sam2sgp.errors import ConfigError, cause_of
 from sam2sgp.options import ALL, check, check_places, help_text
-from tests.bundle_runs import CONFIGS, run
-from tests.test_docs import SETTINGS
+from tests.helpers.bundle_runs import CONFIGS, run
 
 INFERENCE = ("inference.json",)
 EVALUATION = ("train.json", "evaluate.json")
@@ -48,7 +48,8 @@ def test_every_described_setting_is_in_some_config_and_every_documented_one_is_d
     content = "".join(path.read_text() for path in CONFIGS.rglob("*.json"))
     idle = {"lora::dropout"}
     assert [name for name in ALL if name not in idle and f'"{name.split("::")[-1]}"' not in content] == []
-    rows = re.findall(r"^\| (`[a-z_:]+`(?:, `[a-z_:]+`)*) \| [^|]* \| ", SETTINGS, re.MULTILINE)
+    page = (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
+    rows = re.findall(r"^\| (`[a-z_:]+`(?:, `[a-z_:]+`)*) \| [^|]* \| ", page, re.MULTILINE)
     documented = {name for names in rows for name in re.findall("`([a-z_:]+)`", names)}
     settings = documented & {name for path in CONFIGS.rglob("*.json") for name in json.loads(path.read_text())}
     assert len(settings) > 40 and settings <= ALL.keys()
@@ -146,3 +147,14 @@ def test_a_run_checks_its_options_before_any_work_and_lists_them_for_help(tmp_pa
     assert re.search(r"--retrieval +which items.*; similarity\s+or random \[similarity\]", shown.replace("'", ""))
     assert re.search(r"--object_gate +a class with too little evidence .* \[True\]", shown)
     assert re.search(r"^Segmenting$", shown, re.MULTILINE) and "--max_epochs" in shown
+
+
+def test_configs_are_written_in_one_style():
+    """Steps of four spaces, and a newline at the end."""
+    files = sorted(CONFIGS.rglob("*.json"))
+    assert len(files) > 10
+    for path in files:
+        text = path.read_text()
+        assert text.endswith("}\n") and "\t" not in text, path
+        indents = {len(line) - len(line.lstrip(" ")) for line in text.splitlines() if line.strip()}
+        assert all(indent % 4 == 0 for indent in indents), path

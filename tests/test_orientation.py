@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from tests.bundle_runs import run
-from tests.data.dicom_files import write_series
+from tests.helpers.bundle_runs import run
+from tests.helpers.dicom_files import write_series
 
 # Orders and directions in which SimpleITK stores the axes; the first is the way of NIfTI phantoms in LPS terms.
 ORDERS = {"reference.nii.gz": "LPS", "upside_down.nii.gz": "LPI", "turned.nrrd": "RAI"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.bundle_runs import BUNDLE, random_weights
+from tests.helpers.bundle_runs import BUNDLE, random_weights
 
 ROOT = Path(__file__).parents[1]
 FILES = ("core", "app", "tracking", "onnx", "dev")

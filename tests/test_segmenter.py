@@ -10,7 +10,7 @@ from PIL import Image
 
 import sam2sgp
 from sam2sgp.errors import ConfigError, DataError
-from tests.bundle_runs import random_weights, run
+from tests.helpers.bundle_runs import random_weights, run
 
 SMALL = {"image_size": 64, "support_max_items": 6}
 

@@ -19,7 +19,7 @@ from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.support.encodings import Encodings
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
-from tests.bundle_runs import BUNDLE
+from tests.helpers.bundle_runs import BUNDLE
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sam2sgp.errors import ConfigError, WeightsError, cause_of
 from sam2sgp.networks import SAM2SGP, load_weights
-from tests.bundle_runs import SMALL, run
+from tests.helpers.bundle_runs import SMALL, run
 
 
 def train(phantoms, output, **overrides) -> dict:

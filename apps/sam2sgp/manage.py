@@ -9,7 +9,7 @@ from pathlib import Path
 from lib.admin.backup import backup
 from lib.admin.restore import restore
 from lib.admin.start import serve
-from lib.admin.tokens import token, tokens
+from lib.admin.token_commands import token, tokens
 from sam2sgp.errors import sentence_for_users
 
 COMMANDS = {"serve": serve, "backup": backup, "restore": restore, "token": token, "tokens": tokens}

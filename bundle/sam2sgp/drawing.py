@@ -207,7 +207,7 @@ def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, stretch: np.ndarray, colour: tuple[int, int, int]) -> None:
     x0, y0, x1, y1 = np.round(box * np.tile(stretch[::-1], 2)).astype(int)
-    # a dark rim outside, two pixels of colour inside
+    # A dark rim outside, two pixels of colour inside
     for grow, outline, width in ((1, BLACK, 1), (0, colour, 2)):
         corners = (x0 - grow, y0 - grow, max(x0, x1 - 1) + grow, max(y0, y1 - 1) + grow)
         draw.rectangle(corners, outline=outline, width=width)

@@ -1,17 +1,10 @@
 """Coverage of embeddings, and the choice of the next image."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from sam2sgp.active import STRATEGIES, choose, distances, k_centre, represent
-from sam2sgp.errors import ConfigError
-
-
-def at(*degrees: float) -> torch.Tensor:
-    """Points on the unit circle."""
-    angle = torch.tensor(degrees).deg2rad()
-    return torch.stack([angle.cos(), angle.sin()], 1)
+from sam2sgp.active import distances, k_centre, represent
+from tests.helpers.embeddings import at
 
 
 def test_distance_is_half_the_chord_to_the_nearest_labelled_image():
@@ -52,30 +45,3 @@ def test_representation_goes_where_the_weight_is():
         weight = torch.full((6,), 0.1)
         weight[side : side + 3] = 1.0
         assert int(represent(two, at(0), 1, weight=weight)) in range(side, side + 3)
-
-
-def test_each_strategy_goes_by_what_it_is_named_after():
-    candidates, labelled = at(2, 90, 180), at(0)
-    uncertainty = torch.tensor([0.9, 0.8, 0.0])
-    order = {name: choose(name, candidates, labelled, uncertainty, 3)[0].tolist() for name in STRATEGIES}
-    assert order["uncertainty"] == [0, 1, 2]
-    assert order["coverage"][0] == 2
-    # Neither the near duplicate of what is labelled, nor what is far but certain.
-    assert order["hybrid"][0] == 1
-    assert all(sorted(found) == [0, 1, 2] for found in order.values())
-
-
-def test_an_unknown_uncertainty_counts_as_the_mean():
-    uncertainty = torch.tensor([0.2, torch.nan, 0.8])
-    assert choose("uncertainty", at(0, 1, 2), at(), uncertainty, 3)[0].tolist() == [2, 1, 0]
-    assert choose("hybrid", at(0, 1, 2), at(), torch.full((3,), torch.nan), 2)[0].shape == (2,)
-
-
-def test_no_candidate_is_no_choice():
-    for name in STRATEGIES:
-        assert choose(name, torch.zeros(0, 2), at(0), torch.zeros(0))[0].tolist() == []
-
-
-def test_an_unknown_strategy_is_refused():
-    with pytest.raises(ConfigError, match="'best'.*uncertainty, coverage, hybrid"):
-        choose("best", at(0), at(0), torch.zeros(1))

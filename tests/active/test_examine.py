@@ -9,7 +9,7 @@ from sam2sgp.active import embed, examine
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from sam2sgp.networks import SAM2SGP, SGPOutput
 from sam2sgp.support import SupportBank, SupportSampler
-from tests.inferers.stubs import SIZE, StubNetwork
+from tests.helpers.stubs import SIZE, StubNetwork
 
 
 def case(number: int, rows: int = 4) -> dict:

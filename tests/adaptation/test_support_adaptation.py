@@ -1,50 +1,29 @@
 """Adaptation to a support set: what it is judged by, that it can be repeated, and that it never harms."""
 
 import itertools
-import logging
-import shutil
 from copy import deepcopy
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from sam2sgp.adaptation import Adaptation, SupportAdaptation, adapt, plan, store
-from sam2sgp.adaptation.corrector import Corrector, Trunk, bounded
+from sam2sgp.adaptation import Adaptation, SupportAdaptation, adapt
 from sam2sgp.adaptation.groups import Groups
 from sam2sgp.adaptation.judging import Choice
-from sam2sgp.adaptation.pairs import Pair, Pairs
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.record import AdaptationRecord
-from sam2sgp.adaptation.run import Run
 from sam2sgp.adaptation.training import Training
 from sam2sgp.engines import adapted
 from sam2sgp.errors import ConfigError
-from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
-from sam2sgp.networks import SAM2SGP
+from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.transforms import to_three_channels
-from tests.adaptation.banks import SIZE, bank, phantom, queries, volume
+from tests.helpers.banks import SIZE, bank, bright_discs, phantom, queries, volume
+
+pytestmark = pytest.mark.usefixtures("small_correctors")
 
 STEPS = 2
 CASES = [phantom(number) for number in range(8)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_correctors():
-    """Correctors at the size of the phantoms."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "WHOLE_SIZE", SIZE)
-        yield
-
-
-@pytest.fixture(scope="module")
-def network() -> SAM2SGP:
-    """A network whose own results are bad."""
-    torch.manual_seed(0)
-    return SAM2SGP("nano", SIZE, pmg={"prior": False, "regression": False}, refinement=False).eval()
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +67,6 @@ def finding(monkeypatch, find) -> None:
     )
 
 
-def bright_discs() -> list[dict]:
-    """Phantoms whose objects are what is white."""
-    cases = [phantom(number) for number in range(8)]
-    for case in cases:
-        case["image"] = case["image_full"] = torch.where(case["label"][:, None] > 0, 1.0, 0.6 * case["image"])
-    return cases
-
-
 def test_the_network_and_the_bank_stay_as_they_were(network, made):
     assert all(torch.equal(value, made[2][name]) for name, value in network.state_dict().items())
     assert not network.training
@@ -103,23 +74,6 @@ def test_the_network_and_the_bank_stay_as_they_were(network, made):
     adapt(network, support, None, 1, progress=False)
     assert support.embedding is None and len(support) == len(CASES)
     assert list(support.patients) == [f"p{number}" for number in range(8)]
-
-
-def test_a_corrector_starts_from_what_the_network_finds_and_learns_its_pairs(network):
-    torch.manual_seed(0)
-    support = bright_discs()
-    found = torch.full((1, SIZE, SIZE), -2.0)
-    pairs = [Pair(case["image"][0], found, case["label"] > 0, (1.0, 1.0)) for case in support]
-    plan, corrector = Plan(SIZE, False), Corrector(Trunk(network), 1)
-    image, logits = torch.stack([pair.image for pair in pairs[6:]]), found.expand(2, 1, SIZE, SIZE)
-    torch.testing.assert_close(plan.predict([corrector], image, logits), bounded(logits).sigmoid())
-    training = Training(corrector, Pairs(pairs, plan, torch.device("cpu")), range(6), 0)
-    training.planned = 16
-    for _ in range(training.planned):
-        training.step()
-    corrected = plan.predict([training.finish()], image, logits) > 0.5
-    truth = torch.stack([pair.mask for pair in pairs[6:]])
-    assert 2 * (corrected & truth).sum() / (corrected.sum() + truth.sum()) > 0.5
 
 
 def test_the_same_steps_give_the_same_correctors_and_another_seed_others(network, made, monkeypatch):
@@ -163,81 +117,6 @@ def test_each_class_has_its_own_share(network, monkeypatch):
     assert choices["class_1"].share > 0 and choices["class_2"].share == 0
 
 
-def test_every_image_is_judged_by_a_corrector_that_has_not_seen_its_patient(network, monkeypatch):
-    trained, judged = {}, []
-    cases = [phantom(number, patient=f"p{number // 2}") for number in range(12)]
-    image_of = {round(float(case["image"].half().float().mean()), 5): case["patient"] for case in cases}
-    init, predict = Training.__init__, Plan.predict
-
-    def remember(self, corrector, pairs, index, seed) -> None:
-        init(self, corrector, pairs, index, seed)
-        trained[corrector] = {patient_of(pairs.images[number]) for number in index}
-
-    def patient_of(image: Tensor) -> str | None:
-        return image_of.get(round(float(image[:1].half().float().mean()), 5))
-
-    def watch(self, correctors, images, logits, pixel=(1.0, 1.0)) -> Tensor:
-        if (patient := patient_of(images[0])) is not None:
-            judged.append((correctors[0], patient))
-        return predict(self, correctors, images, logits, pixel)
-
-    monkeypatch.setattr(Training, "__init__", remember)
-    monkeypatch.setattr(Plan, "predict", watch)
-    record = adapt(network, bank(cases), None, 1, progress=False).record
-    assert record.groups.by == "patients" and len(record.groups) == 6 and record.judged == len(judged) == 12
-    assert all(patient not in trained[corrector] and len(trained[corrector]) == 4 for corrector, patient in judged)
-
-
-def test_volumes_are_judged_as_volumes_and_never_guided_by_their_own_slices(network, monkeypatch):
-    calls = []
-    chunks = SupportSetInferer.chunks
-
-    def watch(self, inputs, network, patient=None, group=None, volume=False, step=None):
-        calls.append((len(inputs), patient, volume, self.settings.volume_memory is not None))
-        for chunk in chunks(self, inputs, network, patient, group, volume, step):
-            owners = {self.bank.items[number].patient for entry in chunk.retrieved for number in entry.index.flatten()}
-            assert patient not in owners and owners
-            yield chunk
-
-    monkeypatch.setattr(SupportSetInferer, "chunks", watch)
-    support = bank([volume(number) for number in range(3)])
-    inferer = SupportSetInferer(support, InferenceSettings(region_below=0.0, volume_memory=VolumeMemory()))
-    record = adapt(network, support, None, 1, progress=False, inferer=inferer).record
-    assert [(count, volume, memory) for count, _, volume, memory in calls] == [(8, True, True)] * 3
-    assert record.judged == len(record.groups) == 3
-
-
-@pytest.mark.parametrize(("once", "expected"), [(0, [8, 4, 4, 4]), (15, [8, 4, 4])])
-def test_short_of_time_few_slices_of_many_volumes_are_judged(network, monkeypatch, once, expected):
-    """`once`: seconds that the first slices take besides, for the support set's own encodings."""
-    counts, chunks, now = [], SupportSetInferer.chunks, itertools.count()
-    clock = SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds + next(now) / 1000)
-
-    def slow(self, inputs, *arguments, **more):
-        clock.seconds += len(inputs) + (0 if counts else once)
-        counts.append(len(inputs))
-        yield from chunks(self, inputs, *arguments, **more)
-
-    monkeypatch.setattr(SupportSetInferer, "chunks", slow)
-    for module in ("support_adaptation", "run"):
-        monkeypatch.setattr(f"sam2sgp.adaptation.{module}.time", clock)
-    monkeypatch.setattr("sam2sgp.adaptation.run.WARMUP", 1)
-    support = bank([volume(number, 12) for number in range(4)])
-    inferer = SupportSetInferer(support, InferenceSettings(region_below=0.0, volume_memory=VolumeMemory()))
-    record = adapt(network, support, 60.0, 1, progress=False, inferer=inferer).record
-    assert counts == expected and record.judged == len(expected)
-
-
-def test_of_a_volume_that_is_too_long_both_ends_are_judged_in_turn(network):
-    support = bank([volume(number, 12) for number in range(3)])
-    run = Run(network, support, SupportSetInferer(support), None, 1, 0, 0.0, False)
-    ends = []
-    for at_top in (False, True):
-        case = replace(run._cases()[0], slices=4, at_top=at_top)
-        ends.append((run._prepare(case)["label"] > 0).flatten(1).any(1).tolist())
-    assert ends == [[False, True, True, True], [True, True, True, False]]
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_patients_leave_the_network_as_it_is_and_are_told(network, tmp_path, count):
     cases = [phantom(number, patient=f"p{number % 2}") for number in range(4)] if count == 2 else [volume(0)]
@@ -265,36 +144,6 @@ def test_what_is_in_the_cache_is_not_trained_again(network, made, monkeypatch):
     monkeypatch.setattr(Training, "step", None)
     again = adapt(network, bank(CASES), None, STEPS, cache_dir=made[1], progress=False)
     assert same(weights(again), weights(made[0])) and again.record == made[0].record
-
-
-@pytest.mark.parametrize("change", ["label", "image", "patient", "weights", "seed"])
-def test_another_support_set_network_or_setting_is_another_adaptation(network, change):
-    support, other, settings = bank(CASES), network, {"seed": 0}
-    before = store.key_of(network, support, settings)
-    if change == "label":
-        support.items[3].label = support.items[3].label.roll(1, 0)
-    elif change == "image":
-        support.items[3].image = support.items[3].image + 0.01
-    elif change == "patient":
-        support.items[3].patient = "p0"
-    elif change == "weights":
-        other = deepcopy(network)
-        with torch.no_grad():
-            other.memory_tpos[0] += 1e-3
-    else:
-        settings = {"seed": 1}
-    assert store.key_of(other, support, settings) != before == store.key_of(network, bank(CASES), {"seed": 0})
-
-
-@pytest.mark.parametrize("name", ["correctors.safetensors", "adaptation.json"])
-def test_a_damaged_entry_is_not_used_and_costs_one_warning(network, made, tmp_path, caplog, name):
-    (written,) = made[1].glob("*/adaptation.json")
-    folder = Path(shutil.copytree(written.parent, tmp_path / "entry"))
-    assert store.load(folder, network, 1) is not None
-    (folder / name).write_bytes((folder / name).read_bytes()[:-20])
-    assert store.load(folder, network, 1) is None
-    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert str(folder) in warning.getMessage()
 
 
 @pytest.mark.parametrize("distance, share", [(0.5, 0.8), (float("nan"), 0.8), (1.4, 0.4), (10.0, 0.0)])

@@ -13,7 +13,7 @@ from lib.settings import Settings
 from lib.stores.opening import open_datastore
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
-from tests.bundle_runs import computing_with_one_thread
+from tests.helpers.bundle_runs import computing_with_one_thread
 
 APP = Path(__file__).parents[2] / "apps" / "sam2sgp"
 SMALL = {"image_size": "64"}

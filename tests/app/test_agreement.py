@@ -12,8 +12,8 @@ from PIL import Image
 
 from sam2sgp.data import load_datalist, read_image, write_label
 from sam2sgp.data.io import image_stem, output_suffix
-from tests.bundle_runs import BUNDLE, CONFIGS
-from tests.data.dicom_files import write_dicom, write_series
+from tests.helpers.bundle_runs import BUNDLE, CONFIGS
+from tests.helpers.dicom_files import write_dicom, write_series
 
 RNG = np.random.default_rng(0)
 SHAPE = (6, 40, 48)

@@ -4,7 +4,7 @@ import pytest
 
 from sam2sgp.data.classes import check_label_values, class_names, complete_class_names
 from sam2sgp.errors import DataError
-from tests.data.data_folders import paired, write_json
+from tests.helpers.data_folders import paired, write_json
 
 
 def test_class_names_are_declared_or_made_up(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from sam2sgp.data.classes import class_names
 from sam2sgp.data.folders import load_datalist
 from sam2sgp.errors import DataError
-from tests.data.data_folders import names, nnunet, paired, said, touch, write_json
+from tests.helpers.data_folders import names, nnunet, paired, said, touch, write_json
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])

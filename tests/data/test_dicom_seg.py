@@ -18,53 +18,13 @@ import torch
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, RLELossless, generate_uid
 
-from sam2sgp.data import read_dicom_seg, read_image, read_label, write_dicom_seg, write_label
+from sam2sgp.data import read_dicom_seg, read_image, read_label, write_dicom_seg
 from sam2sgp.data.dicom_seg import MOST_SEGMENTS, DicomSourceError
 from sam2sgp.data.folders import load_datalist
 from sam2sgp.errors import DataError
 from sam2sgp.transforms import OutputNames, SaveDicomSegd
-from tests.data.dicom_files import write_dicom, write_enhanced, write_series
-
-NAMES = {1: "liver", 3: "Läsion", 5: "right_kidney", 7: "tumour"}
-SHAPE = (5, 12, 16)
-OBLIQUE = np.linalg.qr(np.array([[1.0, 0.2, -0.3], [-0.25, 1.0, 0.1], [0.3, -0.1, 1.0]]))[0] * [-1, -1, 1]
-SERIES = {
-    "axial ascending": {"shuffle": False},
-    "axial descending": {"spacing": (-2.5, 0.8, 0.7), "SliceThickness": 2.5, "shuffle": False},
-    "shuffled names": {"shuffle": True},
-    "prone": {"orientation": (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0)},
-    "feet up": {"orientation": (1.0, 0.0, 0.0, 0.0, -1.0, 0.0)},
-    "sagittal": {"orientation": (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)},
-    "coronal": {"orientation": (1.0, 0.0, 0.0, 0.0, 0.0, -1.0)},
-    "coronal descending": {
-        "orientation": (1.0, 0.0, 0.0, 0.0, 0.0, -1.0), "spacing": (-2.5, 0.8, 0.7), "SliceThickness": 2.5
-    },
-    "oblique": {"orientation": tuple(OBLIQUE.T[:2].ravel().round(8))},
-    "isotropic sagittal": {"orientation": (0.0, 1.0, 0.0, 0.0, 0.0, -1.0), "spacing": (0.8, 0.8, 0.8)},
-}  # fmt: skip
-
-
-def series(folder: Path, **options) -> Path:
-    volume = np.random.default_rng(1).integers(-1000, 1000, SHAPE).astype(np.int16)
-    tags = {"StudyInstanceUID": generate_uid(), "FrameOfReferenceUID": generate_uid(), **options}
-    return write_series(folder, volume, **tags)
-
-
-def blobs(shape: tuple[int, int, int]) -> np.ndarray:
-    """Classes 1, 3 and 7 (not 5), different on each slice, none on the last one."""
-    labels = np.random.default_rng(2).choice([0, 0, 1, 3, 7], shape)
-    labels[-1] = 0
-    labels[0][labels[0] == 3] = 0
-    return labels
-
-
-def segment(folder: Path, source: Path, slice_axis="auto") -> tuple[Path, nib.Nifti1Image]:
-    """The segmentation of `blobs` and the same class map in NIfTI."""
-    geometry = read_image(source, slice_axis).geometry
-    labels = blobs(geometry.shape)
-    assert write_dicom_seg(folder / "seg.dcm", labels, geometry, source, NAMES)
-    write_label(folder / "label.nii.gz", labels, geometry)
-    return folder / "seg.dcm", nib.load(folder / "label.nii.gz")
+from tests.helpers.dicom_files import write_dicom, write_enhanced
+from tests.helpers.segmentations import NAMES, SERIES, SHAPE, blobs, segment, series
 
 
 def classes_on(header: pydicom.Dataset, label: nib.Nifti1Image) -> np.ndarray:
@@ -103,27 +63,6 @@ def test_it_is_read_back_to_the_voxel_with_its_values_and_names(tmp_path, name):
     geometry = read_image(source).geometry
     labels, names = read_dicom_seg(path, geometry, source)
     assert np.array_equal(labels, blobs(geometry.shape)) and names == {1: "liver", 3: "Läsion", 7: "tumour"}
-
-
-@pytest.mark.parametrize("name", SERIES)
-def test_it_is_a_label_of_its_series_and_of_the_same_voxels_in_other_formats(tmp_path, name):
-    source = series(tmp_path / "series", **SERIES[name])
-    path, label = segment(tmp_path, source)
-    for image in (source, tmp_path / "label.nii.gz"):
-        geometry = read_image(image).geometry
-        found = geometry.to_native(read_label(path, geometry))
-        assert np.array_equal(found, np.asarray(label.dataobj))
-    with pytest.raises(DataError, match="seg.dcm.*(lie between them|voxels away)"):
-        read_label(path, read_image(series(tmp_path / "other", origin=(1.1, 2.0, 3.0), spacing=(9, 9, 9))).geometry)
-
-
-def test_slices_without_frames_between_others_stay_empty_in_a_label(tmp_path):
-    source = series(tmp_path / "series")
-    geometry = read_image(source).geometry
-    labels = blobs(geometry.shape)
-    labels[::2] = 0
-    assert write_dicom_seg(tmp_path / "seg.dcm", labels, geometry, source, NAMES)
-    assert np.array_equal(read_label(tmp_path / "seg.dcm", geometry), labels)
 
 
 def test_frames_of_an_enhanced_file_are_referred_to_in_its_own_order(tmp_path):
@@ -423,22 +362,12 @@ def test_an_image_without_a_class_becomes_a_segmentation_of_empty_segments(tmp_p
     assert len(highdicom.seg.segread(path).SegmentSequence) == 3
 
 
-@pytest.mark.parametrize("kind", ["PROBABILITY", "OCCUPANCY"])
-def test_of_fractional_segments_voxels_of_half_the_highest_value_count(tmp_path, kind):
-    names = ("PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime")
-    empty = dict.fromkeys((*names, "AccessionNumber", "ReferringPhysicianName"), "")
-    source = series(tmp_path / "series", shuffle=False, **empty)
-    written, _ = segment(tmp_path, source)
-    described = list(highdicom.seg.segread(written).SegmentSequence)[:1]
-    sources = [pydicom.dcmread(path) for path in sorted(source.iterdir())]
-    fractions = np.zeros(SHAPE)
-    fractions[1:4, 2:9, 3:12] = np.linspace(0.1, 0.9, 9)
-    description = highdicom.seg.SegmentDescription.from_dataset(described[0])
-    segmentation = highdicom.seg.Segmentation(
-        sources, fractions, "FRACTIONAL", [description], generate_uid(), 1, generate_uid(), 1, "m", "m", "1", "1",
-        fractional_type=kind, max_fractional_value=200,
-    )  # fmt: skip
-    segmentation.save_as(tmp_path / "fractions.dcm")
+def test_more_than_255_classes_are_segments_of_their_own(tmp_path):
+    source = series(tmp_path / "series")
     geometry = read_image(source).geometry
-    found = geometry.to_native(read_label(tmp_path / "fractions.dcm", geometry)).T
-    assert np.array_equal(found > 0, fractions >= 0.5)
+    labels = np.zeros(geometry.shape, int)
+    labels.ravel()[:257] = np.arange(1, 258)
+    names = {value: f"structure {value}" for value in range(1, 258)}
+    assert write_dicom_seg(tmp_path / "seg.dcm", labels, geometry, source, names)
+    found, told = read_dicom_seg(tmp_path / "seg.dcm", geometry, source)
+    assert np.array_equal(found, labels) and told == names

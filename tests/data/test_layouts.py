@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
@@ -10,7 +9,8 @@ import pytest
 
 from sam2sgp.data import load_datalist, load_queries, skipped_in
 from sam2sgp.errors import DataError
-from tests.data.dicom_files import write_series
+from tests.helpers.data_folders import pairs_in, write
+from tests.helpers.dicom_files import write_series
 
 NNUNET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
 DECATHLON = {"training": [{"image": f"imagesTr/c_{n}.nii.gz", "label": f"labelsTr/c_{n}.nii.gz"} for n in (1, 2)]}
@@ -84,21 +84,6 @@ LAYOUTS = {
 }
 
 
-def write(root: Path, *files: str) -> None:
-    for name in files:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"x")
-
-
-def pairs_in(cases: list[dict], root: Path) -> dict[str, str | None]:
-    return {
-        str(Path(case["image"]).relative_to(root)): str(Path(case["label"]).relative_to(root))
-        if "label" in case
-        else None
-        for case in cases
-    }
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pairs_of_a_layout_are_found_and_no_label_is_a_query(tmp_path, layout):
     pairs, more = LAYOUTS[layout]
@@ -135,30 +120,6 @@ def test_a_dicom_series_goes_with_the_label_in_its_folder_or_beside_it(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (["a.png", "a_mask.png", "a_mask_1.png"], "one label for each image.*image a.png.*a_mask.png, a_mask_1.png"),
-        (["a.nii.gz", "a_seg.nii.gz", "a-label.nii.gz"], "one label for each image.*merge them into one class map"),
-        (["images/a.png", "masks/a_mask.png", "masks/a_seg.png"], "one label for each image.*masks/a_seg.png"),
-        (["p/t1.nii.gz", "p/t2.nii.gz", "p/seg.nii.gz"], "one image for each label.*p/t1.nii.gz, p/t2.*t1_seg.nii.gz"),
-        (["p/x_t1.nii.gz", "p/x_t2.nii.gz", "p/x_seg.nii.gz"], "one image for each label.*p/x_t1.nii.gz"),
-        (["images/a.png", "images/a.jpg", "labels/a.png"], "one image for each label.*images/a.jpg.*different stems"),
-        (["sub-1/anat/sub-1_T1w.nii", *(f"derivatives/{p}/sub-1/anat/sub-1_dseg.nii" for p in "ab")], "one label for"),
-    ],
-)
-def test_pairs_that_are_not_certain_are_refused_for_support_and_no_label_is_a_query(tmp_path, files, message):
-    write(tmp_path, *files)
-    with pytest.raises(DataError, match=message):
-        load_datalist(tmp_path)
-    queries = load_datalist(tmp_path, require_labels=False)
-    assert not [
-        case for case in queries if "seg" in case["image"] or "mask" in case["image"] or "labels" in case["image"]
-    ]
-    used = {case[key] for case in queries for key in ("image", "label") if key in case}
-    assert {str(tmp_path / file) for file in files} == used | {str(file.path) for file in queries.skipped}
-
-
-@pytest.mark.parametrize(
     ("files", "seen"),
     [
         (["a.png", "b.png"], r"2 images \(a.png, b.png\) and no label.*a_seg.nii.gz"),
@@ -173,15 +134,6 @@ def test_a_refusal_shows_what_was_seen_and_the_nearest_layout(tmp_path, files, s
     write(tmp_path, *files)
     with pytest.raises(DataError, match=rf"expected a folder with dataset.json.*found.*{seen}|{seen}"):
         load_datalist(tmp_path)
-
-
-def test_names_of_labels_are_images_where_the_folder_says_so(tmp_path):
-    write(tmp_path, "images/face_mask.png", "images/a.png", "images/a_mask.png")
-    queries = load_datalist(tmp_path, require_labels=False)
-    assert pairs_in(queries, tmp_path) == {"images/face_mask.png": None, "images/a.png": "images/a_mask.png"}
-    write(tmp_path / "flat", "face_mask.png")
-    with pytest.raises(DataError, match=r"1 file \(face_mask.png\) of labels' names and no image"):
-        load_datalist(tmp_path / "flat", require_labels=False)
 
 
 def test_a_folder_of_labels_is_no_folder_of_queries(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from sam2sgp.data.folders import load_datalist
 from sam2sgp.data.split import subset
 from sam2sgp.errors import ConfigError
-from tests.data.data_folders import names, paired
+from tests.helpers.data_folders import names, paired
 
 
 @pytest.mark.parametrize("patients", [3, 4, 7, 20, 41])

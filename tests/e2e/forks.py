@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.lean import lean_path
+from tests.helpers.lean import lean_path
 
 REPO = Path(__file__).parents[2]
 # All that the app imports and that reads no setting of the app or of MONAI Label.

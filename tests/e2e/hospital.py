@@ -10,7 +10,7 @@ from pydicom.uid import generate_uid
 
 from sam2sgp.data import read_image, write_label
 from sam2sgp.data.phantom_scenes import CLASS_NAMES, phantom_volume
-from tests.data.dicom_files import write_dicom, write_series
+from tests.helpers.dicom_files import write_dicom, write_series
 
 SIZE, SLICES = (64, 64), 8
 LABEL_INFO = [{"name": name, "idx": value} for value, name in CLASS_NAMES.items()]

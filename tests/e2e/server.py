@@ -18,7 +18,7 @@ import requests
 
 from tests.e2e.forks import Fork
 from tests.e2e.programs import free_port
-from tests.lean import lean_path
+from tests.helpers.lean import lean_path
 
 REPO = Path(__file__).parents[2]
 START_SECONDS = 180

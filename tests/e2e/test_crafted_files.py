@@ -19,11 +19,10 @@ import requests
 from pydicom import dcmread
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
-from tests.app.archives import fake_archive, series_entry
-from tests.data.io.test_decoding import png
-from tests.data.io.test_raw import REFUSED
 from tests.e2e.server import Server, serving
-from tests.uploads import (
+from tests.helpers.archives import fake_archive, series_entry
+from tests.helpers.itk_files import META_REFUSED, NRRD_REFUSED
+from tests.helpers.uploads import (
     GREY,
     VOLUME,
     crashing_dicom,
@@ -32,8 +31,10 @@ from tests.uploads import (
     nifti,
     nrrd,
     picture,
+    png,
     sound_files,
     tarred,
+    with_dims,
     zipped,
 )
 
@@ -42,12 +43,6 @@ MOST_MB, MOST_SECONDS = 1024, 10.0
 TIMEOUT = 60
 HDF5 = b"\x89HDF\r\n\x1a\n"
 HUGE = "40000 40000 40000"
-
-
-def with_dims(*dims: int) -> bytes:
-    content = bytearray(nifti())
-    content[40:56] = np.array([len(dims), *dims, *[1] * 7], "<i2")[:8].tobytes()
-    return bytes(content)
 
 
 def with_bytes(content: bytes, at: int, new: bytes) -> bytes:
@@ -74,7 +69,7 @@ HEADERS = {
     f"{name}.{'nrrd' if text.startswith('NRRD') else 'mha'}": text.encode()
     + b"\n" * text.startswith("NRRD")
     + bytes(120)
-    for name, text in REFUSED.items()
+    for name, text in (*NRRD_REFUSED.items(), *META_REFUSED.items())
 }
 CRAFTED = HEADERS | {
     "thousand channels.mha": metaimage("100 100 100", more="ElementNumberOfChannels = 1000\n"),

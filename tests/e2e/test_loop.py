@@ -17,8 +17,8 @@ from PIL import Image
 from sam2sgp.data import load_datalist
 from sam2sgp.data.io import read_image, read_label
 from sam2sgp.data.phantom import make_phantoms
-from tests.decisions import rounds, stored
 from tests.e2e.server import serving
+from tests.helpers.decisions import rounds, stored
 
 MODEL = "sam2sgp"
 CLASSES = {"disc": 1, "ellipse": 2, "ring": 3}

@@ -19,9 +19,9 @@ from lib.http.metrics import DECISIONS
 from manage import main
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
-from tests.app.http.test_metrics import values
 from tests.e2e.programs import program
 from tests.e2e.server import Server, started
+from tests.helpers.parts import values
 
 APPROVED, WAITING = "us_000_0", "us_001_0"
 

@@ -20,7 +20,7 @@ from monailabel.client import MONAILabelClient
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
 from tests.e2e.server import serving
-from tests.spoilt import save_spoilt_weights
+from tests.helpers.spoilt import save_spoilt_weights
 
 REQUEST = {"max_epochs": 2, "episodes_per_epoch": 12, "learning_rate": 3e-3}
 SMALL = {"image_size": "64", "three_d_memory": "false", "region_below": "0", "k": "8"}

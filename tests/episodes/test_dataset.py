@@ -1,5 +1,8 @@
 """Training episodes."""
 
+import inspect
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from sam2sgp.data import load_datalist
 from sam2sgp.episodes import EpisodeDataset, EpisodeSampler
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
+from tests.helpers.bundle_runs import CONFIGS
 
 SIZE = 32
 
@@ -207,3 +211,10 @@ def test_pictures_are_never_in_clips(folder, tmp_path):
 def test_clips_that_do_not_fit_into_an_episode_are_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match="clip_length, clip_stride are 3, 1.*4 images"):
         episodes(folder, tmp_path, clip_probability=0.5)
+
+
+def test_the_defaults_are_those_of_the_shipped_config():
+    config = json.loads((CONFIGS / "train.json").read_text())
+    own = inspect.signature(EpisodeDataset).parameters
+    for name in ("empty_fraction", "invert_probability", "union_probability", "clip_length", "clip_stride"):
+        assert own[name].default == config[name], name

@@ -12,8 +12,8 @@ from sam2sgp.errors import DataError
 from sam2sgp.inferers import CaseSegmenter, InferenceSettings, SupportSetInferer
 from sam2sgp.support import SupportSampler
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
-from tests.bundle_runs import computing_with_one_thread
-from tests.support.pairs import SIZE, bank, network, write_set
+from tests.helpers.bundle_runs import computing_with_one_thread
+from tests.helpers.pairs import SIZE, bank, network, write_set
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from sam2sgp.inferers.object_gate import MAX_JUDGED, among_neighbours, evidence_
 from sam2sgp.inferers.volume import MAX_WINDOW
 from sam2sgp.networks import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
-from tests.inferers.stubs import SIZE, StubNetwork
+from tests.helpers.stubs import SIZE, StubNetwork
 
 
 class Eager(StubNetwork):

@@ -12,7 +12,7 @@ from sam2sgp.inferers.one_piece import keep_main_parts, sentence
 from sam2sgp.networks import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.transforms.array import Letterbox
-from tests.inferers.stubs import SIZE, StubNetwork
+from tests.helpers.stubs import SIZE, StubNetwork
 
 
 class Bright(StubNetwork):

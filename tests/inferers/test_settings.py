@@ -9,7 +9,7 @@ from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.support import SupportBank, SupportSampler
-from tests.bundle_runs import CONFIGS
+from tests.helpers.bundle_runs import CONFIGS
 
 
 @pytest.mark.parametrize("name", ["inference.json", "train.json"])

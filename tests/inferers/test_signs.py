@@ -10,7 +10,7 @@ from sam2sgp.inferers.signs import MARGIN, MAX_JUDGED
 from sam2sgp.networks import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.transforms import Letterbox
-from tests.inferers.stubs import SIZE, StubNetwork
+from tests.helpers.stubs import SIZE, StubNetwork
 
 NOTHING = -torch.inf
 

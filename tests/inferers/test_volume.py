@@ -11,7 +11,7 @@ from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from sam2sgp.inferers import volume as volume_module
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
-from tests.inferers.stubs import SIZE, StubNetwork
+from tests.helpers.stubs import SIZE, StubNetwork
 
 # What the stub below needs to see an object by itself, and with a neighbour that shows it.
 CLEAR, FAINT = 0.8, 0.3

@@ -7,6 +7,7 @@ import torch
 from sam2.build_sam import build_sam2
 
 from sam2sgp import networks
+from tests.helpers.small_network import SIZE
 
 TINY_YAML = "configs/sam2.1/sam2.1_hiera_t.yaml"
 
@@ -41,3 +42,8 @@ def sam2_reference(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def tiny_model():
     return networks.build_sam2("tiny", 64)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sam2sgp.errors import ConfigError, WeightsError
-from sam2sgp.networks import SAM2SGP, load_imagenet, merge_lora, parameter_groups, start_pretraining
+from sam2sgp.networks import SAM2SGP, load_imagenet, merge_lora
 from sam2sgp.networks.backbones import checkpoint_blocks
 from sam2sgp.networks.lite import MODEL, LiteTrunk, fold_batch_norms
 
@@ -113,19 +113,3 @@ def test_checkpointed_stages_are_computed_twice_and_keep_the_gradients():
     assert len(calls) == 2
     for own, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_pretraining_freezes_fine_levels_and_depthwise_filters_and_lowers_the_rate_of_the_rest(tmp_path):
-    network = SAM2SGP("lite", SIZE)
-    torch.save(network.state_dict(), tmp_path / "start.pt")
-    start_pretraining(network, tmp_path / "start.pt", frozen_levels=2)
-    trained = {name for name, p in network.image_encoder.trunk.named_parameters() if p.requires_grad}
-    assert trained and all("conv_pw" in name for name in trained)
-    assert min(int(name.split(".")[2]) for name in trained) == 2
-    rest, trunk = parameter_groups(network, 1e-3, 0.1)
-    assert (rest["lr"], trunk["lr"]) == (1e-3, pytest.approx(1e-4))
-    assert len(trunk["params"]) == len(trained)
-    everything = [p for p in network.parameters() if p.requires_grad]
-    assert len(rest["params"]) + len(trunk["params"]) == len(everything)
-    (only,) = parameter_groups(SAM2SGP("nano", SIZE), 1e-3, 0.1)
-    assert only["lr"] == 1e-3

@@ -6,24 +6,7 @@ import torch
 from sam2sgp.engines import SGPLoss
 from sam2sgp.errors import ConfigError
 from sam2sgp.networks import SAM2SGP
-
-SIZE = 64
-
-
-def network(**settings) -> SAM2SGP:
-    torch.manual_seed(0)
-    return SAM2SGP("nano", SIZE, **settings).eval()
-
-
-def square_masks(count: int, classes: int = 1) -> torch.Tensor:
-    masks = torch.zeros(count, classes, SIZE, SIZE)
-    masks[:, :, 10:40, 20:50] = 1
-    return masks
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+from tests.helpers.small_network import SIZE, network, square_masks
 
 
 def test_shapes_with_and_without_support(images):
@@ -145,13 +128,6 @@ def test_switching_a_part_of_the_fine_path_off_changes_the_result(images, switch
     assert (on(images, support, masks) - off(images, support, masks)).abs().max() > 1e-3
 
 
-def test_a_new_refinement_changes_nothing(images):
-    support, masks = torch.rand(4, 3, SIZE, SIZE), square_masks(4)
-    on, off = network(), network(refinement=False)
-    off.load_state_dict({k: v for k, v in on.state_dict().items() if "refinement" not in k})
-    torch.testing.assert_close(on(images, support, masks), off(images, support, masks))
-
-
 def test_blanking_the_pseudo_mask_changes_what_pma_makes_of_it(images):
     net = network()
     features = net.encode(images)
@@ -162,27 +138,6 @@ def test_blanking_the_pseudo_mask_changes_what_pma_makes_of_it(images):
     blank = torch.full_like(pseudo, -4.0)
     corrections = [net.guide(conditioned, dense, features.high_res, p, net.box(p))[0] - p for p in (pseudo, blank)]
     assert (corrections[0] - corrections[1]).abs().max() > 1e-3
-
-
-def test_guidance_draws_attention_to_the_pseudo_mask(images):
-    """A very strong bias makes the tokens attend to the pseudo-mask only: what is outside no longer matters."""
-    net = network(pma={"box": False, "attention": True, "dense": False})
-    net.pma_decoder.strength.data.fill_(1e4)
-    features = net.encode(images)
-    side = features.embedding.shape[-1]
-    guidance = torch.zeros(5, 1, side, side)
-    guidance[..., 2:4, 2:4] = 1
-    attention = net.pma_decoder.decoder.transformer.layers[0].cross_attn_token_to_image
-    from sam2sgp.networks.mask_decoder import _attend
-
-    tokens, keys = torch.rand(5, 6, 96), features.embedding.flatten(2).transpose(1, 2)
-    bias = net.pma_decoder.strength[0] * guidance.flatten(1)[:, None, None]
-    inside = guidance.flatten(1) > 0
-    changed = torch.where(inside[..., None], keys, torch.rand_like(keys))
-    with_bias = [_attend(attention, tokens, k, k, bias) for k in (keys, changed)]
-    without = [_attend(attention, tokens, k, k, None) for k in (keys, changed)]
-    torch.testing.assert_close(*with_bias)
-    assert (without[0] - without[1]).abs().max() > 1e-3
 
 
 def test_box_is_tight_and_absent_for_an_empty_pseudo_mask():
@@ -198,20 +153,6 @@ def test_support_masks_enter_the_memory_as_ten_times_plus_or_minus_one(images):
     net.memory_encoder.mask_downsampler.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     net.encode_support(net.encode(images), square_masks(5))
     assert set(torch.unique(seen[0]).tolist()) == {-10.0, 10.0}
-
-
-def test_prior_carries_the_mask_of_an_identical_support_image(images):
-    """With the query itself as the only support, the match must find the mask again."""
-    net = network()
-    net.prior.log_temperature.data.fill_(6.0)
-    features = net.encode(images[:1])
-    mask = square_masks(1)
-    memory = net.encode_support(features, mask).select(torch.zeros(1, 1, 1, dtype=torch.long))
-    match = net.prior(features.prior_key, memory.prior_key, memory.prior_mask)
-    truth = torch.nn.functional.avg_pool2d(mask, 4)
-    assert (match[0, 0] - truth.flatten()).abs().mean() < 0.15
-    maps = net._support_maps(features, memory, net.fit_regression(memory))
-    torch.testing.assert_close(maps[0, 3], torch.nn.functional.avg_pool2d(mask, 2)[0, 0])
 
 
 def test_retrieval_embedding_is_normalised_and_prefers_the_same_image(images):

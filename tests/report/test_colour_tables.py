@@ -3,16 +3,13 @@
 import json
 import re
 
-import nibabel as nib
 import numpy as np
-import torch
 from PIL import Image
 
 from sam2sgp.data import class_names, load_datalist
 from sam2sgp.drawing import class_colour
 from sam2sgp.report.colour_tables import write_colour_tables
-from sam2sgp.report.pictures import SavePicturesd
-from sam2sgp.transforms import LoadCased, OutputNames, ScaleIntensityByModalityd
+from sam2sgp.transforms import LoadCased
 
 NAMES = {1: 'left "kidney"', 2: "Läsion", 9: "vessel"}
 # As ITK-SNAP reads a line: seven numbers and a quoted name.
@@ -49,38 +46,6 @@ def test_the_value_of_binary_pictures_has_a_name_too(tmp_path):
     assert json.loads((tmp_path / "labels.json").read_text()) == {"1": "cyst"}
     for table in (snap_table(tmp_path / "labels.txt"), slicer_table(tmp_path / "labels.ctbl")):
         assert table[255] == table[1] == (class_colour(1), "cyst")
-
-
-def segmented(path, labels, output, **settings) -> dict:
-    case = LoadCased("image")({"image": str(path), "name": "a"})
-    scaling = ScaleIntensityByModalityd()
-    case = {**scaling(case), "pred": torch.from_numpy(labels)}
-    case.pop("image")
-    return SavePicturesd(names=OutputNames(output), scale_intensity=scaling, **settings)(case)
-
-
-def test_pictures_on_request_show_the_classes_in_their_colours(tmp_path):
-    Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (60, 1))).save(tmp_path / "a.png")
-    labels = np.zeros((1, 60, 200), np.uint8)
-    labels[0, 10:30, 20:80], labels[0, 40:50, 100:120] = 1, 9
-    case = segmented(tmp_path / "a.png", labels, tmp_path / "out", overlay=True, coloured=True)
-    assert [path.name for path in case["written"]] == ["a_overlay.png", "a_coloured.png"]
-    picture = np.asarray(Image.open(tmp_path / "out/a_coloured.png"))
-    for value in (1, 9):
-        assert (picture[labels[0] == value] == class_colour(value)).all()
-    assert not picture[labels[0] == 0].any()
-    overlay = np.asarray(Image.open(tmp_path / "out/a_overlay.png"))
-    assert overlay.shape == (60, 200, 3) and tuple(overlay[10, 50]) == class_colour(1)
-    assert "written" not in segmented(tmp_path / "a.png", labels, tmp_path / "none")
-
-
-def test_the_overlay_of_a_volume_shows_slices_that_hold_something(tmp_path):
-    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(20, 30, 12)), np.eye(4)), tmp_path / "v.nii.gz")
-    labels = np.zeros((12, 30, 20), np.uint8)
-    labels[4:8, 5:20, 5:15] = 1
-    case = segmented(tmp_path / "v.nii.gz", labels, tmp_path / "out", overlay=True, coloured=True)
-    assert [path.name for path in case["written"]] == ["v_overlay.png"]
-    assert Image.open(case["written"][0]).size == (2 * 142, 2 * 213)
 
 
 def test_what_is_known_of_a_case_before_it_is_read_is_told_with_its_warnings(tmp_path):

@@ -3,25 +3,16 @@
 import base64
 import hashlib
 import io
-import shlex
-import sys
 from html.parser import HTMLParser
-from importlib.metadata import version
 from urllib.parse import unquote, urlsplit
 
-import nibabel as nib
 import numpy as np
-import torch
 from PIL import Image
 
-from sam2sgp.data import read_image
 from sam2sgp.drawing import class_colour, draw_overlay
 from sam2sgp.evaluation import case_metrics, summarise
 from sam2sgp.report.html import CaseFigure, Report, SupportThumb, write_report
-from sam2sgp.report.overview import histograms, looks
-from sam2sgp.report.run_info import run_info_of
-from sam2sgp.report.slices import frames, sides_of, slice_position
-from tests.drawn import GREY, plain, square_map
+from tests.helpers.drawn import GREY, plain, square_map
 
 NASTY = "<img src=x onerror=alert(1)>\"'&.png"
 
@@ -208,18 +199,6 @@ def test_what_needs_a_look_stands_first_and_the_number_of_pictures_is_told(tmp_p
     assert html.index("<h3>unsure") < html.index("<h3>fine")
 
 
-def test_dice_decides_the_order_of_an_evaluation():
-    found = looks([row | {"case": name} for name in "ab" for row in evaluation_report().case_rows[:1]])
-    assert [look.reasons for look in found] == [[], []]
-    (worse, better) = looks(
-        [
-            {"case": name, "class_name": "x", "dice": dice, "predicted_size": 5.0}
-            for name, dice in (("a", 0.9), ("b", 0.3))
-        ]
-    )
-    assert (worse.name, worse.reasons, better.reasons) == ("b", ["Dice 0.30"], [])
-
-
 def test_columns_that_say_nothing_are_named_once(tmp_path):
     rows = [
         {"case": f"c{n}", "class_name": "liver", "size": float(n), "size_unit": "ml", "scaling": "CT", "warnings": ""}
@@ -238,53 +217,3 @@ def test_links_lead_from_the_report_to_the_files(tmp_path):
     links = [attributes["href"] for attributes in page.all("a") if not attributes["href"].startswith("#")]
     reached = {(tmp_path / "out" / unquote(link)).resolve() for link in links}
     assert reached == {image, label}
-
-
-def test_histograms_count_every_case_and_mark_the_median(tmp_path):
-    rows = [
-        {"case": str(n), "class_name": "x", "mean_confidence": value, "size": 10.0 * value, "size_unit": "mm2"}
-        for n, value in enumerate([0.1, 0.9, 0.91, 0.99, 1.0])
-    ]
-    confidence, size = histograms(rows)
-    assert (confidence.title, confidence.number, confidence.median) == ("Confidence", 5, 0.91)
-    assert confidence.counts[2] == 1 and confidence.counts[18:] == (2, 2)
-    assert (size.high, size.unit, size.number) == (10.0, "mm2", 5)
-    assert histograms(rows[:2]) == []
-
-
-def test_pictures_of_a_volume_say_sides_scale_and_place(tmp_path):
-    affine = np.diag([-0.5, -0.5, 3.0, 1.0])
-    affine[:3, 3] = (40, 60, -30)
-    nib.save(nib.Nifti1Image(np.zeros((160, 200, 12), np.int16), affine), tmp_path / "v.nii.gz")
-    image = read_image(tmp_path / "v.nii.gz")
-    assert sides_of(image.geometry) == "RLAP"
-    assert slice_position(image.geometry, 0) == "Slice 1 of 12, 30.0 mm I"
-    assert slice_position(image.geometry, 11) == "Slice 12 of 12, 3.0 mm S"
-    coronal = read_image(tmp_path / "v.nii.gz", slice_axis=1).geometry
-    assert sides_of(coronal) == "RLSI" and slice_position(coronal, 0) == "Slice 1 of 200, 60.0 mm A"
-    sagittal = read_image(tmp_path / "v.nii.gz", slice_axis=0).geometry
-    assert sides_of(sagittal) == "APSI" and slice_position(sagittal, 0)[-9:] == "40.0 mm R"
-    shown = frames(image.geometry, [3, 7], torch.zeros(2, 1, 200, 160), {"pred": np.zeros((3, 200, 160), int)})
-    assert [frame.caption for frame in shown] == ["Slice 4 of 12, 21.0 mm I", "Slice 8 of 12, 9.0 mm I"]
-    panels = [("Query", plain())]
-    page, html = page_of(
-        tmp_path, Report("R", figures=[CaseFigure("v", "", panels, frames=shown, sides="RLAP", width_mm=80)])
-    )
-    # A bar of 20 mm in a picture of 80 mm, and four letters, on the panel and both frames.
-    assert html.count('class="bar" style="width:25.00%">20 mm<') == 3 and html.count('class="side ') == 12
-
-
-def test_a_run_can_be_repeated(tmp_path):
-    (tmp_path / "w.pt").write_bytes(b"weights")
-    run_info = run_info_of({"Weights": tmp_path / "w.pt", "Retrieval": "K = 8"})
-    assert run_info["SHA-256 of the weights"] == hashlib.sha256(b"weights").hexdigest()
-    assert shlex.split(run_info["Command"]) == sys.orig_argv and f"torch {version('torch')}" in run_info["Versions"]
-
-
-def test_a_size_is_tiny_beside_sizes_of_its_own_unit_only():
-    sizes = [("ml", 10 + number) for number in range(6)] + [("px", 900 + number) for number in range(6)] + [("px", 20)]
-    rows = [
-        {"case": f"{size} {unit}", "class_name": "liver", "size": size, "size_unit": unit, "mean_confidence": 0.99}
-        for unit, size in sizes
-    ]
-    assert {look.name: look.reasons for look in looks(rows) if look.reasons} == {"20 px": ["tiny liver"]}

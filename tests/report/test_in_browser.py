@@ -5,8 +5,8 @@ from playwright.sync_api import expect
 
 from sam2sgp.evaluation import summarise
 from sam2sgp.report.html import CaseFigure, Report, ShownSlice, write_report
-from tests.drawn import plain
 from tests.e2e.browsers import page
+from tests.helpers.drawn import plain
 
 
 @pytest.fixture(scope="module")

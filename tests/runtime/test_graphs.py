@@ -5,7 +5,6 @@ import json
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -14,15 +13,12 @@ import torch
 from monai.metrics import compute_dice
 from PIL import Image
 
-from sam2sgp.adaptation import SupportAdaptation
 from sam2sgp.data.phantom import make_phantoms
-from sam2sgp.engines import adapted
-from sam2sgp.errors import ConfigError, WeightsError, cause_of
+from sam2sgp.errors import WeightsError, cause_of
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory, load_weights, save_weights
-from sam2sgp.runtime import RUNTIMES, GraphRuntime, export_graphs
-from sam2sgp.runtime import export as export_module
+from sam2sgp.runtime import RUNTIMES, GraphRuntime
 from sam2sgp.runtime.graphs import exportable, stages
-from tests.bundle_runs import BUNDLE, run
+from tests.helpers.bundle_runs import BUNDLE, run
 
 SIZE = 64
 LORA = {"r": 2, "alpha": 8}
@@ -205,29 +201,6 @@ def test_missing_graphs_say_how_to_make_them(phantoms, tmp_path):
     message = str(cause_of(raised.value))
     assert isinstance(cause_of(raised.value), WeightsError)
     assert str(tmp_path / "none") in message and "exporting_onnx" in message
-
-
-def test_what_can_not_work_is_refused_with_the_remedy(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="runtime is 'tensorrt': expected one of eager, onnxruntime"):
-        GraphRuntime("tensorrt", tmp_path)
-    with pytest.raises(ConfigError, match="precision is 'bf16': runtime 'onnxruntime' computes only in fp32"):
-        GraphRuntime("onnxruntime", tmp_path, "bf16")
-    runtime, adapter = GraphRuntime("onnxruntime", tmp_path), SupportAdaptation(60, None, 0, None)
-    with pytest.raises(ConfigError, match="leave `adapt_seconds`"):
-        adapted(SimpleNamespace(runtime=runtime), None, adapter)
-    with pytest.raises(ConfigError, match="computes on the CPU, the network is on meta"):
-        runtime(SAM2SGP("nano", SIZE).to("meta"))
-
-    def absent(package: str) -> None:
-        raise ImportError(package)
-
-    monkeypatch.setattr(export_module, "import_module", absent)
-    for name in RUNTIMES:
-        with pytest.raises(ConfigError, match=f"run `pip install {name}`"):
-            GraphRuntime(name, tmp_path)
-    with pytest.raises(ConfigError, match="run `pip install onnx`"):
-        export_graphs(SAM2SGP("nano", SIZE), tmp_path)
-    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from sam2sgp.networks import SAM2SGP
-from tests.bundle_runs import computing_with_one_thread
-from tests.support.pairs import COUNT, Counter, bank, network, segment, write_set
+from tests.helpers.bundle_runs import computing_with_one_thread
+from tests.helpers.pairs import (
+    COUNT,
+    Counter,
+    bank,
+    network,
+    segment,
+    write_set,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -17,9 +24,10 @@ def one_thread():
         yield
 
 
-@pytest.fixture(scope="module")
-def net(one_thread) -> SAM2SGP:
-    return network()
+@pytest.fixture(scope="session")
+def net() -> SAM2SGP:
+    with computing_with_one_thread():
+        return network()
 
 
 @pytest.fixture
@@ -40,7 +48,13 @@ def encoder(net, monkeypatch) -> Counter:
     return counter
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def expected(net, tmp_path_factory) -> torch.Tensor:
     """Logits with a bank in memory."""
-    return segment(bank(write_set(tmp_path_factory.mktemp("memory") / "set", COUNT)), net)
+    with computing_with_one_thread():
+        return segment(bank(write_set(tmp_path_factory.mktemp("memory") / "set", COUNT)), net)
+
+
+@pytest.fixture(params=["folder", "memory"])
+def place(request, cache) -> Path | None:
+    return cache if request.param == "folder" else None

@@ -13,7 +13,7 @@ from sam2sgp.networks import load_weights
 from sam2sgp.support.familiarity import UNLIKE, Familiarity, case_distance, is_unlike, trust
 from sam2sgp.transforms import to_three_channels
 from sam2sgp.transforms.array import Letterbox
-from tests.bundle_runs import BUNDLE, CONFIGS
+from tests.helpers.bundle_runs import BUNDLE, CONFIGS
 
 
 def circle(*degrees: float) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 
 from sam2sgp.errors import ConfigError
 from sam2sgp.support.lru import ByteLRU
-from tests.support.pairs import bank
+from tests.helpers.pairs import bank
 
 
 def test_the_least_recently_used_values_leave_first():

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from sam2sgp.support import SupportBank, tensor_store
-from tests.support import pairs
-from tests.support.pairs import (
+from tests.helpers import pairs
+from tests.helpers.pairs import (
     COUNT,
     CountedPreprocessing,
     bank,
@@ -189,7 +189,7 @@ def test_a_folder_that_can_not_be_written_is_read_and_memory_does_the_rest(net, 
 FILL = """
 import os, sys
 sys.path.insert(0, {root!r})
-from tests.support.pairs import encode_to
+from tests.helpers.pairs import encode_to
 {setup}
 pids = []
 for cache, moment in {caches!r}:

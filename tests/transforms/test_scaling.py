@@ -15,8 +15,8 @@ from sam2sgp.engines import QueryDataset
 from sam2sgp.episodes import EpisodeDataset
 from sam2sgp.transforms import Scaling, SupportScaling, choose_scaling, scale_intensity
 from sam2sgp.transforms.scaling import hounsfield_evidence, is_ct
-from tests.data.dicom_files import write_series
-from tests.support.pairs import bank, preprocessing
+from tests.helpers.dicom_files import write_series
+from tests.helpers.pairs import bank, preprocessing
 
 CT, COLOUR, PERCENTILES = (Scaling(kind, "a test") for kind in ("ct", "colour", "percentiles"))
 CT_SET, MR_SET = (SupportScaling(volumes=frozenset({kind})) for kind in ("ct", "percentiles"))

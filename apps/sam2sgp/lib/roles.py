@@ -5,7 +5,7 @@
     approver    approves, rejects, removes and restores labels
     admin       trains, scores, segments in batches, changes what is noted, deletes
 
-Which route asks for which role is in `lib.http.roles`.
+Which route asks for which role is in `lib.http.access`.
 """
 
 from difflib import get_close_matches

@@ -92,14 +92,15 @@ def hold(folder: Path) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """A block in which no server uses a state folder. Raises ConfigError where one does."""
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: expected no server to use it, found one; stop it first.") from None
         yield
-    except BlockingIOError:
-        raise ConfigError(f"{folder}: expected no server to use it, found one; stop it first.") from None
     finally:
         os.close(file)
 

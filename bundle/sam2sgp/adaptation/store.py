@@ -40,7 +40,8 @@ def key_of(network: SAM2SGP, bank: SupportBank, settings: dict) -> str:
 
     digest.update(json.dumps([settings, bank.class_values], sort_keys=True).encode())
     for item in bank.items:
-        digest.update(json.dumps([item.patient, item.group]).encode())
+        # Spacing and the slices that are no items decide, too.
+        digest.update(json.dumps([item.patient, item.group, item.content]).encode())
         add("image", item.image)
         add("label", item.label)
     switches = (network.backbone, network.image_size, network.normalization)

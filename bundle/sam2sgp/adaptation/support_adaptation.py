@@ -39,7 +39,7 @@ from sam2sgp.support.familiarity import trust
 logger = logging.getLogger(__name__)
 
 # To be raised when the same support set, network and settings would give another result: part of a cache's key.
-VERSION = 4
+VERSION = 5
 
 
 @dataclass

@@ -93,7 +93,7 @@ def write_dicom_seg(
         if is_dicom_seg(path):
             path.unlink()
         return False
-    numbers = np.zeros(values[-1] + 1, dtype=np.uint8)
+    numbers = np.zeros(values[-1] + 1, dtype=np.uint16)
     numbers[values] = np.arange(1, len(values) + 1)
     # A file's grid is (column, row, slice), with slices in the order of its headers.
     segments = numbers[native.transpose(2, 1, 0)]
@@ -104,9 +104,28 @@ def write_dicom_seg(
         segments = segments[np.argsort(frames)]
     elif not found:
         segments = segments[:1]
+    segmentation = _segmentation(source, headers[: len(segments)], segments, descriptions, approved)
+    _refer_to(segmentation, headers[len(segments) :])
+    for value, segment in zip(values, segmentation.SegmentSequence, strict=True):
+        segment.SegmentDescription = CLASS_VALUE.format(value=value)
+    # Class names may hold any letter.
+    segmentation.SpecificCharacterSet = "ISO_IR 192"
+    with writing(path, "a DICOM segmentation") as part:
+        segmentation.save_as(part)
+    return True
+
+
+def _segmentation(
+    source: str | os.PathLike,
+    headers: list[Dataset],
+    segments: np.ndarray,
+    descriptions: list[SegmentDescription],
+    approved: bool,
+) -> highdicom.seg.Segmentation:
+    """The object of segment numbers (frames, rows, columns) on the images of these headers."""
     try:
-        segmentation = highdicom.seg.Segmentation(
-            source_images=headers[: len(segments)],
+        return highdicom.seg.Segmentation(
+            source_images=headers,
             pixel_array=segments,
             segmentation_type=SegmentationTypeValues.BINARY,
             segment_descriptions=descriptions,
@@ -126,18 +145,15 @@ def write_dicom_seg(
             f"{source}: expected DICOM that a segmentation can refer to, found that it can't ({error}); use the "
             "series as the scanner or archive gives it, or the class map."
         ) from error
+
+
+def _refer_to(segmentation: Dataset, headers: list[Dataset]) -> None:
+    """Name further images of the series, of which no frame is."""
     references = segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence
-    for header in headers[len(segments) :]:
+    for header in headers:
         reference = Dataset()
         reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
         references.append(reference)
-    for value, segment in zip(values, segmentation.SegmentSequence, strict=True):
-        segment.SegmentDescription = CLASS_VALUE.format(value=value)
-    # Class names may hold any letter.
-    segmentation.SpecificCharacterSet = "ISO_IR 192"
-    with writing(path, "a DICOM segmentation") as part:
-        segmentation.save_as(part)
-    return True
 
 
 def read_dicom_seg(

@@ -98,10 +98,20 @@ def _of_array(
     # Rows run to the patient's left, columns to his back and slices to his head, as in DICOM: no axis is turned.
     affine = np.diag([-sizes[0], -sizes[1], sizes[2], 1.0])
     path = folder / f"{name}.nii"
-    small = array.astype(np.float32) if array.dtype == np.float64 else array
-    small = small.astype(np.int32) if small.dtype in (np.int64, np.uint64) else small
-    nib.save(nib.Nifti1Image(small.T, affine, dtype=small.dtype), path)
+    stored = _storable(array)
+    nib.save(nib.Nifti1Image(stored.T, affine, dtype=stored.dtype), path)
     return ImageFile(path, lambda values, geometry: _like(image, _native(values, geometry).T))
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """The array in a type that NIfTI has and every reader knows; images end up in single precision in any case."""
+    if array.dtype.kind == "f":
+        return array.astype(np.float32)
+    if array.dtype.itemsize < 8:
+        return array
+    limits = np.iinfo(np.int32)
+    fits = limits.min <= array.min() and array.max() <= limits.max
+    return array.astype(np.int32 if fits else np.float32)
 
 
 def _like(image: np.ndarray | torch.Tensor, values: np.ndarray) -> np.ndarray | torch.Tensor:

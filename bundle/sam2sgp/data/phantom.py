@@ -150,22 +150,7 @@ def make_phantoms(
     Example:
         >>> make_phantoms("phantoms", patients_per_modality=4, modalities=("ct",))  # doctest: +SKIP
     """
-    if patients_per_modality < MIN_PATIENTS:
-        raise ConfigError(f"Phantoms need at least {MIN_PATIENTS} patients a modality, not {patients_per_modality}.")
-    if seed < 0:
-        raise ConfigError(f"The seed of phantoms can't be negative, but it is {seed}.")
-    if not modalities or len(set(modalities)) < len(modalities) or not set(modalities) <= set(LOOKS):
-        raise ConfigError(f"The modalities of phantoms are a choice of {', '.join(LOOKS)}, not {list(modalities)}.")
-    check_size(size)
-    if num_slices < MIN_SLICES:
-        raise ConfigError(f"A phantom volume needs at least {MIN_SLICES} slices, not {num_slices}.")
-    parameters = {
-        "patients_per_modality": int(patients_per_modality),
-        "size": [int(side) for side in size],
-        "num_slices": int(num_slices),
-        "seed": int(seed),
-        "modalities": list(modalities),
-    }
+    parameters = _checked_parameters(patients_per_modality, size, num_slices, seed, modalities)
     output = Path(output_dir)
     recorded = recorded_parameters(output)
     if recorded == parameters and not force:
@@ -183,17 +168,43 @@ def make_phantoms(
             )
         with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=output) as work:
             _write_data_set(Path(work), parameters, progress)
-            # dataset.json goes first and comes last: it vouches for the rest.
-            for path in sorted(others, key=lambda path: path.name != "dataset.json"):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-            for path in sorted(Path(work).iterdir(), key=lambda path: path.name == "dataset.json"):
-                path.rename(output / path.name)
+            _replace(others, Path(work), output)
     except OSError as error:
         raise DataError(f"Phantoms can't be written to {output}: {error}.") from error
     return output
+
+
+def _replace(others: list[Path], made: Path, output: Path) -> None:
+    """Put what was made in the place of the others; dataset.json goes first and comes last: it vouches for the rest."""
+    for path in sorted(others, key=lambda path: path.name != "dataset.json"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in sorted(made.iterdir(), key=lambda path: path.name == "dataset.json"):
+        path.rename(output / path.name)
+
+
+def _checked_parameters(
+    patients_per_modality: int, size: Sequence[int], num_slices: int, seed: int, modalities: Sequence[str]
+) -> dict:
+    """Arguments of `make_phantoms` as JSON types. Raises ConfigError for one out of its range."""
+    if patients_per_modality < MIN_PATIENTS:
+        raise ConfigError(f"Phantoms need at least {MIN_PATIENTS} patients a modality, not {patients_per_modality}.")
+    if seed < 0:
+        raise ConfigError(f"The seed of phantoms can't be negative, but it is {seed}.")
+    if not modalities or len(set(modalities)) < len(modalities) or not set(modalities) <= set(LOOKS):
+        raise ConfigError(f"The modalities of phantoms are a choice of {', '.join(LOOKS)}, not {list(modalities)}.")
+    check_size(size)
+    if num_slices < MIN_SLICES:
+        raise ConfigError(f"A phantom volume needs at least {MIN_SLICES} slices, not {num_slices}.")
+    return {
+        "patients_per_modality": int(patients_per_modality),
+        "size": [int(side) for side in size],
+        "num_slices": int(num_slices),
+        "seed": int(seed),
+        "modalities": list(modalities),
+    }
 
 
 def _write_data_set(root: Path, parameters: dict, progress: bool) -> None:

@@ -30,9 +30,10 @@ from sam2sgp.errors import DataError
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.content import FileHashes, digest_of, network_fingerprint, settings_fingerprint, signature_of
 from sam2sgp.transforms.cases import Case
+from sam2sgp.transforms.scaling import scaling_hint
 
 # Part of every key: to be raised when the same cases and settings give another result by the code.
-VERSION = 4
+VERSION = 5
 FOLDER = "records"
 # Arguments that don't decide a result.
 NOT_DECIDING = {"names", "folder"}
@@ -223,7 +224,10 @@ def _network_content(network: torch.nn.Module) -> list:
 
 def _bank_content(bank: SupportBank) -> list:
     items = [[item.id, item.content, item.patient, item.group] for item in bank.items]
-    return [bank.settings, sorted(bank.class_names.items()), items]
+    # Labelled images without an object have no items, and queries are scaled like them too.
+    groups = [None, *sorted({case["group"] for case in bank.data})]
+    scalings = [scaling_hint({"support_scaling": bank.scaling(group)}) for group in groups]
+    return [bank.settings, sorted(bank.class_names.items()), items, scalings]
 
 
 def _described(value: object) -> object:

@@ -186,36 +186,8 @@ class ResultWriter:
         self.job.wait_for_others()
         self._write_table()
         rows, errors = self.rows, self.errors
-        doubted = [row for row in rows if row.get("maybe_absent")]
-        if doubted:
-            logger.warning(
-                "In %d of %d images there is less sign of what was found than in any support image (%s), so it may not "
-                "be there; check them first (`maybe_absent` in %s).",
-                len({row["case"] for row in doubted}),
-                self._count(),
-                ", ".join(sorted({row["class_name"] for row in doubted})),
-                self.job.table,
-            )
-        unlike = {row["case"] for row in rows if row.get("unlike_support")}
-        if unlike:
-            logger.warning(
-                "%d of %d images are unlike every image of the support set, so check them first (`unlike_support` in "
-                "%s); label images like them.",
-                len(unlike),
-                self._count(),
-                self.job.table,
-            )
-        summary = []
-        if self.job.scored:
-            summary = summarise([row for row in rows if "dice" in row])
-            write_csv(self.job.output_dir / "metrics_summary.csv", summary)
-            for row in summary:
-                logger.info(
-                    "%s: Dice %.3f, IoU %.3f, HD95 %.2f, NSD %.3f (%d cases)",
-                    row["class_name"],
-                    *(row[f"{metric}_mean"] for metric in METRICS),
-                    row["dice_n"],
-                )
+        self._tell_doubts(rows)
+        summary = self._summary(rows) if self.job.scored else []
         if not self.job.scored:
             write_colour_tables(self.job.output_dir, self.bank.class_names)
         path = self.job.output_dir / "report.html"
@@ -241,6 +213,41 @@ class ResultWriter:
         written = {name for record in self.job.results.values() for name in record.get("files", {})}
         remove_parts(self.job.output_dir, written)
         logger.info("Results: %s, report: %s", self.job.table, path)
+
+    def _tell_doubts(self, rows: list[dict]) -> None:
+        """Warn of images whose results should be checked first."""
+        doubted = [row for row in rows if row.get("maybe_absent")]
+        if doubted:
+            logger.warning(
+                "In %d of %d images there is less sign of what was found than in any support image (%s), so it may not "
+                "be there; check them first (`maybe_absent` in %s).",
+                len({row["case"] for row in doubted}),
+                self._count(),
+                ", ".join(sorted({row["class_name"] for row in doubted})),
+                self.job.table,
+            )
+        unlike = {row["case"] for row in rows if row.get("unlike_support")}
+        if unlike:
+            logger.warning(
+                "%d of %d images are unlike every image of the support set, so check them first (`unlike_support` in "
+                "%s); label images like them.",
+                len(unlike),
+                self._count(),
+                self.job.table,
+            )
+
+    def _summary(self, rows: list[dict]) -> list[dict]:
+        """Means of the scored cases by class, which are written and told."""
+        summary = summarise([row for row in rows if "dice" in row])
+        write_csv(self.job.output_dir / "metrics_summary.csv", summary)
+        for row in summary:
+            logger.info(
+                "%s: Dice %.3f, IoU %.3f, HD95 %.2f, NSD %.3f (%d cases)",
+                row["class_name"],
+                *(row[f"{metric}_mean"] for metric in METRICS),
+                row["dice_n"],
+            )
+        return summary
 
     def _count(self) -> int:
         return sum("error" not in record for record in self.job.results.values())

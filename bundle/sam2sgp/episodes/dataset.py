@@ -79,7 +79,7 @@ class EpisodeDataset(Dataset):
         group_size: int = 6,
         task_augmentation: Compose | None = None,
         augmentation: Compose | None = None,
-        empty_fraction: float = 0.1,
+        empty_fraction: float = 0.3,
         invert_probability: float = 0.1,
         union_probability: float = 0.1,
         clip_probability: float = 0.0,

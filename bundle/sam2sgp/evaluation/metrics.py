@@ -67,27 +67,26 @@ def case_metrics(
         raise ValueError(f"prediction and truth differ in shape: {prediction.shape} and {truth.shape}")
     predicted_boxes, true_boxes = find_objects(prediction), find_objects(truth)
     factor, size_unit = _size_factor(prediction.shape, spacing)
-    # not the region's own number of slices: a class on one slice of a volume is measured in 3D
+    # Of the whole map, not of the region: a class on one slice of a volume is measured in 3D.
     space = 0 if len(truth) == 1 else slice(None)
     lengths = None if spacing is None else [float(length) for length in spacing[-truth[space].ndim :]]
-    rows = []
-    for value, name in class_names.items():
+
+    def row(value: int, name: str) -> dict:
         boxes = [found[value - 1] for found in (predicted_boxes, true_boxes) if value <= len(found)]
         region = _union([box for box in boxes if box is not None])
         predicted, true = (labels[region][space] == value for labels in (prediction, truth))
         counts = {"truth": int(true.sum()), "predicted": int(predicted.sum())}
-        rows.append(
-            {
-                "class": value,
-                "class_name": name,
-                **_mask_metrics(predicted, true, lengths, nsd_tolerance),
-                "unit": "px" if spacing is None else "mm",
-                **{f"{which}_voxels": count for which, count in counts.items()},
-                **{f"{which}_size": count * factor for which, count in counts.items()},
-                "size_unit": size_unit,
-            }
-        )
-    return rows
+        return {
+            "class": value,
+            "class_name": name,
+            **_mask_metrics(predicted, true, lengths, nsd_tolerance),
+            "unit": "px" if spacing is None else "mm",
+            **{f"{which}_voxels": count for which, count in counts.items()},
+            **{f"{which}_size": count * factor for which, count in counts.items()},
+            "size_unit": size_unit,
+        }
+
+    return [row(value, name) for value, name in class_names.items()]
 
 
 def class_sizes(

@@ -42,7 +42,8 @@ class CaseResult:
     """(Z, C, 4) box prompts at the network's size; negative where there was none."""
 
     confidence: dict[int, float]
-    """Mean probability of each class where it was found, by value; NaN where it was not."""
+    """Mean probability of each class where it was found, by value; NaN where it was not. Parts that were left out then,
+    see `sam2sgp.inferers.one_piece`, count, and so they do in `uncertainty`."""
 
     support: dict[int, tuple[Tensor, Tensor]]
     """By class value, the items that guided: their numbers and similarities (Z, K)."""

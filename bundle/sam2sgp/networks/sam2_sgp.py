@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sam2sgp.errors import ConfigError
+from sam2sgp.networks.backbones import Backbone, build_sam2, checkpoint_blocks
 from sam2sgp.networks.backbones import backbone as backbone_definition
-from sam2sgp.networks.backbones import build_sam2, checkpoint_blocks
 from sam2sgp.networks.checkpoints import load_sam2_checkpoint
 from sam2sgp.networks.features import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.networks.lite import IMAGENET_MEAN as LITE_MEAN
@@ -117,38 +117,43 @@ class SAM2SGP(nn.Module):
         self._mask_halvings = sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in layers)
         self.memory_attention = sam2.memory_attention
         check_layout(self.memory_attention)
-        # Support items are to the query what SAM2's conditioning frames are: temporal encoding number zero.
-        self.memory_tpos = nn.Parameter(sam2.maskmem_tpos_enc.detach()[-1, 0, 0].clone())
-        # Of slices of the same volume, by their distance: those of SAM2's earlier frames. Where they are not trained,
-        # such a slice starts as a support item.
-        earlier = sam2.maskmem_tpos_enc.detach()[:-1, 0, 0]
-        if definition.checkpoint is None:
-            earlier = self.memory_tpos.detach().expand_as(earlier)
-        self.frame_tpos = nn.Parameter(earlier.clone())
+        self._add_temporal_encodings(sam2.maskmem_tpos_enc.detach(), definition.checkpoint is not None)
         self.no_mem_embed = nn.Parameter(sam2.no_mem_embed.detach().clone(), requires_grad=False)
         self.no_obj_embed = nn.Parameter(sam2.no_obj_embed_spatial.detach().clone(), requires_grad=False)
         second = deepcopy(sam2.sam_mask_decoder)
         self.pmg_decoder = GuidedMaskDecoder(sam2.sam_mask_decoder, guided=False, scores=not has_pma)
         self.pma_decoder = GuidedMaskDecoder(second, guided=self.uses_attention, scores=True) if has_pma else None
-        self.prior = self.regression = self.refinement = None
+        self.prior: SupportPrior | None = None
+        self.regression: SupportRegression | None = None
+        self.refinement: Refinement | None = None
         self.regression_on_trunk = definition.regression_on_trunk
         if pmg["prior"]:
-            pretrained = definition.checkpoint is not None
-            width = sam2.hidden_dim
-            size = definition.prior_levels, definition.prior_dim
-            self.prior = SupportPrior(width, *size, pretrained, pmg["regression"])
-            if pmg["regression"]:
-                on_trunk = self.regression_on_trunk
-                widths = self.image_encoder.trunk.channel_list if on_trunk else [width] * 3
-                self.regression = SupportRegression(widths, definition.regression_dim, normalize=on_trunk)
-            if refinement:
-                self.refinement = Refinement(width, self.prior.map_count)
-
+            self._add_prior(definition, sam2.hidden_dim, pmg["regression"], refinement)
         self._freeze(freeze_encoder)
         if lora:
             self.image_encoder.trunk = add_lora(self.image_encoder.trunk, **lora)
         if gradient_checkpointing:
             checkpoint_blocks(self.image_encoder.trunk)
+
+    def _add_temporal_encodings(self, of_sam2: Tensor, pretrained: bool) -> None:
+        """Of support items, and of slices of the query's own volume, from SAM2's (frames, 1, 1, M)."""
+        # Support items are to the query what SAM2's conditioning frames are: temporal encoding number zero.
+        self.memory_tpos = nn.Parameter(of_sam2[-1, 0, 0].clone())
+        # Of slices of the same volume, by their distance: those of SAM2's earlier frames. Where they are not trained,
+        # such a slice starts as a support item.
+        earlier = of_sam2[:-1, 0, 0] if pretrained else self.memory_tpos.detach().expand_as(of_sam2[:-1, 0, 0])
+        self.frame_tpos = nn.Parameter(earlier.clone())
+
+    def _add_prior(self, definition: Backbone, width: int, regression: bool, refinement: bool) -> None:
+        """The support prior, and what builds on it, for features of this width."""
+        pretrained = definition.checkpoint is not None
+        self.prior = SupportPrior(width, definition.prior_levels, definition.prior_dim, pretrained, regression)
+        if regression:
+            on_trunk = self.regression_on_trunk
+            widths = self.image_encoder.trunk.channel_list if on_trunk else [width] * 3
+            self.regression = SupportRegression(widths, definition.regression_dim, normalize=on_trunk)
+        if refinement:
+            self.refinement = Refinement(width, self.prior.map_count)
 
     def _freeze(self, freeze_encoder: bool) -> None:
         """Leave `requires_grad` only on what a training step reaches."""

@@ -280,7 +280,7 @@ def _picture(picture: Picture, edge: int) -> dict:
     image = Image.fromarray(picture)
     image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    # no chroma subsampling: it would wash out thin coloured contours
+    # Without chroma subsampling, which would wash out thin coloured contours.
     image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0, optimize=True)
     uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
     return {"uri": uri, "width": image.width, "height": image.height}

@@ -3,36 +3,22 @@
 import io
 import json
 import os
-import threading
-import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from fastapi import FastAPI
 from monailabel.config import settings as server_settings
 from monailabel.endpoints.user.auth import RBAC
-from PIL import Image
-from starlette.testclient import TestClient
 
-from lib.checks import NotFound
-from lib.http import page
 from lib.http.endpoints import routes
-from lib.http.guard import install, serve_only
 from lib.http.logs import log_routes
 from lib.http.page import SupportPage
 from lib.http.review import ReviewPage
 from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
 from lib.stores.dicomweb import DicomWebDatastore
-from lib.stores.folder import ConfinedDatastore
-from lib.stores.sessions import ConfinedSessions
-from lib.tasks.background import Busy
 from sam2sgp.transforms import ScaleIntensityByModalityd
-from tests.app.http.test_guard import Given
+from tests.helpers.parts import TASK_PATHS, assert_refused
 
 EVIL = "/tmp/evil"
 # In each of them MONAI Label finds its option `bundle_path`, a folder that joins the search path of a process.
@@ -55,84 +41,6 @@ SHAPES = [
     7,
     True,
 ]
-TASK_PATHS = ("/train/", "/train/finetune", "/scoring/", "/scoring/scores", "/batch/infer/sam2sgp")
-
-
-class Recorder:
-    """Tasks that are never run."""
-
-    def __init__(self):
-        self.started = []
-
-    def start(self, method, request, enqueue=False):
-        if self.waiting(method) and not enqueue:
-            raise Busy("busy")
-        self.started.append((method, request))
-        return {"id": "1", "status": "SUBMITTED", "request": request}
-
-    def all(self, method):
-        return [{"status": "DONE"} for name, _ in self.started if name == method]
-
-    def running(self, method):
-        return None
-
-    def waiting(self, method):
-        return 0
-
-    def stop(self, method):
-        return None
-
-
-@pytest.fixture
-def app(tmp_path):
-    """An app whose segmentations are a picture, and that keeps the requests it got."""
-    asked = []
-
-    def infer(request):
-        made = tmp_path / "made.png"
-        Image.fromarray(np.eye(8, dtype=np.uint8)).save(made)
-        asked.append(request)
-        return {"file": str(made), "params": {"label_names": {"disc": 1}}}
-
-    def next_sample(request):
-        if request["strategy"] != "random":
-            raise NotFound("strategy: expected one of random, found another.")
-        asked.append(request)
-        return {"id": "a"}
-
-    studies = tmp_path / "studies"
-    studies.mkdir()
-    Image.new("L", (8, 8)).save(studies / "a.png")
-    datastore = ConfinedDatastore(str(studies), tmp_path / "work", 1 << 20)
-    sessions = ConfinedSessions(str(tmp_path / "sessions"), 3600, 1 << 20)
-    return SimpleNamespace(
-        infer=infer,
-        next_sample=next_sample,
-        asked=asked,
-        settings=SimpleNamespace(
-            max_upload_mb=1.0, max_image_mb=8.0, is_remote=False, studies=str(studies), state_dir=tmp_path / "work"
-        ),
-        datastore=lambda: datastore,
-        sessions=lambda: sessions,
-        info=lambda: {"trainers": {"finetune": {}}, "scoring": {"scores": {}}, "models": {"sam2sgp": {}}},
-        on_save_label=lambda image, label: {"warnings": []},
-        studies=studies,
-        tasks=Recorder(),
-    )
-
-
-@pytest.fixture
-def client(app, tmp_path):
-    server = FastAPI()
-    install(server, Given(tmp_path))
-    serve_only(server, [routes(app), task_routes(app, app.tasks), viewer_routes(app)])
-    return TestClient(server, base_url="http://server:8000")
-
-
-def assert_refused(answer) -> None:
-    assert answer.status_code in (400, 404, 413, 422), answer.text
-    detail = answer.json()["detail"]
-    assert isinstance(detail, str) and "expected" in detail and "\n" not in detail and len(detail) < 400
 
 
 def roles(route) -> set[str]:
@@ -190,119 +98,6 @@ def test_no_shape_of_a_request_brings_a_foreign_option_to_a_segmentation(client,
     assert_refused(client.post("/infer/sam2sgp", params={"image": "a"}, files={"params": ("p.png", b"{}")}))
     assert_refused(client.post("/infer/sam2sgp", params={"image": "a", "bundle_path": EVIL}))
     assert app.asked == []
-
-
-def test_decisions_on_the_support_page_are_declared_too(app, tmp_path):
-    server = FastAPI()
-    install(server, Given(tmp_path))
-    serve_only(server, [SupportPage(app.datastore(), None, None, sorted, dict).router()])
-    client = TestClient(server, base_url="http://server:8000")
-    whole = {"image": "a", "label_tag": "original"}
-    for action in ("approve", "reject", "remove", "restore"):
-        for body in (
-            {**whole, "path": "/etc/passwd"},
-            {**whole, "label_tag": "../x"},
-            {**whole, "image": ["a"]},
-            {**whole, "image": "../a"},
-            [["image", "a"], ["label_tag", "original"]],
-            [whole],
-            {"label_tag": "original"},
-        ):
-            assert_refused(client.post(f"/sam2sgp/{action}", json=body))
-    for query in ("?next=0", "?next=x", "?other=1", f"?next={10**30}"):
-        assert_refused(client.get(f"/sam2sgp/{query}"))
-    assert_refused(client.get("/sam2sgp/picture?image=a&path=/etc/passwd"))
-    answer = client.get("/sam2sgp/assets/%1b%5b2J%e2%80%ae")
-    assert answer.status_code == 404 and answer.json()["detail"].isprintable()
-
-
-def test_few_images_are_held_at_once_for_pictures_and_approvals(app, tmp_path, monkeypatch):
-    """Each may be a volume of gigabytes, and the page of one client asks for dozens."""
-    limits = {"picture": page.DRAWING, "decision": page.DECIDING}
-    # As many as may be at work go on together.
-    together = {what: threading.Barrier(limit) for what, limit in limits.items()}
-    at_work, most, lock = 0, dict.fromkeys(limits, 0), threading.Lock()
-
-    def hold(what):
-        nonlocal at_work
-        with lock:
-            at_work += 1
-            most[what] = max(most[what], at_work)
-        together[what].wait(60)
-        # In which one too many would come.
-        time.sleep(0.02)
-        with lock:
-            at_work -= 1
-
-    def drawn(source, label, stamps):
-        hold("picture")
-        return np.zeros((2, 2, 3), np.uint8)
-
-    monkeypatch.setattr(page, "_drawn", drawn)
-    for decision in ("approve", "reject", "remove"):
-        monkeypatch.setattr(app.datastore(), decision, lambda *label: hold("decision"))
-    server = FastAPI()
-    install(server, Given(tmp_path))
-    serve_only(server, [SupportPage(app.datastore(), None, None, sorted, dict).router()])
-    label = {"image": "a", "label_tag": "original"}
-    asked = {
-        "picture": lambda _: client.get("/sam2sgp/picture?image=a"),
-        # All kinds of decisions together.
-        "decision": lambda turn: client.post(f"/sam2sgp/{[*page.DECISIONS][turn % 4]}", json=label),
-    }
-    with TestClient(server, base_url="http://server:8000") as client, ThreadPoolExecutor(12) as pool:
-        for ask in asked.values():
-            assert all(answer.status_code == 200 for answer in pool.map(ask, range(12)))
-    assert most == limits
-
-
-def test_long_work_is_never_done_while_the_client_waits(client, app):
-    for path in TASK_PATHS:
-        assert_refused(client.post(path, params={"run_sync": "true"}, json={}))
-        assert_refused(client.post(path, json={"run_sync": True}))
-    assert app.tasks.started == []
-
-
-def test_tasks_are_started_as_the_shipped_clients_ask_for_them(client, app):
-    assert client.post("/train/finetune", json={"max_epochs": "2", "client_id": None}).status_code == 200
-    panel = client.post("/train/", json={"finetune": {"action": "train", "learning_rate": 0.01}})
-    assert panel.json()["finetune"]["result"]["status"] == "SUBMITTED"
-    assert client.post("/train/", json={}).status_code == client.post("/scoring/scores").status_code == 200
-    body = {"device": "cuda", "multi_gpu": True, "gpus": "all", "max_workers": 1, "k": 2}
-    assert client.post("/batch/infer/sam2sgp?images=unlabeled", json=body).status_code == 200
-    assert client.post("/batch/infer/sam2sgp?images=unannotated", json={}).status_code == 200
-    assert app.tasks.started == [
-        ("train", {"model": "finetune", "max_epochs": 2}),
-        ("train", {"model": "finetune", "action": "train", "learning_rate": 0.01}),
-        ("train", {"model": "finetune"}),
-        ("scoring", {"method": "scores"}),
-        ("batch_infer", {"model": "sam2sgp", "k": 2, "device": "cuda", "images": "unlabeled"}),
-        ("batch_infer", {"model": "sam2sgp", "images": "unannotated"}),
-    ]
-    assert client.get("/train/").json() == {"status": "DONE"} and len(client.get("/train/?all=true").json()) == 3
-    assert client.get("/train/?check_if_running=true").status_code == 404
-
-
-def test_unknown_names_are_not_found_and_the_known_ones_are_told(client, app):
-    for path, known in (
-        ("/train/other", "finetune"),
-        ("/scoring/other", "scores"),
-        ("/batch/infer/other", "sam2sgp"),
-        ("/activelearning/other", "random"),
-    ):
-        answer = client.post(path, json={})
-        assert answer.status_code == 404 and f"expected one of {known}" in answer.json()["detail"]
-    answer = client.post("/scoring/", json={})
-    assert answer.status_code == 400 and "/scoring/scores" in answer.json()["detail"]
-    assert app.tasks.started == []
-
-
-def test_batches_are_of_images_of_the_datastore_only(client, app):
-    for image in ("/etc/passwd", "../a", "nobody", "", "a.png", "a/../a", str(app.studies / "a.png")):
-        assert_refused(client.post("/batch/infer/sam2sgp", json={"images": [image]}))
-        assert_refused(client.post("/batch/infer/sam2sgp", json={"images": ["a", image]}))
-    assert app.tasks.started == []
-    assert client.post("/batch/infer/sam2sgp", json={"images": ["a"]}).status_code == 200
 
 
 def test_a_path_of_a_client_stays_text_and_only_the_servers_own_are_paths(client, app, tmp_path):
@@ -386,25 +181,6 @@ def test_what_monai_label_would_answer_beyond_the_apps_routes_is_not_there(clien
     ):
         method, path = asked.split()
         assert client.request(method, path).status_code in (404, 405), asked
-
-
-def test_pages_for_people_load_nothing_from_elsewhere_and_are_not_framed(client):
-    home = client.get("/")
-    assert 'href="sam2sgp/"' in home.text and "http" not in home.text.replace("http-equiv", "")
-    ohif = client.get("/ohif/")
-    assert "OHIF" in ohif.text and client.get("/ohif/viewer/1.2.3").text == ohif.text
-    for path in ("a" * 300, "a/" * 2000, "../../main.py", "..%2f..%2fmain.py", "app-config.js/x"):
-        assert client.get(f"/ohif/{path}").status_code in (200, 400, 404)
-    assert client.get("/ohif/app-config.js").headers["content-type"].startswith("text/javascript")
-    for answer in (home, ohif):
-        policy = answer.headers["content-security-policy"]
-        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
-        assert (
-            "http:" not in policy
-            and "https:" not in policy
-            and "unsafe-eval'" not in policy.replace("wasm-unsafe-eval'", "")
-        )
-        assert "script-src 'unsafe-inline'" not in policy
 
 
 def test_a_file_is_sent_whole_and_from_its_folder_whatever_comes_to_its_place(client, app, tmp_path, monkeypatch):

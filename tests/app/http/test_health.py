@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from lib.http import health
 from lib.http.guard import install, serve_only
 from lib.http.health import Health, checks_of, disk_problem
-from tests.app.http.test_guard import Given
+from tests.helpers.parts import Given
 
 
 def asking(tmp_path, checks, **options) -> TestClient:

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from lib.http import logs
 from lib.http.guard import install
 from lib.http.logs import PrivateLog, Seldom, keep_logs, log_routes
-from tests.app.http.test_guard import Given
+from tests.helpers.parts import Given
 
 
 @pytest.fixture

@@ -6,33 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from lib.checks import NotFound
 from lib.http import metrics as module
 from lib.http.guard import install, serve_only
 from lib.http.metrics import Metrics, measure, metrics_routes
-from tests.app.http.test_guard import Given
-
-STATE = SimpleNamespace(items=(1, 2, 3), cases=frozenset("ab"), errors=({},), weights="embedded")
-
-
-def segmenter():
-    return SimpleNamespace(state=lambda: STATE, is_at_work=False)
-
-
-def datastore():
-    return SimpleNamespace(list_images=lambda: list("abcd"), get_labeled_images=lambda: ["a"])
-
-
-def values(text: str) -> dict[str, float]:
-    """{name{labels}: value} of what a server tells."""
-    return {
-        sample.name + "".join(f"{{{key}={value}}}" for key, value in sorted(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+from tests.helpers.parts import Given, datastore, segmenter, values
 
 
 @pytest.fixture

@@ -21,15 +21,13 @@ from starlette.testclient import TestClient
 
 import sam2sgp.data.io.images
 import sam2sgp.data.io.labels
-from lib.checks import MOST_CLASSES, BadLabel
-from lib.http.corrections import SliceChange, corrected
+from lib.checks import MOST_CLASSES
 from lib.http.guard import install, serve_only
 from lib.http.metrics import DECISIONS
 from lib.http.page import SupportPage, Threads
 from lib.http.review import MOST_SLICES, ReviewPage
 from lib.http.routing import in_threads
 from lib.http.volumes import Volumes
-from lib.http.work_list import Order, Shown, listed, origins
 from lib.stores.audit import Audit
 from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.folder import ConfinedDatastore
@@ -37,12 +35,12 @@ from lib.stores.history import MOST_KEPT
 from lib.stores.naming import declared
 from sam2sgp.data import read_image, read_label
 from sam2sgp.errors import DataError
-from sam2sgp.transforms import ScaleIntensityByModalityd, SupportScaling
-from tests.app.archives import fake_archive, series_entry, series_files
-from tests.app.http.test_guard import Given
+from sam2sgp.transforms import SupportScaling
+from tests.helpers.archives import fake_archive, series_entry, series_files
+from tests.helpers.pages import SCALE, case, correction, record
+from tests.helpers.parts import Given
 
 SHAPE = (5, 6, 40)
-SCALE = ScaleIntensityByModalityd()
 NOTHING_GUIDES = SupportScaling()
 AFFINE = np.array([[-0.7, 0, 0, 11], [0, 0.9, 0.1, -5], [0, -0.1, 2.5, 40], [0, 0, 0, 1]])
 
@@ -83,27 +81,6 @@ def client_of(datastore, tmp_path) -> TestClient:
     return TestClient(server, base_url="http://server:8000", headers={"X-Forwarded-User": "ann"})
 
 
-def case(client, image: str, **query) -> dict:
-    answer = client.get("/sam2sgp/review/case", params={"image": image, **query})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-def correction(shown: dict, changes: list, save_as: str = "draft", **other) -> dict:
-    return {
-        "image": shown["image"],
-        "image_seen": shown["image_seen"],
-        "shape": shown["shape"],
-        "label_tag": shown["label_tag"],
-        "seen": shown["seen"],
-        "save_as": save_as,
-        "replaces": shown["labels"].get(save_as, ""),
-        "classes": [{"idx": entry["value"], "name": entry["name"]} for entry in shown["classes"]],
-        "changes": changes,
-        **other,
-    }
-
-
 def test_a_case_tells_what_the_page_needs_and_slices_are_the_images_own_values(client, datastore):
     shown = case(client, "ct")
     assert shown["shape"] == [40, 6, 5] and shown["state"] == "predicted" and shown["label_tag"] == "original"
@@ -135,47 +112,6 @@ def test_what_a_browser_has_is_not_sent_again_and_requests_are_bounded(client, d
     path = datastore.get_image_uri("ct")
     os.utime(path, ns=(1, 1))
     assert client.get("/sam2sgp/review/slices", params=query).status_code == 409
-
-
-def test_whole_numbers_are_exact_and_others_close(tmp_path):
-    volumes = Volumes(SCALE)
-    for values in (
-        np.linspace(-1e-3, 7e-3, 60).reshape(3, 4, 5).astype(np.float32),
-        np.arange(60, dtype=np.float32).reshape(3, 4, 5) * 40000,
-        np.full((3, 4, 5), 7, np.float32),
-        np.arange(60, dtype=np.float32).reshape(3, 4, 5) - 1024,
-        # Of a range that 8 bits can hold, above what they can.
-        np.arange(60, dtype=np.float32).reshape(3, 4, 5) + 230,
-        # Of a range that float32 can't hold, and of one below its smallest normal number.
-        np.linspace(-3e38, 3e38, 60).reshape(3, 4, 5).astype(np.float32),
-        np.linspace(0, 1e-40, 60).reshape(3, 4, 5).astype(np.float32),
-    ):
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.nii.gz"
-        nib.save(nib.Nifti1Image(values, np.eye(4)), path)
-        shown = volumes.image(path)
-        restored = shown.slices[..., 0] * shown.slope + shown.intercept
-        truth = read_image(path).slices[:, 0]
-        assert np.abs(restored - truth).max() <= np.ptp(values.astype(np.float64)) / 65535 * 0.51
-        assert volumes.image(path) is shown
-
-
-def test_the_window_at_first_is_that_of_the_network(tmp_path):
-    """With what the operator set: what lies within it, and nothing else, is neither black nor white."""
-    values = np.random.default_rng(0).normal(0, 300, (3, 16, 20)).astype(np.float32)
-    path = tmp_path / "image.nii.gz"
-    nib.save(nib.Nifti1Image(values, np.eye(4)), path)
-    for modality, kind, bounds in (
-        ("CT", "ct", (-50.0, 150.0)),
-        ("MR", "percentiles", np.percentile(values, (10, 90))),
-    ):
-        scale = ScaleIntensityByModalityd(ct_window=(-50.0, 150.0), percentiles=(10.0, 90.0), modality=modality)
-        volumes = Volumes(scale)
-        shown = volumes.image(path)
-        window, found = volumes.window(shown, NOTHING_GUIDES)
-        assert found == kind and np.allclose(window, bounds)
-        scaled = scale({"image": torch.from_numpy(values)[:, None], "is_rgb": False, "geometry": shown.geometry})
-        within = (scaled["image"] > 0) & (scaled["image"] < 1)
-        assert torch.equal(within[:, 0], torch.from_numpy((values > window[0]) & (values < window[1])))
 
 
 def test_the_window_at_first_follows_the_support_set_as_a_segmentation_does(client, studies, tmp_path):
@@ -537,54 +473,6 @@ def test_the_page_loads_its_own_files_only(client):
     assert client.get("/sam2sgp/review/assets/review.js").headers["content-type"].startswith("text/javascript")
     for name in ("../page.css", "%2e%2e/page.css", "page.html.j2", "none.js"):
         assert 400 <= client.get(f"/sam2sgp/review/assets/{name}").status_code < 500
-
-
-def record(confidence: dict, **params) -> dict:
-    return {"label_info": [], "params": {"confidence": confidence, **params}}
-
-
-def test_what_is_marked_or_in_doubt_comes_first_and_filters_hold():
-    records = {
-        "sure": {"original": record({"liver": 0.9})},
-        "doubtful": {"original": record({"liver": 0.4, "cyst": None})},
-        "unlike": {"original": record({"liver": 0.95}, unlike_support=True)},
-        "absent": {"original": record({"liver": 0.8}, maybe_absent=["cyst"])},
-        "draft": {"original": record({"liver": 0.6}), "draft": {"label_info": [{"idx": 1, "name": "liver"}]}},
-        "later": {},
-        "sooner": {},
-        "approved": {"final": {"label_info": [{"idx": 1, "name": "liver"}]}, "draft": {}},
-        "removed": {"removed": {}},
-    }
-    ranked = lambda images: sorted(images, reverse=True)  # noqa: E731
-    # One record that another program made takes no list away.
-    foreign = {"foreign": {"original": record({"liver": "sure", "cyst": 0.7}, maybe_absent=3)}}
-    assert [(entry.confidence, entry.absent) for entry in listed(foreign, ranked)[0]] == [(0.7, ())]
-    entries, counts = listed(records, ranked)
-    assert [entry.image for entry in entries] == ["absent", "unlike", "doubtful", "draft", "sure", "sooner", "later"]
-    assert counts == {"predicted": 4, "draft": 1, "unlabelled": 2, "removed": 1, "approved": 1}
-    names = lambda **how: [entry.image for entry in listed(records, ranked, **how)[0]]  # noqa: E731
-    assert names(shown=Shown.approved) == ["approved"] and names(shown=Shown.removed) == ["removed"]
-    finals = {
-        "as it was": {"final": {"model": "sam2sgp"}},
-        "painted": {"final": {"model": "sam2sgp", "corrected": {"voxels": 3, "from": "original"}}},
-        "by a viewer": {"final": {}},
-        "drawn from nothing": {"final": {"corrected": {"voxels": 3, "from": ""}}},
-    }
-    assert origins({**records, **finals}) == {"unchanged": 1, "corrected": 1, "others": 3}
-    assert names(of_class="cyst") == ["absent"] and names(name="SURE") == ["sure"]
-    assert names(shown=Shown.all, order=Order.name) == sorted(records)
-
-
-def test_runs_must_be_in_order_and_stay_in_their_slice():
-    labels = np.zeros((2, 3, 4), np.uint8)
-    painted = corrected(labels, [SliceChange(slice=1, runs=[2, 3, 1, 5, 7, 2])], {1, 2})
-    assert painted[1].reshape(-1).tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2] and not labels.any()
-    turned = np.zeros((4, 3, 2), np.uint16).T
-    painted = corrected(turned, [SliceChange(slice=0, runs=[3, 2, 1])], {1})
-    assert np.flatnonzero(painted).tolist() == [3, 4]
-    for runs in ([2, 0, 1], [11, 2, 1], [3, 2, 1, 4, 1, 1], [3, 1, 1, 0, 1, 1], [0, 1, 3]):
-        with pytest.raises(BadLabel):
-            corrected(labels, [SliceChange(slice=0, runs=runs)], {1, 2})
 
 
 def test_ten_thousand_images_are_listed_quickly(client, datastore, monkeypatch):

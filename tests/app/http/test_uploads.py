@@ -21,10 +21,9 @@ from lib.http import guard
 from lib.stores.door import ImageTooLarge
 from lib.stores.folder import ConfinedDatastore
 from lib.stores.sessions import ConfinedSessions
-from tests.app.http.test_guard import Given
-from tests.data.dicom_files import write_series
-from tests.e2e.test_crafted_files import with_dims
-from tests.uploads import dicom, metaimage, nifti
+from tests.helpers.dicom_files import write_series
+from tests.helpers.parts import Given
+from tests.helpers.uploads import dicom, metaimage, nifti, with_dims
 
 LIMIT = 1 << 20
 

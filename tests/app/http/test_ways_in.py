@@ -22,9 +22,9 @@ from lib.stores.folder import ConfinedDatastore
 from lib.stores.sessions import ConfinedSessions
 from sam2sgp.data import read_image, read_label
 from sam2sgp.errors import DataError
-from tests.app.archives import fake_archive, series_entry
-from tests.data.dicom_files import item, write_dicom, write_enhanced, write_object, write_series
-from tests.uploads import crashing_dicom
+from tests.helpers.archives import fake_archive, series_entry
+from tests.helpers.dicom_files import item, write_dicom, write_enhanced, write_object, write_series
+from tests.helpers.uploads import crashing_dicom
 
 RNG = np.random.default_rng(0)
 LIMIT = 1 << 20

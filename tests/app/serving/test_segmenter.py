@@ -295,6 +295,19 @@ def test_a_kept_result_is_not_given_for_another_support_set_or_as_another_patien
     assert used(segmenter.segment(made.image(QUERY))) == {"us_000_0", "us_001_0", QUERY}
 
 
+def test_a_kept_result_is_not_given_when_an_item_turns_out_to_be_of_the_images_own_patient(studio):
+    made = studio(PICTURES, PICTURES[:3])
+    segmenter = made.segmenter()
+    name = "us_000_0"
+    note = segmenter.cases.datastore.update_image_info
+    note(name, {"PatientID": "one person"})
+    assert used(segmenter.segment(made.image(name), image_id=name)) == {"us_001_0", "us_002_0"}
+    note("us_001_0", {"PatientID": "one person"})
+    assert used(segmenter.segment(made.image(name), image_id=name)) == {"us_002_0"}
+    note("us_001_0", {"PatientID": "another one"})
+    assert used(segmenter.segment(made.image(name), image_id=name)) == {"us_001_0", "us_002_0"}
+
+
 @pytest.fixture
 def other_weights(tmp_path, studio):
     """A weights file of the same network that segments otherwise."""

@@ -6,7 +6,7 @@ import pytest
 
 from lib.stores.audit import Audit
 from lib.stores.folder import ConfinedDatastore
-from tests.app.stores.files import LIMIT, volume
+from tests.helpers.store_files import LIMIT, volume
 
 
 @pytest.fixture

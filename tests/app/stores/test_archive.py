@@ -14,7 +14,7 @@ import pytest
 from lib.checks import NotFound
 from lib.stores import archive as module
 from lib.stores.archive import Archive, ArchiveBusy, ArchiveError, Breaker, Unreachable
-from tests.app.archives import Handler, fake_archive, multipart, series_entry, series_files
+from tests.helpers.archives import Handler, fake_archive, multipart, series_entry, series_files
 
 SILENCE = 0.2
 # A machine that is busy with other things may take this many seconds for what takes a moment.

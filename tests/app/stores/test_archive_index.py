@@ -9,7 +9,7 @@ from pydicom import Dataset
 
 from lib.stores.archive import Archive, ArchiveError, Unreachable
 from lib.stores.archive_index import ArchiveIndex, SegInstance, approved
-from tests.app.archives import series_entry
+from tests.helpers.archives import series_entry
 
 SOON = 10.0
 SEG = "1.2.840.10008.5.1.4.1.1.66.4"

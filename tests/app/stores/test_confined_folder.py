@@ -6,7 +6,6 @@ Whoever may write to that folder must neither learn of a file elsewhere by way o
 import json
 import os
 import socket
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,37 +16,16 @@ import numpy as np
 import pytest
 
 from lib.checks import Conflict, RequestError
-from lib.server_paths import open_plain
 from lib.stores import folder as folder_module
 from lib.stores.confined_folder import FolderGone
 from lib.stores.folder import ConfinedDatastore
 from sam2sgp.data import read_image
 from sam2sgp.errors import DataError
-from tests.uploads import VOLUME, nifti, nrrd
+from tests.helpers.uploads import VOLUME, nifti, nrrd
+from tests.helpers.waiting import in_time
 
-SECONDS = 20.0
 SECRET = "only for the eyes of others"
 INDEX, JOURNAL = "datastore_v2.json", ".datastore_v2.unfinished.json"
-
-
-def in_time(work: Callable[[], Any]) -> Any:
-    """What `work` returns or raises, unless it waits for ever."""
-    told: list[Any] = []
-
-    def run() -> None:
-        try:
-            told.append((work(), None))
-        except Exception as error:
-            told.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    assert told, "it still waits"
-    found, error = told[0]
-    if error:
-        raise error
-    return found
 
 
 @pytest.fixture
@@ -238,28 +216,6 @@ def test_a_hard_link_is_the_file_and_nothing_is_written_through_it(studies):
     datastore.remove_label("B", "original")
     assert (studies.parent / "secret.nii").read_bytes() == before
     assert SECRET in (studies.parent / "secret.json").read_text()
-
-
-def test_what_became_a_link_or_a_pipe_meanwhile_is_not_opened(studies):
-    path = studies / "A.nii"
-    with open_plain(path, studies) as file:
-        # It is the file that was opened, whatever is there now.
-        path.unlink()
-        path.symlink_to(studies.parent / "secret.nii")
-        assert file.read() == nifti()
-    with pytest.raises(OSError):
-        open_plain(path, studies)
-    # After the link was followed for its real path.
-    with pytest.raises(OSError, match="no plain file"):
-        open_plain(studies.parent / "secret.nii", studies)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(OSError, match="no plain file"):
-        in_time(lambda: open_plain(path, studies))
-    # A folder on the way.
-    (studies / "way").symlink_to(studies.parent)
-    with pytest.raises(OSError, match="no plain file"):
-        open_plain(studies / "way" / "secret.nii", studies)
 
 
 def test_an_unfinished_change_names_files_of_the_folder_only(studies):

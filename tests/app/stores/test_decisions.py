@@ -27,7 +27,7 @@ from lib.stores.audit import Audit
 from lib.stores.decisions import FINAL, REMOVED, Busy, Decisions, FairLock, ImageLocks, state_of
 from lib.stores.folder import ConfinedDatastore
 from sam2sgp.errors import DataError
-from tests.decisions import final_states
+from tests.helpers.decisions import final_states
 
 SIZE = (8, 6, 3)
 CLASSES = {"label_info": [{"name": "liver", "idx": 1}, {"name": "tumour", "idx": 2}]}

@@ -18,8 +18,8 @@ from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.naming import declared
 from sam2sgp.data import read_image, read_label, write_label
 from sam2sgp.errors import ConfigError, DataError
-from tests.app.archives import fake_archive, series_entry, series_files
-from tests.uploads import crashing_dicom
+from tests.helpers.archives import fake_archive, series_entry, series_files
+from tests.helpers.uploads import crashing_dicom
 
 SILENCE = 0.2
 SOON = 10.0

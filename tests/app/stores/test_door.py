@@ -10,7 +10,7 @@ from PIL import Image
 
 from lib.checks import TooLarge, UnsupportedFile
 from lib.stores.door import admitted
-from tests.app.stores.files import LIMIT, tree, volume
+from tests.helpers.store_files import LIMIT, tree, volume
 
 NRRD = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: {sizes}\nencoding: raw\n{more}\n"
 MHA = "ObjectType = Image\nNDims = 2\nDimSize = {sizes}\nElementType = MET_UCHAR\nElementDataFile = {file}\n"

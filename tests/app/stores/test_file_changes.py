@@ -15,7 +15,7 @@ import lib.stores.folder
 from lib.checks import StorageError
 from lib.stores.folder_index import JOURNAL
 from lib.stores.naming import declared
-from tests.app.stores.files import label, tree
+from tests.helpers.store_files import label, tree
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from lib.stores.folder import ConfinedDatastore
 from lib.stores.naming import declared
 from sam2sgp.data.io import read_image, read_label
 from sam2sgp.errors import DataError
-from tests.app.stores.files import LIMIT, SIZE, label, tree, volume
-from tests.data.dicom_files import write_series
+from tests.helpers.dicom_files import write_series
+from tests.helpers.store_files import LIMIT, SIZE, label, tree, volume
 
 ILL_IDS = [
     "../x",
@@ -403,7 +404,7 @@ def test_of_many_who_wait_for_a_reading_of_the_folder_one_reads_for_all(store, m
         read()
 
     # As right after a change, when the folders' times tell nothing.
-    monkeypatch.setattr(lib.stores.folder, "COARSEST_CLOCK", 1e9)
+    monkeypatch.setattr(lib.stores.folder, "CLOCK", 1e9)
     monkeypatch.setattr(store, "_times", looked)
     monkeypatch.setattr(store, "_read", slow)
     store._seen = None
@@ -469,3 +470,19 @@ def test_the_audit_log_tells_of_each_change_that_is_made_and_of_no_other(
         ("remove label", "C"),
         ("remove image", "C"),
     ]
+
+
+def test_a_file_system_that_keeps_whole_seconds_hides_no_image(store, studies):
+    """What comes within the same tick of its clock leaves the folder's time as it was."""
+    tick = (time.time_ns() // 10**9 - 1) * 10**9
+    folders = [studies, *(path for path in studies.rglob("*") if path.name != "C.nii.gz")]
+
+    def tell_whole_seconds() -> None:
+        for path in folders:
+            os.utime(path, ns=(tick, tick))
+
+    tell_whole_seconds()
+    assert store.list_images() == ["A", "B"]
+    volume(studies / "C.nii.gz")
+    tell_whole_seconds()
+    assert store.list_images() == ["A", "B", "C"]

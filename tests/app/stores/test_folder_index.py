@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lib.checks import RequestError, StorageError
-from tests.app.stores.files import label, tree, volume
+from tests.helpers.store_files import label, tree, volume
 
 
 def test_a_damaged_index_is_rebuilt_and_each_damaged_one_is_kept(opened, studies, uploads):

@@ -5,19 +5,16 @@ import struct
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from lib.checks import UnsupportedFile
 from lib.stores.door import admitted
 from sam2sgp.data import read_image
-from sam2sgp.data.io import dicom_file, is_image
-from sam2sgp.data.io.formats import without_pixels
-from sam2sgp.errors import DataError
-from tests.data.dicom_files import item, write_dicom, write_enhanced
-from tests.uploads import GREY, dicom
+from sam2sgp.data.io import dicom_file
+from tests.helpers.dicom_files import write_dicom
+from tests.helpers.uploads import GREY, dicom
 
 LIMIT = 1 << 28
 ITEM = b"\xfe\xff\x00\xe0\0\0\0\0"
@@ -95,33 +92,3 @@ def test_a_sequence_of_a_known_length_is_judged_before_it_is_understood(tmp_path
 def test_sequences_within_each_other_are_an_error_of_the_file(tmp_path):
     one = struct.pack("<HH", 0x0018, 0x6011) + b"SQ\0\0" + UNDEFINED + ITEM[:4] + UNDEFINED
     assert "expected" in refused(with_element(one * 5000), tmp_path)
-
-
-def test_a_class_of_several_values_is_none(tmp_path):
-    path = tmp_path / "x.dcm"
-    path.write_bytes(dicom().replace(b"1.2.840.10008.5.", b"1.2.840.10008\\5.", 1))
-    assert without_pixels(path) is None and is_image(path)
-
-
-def test_enhanced_objects_and_private_values_are_read_as_before(tmp_path):
-    write_enhanced(tmp_path / "e.dcm", np.stack([GREY] * 40).astype(np.uint16), list(range(40)))
-    assert read_image(tmp_path / "e.dcm").slices.shape[0] == 40
-    private = pydicom.dcmread(io.BytesIO(dicom(SequenceOfUltrasoundRegions=item(RegionSpatialFormat=1))))
-    private.private_block(0x19, "house", create=True).add_new(1, "UN", bytes(2 << 20))
-    private.save_as(tmp_path / "p.dcm")
-    assert read_image(tmp_path / "p.dcm").slices.any()
-
-
-def test_run_lengths_that_unpack_to_far_more_than_the_picture_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(dicom_file, "FEW_RUNS", 0)
-    sound = dicom(syntax=RLELossless)
-    (tmp_path / "sound.dcm").write_bytes(sound)
-    expected = read_image(tmp_path / "sound.dcm").slices
-    (tmp_path / "plain.dcm").write_bytes(dicom())
-    assert np.array_equal(expected, read_image(tmp_path / "plain.dcm").slices)
-    for runs in (b"\x81\x00" * 100_000, b"\x80" * 100_000):
-        dataset = pydicom.dcmread(io.BytesIO(sound))
-        dataset.PixelData = pydicom.encaps.encapsulate([struct.pack("<16L", 1, 64, *[0] * 14) + runs])
-        dataset.save_as(tmp_path / "bomb.dcm")
-        with pytest.raises(DataError, match="run lengths"):
-            read_image(tmp_path / "bomb.dcm")

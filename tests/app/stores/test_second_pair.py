@@ -20,8 +20,8 @@ from lib.stores.folder import ConfinedDatastore
 from lib.stores.opening import open_datastore
 from sam2sgp.data import read_image, write_label
 from sam2sgp.errors import DataError
-from tests.app.archives import fake_archive, series_entry, series_files
 from tests.app.conftest import APP
+from tests.helpers.archives import fake_archive, series_entry, series_files
 
 SIZE = (8, 6, 3)
 

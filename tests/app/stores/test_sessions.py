@@ -12,7 +12,7 @@ from PIL import Image
 
 from lib.checks import NotFound, RequestError, TooLarge, UnsupportedFile
 from lib.stores.sessions import ConfinedSessions
-from tests.data.dicom_files import write_series
+from tests.helpers.dicom_files import write_series
 
 LIMIT = 1 << 20
 

@@ -10,8 +10,6 @@ from filelock import FileLock
 
 from lib.checks import Conflict, RequestError, StorageError
 from lib.serving.published_weights import Weights
-from lib.trainers.comparison import Comparison
-from lib.trainers.data import digest, halve
 from lib.trainers.finetune import FineTuning
 from lib.trainers.status import StatusHandler
 from sam2sgp.data import class_names, load_datalist
@@ -20,7 +18,8 @@ from sam2sgp.errors import DataError, WeightsError
 from sam2sgp.files import write_text
 from sam2sgp.networks import SAM2SGP, load_weights
 from tests.e2e.disks import disk
-from tests.spoilt import save_spoilt_weights
+from tests.helpers.labelled import some
+from tests.helpers.spoilt import save_spoilt_weights
 
 BUNDLE = Path(__file__).parents[3] / "bundle"
 TINY = {
@@ -69,40 +68,6 @@ def a_task(tmp_path, cases, phantoms, start=BUNDLE / "models" / "model.pt", left
     return task, weights, events
 
 
-def some(count, patients):
-    return [{"name": f"n{i}", "patient": f"p{i % patients}", "image": "i", "label": "l"} for i in range(count)]
-
-
-def test_patients_are_halved_and_stay_in_their_half_as_labels_come_and_go():
-    half_of = halve(some(24, 12), {})
-    assert len(half_of) == 12 and sum(half_of.values()) == 6
-    left = {patient: half for patient, half in half_of.items() if patient not in ("p1", "p2", "p3")}
-    grown = halve([case for case in some(30, 15) if case["patient"] not in ("p1", "p2", "p3")], half_of)
-    assert left.items() <= grown.items() and len(grown) == 12 and sum(grown.values()) == 6
-    assert halve(list(reversed(some(24, 12))), {}) == half_of
-    assert set(halve(some(4, 4), {}).values()) == {0, 1}
-
-
-def test_a_half_that_lost_its_labels_is_named_until_it_has_new_ones():
-    known = {"p0": 0, "p1": 0, "p2": 0, "p3": 0, "p4": 1, "p5": 1}
-    with pytest.raises(DataError, match="4 patients, 2 in each half of those .* trained on, found 5 of 5"):
-        halve(some(5, 5), known)
-    assert halve([*some(5, 5), {"patient": "new"}], known)["new"] == 1
-
-
-def test_a_gain_counts_that_exceeds_its_standard_error_over_the_patients_measured_with_both():
-    before, after = {"a": 0.5, "b": 0.4, "c": 0.6, "gone": 0.0}, {"a": 0.6, "b": 0.5, "c": 0.9, "new": 1.0}
-    found = Comparison.of(before, after)
-    assert found.patients == 3 and found.before == pytest.approx(0.5) and found.after == pytest.approx(2 / 3)
-    # Gains .1, .1, .3: standard deviation .1155.
-    assert found.error == pytest.approx(0.11547 / 3**0.5, abs=1e-5) and found.is_better
-    lucky = Comparison.of(before, {"a": 0.9, "b": 0.3, "c": 0.5})
-    assert lucky.after > lucky.before and not lucky.is_better
-    assert not Comparison.of(before, before).is_better
-    with pytest.raises(DataError, match="at least 2 patients to judge .* found 1"):
-        Comparison.of(before, {"a": 1.0})
-
-
 def test_a_training_says_what_it_does_from_its_beginning(tmp_path, phantoms):
     task, _, _ = a_task(tmp_path, [], phantoms)
     shown = []
@@ -120,18 +85,6 @@ def test_too_few_patients_are_refused_in_one_sentence(tmp_path, phantoms):
     assert task.stats()["state"] == "failed" and "at least 4 patients" in task.stats()["message"]
     assert task.stats()["left_out"] == [why]
     assert weights.active().name == "embedded" and not events and not task.work.exists()
-
-
-def test_the_digest_follows_label_content_and_not_where_files_are(tmp_path):
-    def made(folder, content):
-        folder.mkdir()
-        (folder / "image").write_bytes(b"12")
-        (folder / "label").write_bytes(content)
-        case = {"name": "a", "patient": "p", "image": str(folder / "image"), "label": str(folder / "label")}
-        return digest([case], {"p": 0}), digest([case], {"p": 1})
-
-    one, same, other = (made(tmp_path / name, content) for name, content in zip("abc", (b"x", b"x", b"y"), strict=True))
-    assert one == same and one[0] != other[0] and one[0] != one[1]
 
 
 def test_better_weights_are_published_as_a_plain_file_and_can_be_rolled_back(tmp_path, phantoms, cases):

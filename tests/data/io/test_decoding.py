@@ -3,7 +3,6 @@
 import gzip
 import io
 import os
-import struct
 import threading
 import time
 import zlib
@@ -16,7 +15,7 @@ from pydicom.encaps import encapsulate, generate_pixel_data_frame
 
 from sam2sgp.data.io import decoding, read_image
 from sam2sgp.errors import DataError, FormatError, TooLargeError
-from tests.uploads import COLOUR, GREY, dicom_by_gdcm, sound_files
+from tests.helpers.uploads import COLOUR, GREY, dicom_by_gdcm, png, sound_files
 
 PICTURES = {name: content for name, content in sound_files().items() if name.endswith((".png", ".jpg", ".tif", ".bmp"))}
 
@@ -101,14 +100,6 @@ def test_a_decoder_that_was_killed_while_idle_is_replaced(tmp_path):
     idle.wait()
     Image.fromarray(GREY).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").geometry.native_shape == GREY.shape
-
-
-def png(width: int, height: int, rows: bytes) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def test_a_bomb_is_refused_by_its_header(tmp_path):

@@ -24,7 +24,7 @@ from sam2sgp.data.io import (
 )
 from sam2sgp.errors import DataError
 from sam2sgp.evaluation import class_sizes
-from tests.data.dicom_files import item, write_compressed, write_dicom, write_object, write_series
+from tests.helpers.dicom_files import item, write_compressed, write_dicom, write_object, write_series
 
 RNG = np.random.default_rng(0)
 

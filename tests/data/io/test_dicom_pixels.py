@@ -16,7 +16,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBasel
 
 from sam2sgp.data.io import read_image
 from sam2sgp.errors import DataError
-from tests.data.dicom_files import item, write_dicom, write_enhanced, write_series
+from tests.helpers.dicom_files import item, write_dicom, write_enhanced, write_series
 
 RNG = np.random.default_rng(0)
 TWELVE_BITS = {"BitsStored": 12, "HighBit": 11, "RescaleSlope": 2.0, "RescaleIntercept": -100.0}
@@ -206,20 +206,6 @@ def test_high_throughput_jpeg_2000_is_decoded_and_private_syntaxes_are_named(tmp
         dataset.save_as(tmp_path / "b.dcm")
         with pytest.raises(DataError, match=f"b.dcm: .*{name}.*[(]{uid}[)]; export .*Explicit VR Little Endian"):
             read_image(tmp_path / "b.dcm")
-
-
-@pytest.mark.parametrize("implicit", [True, False])
-def test_file_without_preamble_and_meta_header_is_read(tmp_path, implicit):
-    values = RNG.integers(0, 4096, (6, 7)).astype(np.uint16)
-    dataset = pydicom.dcmread(write_dicom(tmp_path / "whole.dcm", values, **TWELVE_BITS))
-    bare = pydicom.Dataset({element.tag: element for element in dataset})
-    bare.is_little_endian, bare.is_implicit_VR = True, implicit
-    pydicom.dcmwrite(tmp_path / "bare", bare)
-    assert (tmp_path / "bare").read_bytes()[:2] == b"\x08\x00"
-    assert np.array_equal(view(tmp_path / "bare"), values * 2.0 - 100)
-    (tmp_path / "noise.dcm").write_bytes(RNG.bytes(2000))
-    with pytest.raises(DataError, match="noise.dcm: expected a DICOM file"):
-        read_image(tmp_path / "noise.dcm")
 
 
 @pytest.mark.parametrize("bits", [10, 16])

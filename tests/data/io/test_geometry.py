@@ -10,7 +10,7 @@ from sam2sgp.data.io import (
     read_image,
 )
 from sam2sgp.errors import ConfigError
-from tests.data.io.nifti_files import OBLIQUE, reoriented, save_nifti
+from tests.helpers.nifti_files import OBLIQUE, reoriented, save_nifti
 
 RNG = np.random.default_rng(0)
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from sam2sgp.data.io import Geometry, read_geometry, read_image, read_label
 from sam2sgp.errors import DataError
-from tests.data.dicom_files import write_dicom
-from tests.data.io.nifti_files import save_nifti
+from tests.helpers.dicom_files import write_dicom
+from tests.helpers.nifti_files import save_nifti
 
 RNG = np.random.default_rng(0)
 

@@ -17,7 +17,7 @@ from pydicom.uid import JPEGBaseline8Bit
 
 from sam2sgp.data.io import read_image
 from sam2sgp.errors import DataError
-from tests.data.dicom_files import write_dicom
+from tests.helpers.dicom_files import write_dicom
 
 RNG = np.random.default_rng(0)
 ROWS, COLUMNS = np.mgrid[:96, :112]

@@ -12,7 +12,7 @@ from pydicom.uid import JPEG2000Lossless
 from sam2sgp.data.io import read_image
 from sam2sgp.data.io.jpeg2000 import TILE_PART, missing_tiles
 from sam2sgp.errors import DataError
-from tests.uploads import GREY, dicom, picture
+from tests.helpers.uploads import GREY, dicom, picture
 
 # Three by four tiles.
 TILED = picture(GREY, "JPEG2000", no_jp2=True, tile_size=(8, 8))

@@ -24,8 +24,8 @@ from sam2sgp.data.io import (
     write_map,
 )
 from sam2sgp.errors import DataError
-from tests.data.dicom_files import write_dicom
-from tests.data.io.nifti_files import OBLIQUE, reoriented, save_nifti
+from tests.helpers.dicom_files import write_dicom
+from tests.helpers.nifti_files import OBLIQUE, reoriented, save_nifti
 
 RNG = np.random.default_rng(0)
 

@@ -9,7 +9,7 @@ from PIL import Image, PngImagePlugin
 from sam2sgp.data.io import decoding, picture_blocks
 from sam2sgp.data.io.picture_blocks import check_blocks
 from sam2sgp.errors import FormatError
-from tests.uploads import COLOUR, GREY, picture, sound_files
+from tests.helpers.uploads import COLOUR, GREY, picture, sound_files
 
 PNG, JPEG, TIFF = (picture(GREY, kind) for kind in ("PNG", "JPEG", "TIFF"))
 HEAD, TAIL = 33, 12

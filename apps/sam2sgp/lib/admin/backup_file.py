@@ -1,10 +1,10 @@
-"""The file of a backup: a TAR archive that says itself whether it is whole.
+"""The file of a backup: a TAR file that says itself whether it is whole.
 
     studies/…        files of the studies folder
     state/…          files of the state folder
     manifest.json    the last member: format, time, and size and SHA-256 of every other one
 
-In: files. Out: the archive; and of an archive, its files, or an error. One that was cut, at whatever place, has no
+In: files. Out: the TAR file; and of a TAR file, its files, or an error. One that was cut, at whatever place, has no
 manifest, and one that was changed doesn't agree with it.
 """
 
@@ -49,10 +49,10 @@ class Manifest:
 
 
 class BackupWriter:
-    """Puts files into an archive; made by `writing`."""
+    """Puts files into a backup; made by `writing`."""
 
-    def __init__(self, archive: tarfile.TarFile) -> None:
-        self._archive = archive
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self._tar = tar
         self.files: dict[str, tuple[int, str]] = {}
 
     def add(self, name: str, path: Path, most: int | None = None) -> None:
@@ -75,7 +75,7 @@ class BackupWriter:
         member.size, member.mtime, member.mode = size, int(changed), MODE
         hashed = _Hashed(file)
         try:
-            self._archive.addfile(member, hashed)
+            self._tar.addfile(member, hashed)
         except OSError as error:
             # Of the disk it has a number.
             if error.errno is not None:
@@ -102,7 +102,7 @@ class _Hashed:
 
 @contextmanager
 def writing(path: Path, kind: str) -> Iterator[BackupWriter]:
-    """An archive that is there, whole and on the disk, when the block ends without an error, and else is not there.
+    """A backup that is there, whole and on the disk, when the block ends without an error, and else is not there.
 
     Args:
         path: of the file, which replaces one that is there; readable by its owner only.
@@ -113,9 +113,9 @@ def writing(path: Path, kind: str) -> Iterator[BackupWriter]:
     with replacing(path) as part:
         with (
             open(part, "wb", opener=lambda name, flags: os.open(name, flags, MODE)) as file,
-            tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar,
         ):
-            writer = BackupWriter(archive)
+            writer = BackupWriter(tar)
             yield writer
             about = {
                 "format": FORMAT,
@@ -128,12 +128,12 @@ def writing(path: Path, kind: str) -> Iterator[BackupWriter]:
 
 
 def checked(path: Path) -> Manifest:
-    """What is in an archive, of which every byte was read. Raises DataError if it isn't whole."""
+    """What is in a backup, of which every byte was read. Raises DataError if it isn't whole."""
     return _walk(path, lambda name, file: _digest(file))
 
 
 def unpack(path: Path, target_of: Callable[[str], Path]) -> Manifest:
-    """Write an archive's files, each on the disk, to the places that `target_of` gives for their names.
+    """Write a backup's files, each on the disk, to the places that `target_of` gives for their names.
 
     Raises DataError if it isn't whole: what was written is then of no use. Raises OSError where it can't be written.
     """
@@ -162,12 +162,12 @@ def _walk(path: Path, take: Callable[[str, IO[bytes]], str]) -> Manifest:
     except OSError as error:
         raise DataError(f"{path}: expected a backup, found {error.strerror}; correct its path.") from error
     try:
-        with file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
+        with file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
                 if about is not None:
                     raise _not_whole(path, f"{ascii(member.name)[:80]} behind its end")
                 _check_member(path, member, found)
-                content = archive.extractfile(member)
+                content = tar.extractfile(member)
                 assert content is not None, "of a regular file"
                 if member.name == MANIFEST:
                     if member.size > LARGEST_MANIFEST:

@@ -23,7 +23,7 @@ from lib.admin.backup_file import STATE, STUDIES, Manifest, checked, unpack
 from lib.admin.command_line import parser_of, settings_of
 from lib.layout import FILE as LAYOUT_FILE
 from lib.settings import Settings
-from lib.state_folder import LOCK, RESTORE, UNFINISHED, alone, make_private
+from lib.state_folder import LOCK, RESTORE, UNFINISHED, exclusive, make_private
 from lib.stores.audit import Audit
 from lib.stores.folder_index import INDEX, JOURNAL
 from lib.stores.history import FOLDER as HISTORY
@@ -81,7 +81,7 @@ def restore(words: Sequence[str], app_dir: Path) -> None:
     state = settings.state_dir
     is_new = not state.exists()
     make_private(state)
-    with alone(state):
+    with exclusive(state):
         unfinished = state / UNFINISHED
         if unfinished.exists():
             _finish(unfinished)

@@ -39,7 +39,7 @@ from starlette.background import BackgroundTask
 from starlette.types import Receive, Scope, Send
 
 from lib.checks import NotFound, RequestError, check_file_name, image_limit, suffix_of
-from lib.http.roles import NO_APPROVER, SECOND_PAIR, default_tag, need_for_tag
+from lib.http.access import NO_APPROVER, SECOND_PAIR, default_tag, need_for_tag
 from lib.http.routing import (
     ADMIN,
     ANNOTATOR,
@@ -57,7 +57,7 @@ from lib.http.routing import (
 from lib.server_paths import open_plain
 from lib.serving.options import ImageParams, InferParams, LabelNotes, LabelParams, Notes, SampleParams, in_form
 from lib.stores.audit import current_user
-from lib.stores.decisions import FINAL
+from lib.stores.decisions import FINAL, Decisions
 from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.door import admit
 from sam2sgp.data import read_image, read_label, write_dicom_seg
@@ -202,11 +202,31 @@ def routes(app: MONAILabelApp) -> APIRouter:
     """
     made = router()
     datastore = app.datastore()
-    limit = image_limit(app.settings)
 
     @made.get("/info/")
     def info() -> dict[str, Any]:
         return app.info()
+
+    @made.post("/activelearning/{strategy}")
+    def next_sample(strategy: str, params: SampleParams | None = None) -> dict[str, Any]:
+        return app.next_sample({"strategy": strategy})
+
+    storing, sending = in_threads(STORING), in_threads(SENDING)
+    # Where the files lie that are sent.
+    root = os.path.realpath(app.settings.state_dir if app.settings.is_remote else app.settings.studies)
+    _add_segmentation(made, app)
+    _add_lists(made, app, sending)
+    _add_images(made, datastore, root, storing, sending)
+    _add_labels(made, app, root, storing)
+    _add_sessions(made, app, storing)
+    if isinstance(datastore, DicomWebDatastore):
+        _add_proxy(made, datastore)
+    return made
+
+
+def _add_segmentation(made: APIRouter, app: MONAILabelApp) -> None:
+    datastore = app.datastore()
+    limit = image_limit(app.settings)
 
     @made.post("/infer/{model}")
     @in_threads(SEGMENTING, last=True)
@@ -241,21 +261,9 @@ def routes(app: MONAILabelApp) -> APIRouter:
             finally:
                 result_file.unlink(missing_ok=True)
 
-    @made.post("/activelearning/{strategy}")
-    def next_sample(strategy: str, params: SampleParams | None = None) -> dict[str, Any]:
-        return app.next_sample({"strategy": strategy})
 
-    storing = in_threads(STORING)
-    _add_images_and_labels(made, app, storing)
-    _add_sessions(made, app, storing)
-    if isinstance(datastore, DicomWebDatastore):
-        _add_proxy(made, datastore)
-    return made
-
-
-def _add_images_and_labels(made: APIRouter, app: MONAILabelApp, storing: Callable) -> None:
+def _add_lists(made: APIRouter, app: MONAILabelApp, sending: Callable) -> None:
     datastore = app.datastore()
-    sending = in_threads(SENDING)
 
     @made.get("/datastore/")
     def listing(query: Annotated[ListingQuery, fastapi.Query()]) -> Any:
@@ -263,17 +271,14 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp, storing: Callabl
             return datastore.json()
         return datastore.datalist(full_path=False) if query.output is Listing.train else datastore.status()
 
-    # Where the files lie that are sent.
-    root = os.path.realpath(app.settings.state_dir if app.settings.is_remote else app.settings.studies)
-
     @made.get("/datastore/dataset", dependencies=[ANNOTATOR])
     @sending
     def dataset(query: Annotated[DatasetQuery, fastapi.Query()]) -> FileResponse:
         # Opened at once: the next request puts another one in its place.
         return _file(datastore.get_dataset_archive(query.limit_cases), os.path.realpath(app.settings.state_dir))
 
-    # Images
 
+def _add_images(made: APIRouter, datastore: Decisions, root: str, storing: Callable, sending: Callable) -> None:
     @made.head("/datastore/image", include_in_schema=False)
     @made.get("/datastore/image")
     @sending
@@ -313,7 +318,9 @@ def _add_images_and_labels(made: APIRouter, app: MONAILabelApp, storing: Callabl
             query.image, {**form.info.model_dump(), "user": current_user.get() or user.username}
         )
 
-    # Labels
+
+def _add_labels(made: APIRouter, app: MONAILabelApp, root: str, storing: Callable) -> None:
+    datastore = app.datastore()
 
     @made.head("/datastore/label", include_in_schema=False)
     @made.get("/datastore/label")

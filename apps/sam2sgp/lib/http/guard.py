@@ -7,7 +7,7 @@ meets half an upload. What a request may say is declared where it is answered: s
 frame, and none but the log tells where on the server a file is. The checks keep no state of their own and hold for any
 number of requests at once.
 
-Who asks is told by a reverse proxy, or by a token, and what he may do by the settings: see `lib.http.roles`. What it
+Who asks is told by a reverse proxy, or by a token, and what he may do by the settings: see `lib.http.access`. What it
 does not do: check passwords and encrypt, which are a reverse proxy's.
 """
 
@@ -39,7 +39,7 @@ from lib.checks import (
     check_file_name,
     suffix_of,
 )
-from lib.http.roles import Access, current_role, told
+from lib.http.access import Access, current_role, told
 from lib.refusals import refuse
 from lib.server_paths import Folders
 from lib.serving.options import parse_object, sentence
@@ -85,7 +85,7 @@ def install(app: FastAPI, settings) -> None:
     Args:
         app: MONAI Label's FastAPI app.
         settings: the app's; reads `max_upload_mb`, `cors_origins`, `hosts`, `state_dir`, `folders`, and what
-            `lib.http.roles.Access` does.
+            `lib.http.access.Access` does.
     """
     logger.info("%s", told(settings))
     kept = [entry for entry in app.user_middleware if entry.cls not in (CORSMiddleware, RequestGuard)]

@@ -33,7 +33,7 @@ from PIL import Image
 from pydantic import Field
 
 from lib.checks import NotFound
-from lib.http.roles import not_offered
+from lib.http.access import not_offered
 from lib.http.routing import ANNOTATOR, USER, Id, Query, Tag, in_threads
 from lib.refusals import refuse, refusing
 from lib.serving.options import Declared

@@ -32,9 +32,9 @@ from fastapi.responses import FileResponse, Response
 from pydantic import Field
 
 from lib.checks import Conflict, NotFound, RequestError
+from lib.http.access import SECOND_PAIR, need_for_tag, not_offered
 from lib.http.corrections import Correction, Restoration, State, corrected, tags_seen
 from lib.http.page import PREFIX, SECURITY, Threads
-from lib.http.roles import SECOND_PAIR, need_for_tag, not_offered
 from lib.http.routing import ANNOTATOR, USER, Id, OptionalTag, Query, Tag, in_threads
 from lib.http.volumes import ShownImage, ShownLabel, Volumes
 from lib.http.work_list import Order, Shown, entry_of, listed, origins, prediction_of, shown_first

@@ -63,6 +63,13 @@ def task_routes(app: MONAILabelApp, tasks: BackgroundTasks) -> APIRouter:
     ):
         _add_status(made, tasks, path, method, role)
 
+    _add_training(made, app, tasks)
+    _add_scoring(made, app, tasks)
+    _add_batch(made, app, tasks)
+    return made
+
+
+def _add_training(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -> None:
     @made.post("/train/{model}", dependencies=[ADMIN])
     def train(
         model: str, query: Annotated[StartQuery, fastapi.Query()], params: TrainParams | None = None
@@ -81,6 +88,8 @@ def task_routes(app: MONAILabelApp, tasks: BackgroundTasks) -> APIRouter:
             started[model] = {"result": tasks.start("train", request, query.enqueue), "detail": None}
         return started
 
+
+def _add_scoring(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -> None:
     @made.post("/scoring/{method}", dependencies=[ANNOTATOR])
     def score(
         method: str, query: Annotated[StartQuery, fastapi.Query()], params: ScoringParams | None = None
@@ -93,6 +102,8 @@ def task_routes(app: MONAILabelApp, tasks: BackgroundTasks) -> APIRouter:
         names = ", ".join(f"/scoring/{name}" for name in app.info()["scoring"])
         raise RequestError(f"scoring: expected the name of a method, found none; use {names}.")
 
+
+def _add_batch(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -> None:
     @made.post("/batch/infer/{model}", dependencies=[ADMIN])
     def batch(
         model: str, query: Annotated[BatchQuery, fastapi.Query()], params: BatchParams | None = None
@@ -108,8 +119,6 @@ def task_routes(app: MONAILabelApp, tasks: BackgroundTasks) -> APIRouter:
                     f"images: expected ids of the datastore, found {ascii(unknown)[:80]}; take them from the list."
                 )
         return tasks.start("batch_infer", request)
-
-    return made
 
 
 def _add_status(made: APIRouter, tasks: BackgroundTasks, path: str, method: str, role: Any) -> None:

@@ -26,11 +26,10 @@ from lib.stores.naming import declared
 from lib.stores.records import time_of
 from sam2sgp.data import class_names, load_datalist, skipped_in
 from sam2sgp.errors import DataError
+from sam2sgp.support.content import TRUSTED_AGE
 
 logger = logging.getLogger(__name__)
 
-# File times are as coarse as this on some file systems: what changed so lately may change again unseen.
-COARSEST_TIME = 2 * 10**9
 DECLARATIONS = ("dataset.json", "labels.json")
 # Of a data folder: what its list of pairs depends on.
 LISTINGS = (".", *DECLARATIONS, "images", "labels", "masks")
@@ -249,7 +248,7 @@ class LabelledCases:
 
 def _is_settled(stamps: Iterable[Stamp | None], now: int) -> bool:
     """Whether all times are old enough to change if their files do."""
-    return not any(entry and 0 <= now - entry[0] < COARSEST_TIME for entry in stamps)
+    return not any(entry and 0 <= now - entry[0] < TRUSTED_AGE for entry in stamps)
 
 
 def _names_of(infos: list[dict[str, Any]]) -> dict[int, str]:

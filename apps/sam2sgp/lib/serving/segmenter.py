@@ -20,7 +20,7 @@ Tokens are stored under a fingerprint of the network, so a network never meets t
 import logging
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -366,9 +366,12 @@ class ServerSegmenter:
                 logger.warning("Not in the support set: %s", error["error"])
 
     def _bring_in_line(self, serving: LoadedNetwork, cases: list[dict]) -> None:
-        changes = serving.bank.reconcile(cases, self.cases.declared())
+        bank, before = serving.bank, serving.bank.version
+        changes = bank.reconcile(cases, self.cases.declared())
         if changes.added or changes.removed:
             logger.info("Support set: %d items in, %d out", len(changes.added), len(changes.removed))
+        # Items may also turn out to be of another patient.
+        if bank.version != before:
             serving.results.clear()
 
     def _look_for_weights(self, serving: LoadedNetwork) -> None:
@@ -466,27 +469,22 @@ class ServerSegmenter:
             output = self._result(key, case | {"patient": own, "group": None}, options, warnings, step)
             done = time.perf_counter()
             self._keep_only(output, wanted)
-            names = {value: self._names[value] for value in wanted}
-            output["names"] = names
-            output["confidence"] = {names[v]: _number(output["confidence"][v]) for v in wanted}
-            output["used"] = {
-                names[value]: _used(serving.bank, *output["support"][value]) if value in output["support"] else []
-                for value in wanted
+            latencies = {
+                "support": round(refreshed - started, 4),
+                "pre": round(prepared - refreshed, 4),
+                "infer": round(done - prepared, 4),
             }
+            told = _told(output, serving.bank, {value: self._names[value] for value in wanted})
+            unguided = [name for name, items in told["used"].items() if not items]
             warnings += output["warnings"]
-            unguided = [names[value] for value in wanted if value not in output["support"]]
             if unguided:
                 warnings.append(f"No label of another patient shows {', '.join(unguided)}: not segmented.")
             return {
                 **output,
-                "scaling": str(output["scaling"]),
+                **told,
                 "weights": serving.version.name,
                 "support_items": len(serving.bank),
-                "latencies": {
-                    "support": round(refreshed - started, 4),
-                    "pre": round(prepared - refreshed, 4),
-                    "infer": round(done - prepared, 4),
-                },
+                "latencies": latencies,
                 "warnings": warnings,
             }
 
@@ -558,6 +556,17 @@ def _key(image: str | Path, support: SupportScaling) -> Hashable | None:
     """What tells a prepared image from others: content and the support set's scaling; None if that can't be told."""
     stamp = image_stamp(image)
     return stamp and (str(image), stamp, support)
+
+
+def _told(output: Mapping[str, Any], bank: SupportBank, names: Mapping[int, str]) -> dict[str, Any]:
+    """What an answer says of these classes in place of what the result has by their values."""
+    support = output["support"]
+    return {
+        "names": dict(names),
+        "confidence": {name: _number(output["confidence"][value]) for value, name in names.items()},
+        "used": {name: _used(bank, *support[value]) if value in support else [] for value, name in names.items()},
+        "scaling": str(output["scaling"]),
+    }
 
 
 def _used(bank: SupportBank, index: torch.Tensor, similarity: torch.Tensor) -> list[dict[str, Any]]:

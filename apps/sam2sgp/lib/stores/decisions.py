@@ -33,12 +33,12 @@ from lib.stores.audit import Audit, current_user
 from lib.stores.history import FOLDER as HISTORY
 from lib.stores.history import History
 from lib.stores.image_identity import is_of_another
-from lib.stores.records import UNCHANGED, LabelRecord, author_of, checked, origin_of
+from lib.stores.records import FINAL, UNCHANGED, LabelRecord, author_of, checked, origin_of
 from sam2sgp.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-FINAL, REMOVED, DRAFT = DefaultLabelTag.FINAL.value, "removed", "draft"
+REMOVED, DRAFT = "removed", "draft"
 ORIGINAL = DefaultLabelTag.ORIGINAL.value
 # Images share this many locks, so that their files don't grow in number with the datastore.
 LOCKS = 1024

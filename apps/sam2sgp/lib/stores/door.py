@@ -1,6 +1,6 @@
 """Files of clients, before they are kept or read: each is parsed once, and what is kept is what was parsed.
 
-In: a file that a client sent, or a member of an archive. Out: a file whose content is of the kind that its name says,
+In: a file that a client sent, or a member of a packed file. Out: a file whose content is of the kind of its name,
 stands by itself and fits in memory, or an error of one sentence. It is the client's own, byte for byte, where the
 format leaves nothing to interpret; else it is written again from what was understood:
 

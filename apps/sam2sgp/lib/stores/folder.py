@@ -60,8 +60,9 @@ from sam2sgp.data.io import SUFFIXES, read_image
 from sam2sgp.data.tree import DESCRIPTIONS
 from sam2sgp.files import replacing
 
-# A folder changed less than this many seconds ago may change again without a new time: it is read again.
-COARSEST_CLOCK = 0.1
+# A folder changed less than this many seconds ago may change again without a new time: it is read again. File systems
+# that keep whole seconds, as those of USB disks do, may keep only every other one.
+CLOCK, COARSE_CLOCK = 0.1, 2.0
 # Sentences about bad entries of the index that `status` tells.
 PROBLEMS_TOLD = 20
 
@@ -610,7 +611,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             objects[image_id] = entry
         # Folders come from the caller: those that the index names could lie anywhere.
         self._datastore = self._datastore.model_copy(update={**header, "objects": objects})
-        settled = all(time is None or time[0] < (started - COARSEST_CLOCK) * 1e9 for time in times)
+        settled = all(time is None or _is_settled(time[0], started) for time in times)
         self._seen = times if settled else None
         self._read_at = read_at
 
@@ -619,6 +620,12 @@ class ConfinedDatastore(Decisions, LocalDatastore):
 
     def _reconcile_datastore(self) -> None:
         self.refresh()
+
+
+def _is_settled(time_ns: int, now: float) -> bool:
+    """Whether a folder that was changed at this time will have another one when it changes again."""
+    clock = CLOCK if time_ns % 10**9 else COARSE_CLOCK
+    return time_ns < (now - clock) * 1e9
 
 
 def _suffix_for(image_id: str, suffix: str) -> str:

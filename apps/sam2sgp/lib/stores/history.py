@@ -18,15 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from monailabel.interfaces.datastore import DefaultLabelTag
-
 from lib.checks import NotFound, suffix_of
 from lib.stores.audit import content_hash
+from lib.stores.records import FINAL
 from sam2sgp.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
-FINAL = DefaultLabelTag.FINAL.value
 # Next to the locks of the images.
 FOLDER = "history"
 MOST_KEPT = 20

@@ -116,13 +116,13 @@ class KeptLabels:
 
     def series_record(self, image_id: str) -> dict[str, Any]:
         """What is known about a series, as far as it can be used."""
-        return readable(ImageRecord, _read_json(self._facts(image_id)))[0]
+        return readable(ImageRecord, _read_json(self._notes_of_series(image_id)))[0]
 
     def note_series(self, image_id: str, info: dict[str, Any]) -> None:
         """Write what is known about a series."""
-        write_text(self._facts(image_id), json.dumps(info))
+        write_text(self._notes_of_series(image_id), json.dumps(info))
 
-    def _facts(self, image_id: str) -> Path:
+    def _notes_of_series(self, image_id: str) -> Path:
         return self._folder / "facts" / f"{image_id}.json"
 
     # Names of classes

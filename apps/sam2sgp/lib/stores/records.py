@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from monailabel.interfaces.datastore import DefaultLabelTag
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.checks import LARGEST_CLASS, RequestError, check_label_info
@@ -24,6 +25,8 @@ LONGEST_KEY = 256
 LARGEST_NUMBER = 1 << 63
 # Items of each class that are stored with a prediction; the answer to its request lists more.
 ITEMS_KEPT = 10
+# The tag of approved labels.
+FINAL = DefaultLabelTag.FINAL.value
 # How an approved label came about.
 UNCHANGED, CORRECTED = "unchanged", "corrected"
 

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pydicom
 
-from tests.data.dicom_files import write_series
+from tests.helpers.dicom_files import write_series
 
 BOUNDARY = "part"
 MULTIPART = f'multipart/related; type="application/dicom"; boundary={BOUNDARY}'

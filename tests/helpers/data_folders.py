@@ -35,3 +35,18 @@ def nnunet(root: Path, **more) -> Path:
     content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
     write_json(root / "dataset.json", content | more)
     return root
+
+
+def write(root: Path, *files: str) -> None:
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def pairs_in(cases: list[dict], root: Path) -> dict[str, str | None]:
+    return {
+        str(Path(case["image"]).relative_to(root)): str(Path(case["label"]).relative_to(root))
+        if "label" in case
+        else None
+        for case in cases
+    }

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import struct
 import tarfile
 import tempfile
 import zipfile
@@ -24,7 +25,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from tests.data.dicom_files import write_dicom, write_series
+from tests.helpers.dicom_files import write_dicom, write_series
 
 SIZE = (16, 12, 3)
 GREY = (np.indices((32, 24)).sum(0) * 4).astype(np.uint8)
@@ -184,3 +185,17 @@ def sound_files() -> dict[str, bytes]:
         "series.tar.gz": tarred(*slices),
         "one.zip": zipped(("a.nii.gz", gzip.compress(nifti()))),
     }
+
+
+def png(width: int, height: int, rows: bytes) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def with_dims(*dims: int) -> bytes:
+    content = bytearray(nifti())
+    content[40:56] = np.array([len(dims), *dims, *[1] * 7], "<i2")[:8].tobytes()
+    return bytes(content)

@@ -17,11 +17,11 @@ from starlette.testclient import TestClient
 
 import lib.http.metrics
 import main
+from lib.http.access import NEEDED, SECOND_PAIR, needed_for, told
 from lib.http.endpoints import routes
 from lib.http.guard import install, serve_only
 from lib.http.page import SupportPage
 from lib.http.review import ReviewPage
-from lib.http.roles import NEEDED, SECOND_PAIR, needed_for, told
 from lib.http.task_endpoints import task_routes
 from lib.roles import Role
 from lib.stores.audit import Audit, current_user
@@ -31,9 +31,8 @@ from lib.stores.sessions import ConfinedSessions
 from lib.stores.tokens import Tokens
 from sam2sgp.data import read_label
 from sam2sgp.transforms import SupportScaling
-from tests.app.http.test_endpoints import Recorder
-from tests.app.http.test_guard import Given
-from tests.app.http.test_review import SCALE, case, correction
+from tests.helpers.pages import SCALE, case, correction
+from tests.helpers.parts import Given, Recorder
 
 USERS = {"rea": Role.reader, "ann": Role.annotator, "ben": Role.approver, "ada": Role.admin}
 HEADER = "X-Remote-User"

@@ -17,7 +17,7 @@ from sam2sgp.engines import adapted
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.support import shared_support_bank
 from sam2sgp.transforms import LoadCased
-from tests.support.pairs import NAMES, Counter, network, preprocessing
+from tests.helpers.pairs import NAMES, Counter, network, preprocessing
 
 
 class CountedLoad(LoadCased):

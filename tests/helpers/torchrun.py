@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 
-from tests.bundle_runs import BUNDLE
-from tests.lean import lean_path
+from tests.helpers.bundle_runs import BUNDLE
+from tests.helpers.lean import lean_path
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENVIRONMENT = {

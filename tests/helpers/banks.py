@@ -66,3 +66,11 @@ def queries(values: tuple[int, ...] = (1,)) -> tuple[Tensor, Tensor]:
     """Images (8, 1, S, S) that no bank of small numbers holds, and their labels (8, S, S)."""
     cases = [phantom(1000 + number, values) for number in range(8)]
     return torch.cat([case["image"] for case in cases]), torch.cat([case["label"] for case in cases])
+
+
+def bright_discs() -> list[dict]:
+    """Phantoms whose objects are what is white."""
+    cases = [phantom(number) for number in range(8)]
+    for case in cases:
+        case["image"] = case["image_full"] = torch.where(case["label"][:, None] > 0, 1.0, 0.6 * case["image"])
+    return cases

@@ -9,7 +9,7 @@ import torch
 
 from sam2sgp.networks import SAM2SGP, save_weights
 
-BUNDLE = Path(__file__).parents[1] / "bundle"
+BUNDLE = Path(__file__).parents[2] / "bundle"
 CONFIGS = BUNDLE / "configs"
 
 # What makes a training small enough for a test of its mechanics.

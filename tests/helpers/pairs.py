@@ -116,3 +116,20 @@ def files(cache: Path, layer: str = "encoded") -> list[Path]:
 
 def fresh(folder: Path, net: SAM2SGP) -> torch.Tensor:
     return segment(bank(folder), net)
+
+
+def data(folder: Path) -> list[dict]:
+    return load_datalist(folder)
+
+
+def spoil(folder: Path, name: str) -> None:
+    """Cut a label off in the middle."""
+    path = folder / "labels" / f"{name}.nii"
+    path.write_bytes(path.read_bytes()[:400])
+    age(path)
+
+
+def embedding_of(folder: Path, net: SAM2SGP) -> Tensor:
+    support = bank(folder)
+    support.encode(net)
+    return support.embedding

@@ -6,7 +6,7 @@ import torch
 
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 
-EMBEDDED = Path(__file__).parents[1] / "bundle" / "models" / "model.pt"
+EMBEDDED = Path(__file__).parents[2] / "bundle" / "models" / "model.pt"
 
 
 def save_spoilt_weights(path: Path) -> Path:

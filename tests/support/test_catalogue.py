@@ -1,0 +1,116 @@
+"""Cases become items: which ones, and what becomes of those that can't be used."""
+
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from sam2sgp.errors import DataError
+from sam2sgp.support import SupportBank
+from sam2sgp.transforms import cache_keys
+from tests.helpers import pairs
+from tests.helpers.pairs import (
+    COUNT,
+    CountedPreprocessing,
+    bank,
+    data,
+    fresh,
+    segment,
+    spoil,
+    write_case,
+)
+
+
+def test_items_from_the_folder_have_the_pixels_of_those_in_memory(folder, cache):
+    bank(folder, cache)
+    for stored, held in zip(bank(folder, cache).items, bank(folder).items, strict=True):
+        assert torch.equal(stored.image, held.image) and torch.equal(stored.label, held.label)
+        assert torch.equal(stored.thumbnail, held.thumbnail) and stored.thumbnail.dtype == torch.uint8
+        assert stored.thumbnail.shape == (pairs.SIZE, pairs.SIZE, 3)
+        assert (stored.id, stored.content, stored.source) == (held.id, held.content, held.source)
+        assert stored.regions.keys() == held.regions.keys() and stored.tiles.keys() == held.tiles.keys()
+        for value, (image, mask) in held.regions.items():
+            assert torch.equal(stored.regions[value][0], image) and torch.equal(stored.regions[value][1], mask)
+
+
+def test_what_an_older_reader_prepared_is_read_again(folder, cache, net, monkeypatch):
+    bank(folder, cache).encode(net)
+    monkeypatch.setattr(cache_keys, "READERS_VERSION", cache_keys.READERS_VERSION + 1)
+    preprocessing = CountedPreprocessing()
+    bank(folder, cache, transform=preprocessing).encode(net)
+    assert preprocessing.calls == COUNT
+
+
+def test_other_preprocessing_finds_nothing(folder, cache, net, encoder):
+    bank(folder, cache).encode(net)
+    other = pairs.preprocessing()
+    other.transforms[1].percentiles = (5.0, 95.0)
+    bank(folder, cache, transform=other).encode(net)
+    assert encoder.calls == 2 * COUNT
+
+
+def test_slices_of_a_volume_are_items_of_their_own(tmp_path, cache, net, encoder):
+    label = np.zeros((32, 32, 12), np.uint8)
+    label[8:20, 8:20, 2:11] = 1
+    for kind, array in (("images", label + np.random.default_rng(0).random(label.shape)), ("labels", label)):
+        (tmp_path / "set" / kind).mkdir(parents=True)
+        nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), tmp_path / "set" / kind / "scan.nii.gz")
+    wide = bank(tmp_path / "set", cache, slices_per_class=4)
+    wide.encode(net)
+    assert [item.id for item in wide.items] == [f"scan#{item.slice}" for item in wide.items] and encoder.calls == 4 + 3
+    assert [item.slice for item in wide.items if not item.info.holds] == [0, 1, 11], "which hold nothing"
+    assert not wide.holds[[0, 1, -1]].any() and len(wide.memory.tokens) == 4
+    narrow = bank(tmp_path / "set", cache, slices_per_class=2)
+    narrow.encode(net)
+    assert len(narrow) == 2 + 3 and encoder.calls == 4 + 3, "slices that were chosen before are found"
+
+
+def test_a_limit_holds_after_reconciling(folder, place, net):
+    support = bank(folder, place, max_items=3)
+    write_case(folder, "new", 10)
+    for _ in range(2):
+        support.reconcile(data(folder))
+        assert len(support) == 3
+        assert [item.id for item in support.items] == [item.id for item in bank(folder, max_items=3).items]
+
+
+def test_one_bad_case_is_listed_and_the_others_are_used(folder, place, net):
+    spoil(folder, "case1")
+    with pytest.raises(DataError, match="case1"):
+        bank(folder, place)
+    preprocessing = CountedPreprocessing()
+    support = bank(folder, place, skip_errors=True, transform=preprocessing)
+    assert [item.id for item in support.items] == ["case0", "case2", "case3", "case4", "case5"]
+    (error,) = support.errors
+    assert error["name"] == "case1" and error["source"] == str(folder / "images" / "case1.nii")
+    assert "case1.nii" in error["error"]
+    calls = preprocessing.calls
+    support.reconcile(data(folder))
+    assert preprocessing.calls == calls and len(support.errors) == 1, "the same bad file is not read again and again"
+    write_case(folder, "case1", 1)
+    support.reconcile(data(folder))
+    assert support.errors == [] and len(support) == COUNT
+    assert torch.equal(segment(support, net), fresh(folder, net))
+
+
+def test_a_missing_file_and_an_undeclared_class_are_listed(folder, place):
+    cases = data(folder)
+    (folder / "images" / "case0.nii").unlink()
+    support = SupportBank(
+        cases, pairs.preprocessing(), {1: "square"}, progress=False, cache_dir=place, skip_errors=True
+    )
+    assert [error["name"] for error in support.errors] == ["case0", "case1", "case3", "case5"]
+    assert "found value 2" in support.errors[1]["error"] and len(support) == 2
+
+
+def test_a_label_changed_after_the_cache_was_deleted_is_never_taken_for_the_old_one(folder, cache, tmp_path):
+    support = bank(folder, cache, cache_mb=0)
+    label = support.items[2].label.clone()
+    shutil.rmtree(cache)
+    assert torch.equal(support.items[2].label, label)
+    shutil.rmtree(cache)
+    write_case(folder, "case2", 2, shift=3)
+    with pytest.raises(DataError, match="case2"):
+        support.items[2].label  # noqa: B018
