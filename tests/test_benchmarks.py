@@ -200,12 +200,16 @@ def test_latency_measures_every_stage_and_both_designs(script, monkeypatch):
     for design in (latency.OURS, latency.AUTHORS):
         encoded.clear()
         found[design] = latency.measure(latency.Case("lite", 64, 4, 2, 1, design), queries=2)
-        # One pass measures the encoder's operations. Ours then encodes the support set once, and per query the image
-        # and the region of its second pass, after four regions once; theirs the support set with every query.
-        expected = {latency.OURS: 1 + 4 + 3 * 2 + 4, latency.AUTHORS: 1 + 3 * (1 + 4)}
+        # One pass measures the encoder's operations, and of ours another one those of all stages. Ours encodes the
+        # support set once, and per query the image and the region of its second pass, after four regions once; theirs
+        # the support set with every query.
+        expected = {latency.OURS: 2 + 4 + 3 * 2 + 4, latency.AUTHORS: 1 + 3 * (1 + 4)}
         assert sum(encoded) == expected[design]
     assert all(found[latency.OURS][stage] > 0 for stage in (*latency.STAGES, latency.SECOND))
     assert found[latency.AUTHORS].keys() & set(latency.STAGES) == set()
+    own = found[latency.OURS]
+    assert own["operations of encode"] == own["operations"] > own["operations of attention"] > 1e6
+    assert all(own[latency.OPERATIONS + stage] > 0 for stage in latency.COMPUTING)
 
 
 def test_a_budget_is_a_ratio_of_its_two_cases(script, capsys, tmp_path):
@@ -216,13 +220,21 @@ def test_a_budget_is_a_ratio_of_its_two_cases(script, capsys, tmp_path):
             if case is not None:
                 stages = {stage: 0.25 for stage in latency.STAGES}
                 shown = stages if case.design == latency.OURS else {}
-                limits = {"operations": 1e9, "floor": 0.1, "read_floor": 0.1}
+                operations = {latency.OPERATIONS + stage: 1e9 for stage in latency.COMPUTING}
+                limits = {"operations": 1e9, "rate": 1e10, "floor": 0.1, "read_floor": 0.1, **operations}
                 results[case] = {**shown, **limits, "query": number + 1.0, "peak": 2**20 / 1e3}
     memory, encoder = latency.BUDGETS["memory"], latency.BUDGETS["encoder_512"]
     assert memory.value(results) == pytest.approx(2**40 / 1e12)
     assert encoder.value(results) == results[encoder.upper]["query"] / 0.25
     latency.table(results)
     assert capsys.readouterr().out.count("\n") == 2 + len(results)
+    latency.floors(results)
+    own = [case for case in results if case.design == latency.OURS]
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 3 + len(own) and printed.count("1.00: 250.0 (100.0)") == 6 * len(own)
+    assert (encoder.is_met(1.4), encoder.is_met(1.41)) == (True, False)
+    authors = latency.BUDGETS["authors_512_4"]
+    assert (authors.is_met(3.0), authors.is_met(2.9)) == (True, False)
     latency.plot(results, tmp_path / "stages.png")
     assert (tmp_path / "stages.png").stat().st_size > 1000
 

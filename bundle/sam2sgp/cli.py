@@ -26,6 +26,7 @@ from sam2sgp import __version__
 from sam2sgp.errors import ConfigError
 from sam2sgp.files import sha256_of
 from sam2sgp.places import APP, BUNDLE, is_address, overlays_of
+from sam2sgp.startup import import_monai
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 MORE_SETTINGS = "Any setting of the run may follow, as in --ct_window '[-1000, 400]'; docs/settings.md lists them."
@@ -441,6 +442,8 @@ def _value(text: str) -> Any:
 def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
     """A run of the bundle in this process; its errors end the command as they end the run."""
     started = time.monotonic()
+    # MONAI's tracking of a run is by mlflow; a file of arguments may ask for it.
+    import_monai(whole=not settings.keys().isdisjoint({"tracking", "args_file"}))
     import monai.bundle
 
     from sam2sgp.errors import sentence_for_users

@@ -70,7 +70,7 @@ class Server:
             try:
                 if requests.get(f"{self.url}/info/", timeout=10).ok:
                     return self
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 time.sleep(0.2)
         self.stop()
         raise RuntimeError(f"The server did not start:\n{self.output()}")

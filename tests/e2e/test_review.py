@@ -48,6 +48,9 @@ def opened(server):
         found.on("console", lambda message: found.problems.append(message.text) if message.type == "error" else None)
         found.on("pageerror", lambda error: found.problems.append(str(error)))
         found.on("request", lambda request: found.hosts.add(urlsplit(request.url).netloc))
+        # The first route takes hold of a page that is there already a little after Playwright says so, and a request
+        # of that moment reaches the server. One that matches nothing is there from the start; more are heeded at once.
+        found.route("**/nothing", lambda route: route.abort())
         found.goto(f"{server.url}/sam2sgp/review/")
         yield found
 
@@ -331,6 +334,84 @@ def test_what_a_user_may_not_do_is_disabled_and_what_became_a_draft_is_said(serv
     assert opened.problems == []
 
 
+def test_what_is_painted_where_slices_have_not_come_is_said_and_a_ball_reaches_all_that_it_should(server, opened):
+    image = waiting(server, "mr_")
+    held, corrections = [], []
+
+    def slice_by_slice(route):
+        """Slices that are thin and come one at a time."""
+        case = route.fetch().json()
+        route.fulfill(json={**case, "labels_per_request": 1, "spacing": [0.5, 1, 1]})
+
+    def correct(route):
+        corrections.append(route.request.post_data_json)
+        route.fulfill(status=403, json={"detail": "kept"})
+
+    opened.route("**/case?*", slice_by_slice)
+    opened.route("**/labels?*&first=5&*", lambda route: held.append(route))
+    opened.route("**/correct", correct)
+    # The image may be the one that the page opened first.
+    opened.reload()
+    show(opened, image)
+    go_to(opened, 2)
+    use_pencil(opened)
+    opened.keyboard.press("1")
+    opened.keyboard.press("End")
+    message, loading = opened.locator("#message"), re.compile("still loading: paint again in a moment")
+    canvas = opened.locator("#picture")
+    expect(canvas).to_have_attribute("data-drawn", "")
+    for act in (lambda: draw(opened, (3, 3), (3, 5)), lambda: opened.keyboard.press("h")):
+        act()
+        expect(message).to_have_text(loading)
+        message.evaluate("message => (message.textContent = '')")
+    assert len(held) == 1
+    # A ball of six pixels reaches six slices of half a pixel's thickness: the one that has not come, too.
+    opened.keyboard.press("Home")
+    opened.keyboard.press("t")
+    opened.locator("#size").fill("6")
+    canvas.focus()
+    draw(opened, (64, 5))
+    expect(message).to_have_text(loading)
+    expect(opened.locator("#changed")).to_have_text("")
+    held.pop().continue_()
+    opened.keyboard.press("End")
+    is_shown(opened, image)
+    opened.keyboard.press("Home")
+    draw(opened, (64, 5))
+    opened.keyboard.press("d")
+    expect(message).to_have_text("kept")
+    assert [change["slice"] for change in corrections[0]["changes"]] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_list_that_is_overtaken_by_another_opens_what_the_newer_one_holds(server, opened):
+    image = waiting(server, "us_")
+    held = []
+    opened.route("**/queue?*", lambda route: held.append(route))
+    opened.reload()
+    with opened.expect_request(f"**/queue?*name={image}*"):
+        opened.locator("[name=name]").fill(image)
+    for route in held:
+        with opened.expect_response("**/queue?*"):
+            route.continue_()
+    is_shown(opened, image)
+    expect(opened.locator("#message")).to_have_text("")
+
+
+def test_a_picture_is_drawn_at_its_new_size_in_the_frame_in_which_it_gets_it(server, opened):
+    show(opened, waiting(server, "us_"))
+    drawn = opened.locator("#picture").evaluate(
+        """async (canvas) => {
+            canvas.style.flex = "0 0 300px";
+            // Told after the page itself is, before anybody sees the frame.
+            await new Promise((done) => new ResizeObserver(done).observe(canvas));
+            const { data } = canvas.getContext("2d").getImageData(canvas.width / 2, canvas.height / 2, 1, 1);
+            const [zoom] = JSON.parse(canvas.dataset.view);
+            return [canvas.height, data[3], Math.round((zoom * 128) / 0.94)];
+        }"""
+    )
+    assert drawn == [300, 255, 300]
+
+
 def test_an_image_that_cant_be_opened_is_named_marked_and_passed_by_the_keys(server, opened):
     studies = Path(server.studies)
     sound = files(server, waiting(server, "us_"))[0]
@@ -489,7 +570,13 @@ def test_a_batch_is_started_followed_and_cancelled_while_one_works_on(server, op
     expect(batch.get_by_role("button", name="Cancel")).to_be_visible()
     answers |= {"state": "done", "done": 3}
     expect(batch).to_contain_text("Batch: 3 of 4 images segmented, 1 failed.")
-    assert asked == [("POST", "images=unannotated"), ("DELETE", ""), ("POST", "images=unannotated")]
+    # One whose report couldn't be written.
+    batch.get_by_role("button", name="Segment all without a label").click()
+    expect(batch.get_by_role("button", name="Cancel")).to_be_visible()
+    answers.clear()
+    answers["state"] = "done"
+    expect(batch).to_contain_text("The batch is done. How many images failed, the server's log says.")
+    assert asked == [("POST", "images=unannotated"), ("DELETE", ""), *2 * [("POST", "images=unannotated")]]
     assert not opened.problems
 
 

@@ -1,5 +1,8 @@
 """The support prior carries the support's masks to where the query looks alike."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -19,6 +22,31 @@ def test_prior_carries_the_mask_of_an_identical_support_image(images):
     assert (match[0, 0] - truth.flatten()).abs().mean() < 0.15
     maps = net._support_maps(features, memory, net.fit_regression(memory))
     torch.testing.assert_close(maps[0, 3], torch.nn.functional.avg_pool2d(mask, 2)[0, 0])
+
+
+@torch.no_grad()
+def test_an_image_that_guides_several_classes_is_compared_with_once(images, monkeypatch):
+    """Whatever items the classes share; slices of the own volume, that have a class's mask of their own, among them."""
+    net = network()
+    features = net.encode(images)
+    masks = (torch.rand(5, 4, 64, 64, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    index = torch.tensor([[[0, 1], [0, 1], [1, 2], [2, 0]], [[3, 4], [4, 3], [3, 4], [4, 4]]])
+    pool = net.encode_support(features, masks)
+    memory = pool.select(index)
+    frames = pool.select(index[:, :1, :1].expand(-1, 4, -1))
+    memory = memory.beside(replace(frames, item=-1 - frames.item))
+    query = features[:2]
+    fused = net.prior(query.prior_key, memory.prior_key, memory.prior_mask)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    once = net.prior(query.prior_key, memory.prior_key, memory.prior_mask, memory.item)
+    torch.testing.assert_close(once, fused, rtol=1e-5, atol=1e-6)
+    assert (once[0, 0] - once[0, 2]).abs().max() > 0.01
+    # Where nothing is shared, or numbers would not fit into a float, PyTorch's fused attention is called.
+    with pytest.raises(TypeError):
+        net.prior(query.prior_key, memory.prior_key, memory.prior_mask, torch.arange(24).reshape(2, 4, 3))
+    net.prior.log_temperature.data.fill_(4.0)
+    with pytest.raises(TypeError):
+        net.prior(query.prior_key, memory.prior_key, memory.prior_mask, memory.item)
 
 
 def test_a_match_is_the_mean_of_the_masks_weighted_by_similarity():

@@ -18,6 +18,7 @@ from sam2sgp.engines.loss import SGPLoss
 from sam2sgp.episodes import EpisodeSampler
 from sam2sgp.errors import ConfigError, WeightsError
 from sam2sgp.files import replacing
+from sam2sgp.networks.lora import has_lora
 from sam2sgp.networks.weights import save_lora, save_weights
 
 logger = logging.getLogger(__name__)
@@ -279,7 +280,7 @@ class ResumableCheckpoint:
         if best_epoch == engine.state.epoch or not validated:
             best = _unwrap(self.best_network)
             save_weights(best, self.directory / BEST)
-            if hasattr(best.image_encoder.trunk, "peft_config"):
+            if has_lora(best.image_encoder.trunk):
                 save_lora(best, self.directory / ADAPTER)
         saved = {
             "network": _unwrap(self.network).state_dict(),

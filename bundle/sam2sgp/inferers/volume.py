@@ -49,8 +49,11 @@ class Frame:
 
     def at(self, place: int) -> SupportMemory:
         """The memory with its distance from a slice of the volume."""
-        tokens = self.memory.tokens
-        return replace(self.memory, distance=tokens.new_full((1, 1, 1), abs(place - self.place), dtype=torch.int64))
+        distance, item = (
+            self.memory.tokens.new_full((1, 1, 1), number, dtype=torch.int64)
+            for number in (abs(place - self.place), -1 - self.place)
+        )
+        return replace(self.memory, distance=distance, item=item)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from sam2sgp.networks.checkpoints import fetch_checkpoint, load_sam2_checkpoint
 from sam2sgp.networks.compiling import compile_encoder
 from sam2sgp.networks.features import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.networks.lite import load_imagenet
-from sam2sgp.networks.lora import load_lora
+from sam2sgp.networks.lora import load_lora, lora_layers
 from sam2sgp.networks.pretraining_start import parameter_groups, start_pretraining
 from sam2sgp.networks.sam2_sgp import SAM2SGP
 from sam2sgp.networks.states import identify_backbone
@@ -25,6 +25,7 @@ __all__ = [
     "load_lora",
     "load_sam2_checkpoint",
     "load_weights",
+    "lora_layers",
     "merge_lora",
     "parameter_groups",
     "save_lora",

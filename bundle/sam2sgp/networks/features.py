@@ -58,6 +58,8 @@ class SupportMemory:
         gram_foreground: (..., d', d'); None where the regression is off.
         distance: (B, C, K) int64, how many slices away an item is in the query's own volume, 0 for items of the support
             set; None: all are of the support set.
+        item: (B, C, K) int64, which image an item is; where two numbers of a query are equal, so are `prior_key` and
+            `gram`. Slices of the query's own volume have negative numbers. None: not known, or a pool.
     """
 
     tokens: Tensor
@@ -66,6 +68,7 @@ class SupportMemory:
     gram: Tensor | None
     gram_foreground: Tensor | None
     distance: Tensor | None = None
+    item: Tensor | None = None
 
     def select(self, index: Tensor, classes: Tensor | None = None) -> "SupportMemory":
         """Pick K items per query and class from a pool of N.
@@ -90,6 +93,7 @@ class SupportMemory:
             of_class(self.prior_mask),
             of_item(self.gram),
             of_class(self.gram_foreground),
+            item=index,
         )
 
     @staticmethod

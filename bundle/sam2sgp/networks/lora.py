@@ -7,14 +7,19 @@ weights, so that PEFT adapts only q and v, over their full width, in the blocks 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from sam2.modeling.backbones.hieradet import Hiera
 from torch import Tensor, nn
 
 from sam2sgp.errors import WeightsError
+
+# `peft` brings `transformers` along, a second or two, so it is imported where there is LoRA.
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 TARGET_MODULES = r".*\.(attn\.qkv\.(q|v)|conv_pwl?)"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -46,7 +51,7 @@ def split_qkv(trunk: nn.Module) -> None:
         block.attn.qkv = SplitQKV(block.attn.qkv)
 
 
-def add_lora(trunk: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> PeftModel:
+def add_lora(trunk: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> "PeftModel":
     """Wrap a trunk. B starts at zero, so the output is unchanged until trained.
 
     Args:
@@ -55,16 +60,34 @@ def add_lora(trunk: nn.Module, r: int, alpha: float, dropout: float = 0.0) -> Pe
         alpha: the update is scaled by alpha / r.
         dropout: probability of dropping an input of the update in training.
     """
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=TARGET_MODULES)
     return get_peft_model(trunk, config)
 
 
-def load_lora(trunk: PeftModel, directory: str | Path) -> None:
+def has_lora(trunk: nn.Module) -> bool:
+    """Whether a trunk is what `add_lora` makes of one."""
+    return hasattr(trunk, "peft_config")
+
+
+def lora_layers(network: nn.Module) -> "dict[str, BaseTunerLayer]":
+    """The layers with adapters, by name; none where no trunk has LoRA."""
+    if not any(map(has_lora, network.modules())):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+def load_lora(trunk: "PeftModel", directory: str | Path) -> None:
     """Load an adapter saved by PEFT (`adapter_config.json`, `adapter_model.safetensors`) into an adapted trunk.
 
     Raises:
         WeightsError: the folder holds no readable adapter, or one for another backbone, rank, scale or set of layers.
     """
+    from peft import LoraConfig, set_peft_model_state_dict
+
     path = Path(directory)
     absent = [name for name in ADAPTER_FILES if not (path / name).is_file()]
     if absent:

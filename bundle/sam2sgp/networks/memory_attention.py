@@ -10,7 +10,7 @@ The layers and weights are SAM2's own, and with memory on the embedding's grid s
 - Before the first attention to memory all classes of an image are the same, so that is computed once per image.
 - Memory tokens are narrower than the values made of them, so on a CPU, where no gradient is needed, attention averages
   the tokens and makes a value of the average: softmax(A) (m W + b) = (softmax(A) m) W + b.
-- Rotations are real, not complex: exporters and compilers have no complex numbers.
+- In what is exported, rotations are real, not complex: exporters have no complex numbers.
 """
 
 import torch
@@ -109,8 +109,9 @@ def _attend(
 ) -> Tensor:
     """Attention of (R, T, D) to (R, L, M) with rotated queries and keys; L is a multiple of the key grid's places."""
     heads = attention.num_heads
-    query = _rotated(_paired(attention.q_proj, query, heads), *at_query)
-    key = _rotated(_paired(attention.k_proj, key, heads), *at_key)
+    rotated = _rotated_pairs if torch.compiler.is_exporting() else _rotated
+    query = rotated(attention.q_proj, query, heads, *at_query)
+    key = rotated(attention.k_proj, key, heads, *at_key)
     if _averages_first(query, value):
         return attention.out_proj(_average_first(attention, query, key, value).transpose(1, 2).flatten(2))
     value = attention.v_proj(value).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -140,23 +141,32 @@ def _average_first(attention: RoPEAttention, query: Tensor, key: Tensor, memory:
     return torch.cat(parts, 2) @ weight.transpose(1, 2) + bias[:, None]
 
 
-def _paired(projection: torch.nn.Linear, values: Tensor, heads: int) -> Tensor:
-    """Project (R, L, D) to heads (R, h, L, d) whose channels are reordered: SAM2's pairs (2i, 2i + 1) to (i, i + d/2).
+def _rotated(projection: torch.nn.Linear, values: Tensor, heads: int, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Project (R, L, D) to heads (R, h, L, d), rotated by (P, d / 2); L is P or, for several items one after the other,
+    a multiple of it.
 
-    Reordering the weights costs nothing, and then a rotation is on two contiguous halves. Inner products stay.
+    SAM2's pairs of channels (2i, 2i + 1) are complex numbers.
+    """
+    projected = projection(values)
+    pairs = projected.float().unflatten(1, (-1, len(cosine))).unflatten(-1, (-1, 2))
+    turn = torch.complex(cosine, sine).repeat(1, heads)
+    turned = torch.view_as_real(torch.view_as_complex(pairs) * turn).to(projected.dtype)
+    return turned.flatten(-2).flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _rotated_pairs(projection: torch.nn.Linear, values: Tensor, heads: int, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The same in real numbers, with each head's channels in another order, (2i, 2i + 1) at (i, i + d/2).
+
+    Inner products stay. Reordering the weights costs nothing, and then a rotation is on two contiguous halves.
     """
     weight, bias = (
         part.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) for part in (projection.weight, projection.bias)
     )
-    return F.linear(values, weight, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _rotated(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate (R, h, L, d) by (P, d / 2); L is P or, for several items one after the other, a multiple of it."""
-    items = values.unflatten(2, (-1, len(cosine))).float()
+    projected = F.linear(values, weight, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+    items = projected.unflatten(2, (-1, len(cosine))).float()
     first, second = items.chunk(2, -1)
     turned = torch.cat([first * cosine - second * sine, first * sine + second * cosine], -1)
-    return turned.flatten(2, 3).to(values.dtype)
+    return turned.flatten(2, 3).to(projected.dtype)
 
 
 def _mlp(layer: MemoryAttentionLayer, values: Tensor) -> Tensor:

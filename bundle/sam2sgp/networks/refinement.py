@@ -85,10 +85,12 @@ class Refinement(nn.Module):
         Returns:
             (N, 1, 4g, 4g), to be added to `logits`.
         """
-        embedding, middle, fine = levels
+        # Where one input of a layer isn't channels last, its output isn't either, nor all that follows.
+        embedding, middle, fine = (level.contiguous(memory_format=torch.channels_last) for level in levels)
         coarse = self.skips[2](embedding)
         so_far = (LOGIT_SCALE * torch.cat([pseudo, logits], 1)).clamp(-2, 2)
-        at_fine = self.down[0](fine, torch.cat([maps, so_far], 1), image_first=True)
+        own = torch.cat([maps, so_far], 1).contiguous(memory_format=torch.channels_last)
+        at_fine = self.down[0](fine, own, image_first=True)
         at_middle = self.down[1](middle, F.avg_pool2d(at_fine, 2), image_first=False)
         at_coarse = self.down[2](torch.cat([F.avg_pool2d(at_middle, 2), coarse], 1))
         at_middle = self.up[0](torch.cat([_double(at_coarse), at_middle], 1))

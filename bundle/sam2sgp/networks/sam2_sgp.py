@@ -428,8 +428,9 @@ class SAM2SGP(nn.Module):
             classes = found.shape[1]
             number = torch.full((len(features),), -1, device=index.device)
             number[clips] = torch.arange(len(clips), device=index.device)
-            frames = memory.select(number[index[clips]][:, None].expand(-1, classes, -1))
-            frames = replace(frames, distance=distance[clips][:, None].expand(-1, classes, -1))
+            chosen = number[index[clips]][:, None].expand(-1, classes, -1)
+            own_distance = distance[clips][:, None].expand(-1, classes, -1)
+            frames = replace(memory.select(chosen), distance=own_distance, item=-1 - chosen)
             parts.append(self._segment_all(own, own_support.beside(frames)))
             order.append(clips)
         return SGPOutput.concatenate(parts).rows(torch.argsort(torch.cat(order)))
@@ -471,7 +472,7 @@ class SAM2SGP(nn.Module):
         """What the support says at the finest grid, (B * C, M, 4g, 4g); None without support or prior."""
         if self.prior is None or support is None or support.prior_mask is None:
             return None
-        match = self.prior(features.prior_key, support.prior_key, support.prior_mask)
+        match = self.prior(features.prior_key, support.prior_key, support.prior_mask, support.item)
         match = _square(match.flatten(0, 1)[:, None])
         position = _square(support.prior_mask.mean(2).flatten(0, 1)[:, None])
         scores = None

@@ -19,6 +19,10 @@ START_TEMPERATURE = 30.0
 PROBABILITY_MARGIN = 1e-3
 LOGIT_SCALE = 0.2
 SCORE_LIMIT = 3.0
+# exp(-2 t) must be a float32 far from the smallest one.
+HIGHEST_SHARED = 40.0
+# Of exponentials held at a time; what fits into a cache is fastest.
+WEIGHT_BYTES = 2**20
 
 
 class LevelProjections(nn.ModuleList):
@@ -90,13 +94,15 @@ class SupportPrior(nn.Module):
         grid = keys.transpose(1, 2).unflatten(2, (side, side))
         return F.normalize(F.avg_pool2d(grid, factor).flatten(2).transpose(1, 2), dim=-1)
 
-    def forward(self, query: Tensor, support: Tensor, masks: Tensor) -> Tensor:
+    def forward(self, query: Tensor, support: Tensor, masks: Tensor, item: Tensor | None = None) -> Tensor:
         """Match queries to their support.
 
         Args:
             query: (B, P, d) keys of the query images.
             support: (B, C, K, T, d) keys of the support items of each query and class.
             masks: (B, C, K, 16 T) support masks on the finest grid, in [0, 1].
+            item: see `SupportMemory`. Where most images guide several classes, and no gradient is needed, a CPU
+                compares a query with each of them once.
 
         Returns:
             p_match (B, C, P) in [0, 1].
@@ -104,12 +110,26 @@ class SupportPrior(nn.Module):
         batch, classes, items, positions, dim = support.shape
         side = round(positions**0.5)
         coarse = F.avg_pool2d(masks.unflatten(-1, (4 * side, 4 * side)).flatten(0, 2), 4)
+        if item is not None and self._shares(query, item):
+            temperature = float(self.log_temperature.exp())
+            rows = zip(
+                query * temperature, support, coarse.reshape(batch, classes, items, positions), item, strict=True
+            )
+            return torch.stack([_match_once(*row, temperature) for row in rows])
         q = (query * self.log_temperature.exp())[:, None].expand(-1, classes, -1, -1)
         k = support.reshape(batch, classes, items * positions, dim)
         # Values as wide as keys let PyTorch use its fused attention, which never holds the (P, K*T) matrix.
         values = F.pad(coarse.reshape(batch, classes, items * positions, 1), (0, dim - 1)).to(q.dtype)
         match = F.scaled_dot_product_attention(q, k.to(q.dtype), values, scale=1.0)[..., 0]
         return match.float().clamp(0, 1)
+
+    def _shares(self, query: Tensor, item: Tensor) -> bool:
+        """Whether comparing once is exact, and faster than PyTorch's fused attention."""
+        if query.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.log_temperature.exp() > HIGHEST_SHARED:
+            return False
+        return 2 * sum(len(row.unique()) for row in item) <= item.numel()
 
     def maps(self, match: Tensor, position: Tensor, scores: Tensor | None) -> Tensor:
         """All that the support says at the finest grid, (N, 4 or 6, 4g, 4g).
@@ -134,6 +154,29 @@ class SupportPrior(nn.Module):
         """Support maps (N, M, 4g, 4g) as one weighted logit map (N, 1, 4g, 4g)."""
         used = torch.cat([maps[:, :2] / LOGIT_SCALE, maps[:, 4:]], 1)
         return torch.einsum("nchw,c->nhw", used, self.logit_weights)[:, None]
+
+
+def _match_once(query: Tensor, support: Tensor, masks: Tensor, item: Tensor, limit: float) -> Tensor:
+    """p_match (C, P) of one image, each support image compared with it once, whatever number of classes it guides.
+
+    A softmax's numerator and denominator are sums of the same exponentials, which are weighted by a class's masks and
+    by 1 where an image is of the class's items.
+
+    Args:
+        query: (P, d) scaled keys. support: (C, K, T, d). masks: (C, K, T). item: (C, K), see `SupportMemory`.
+        limit: no inner product is larger; in place of the largest one, which would take another pass.
+    """
+    numbers, place = item.unique(return_inverse=True)
+    one_of_each = torch.empty_like(numbers).scatter_(0, place.flatten(), torch.arange(place.numel()))
+    keys = support.flatten(0, 1)[one_of_each].flatten(0, 1)
+    uses = F.one_hot(place, len(numbers)).to(masks.dtype).transpose(1, 2)
+    foreground = (uses @ masks).flatten(1)
+    everything = uses.sum(2)[..., None].expand(-1, -1, masks.shape[-1]).flatten(1)
+    columns = torch.cat([foreground, everything]).T
+    parts = query.split(max(1, WEIGHT_BYTES // (4 * len(keys))))
+    sums = torch.cat([(part @ keys.T).sub_(limit).exp_() @ columns for part in parts]).T
+    part, whole = sums.chunk(2)
+    return (part / whole).clamp(0, 1)
 
 
 def _logit(probability: Tensor) -> Tensor:

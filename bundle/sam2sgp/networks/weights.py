@@ -12,13 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 
 from sam2sgp.errors import ConfigError, WeightsError
 from sam2sgp.files import replacing
-from sam2sgp.networks.lora import ADAPTER_FILES
+from sam2sgp.networks.lora import ADAPTER_FILES, has_lora
 from sam2sgp.networks.sam2_sgp import SAM2SGP
 from sam2sgp.networks.states import identify_backbone, is_sgp, misfit, plain_name, read_state
 
@@ -147,7 +146,7 @@ def merge_lora(network: SAM2SGP) -> None:
     The result computes the same. Its trunk stays frozen. Nothing happens where there is no LoRA.
     """
     trunk = network.image_encoder.trunk
-    if isinstance(trunk, PeftModel):
+    if has_lora(trunk):
         network.image_encoder.trunk = trunk.merge_and_unload()
 
 
@@ -161,7 +160,7 @@ def save_lora(network: SAM2SGP, directory: str | Path) -> None:
         WeightsError: the files can't be written.
     """
     trunk = network.image_encoder.trunk
-    if not isinstance(trunk, PeftModel):
+    if not has_lora(trunk):
         raise ConfigError("The network has no LoRA adapters to save: build it with `lora`, e.g. {'r': 8, 'alpha': 16}.")
     directory = Path(directory)
     try:

@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sam2sgp.data.io import data_files
 from sam2sgp.errors import DataError
-from sam2sgp.networks import SAM2SGP
+from sam2sgp.networks import SAM2SGP, lora_layers
 from sam2sgp.support.tensor_store import TensorStore, checksum
 from sam2sgp.transforms.cache_keys import transform_fingerprint
 from sam2sgp.transforms.scaling import scaling_hint
@@ -156,8 +155,7 @@ def network_fingerprint(network: SAM2SGP, device: torch.device) -> str:
     """Hash of all that what a network encodes depends on: weights, LoRA, switches, runtime, device type, precision."""
     layers = {
         name: [layer.active_adapters, layer.merged_adapters, layer.disable_adapters, getattr(layer, "scaling", {})]
-        for name, layer in network.named_modules()
-        if isinstance(layer, BaseTunerLayer)
+        for name, layer in lora_layers(network).items()
     }
     names = ("backbone", "image_size", "normalization", "memory_pool", "runtime")
     switches = [getattr(network, name, None) for name in names]

@@ -162,7 +162,7 @@ class Encodings:
             else:
                 stack = torch.stack([encoding[name][place, column] for encoding, place, column in chosen])
                 memory[name] = stack.to(index.device)[pair]
-        return SupportMemory(**memory)
+        return SupportMemory(**memory, item=index)
 
     def prune(self, keep: Iterable[str] = ()) -> list[str]:
         """Delete from the store what other networks and preprocessings encoded, see `SupportBank.prune`."""

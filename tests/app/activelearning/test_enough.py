@@ -17,6 +17,7 @@ NOISE = np.random.default_rng(0).normal(0, 0.02, 30)
         ("worse", [0.2] * 10 + list(0.8 + NOISE[:10]) + list(0.6 + NOISE[10:20])),
         ("level", [0.2] * 10 + list(0.8 + NOISE[:10]) + list(0.79 + NOISE[:10])),
         ("level", [1.0] * 12),
+        ("better", [0.2] * 4 + [0.6, 0.7, 0.65, 0.6] + [1.0] * 4),
         ("open", [0.1, 0.9, 0.5] * 4),
     ],
 )

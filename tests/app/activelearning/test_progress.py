@@ -267,6 +267,24 @@ def test_whoever_wants_the_network_gets_it_before_the_next_image(made, progress,
     assert [entry["images"] for entry in lines(made, "left out")] == [4]
 
 
+def test_labels_are_looked_through_once_for_each_time_that_some_came(made, progress, monkeypatch):
+    looked = Mock(side_effect=progress.compare)
+    progress.compare = looked
+    real = module.dice_left_out
+    measured = []
+
+    def dice(segmenter, case, step):
+        if not measured:
+            progress.wake()
+        measured.append(case["name"])
+        return real(segmenter, case, step)
+
+    monkeypatch.setattr(module, "dice_left_out", dice)
+    assert progress.work()
+    # When it began, and before the second of the three images.
+    assert len(measured) == 3 and looked.call_count == 2
+
+
 def test_the_server_that_ends_waits_for_nothing_and_the_next_request_has_nothing_to_learn(made, progress, monkeypatch):
     segmenter = progress.segmenter
     real = module.dice_left_out

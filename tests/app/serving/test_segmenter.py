@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from lib.serving.loaded_network import LoadedNetwork
 from lib.serving.options import Options
 from lib.serving.published_weights import Weights
 from lib.serving.segmenter import NoSupport, Stopped
+from lib.stores import image_identity
+from lib.stores.audit import content_hash
 from sam2sgp.data.io import read_label
 from sam2sgp.errors import DataError
 from sam2sgp.networks import save_weights
@@ -132,6 +135,32 @@ def test_an_approved_label_guides_nothing_once_another_image_is_in_the_place_of_
     segmenter.take_in()
     status = segmenter.status()
     assert status["errors"] == [sentence] and status["cases"] == 1
+
+
+@pytest.mark.parametrize("take_in", ["catch_up", "keep_up"])
+def test_touched_images_are_read_in_the_background_while_requests_go_on(studio, monkeypatch, take_in):
+    made = studio(["us_000_0", "us_001_0", "us_002_0"], ["us_000_0"])
+    segmenter = made.segmenter()
+    assert segmenter.catch_up()
+    segmenter.cases.datastore.save_label("us_001_0", str(made.known["us_001_0"]["label"]), "final", {})
+    os.utime(made.image("us_001_0"), ns=(0, 10**9))
+    is_free = []
+
+    def look():
+        is_free.append(segmenter.lock.acquire(blocking=False))
+        if is_free[-1]:
+            segmenter.lock.release()
+
+    def hashed(path):
+        if Path(path) == made.image("us_001_0"):
+            other = threading.Thread(target=look)
+            other.start()
+            other.join()
+        return content_hash(path)
+
+    monkeypatch.setattr(image_identity, "content_hash", hashed)
+    assert getattr(segmenter, take_in)(**({"wait": 60} if take_in == "keep_up" else {}))
+    assert "us_001_0" in segmenter.state().cases and is_free == [True]
 
 
 def test_a_training_gets_every_label_but_those_that_cannot_be_used_and_is_told_which(studio, monkeypatch):

@@ -70,3 +70,17 @@ def test_an_image_that_is_gone_is_no_other(image, label):
     record = claim(image)
     image.unlink()
     assert not is_of_another(record, image, label)
+
+
+def test_each_of_many_touched_images_is_read_once(tmp_path, label, monkeypatch):
+    images = [tmp_path / f"{number}.png" for number in range(5000)]
+    records = []
+    for image in images:
+        image.write_bytes(b"image")
+        records.append(claim(image))
+        os.utime(image, ns=(0, 10**9))
+    read = []
+    monkeypatch.setattr(image_identity, "content_hash", lambda path: read.append(path) or content_hash(path))
+    for _ in range(2):
+        assert not any(is_of_another(record, image, label) for record, image in zip(records, images, strict=True))
+    assert len(read) == len(images)

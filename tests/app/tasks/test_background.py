@@ -5,8 +5,10 @@ import os
 import sys
 import time
 
+import psutil
 import pytest
 
+from lib.processes import is_running
 from lib.tasks import background
 from lib.tasks.background import BackgroundTasks, Busy
 
@@ -61,6 +63,19 @@ def test_a_task_that_cannot_start_ends_with_an_error_and_the_next_one_runs(tasks
     assert "expected to start a process, found" in task["details"][-1]
     tasks.start("scoring", {})
     assert wait(tasks)["status"] == "DONE"
+
+
+def test_the_newest_tasks_process_is_known_by_its_mark(tasks):
+    assert tasks.mark("train") == {}
+    tasks.start("train", {"seconds": 60})
+    wait(tasks, "train", ["RUNNING"])
+    mark = tasks.mark("train")
+    assert is_running(mark) and mark["pid"] in [child.pid for child in psutil.Process().children()]
+    tasks.start("train", {}, enqueue=True)
+    assert tasks.mark("train") == {}
+    tasks.stop("train")
+    wait(tasks, "train")
+    assert tasks.mark("train") != mark and not is_running(mark)
 
 
 def test_a_process_that_fails_ends_with_an_error(tasks):

@@ -3,7 +3,6 @@
 import json
 import os
 import threading
-from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +11,11 @@ from PIL import Image
 
 from lib.checks import RequestError
 from lib.http.loop import state_of_batch
+from lib.processes import mark_of
 from lib.serving.segmenter import NOTHING_APPROVED
 from lib.serving.turns import Requests
 from lib.stores.audit import Audit
 from lib.stores.folder import ConfinedDatastore
-from lib.tasks.background import TIME
 from lib.tasks.batch import BatchInference
 from lib.tasks.batch_report import last_report
 
@@ -146,26 +145,34 @@ def test_no_batch_approves(site):
 
 
 def test_the_page_is_told_what_became_of_the_batch(site):
-    def state(status: str | None, started: datetime | None = None, *details: str) -> dict:
-        known = {"status": status, "start_ts": (started or datetime.now()).strftime(TIME), "details": details}
-        tasks = SimpleNamespace(all=lambda method: [known] if status else [])
+    # Of the task's process: the one that writes here, and another one that has got its number.
+    mine = mark_of()
+    other = {**mine, "pid_started": mine["pid_started"] - 9}
+
+    def state(status: str | None, mark: dict | None = None, *details: str) -> dict:
+        known = {"status": status, "details": details}
+        tasks = SimpleNamespace(all=lambda method: [known] if status else [], mark=lambda method: mark or {})
         return state_of_batch(tasks, site.report)
 
-    earlier, later = (datetime.now() + timedelta(seconds=seconds) for seconds in (-60, 60))
     assert state(None) == {"state": "none"} and state("SUBMITTED") == {"state": "starting"}
     site.fails = {"image_3": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         site.run()
     # The server was ended, or the task was.
-    assert state(None)["state"] == state("STOPPED", earlier)["state"] == "stopped"
-    assert state("RUNNING", earlier)["state"] == "running" and state("RUNNING", earlier)["total"] == 8
+    assert state(None)["state"] == state("STOPPED", mine)["state"] == "stopped"
+    assert state("RUNNING", mine)["state"] == "running" and state("RUNNING", mine)["total"] == 8
+    assert not state("RUNNING", mine).keys() & mine.keys()
     # What is there is still of the batch before.
-    assert state("RUNNING", later) == {"state": "starting"} and state("STOPPED", later) == {"state": "stopped"}
+    assert state("SUBMITTED") == state("RUNNING", other) == {"state": "starting"}
+    assert state("STOPPED", other) == {"state": "stopped"}
+    # One that couldn't write its report, or the end of it.
+    assert state("DONE", other) == state("DONE", mine) == {"state": "done"}
     line = f"[2026-11-29] [7] [MainThread] [ERROR] (__main__:39) - batch_infer: {NOTHING_APPROVED}"
-    assert state("ERROR", earlier, line)["reason"] == NOTHING_APPROVED
-    assert state("ERROR", earlier, "3 of 8: image_2")["reason"].startswith("Its process was ended")
+    assert state("ERROR", mine, line)["reason"] == NOTHING_APPROVED
+    assert state("ERROR", mine, "3 of 8: image_2")["reason"].startswith("Its process was ended")
     site.fails = {}
     site.run()
-    assert state("DONE", earlier)["state"] == state(None)["state"] == "done"
+    assert state("DONE", mine)["total"] == state(None)["total"] == 5
+    assert state("DONE", mine)["state"] == state(None)["state"] == "done"
     site.report.write_text(json.dumps([1]))
     assert state(None) == {"state": "none"}

@@ -223,7 +223,7 @@ def test_a_training_that_ends_with_its_server_reads_as_stopped_and_goes_on_where
     assert [action for action, _ in events] == ["train"] and not events[0][1]["resumed"]
 
     written = json.loads(task.status.path.read_text())
-    write_text(task.status.path, json.dumps({**written, "pid_created": 0.0}))
+    write_text(task.status.path, json.dumps({**written, "pid_started": 0.0}))
     task, weights, events = a_task(tmp_path, cases, phantoms)
     stopped = task.stats()
     assert stopped["state"] == "stopped" and "after 3 of 4 epochs" in stopped["message"]

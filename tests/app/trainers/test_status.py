@@ -8,6 +8,7 @@ import sys
 import psutil
 import pytest
 
+from lib.processes import mark_of
 from lib.trainers.status import RUNNING, STOPPED, Status
 
 
@@ -16,7 +17,7 @@ def status(tmp_path):
     def of(process: psutil.Process) -> dict:
         path = tmp_path / "status.json"
         told = {"state": RUNNING, "message": "", "epoch": 1, "max_epochs": 4}
-        path.write_text(json.dumps({**told, "pid": process.pid, "pid_created": process.create_time()}))
+        path.write_text(json.dumps({**told, **mark_of(process.pid)}))
         return Status(path).read()
 
     return of

@@ -239,7 +239,8 @@ class Progress:
         """Dice of a case by class, tried again where somebody else wanted the network. Raises Stopped for good."""
         while True:
             if self._due.is_set():
-                # Who has approved a label sees its figure soon.
+                # Who has approved a label sees its figure soon. What else is new is taken in below.
+                self._due.clear()
                 self.compare()
             try:
                 with self.segmenter.stepping_back() as step:

@@ -7,7 +7,6 @@ A batch is started and stopped by MONAI Label's own addresses, `POST /batch/infe
 `DELETE /batch/infer`. Nothing here waits for the network.
 """
 
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from fastapi import APIRouter
 from lib.activelearning.progress import Progress
 from lib.http.page import PREFIX
 from lib.http.routing import USER
+from lib.processes import KEYS, mark_in
 from lib.refusals import refusing
-from lib.tasks.background import DONE, ERROR, RUNNING, SUBMITTED, TIME, BackgroundTasks
+from lib.tasks.background import DONE, ERROR, RUNNING, SUBMITTED, BackgroundTasks
 from lib.tasks.batch_report import last_report
 
 METHOD = "batch_infer"
@@ -50,12 +50,14 @@ def state_of_batch(tasks: BackgroundTasks, report: Path) -> dict[str, Any]:
     """The last batch: its `state` ("none", "starting", "running", "done", "stopped", "failed"), for one that failed the
     `reason`, and what its report tells, see `BatchReport`.
 
-    A batch that was stopped, or whose server ended, can be started again and goes on where it was.
+    One that is done, but couldn't write its report, tells its state only. A batch that was stopped, or whose server
+    ended, can be started again and goes on where it was.
     """
     found = last_report(report)
     task = next(iter(tasks.all(METHOD)[-1:]), None)
     # The report of a task that has just begun is that of the one before.
-    is_old = task is not None and found.get("started", 0) < datetime.strptime(task["start_ts"], TIME).timestamp()
+    is_old = task is not None and mark_in(found) != (tasks.mark(METHOD) or None)
+    found = {key: value for key, value in found.items() if key not in KEYS}
     if task is not None and task["status"] in (SUBMITTED, RUNNING):
         return {"state": STARTING} if is_old or not found else {**found, "state": RUNNING.lower()}
     found = {} if is_old else found
@@ -64,4 +66,7 @@ def state_of_batch(tasks: BackgroundTasks, report: Path) -> dict[str, Any]:
         return {**found, "state": FAILED, "reason": sentence if said else "Its process was ended; the log says more."}
     if task is None and not found:
         return {"state": NONE}
+    if task is not None and task["status"] == DONE and not found.get("ended"):
+        # It couldn't write its report to the end.
+        return {"state": DONE.lower()}
     return {**found, "state": DONE.lower() if found.get("ended") else STOPPED}

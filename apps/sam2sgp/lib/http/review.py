@@ -19,7 +19,7 @@ Handlers run in the server's threads. Whoever asks for slices of an image that i
 
 import gzip
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -228,24 +228,10 @@ class ReviewPage:
         looked_at = self.volumes.label(label, path) if label else None
         if image_seen is None or image_seen != state_of(path) or (label and seen != state_of(label)):
             raise Conflict(f"image {image}: expected it to stay as it was while it was read; load it again.")
-        names = self._names(records.get(tag, {}), looked_at)
-        window, kind = self.volumes.window(shown, self.segmenter.state().scaling)
-        found = prediction_of(records, tag) if tag else {}
         return {
             **vars(entry_of(image, records)),
             "image_seen": image_seen,
-            "shape": shown.geometry.shape,
-            "spacing": shown.geometry.spacing,
-            "plane": shown.plane,
-            "edges": shown.edges,
-            "channels": shown.slices.shape[3],
-            "bytes": shown.slices.dtype.itemsize,
-            "per_request": _per_request(shown.slices),
-            "slope": shown.slope,
-            "intercept": shown.intercept,
-            "range": [shown.lowest, shown.highest],
-            "window": window,
-            "kind": kind,
+            **self._about_image(shown),
             "label_tag": tag,
             "seen": seen or "",
             "label_bytes": looked_at.slices.dtype.itemsize if looked_at else 1,
@@ -259,18 +245,9 @@ class ReviewPage:
                     "colour": class_colour(value),
                     "counts": looked_at.counts.get(value) if looked_at else None,
                 }
-                for value, name in sorted(names.items())
+                for value, name in sorted(self._names(records.get(tag, {}), looked_at).items())
             ],
-            "prediction": {
-                "confidence": found.get("confidence") or {},
-                "support": found.get("support") or {},
-                "unlike_support": bool(found.get("unlike_support")),
-                "maybe_absent": found.get("maybe_absent") or [],
-                "warnings": found.get("warnings") or [],
-                "weights": found.get("weights"),
-            }
-            if found
-            else None,
+            "prediction": _about_prediction(prediction_of(records, tag)) if tag else None,
         }
 
     def slices(self, query: SlicesQuery, known: str | None = None) -> Response:
@@ -399,6 +376,24 @@ class ReviewPage:
             raise Conflict(f"{image}: expected its label {tag!r} as it was shown, found another one; load it again.")
         return path
 
+    def _about_image(self, shown: ShownImage) -> dict[str, Any]:
+        """What the page needs to show an image's voxels."""
+        window, kind = self.volumes.window(shown, self.segmenter.state().scaling)
+        return {
+            "shape": shown.geometry.shape,
+            "spacing": shown.geometry.spacing,
+            "plane": shown.plane,
+            "edges": shown.edges,
+            "channels": shown.slices.shape[3],
+            "bytes": shown.slices.dtype.itemsize,
+            "per_request": _per_request(shown.slices),
+            "slope": shown.slope,
+            "intercept": shown.intercept,
+            "range": [shown.lowest, shown.highest],
+            "window": window,
+            "kind": kind,
+        }
+
     def _names(self, record: dict[str, Any], label: ShownLabel | None = None) -> dict[int, str]:
         """Names of the classes that a label may have, by value: what it says itself comes first."""
         state = self.segmenter.state()
@@ -410,6 +405,20 @@ class ReviewPage:
 def _refusing(handle: Callable[..., Any], *arguments: Any) -> Any:
     with refusing():
         return handle(*arguments)
+
+
+def _about_prediction(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the model said of a label; None where it said nothing."""
+    if not found:
+        return None
+    return {
+        "confidence": found.get("confidence") or {},
+        "support": found.get("support") or {},
+        "unlike_support": bool(found.get("unlike_support")),
+        "maybe_absent": found.get("maybe_absent") or [],
+        "warnings": found.get("warnings") or [],
+        "weights": found.get("weights"),
+    }
 
 
 def _per_request(slices: np.ndarray) -> int:

@@ -4,8 +4,8 @@ In: a datastore, in which labels come, change and go in any way: by requests, or
 the list of cases that a `SupportBank` is brought in line with, and the names of their classes. Only labels with the tag
 `final` are approved; all others are ignored.
 
-For one thread at a time. `changed` costs two stats for each approved label, and if it is to be certain for each pair of
-the seed folder too, so it may be asked before every request.
+For one thread at a time, but for `prepare` and `read_ahead`. `changed` costs two stats for each approved label, and if
+it is to be certain for each pair of the seed folder too, so it may be asked before every request.
 """
 
 import logging
@@ -93,6 +93,16 @@ class LabelledCases:
         """
         if self.settings.is_remote:
             self.datastore.prepare(*(() if wait is None else (wait,)))
+
+    def read_ahead(self) -> None:
+        """Read images that were touched since their labels were made, which may be large, so that `cases` needn't.
+
+        Not to be called under a lock that others wait for.
+        """
+        if self.changed(certain=False):
+            for image_id, (image, label) in self._pairs().items():
+                if image:
+                    is_of_another(self.datastore.get_label_info(image_id, FINAL), image, label)
 
     def images(self) -> dict[str, str]:
         """Ids of the labelled images of the datastore by their paths, as of the last `cases`."""

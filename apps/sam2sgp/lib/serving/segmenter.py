@@ -273,6 +273,7 @@ class ServerSegmenter:
 
     def _refresh_in_background(self) -> None:
         try:
+            self.cases.read_ahead()
             self.refresh()
         except Sam2SgpError as error:
             # The request that needs it tells its client.
@@ -302,6 +303,7 @@ class ServerSegmenter:
             Sam2SgpError: as of `refresh`.
         """
         self.cases.prepare(0.0)
+        self.cases.read_ahead()
         try:
             with self.stepping_back() as step:
                 self.take_in()

@@ -17,7 +17,8 @@ from lib.stores.audit import content_hash
 
 # Of a label's record.
 KEY = "made_of"
-HASHES_KEPT = 4096
+# More than the images of a large datastore: all of them may have been touched, and are looked at one after the other.
+HASHES_KEPT = 1 << 16
 
 
 def claim(image: str | Path, label: str = "") -> dict[str, Any]:
@@ -66,12 +67,14 @@ def _stamp(image: str | Path) -> str:
 def _content(image: str | Path) -> str:
     """What tells an image's content; "" where it is gone."""
     stamp = image_stamp(image)
-    return _content_of(str(image), stamp) if stamp else ""
+    if not stamp:
+        return ""
+    if Path(image).is_dir():
+        return f"names:{sha256(repr([name for name, _ in stamp]).encode()).hexdigest()}"
+    return _content_of(str(image), stamp)
 
 
 @lru_cache(maxsize=HASHES_KEPT)
 def _content_of(image: str, stamp: tuple) -> str:
-    """`stamp`: changes with the image."""
-    if Path(image).is_dir():
-        return f"names:{sha256(repr([name for name, _ in stamp]).encode()).hexdigest()}"
+    """Of a file. `stamp`: changes with the image."""
     return content_hash(image)

@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 
 from lib.checks import RequestError
+from lib.processes import mark_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class _Task:
     end_ts: str | None = None
     details: deque[str] = field(default_factory=lambda: deque(maxlen=LINES_KEPT))
     process: subprocess.Popen | None = None
+    mark: Mapping[str, Any] = field(default_factory=dict)
 
     def told(self) -> dict[str, Any]:
         """As clients know it."""
@@ -122,6 +124,11 @@ class BackgroundTasks:
         with self._lock:
             return [task.told() for task in self._tasks[method]]
 
+    def mark(self, method: str) -> dict[str, Any]:
+        """What tells the process of the newest task, see `lib.processes`; {} before it has one."""
+        with self._lock:
+            return dict(self._tasks[method][-1].mark) if self._tasks[method] else {}
+
     def running(self, method: str) -> dict[str, Any] | None:
         """The one that runs, or None."""
         return next((task for task in self.all(method) if task["status"] == RUNNING), None)
@@ -177,6 +184,7 @@ class BackgroundTasks:
                 errors="replace",
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(_search_path(self._app_dir))},
             )
+        task.mark = mark_of(process.pid)
         assert process.stdout is not None, "it is a pipe"
         with process.stdout as lines:
             task.status = RUNNING

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lib.processes import mark_of
 from sam2sgp.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class BatchReport:
         self._began = time.monotonic()
         self._written = -math.inf
         self.values: dict[str, Any] = {
-            "started": time.time(),
+            **mark_of(),
             "total": total,
             "skipped": skipped,
             "done": 0,

@@ -7,15 +7,14 @@ or lost its server, reads as "stopped".
 import json
 import logging
 import math
-import os
 import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 from ignite.engine import Engine, Events
 
+from lib.processes import KEYS, is_running, mark_in, mark_of
 from lib.stamps import Stamp, stamp
 from sam2sgp.files import write_text
 
@@ -43,8 +42,7 @@ class Status:
             "state": RUNNING,
             "message": message,
             "start_ts": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "pid": os.getpid(),
-            "pid_created": psutil.Process().create_time(),
+            **mark_of(),
         }
         self._started = time.monotonic()
         self.update()
@@ -70,9 +68,9 @@ class Status:
         except (OSError, ValueError):
             return {}
         # The process that trains may know more than it could write.
-        written = self.values if self.values and self.values["pid"] == self._read.get("pid") else self._read
-        values = {key: value for key, value in written.items() if key not in ("pid", "pid_created")}
-        if values.get("state") == RUNNING and not _is_alive(self._read.get("pid"), self._read.get("pid_created")):
+        written = self.values if self.values and mark_in(self.values) == mark_in(self._read) else self._read
+        values = {key: value for key, value in written.items() if key not in KEYS}
+        if values.get("state") == RUNNING and not is_running(mark_in(self._read)):
             values["state"] = STOPPED
             values["message"] = (
                 f"The training was stopped after {values.get('epoch', 0)} of {values.get('max_epochs', '?')} epochs; "
@@ -147,12 +145,3 @@ class StatusHandler:
         if state.output:
             values["loss"] = float(state.output[0]["loss"])
         return values
-
-
-def _is_alive(pid: int | None, created: float | None) -> bool:
-    """Whether a process runs; one that has ended may be listed until somebody collects it, in a container for ever."""
-    try:
-        process = psutil.Process(pid)
-        return process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, TypeError, ValueError):
-        return False

@@ -125,8 +125,8 @@ export class Batch {
 }
 
 /** @param {Told} told */
-function words({ state, reason = "", total = 0, done = 0, failed = 0, seconds_left: left = null }) {
-  const tried = `${done + failed} of ${total}`;
+function words({ state, reason = "", total = null, done = 0, failed = 0, seconds_left: left = null }) {
+  const tried = `${done + failed} of ${total ?? 0}`;
   const without = failed ? `, ${failed} failed` : "";
   switch (state) {
     case "starting":
@@ -134,6 +134,8 @@ function words({ state, reason = "", total = 0, done = 0, failed = 0, seconds_le
     case "running":
       return `${tried} images${without}${left === null ? "" : `, about ${lasting(left)} left`}`;
     case "done":
+      // Its report couldn't be written.
+      if (total === null) return "The batch is done. How many images failed, the server's log says.";
       if (!total) return "Nothing to segment: every image has a label or a prediction.";
       return `Batch: ${done} of ${total} images segmented${without}.`;
     case "stopped":

@@ -86,12 +86,13 @@ export class Picture {
     return spacing ? spacing[1] / spacing[2] : 1;
   }
 
+  /** Take the size that the canvas has by now, and draw at once: its pixels are gone, and would be black for a frame. */
   resize() {
     const box = this.canvas.getBoundingClientRect();
     this.canvas.width = Math.max(1, Math.round(box.width * devicePixelRatio));
     this.canvas.height = Math.max(1, Math.round(box.height * devicePixelRatio));
     if (this.isFitted) this.fit();
-    this.later();
+    this.draw();
   }
 
   /** Show all of the slice. */

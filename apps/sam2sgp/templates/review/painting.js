@@ -55,16 +55,20 @@ export class Stroke {
     return now;
   }
 
-  /** @param {number} slice @param {number[][]} rows as of `disc`. */
+  /**
+   * @param {number} slice @param {number[][]} rows as of `disc`.
+   * @returns {boolean} false where the slice has not come, and so nothing was painted.
+   */
   paint(slice, rows) {
     const now = this.on(slice);
-    if (!now) return;
+    if (!now) return false;
     const { width } = this.labels;
     for (const [row, first, last] of rows) {
       for (let place = row * width + first; place <= row * width + last; place++) {
         if (!this.locked.has(now[place])) now[place] = this.value;
       }
     }
+    return true;
   }
 
   /** @param {number} slice @param {Iterable<number>} places */

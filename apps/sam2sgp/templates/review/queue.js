@@ -71,14 +71,27 @@ export class Queue {
     return { show, order, name, of_class };
   }
 
-  /** Ask for the list as it is now. @param {boolean} [toTop] whether it begins at its top. */
-  async refresh(toTop = false) {
+  /**
+   * Ask for the list as it is now. Done when it is here: the newest one, where it was asked for again meanwhile.
+   * @param {boolean} [toTop] whether it begins at its top.
+   * @returns {Promise<void>}
+   */
+  refresh(toTop = false) {
+    this.asked = this.ask(toTop);
+    return this.asked;
+  }
+
+  /** @param {boolean} toTop */
+  async ask(toTop) {
     const turn = ++this.turn;
     const first = toTop ? 0 : Math.floor(Math.max(this.place, 0) / PART) * PART;
     try {
       const find = this.image ? { find: this.image } : {};
       const answer = await json("queue", { ...this.query, first, count: PART, ...find });
-      if (turn !== this.turn) return;
+      if (turn !== this.turn) {
+        await this.asked;
+        return;
+      }
       this.parts = new Map([[first / PART, answer.entries]]);
       this.coming.clear();
       this.total = answer.total;

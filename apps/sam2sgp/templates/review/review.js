@@ -200,7 +200,7 @@ async function goTo(slice) {
   slider.value = String(opened.slice + 1);
   slider.setAttribute("aria-valuetext", `Slice ${opened.slice + 1} of ${opened.depth}`);
   picture.later();
-  const reach = state.ball ? Math.ceil(state.size / 2) : 0;
+  const { reach } = tools;
   try {
     await opened.bring(opened.slice);
     if (reach) await opened.labels.bringAll(opened.slice - reach, opened.slice + reach);
@@ -489,7 +489,7 @@ document.addEventListener("click", (event) => {
   if (button?.dataset.tool) setTool(button.dataset.tool);
 });
 one("#slice").addEventListener("input", (event) => goTo(Number(event.target.value) - 1));
-one("#size").addEventListener("input", (event) => state.set({ size: Number(event.target.value) }));
+one("#size").addEventListener("input", (event) => tools.setSize(Number(event.target.value)));
 one("#ball").addEventListener("change", (event) => setBall(event.target.checked));
 one("#opacity").addEventListener("input", (event) => state.set({ opacity: event.target.value / 100 }));
 one("#preset").addEventListener("change", (event) => {

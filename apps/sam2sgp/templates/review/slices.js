@@ -125,6 +125,14 @@ export class LabelSlices {
     return this.painted.get(number)?.now ?? this.blocks.get(number);
   }
 
+  /** Whether all of several slices have come. @param {number} first @param {number} last */
+  has(first, last) {
+    for (let number = Math.max(first, 0); number <= Math.min(last, this.depth - 1); number++) {
+      if (!this.get(number)) return false;
+    }
+    return true;
+  }
+
   /** @param {number} number */
   async bring(number) {
     if (!this.painted.has(number)) await this.blocks.bring(number);

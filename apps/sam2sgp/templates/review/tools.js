@@ -8,6 +8,12 @@ import { Stroke, disc, holes, region } from "./painting.js";
 /** Pixels that a wheel or trackpad turns for one slice. */
 const WHEEL_STEP = 40;
 const LARGEST_BRUSH = 200;
+const LOADING = "Slices that this paints on are still loading: paint again in a moment.";
+
+/** Distance of slices, in columns. @param {import("./state.js").Case} shown */
+function apart({ spacing }) {
+  return spacing ? spacing[0] / spacing[2] : 1;
+}
 
 export class Tools {
   /**
@@ -44,6 +50,12 @@ export class Tools {
     return this.state.hidden;
   }
 
+  /** Slices that brush and eraser reach before and after the one that is looked at. */
+  get reach() {
+    const { open, size, ball } = this.state;
+    return open && ball ? Math.floor(size / 2 / apart(open.case)) : 0;
+  }
+
   /** @param {PointerEvent} event */
   begin(event) {
     if (!this.state.open) return;
@@ -64,7 +76,10 @@ export class Tools {
     const last = { ...this.picture.place(event), clientX: event.clientX, clientY: event.clientY };
     this.action = { kind, last };
     if (kind === "brush" || kind === "eraser") {
-      if (!this.canPaint()) return;
+      if (!this.isHere(this.reach) || !this.canPaint()) {
+        this.action = null;
+        return;
+      }
       this.action.stroke = new Stroke(this.state.open.labels, kind === "brush" ? this.state.active : 0, this.locked);
       this.paint(last, last);
     }
@@ -88,18 +103,24 @@ export class Tools {
     return !refusal;
   }
 
-  /** Whether there is something to paint on; else says why not. */
+  /** Whether the slices to be painted on have come; else says so. @param {number} [reach] slices before and after. */
+  isHere(reach = 0) {
+    const { open } = this.state;
+    if (open.labels.has(open.slice - reach, open.slice + reach)) return true;
+    this.page.say(LOADING);
+    this.page.goTo(open.slice);
+    return false;
+  }
+
+  /** Whether the class may be painted; else says why not. */
   canPaint() {
     const { open, tool, active, hidden } = this.state;
-    if (!open.labels.get(open.slice)) return false;
     if (tool !== "eraser" && hidden.has(active)) {
       this.page.say(`Class ${active} is hidden, and hidden classes stay as they are: show it first.`);
-      this.action = null;
       return false;
     }
     if (tool !== "eraser" && !open.classOf(active)) {
       this.page.say("Choose a class first, or add one.");
-      this.action = null;
       return false;
     }
     return true;
@@ -178,24 +199,23 @@ export class Tools {
 
   /** Paint from one place to another. */
   paint(from, to) {
-    const { open, size, ball } = this.state;
+    const { open, size } = this.state;
     const { stroke } = this.action;
+    const { reach } = this;
     const [depth, height, width] = open.case.shape;
     const { stretch } = this.picture;
-    const spacing = open.case.spacing;
-    // Distance of slices, in columns.
-    const apart = spacing ? spacing[0] / spacing[2] : 1;
+    const between = apart(open.case);
     const radius = size / 2;
     const steps = Math.max(1, Math.ceil(Math.hypot(to.x - from.x, to.y - from.y) / Math.max(0.5, radius / 2)));
-    const reach = ball ? Math.floor(radius / apart) : 0;
     for (let step = 0; step <= steps; step++) {
       const x = from.x + ((to.x - from.x) * step) / steps;
       const y = from.y + ((to.y - from.y) * step) / steps;
       for (let by = -reach; by <= reach; by++) {
         const slice = open.slice + by;
         if (slice < 0 || slice >= depth) continue;
-        const there = Math.sqrt(Math.max(0, radius * radius - by * apart * (by * apart)));
-        stroke.paint(slice, disc(x, y, there, stretch, height, width));
+        const there = Math.sqrt(Math.max(0, radius * radius - (by * between) ** 2));
+        // The slice may be another one than that on which the stroke began.
+        if (!stroke.paint(slice, disc(x, y, there, stretch, height, width))) this.page.say(LOADING);
       }
     }
     this.picture.drawn.label = null;
@@ -207,8 +227,8 @@ export class Tools {
     const { open, active } = this.state;
     const [, height, width] = open.case.shape;
     const [column, row] = [Math.floor(place.x), Math.floor(place.y)];
+    if (column < 0 || row < 0 || column >= width || row >= height || !this.isHere() || (!remove && !this.canPaint())) return;
     const map = open.labels.get(open.slice);
-    if (!map || column < 0 || row < 0 || column >= width || row >= height || (!remove && !this.canPaint())) return;
     const found = region(map, width, row * width + column);
     const isBackground = map[row * width + column] === 0;
     if (isBackground && (remove || !found.isClosed)) {
@@ -221,9 +241,8 @@ export class Tools {
   /** Fill what the active class encloses on this slice. */
   fillHoles() {
     const { open, active } = this.state;
-    const map = open?.labels.get(open.slice);
-    if (!map || !this.mayChange() || !this.canPaint()) return;
-    const found = holes(map, open.case.shape[2], active);
+    if (!open || !this.mayChange() || !this.isHere() || !this.canPaint()) return;
+    const found = holes(open.labels.get(open.slice), open.case.shape[2], active);
     if (found.length) this.atOnce(active, (stroke) => stroke.set(open.slice, found));
     this.page.say(found.length ? `${found.length} pixels of holes filled.` : "There are no holes on this slice.");
   }
@@ -249,11 +268,18 @@ export class Tools {
     this.state.tell("label");
   }
 
+  /** @param {number} size of brush and eraser. */
+  setSize(size) {
+    this.state.set({ size: Math.max(1, Math.min(LARGEST_BRUSH, size)) });
+    // A ball of another size reaches other slices.
+    if (this.state.open) this.page.goTo(this.state.open.slice);
+  }
+
   /** @param {number} by factor. */
   resize(by) {
     const { size } = this.state;
     const next = Math.max(1, Math.min(LARGEST_BRUSH, Math.round(size * by)));
-    this.state.set({ size: next === size ? Math.max(1, Math.min(LARGEST_BRUSH, size + Math.sign(by - 1))) : next });
+    this.setSize(next === size ? size + Math.sign(by - 1) : next);
   }
 
   /** Across: width, down: level, as in other viewers. */
