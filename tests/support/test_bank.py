@@ -1,5 +1,7 @@
 """The support bank: the same with and without a folder, in line with its cases, and at no cost of its size."""
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from sam2sgp.support import SupportBank, SupportSampler, tensor_store
 from tests.helpers import pairs
 from tests.helpers.pairs import (
     COUNT,
+    NAMES,
     CountedPreprocessing,
     Counter,
     bank,
@@ -16,6 +19,7 @@ from tests.helpers.pairs import (
     files,
     fresh,
     network,
+    preprocessing,
     query,
     segment,
     spoil,
@@ -204,3 +208,25 @@ def test_the_version_counts_up_when_items_or_network_change_and_only_then(folder
     support.forget()
     versions.append(support.version)
     assert versions == sorted(set(versions))
+
+
+def test_one_piece_classes_are_told_by_each_group_and_by_patients_and_are_kept_in_the_folder(tmp_path):
+    """Of six volumes of two groups, class 1 is in two parts in one; class 2 is one piece wherever it is."""
+    cases = []
+    for number in range(6):
+        label = np.zeros((16, 16, 6), np.uint8)
+        label[2:8, 2:8, :3] = 1
+        label[10:14, 10:14, 1:5] = 2 * (number < 3)
+        label[2:8, 2:8, 5] = number == 5
+        case = {"name": f"v{number}", "patient": f"p{number}", "group": "ab"[number // 3]}
+        for kind, array in (("image", label.astype(np.float32)), ("label", label)):
+            case[kind] = str(tmp_path / f"{kind}{number}.nii")
+            nib.save(nib.Nifti1Image(array, np.eye(4)), case[kind])
+        cases.append(case)
+    settings = {"transform": preprocessing(), "class_names": NAMES, "progress": False, "cache_dir": tmp_path / "cache"}
+    for _ in ("made", "read from the folder"):
+        support = SupportBank(cases, **settings)
+        assert [support.one_piece(group=group) for group in ("a", "b", "c", None)] == [[1, 2], [], [2], [2]]
+        assert support.one_piece("p5") == [1, 2] and support.one_piece("p0", "a") == []
+    assert support.of_patients(["one"] * len(support)).one_piece() == []
+    assert support.subset([n for n, item in enumerate(support.items) if item.group == "a"]).one_piece() == [1, 2]
