@@ -170,6 +170,7 @@ def test_adaptation_is_told_in_a_sentence_and_dropped_with_a_new_pair(phantoms, 
     [
         (np.zeros((4, 5, 6, 7)), None, "found float64"),
         (np.zeros((4, 5), complex), None, "found complex128"),
+        (np.zeros((32, 40, 1)), None, "leave out the last axis"),
         (np.zeros((32, 40, 3)), None, "expected colours as bytes"),
         (np.zeros((32, 40, 4), np.uint8), None, "expected colours as bytes"),
         (np.zeros((4, 5, 6)), (1.0, 1.0), "expected 3 sizes above 0"),

@@ -81,6 +81,8 @@ def _of_array(
             f"{name}: expected colours as bytes of shape (H, W, 3), found {array.dtype} {array.shape}; bring them to "
             "0 to 255, convert to uint8 and leave out a fourth channel."
         )
+    if dimensions == 3 and array.shape[-1] == 1 and min(array.shape[:2]) >= LEAST_ROWS:
+        raise DataError(f"{name}: expected a 2D image of shape (H, W), found {array.shape}; leave out the last axis.")
     if dimensions not in (2, 3) or not array.size or array.dtype.kind not in "iuf":
         raise DataError(
             f"{name}: expected numbers of shape (H, W), (Z, H, W) or, bytes in colour, (H, W, 3), found "

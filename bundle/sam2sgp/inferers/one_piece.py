@@ -13,7 +13,7 @@ from torch import Tensor
 from sam2sgp.transforms.parts import boxes_of, largest_part
 
 # Share of what was found of a class from which on it is said that it was left out.
-TOLD = 0.2
+TOLD = 0.05
 
 
 def keep_main_parts(
