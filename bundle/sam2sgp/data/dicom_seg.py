@@ -93,7 +93,7 @@ def write_dicom_seg(
         if is_dicom_seg(path):
             path.unlink()
         return False
-    numbers = np.zeros(values[-1] + 1, dtype=np.uint16)
+    numbers = np.zeros(values[-1] + 1, dtype=np.min_scalar_type(len(values)))
     numbers[values] = np.arange(1, len(values) + 1)
     # A file's grid is (column, row, slice), with slices in the order of its headers.
     segments = numbers[native.transpose(2, 1, 0)]
@@ -236,7 +236,7 @@ def _segment_numbers(
             for image in derivation.SourceImageSequence:
                 frame = int(image.ReferencedFrameNumber) if is_enhanced else 0
                 places[number].add(place_of[str(image.ReferencedSOPInstanceUID), frame])
-    numbers = np.zeros((len(slices), header.Rows, header.Columns), np.uint16)
+    numbers = np.zeros((len(slices), header.Rows, header.Columns), np.min_scalar_type(max(places, default=0)))
     for number, found in places.items():
         wanted = {"segment_numbers": [number], "assert_missing_frames_are_empty": True}
         its = sorted(found)
