@@ -117,6 +117,17 @@ def test_slices_are_compared_within_their_volume_and_images_with_all():
     assert found.absent(one, most).flatten().tolist() == [False, True, True]
 
 
+def test_the_ends_of_an_object_may_look_like_what_lies_beyond():
+    """Of a volume's six slices with the class the two at its ends have a few pixels, and less evidence than beyond."""
+    evidence = torch.tensor([0.1, 0.1, 0.7, 1.0, 0.9, 0.8, 0.3, 0.3, 0.3, 0.3, 0.3])
+    size = torch.tensor([2, 2, 40, 50, 50, 40, 0, 0, 0, 0, 0])
+    pixels = torch.full((11,), 30)
+    assert gate_threshold(evidence, size, pixels) == -torch.inf
+    assert gate_threshold(evidence, size, pixels, by_pixel=True) == pytest.approx((0.3 + 0.7) / 2)
+    found = learn(evidence[:, None], size[:, None], pixels[:, None], torch.zeros(11, dtype=torch.long))
+    assert found.alone.item() == -torch.inf and found.in_volume.item() == pytest.approx(0.5)
+
+
 def test_what_is_learned_follows_the_support_set():
     support = bank(3, 12, range(3, 7))
     inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2)))

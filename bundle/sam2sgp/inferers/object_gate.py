@@ -30,7 +30,7 @@ ABSENT_LOGIT = -10.0
 MAX_JUDGED = 64
 MIN_ABSENT = 5
 # Of pairs of an image with and one without the class, the share that evidence must order rightly (area under the ROC
-# curve).
+# curve); of slices of volumes, each with the class counts by its pixels of it.
 MIN_SEPARATION = 0.8
 # A pixel lost counts as much as this many found wrongly; the least gain, as a share of all pixels of the class.
 LOSS_WEIGHT = 3.0
@@ -125,11 +125,11 @@ def learn(evidence: Tensor, size: Tensor, found: Tensor, volume: Tensor) -> Thre
         pixels = torch.stack([size[:, column], found[:, column]])
         alone.append(CAUTION * gate_threshold(evidence[:, column], *pixels))
         with_class = of_volume[:, column] > 0
-        in_volume.append(gate_threshold(share[with_class, column], *pixels[:, with_class]))
+        in_volume.append(gate_threshold(share[with_class, column], *pixels[:, with_class], by_pixel=True))
     return Thresholds(torch.tensor(alone), torch.tensor(in_volume))
 
 
-def gate_threshold(evidence: Tensor, size: Tensor, found: Tensor) -> float:
+def gate_threshold(evidence: Tensor, size: Tensor, found: Tensor, by_pixel: bool = False) -> float:
     """The evidence up to which a class counts as absent; minus infinity where no threshold pays.
 
     It lies above those images of which those without the class have the most pixels found, less three times the size of
@@ -138,12 +138,15 @@ def gate_threshold(evidence: Tensor, size: Tensor, found: Tensor) -> float:
     Args:
         evidence: (n,) of n images, or their share of the most in their volume.
         size, found: (n,), see `learn`.
+        by_pixel: whether evidence tells the two kinds apart is counted by the pixels of the class, as what it costs to
+            cut is. An object's ends, with few of its pixels, look much like what lies beyond; it is not lost with them.
     """
     absent = size == 0
     if int(absent.sum()) < MIN_ABSENT or bool(absent.all()):
         return -torch.inf
-    higher = evidence[~absent][:, None] > evidence[absent]
-    if higher.float().mean() < MIN_SEPARATION:
+    higher = (evidence[~absent][:, None] > evidence[absent]).float().mean(1)
+    weight = size[~absent].float() if by_pixel else torch.ones_like(higher)
+    if (weight * higher).sum() < MIN_SEPARATION * weight.sum():
         return -torch.inf
     order = evidence.argsort()
     gain = (found * absent - LOSS_WEIGHT * size)[order].cumsum(0)
