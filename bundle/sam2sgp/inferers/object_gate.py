@@ -122,10 +122,9 @@ def learn(evidence: Tensor, size: Tensor, found: Tensor, volume: Tensor) -> Thre
     share = evidence / most.clamp(min=torch.finfo(evidence.dtype).tiny)
     alone, in_volume = [], []
     for column in range(evidence.shape[1]):
-        pixels = torch.stack([size[:, column], found[:, column]])
-        alone.append(CAUTION * gate_threshold(evidence[:, column], *pixels))
-        with_class = of_volume[:, column] > 0
-        in_volume.append(gate_threshold(share[with_class, column], *pixels[:, with_class], by_pixel=True))
+        alone.append(CAUTION * gate_threshold(evidence[:, column], size[:, column], found[:, column]))
+        held = of_volume[:, column] > 0
+        in_volume.append(gate_threshold(share[held, column], size[held, column], found[held, column], by_pixel=True))
     return Thresholds(torch.tensor(alone), torch.tensor(in_volume))
 
 
