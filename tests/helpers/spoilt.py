@@ -15,6 +15,6 @@ def save_spoilt_weights(path: Path) -> Path:
     network = SAM2SGP("lite", 64)
     load_weights(network, EMBEDDED)
     for parameter in network.refinement.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
+        parameter.data += 0.5 * torch.randn_like(parameter)
     save_weights(network, path)
     return path
