@@ -130,7 +130,7 @@ def test_one_patient_is_not_enough(folder, tmp_path):
     transform = Compose([LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=SIZE)])
     data = [{**case, "patient": "same"} for case in load_datalist(folder)]
     with pytest.raises(DataError, match="two patients"):
-        EpisodeDataset(data, transform, str(tmp_path / "cache"), progress=False)
+        EpisodeDataset(data, transform, str(tmp_path / "cache"), 1, progress=False)
 
 
 def test_every_epoch_has_episodes_of_its_own_whoever_asks(folder, tmp_path):

@@ -139,6 +139,7 @@ def test_superpixel_episodes_show_any_image_of_a_set_with_or_without_the_target(
         data=data,
         transform=prepare,
         cache_dir=str(tmp_path / "c"),
+        episodes=96,
         group_size=2,
         empty_fraction=0.0,
         progress=False,

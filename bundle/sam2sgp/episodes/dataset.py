@@ -75,7 +75,7 @@ class EpisodeDataset(Dataset):
         data: list[dict],
         transform: Callable,
         cache_dir: str,
-        episodes: int = 96,
+        episodes: int,
         group_size: int = 6,
         task_augmentation: Compose | None = None,
         augmentation: Compose | None = None,
