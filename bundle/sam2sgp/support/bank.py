@@ -40,7 +40,7 @@ NEAREST_ITEMS = 8
 # A class is one piece where at least so many patients' volumes hold it, each with so much of it in its largest part:
 # specks of a label that was drawn slice by slice don't count.
 PIECE_PATIENTS = 3
-MAIN_SHARE = 0.9
+MAIN_SHARE = 0.95
 
 
 @dataclass
