@@ -43,14 +43,14 @@ def volume(number: int, slices: int = 8) -> dict:
 
 
 def case(name: str, image: Tensor, label: Tensor, patient: str) -> dict:
-    """A prepared case of slices (Z, 1, H, W) and class maps (Z, H, W) of the network's size."""
+    """A prepared case of slices (Z, C, S, S) and class maps (Z, S, S) of the network's size."""
     return {
         "name": name,
         "image": image,
         "image_full": image,
         "label": label,
         "label_full": label,
-        "letterbox": Letterbox.of((SIZE, SIZE), SIZE),
+        "letterbox": Letterbox.of(tuple(label.shape[1:]), label.shape[-1]),
         "geometry": SimpleNamespace(spacing=None),
         "patient": patient,
         "group": "a",

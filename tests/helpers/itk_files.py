@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK
 
 from sam2sgp.data.io.itk import raw_header
+from sam2sgp.errors import FormatError
 
 RNG = np.random.default_rng(0)
 
@@ -54,6 +56,14 @@ def written(folder: Path, header: str, name: str | None = None, data: bytes | No
     data = VOXELS.tobytes() if data is None else data
     path.write_bytes(header.encode() + b"\n" * is_nrrd + data)
     return path
+
+
+def is_refused_in_one_sentence(path: Path) -> None:
+    """Its header is refused, with its voxels in a file beside it, too."""
+    (path.parent / "beside.raw").write_bytes(VOXELS.tobytes())
+    with pytest.raises(FormatError) as caught:
+        raw_header(path)
+    assert "expected" in str(caught.value) and len(str(caught.value)) < 500 and str(caught.value).isprintable()
 
 
 def same_as_simpleitk(path: Path) -> None:

@@ -1,7 +1,6 @@
 """Classes that are one piece: what is found apart from the largest part of a volume is left out."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from sam2sgp.inferers import CaseSegmenter, InferenceSettings, SupportSetInferer
 from sam2sgp.inferers.one_piece import keep_main_parts, sentence
 from sam2sgp.networks import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support import SupportBank, SupportSampler
-from sam2sgp.transforms.array import Letterbox
+from tests.helpers.banks import case
 from tests.helpers.stubs import SIZE, StubNetwork
 
 
@@ -28,17 +27,7 @@ class Bright(StubNetwork):
 def volume(name: str, label: Tensor) -> dict:
     """A prepared case (Z, S, S) that is bright where it is labelled."""
     image = (label > 0).float()[:, None].expand(-1, 3, -1, -1).contiguous()
-    return {
-        "name": name,
-        "patient": name,
-        "group": "a",
-        "image": image,
-        "image_full": image,
-        "label": label,
-        "label_full": label,
-        "letterbox": Letterbox.of((SIZE, SIZE), SIZE),
-        "geometry": SimpleNamespace(spacing=None),
-    }
+    return case(name, image, label, name)
 
 
 def blocks(*places: tuple[slice, slice]) -> Tensor:
@@ -65,9 +54,9 @@ def segmenter(labels: list[Tensor], **settings) -> CaseSegmenter:
 
 
 def query(label: Tensor) -> dict:
-    case = volume("query", label)
-    del case["label"]
-    return case
+    made = volume("query", label)
+    del made["label"]
+    return made
 
 
 def test_only_the_largest_part_is_kept_where_every_labelled_volume_is_one_piece():
@@ -89,8 +78,8 @@ def test_all_is_kept_where_a_labelled_volume_has_more_parts_or_there_are_few(lab
 
 def test_a_labelled_volume_does_not_tell_of_itself():
     own = segmenter([ONE] * 3)
-    case = query(TWO) | {"patient": "p0"}
-    assert torch.equal(own.segment(case).pred.long(), TWO)
+    of_labelled = query(TWO) | {"patient": "p0"}
+    assert torch.equal(own.segment(of_labelled).pred.long(), TWO)
 
 
 def test_single_images_are_left_as_they_are():

@@ -19,7 +19,8 @@ from PIL import Image
 from sam2sgp.data.io import Geometry
 from sam2sgp.errors import DataError
 
-# From so many rows and slices on, an array whose last axis has 3 or 4 entries is meant as colours, not as a volume.
+# From so many rows and columns on, an array whose last axis has 1, 3 or 4 entries is meant as a 2D image, not as a
+# volume.
 LEAST_ROWS = 16
 KINDS = "a path, a NumPy array, a torch tensor, or an image of nibabel, SimpleITK or ITK"
 

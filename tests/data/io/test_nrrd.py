@@ -2,9 +2,7 @@
 
 import pytest
 
-from sam2sgp.data.io.itk import raw_header
-from sam2sgp.errors import FormatError
-from tests.helpers.itk_files import NRRD, NRRD_REFUSED, VOXELS, same_as_simpleitk, written
+from tests.helpers.itk_files import NRRD, NRRD_REFUSED, is_refused_in_one_sentence, same_as_simpleitk, written
 
 VARIANTS = {
     "big-endian": NRRD,
@@ -31,7 +29,4 @@ def test_values_and_places_are_those_of_simpleitk(tmp_path, name):
 
 @pytest.mark.parametrize("name", NRRD_REFUSED)
 def test_a_header_that_leaves_a_doubt_is_refused_in_one_sentence(tmp_path, name):
-    (tmp_path / "beside.raw").write_bytes(VOXELS.tobytes())
-    with pytest.raises(FormatError) as caught:
-        raw_header(written(tmp_path, NRRD_REFUSED[name], "a.nrrd"))
-    assert "expected" in str(caught.value) and len(str(caught.value)) < 500 and str(caught.value).isprintable()
+    is_refused_in_one_sentence(written(tmp_path, NRRD_REFUSED[name], "a.nrrd"))
