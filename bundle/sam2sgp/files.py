@@ -13,6 +13,9 @@ from tempfile import TemporaryDirectory
 PART_FOLDER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}")
 # File systems allow a name 255 bytes; with what is added to it, a longer one than this stands for itself by its hash.
 LONGEST_NAME = 255 - 10
+# Nanoseconds: what is changed again within the resolution of its time stamp, on the coarsest file systems, looks
+# unchanged.
+TRUSTED_AGE = 2 * 10**9
 
 
 def sha256_of(path: str | Path) -> str:

@@ -14,13 +14,12 @@ import torch
 
 from sam2sgp.data.io import data_files
 from sam2sgp.errors import DataError
+from sam2sgp.files import TRUSTED_AGE
 from sam2sgp.networks import SAM2SGP, lora_layers
 from sam2sgp.support.tensor_store import TensorStore, checksum
 from sam2sgp.transforms.cache_keys import transform_fingerprint
 from sam2sgp.transforms.scaling import scaling_hint
 
-# A file changed again within the resolution of its time stamp looks unchanged: 2 s on the coarsest file systems.
-TRUSTED_AGE = 2 * 10**9
 ATTEMPTS = 3
 KIND = "file"
 

@@ -26,7 +26,7 @@ from lib.stores.naming import declared
 from lib.stores.records import time_of
 from sam2sgp.data import class_names, load_datalist, skipped_in
 from sam2sgp.errors import DataError
-from sam2sgp.support.content import TRUSTED_AGE
+from sam2sgp.files import TRUSTED_AGE
 
 logger = logging.getLogger(__name__)
 

@@ -58,11 +58,12 @@ from lib.stores.records import ImageRecord, LabelRecord, checked
 from sam2sgp.data.classes import class_names
 from sam2sgp.data.io import SUFFIXES, read_image
 from sam2sgp.data.tree import DESCRIPTIONS
-from sam2sgp.files import replacing
+from sam2sgp.files import TRUSTED_AGE, replacing
 
 # A folder changed less than this many seconds ago may change again without a new time: it is read again. File systems
-# that keep whole seconds, as those of USB disks do, may keep only every other one.
-CLOCK, COARSE_CLOCK = 0.1, 2.0
+# that keep whole seconds, as those of USB disks do, may keep only every other one:
+# there `TRUSTED_AGE` counts.
+CLOCK = 0.1
 # Sentences about bad entries of the index that `status` tells.
 PROBLEMS_TOLD = 20
 
@@ -624,7 +625,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
 
 def _is_settled(time_ns: int, now: float) -> bool:
     """Whether a folder that was changed at this time will have another one when it changes again."""
-    clock = CLOCK if time_ns % 10**9 else COARSE_CLOCK
+    clock = CLOCK if time_ns % 10**9 else TRUSTED_AGE / 1e9
     return time_ns < (now - clock) * 1e9
 
 
