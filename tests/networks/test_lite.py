@@ -1,10 +1,12 @@
 """The lite backbone: its trunk is timm's EfficientNet-Lite0, and all that works with Hiera works with it."""
 
+import sys
 from copy import deepcopy
 
 import pytest
 import timm
 import torch
+from timm.layers import Conv2dSame
 from torch import nn
 
 from sam2sgp.errors import ConfigError, WeightsError
@@ -53,6 +55,25 @@ def test_levels_have_the_strides_and_widths_that_are_told():
     ]
     assert all(torch.equal(found, level) for found, level in zip(levels, pyramid[1:], strict=True))
     assert trunk.channel_list == [level.shape[1] for level in reversed(levels)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("side", "copied"), [(SIZE, False), (SIZE - 1, True)])
+def test_a_stride_of_two_needs_no_padded_copy_of_an_even_image(side, copied, monkeypatch):
+    trunk = LiteTrunk()
+    plain = deepcopy(trunk)
+    strided = [layer for layer in plain.modules() if isinstance(layer, Conv2dSame)]
+    assert len(strided) == 5
+    for layer in strided:
+        layer.__class__ = Conv2dSame
+    expected = plain(images(size=side))
+    padded = []
+    module = sys.modules[Conv2dSame.__module__]
+    pad_same = module.pad_same
+    monkeypatch.setattr(module, "pad_same", lambda x, *args: padded.append(x) or pad_same(x, *args))
+    for found, level in zip(trunk(images(size=side)), expected, strict=True):
+        torch.testing.assert_close(found, level, rtol=1e-5, atol=1e-5)
+    assert bool(padded) == copied
 
 
 @torch.inference_mode()
