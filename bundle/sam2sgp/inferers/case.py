@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam2sgp.data.classes import check_label_values
+from sam2sgp.data.classes import check_label_values, renumbered, values_in
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
 from sam2sgp.inferers.one_piece import keep_main_parts, sentence
 from sam2sgp.inferers.support_set import Chunk, Step, SupportSetInferer
@@ -153,7 +153,7 @@ class CaseSegmenter:
         told = (sentence(bank.class_names[value], share) for value, share in shares.items())
         result.warnings = [*case.get("warnings", ()), *filter(None, told)]
         if truth is not None:
-            check_label_values(case["source"], torch.unique(truth).tolist(), bank.class_names)
+            check_label_values(case["source"], values_in(truth.numpy()), bank.class_names)
             result.pred_index = _indices(result.pred, bank.class_values)
             result.truth_index = _indices(truth, bank.class_values)
         result.seconds = time.perf_counter() - started
@@ -247,6 +247,7 @@ class _Collected:
 
 
 def _indices(values: Tensor, class_values: list[int]) -> Tensor:
-    """Class values -> class indices 0..C, uint8."""
-    known = torch.tensor([0, *class_values])
-    return torch.searchsorted(known, values.to(known.dtype).contiguous()).to(torch.uint8)
+    """Class values (Z, H, W), on the CPU -> class indices 0..C, uint8."""
+    table = np.zeros(max(class_values, default=0) + 1, np.uint8)
+    table[class_values] = np.arange(1, len(class_values) + 1)
+    return torch.from_numpy(renumbered(values.numpy(), table))
