@@ -189,6 +189,6 @@ def test_of_many_classes_the_views_that_show_most_of_each_come_first(monkeypatch
     jobs += [second_pass._Job(0, 0, Region.around(masks[0], SIZE), masks)]
     jobs += [second_pass._Job(0, 2, tile, masks) for tile in tiles]
     chosen = second_pass._most_useful(jobs, masks)
-    assert [(job.column, job.region) for job in chosen[:2]] == [(1, tiles[0]), (0, jobs[9].region)]
+    assert [(job.class_index, job.region) for job in chosen[:2]] == [(1, tiles[0]), (0, jobs[9].region)]
     # The next ones of the second class, and none of the one that isn't there.
-    assert len(chosen) == 4 and {job.column for job in chosen[2:]} == {1}
+    assert len(chosen) == 4 and {job.class_index for job in chosen[2:]} == {1}

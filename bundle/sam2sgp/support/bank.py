@@ -217,15 +217,15 @@ class SupportBank:
         self.items, self.class_names = items, class_names
         self.encodings.set_items(items, class_names)
         self.class_values = self.encodings.class_values
-        columns = {value: column for column, value in enumerate(self.class_values)}
-        self.holds = torch.zeros(len(items), len(columns), dtype=torch.bool)
+        index_of = {value: class_index for class_index, value in enumerate(self.class_values)}
+        self.holds = torch.zeros(len(items), len(index_of), dtype=torch.bool)
         # Items that have regions, and tiles, by class.
-        counts = np.zeros((len(CROPS), len(columns)), dtype=int)
+        counts = np.zeros((len(CROPS), len(index_of)), dtype=int)
         for number, item in enumerate(items):
-            self.holds[number, [columns[value] for value in item.info.holds]] = True
+            self.holds[number, [index_of[value] for value in item.info.holds]] = True
             for kind, values in enumerate((item.info.regions, item.info.tiles)):
                 # A class may be so small that it is only seen at the image's own size.
-                counts[kind, [columns[value] for value in values if value in columns]] += 1
+                counts[kind, [index_of[value] for value in values if value in index_of]] += 1
         self._thin = (2 * counts[1] > counts[0]).tolist()
         self._targets = fingerprint(items).targets
         self.patients, self._patient_of = _numbered([item.patient for item in items])
@@ -340,9 +340,9 @@ class SupportBank:
         eligible = (self.holds & allowed[:, None]).to(similarity.device)
         likely = self._likely(similarity, allowed.to(similarity.device), eligible)
         return [
-            Retrieved(value, *sampler(similarity, eligible[:, column]), likely[:, column])
-            for column, value in enumerate(self.class_values)
-            if eligible[:, column].any()
+            Retrieved(value, *sampler(similarity, eligible[:, class_index]), likely[:, class_index])
+            for class_index, value in enumerate(self.class_values)
+            if eligible[:, class_index].any()
         ]
 
     @staticmethod
@@ -358,7 +358,7 @@ class SupportBank:
         similarity = similarity.masked_fill(~allowed, -torch.inf)
         nearest = similarity.topk(min(NEAREST_ITEMS, similarity.shape[1]), 1).indices
         likely = eligible[nearest].any(1)
-        best = [similarity.masked_fill(~column, -torch.inf).amax(1) for column in eligible.unbind(1)]
+        best = [similarity.masked_fill(~held, -torch.inf).amax(1) for held in eligible.unbind(1)]
         return likely.scatter(1, torch.stack(best, 1).topk(FEW_CLASSES, 1).indices, True)
 
     def _allowed(self, patient: str | None, group: str | None) -> Tensor:
@@ -392,7 +392,7 @@ class SupportBank:
         network: SAM2SGP,
         features: ImageFeatures,
         sampler: SupportSampler,
-        column: int,
+        class_index: int,
         patient: str | None = None,
         group: str | None = None,
     ) -> SupportMemory | None:
@@ -401,7 +401,7 @@ class SupportBank:
         The regions of a class are encoded at their first use.
 
         Args:
-            column: number of the class in `class_values`.
+            class_index: number of the class in `class_values`.
             patient, group: as for `retrieve`.
 
         Returns:
@@ -409,8 +409,8 @@ class SupportBank:
         """
         if self.encodings.network is None:
             self.encodings.adopt(network, features.embedding.device)
-        value = self.class_values[column]
-        name = f"{CROPS[self.is_thin(column)]}.{value}"
+        value = self.class_values[class_index]
+        name = f"{CROPS[self.is_thin(class_index)]}.{value}"
         pool = self.encodings.pool(name)
         eligible = self._allowed(patient, group)[pool.owner].to(pool.embedding.device)
         if not eligible.any():
@@ -418,18 +418,18 @@ class SupportBank:
         index, _ = sampler(network.retrieval_embedding(features) @ pool.embedding.T, eligible)
         return self.encodings.gather(name, index[:, None], [value])
 
-    def is_thin(self, column: int) -> bool:
+    def is_thin(self, class_index: int) -> bool:
         """Whether a class is thin in most of its items, so that tiles of the image show it better than one region."""
-        return self._thin[column]
+        return self._thin[class_index]
 
-    def tile_share(self, column: int, size: int) -> float | None:
+    def tile_share(self, class_index: int, size: int) -> float | None:
         """Side of the tiles that a class is to be seen in at the network's size S, see `fingerprint.tile_share`.
 
         None: it is not thin in most of its items.
         """
-        if not self.is_thin(column):
+        if not self.is_thin(class_index):
             return None
-        return tile_share(self._targets[self.class_values[column]].thickness_share, size) or LARGEST_TILE
+        return tile_share(self._targets[self.class_values[class_index]].thickness_share, size) or LARGEST_TILE
 
 
 def shared_support_bank(data: list[dict], cache_dir: str | Path | None = None, **settings) -> SupportBank:
