@@ -54,10 +54,10 @@ class EpisodeDataset(Dataset):
         task_augmentation: dictionary transform of `image` (3, S, S) and `label` (1, S, S), applied with the same
             random numbers to all images of an episode.
         augmentation: likewise, but drawn for each image.
+        clip_probability: share of episodes whose images are clips, where volumes are long enough.
         empty_fraction: share of images drawn from slices without the target, where there are such.
         invert_probability: share of episodes whose target is everything but the class.
         union_probability: share of episodes whose target is the union of two classes, where there are two.
-        clip_probability: share of episodes whose images are clips, where volumes are long enough.
         clip_length: slices L of a clip, at least 2; an episode holds G // L clips, and single slices for the rest.
         clip_stride: distance between two slices of a clip.
         augmentation_variants: every slice comes in only so many forms, each drawn once for all epochs; None: in a new
@@ -79,10 +79,11 @@ class EpisodeDataset(Dataset):
         group_size: int = 6,
         task_augmentation: Compose | None = None,
         augmentation: Compose | None = None,
+        *,
+        clip_probability: float,
         empty_fraction: float = 0.3,
         invert_probability: float = 0.1,
         union_probability: float = 0.1,
-        clip_probability: float = 0.0,
         clip_length: int = 3,
         clip_stride: int = 1,
         augmentation_variants: int | None = None,
