@@ -12,7 +12,6 @@ none of them may be called while a query that has retrieved is still being segme
 a cache folder; each has a bank of its own and encodes what it does not find there.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -228,6 +227,7 @@ class SupportBank:
                 counts[kind, [index_of[value] for value in values if value in index_of]] += 1
         self._thin = (2 * counts[1] > counts[0]).tolist()
         self._targets = fingerprint(items).targets
+        self._volumes, self._main_shares = _pieces(items, self.class_values)
         self.patients, self._patient_of = _numbered([item.patient for item in items])
         self.groups, self._group_of = _numbered([item.group for item in items])
 
@@ -373,14 +373,12 @@ class SupportBank:
         Args:
             patient, group: as for `retrieve`.
         """
-        shares: dict[int, list[float]] = defaultdict(list)
-        patients: dict[int, set[str]] = defaultdict(set)
-        for number in torch.nonzero(self._allowed(patient, group))[:, 0].tolist():
-            item = self.items[number]
-            for value, share in item.main_shares.items():
-                shares[value].append(share)
-                patients[value].add(item.patient)
-        return [v for v in sorted(shares) if len(patients[v]) >= PIECE_PATIENTS and min(shares[v]) >= MAIN_SHARE]
+        allowed = self._allowed(patient, group)[self._volumes]
+        shares, owner = self._main_shares[allowed], self._patient_of[self._volumes[allowed]]
+        held = ~shares.isnan()
+        volumes = torch.zeros(len(self.patients), held.shape[1]).index_add_(0, owner, held.float())
+        is_one = ((volumes > 0).sum(0) >= PIECE_PATIENTS) & ((shares >= MAIN_SHARE) | ~held).all(0)
+        return [value for value, one in zip(self.class_values, is_one.tolist(), strict=True) if one]
 
     def select(self, retrieved: list[Retrieved]) -> SupportMemory:
         """Memory with leading dimensions (B, C, K) of classes that share one K."""
@@ -458,6 +456,21 @@ def _without(items: list[tuple[str, str]], others: list[tuple[str, str]]) -> lis
 def _table(items: list[SupportItem]) -> list[tuple[str, str, str, str]]:
     """What retrieval knows of items, next to their encodings."""
     return [(item.id, item.content, item.patient, item.group) for item in items]
+
+
+def _pieces(items: Sequence[SupportItem], class_values: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of V labelled volumes the number (V,) of the first item, and the `main_shares` (V, C), NaN for classes not held.
+
+    Items of one volume are of one case.
+    """
+    first: dict[int, int] = {}
+    for number, item in enumerate(items):
+        if item.main_shares:
+            first.setdefault(id(item.case), number)
+    numbers = list(first.values())
+    shares = [[items[number].main_shares.get(value, torch.nan) for value in class_values] for number in numbers]
+    table = torch.tensor(shares, dtype=torch.float64).reshape(len(numbers), len(class_values))
+    return torch.tensor(numbers, dtype=torch.long), table
 
 
 def _numbered(names: Sequence[str | None]) -> tuple[dict[str | None, int], Tensor]:
