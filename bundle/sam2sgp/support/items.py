@@ -285,7 +285,7 @@ def _crops(case: dict, index: int, measures: ImageMeasures) -> dict[str, dict[in
         mask = label == value
         whole = Region.around(mask, size, pixel, below=torch.inf)
         crops = {} if whole is None else {"regions": [whole]}
-        share = tile_share(target.thickness / max(label.shape), size)
+        share = tile_share(target.thickness / max(label.shape), target.count, target.part_share, size)
         if share is not None:
             tiles = Region.tiles(tuple(label.shape), size, share, pixel)
             tiles.sort(key=lambda tile: -int(mask[tile.place].sum()))
