@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sam2sgp.support.fingerprint import ImageMeasures, fingerprint, tile_share
+from sam2sgp.support.fingerprint import SMALLEST_TILE, SOME_PARTS, ImageMeasures, fingerprint, tile_share
 
 
 def item(label, patient="a", is_slice=False):
@@ -63,9 +63,8 @@ def test_measures_survive_json_and_an_empty_label():
 
 def test_small_and_many_parts_are_seen_in_tiles_and_one_large_object_is_not():
     assert tile_share(0.1, 2, 0.05, 256) is None
-    assert tile_share(0.1, 3, 0.12, 256) == pytest.approx(0.48)
-    # As small as nuclei: the tiles that a query has time for. As large as lungs: no tiles.
-    assert tile_share(0.1, 20, 0.02, 256) == tile_share(0.001, 1, 0.5, 256) == 0.38
+    assert tile_share(0.1, 3, 0.05, 256) == tile_share(0.1, 2, 0.05, 256, many=SOME_PARTS) == SMALLEST_TILE
+    # As large as lungs.
     assert tile_share(0.1, 20, 0.3, 256) is None
-    # Thin and of many parts: what either of them asks for.
-    assert tile_share(0.02, 20, 0.1, 256) == 0.4
+    # Of thin parts their thickness decides.
+    assert tile_share(0.02, 1, 0.1, 256) == tile_share(0.02, 20, 0.1, 256) > SMALLEST_TILE

@@ -22,9 +22,9 @@ SPECK, SPECK_SHARE = 4, 0.1
 # Thickness at the network's size, in pixels and as a share of the network's side, below which a target is seen in
 # tiles: one and a half places of the finest grid that masks are predicted on.
 THIN, THIN_SHARE = 6.0, 3 / 128
-# A target of at least so many parts per image is seen in tiles even where it isn't thin, if so many of them fit in a
-# row of a tile: nuclei or teeth are seen with their neighbours.
-MANY_PARTS, PARTS_ACROSS = 3, 4.0
+# A target of at least so many parts per image, none larger than this share of the image's side, is seen in tiles even
+# where it isn't thin: nuclei, teeth. Of such a target also images with fewer parts serve as support.
+MANY_PARTS, SOME_PARTS, SMALL_PART = 3, 2, 0.15
 # Side of a tile as a share of the image's longer one. The least bounds the time: nine tiles of a square image.
 LARGEST_TILE, SMALLEST_TILE = 0.6, 0.38
 
@@ -125,28 +125,28 @@ class SupportFingerprint:
     targets: dict[int, TargetFingerprint]
 
 
-def tile_share(thickness_share: float, count: float, part_share: float, size: int) -> float | None:
+def tile_share(
+    thickness_share: float, count: float, part_share: float, size: int, many: float = MANY_PARTS
+) -> float | None:
     """Side of the tiles that show a target large enough, as a share of the image's longer side; None: no tiles needed.
 
     Args:
         thickness_share: thickness of the target over the image's longer side.
         count, part_share: see `TargetMeasures`.
         size: side S of the network's input.
+        many: number of small parts from which tiles are needed.
 
     Example:
         >>> thick, thin, thinner = (tile_share(share, 1, 0.1, 256) for share in (0.1, 0.01, 0.001))
         >>> thick, round(thin, 3), thinner
         (None, 0.427, 0.38)
         >>> tile_share(0.1, 20, 0.1, 256), tile_share(0.1, 20, 0.3, 256)
-        (0.4, None)
+        (0.38, None)
     """
     enough = min(THIN, THIN_SHARE * size)
-    shares = []
     if thickness_share * size < enough:
-        shares.append(min(LARGEST_TILE, thickness_share * size / enough))
-    if count >= MANY_PARTS and PARTS_ACROSS * part_share <= LARGEST_TILE:
-        shares.append(PARTS_ACROSS * part_share)
-    return max(SMALLEST_TILE, min(shares)) if shares else None
+        return min(LARGEST_TILE, max(SMALLEST_TILE, thickness_share * size / enough))
+    return SMALLEST_TILE if count >= many and part_share <= SMALL_PART else None
 
 
 def fingerprint(items: Iterable) -> SupportFingerprint:
