@@ -26,7 +26,7 @@ from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
 from sam2sgp.support.catalogue import Catalogue
 from sam2sgp.support.encodings import WHOLE, Encodings
-from sam2sgp.support.fingerprint import LARGEST_TILE, fingerprint, tile_share
+from sam2sgp.support.fingerprint import fingerprint, tile_share
 from sam2sgp.support.items import CROPS, SupportItem
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.tensor_store import TensorStore
@@ -225,7 +225,7 @@ class SupportBank:
             for kind, values in enumerate((item.info.regions, item.info.tiles)):
                 # A class may be so small that it is only seen at the image's own size.
                 counts[kind, [index_of[value] for value in values if value in index_of]] += 1
-        self._thin = (2 * counts[1] > counts[0]).tolist()
+        self._have_tiles = (2 * counts[1] > counts[0]).tolist()
         self._targets = fingerprint(items).targets
         self._volumes, self._main_shares = _pieces(items, self.class_values)
         self.patients, self._patient_of = _numbered([item.patient for item in items])
@@ -408,7 +408,7 @@ class SupportBank:
         if self.encodings.network is None:
             self.encodings.adopt(network, features.embedding.device)
         value = self.class_values[class_index]
-        name = f"{CROPS[self.is_thin(class_index)]}.{value}"
+        name = f"{CROPS[self.tile_share(class_index, network.image_size) is not None]}.{value}"
         pool = self.encodings.pool(name)
         eligible = self._allowed(patient, group)[pool.owner].to(pool.embedding.device)
         if not eligible.any():
@@ -416,18 +416,15 @@ class SupportBank:
         index, _ = sampler(network.retrieval_embedding(features) @ pool.embedding.T, eligible)
         return self.encodings.gather(name, index[:, None], [value])
 
-    def is_thin(self, class_index: int) -> bool:
-        """Whether a class is thin in most of its items, so that tiles of the image show it better than one region."""
-        return self._thin[class_index]
-
     def tile_share(self, class_index: int, size: int) -> float | None:
         """Side of the tiles that a class is to be seen in at the network's size S, see `fingerprint.tile_share`.
 
-        None: it is not thin in most of its items.
+        None: one region around it shows it better, or most of its items have no tiles.
         """
-        if not self.is_thin(class_index):
+        if not self._have_tiles[class_index]:
             return None
-        return tile_share(self._targets[self.class_values[class_index]].thickness_share, size) or LARGEST_TILE
+        target = self._targets[self.class_values[class_index]]
+        return tile_share(target.thickness_share, target.count, target.part_share, size)
 
 
 def shared_support_bank(data: list[dict], cache_dir: str | Path | None = None, **settings) -> SupportBank:
