@@ -126,7 +126,7 @@ def _averages_first(query: Tensor, memory: Tensor) -> bool:
     if torch.compiler.is_exporting():
         # Runtimes have no fused attention.
         return narrower
-    return narrower and query.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return narrower and query.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _average_first(attention: RoPEAttention, query: Tensor, key: Tensor, memory: Tensor) -> Tensor:
