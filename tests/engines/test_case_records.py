@@ -23,7 +23,6 @@ OTHER = {
     "pmg": {"prior": True, "regression": False},
     "refinement": False,
     "memory_pool": 2,
-    "runtime": "onnxruntime",
     "pma": {"box": False, "attention": True, "dense": False},
     "retrieval": "random",
     "k": 1,
