@@ -180,7 +180,7 @@ def test_thin_targets_are_seen_in_tiles_that_classes_share(monkeypatch):
     assert (result != first).all()
 
 
-@pytest.mark.parametrize(("parts", "side", "crops"), [(9, 24, 9), (2, 24, 1), (3, 70, 0)])
+@pytest.mark.parametrize(("parts", "side", "crops"), [(9, 24, 9), (2, 24, 1), (5, 24, 0), (9, 70, 0)])
 def test_many_small_parts_are_seen_in_tiles_and_few_or_large_ones_are_not(parts, side, crops, monkeypatch):
     cases = [picture(i) for i in range(3)]
     for case in cases:
