@@ -12,6 +12,7 @@ from sam2sgp.adaptation.corrector import Corrector, Trunk
 from sam2sgp.adaptation.groups import Groups
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.record import AdaptationRecord
+from sam2sgp.support import catalogue
 from tests.helpers.banks import SIZE, bank, phantom
 
 CASES = [phantom(number) for number in range(4)]
@@ -57,8 +58,8 @@ def test_a_folder_that_can_not_be_written_costs_one_warning(correctors, tmp_path
     assert "can't be kept" in warning.getMessage()
 
 
-@pytest.mark.parametrize("change", ["label", "image", "patient", "spacing", "weights", "seed"])
-def test_another_support_set_network_or_setting_is_another_adaptation(network, change):
+@pytest.mark.parametrize("change", ["label", "image", "patient", "spacing", "crops", "weights", "seed"])
+def test_another_support_set_network_or_setting_is_another_adaptation(network, change, monkeypatch):
     support, other, settings = bank(CASES), network, {"seed": 0}
     before = store.key_of(network, support, settings)
     if change == "label":
@@ -69,6 +70,11 @@ def test_another_support_set_network_or_setting_is_another_adaptation(network, c
         support.items[3].patient = "p0"
     elif change == "spacing":
         support.items[3].content = "the hash of the same pixels of another size"
+    elif change == "crops":
+        # By which small parts are seen, in the same pixels.
+        with monkeypatch.context() as other_code:
+            other_code.setattr(catalogue, "VERSION", catalogue.VERSION - 1)
+            support = bank(CASES)
     elif change == "weights":
         other = deepcopy(network)
         with torch.no_grad():

@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 def key_of(network: SAM2SGP, bank: SupportBank, settings: dict) -> str:
-    """SHA-256 over images, labels, patients and classes of the support set, the network's weights and the settings."""
+    """SHA-256 over images, labels, patients, classes and preprocessing of the support set, the network's weights and the
+    settings."""
     digest = hashlib.sha256()
 
     def add(name: str, tensor: Tensor) -> None:
@@ -38,7 +39,7 @@ def key_of(network: SAM2SGP, bank: SupportBank, settings: dict) -> str:
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy())
 
-    digest.update(json.dumps([settings, bank.class_values], sort_keys=True).encode())
+    digest.update(json.dumps([settings, bank.settings, bank.class_values], sort_keys=True).encode())
     for item in bank.items:
         # Spacing and the slices that are no items decide, too.
         digest.update(json.dumps([item.patient, item.group, item.content]).encode())
