@@ -77,3 +77,10 @@ def test_dice_of_a_case_is_of_all_its_slices_and_counts_a_class_where_map_or_lab
     logits[1, 1, 3:] = 1
     found = case_dice(logits, labels, [3, 5, 7])
     assert found[0] == pytest.approx(2 * 8 / (8 + 12)) and found[1] == 0 and torch.isnan(found[2])
+
+
+def test_dice_of_a_declared_class_beyond_a_byte_is_not_of_the_class_256_below():
+    labels = torch.full((1, 4, 4), 44, dtype=torch.uint8)
+    logits = torch.tensor([1.0, -1.0, -1.0])[None, :, None, None].expand(1, 3, 4, 4)
+    found = case_dice(logits, labels, [44, 256, 300])
+    assert found[0] == 1 and found[1:].isnan().all()

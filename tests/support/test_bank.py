@@ -9,6 +9,7 @@ from sam2sgp.errors import DataError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.support import SupportBank, SupportSampler, tensor_store
 from tests.helpers import pairs
+from tests.helpers.banks import phantom
 from tests.helpers.pairs import (
     COUNT,
     NAMES,
@@ -238,3 +239,10 @@ def test_one_piece_classes_are_told_by_each_group_and_by_patients_and_are_kept_i
         item.main_shares = own
     assert support.of_patients(["one"] * len(support)).one_piece() == []
     assert support.subset([n for n, item in enumerate(support.items) if item.group == "a"]).one_piece() == [1, 2]
+
+
+def test_a_declared_class_beyond_a_byte_is_not_the_class_256_below():
+    cases = [phantom(number) for number in range(2)]
+    support = SupportBank(cases, lambda case: case, {1: "disc", 256: "other", 257: "another"}, progress=False)
+    masks = support.masks(support.items)
+    assert masks[:, 0].any() and not masks[:, 1:].any()

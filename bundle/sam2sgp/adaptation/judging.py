@@ -57,6 +57,8 @@ def case_dice(logits: Tensor, labels: Tensor, values: Sequence[int]) -> Tensor:
         logits: (Z, C, H, W). labels: (Z, H, W) class values. values: of the C classes.
     """
     winner = label_map(logits)
+    # A byte equals a value 256 higher in PyTorch.
+    labels = labels.int()
     found = []
     for class_index, value in enumerate(values):
         predicted, truth = winner == class_index + 1, labels == value

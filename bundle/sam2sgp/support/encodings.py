@@ -114,7 +114,8 @@ class Encodings:
 
     def masks(self, items: list[SupportItem]) -> Tensor:
         """Binary masks (len(items), C, S, S) float32 of all classes."""
-        labels = torch.stack([item.label for item in items])
+        # A byte equals a value 256 higher in PyTorch.
+        labels = torch.stack([item.label for item in items]).int()
         return torch.stack([labels == value for value in self.class_values], 1).float()
 
     def encode_share(self, number: int, count: int) -> None:
