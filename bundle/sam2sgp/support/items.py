@@ -23,7 +23,7 @@ from sam2sgp.transforms.scaling import PERCENTILES, Scaling
 THUMBNAIL = 128
 # Slices without any class that are taken from a labelled volume.
 EMPTY_SLICES = 4
-# Tiles kept of an item for each of its thin classes: those with most of it.
+# Tiles kept of an item for each class that is seen in tiles, see `fingerprint.tile_share`: those with most of it.
 MAX_TILES = 4
 CROPS = ("regions", "tiles")
 # Class values fit into a byte.
@@ -38,7 +38,8 @@ class Prepared:
 
     image: (C, S, S) float16 in [0, 1]. label: (S, S) uint8 class map.
     regions: {class value: images (1, C, S, S) float16 and masks (1, S, S) bool}, the item around each of its classes.
-    tiles: likewise (T, C, S, S) and (T, S, S), T <= 4 of its tiles, for those of its classes that are thin here.
+    tiles: likewise (T, C, S, S) and (T, S, S), T <= 4 of its tiles, for those of its classes that tiles show
+        better, see `fingerprint.tile_share`.
     thumbnail: (H, W, 3) uint8, at most 128 pixels on a side, with the label drawn; None: drawn when asked for.
     """
 
@@ -187,7 +188,7 @@ class SupportItem:
 
     @property
     def tiles(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """{class value: images (T, C, S, S) float16 and masks (T, S, S) bool}, for its thin classes."""
+        """{class value: images (T, C, S, S) float16 and masks (T, S, S) bool}, for classes seen in tiles."""
         return self.load().tiles
 
     @property

@@ -178,7 +178,8 @@ def test_class_values_count_where_transparency_agrees_and_else_the_label_is_refu
 def test_mask_of_16_bits_is_class_1(tmp_path, name):
     mask = RNG.random((6, 7)) > 0.5
     Image.fromarray((mask * 65535).astype(np.uint16)).save(tmp_path / name)
-    assert np.array_equal(read_label(tmp_path / name)[0], mask)
+    label = read_label(tmp_path / name)
+    assert np.array_equal(label[0], mask) and label.dtype == np.uint8
 
 
 def test_a_png_whose_check_sums_fail_is_refused(tmp_path):

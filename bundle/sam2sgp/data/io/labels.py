@@ -179,7 +179,7 @@ def _class_values(path: str | os.PathLike, grid: Grid) -> np.ndarray:
     kind = np.uint8 if highest <= 255 else np.uint16
     values = _rounded(values, kind) if is_real else values.astype(kind)
     if grid.is_picture and highest == 65535 and np.isin(values, (0, 65535)).all():
-        return values // 65535
+        return (values == 65535).astype(np.uint8)
     if grid.is_8_bit:
         found = np.unique(values)
         if np.isin(found, (0, 255)).all():
