@@ -348,3 +348,21 @@ def test_a_loss_of_more_than_two_hundredths_counts_as_harm(script):
     ]
     (line,) = [line for line in module.table(rows).splitlines() if line.startswith("| all")]
     assert "| +0.062 | -0.050 |" in line and line.endswith("| 25% |")
+
+
+def test_marks_are_judged_by_the_dice_of_what_they_mark(script, tmp_path):
+    confidence = script("confidence")
+    dice = {"a": 0.9, "b": 0.8, "c": 0.2, "d": 0.0}
+    said = {"a": ("0.95", "False"), "b": ("0.82", "False"), "c": ("0.81", "True"), "d": ("", "False")}
+    record = {"task": "t", "method": "plain", "k": 16, "seen": True}
+    record["rows"] = [{"query": name, "dice": value} for name, value in dice.items()]
+    (tmp_path / "results.jsonl").write_text(json.dumps(record))
+    folder = tmp_path / "runs" / "t" / "plain_16" / "output"
+    folder.mkdir(parents=True)
+    rows = [f"{name},{shown},{unlike},False" for name, (shown, unlike) in said.items()]
+    (folder / "summary.csv").write_text("\n".join(["case,mean_confidence,unlike_support,maybe_absent", *rows]))
+    found = confidence.queries(tmp_path, "plain", 16)
+    lines = dict(row.strip("| ").split(" | ", 1) for row in confidence.table(found)[2:])
+    # Marked: b, c, and d, of which nothing was found.
+    assert lines["confidence below 0.85"] == "0.75 | 0.33 | 0.90 | 1.00 | 0.67"
+    assert lines["unlike the support set"] == "0.25 | 0.20 | 0.57 | 0.50 | 1.00"

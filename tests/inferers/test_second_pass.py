@@ -180,6 +180,27 @@ def test_thin_targets_are_seen_in_tiles_that_classes_share(monkeypatch):
     assert (result != first).all()
 
 
+@pytest.mark.parametrize(("parts", "side", "crops"), [(9, 24, 9), (2, 24, 1), (3, 70, 0)])
+def test_many_small_parts_are_seen_in_tiles_and_few_or_large_ones_are_not(parts, side, crops, monkeypatch):
+    cases = [picture(i) for i in range(3)]
+    for case in cases:
+        case["label"].zero_()
+        for number in range(parts):
+            top, left = (5 + 84 * step for step in divmod(number, 3))
+            case["label"][:, top : top + side, left : left + side] = 1
+    made = SupportBank(cases, prepare, progress=False)
+    assert (made.tile_share(0, SIZE) is not None) == (crops == 9)
+    network = SAM2SGP("nano", SIZE).eval()
+    first = torch.where(cases[0]["label"][:, None] > 0, 3.0, -3.0)
+    run = SecondPass(made, InferenceSettings(SupportSampler(k=2), batch_size=9))
+    run(first, cases[0]["image"], network)  # encodes the support
+    encoded = []
+    encode = network.encode
+    monkeypatch.setattr(network, "encode", lambda image: encoded.append(len(image)) or encode(image))
+    run(first, cases[0]["image"], network)
+    assert sum(encoded) == crops
+
+
 def test_of_many_classes_the_views_that_show_most_of_each_come_first(monkeypatch):
     monkeypatch.setattr(second_pass, "MOST_CROPS", 4)
     masks = torch.zeros(3, FULL, FULL, dtype=torch.bool)

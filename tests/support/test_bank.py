@@ -172,7 +172,7 @@ def test_a_query_costs_the_same_however_large_the_bank_is(tmp_path, net, encoder
         support.items = Visits(support.items)
         Visits.count = encoder.calls = reads.calls = 0
         inferer(query(count=1), net, patient="case0", group="set6")
-        support.is_thin(0), support.is_thin(1)
+        support.tile_share(0, net.image_size), support.tile_share(1, net.image_size)
         costs.append((encoder.calls, reads.calls, Visits.count))
     (encoded, read, visited), larger = costs
     assert encoded == larger[0] == 1

@@ -27,7 +27,7 @@ from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
 from sam2sgp.support.catalogue import Catalogue
 from sam2sgp.support.encodings import WHOLE, Encodings
-from sam2sgp.support.fingerprint import LARGEST_TILE, fingerprint, tile_share
+from sam2sgp.support.fingerprint import fingerprint, tile_share
 from sam2sgp.support.items import CROPS, SupportItem
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.tensor_store import TensorStore
@@ -226,7 +226,7 @@ class SupportBank:
             for kind, values in enumerate((item.info.regions, item.info.tiles)):
                 # A class may be so small that it is only seen at the image's own size.
                 counts[kind, [columns[value] for value in values if value in columns]] += 1
-        self._thin = (2 * counts[1] > counts[0]).tolist()
+        self._have_tiles = (2 * counts[1] > counts[0]).tolist()
         self._targets = fingerprint(items).targets
         self.patients, self._patient_of = _numbered([item.patient for item in items])
         self.groups, self._group_of = _numbered([item.group for item in items])
@@ -410,7 +410,7 @@ class SupportBank:
         if self.encodings.network is None:
             self.encodings.adopt(network, features.embedding.device)
         value = self.class_values[column]
-        name = f"{CROPS[self.is_thin(column)]}.{value}"
+        name = f"{CROPS[self.tile_share(column, network.image_size) is not None]}.{value}"
         pool = self.encodings.pool(name)
         eligible = self._allowed(patient, group)[pool.owner].to(pool.embedding.device)
         if not eligible.any():
@@ -418,18 +418,15 @@ class SupportBank:
         index, _ = sampler(network.retrieval_embedding(features) @ pool.embedding.T, eligible)
         return self.encodings.gather(name, index[:, None], [value])
 
-    def is_thin(self, column: int) -> bool:
-        """Whether a class is thin in most of its items, so that tiles of the image show it better than one region."""
-        return self._thin[column]
-
     def tile_share(self, column: int, size: int) -> float | None:
         """Side of the tiles that a class is to be seen in at the network's size S, see `fingerprint.tile_share`.
 
-        None: it is not thin in most of its items.
+        None: one region around it shows it better, or most of its items have no tiles.
         """
-        if not self.is_thin(column):
+        if not self._have_tiles[column]:
             return None
-        return tile_share(self._targets[self.class_values[column]].thickness_share, size) or LARGEST_TILE
+        target = self._targets[self.class_values[column]]
+        return tile_share(target.thickness_share, target.count, target.part_share, size)
 
 
 def shared_support_bank(data: list[dict], cache_dir: str | Path | None = None, **settings) -> SupportBank:

@@ -30,7 +30,7 @@ from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open,
 logger = logging.getLogger(__name__)
 
 # Part of the keys of what is prepared and encoded: counted up when that changes by the code.
-VERSION = 6
+VERSION = 7
 CASE = "case"
 CASES_PER_LOOKUP = 256
 

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from sam2sgp.transforms.array import thickness
 
-# Parts of fewer pixels are specks, unless a target has no larger ones.
-SPECK = 4
+# Parts of fewer pixels, unless a target has no larger ones, and of a smaller share of the largest part are specks.
+SPECK, SPECK_SHARE = 4, 0.1
 # Thickness at the network's size, in pixels and as a share of the network's side, below which a target is seen in
 # tiles: one and a half places of the finest grid that masks are predicted on.
 THIN, THIN_SHARE = 6.0, 3 / 128
+# A target of at least so many parts per image, none larger than this share of the image's side, is seen in tiles even
+# where it isn't thin: nuclei, teeth. Of such a target also images with fewer parts serve as support.
+MANY_PARTS, SOME_PARTS, SMALL_PART = 3, 2, 0.15
 # Side of a tile as a share of the image's longer one. The least bounds the time: nine tiles of a square image.
 LARGEST_TILE, SMALLEST_TILE = 0.6, 0.38
 
@@ -32,14 +35,14 @@ class TargetMeasures:
 
     thickness: mean thickness in pixels, see `sam2sgp.transforms.array.thickness`.
     area_share: share of the image's pixels. extent_share: longer side of the box around it all, over the image's longer
-    side. count: connected parts (8 neighbours). part_area: median area of a part in pixels.
+    side. count: connected parts (8 neighbours). part_share: side of a square as large as the median part, likewise.
     """
 
     thickness: float
     area_share: float
     extent_share: float
     count: int
-    part_area: float
+    part_share: float
 
     @classmethod
     def of(cls, mask: Tensor) -> "TargetMeasures":
@@ -47,7 +50,7 @@ class TargetMeasures:
         values = mask.numpy()
         numbered, count = components(values, structure=np.ones((3, 3)))
         areas = np.bincount(numbered.ravel())[1:]
-        areas = areas[areas >= min(SPECK, areas.max())]
+        areas = areas[areas >= max(min(SPECK, areas.max()), SPECK_SHARE * areas.max())]
         rows, columns = find_objects(values.astype(np.uint8))[0]
         extent = max(rows.stop - rows.start, columns.stop - columns.start)
         return cls(
@@ -55,7 +58,7 @@ class TargetMeasures:
             area_share=float(values.mean()),
             extent_share=extent / max(values.shape),
             count=len(areas),
-            part_area=float(np.median(areas)),
+            part_share=float(np.median(areas)) ** 0.5 / max(values.shape),
         )
 
 
@@ -92,7 +95,7 @@ class TargetFingerprint:
     """One class in a support set: medians over the images that hold it.
 
     images: how many hold it. thickness: in pixels of the images themselves; thickness_share: over the image's longer
-    side, so that on a grid of S the target is S times as thick. area_share, extent_share, count, part_area: as of
+    side, so that on a grid of S the target is S times as thick. area_share, extent_share, count, part_share: as of
     `TargetMeasures`.
     """
 
@@ -102,7 +105,7 @@ class TargetFingerprint:
     area_share: float
     extent_share: float
     count: float
-    part_area: float
+    part_share: float
 
 
 @dataclass(frozen=True)
@@ -122,21 +125,28 @@ class SupportFingerprint:
     targets: dict[int, TargetFingerprint]
 
 
-def tile_share(thickness_share: float, size: int) -> float | None:
-    """Side of the tiles that show a target thick enough, as a share of the image's longer side; None: no tiles needed.
+def tile_share(
+    thickness_share: float, count: float, part_share: float, size: int, many: float = MANY_PARTS
+) -> float | None:
+    """Side of the tiles that show a target large enough, as a share of the image's longer side; None: no tiles needed.
 
     Args:
         thickness_share: thickness of the target over the image's longer side.
+        count, part_share: see `TargetMeasures`.
         size: side S of the network's input.
+        many: number of small parts from which tiles are needed.
 
     Example:
-        >>> tile_share(0.1, 256), tile_share(0.001, 256), tile_share(0.01, 256)
-        (None, 0.38, 0.4266666666666667)
+        >>> thick, thin, thinner = (tile_share(share, 1, 0.1, 256) for share in (0.1, 0.01, 0.001))
+        >>> thick, round(thin, 3), thinner
+        (None, 0.427, 0.38)
+        >>> tile_share(0.1, 20, 0.1, 256), tile_share(0.1, 20, 0.3, 256)
+        (0.38, None)
     """
     enough = min(THIN, THIN_SHARE * size)
-    if thickness_share * size >= enough:
-        return None
-    return min(LARGEST_TILE, max(SMALLEST_TILE, thickness_share * size / enough))
+    if thickness_share * size < enough:
+        return min(LARGEST_TILE, max(SMALLEST_TILE, thickness_share * size / enough))
+    return SMALLEST_TILE if count >= many and part_share <= SMALL_PART else None
 
 
 def fingerprint(items: Iterable) -> SupportFingerprint:
@@ -180,5 +190,5 @@ def _target(images: list[ImageMeasures], value: int) -> TargetFingerprint:
         area_share=middle("area_share"),
         extent_share=middle("extent_share"),
         count=middle("count"),
-        part_area=middle("part_area"),
+        part_share=middle("part_share"),
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sam2sgp.drawing import draw_overlay, to_display
 from sam2sgp.errors import ConfigError
-from sam2sgp.support.fingerprint import ImageMeasures, tile_share
+from sam2sgp.support.fingerprint import SOME_PARTS, ImageMeasures, tile_share
 from sam2sgp.transforms.array import Region, pixel_size
 from sam2sgp.transforms.parts import main_shares
 from sam2sgp.transforms.scaling import PERCENTILES, Scaling
@@ -285,7 +285,7 @@ def _crops(case: dict, index: int, measures: ImageMeasures) -> dict[str, dict[in
         mask = label == value
         whole = Region.around(mask, size, pixel, below=torch.inf)
         crops = {} if whole is None else {"regions": [whole]}
-        share = tile_share(target.thickness / max(label.shape), size)
+        share = tile_share(target.thickness / max(label.shape), target.count, target.part_share, size, many=SOME_PARTS)
         if share is not None:
             tiles = Region.tiles(tuple(label.shape), size, share, pixel)
             tiles.sort(key=lambda tile: -int(mask[tile.place].sum()))
