@@ -52,7 +52,7 @@ $(INSTALLED): $(wildcard requirements*.txt) constraints.txt pyproject.toml
 	@echo '[3/5] building sam2'
 	@SAM2_BUILD_CUDA=0 $(PIP_INSTALL) --no-build-isolation sam2
 	@echo '[4/5] installing the rest'
-	@$(PIP_INSTALL) -r requirements.txt -r requirements-onnx.txt -r requirements-dev.txt
+	@$(PIP_INSTALL) -r requirements.txt -r requirements-dev.txt
 	@echo '[5/5] installing sam2sgp, editable'
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@

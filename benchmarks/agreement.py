@@ -3,13 +3,12 @@
     python benchmarks/agreement.py hc18=DIR cxr_lungs=DIR --image_size 256
 
 The plain path is the embedded lite network in single precision with SAM2's own memory attention module, as published.
-Against it stand: `attention` (ours: real rotations, classes shared up to the first memory, what every run uses),
-`memory_pool 2` without any training with it, `bf16`, and `compile` (needs a C++ compiler). Support items are of the
-first patients, queries of the others. A query and class counts where either result shows something.
+Against it stand: `attention` (ours: classes shared up to the first memory, what every run uses), `memory_pool 2`
+without any training with it, and `bf16`. Support items are of the first patients, queries of the others. A query and
+class counts where either result shows something.
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from sam2sgp.data import load_datalist
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
-from sam2sgp.networks import SAM2SGP, compile_encoder, load_weights
+from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.networks import sam2_sgp as network_module
 from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
@@ -34,7 +33,6 @@ VARIANTS: dict[str, dict] = {
     "attention": {},
     "memory_pool 2": {"memory_pool": 2},
     "bf16": {"precision": "bf16"},
-    "compile": {"compile": True},
 }
 
 
@@ -56,11 +54,9 @@ def sam2s_own(attention, embedding, position, memory, memory_position, pool) -> 
 def segment(data: list[dict], variant: str, size: int, queries: int, k: int) -> list[Tensor]:
     """Masks (C, S, S) of the middle slice of each query."""
     settings = dict(VARIANTS[variant])
-    precision, compiled = settings.pop("precision", "fp32"), settings.pop("compile", False)
+    precision = settings.pop("precision", "fp32")
     network = SAM2SGP("lite", size, **settings).eval()
     load_weights(network, WEIGHTS)
-    if compiled:
-        compile_encoder(network)
     prepare = Compose([LoadCased(KEYS), ScaleIntensityByModalityd("image"), FitToSquared(KEYS, size)])
     names = sorted({case["patient"] for case in data})[:SUPPORT_PATIENTS]
     first: dict[str, dict] = {}
@@ -110,8 +106,6 @@ def main() -> None:
         settings = (options.image_size, options.queries, options.k)
         expected = with_sams_module(lambda data=data, settings=settings: segment(data, PLAIN, *settings))
         for variant in options.variants:
-            if variant == "compile" and not any(map(shutil.which, ("g++", "clang++"))):
-                continue
             values = dice(segment(data, variant, *settings), expected)
             row = f"{len(values)} | {np.mean(values):.5f} | {np.min(values):.5f}"
             print(f"| {name} | {options.image_size} | {variant} | {row} |", flush=True)

@@ -266,7 +266,6 @@ def ours(network: SAM2SGP, case: Case, folder: str, clock: Callable) -> tuple[Ca
     watch.watch(bank, "retrieve", "retrieve")
     watch.watch(bank, "select", "read")
     watch.watch(network, "_condition", "attention")
-    watch.watch(network, "fit_regression", "prior")
     watch.watch(network, "_support_maps", "prior")
     watch.watch(network.pmg_decoder, "forward", "pseudo-mask")
     watch.watch(network, "guide", "PMA")

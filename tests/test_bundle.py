@@ -160,9 +160,7 @@ def test_required_and_optional_properties_are_there(name, kind, phantoms, tmp_pa
     assert not workflow.check_properties()
 
 
-@pytest.mark.parametrize(
-    "name, ids", [("train.json", ["training", "run"]), ("inference.json", ["inferring", "exporting_onnx", "run"])]
-)
+@pytest.mark.parametrize("name, ids", [("train.json", ["training", "run"]), ("inference.json", ["inferring", "run"])])
 def test_run_ids(name, ids):
     assert set(ids) <= set(config(name))
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from tests.helpers.bundle_runs import BUNDLE, random_weights
 
 ROOT = Path(__file__).parents[1]
-FILES = ("core", "app", "tracking", "onnx", "dev")
+FILES = ("core", "app", "tracking", "dev")
 OWN = {"sam2sgp", "lib", "main", "manage", "tests", "benchmarks"}
 # What is needed without an import statement, and by what.
 NAMED_ELSEWHERE = {
@@ -28,9 +28,6 @@ NAMED_ELSEWHERE = {
     "dicomweb-client": "monailabel, held below the release that needs pydicom 3",
     "pynetdicom": "monailabel, held below the release that needs pydicom 3",
     "dcmqi": "monailabel, as a program",
-    "onnx": "runtime/export.py, by name",
-    "onnxscript": "runtime/export.py, by name",
-    "onnxruntime": "runtime/execution.py, by name",
     "pytest-xdist": "make test",
     "ruff": "make lint",
     "import-linter": "make lint",
@@ -87,7 +84,7 @@ def test_what_is_imported_is_declared(folder, files):
 
 @pytest.mark.parametrize(
     "file, folders",
-    [("core", ["bundle/sam2sgp"]), ("app", ["apps"]), ("dev", ["tests", "benchmarks"]), ("tracking", []), ("onnx", [])],
+    [("core", ["bundle/sam2sgp"]), ("app", ["apps"]), ("dev", ["tests", "benchmarks"]), ("tracking", [])],
 )
 def test_what_is_declared_is_needed(file, folders):
     unused = declared(file) - NAMED_ELSEWHERE.keys() - set().union(*map(imported, folders))
@@ -105,7 +102,7 @@ def test_the_whole_set_is_made_of_the_parts():
 INFER = """
 import sys
 
-ABSENT = ("monailabel", "mlflow", "tensorboard", "fastapi", "starlette", "onnx", "onnxruntime")
+ABSENT = ("monailabel", "mlflow", "tensorboard", "fastapi", "starlette")
 # As if they were not installed: importing them raises ModuleNotFoundError.
 sys.modules.update(dict.fromkeys(ABSENT))
 import pkgutil

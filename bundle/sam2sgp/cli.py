@@ -297,12 +297,6 @@ def tokens(
     _manage("tokens", _words({"--revoke": revoke, **_server(studies, settings, state_dir)}))
 
 
-@app.command(context_settings=SETTINGS, epilog=EXIT_CODES)
-def export(context: typer.Context, weights: Weights = None, backbone: Backbone = "lite") -> None:
-    """Export the network to ONNX graphs, which `segment --runtime onnxruntime` runs."""
-    _run("exporting_onnx", ["inference.json", *_overlay(backbone)], _common(context, None, weights, None, None))
-
-
 @app.command(epilog=EXIT_CODES)
 def demo(output: Output = Path("sam2sgp-demo")) -> None:
     """Make phantoms of four looks and segment them with the embedded weights, with no training."""
@@ -401,19 +395,17 @@ def _common(
     k: int | None,
     weights: Path | None,
     device: str | None,
-    resume: bool | None,
+    resume: bool,
     adapt: float = 0,
 ) -> dict[str, Any]:
     """Overrides that several commands share, and those that follow the options."""
-    settings = _more(context.args)
+    settings = {**_more(context.args), "resume": resume}
     if k is not None:
         settings["k"] = k
     if weights is not None:
         settings["model_file"] = _absolute(weights)
     if device is not None:
         settings["device"] = f"$torch.device({device!r})"
-    if resume is not None:
-        settings["resume"] = resume
     if adapt:
         settings["adapt_seconds"] = adapt
     return settings

@@ -197,9 +197,6 @@ class Network(OptionGroup):
 class Computing(OptionGroup):
     device: Device = Field(description="what is computed on")
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="number format")
-    compile: bool = Field(description="torch.compile of the image encoder")
-    runtime: Literal["eager", "onnxruntime"] = Field(description="what runs the network")
-    graphs_dir: PathText = Field(description="folder of exported graphs")
     num_workers: Count = Field(description="processes that load training data")
     gradient_checkpointing: bool = Field(description="training in half the memory, a fifth slower")
     feature_cache: bool = Field(description="training: a frozen encoder runs once per image")

@@ -23,7 +23,6 @@ OTHER = {
     "pmg": {"prior": True, "regression": False},
     "refinement": False,
     "memory_pool": 2,
-    "runtime": "onnxruntime",
     "pma": {"box": False, "attention": True, "dense": False},
     "retrieval": "random",
     "k": 1,
@@ -56,7 +55,7 @@ OF_NETWORK = {"lora", "pmg", "refinement", "pma", "image_size", "memory_pool"}
 NOT_DECIDING = {
     *("bundle_root", "dataset_dir", "support_dir", "output_dir", "model_file", "device", "progress", "resume"),
     *("support_cache_dir", "support_cache_mb", "adapt_seconds", "adapt_steps", "adapt_seed", "adapt_dir"),
-    *("report_figures", "segment_labelled", "backbone", "freeze_encoder", "support_seed", "compile"),
+    *("report_figures", "segment_labelled", "backbone", "freeze_encoder", "support_seed"),
     "displayable_configs",
 }
 

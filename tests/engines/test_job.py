@@ -50,8 +50,6 @@ def test_failed_cases_go_on_record_and_are_told_apart_from_results(tmp_path):
 class Adapting:
     """An adapter that gives what it is told to."""
 
-    active = True
-
     def __init__(self, give) -> None:
         self.give = give
 

@@ -63,13 +63,13 @@ def test_many_classes_go_through_the_network_some_at_a_time(network, monkeypatch
     cases = [case(i, [1, 2, 3]) for i in range(3)]
     inferer = SupportSetInferer(bank(cases), InferenceSettings(SupportSampler(k=2)))
     expected, rows = inferer(QUERY, network), []
-    decode = SAM2SGP.decode
+    segment = SAM2SGP.segment
 
-    def counted(net, features, support, weights):
+    def counted(net, features, support):
         rows.append(support.tokens.shape[0] * support.tokens.shape[1])
-        return decode(net, features, support, weights)
+        return segment(net, features, support)
 
-    monkeypatch.setattr(SAM2SGP, "decode", counted)
+    monkeypatch.setattr(SAM2SGP, "segment", counted)
     monkeypatch.setattr(support_set, "ROWS", 10)
     torch.testing.assert_close(inferer(QUERY, network), expected, atol=1e-4, rtol=1e-4)
     assert rows == [10, 5]

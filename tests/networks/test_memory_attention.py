@@ -34,9 +34,7 @@ def test_result_equals_sam2s_own_module():
 
 def test_a_pooled_token_lies_at_the_centre_of_its_places():
     cross = network().memory_attention.layers[0].cross_attn_image
-    angles = [
-        torch.atan2(sine, cosine) for cosine, sine in (rotation(8, p, cross, torch.device("cpu")) for p in (1, 2))
-    ]
+    angles = [rotation(8, pool, cross, torch.device("cpu")).angle() for pool in (1, 2)]
     # The slower frequencies, which do not turn around within the grid, are linear in the place.
     slow = slice(6, 12)
     mean = angles[0].unflatten(0, (4, 2, 4, 2)).mean((1, 3)).flatten(0, 1)

@@ -10,3 +10,4 @@ def test_rows_of_an_image_are_adjacent_and_their_gradients_add_up():
     assert torch.equal(for_each_class(values, 5), values.repeat_interleave(5, 0))
     for_each_class(values, 5).sum().backward()
     assert torch.equal(values.grad, torch.full_like(values, 5.0))
+    assert for_each_class(values, 1).data_ptr() == values.data_ptr()

@@ -20,7 +20,7 @@ def test_prior_carries_the_mask_of_an_identical_support_image(images):
     match = net.prior(features.prior_key, memory.prior_key, memory.prior_mask)
     truth = torch.nn.functional.avg_pool2d(mask, 4)
     assert (match[0, 0] - truth.flatten()).abs().mean() < 0.15
-    maps = net._support_maps(features, memory, net.fit_regression(memory))
+    maps = net._support_maps(features, memory)
     torch.testing.assert_close(maps[0, 3], torch.nn.functional.avg_pool2d(mask, 2)[0, 0])
 
 

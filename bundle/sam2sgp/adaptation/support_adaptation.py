@@ -174,7 +174,7 @@ class SupportAdaptation:
         progress: bool = True,
     ) -> None:
         _check(seconds, max_steps)
-        self.active = bool(seconds or max_steps)
+        self._active = bool(seconds or max_steps)
         self._adapt = partial(
             adapt, seconds=seconds, max_steps=max_steps, seed=seed, cache_dir=cache_dir, progress=progress
         )
@@ -182,7 +182,7 @@ class SupportAdaptation:
 
     def __call__(self, network: SAM2SGP, inferer: SupportSetInferer) -> Adaptation | None:
         """The adaptation to an inferer's bank; None where it is switched off."""
-        self.last = self._adapt(network, inferer.bank, inferer=inferer) if self.active else None
+        self.last = self._adapt(network, inferer.bank, inferer=inferer) if self._active else None
         return self.last
 
     def __str__(self) -> str:

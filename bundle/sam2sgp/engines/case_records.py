@@ -191,8 +191,8 @@ def _state(file: Path) -> list[int]:
 def settings_of_run(engine: SupervisedEvaluator, *more: object) -> str:
     """Hash of all that a `QueryEvaluator` makes of a case, next to the case: support set, network, settings.
 
-    Of the postprocessing and the runtime, what they were made with counts by the names of the arguments; so a new
-    argument counts too, unless it is in `NOT_DECIDING`.
+    Of the postprocessing, what it was made with counts by the names of the arguments; so a new argument counts too,
+    unless it is in `NOT_DECIDING`.
 
     Args:
         more: further settings, of JSON types.
@@ -207,7 +207,7 @@ def settings_of_run(engine: SupervisedEvaluator, *more: object) -> str:
         settings_fingerprint(dataset.transform),
         [engine.exclude_own_patient, engine.probability, engine.uncertainty],
         asdict(inferer.settings),
-        [_described(part) for part in (inferer.runtime, engine.postprocessing)],
+        _described(engine.postprocessing),
         more,
     )
 

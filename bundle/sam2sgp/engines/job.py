@@ -50,8 +50,8 @@ class SegmentationJob:
         results: {number of a case: its record}; in rank 0 at the end those of all cases.
 
     Raises:
-        ConfigError: `resume` is no bool; an adaptation together with exported graphs; or, as a run starts, its
-            processes differ in images, support set, weights or settings.
+        ConfigError: `resume` is no bool; or, as a run starts, its processes differ in images, support set, weights or
+            settings.
         DataError: a record can't be written; another process has no result in time.
     """
 
@@ -186,17 +186,9 @@ class SegmentationJob:
 
 
 def adapted(inferer: SupportSetInferer, network: SAM2SGP, adapter: AdaptationMaker) -> SupportSetInferer:
-    """The inferer with an adaptation to its support set, if the adapter is active.
+    """The inferer with an adaptation to its support set, if the adapter makes one.
 
     Of several processes the first one adapts, and the others find the result in the adapter's folder.
-
-    Raises:
-        ConfigError: the inferer runs exported graphs, which are of the weights before the adaptation.
     """
-    if adapter.active and inferer.runtime is not None:
-        raise ConfigError(
-            f"runtime is {inferer.runtime.name!r} and an adaptation is asked for: the exported graphs are of the "
-            "weights before it; set `runtime` to 'eager', or leave `adapt_seconds` and `adapt_steps` out."
-        )
     with distributed.rank_0_first():
         return replace(inferer, adaptation=adapter(network, inferer))

@@ -30,9 +30,7 @@ class UsableAdaptation(Protocol):
 
 
 class AdaptationMaker(Protocol):
-    """Makes an adaptation; active where it has a limit of time or steps."""
-
-    active: bool
+    """Makes an adaptation, where it has a limit of time or steps."""
 
     def __call__(self, network: SAM2SGP, inferer: Inferer) -> UsableAdaptation | None:
         """The adaptation to the inferer's bank."""

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from monai.inferers import Inferer
@@ -26,10 +25,6 @@ from sam2sgp.support.bank import Retrieved, SupportBank
 from sam2sgp.support.familiarity import Familiarity
 from sam2sgp.transforms.array import Region, pixel_size, to_three_channels
 from sam2sgp.transforms.cases import PreparedCase
-
-if TYPE_CHECKING:
-    from sam2sgp.runtime import GraphNetwork, GraphRuntime
-
 
 # Images and classes that go through the network together: more take memory, and no less time.
 ROWS = 64
@@ -62,7 +57,6 @@ class SupportSetInferer(Inferer):
         bank: the support bank. It is encoded at the first use and again after `reset`.
         settings: by what is segmented.
         query_cache: features of queries that may come again; None: each is encoded whenever it comes.
-        runtime: runs the network by exported graphs, which is faster on a CPU; None: PyTorch does.
         gate: tells which classes are absent, where `settings.object_gate` is on; None: a new one.
         signs: how clear a sign of the classes the support images give; None: to be learned.
         adaptation: to the bank, by whose results those of whole cases are averaged; None: there is none.
@@ -73,7 +67,6 @@ class SupportSetInferer(Inferer):
     bank: SupportBank
     settings: InferenceSettings = InferenceSettings()
     query_cache: QueryCache | None = None
-    runtime: "GraphRuntime | None" = None
     gate: ObjectGate | None = None
     signs: LeastSigns | None = None
     adaptation: UsableAdaptation | None = None
@@ -89,8 +82,6 @@ class SupportSetInferer(Inferer):
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
         self.bank.forget()
-        if self.runtime is not None:
-            self.runtime.forget()
         self.adaptation = None
         self._gate.forget()
         self._signs.forget()
@@ -139,7 +130,6 @@ class SupportSetInferer(Inferer):
         device = next(network.parameters()).device
         if self.adaptation is not None:
             self.adaptation.refuse(patient, self.bank)
-        network = self._run_by(network)
         with autocast(device.type, self.settings.precision):
             if self.bank.embedding is None:
                 self.bank.encode(network, device)
@@ -183,7 +173,7 @@ class SupportSetInferer(Inferer):
             step(len(logits))
             yield rows, logits, chunk
 
-    def _distance(self, network: "SAM2SGP | GraphNetwork", features: ImageFeatures, patient: str | None) -> Tensor:
+    def _distance(self, network: SAM2SGP, features: ImageFeatures, patient: str | None) -> Tensor:
         """How far images (B,) are from the support images, of other patients than `patient`."""
         if self._familiarity is None or self._version != self.bank.version:
             patients = [item.patient for item in self.bank.items]
@@ -195,10 +185,6 @@ class SupportSetInferer(Inferer):
     def looks(self, slices: int, volume: bool) -> int:
         """How often `chunks` looks at each of so many slices: once, and again in both directions of a volume."""
         return 3 if volume and self.settings.volume_memory and slices > 1 else 1
-
-    def _run_by(self, network: SAM2SGP) -> "SAM2SGP | GraphNetwork":
-        """What computes as the network does."""
-        return network if self.runtime is None else self.runtime(network)
 
     def thresholds(
         self, network: SAM2SGP, device: torch.device, group: str | None = None, step: Step | None = None
@@ -218,7 +204,7 @@ class SupportSetInferer(Inferer):
         learned once from the encoded bank, see `LeastSigns`; `step` as of `thresholds`."""
         device = next(network.parameters()).device
         with autocast(device.type, self.settings.precision):
-            return self._signs(partial(self._judge, self._run_by(network), device, step or _no_step), group)
+            return self._signs(partial(self._judge, network, device, step or _no_step), group)
 
     def _judge(
         self, network: SAM2SGP, device: torch.device, step: Step, number: int, retrieved: list[Retrieved]
@@ -317,7 +303,6 @@ class SupportSetInferer(Inferer):
         group: str | None,
     ) -> Tensor:
         """Logits with those of small objects corrected, see `SecondPass`."""
-        network = self._run_by(network)
         with autocast(logits.device.type, self.settings.precision):
             return self.small_objects(logits, images, network, pixel, patient, group)
 

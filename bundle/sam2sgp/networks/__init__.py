@@ -2,7 +2,6 @@
 
 from sam2sgp.networks.backbones import BACKBONES, build_sam2
 from sam2sgp.networks.checkpoints import fetch_checkpoint, load_sam2_checkpoint
-from sam2sgp.networks.compiling import compile_encoder
 from sam2sgp.networks.features import ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.networks.lite import load_imagenet
 from sam2sgp.networks.lora import load_lora, lora_layers
@@ -18,7 +17,6 @@ __all__ = [
     "SGPOutput",
     "SupportMemory",
     "build_sam2",
-    "compile_encoder",
     "fetch_checkpoint",
     "identify_backbone",
     "load_imagenet",

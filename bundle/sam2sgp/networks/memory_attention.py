@@ -10,7 +10,6 @@ The layers and weights are SAM2's own, and with memory on the embedding's grid s
 - Before the first attention to memory all classes of an image are the same, so that is computed once per image.
 - Memory tokens are narrower than the values made of them, so on a CPU, where no gradient is needed, attention averages
   the tokens and makes a value of the average: softmax(A) (m W + b) = (softmax(A) m) W + b.
-- In what is exported, rotations are real, not complex: exporters have no complex numbers.
 """
 
 import torch
@@ -77,8 +76,8 @@ def check_layout(attention: MemoryAttention) -> None:
             raise ConfigError("The backbone's memory attention adds positions, or activates, as no model of SAM 2.1.")
 
 
-def rotation(side: int, pool: int, attention: RoPEAttention, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (P, d / 2) of the axial rotary encoding on a grid of P = (side / pool)^2 squares.
+def rotation(side: int, pool: int, attention: RoPEAttention, device: torch.device) -> Tensor:
+    """The axial rotary encoding (P, d / 2), complex, on a grid of P = (side / pool)^2 squares.
 
     The first half of the d / 2 frequencies turns with x, the second with y, as in SAM2's `compute_axial_cis`.
     """
@@ -91,7 +90,7 @@ def rotation(side: int, pool: int, attention: RoPEAttention, device: torch.devic
     x = angles[None].expand(length, -1, -1)
     y = angles[:, None].expand(-1, length, -1)
     turned = torch.cat([x, y], -1).flatten(0, 1)
-    return turned.cos(), turned.sin()
+    return torch.complex(turned.cos(), turned.sin())
 
 
 def _in_sequence(memory: Tensor) -> Tensor:
@@ -100,18 +99,12 @@ def _in_sequence(memory: Tensor) -> Tensor:
 
 
 def _attend(
-    attention: RoPEAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    at_query: tuple[Tensor, Tensor],
-    at_key: tuple[Tensor, Tensor],
+    attention: RoPEAttention, query: Tensor, key: Tensor, value: Tensor, at_query: Tensor, at_key: Tensor
 ) -> Tensor:
     """Attention of (R, T, D) to (R, L, M) with rotated queries and keys; L is a multiple of the key grid's places."""
     heads = attention.num_heads
-    rotated = _rotated_pairs if torch.compiler.is_exporting() else _rotated
-    query = rotated(attention.q_proj, query, heads, *at_query)
-    key = rotated(attention.k_proj, key, heads, *at_key)
+    query = _rotated(attention.q_proj, query, heads, at_query)
+    key = _rotated(attention.k_proj, key, heads, at_key)
     if _averages_first(query, value):
         return attention.out_proj(_average_first(attention, query, key, value).transpose(1, 2).flatten(2))
     value = attention.v_proj(value).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -122,51 +115,29 @@ def _attend(
 
 def _averages_first(query: Tensor, memory: Tensor) -> bool:
     """Whether that is exact and faster than PyTorch's fused attention, which takes only values as wide as keys."""
-    narrower = memory.shape[-1] < query.shape[-1]
-    if torch.compiler.is_exporting():
-        # Runtimes have no fused attention.
-        return narrower
-    return narrower and query.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return memory.shape[-1] < query.shape[-1] and query.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _average_first(attention: RoPEAttention, query: Tensor, key: Tensor, memory: Tensor) -> Tensor:
     """Attention of heads (R, h, T, d) to memory (R, L, M) through keys (R, h, L, d): (R, h, T, d)."""
     rows, heads, length, dim = key.shape
-    count = query.shape[2]
-    if not torch.compiler.is_exporting():
-        count = max(1, WEIGHT_BYTES // (4 * rows * heads * length))
+    count = max(1, WEIGHT_BYTES // (4 * rows * heads * length))
     tokens, transposed = memory[:, None].expand(-1, heads, -1, -1), key.transpose(2, 3)
     parts = [torch.softmax(part @ transposed, -1) @ tokens for part in (query * dim**-0.5).split(count, 2)]
     weight, bias = (part.unflatten(0, (heads, -1)) for part in (attention.v_proj.weight, attention.v_proj.bias))
     return torch.cat(parts, 2) @ weight.transpose(1, 2) + bias[:, None]
 
 
-def _rotated(projection: torch.nn.Linear, values: Tensor, heads: int, cosine: Tensor, sine: Tensor) -> Tensor:
+def _rotated(projection: torch.nn.Linear, values: Tensor, heads: int, turn: Tensor) -> Tensor:
     """Project (R, L, D) to heads (R, h, L, d), rotated by (P, d / 2); L is P or, for several items one after the other,
     a multiple of it.
 
     SAM2's pairs of channels (2i, 2i + 1) are complex numbers.
     """
     projected = projection(values)
-    pairs = projected.float().unflatten(1, (-1, len(cosine))).unflatten(-1, (-1, 2))
-    turn = torch.complex(cosine, sine).repeat(1, heads)
-    turned = torch.view_as_real(torch.view_as_complex(pairs) * turn).to(projected.dtype)
+    pairs = projected.float().unflatten(1, (-1, len(turn))).unflatten(-1, (-1, 2))
+    turned = torch.view_as_real(torch.view_as_complex(pairs) * turn.repeat(1, heads)).to(projected.dtype)
     return turned.flatten(-2).flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _rotated_pairs(projection: torch.nn.Linear, values: Tensor, heads: int, cosine: Tensor, sine: Tensor) -> Tensor:
-    """The same in real numbers, with each head's channels in another order, (2i, 2i + 1) at (i, i + d/2).
-
-    Inner products stay. Reordering the weights costs nothing, and then a rotation is on two contiguous halves.
-    """
-    weight, bias = (
-        part.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) for part in (projection.weight, projection.bias)
-    )
-    projected = F.linear(values, weight, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
-    items = projected.unflatten(2, (-1, len(cosine))).float()
-    first, second = items.chunk(2, -1)
-    turned = torch.cat([first * cosine - second * sine, first * sine + second * cosine], -1)
-    return turned.flatten(2, 3).to(projected.dtype)
 
 
 def _mlp(layer: MemoryAttentionLayer, values: Tensor) -> Tensor:

@@ -170,7 +170,11 @@ class SAM2SGP(nn.Module):
 
     def encode(self, image: Tensor) -> ImageFeatures:
         """Features of images (B, 3, S, S) in [0, 1]. Raises `ConfigError` for another size."""
-        self.check_size(image)
+        if image.ndim != 4 or tuple(image.shape[1:]) != (3, self.image_size, self.image_size):
+            raise ConfigError(
+                f"The network expects images (B, 3, {self.image_size}, {self.image_size}), found "
+                f"{tuple(image.shape)}; resize them, or set `image_size`."
+            )
         trunk_levels, levels, position = self._encoded(self.normalize(image))
         if self.feature_norms is not None:
             levels = [norm(level) for norm, level in zip(self.feature_norms, levels, strict=True)]
@@ -219,14 +223,6 @@ class SAM2SGP(nn.Module):
         levels, positions = encoder.neck(trunk_levels)
         last = len(levels) - encoder.scalp
         return trunk_levels[::-1], levels[last - 3 : last], positions[last - 1]
-
-    def check_size(self, image: Tensor) -> None:
-        """Raise `ConfigError` unless images are (B, 3, S, S)."""
-        if image.ndim != 4 or tuple(image.shape[1:]) != (3, self.image_size, self.image_size):
-            raise ConfigError(
-                f"The network expects images (B, 3, {self.image_size}, {self.image_size}), found "
-                f"{tuple(image.shape)}; resize them, or set `image_size`."
-            )
 
     def normalize(self, image: Tensor) -> Tensor:
         """Images in [0, 1] as the trunk expects them."""
@@ -277,31 +273,14 @@ class SAM2SGP(nn.Module):
         """
         if support is not None and support.tokens.shape[2] == 0:
             support = None
-        return self.decode(features, support, self.fit_regression(support))
-
-    def fit_regression(self, support: SupportMemory | None) -> Tensor | None:
-        """Weights (B, C, 2, d) of the support regression; None where there is none."""
-        if self.regression is None or support is None or support.gram is None:
-            return None
-        with torch.autocast(support.gram.device.type, enabled=False):
-            return self.regression.fit(support.gram, support.gram_foreground)
-
-    def decode(
-        self, features: ImageFeatures, support: SupportMemory | None, regression_weights: Tensor | None
-    ) -> SGPOutput:
-        """What `segment` does with at least one support item per class, or None, once the regression is fitted.
-
-        It is one graph of tensor operations of any B, C and K, which `sam2sgp.runtime` exports; of `support` it does
-        not need the Gram matrices.
-        """
-        batch = features.embedding.shape[0]
+        batch = len(features)
         classes = 1 if support is None else support.tokens.shape[1]
         conditioned = self._condition(features, support, classes)
-        maps = self._support_maps(features, support, regression_weights)
-        dense = self._no_mask(conditioned.shape[-1]).expand(conditioned.shape[0], -1, -1, -1)
+        maps = self._support_maps(features, support)
+        dense = self._no_mask(conditioned.shape[-1]).expand(len(conditioned), -1, -1, -1)
         if self.prior is not None and maps is not None:
             dense = dense + self.prior.dense(maps, conditioned.shape[-1])
-        sparse = self._sparse(None, conditioned.shape[0])
+        sparse = self._sparse(None, len(conditioned))
         position = self.prompt_encoder.get_dense_pe()
         high_res = self._share(features.high_res, "pmg")
         pseudo, iou, score = self.pmg_decoder(conditioned, position, sparse, dense, high_res)
@@ -341,7 +320,7 @@ class SAM2SGP(nn.Module):
         assert self.pma_decoder is not None
         side = conditioned.shape[-1]
         guidance = F.adaptive_avg_pool2d(pseudo.sigmoid(), side)
-        sparse = self._sparse(box if self.uses_box else None, conditioned.shape[0])
+        sparse = self._sparse(box if self.uses_box else None, len(conditioned))
         if self.uses_dense:
             dense = dense - self._no_mask(dense.shape[-1])
             dense = dense + self.prompt_encoder.mask_downscaling(pseudo.clamp(-MASK_LOGIT, MASK_LOGIT))
@@ -466,9 +445,7 @@ class SAM2SGP(nn.Module):
             distance = torch.zeros(support.tokens.shape[:3], dtype=torch.int64, device=table.device)
         return table[distance.clamp(max=len(self.frame_tpos))][..., None]
 
-    def _support_maps(
-        self, features: ImageFeatures, support: SupportMemory | None, regression_weights: Tensor | None
-    ) -> Tensor | None:
+    def _support_maps(self, features: ImageFeatures, support: SupportMemory | None) -> Tensor | None:
         """What the support says at the finest grid, (B * C, M, 4g, 4g); None without support or prior."""
         if self.prior is None or support is None or support.prior_mask is None:
             return None
@@ -476,9 +453,9 @@ class SAM2SGP(nn.Module):
         match = _square(match.flatten(0, 1)[:, None])
         position = _square(support.prior_mask.mean(2).flatten(0, 1)[:, None])
         scores = None
-        if self.regression is not None and regression_weights is not None:
+        if self.regression is not None:
             with torch.autocast(match.device.type, enabled=False):
-                scores = self.regression.score(features.pixels, regression_weights)
+                scores = self.regression(features.pixels, support.gram, support.gram_foreground)
             scores = _square(scores.flatten(0, 1))
         return self.prior.maps(match, position, scores)
 

@@ -80,8 +80,16 @@ class SupportRegression(nn.Module):
             weighted = masks[..., None] * features[:, None]
             return whole, weighted.transpose(2, 3) @ features[:, None] / count
 
-    def fit(self, whole: Tensor, foreground: Tensor) -> Tensor:
-        """Weights w (B, C, 2, d) of the uniform and the balanced fit; arguments as of `forward`."""
+    def forward(self, query: Tensor, whole: Tensor, foreground: Tensor) -> Tensor:
+        """Scores of query pixels.
+
+        Args:
+            query: (B, P, d) features of the queries.
+            whole, foreground: (B, C, K, d, d) Gram matrices of the support items of each query and class.
+
+        Returns:
+            (B, C, 2, P): scores around -1 in background and 1 in foreground, of the uniform and the balanced fit.
+        """
         whole, foreground = whole.float().mean(2), foreground.float().mean(2)
         background = whole - foreground
         # The last feature is 1, so the last element of a Gram matrix is the share of pixels it was summed over.
@@ -95,24 +103,8 @@ class SupportRegression(nn.Module):
         target = (positive - negative)[..., -1:]
         # An absent or all-covering mask leaves its share empty; a trace of ridge on the constant keeps that solvable.
         matrix = matrix + EPS * torch.eye(whole.shape[-1], device=whole.device)
-        return torch.linalg.solve(matrix, target)[..., 0]
-
-    @staticmethod
-    def score(query: Tensor, weights: Tensor) -> Tensor:
-        """Scores (B, C, 2, P) of query pixels (B, P, d) with the weights (B, C, 2, d) of `fit`."""
+        weights = torch.linalg.solve(matrix, target)[..., 0]
         return torch.einsum("bpd,bcwd->bcwp", query.float(), weights)
-
-    def forward(self, query: Tensor, whole: Tensor, foreground: Tensor) -> Tensor:
-        """Scores of query pixels.
-
-        Args:
-            query: (B, P, d) features of the queries.
-            whole, foreground: (B, C, K, d, d) Gram matrices of the support items of each query and class.
-
-        Returns:
-            (B, C, 2, P): scores around -1 in background and 1 in foreground, of the uniform and the balanced fit.
-        """
-        return self.score(query, self.fit(whole, foreground))
 
 
 def _standardised(level: Tensor) -> Tensor:

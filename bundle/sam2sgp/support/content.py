@@ -151,12 +151,12 @@ def settings_fingerprint(transform: Callable, *more: object) -> str:
 
 
 def network_fingerprint(network: SAM2SGP, device: torch.device) -> str:
-    """Hash of all that what a network encodes depends on: weights, LoRA, switches, runtime, device type, precision."""
+    """Hash of all that what a network encodes depends on: weights, LoRA, switches, device type, precision."""
     layers = {
         name: [layer.active_adapters, layer.merged_adapters, layer.disable_adapters, getattr(layer, "scaling", {})]
         for name, layer in lora_layers(network).items()
     }
-    names = ("backbone", "image_size", "normalization", "memory_pool", "runtime")
+    names = ("backbone", "image_size", "normalization", "memory_pool")
     switches = [getattr(network, name, None) for name in names]
     return digest_of(checksum(network.state_dict()), switches, layers, precision(device))
 
