@@ -190,10 +190,14 @@ def compare(folder: Path, peer: DynUNet, options: argparse.Namespace) -> Found:
 
 
 def read_pair(case: dict) -> tuple[torch.Tensor, torch.Tensor, tuple | None]:
-    """Image (C, Z, H, W), class map (1, Z, H, W), spacing."""
+    """Image (C, Z, H, W), class map (1, Z, H, W) int64, spacing."""
     image = read_image(case["image"])
     label = read_label(case["label"], image.geometry)
-    return torch.from_numpy(image.slices).transpose(0, 1), torch.from_numpy(label)[None], image.geometry.spacing
+    return (
+        torch.from_numpy(image.slices).transpose(0, 1),
+        torch.from_numpy(label.astype(np.int64))[None],
+        image.geometry.spacing,
+    )
 
 
 def difference(

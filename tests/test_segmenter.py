@@ -143,7 +143,7 @@ def test_binary_pictures_are_written_as_the_labelled_ones_are(weights, tmp_path)
 
 
 def test_voxels_beside_their_header_are_saved_with_it(weights, tmp_path):
-    array = np.zeros((3, 40, 44), np.int16)
+    array = np.zeros((5, 40, 44), np.int16)
     array[:, 10:22, 10:26] = 900
     for name, values in (("image", array), ("label", (array > 0).astype(np.uint8))):
         SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values), str(tmp_path / f"{name}.mhd"))
@@ -173,6 +173,7 @@ def test_adaptation_is_told_in_a_sentence_and_dropped_with_a_new_pair(phantoms, 
         (np.zeros((32, 40, 1)), None, "leave out the last axis"),
         (np.zeros((32, 40, 3)), None, "expected colours as bytes"),
         (np.zeros((32, 40, 4), np.uint8), None, "expected colours as bytes"),
+        (torch.zeros((3, 32, 40)), None, "move the channels of a colour image to the end"),
         (np.zeros((4, 5, 6)), (1.0, 1.0), "expected 3 sizes above 0"),
         (np.zeros((4, 5, 6)), (1.0, 1.0, -1.0), "expected 3 sizes above 0"),
         ([[1, 2]], None, "expected a path, a NumPy array"),

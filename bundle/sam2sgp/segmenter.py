@@ -134,7 +134,7 @@ class Segmenter:
             image: a path, a NumPy array, a torch tensor, or an image of nibabel, SimpleITK or ITK, 2D or 3D; for the
                 order of an array's axes see `sam2sgp.data.objects.as_file`.
             label: its class map, integers of which 0 is the background, on the same grid: of the same kind, or a path.
-            spacing: of arrays, in mm.
+            spacing: of arrays, in mm; of 3 or 4 slices it tells that they are no colours.
             name: for `support_used`.
             patient: who is shown. Images of one patient never judge each other in an adaptation.
 
@@ -145,7 +145,8 @@ class Segmenter:
         own = name or f"support_{number}"
         case = {"name": own, "patient": patient or own, "group": "support"}
         for part, given in zip(PARTS, (image, label), strict=True):
-            file = as_file(given, self._folder, f"{part}_{number}", spacing if _is_array(given) else None)
+            sizes = spacing if _is_array(given) else None
+            file = as_file(given, self._folder, f"{part}_{number}", sizes, part == "label")
             case[part] = str(file.path)
         # Read once, so that a mistake is told where it is made.
         with _in_one_sentence():

@@ -58,6 +58,19 @@ def test_colours_are_a_picture(tmp_path):
     assert read.is_rgb and np.array_equal(read.slices[0].transpose(1, 2, 0), colours) and result.shape == (6, 7)
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_channels_first_are_not_silently_slices(tmp_path, channels, dtype):
+    """As torchvision reads a colour image. A volume of so few slices tells by its spacing."""
+    array = RNG.integers(0, 100, (channels, 20, 16)).astype(dtype)
+    for image in (array, torch.from_numpy(array)):
+        with pytest.raises(DataError, match=rf"found \({channels}, 20, 16\).*spacing=.*move the channels"):
+            as_file(image, tmp_path, "query")
+    read, result = there_and_back(array, tmp_path, spacing=(3.0, 1.0, 1.0))
+    assert np.array_equal(read.slices[:, 0], array) and np.array_equal(result, array > 50)
+    assert read_image(as_file(array, tmp_path, "label", is_label=True).path).slices.shape == (channels, 1, 20, 16)
+
+
 def test_images_of_other_libraries_keep_their_grid(tmp_path):
     array = RNG.integers(0, 100, (5, 6, 7)).astype(np.int16)
     affine = nib.affines.from_matvec(np.diag([-0.7, 0.8, 2.5]), [10.0, 20.0, 30.0])

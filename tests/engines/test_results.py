@@ -11,6 +11,7 @@ from sam2sgp.data.tree import Skipped
 from sam2sgp.engines import SegmentationJob
 from sam2sgp.engines.results import ResultWriter
 from sam2sgp.transforms.scaling import Scaling
+from tests.helpers.banks import bank, volume
 
 NAMES = {1: "liver", 2: "cyst"}
 
@@ -99,3 +100,18 @@ def test_a_scaling_is_told_once_and_each_warning_of_a_case(writer, caplog):
         writer._add_case(case(number))
     assert sum("scaling:" in message for message in caplog.messages) == 1
     assert caplog.messages.count("a: It is dark.") == caplog.messages.count("b: It is small.") == 1
+
+
+@pytest.mark.parametrize(("patients", "one_piece", "told"), [(3, True, True), (4, True, False), (3, False, False)])
+def test_what_three_patients_tell_to_be_one_piece_is_told_not_to_be_measured(
+    tmp_path, caplog, patients, one_piece, told
+):
+    """Without an image's own patient only two are left."""
+    support = bank([volume(number) for number in range(patients)])
+    assert support.one_piece() == [1]
+    job = SegmentationJob(str(tmp_path / "scored"), scored=True)
+    job.cases = [{**case, "image": f"{case['name']}.nii"} for case in support.data]
+    settings = SimpleNamespace(one_piece=one_piece)
+    engine = SimpleNamespace(exclude_own_patient=True, inferer=SimpleNamespace(settings=settings))
+    ResultWriter(job, support, "Run", max_figures=0)._complete(engine)
+    assert ("without keeping class_1 in one piece" in caplog.text) == told

@@ -26,7 +26,7 @@ def dataset(folder, cache, **settings) -> EpisodeDataset:
     keys = ["image", "label"]
     prepare = Compose([LoadCased(keys), ScaleIntensityByModalityd("image"), FitToSquared(keys, SIZE)])
     data = load_datalist(folder)
-    return EpisodeDataset(data, prepare, str(cache), 8, 4, progress=False, **settings)
+    return EpisodeDataset(data, prepare, str(cache), 8, 4, clip_probability=0.0, progress=False, **settings)
 
 
 def augmentations() -> dict:

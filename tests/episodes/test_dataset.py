@@ -40,8 +40,9 @@ def folder(tmp_path_factory):
 
 def episodes(folder, tmp_path, **settings) -> EpisodeDataset:
     transform = Compose([LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=SIZE)])
-    defaults = {"episodes": 20, "group_size": 4, "invert_probability": 0.0, "union_probability": 0.0, "progress": False}
-    return EpisodeDataset(load_datalist(folder), transform, str(tmp_path / "cache"), **{**defaults, **settings})
+    defaults = {"episodes": 20, "group_size": 4, "invert_probability": 0.0, "union_probability": 0.0}
+    settings = {**defaults, "clip_probability": 0.0, "progress": False, **settings}
+    return EpisodeDataset(load_datalist(folder), transform, str(tmp_path / "cache"), **settings)
 
 
 def test_an_episode_holds_one_target_in_images_of_several_patients(folder, tmp_path):
@@ -130,7 +131,7 @@ def test_one_patient_is_not_enough(folder, tmp_path):
     transform = Compose([LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=SIZE)])
     data = [{**case, "patient": "same"} for case in load_datalist(folder)]
     with pytest.raises(DataError, match="two patients"):
-        EpisodeDataset(data, transform, str(tmp_path / "cache"), 1, progress=False)
+        EpisodeDataset(data, transform, str(tmp_path / "cache"), 1, clip_probability=0.0, progress=False)
 
 
 def test_every_epoch_has_episodes_of_its_own_whoever_asks(folder, tmp_path):
@@ -218,3 +219,5 @@ def test_the_defaults_are_those_of_the_shipped_config():
     own = inspect.signature(EpisodeDataset).parameters
     for name in ("empty_fraction", "invert_probability", "union_probability", "clip_length", "clip_stride"):
         assert own[name].default == config[name], name
+    # What the configs say of these is nowhere else.
+    assert all(own[name].default is inspect.Parameter.empty for name in ("episodes", "clip_probability"))

@@ -41,7 +41,7 @@ def dataset(root, tmp_path, section="train", **settings) -> PretrainingDataset:
     transform = Compose([LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=2 * SIZE)])
     data = load_collection(root, section, held_out=["c"], related=[["b", "c"]])
     common = {"episodes": 20, "group_size": 4, "empty_fraction": 0.0, "invert_probability": 0.0}
-    settings = {**common, "union_probability": 0.0, "progress": False, **settings}
+    settings = {**common, "union_probability": 0.0, "clip_probability": 0.0, "progress": False, **settings}
     return PretrainingDataset(SIZE, data=data, transform=transform, cache_dir=str(tmp_path), **settings)
 
 
@@ -140,6 +140,7 @@ def test_superpixel_episodes_show_any_image_of_a_set_with_or_without_the_target(
         transform=prepare,
         cache_dir=str(tmp_path / "c"),
         episodes=96,
+        clip_probability=0.0,
         group_size=2,
         empty_fraction=0.0,
         progress=False,

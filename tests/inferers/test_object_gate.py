@@ -110,7 +110,7 @@ def test_slices_are_compared_within_their_volume_and_images_with_all():
     size, pixels = 50 * ~absent, torch.full((3, 5), 50)
     volume = torch.arange(3)[:, None].expand(-1, 5)
     found = learn(*(values.flatten()[:, None] for values in (evidence, size, pixels)), volume.flatten())
-    assert found.alone.tolist() == [-torch.inf]
+    assert found.in_image.tolist() == [-torch.inf]
     assert found.in_volume.tolist() == pytest.approx([(0.25 + 0.75) / 2])
     one, most = torch.tensor([[0.1], [0.03], [0.0]]), torch.tensor([0.15])
     assert found.absent(one).flatten().tolist() == [False] * 3
@@ -125,7 +125,7 @@ def test_the_ends_of_an_object_may_look_like_what_lies_beyond():
     assert gate_threshold(evidence, size, pixels) == -torch.inf
     assert gate_threshold(evidence, size, pixels, by_pixel=True) == pytest.approx((0.3 + 0.7) / 2)
     found = learn(evidence[:, None], size[:, None], pixels[:, None], torch.zeros(11, dtype=torch.long))
-    assert found.alone.item() == -torch.inf and found.in_volume.item() == pytest.approx(0.5)
+    assert found.in_image.item() == -torch.inf and found.in_volume.item() == pytest.approx(0.5)
 
 
 def test_what_is_learned_follows_the_support_set():
@@ -164,7 +164,7 @@ def test_items_that_are_guided_as_before_are_not_judged_again():
     # are encoded for the bank, and as queries.
     assert network.encoded - before == 2 * len([item for item in support.items if item.patient == "p3"])
     fresh = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2))).thresholds(network, torch.device("cpu"))
-    assert torch.equal(again.alone, fresh.alone) and torch.equal(again.in_volume, fresh.in_volume)
+    assert torch.equal(again.in_image, fresh.in_image) and torch.equal(again.in_volume, fresh.in_volume)
     assert again.in_volume.isfinite().all()
 
 

@@ -71,6 +71,21 @@ def test_only_the_largest_part_is_kept_where_every_labelled_volume_is_one_piece(
     assert torch.equal(result.pred.long(), TWO) and result.warnings == []
 
 
+def test_the_main_slice_is_one_of_what_is_kept_and_the_pseudo_mask_is_of_it():
+    # The small part has the largest area on one slice.
+    label = blocks((slice(0, 4), slice(0, 3)), (slice(5, 6), slice(2, 8)))
+    label[2, 3, :2] = 1
+    own = segmenter([ONE] * 3)
+    result = own.segment(query(label))
+    assert result.main == 2 and torch.equal(result.pseudo.long(), label[2])
+    off = replace(own, inferer=replace(own.inferer, settings=replace(own.inferer.settings, one_piece=False)))
+    result = off.segment(query(label))
+    assert result.main == 5 and torch.equal(result.pseudo.long(), label[5])
+    truth = torch.zeros_like(label)
+    truth[4] = 1
+    assert own.segment(query(label) | {"label": truth, "source": "query"}).main == 4
+
+
 @pytest.mark.parametrize("labels", [[ONE, ONE, TWO], [ONE, ONE]])
 def test_all_is_kept_where_a_labelled_volume_has_more_parts_or_there_are_few(labels):
     assert torch.equal(segmenter(labels).segment(query(TWO)).pred.long(), TWO)

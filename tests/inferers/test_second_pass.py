@@ -180,7 +180,7 @@ def test_thin_targets_are_seen_in_tiles_that_classes_share(monkeypatch):
     assert (result != first).all()
 
 
-@pytest.mark.parametrize(("parts", "side", "crops"), [(9, 24, 9), (2, 24, 1), (3, 70, 0)])
+@pytest.mark.parametrize(("parts", "side", "crops"), [(9, 24, 9), (2, 24, 1), (5, 24, 0), (9, 70, 0)])
 def test_many_small_parts_are_seen_in_tiles_and_few_or_large_ones_are_not(parts, side, crops, monkeypatch):
     cases = [picture(i) for i in range(3)]
     for case in cases:
@@ -210,6 +210,6 @@ def test_of_many_classes_the_views_that_show_most_of_each_come_first(monkeypatch
     jobs += [second_pass._Job(0, 0, Region.around(masks[0], SIZE), masks)]
     jobs += [second_pass._Job(0, 2, tile, masks) for tile in tiles]
     chosen = second_pass._most_useful(jobs, masks)
-    assert [(job.column, job.region) for job in chosen[:2]] == [(1, tiles[0]), (0, jobs[9].region)]
+    assert [(job.class_index, job.region) for job in chosen[:2]] == [(1, tiles[0]), (0, jobs[9].region)]
     # The next ones of the second class, and none of the one that isn't there.
-    assert len(chosen) == 4 and {job.column for job in chosen[2:]} == {1}
+    assert len(chosen) == 4 and {job.class_index for job in chosen[2:]} == {1}

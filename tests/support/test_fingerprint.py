@@ -62,8 +62,8 @@ def test_measures_survive_json_and_an_empty_label():
 
 
 def test_small_and_many_parts_are_seen_in_tiles_and_one_large_object_is_not():
-    assert tile_share(0.1, 2, 0.05, 256) is None
-    assert tile_share(0.1, 3, 0.05, 256) == tile_share(0.1, 2, 0.05, 256, many=SOME_PARTS) == SMALLEST_TILE
+    assert tile_share(0.1, 7, 0.05, 256) is None
+    assert tile_share(0.1, 8, 0.05, 256) == tile_share(0.1, 4, 0.05, 256, many=SOME_PARTS) == SMALLEST_TILE
     # As large as lungs.
     assert tile_share(0.1, 20, 0.3, 256) is None
     # Of thin parts their thickness decides.

@@ -155,7 +155,7 @@ def test_a_support_set_is_scaled_alike_and_said_so(mixed_ct_set, tmp_path, caplo
 
 def test_training_and_queries_are_scaled_as_the_support_set_is(mixed_ct_set, tmp_path):
     cases = load_datalist(mixed_ct_set)
-    data = EpisodeDataset(cases, preprocessing(), str(tmp_path / "cache"), 1, progress=False)
+    data = EpisodeDataset(cases, preprocessing(), str(tmp_path / "cache"), 1, clip_probability=0.0, progress=False)
     assert [data.cache[case].scaling.kind for case in data.data] == ["ct"] * 4
     queries = QueryDataset(cases, preprocessing(), bank(mixed_ct_set))
     prepared = [queries[number] for number in range(4)]

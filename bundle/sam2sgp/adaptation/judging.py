@@ -58,8 +58,8 @@ def case_dice(logits: Tensor, labels: Tensor, values: Sequence[int]) -> Tensor:
     """
     winner = label_map(logits)
     found = []
-    for column, value in enumerate(values):
-        predicted, truth = winner == column + 1, labels == value
+    for class_index, value in enumerate(values):
+        predicted, truth = winner == class_index + 1, labels == value
         found.append(2 * (predicted & truth).sum() / (predicted.sum() + truth.sum()))
     return torch.stack(found)
 

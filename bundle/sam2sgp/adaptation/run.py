@@ -254,8 +254,8 @@ class Run:
             by_group[entry.case.group].append(torch.stack(dice))
         of_groups = torch.stack([torch.stack(dice).nanmean(0) for dice in by_group.values()])
         choices = {}
-        for column, value in enumerate(values):
-            dice = of_groups[..., column]
+        for class_index, value in enumerate(values):
+            dice = of_groups[..., class_index]
             choices[self.bank.class_names[value]] = choose_share(dice[~dice.isnan().any(1)], shares)
         return choices
 

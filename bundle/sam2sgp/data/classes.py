@@ -1,9 +1,12 @@
-"""Names of classes by label value: as a data folder declares them, or made up, and checked against labels."""
+"""Names of classes by label value: as a data folder declares them, or made up, and checked against labels; and which
+values there are in a class map."""
 
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from sam2sgp.data.datalist_json import read_json
 from sam2sgp.data.pairing import NAMES_SHOWN
@@ -59,6 +62,29 @@ def check_label_values(path: str | os.PathLike, values: Iterable[int], names: di
             f"{path}: expected only the declared classes ({declared}), found value {found}; correct the label, or "
             "declare the class in dataset.json or labels.json."
         )
+
+
+def values_in(classes: np.ndarray) -> list[int]:
+    """Sorted values of a class map (Z, H, W) of integers, slice by slice: what sorts a long volume takes gigabytes.
+
+    Example:
+        >>> values_in(np.array([[[0, 7]], [[3, 0]]], np.uint8))
+        [0, 3, 7]
+    """
+    return sorted({value for part in classes for value in np.unique(part).tolist()})
+
+
+def renumbered(classes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """`table[classes]` of a class map (Z, H, W) of integers >= 0, slice by slice: NumPy makes indices of eight bytes.
+
+    Example:
+        >>> renumbered(np.array([[[0, 7]], [[3, 0]]], np.uint8), np.array([0, 0, 0, 1, 0, 0, 0, 2], np.uint8)).tolist()
+        [[[0, 2]], [[1, 0]]]
+    """
+    made = np.empty(classes.shape, table.dtype)
+    for target, part in zip(made, classes, strict=True):
+        target[...] = table[part]
+    return made
 
 
 def _names_by_value(path: Path, declared: Mapping) -> dict[int, str]:

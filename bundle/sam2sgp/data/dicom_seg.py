@@ -20,6 +20,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import RLELossless, generate_uid
 
 import sam2sgp
+from sam2sgp.data.classes import renumbered
 from sam2sgp.data.io import Geometry, dicom_slices, is_dicom_seg, writing
 from sam2sgp.data.io.dicom_file import UNCOMPRESSED, frame_shape, open_dicom
 from sam2sgp.data.io.dicom_segmentation import CLASS_VALUE_FOUND
@@ -96,7 +97,7 @@ def write_dicom_seg(
     numbers = np.zeros(values[-1] + 1, dtype=np.min_scalar_type(len(values)))
     numbers[values] = np.arange(1, len(values) + 1)
     # A file's grid is (column, row, slice), with slices in the order of its headers.
-    segments = numbers[native.transpose(2, 1, 0)]
+    segments = renumbered(native.transpose(2, 1, 0), numbers)
     descriptions = [_description(number, class_names[value], approved) for number, value in enumerate(values, 1)]
     headers, frames = _source_images(source, geometry)
     if len(headers) == 1:
@@ -174,7 +175,8 @@ def read_dicom_seg(
         limit: bytes that its frames may unpack to, one for each voxel; by default `default_memory()`.
 
     Returns:
-        labels: (Z, H, W) int64 in display orientation; slices without a frame are empty. names: by class value.
+        labels: (Z, H, W) uint8 or uint16 in display orientation; slices without a frame are empty.
+        names: by class value.
 
     Raises:
         DataError: the object can't be read, refers to other slices, is too large, or its segments overlap.
@@ -200,7 +202,8 @@ def read_dicom_seg(
         names[int(values[number])] = name
     if values.max() > LARGEST_CLASS:
         raise DataError(f"{path}: expected class values up to {LARGEST_CLASS}, found {values.max()}; correct it.")
-    native = values[numbers].transpose(2, 1, 0).reshape(geometry.native_shape)
+    classes = renumbered(numbers, values.astype(np.uint8 if values.max() <= 255 else np.uint16))
+    native = classes.transpose(2, 1, 0).reshape(geometry.native_shape)
     return geometry.from_native(native), names
 
 

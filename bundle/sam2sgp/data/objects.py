@@ -20,7 +20,7 @@ from sam2sgp.data.io import Geometry
 from sam2sgp.errors import DataError
 
 # From so many rows and columns on, an array whose last axis has 1, 3 or 4 entries is meant as a 2D image, not as a
-# volume.
+# volume, and one whose first axis has 3 or 4 may be.
 LEAST_ROWS = 16
 KINDS = "a path, a NumPy array, a torch tensor, or an image of nibabel, SimpleITK or ITK"
 
@@ -37,7 +37,9 @@ class ImageFile:
     restore: Callable[[np.ndarray, Geometry], Any]
 
 
-def as_file(image: Any, folder: Path, name: str, spacing: tuple[float, ...] | None = None) -> ImageFile:
+def as_file(
+    image: Any, folder: Path, name: str, spacing: tuple[float, ...] | None = None, is_label: bool = False
+) -> ImageFile:
     """Write an image, or a class map, where it is not in a file yet.
 
     Args:
@@ -45,9 +47,11 @@ def as_file(image: Any, folder: Path, name: str, spacing: tuple[float, ...] | No
             on the right and his front at the top, as radiologists look at slices; or an image with a place of its own.
         folder: where to write. name: the file's stem.
         spacing: of an array (row, column) or (slice, row, column) in mm. Without it a volume's voxels are cubes.
+        is_label: whether it is a class map, which has no colours.
 
     Raises:
-        DataError: another kind of object, shape or type of values, or a spacing that is given twice.
+        DataError: another kind of object, shape or type of values, or a spacing that is given twice. An image of 3 or 4
+            slices lacks its spacing, so that it may as well be one in colour, with its channels first.
     """
     kind = type(image).__module__.split(".")[0]
     is_array = isinstance(image, np.ndarray | torch.Tensor)
@@ -56,6 +60,8 @@ def as_file(image: Any, folder: Path, name: str, spacing: tuple[float, ...] | No
     if isinstance(image, str | Path):
         return ImageFile(Path(image).expanduser().absolute(), _native)
     if is_array:
+        if spacing is None and not is_label:
+            _check_slices(image.shape, name)
         return _of_array(image, folder, name, spacing)
     if isinstance(image, SpatialImage):
         path = folder / f"{name}.nii"
@@ -68,6 +74,16 @@ def as_file(image: Any, folder: Path, name: str, spacing: tuple[float, ...] | No
 
 def _native(values: np.ndarray, geometry: Geometry) -> np.ndarray:
     return values[0] if geometry.is_picture else geometry.to_native(values)
+
+
+def _check_slices(shape: tuple[int, ...], name: str) -> None:
+    """Raise DataError where slices may be channels, which torch has first."""
+    if len(shape) == 3 and shape[0] in (3, 4) and min(shape[1:]) >= LEAST_ROWS:
+        raise DataError(
+            f"{name}: expected (Z, H, W) with `spacing` or, bytes in colour, (H, W, 3), found {tuple(shape)} without; "
+            f"give spacing=(slice, row, column) in mm for a volume of {shape[0]} slices, or move the channels of a "
+            "colour image to the end and convert them to uint8 from 0 to 255."
+        )
 
 
 def _of_array(

@@ -25,7 +25,7 @@ from sam2sgp.files import remove_parts
 from sam2sgp.report.colour_tables import write_colour_tables
 from sam2sgp.report.html import Report, write_report
 from sam2sgp.report.run_info import run_info_of
-from sam2sgp.support.bank import SupportBank
+from sam2sgp.support.bank import PIECE_PATIENTS, SupportBank
 from sam2sgp.support.familiarity import is_unlike
 from sam2sgp.transforms import ScaleIntensityByModalityd
 from sam2sgp.transforms.scaling import Scaling
@@ -187,6 +187,8 @@ class ResultWriter:
         self._write_table()
         rows, errors = self.rows, self.errors
         self._tell_doubts(rows)
+        if self.job.scored and engine.exclude_own_patient and engine.inferer.settings.one_piece:
+            self._tell_pieces()
         summary = self._summary(rows) if self.job.scored else []
         if not self.job.scored:
             write_colour_tables(self.job.output_dir, self.bank.class_names)
@@ -234,6 +236,21 @@ class ResultWriter:
                 len(unlike),
                 self._count(),
                 self.job.table,
+            )
+
+    def _tell_pieces(self) -> None:
+        """Warn of classes that are kept in one piece with all labels, but not without those of the own patient."""
+        left_out = {(case.get("patient"), case.get("group")) for case in self.job.cases}
+        with_all = {group: set(self.bank.one_piece(None, group)) for _, group in left_out}
+        lost = {
+            value for own, group in left_out for value in with_all[group].difference(self.bank.one_piece(own, group))
+        }
+        if lost:
+            logger.warning(
+                "Measured without keeping %s in one piece, because volumes of fewer than %d other patients are left to "
+                "tell whether it is; images of other patients get only its largest part.",
+                ", ".join(self.bank.class_names[value] for value in sorted(lost)),
+                PIECE_PATIENTS,
             )
 
     def _summary(self, rows: list[dict]) -> list[dict]:

@@ -54,10 +54,10 @@ class EpisodeDataset(Dataset):
         task_augmentation: dictionary transform of `image` (3, S, S) and `label` (1, S, S), applied with the same
             random numbers to all images of an episode.
         augmentation: likewise, but drawn for each image.
+        clip_probability: share of episodes whose images are clips, where volumes are long enough.
         empty_fraction: share of images drawn from slices without the target, where there are such.
         invert_probability: share of episodes whose target is everything but the class.
         union_probability: share of episodes whose target is the union of two classes, where there are two.
-        clip_probability: share of episodes whose images are clips, where volumes are long enough.
         clip_length: slices L of a clip, at least 2; an episode holds G // L clips, and single slices for the rest.
         clip_stride: distance between two slices of a clip.
         augmentation_variants: every slice comes in only so many forms, each drawn once for all epochs; None: in a new
@@ -79,10 +79,11 @@ class EpisodeDataset(Dataset):
         group_size: int = 6,
         task_augmentation: Compose | None = None,
         augmentation: Compose | None = None,
+        *,
+        clip_probability: float,
         empty_fraction: float = 0.3,
         invert_probability: float = 0.1,
         union_probability: float = 0.1,
-        clip_probability: float = 0.0,
         clip_length: int = 3,
         clip_stride: int = 1,
         augmentation_variants: int | None = None,
@@ -215,11 +216,11 @@ class EpisodeDataset(Dataset):
         """The other images of each image's clip, and how many slices away they are."""
         index = torch.full((len(places), self.clip_length - 1), -1)
         distance = torch.zeros_like(index)
-        for own, (clip, place) in enumerate(places):
+        for own, (clip, slice_index) in enumerate(places):
             others = [number for number, (other, _) in enumerate(places) if other == clip and number != own]
             for column, number in enumerate(others):
                 index[own, column] = number
-                distance[own, column] = abs(places[number][1] - place)
+                distance[own, column] = abs(places[number][1] - slice_index)
         return {"frame_index": index, "frame_distance": distance}
 
     def _pairs(
@@ -266,27 +267,27 @@ class EpisodeDataset(Dataset):
             if number > 1 and rng.random() < self.empty_fraction:
                 empty = [(n, i) for n, i, present in self.slices[group][patient] if not present & target]
                 places = [(n, i) for n, i in empty if length == 1 or self.lengths[n] >= span] or places
-            case, place = places[rng.integers(len(places))]
+            case, slice_index = places[rng.integers(len(places))]
             first = len(drawn)
-            drawn += [Drawn(patient, case, index, first) for index in self._clip(rng, case, place, length)]
+            drawn += [Drawn(patient, case, index, first) for index in self._clip(rng, case, slice_index, length)]
         while len(drawn) < self.group_size:
             patient = names[rng.integers(len(names))]
             places = holders[patient]
-            case, place = places[rng.integers(len(places))]
-            drawn.append(Drawn(patient, case, place, len(drawn)))
+            case, slice_index = places[rng.integers(len(places))]
+            drawn.append(Drawn(patient, case, slice_index, len(drawn)))
         return drawn
 
-    def _clip(self, rng: np.random.Generator, case: int, place: int, length: int) -> list[int]:
-        """Indices of `length` slices of a case, one of which is `place`, in a random direction."""
+    def _clip(self, rng: np.random.Generator, case: int, slice_index: int, length: int) -> list[int]:
+        """Indices of `length` slices of a case, one of which is `slice_index`, in a random direction."""
         if length == 1:
-            return [place]
+            return [slice_index]
         stride, last = self.clip_stride, self.lengths[case] - 1
         fitting = [
             start
-            for start in range(place - (length - 1) * stride, place + 1, stride)
+            for start in range(slice_index - (length - 1) * stride, slice_index + 1, stride)
             if start >= 0 and start + (length - 1) * stride <= last
         ]
-        start = fitting[rng.integers(len(fitting))] if fitting else min(place, last - (length - 1) * stride)
+        start = fitting[rng.integers(len(fitting))] if fitting else min(slice_index, last - (length - 1) * stride)
         indices = [start + number * stride for number in range(length)]
         return indices[:: int(rng.choice([-1, 1]))]
 

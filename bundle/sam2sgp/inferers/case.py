@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam2sgp.data.classes import check_label_values
+from sam2sgp.data.classes import check_label_values, renumbered, values_in
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
 from sam2sgp.inferers.one_piece import keep_main_parts, sentence
 from sam2sgp.inferers.support_set import Chunk, Step, SupportSetInferer
@@ -33,7 +33,7 @@ class CaseResult:
     """(Z, H, W) class values, uint8 or int32."""
 
     main: int
-    """The slice with the most of all classes, labelled ones too."""
+    """The slice with the most of all classes in `pred`, labelled ones too."""
 
     pseudo: Tensor
     """(S, S) class indices of the pseudo-masks there, at the network's size."""
@@ -146,15 +146,14 @@ class CaseSegmenter:
         found = _Collected(case, bank.class_values, truth, maps)
         for rows, logits, chunk in self.inferer.segment_case(case, self.network, patient, case.get("group"), step):
             found.add(rows, logits, chunk)
-        result = found.result(self.inferer.least_signs(self.network, case.get("group"), step))
-        result.warnings = list(case.get("warnings", ()))
+        shares: dict[int, float] = {}
         if self.inferer.settings.one_piece and len(case["image"]) > 1:
-            values = bank.one_piece(patient, case.get("group"))
-            for value, share in keep_main_parts(result.pred, values, bank.class_values, result.probability).items():
-                if told := sentence(bank.class_names[value], share):
-                    result.warnings.append(told)
+            shares = found.keep_main_parts(bank.one_piece(patient, case.get("group")))
+        result = found.result(self.inferer.least_signs(self.network, case.get("group"), step))
+        told = (sentence(bank.class_names[value], share) for value, share in shares.items())
+        result.warnings = [*case.get("warnings", ()), *filter(None, told)]
         if truth is not None:
-            check_label_values(case["source"], torch.unique(truth).tolist(), bank.class_names)
+            check_label_values(case["source"], values_in(truth.numpy()), bank.class_names)
             result.pred_index = _indices(result.pred, bank.class_values)
             result.truth_index = _indices(truth, bank.class_values)
         result.seconds = time.perf_counter() - started
@@ -186,8 +185,9 @@ class _Collected:
         self.distances: list[Tensor] = []
         self.sizes: list[Tensor] = []
         self.score = torch.full((len(class_values),), -torch.inf)
-        self.main, self.most = 0, -1
-        self.pseudo = torch.zeros(0)
+        # Of all slices: which one is shown is known only when all are done.
+        size = case["letterbox"].size
+        self.pseudo = torch.zeros(slices, size, size, dtype=torch.uint8)
 
     def add(self, rows: slice, logits: Tensor, chunk: Chunk) -> None:
         """Logits (B, C, H, W) of some slices, after all passes."""
@@ -198,13 +198,8 @@ class _Collected:
                 self.maps[name][rows] = values_of(logits).cpu()
         shown = (index > 0).flatten(1).sum(1)
         self.distances.append(chunk.distance)
-        self.sizes.append(shown.clone())
-        if self.truth is not None:
-            shown += (self.truth[rows] > 0).flatten(1).sum(1)
-        if shown.max() > self.most:
-            row = int(shown.argmax())
-            self.main, self.most = rows.start + row, int(shown[row])
-            self.pseudo = label_map(chunk.output.pseudo_logits[row, None])[0].cpu()
+        self.sizes.append(shown)
+        self.pseudo[rows] = label_map(chunk.output.pseudo_logits).cpu()
         self.box[rows] = chunk.output.box.cpu()
         self.score = torch.maximum(self.score, chunk.output.object_score.float().cpu().amax(0))
         winner = logits.max(1).values.sigmoid()
@@ -213,17 +208,28 @@ class _Collected:
         for entry in chunk.retrieved:
             self.support.setdefault(entry.value, []).append((entry.index.cpu(), entry.similarity.cpu()))
 
+    def keep_main_parts(self, values: list[int]) -> dict[int, float]:
+        """See `sam2sgp.inferers.one_piece.keep_main_parts`; `values` of the classes that are one piece."""
+        return keep_main_parts(self.pred, values, self.class_values, self.maps.get("probability"))
+
+    def _main(self) -> int:
+        """The slice with the most of all classes, found and labelled; the first of several."""
+        shown = [int(found.count_nonzero()) for found in self.pred]
+        if self.truth is not None:
+            shown = [found + int(truth.count_nonzero()) for found, truth in zip(shown, self.truth, strict=True)]
+        return shown.index(max(shown))
+
     def result(self, least_signs: Tensor) -> CaseResult:
         """Of all slices; how long it took is not known here.
 
         Args:
             least_signs: (C,) object scores, below which a class may be absent.
         """
-        faint = (self.score < least_signs).tolist()
+        faint, main = (self.score < least_signs).tolist(), self._main()
         return CaseResult(
             pred=self.pred,
-            main=self.main,
-            pseudo=self.pseudo,
+            main=main,
+            pseudo=self.pseudo[main].clone(),
             box=self.box,
             confidence={
                 value: float(self.sums[i] / self.counts[i]) if self.counts[i] else float("nan")
@@ -241,6 +247,7 @@ class _Collected:
 
 
 def _indices(values: Tensor, class_values: list[int]) -> Tensor:
-    """Class values -> class indices 0..C, uint8."""
-    known = torch.tensor([0, *class_values])
-    return torch.searchsorted(known, values.to(known.dtype).contiguous()).to(torch.uint8)
+    """Class values (Z, H, W), on the CPU -> class indices 0..C, uint8."""
+    table = np.zeros(max(class_values, default=0) + 1, np.uint8)
+    table[class_values] = np.arange(1, len(class_values) + 1)
+    return torch.from_numpy(renumbered(values.numpy(), table))

@@ -45,10 +45,10 @@ MAX_SCORE = 40.0
 class Thresholds:
     """Up to where each of C classes counts as absent; minus infinity where nothing is cut.
 
-    alone: (C,) evidence of an image. in_volume: (C,) share of the most evidence in its volume.
+    in_image: (C,) evidence of an image. in_volume: (C,) share of the most evidence in its volume.
     """
 
-    alone: Tensor
+    in_image: Tensor
     in_volume: Tensor
 
     @classmethod
@@ -57,7 +57,7 @@ class Thresholds:
         return cls(*torch.full((2, classes), -torch.inf))
 
     def to(self, device: torch.device) -> "Thresholds":
-        return Thresholds(self.alone.to(device), self.in_volume.to(device))
+        return Thresholds(self.in_image.to(device), self.in_volume.to(device))
 
     def absent(self, evidence: Tensor, most: Tensor | None = None) -> Tensor:
         """Whether classes are absent, (B, C) bool.
@@ -65,7 +65,7 @@ class Thresholds:
         Args:
             evidence: (B, C) of images. most: (C,) in their volume; None: they are images by themselves.
         """
-        absent = evidence <= self.alone
+        absent = evidence <= self.in_image
         if most is None:
             return absent
         return absent | (evidence <= self.in_volume * most.clamp(min=torch.finfo(most.dtype).tiny))
@@ -120,12 +120,14 @@ def learn(evidence: Tensor, size: Tensor, found: Tensor, volume: Tensor) -> Thre
     most = torch.zeros_like(evidence).scatter_reduce(0, rows, evidence, "amax")[volume]
     of_volume = torch.zeros_like(size).scatter_add(0, rows, size)[volume]
     share = evidence / most.clamp(min=torch.finfo(evidence.dtype).tiny)
-    alone, in_volume = [], []
-    for column in range(evidence.shape[1]):
-        alone.append(CAUTION * gate_threshold(evidence[:, column], size[:, column], found[:, column]))
-        held = of_volume[:, column] > 0
-        in_volume.append(gate_threshold(share[held, column], size[held, column], found[held, column], by_pixel=True))
-    return Thresholds(torch.tensor(alone), torch.tensor(in_volume))
+    in_image, in_volume = [], []
+    for class_index in range(evidence.shape[1]):
+        in_image.append(CAUTION * gate_threshold(evidence[:, class_index], size[:, class_index], found[:, class_index]))
+        held = of_volume[:, class_index] > 0
+        in_volume.append(
+            gate_threshold(share[held, class_index], size[held, class_index], found[held, class_index], by_pixel=True)
+        )
+    return Thresholds(torch.tensor(in_image), torch.tensor(in_volume))
 
 
 def gate_threshold(evidence: Tensor, size: Tensor, found: Tensor, by_pixel: bool = False) -> float:

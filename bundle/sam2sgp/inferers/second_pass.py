@@ -3,8 +3,8 @@
 At the network's size an object of a few pixels is a cell or two of the embedding. The second pass cuts a square around
 what the first pass found, cuts the support images around their own masks by the same rule, so that objects appear in
 the same size, and segments the one guided by the other. What may be anywhere, thin structures such as vessels and many
-small parts such as nuclei, is seen in overlapping tiles instead, the smaller the thinner or smaller it is in the
-support set; at most nine of them, each encoded once for all classes, so that a slice takes at most ten times as long.
+small parts such as nuclei, is seen in overlapping tiles instead, the smaller the thinner it is in the support
+set; at most nine of them, each encoded once for all classes, so that a slice takes at most ten times as long.
 Where the support set has many classes, a class counts as found where it wins, and the crops of a slice are limited,
 those that show most of a class first.
 
@@ -35,7 +35,7 @@ class _Job:
     """One slice and class to be segmented again."""
 
     row: int
-    column: int
+    class_index: int
     region: Region
     image: Tensor
 
@@ -95,7 +95,7 @@ class SecondPass:
         for start in range(0, len(jobs), self.settings.batch_size):
             batch = jobs[start : start + self.settings.batch_size]
             for job, values in self._segment(batch, network, patient, group):
-                place = (job.row, job.column, *job.region.place)
+                place = (job.row, job.class_index, *job.region.place)
                 window = job.region.window(shape).to(logits.device)
                 second[place] += window * job.region.restore(values[None])[0, 0]
                 weights[place] += window
@@ -116,18 +116,18 @@ class SecondPass:
         same_tiles: all classes that are seen in tiles share the smallest ones, which are encoded once.
         """
         size = network.image_size
-        columns = torch.nonzero(masks.flatten(1).any(1))[:, 0].tolist()
-        shares = {column: self.bank.tile_share(column, size) for column in columns}
+        class_indices = torch.nonzero(masks.flatten(1).any(1))[:, 0].tolist()
+        shares = {class_index: self.bank.tile_share(class_index, size) for class_index in class_indices}
         least = min((share for share in shares.values() if share is not None), default=None)
         jobs = []
-        for column in columns:
-            share = least if same_tiles and shares[column] is not None else shares[column]
+        for class_index in class_indices:
+            share = least if same_tiles and shares[class_index] is not None else shares[class_index]
             if share is not None:
                 regions = Region.tiles(tuple(masks.shape[-2:]), size, share, pixel)
             else:
-                found = Region.around(masks[column], size, pixel, self.settings.region_below)
+                found = Region.around(masks[class_index], size, pixel, self.settings.region_below)
                 regions = [] if found is None else [found]
-            jobs += [_Job(row, column, region, images[row]) for region in regions]
+            jobs += [_Job(row, class_index, region, images[row]) for region in regions]
         return jobs
 
     def _segment(
@@ -144,12 +144,12 @@ class SecondPass:
         features = features[[number_of[job.row, job.region] for job in jobs]]
         by_class = defaultdict(list)
         for number, job in enumerate(jobs):
-            by_class[job.column].append(number)
+            by_class[job.class_index].append(number)
         # Rows of whatever classes go through the network together where they have equally many support items.
         by_count: dict[int, list[tuple[list[int], SupportMemory]]] = defaultdict(list)
-        for column, numbers in by_class.items():
+        for class_index, numbers in by_class.items():
             sampler = self.settings.sampler
-            support = self.bank.region_support(network, features[numbers], sampler, column, patient, group)
+            support = self.bank.region_support(network, features[numbers], sampler, class_index, patient, group)
             if support is not None:
                 by_count[support.tokens.shape[2]].append((numbers, support))
         for parts in by_count.values():
@@ -164,7 +164,7 @@ def _most_useful(jobs: list[_Job], masks: Tensor) -> list[_Job]:
     ranked = []
     by_class = defaultdict(list)
     for job in jobs:
-        by_class[job.column].append((int(masks[job.column][job.region.place].sum()), job))
+        by_class[job.class_index].append((int(masks[job.class_index][job.region.place].sum()), job))
     for own in by_class.values():
         own.sort(key=lambda entry: -entry[0])
         ranked += [(place, -pixels, job) for place, (pixels, job) in enumerate(own) if pixels]

@@ -41,17 +41,17 @@ Segment = Callable[[ImageFeatures, list[Retrieved], "dict[int, SupportMemory]"],
 
 @dataclass
 class Frame:
-    """A segmented slice as memory: its place in the volume, memory (1, 1, 1), and whether the class is on it."""
+    """A segmented slice as memory: its index in the volume, memory (1, 1, 1), and whether the class is on it."""
 
-    place: int
+    slice_index: int
     memory: SupportMemory
     present: bool
 
-    def at(self, place: int) -> SupportMemory:
+    def at(self, slice_index: int) -> SupportMemory:
         """The memory with its distance from a slice of the volume."""
         distance, item = (
             self.memory.tokens.new_full((1, 1, 1), number, dtype=torch.int64)
-            for number in (abs(place - self.place), -1 - self.place)
+            for number in (abs(slice_index - self.slice_index), -1 - self.slice_index)
         )
         return replace(self.memory, distance=distance, item=item)
 
@@ -119,7 +119,7 @@ class Propagation:
         self.step = step
         self.start = 0
         # The most evidence of each class so far, (C,).
-        self.most = torch.zeros_like(thresholds.alone)
+        self.most = torch.zeros_like(thresholds.in_image)
         # Per class number, the last slices segmented on the way up.
         self.carried: dict[int, list[Frame]] = {}
 
@@ -160,20 +160,20 @@ class _Window:
         self.upward: dict[int, list[bool]] = {}
         self.absent: dict[int, set[int]] = {}
         shown = label_map(self.output.logits)
-        for column in self.entries:
-            self.absent[column] = set(torch.nonzero(absent[:, column].cpu())[:, 0].tolist())
-            self.anchors[column] = self._explained_best(column, shown == column + 1)
-            before = _shows(propagation.carried.get(column, []))
-            self.upward[column] = _upward([-1] * before + self.anchors[column], count)
+        for class_index in self.entries:
+            self.absent[class_index] = set(torch.nonzero(absent[:, class_index].cpu())[:, 0].tolist())
+            self.anchors[class_index] = self._explained_best(class_index, shown == class_index + 1)
+            before = _shows(propagation.carried.get(class_index, []))
+            self.upward[class_index] = _upward([-1] * before + self.anchors[class_index], count)
 
-    def _explained_best(self, column: int, shown: Tensor) -> list[int]:
+    def _explained_best(self, class_index: int, shown: Tensor) -> list[int]:
         """Slices to start from: of each run of slices that show the class, (W, S, S) bool, the best one.
 
         The best one has the most pixels of the class, each counted by its certainty, times the similarity of the
         support.
         """
-        certainty = (2 * self.output.logits[:, column].sigmoid() - 1) * shown
-        similarity = self.entries[column].similarity.to(shown.device).mean(1).clamp(min=0)
+        certainty = (2 * self.output.logits[:, class_index].sigmoid() - 1) * shown
+        similarity = self.entries[class_index].similarity.to(shown.device).mean(1).clamp(min=0)
         worth = (certainty.flatten(1).sum(1) * similarity).tolist()
         tops = [max(run, key=worth.__getitem__) for run in _runs([value > 0 for value in worth])]
         return [top for top in tops if worth[top] >= MIN_ANCHOR * max(worth)]
@@ -184,60 +184,68 @@ class _Window:
         Going up, a slice that shows a class of which nothing was known becomes an anchor. Going down from it, slices
         on which the class was not found are looked at again, until it ends.
         """
-        places = range(len(self.features))
-        for index in places if up else reversed(places):
-            due = [column for column in self.entries if self._is_due(column, index, up, trails)]
-            starting = [column for column in self.entries if index in self.anchors[column]]
-            guided = [column for column in due if column in trails]
+        slices = range(len(self.features))
+        for slice_index in slices if up else reversed(slices):
+            due = [class_index for class_index in self.entries if self._is_due(class_index, slice_index, up, trails)]
+            starting = [class_index for class_index in self.entries if slice_index in self.anchors[class_index]]
+            guided = [class_index for class_index in due if class_index in trails]
             if guided:
-                self._guide(guided, index, trails)
-            for column in starting:
-                trails.pop(column, None)
-            unknown = [column for column in due if not _shows(trails.get(column, []))]
+                self._guide(guided, slice_index, trails)
+            for class_index in starting:
+                trails.pop(class_index, None)
+            unknown = [class_index for class_index in due if not _shows(trails.get(class_index, []))]
             if due or starting:
-                self._remember([*due, *starting], index, trails)
+                self._remember([*due, *starting], slice_index, trails)
             if up:
-                for column in unknown:
-                    if _shows(trails.get(column, [])):
-                        self.anchors[column].append(index)
+                for class_index in unknown:
+                    if _shows(trails.get(class_index, [])):
+                        self.anchors[class_index].append(slice_index)
             self.step(1)
         return trails
 
-    def _guide(self, columns: list[int], index: int, trails: dict[int, list[Frame]]) -> None:
+    def _guide(self, class_indices: list[int], slice_index: int, trails: dict[int, list[Frame]]) -> None:
         """Segment some classes of a slice once more, with the slices on their trails as memory."""
-        row = torch.tensor([index])
-        frames = {column: self._memory(trails[column], index) for column in columns}
-        entries = [self.entries[column].rows(row) for column in columns]
+        row = torch.tensor([slice_index])
+        frames = {class_index: self._memory(trails[class_index], slice_index) for class_index in class_indices}
+        entries = [self.entries[class_index].rows(row) for class_index in class_indices]
         found = self.segment(self.features[row], entries, frames)
-        known = self.output.logits[index, columns]
-        found.logits[0, columns] = torch.lerp(known, found.logits[0, columns], MEMORY_SHARE)
+        known = self.output.logits[slice_index, class_indices]
+        found.logits[0, class_indices] = torch.lerp(known, found.logits[0, class_indices], MEMORY_SHARE)
         for field in fields(SGPOutput):
-            getattr(self.output, field.name)[index, columns] = getattr(found, field.name)[0, columns]
+            getattr(self.output, field.name)[slice_index, class_indices] = getattr(found, field.name)[0, class_indices]
 
-    def _is_due(self, column: int, index: int, up: bool, trails: dict[int, list[Frame]]) -> bool:
-        if index in self.anchors[column] or index in self.absent[column] or not self.entries[column].likely[index]:
+    def _is_due(self, class_index: int, slice_index: int, up: bool, trails: dict[int, list[Frame]]) -> bool:
+        if (
+            slice_index in self.anchors[class_index]
+            or slice_index in self.absent[class_index]
+            or not self.entries[class_index].likely[slice_index]
+        ):
             return False
-        if self.upward[column][index] == up:
+        if self.upward[class_index][slice_index] == up:
             return True
-        return not up and _shows(trails.get(column, [])) and not bool((self.output.logits[index, column] > 0).any())
+        return (
+            not up
+            and _shows(trails.get(class_index, []))
+            and not bool((self.output.logits[slice_index, class_index] > 0).any())
+        )
 
-    def _remember(self, columns: list[int], index: int, trails: dict[int, list[Frame]]) -> None:
+    def _remember(self, class_indices: list[int], slice_index: int, trails: dict[int, list[Frame]]) -> None:
         """Put what a slice shows of some classes on their trails; a trail begins where a class is."""
-        winner = label_map(self.output.logits[index][None])
-        masks = torch.stack([winner == column + 1 for column in columns], 1).float()
+        winner = label_map(self.output.logits[slice_index][None])
+        masks = torch.stack([winner == class_index + 1 for class_index in class_indices], 1).float()
         present = masks.flatten(2).any(2)[0].tolist()
-        memory = self.network.encode_support(self.features[torch.tensor([index])], masks)
+        memory = self.network.encode_support(self.features[torch.tensor([slice_index])], masks)
         first = torch.zeros(1, 1, 1, dtype=torch.int64, device=masks.device)
-        for number, column in enumerate(columns):
-            if present[number] or column in trails:
+        for number, class_index in enumerate(class_indices):
+            if present[number] or class_index in trails:
                 own = memory.select(first, torch.tensor([number], device=masks.device))
-                trail = trails.setdefault(column, [])
-                trail.append(Frame(self.start + index, own, present[number]))
+                trail = trails.setdefault(class_index, [])
+                trail.append(Frame(self.start + slice_index, own, present[number]))
                 del trail[: -self.settings.frames]
 
-    def _memory(self, trail: list[Frame], index: int) -> SupportMemory:
+    def _memory(self, trail: list[Frame], slice_index: int) -> SupportMemory:
         """The slices of a trail as memory (1, 1, M) for a slice."""
-        return reduce(SupportMemory.beside, [frame.at(self.start + index) for frame in trail])
+        return reduce(SupportMemory.beside, [frame.at(self.start + slice_index) for frame in trail])
 
 
 def _without_gaps(likely: Tensor) -> Tensor:
@@ -255,8 +263,8 @@ def _upward(starts: list[int], count: int) -> list[bool]:
     """Whether each of `count` slices is reached going up from its nearest start, the lower one of two."""
     if not starts:
         return [True] * count
-    nearest = (min(starts, key=lambda place: (abs(place - index), place)) for index in range(count))
-    return [place <= index for index, place in enumerate(nearest)]
+    nearest = (min(starts, key=lambda start: (abs(start - slice_index), start)) for slice_index in range(count))
+    return [start <= slice_index for slice_index, start in enumerate(nearest)]
 
 
 def _runs(found: Sequence[bool]) -> Iterator[list[int]]:

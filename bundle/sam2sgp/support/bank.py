@@ -12,7 +12,6 @@ none of them may be called while a query that has retrieved is still being segme
 a cache folder; each has a bank of its own and encodes what it does not find there.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -217,17 +216,18 @@ class SupportBank:
         self.items, self.class_names = items, class_names
         self.encodings.set_items(items, class_names)
         self.class_values = self.encodings.class_values
-        columns = {value: column for column, value in enumerate(self.class_values)}
-        self.holds = torch.zeros(len(items), len(columns), dtype=torch.bool)
+        index_of = {value: class_index for class_index, value in enumerate(self.class_values)}
+        self.holds = torch.zeros(len(items), len(index_of), dtype=torch.bool)
         # Items that have regions, and tiles, by class.
-        counts = np.zeros((len(CROPS), len(columns)), dtype=int)
+        counts = np.zeros((len(CROPS), len(index_of)), dtype=int)
         for number, item in enumerate(items):
-            self.holds[number, [columns[value] for value in item.info.holds]] = True
+            self.holds[number, [index_of[value] for value in item.info.holds]] = True
             for kind, values in enumerate((item.info.regions, item.info.tiles)):
                 # A class may be so small that it is only seen at the image's own size.
-                counts[kind, [columns[value] for value in values if value in columns]] += 1
+                counts[kind, [index_of[value] for value in values if value in index_of]] += 1
         self._have_tiles = (2 * counts[1] > counts[0]).tolist()
         self._targets = fingerprint(items).targets
+        self._volumes, self._main_shares = _pieces(items, self.class_values)
         self.patients, self._patient_of = _numbered([item.patient for item in items])
         self.groups, self._group_of = _numbered([item.group for item in items])
 
@@ -340,9 +340,9 @@ class SupportBank:
         eligible = (self.holds & allowed[:, None]).to(similarity.device)
         likely = self._likely(similarity, allowed.to(similarity.device), eligible)
         return [
-            Retrieved(value, *sampler(similarity, eligible[:, column]), likely[:, column])
-            for column, value in enumerate(self.class_values)
-            if eligible[:, column].any()
+            Retrieved(value, *sampler(similarity, eligible[:, class_index]), likely[:, class_index])
+            for class_index, value in enumerate(self.class_values)
+            if eligible[:, class_index].any()
         ]
 
     @staticmethod
@@ -358,7 +358,7 @@ class SupportBank:
         similarity = similarity.masked_fill(~allowed, -torch.inf)
         nearest = similarity.topk(min(NEAREST_ITEMS, similarity.shape[1]), 1).indices
         likely = eligible[nearest].any(1)
-        best = [similarity.masked_fill(~column, -torch.inf).amax(1) for column in eligible.unbind(1)]
+        best = [similarity.masked_fill(~held, -torch.inf).amax(1) for held in eligible.unbind(1)]
         return likely.scatter(1, torch.stack(best, 1).topk(FEW_CLASSES, 1).indices, True)
 
     def _allowed(self, patient: str | None, group: str | None) -> Tensor:
@@ -373,14 +373,12 @@ class SupportBank:
         Args:
             patient, group: as for `retrieve`.
         """
-        shares: dict[int, list[float]] = defaultdict(list)
-        patients: dict[int, set[str]] = defaultdict(set)
-        for number in torch.nonzero(self._allowed(patient, group))[:, 0].tolist():
-            item = self.items[number]
-            for value, share in item.main_shares.items():
-                shares[value].append(share)
-                patients[value].add(item.patient)
-        return [v for v in sorted(shares) if len(patients[v]) >= PIECE_PATIENTS and min(shares[v]) >= MAIN_SHARE]
+        allowed = self._allowed(patient, group)[self._volumes]
+        shares, owner = self._main_shares[allowed], self._patient_of[self._volumes[allowed]]
+        held = ~shares.isnan()
+        volumes = torch.zeros(len(self.patients), held.shape[1]).index_add_(0, owner, held.float())
+        is_one = ((volumes > 0).sum(0) >= PIECE_PATIENTS) & ((shares >= MAIN_SHARE) | ~held).all(0)
+        return [value for value, one in zip(self.class_values, is_one.tolist(), strict=True) if one]
 
     def select(self, retrieved: list[Retrieved]) -> SupportMemory:
         """Memory with leading dimensions (B, C, K) of classes that share one K."""
@@ -392,7 +390,7 @@ class SupportBank:
         network: SAM2SGP,
         features: ImageFeatures,
         sampler: SupportSampler,
-        column: int,
+        class_index: int,
         patient: str | None = None,
         group: str | None = None,
     ) -> SupportMemory | None:
@@ -401,7 +399,7 @@ class SupportBank:
         The regions of a class are encoded at their first use.
 
         Args:
-            column: number of the class in `class_values`.
+            class_index: number of the class in `class_values`.
             patient, group: as for `retrieve`.
 
         Returns:
@@ -409,8 +407,8 @@ class SupportBank:
         """
         if self.encodings.network is None:
             self.encodings.adopt(network, features.embedding.device)
-        value = self.class_values[column]
-        name = f"{CROPS[self.tile_share(column, network.image_size) is not None]}.{value}"
+        value = self.class_values[class_index]
+        name = f"{CROPS[self.tile_share(class_index, network.image_size) is not None]}.{value}"
         pool = self.encodings.pool(name)
         eligible = self._allowed(patient, group)[pool.owner].to(pool.embedding.device)
         if not eligible.any():
@@ -418,14 +416,14 @@ class SupportBank:
         index, _ = sampler(network.retrieval_embedding(features) @ pool.embedding.T, eligible)
         return self.encodings.gather(name, index[:, None], [value])
 
-    def tile_share(self, column: int, size: int) -> float | None:
+    def tile_share(self, class_index: int, size: int) -> float | None:
         """Side of the tiles that a class is to be seen in at the network's size S, see `fingerprint.tile_share`.
 
         None: one region around it shows it better, or most of its items have no tiles.
         """
-        if not self._have_tiles[column]:
+        if not self._have_tiles[class_index]:
             return None
-        target = self._targets[self.class_values[column]]
+        target = self._targets[self.class_values[class_index]]
         return tile_share(target.thickness_share, target.count, target.part_share, size)
 
 
@@ -455,6 +453,21 @@ def _without(items: list[tuple[str, str]], others: list[tuple[str, str]]) -> lis
 def _table(items: list[SupportItem]) -> list[tuple[str, str, str, str]]:
     """What retrieval knows of items, next to their encodings."""
     return [(item.id, item.content, item.patient, item.group) for item in items]
+
+
+def _pieces(items: Sequence[SupportItem], class_values: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of V labelled volumes the number (V,) of the first item, and the `main_shares` (V, C), NaN for classes not held.
+
+    Items of one volume are of one case.
+    """
+    first: dict[int, int] = {}
+    for number, item in enumerate(items):
+        if item.main_shares:
+            first.setdefault(id(item.case), number)
+    numbers = list(first.values())
+    shares = [[items[number].main_shares.get(value, torch.nan) for value in class_values] for number in numbers]
+    table = torch.tensor(shares, dtype=torch.float64).reshape(len(numbers), len(class_values))
+    return torch.tensor(numbers, dtype=torch.long), table
 
 
 def _numbered(names: Sequence[str | None]) -> tuple[dict[str | None, int], Tensor]:

@@ -22,9 +22,10 @@ SPECK, SPECK_SHARE = 4, 0.1
 # Thickness at the network's size, in pixels and as a share of the network's side, below which a target is seen in
 # tiles: one and a half places of the finest grid that masks are predicted on.
 THIN, THIN_SHARE = 6.0, 3 / 128
-# A target of at least so many parts per image, none larger than this share of the image's side, is seen in tiles even
-# where it isn't thin: nuclei, teeth. Of such a target also images with fewer parts serve as support.
-MANY_PARTS, SOME_PARTS, SMALL_PART = 3, 2, 0.15
+# A target of at least so many parts per image, of at most this share of the image's side, is seen in tiles even where
+# it isn't thin: nuclei. Of such a target also images with fewer parts serve as support. A few small parts, such as
+# teeth of one kind, are told by what is around them, of which tiles show too little.
+MANY_PARTS, SOME_PARTS, SMALL_PART = 8, 4, 0.15
 # Side of a tile as a share of the image's longer one. The least bounds the time: nine tiles of a square image.
 LARGEST_TILE, SMALLEST_TILE = 0.6, 0.38
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sam2sgp.data.classes import values_in
 from sam2sgp.drawing import draw_overlay, to_display
 from sam2sgp.errors import ConfigError
 from sam2sgp.support.fingerprint import SOME_PARTS, ImageMeasures, tile_share
@@ -210,7 +211,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
     case = _in_windows(case)
     label = case["label"]
     flat = label.flatten(1)
-    values = torch.unique(label).tolist()
+    values = values_in(label.numpy())
     chosen: set[int] = set()
     for value in values:
         if value:

@@ -83,8 +83,7 @@ class Letterbox:
 
     def apply_label(self, labels: Tensor) -> Tensor:
         """Class maps (Z, H, W) -> (Z, S, S), nearest pixel, so that areas are kept and no value is invented."""
-        resized = F.interpolate(labels[:, None].float(), size=self.inner, mode="nearest-exact")
-        return self._pad(resized)[:, 0].to(labels.dtype)
+        return self._pad(_nearest(labels, self.inner))
 
     def restore(self, maps: Tensor) -> Tensor:
         """Maps (Z, C, S, S) on the network's grid -> (Z, C, H, W) on the slices' own, bilinear."""
@@ -97,8 +96,7 @@ class Letterbox:
     def restore_label(self, labels: Tensor) -> Tensor:
         """Class maps (Z, S, S) on the network's grid -> (Z, H, W) on the slices' own, nearest pixel."""
         top, left = self.offset
-        inner = labels[:, None, top : top + self.inner[0], left : left + self.inner[1]].float()
-        return F.interpolate(inner, size=self.original, mode="nearest-exact")[:, 0].to(labels.dtype)
+        return _nearest(labels[:, top : top + self.inner[0], left : left + self.inner[1]], self.original)
 
     def restore_box(self, box: list[float]) -> list[float]:
         """x0, y0, x1, y1 in network pixels -> in pixels of the slice, clipped to it."""
@@ -218,6 +216,14 @@ class Region:
     def restore(self, maps: Tensor) -> Tensor:
         """Maps (Z, C, S, S) on the network's grid -> on the rectangle's own, (Z, C, height, width)."""
         return self.letterbox.restore(maps)
+
+
+def _nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Class maps (Z, H, W) -> (Z, *size), nearest pixel; slice by slice, for a long volume is gigabytes as float32."""
+    resized = labels.new_empty(len(labels), *size)
+    for target, part in zip(resized, labels, strict=True):
+        target.copy_(F.interpolate(part[None, None].float(), size=size, mode="nearest-exact")[0, 0])
+    return resized
 
 
 def thickness(mask: Tensor) -> float:

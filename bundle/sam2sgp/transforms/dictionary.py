@@ -2,8 +2,8 @@
 
 A case is a dict. `LoadCased` turns the path at `image` into slices and adds what the way back needs:
 
-    image (Z, C, H, W) float32, label (Z, H, W) int64, geometry, source (path of the image), is_rgb, modality,
-    stated_by (who states it) and warnings (sentences on what may be wrong with the image)
+    image (Z, C, H, W) float32, label (Z, H, W) uint8, or int32 where a value is beyond 255, geometry, source (path of
+    the image), is_rgb, modality, stated_by (who states it) and warnings (sentences on what may be wrong with the image)
 
 `ScaleIntensityByModalityd` adds `scaling`, which says how the image was scaled and why.
 """
@@ -14,6 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
@@ -69,7 +70,9 @@ class LoadCased(MapTransform):
             warnings=[*case.get("warnings", ()), *image.warnings],
         )
         if "label" in self.keys and case.get("label") is not None:
-            case["label"] = torch.as_tensor(read_label(case["label"], image.geometry, self.slice_axis))
+            label = read_label(case["label"], image.geometry, self.slice_axis)
+            # PyTorch calculates with no other unsigned integers than uint8.
+            case["label"] = torch.from_numpy(label if label.dtype == np.uint8 else label.astype(np.int32))
         return case
 
 

@@ -42,7 +42,7 @@ def test_constant_image_and_empty_label_are_read(tmp_path):
     image = read_image(save_nifti(tmp_path / "a.nii.gz", np.full((4, 5, 6), 7.0)))
     assert (image.slices == 7).all()
     label = read_label(save_nifti(tmp_path / "b.nii.gz", np.zeros((4, 5, 6), np.uint8)), image.geometry)
-    assert label.dtype == np.int64 and not label.any()
+    assert label.dtype == np.uint8 and not label.any()
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha", ".png", ".jpg", ".tif", ".bmp", ".dcm"])

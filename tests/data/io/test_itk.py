@@ -132,7 +132,11 @@ def test_layers_of_a_segmentation_are_one_class_map_unless_they_overlap(tmp_path
     path = segmentation(tmp_path / "a.seg.nrrd", layers, reference, **keys)
     found = geometry.to_native(read_label(path, geometry))
     assert [int(found[x].max()) for x in range(7)] == [0, 1, 2, 0, 3, 0, 0] and (found[4] == 3).all()
-    layers[1, 2] = 1
+    more = {**keys, "Segment2_LabelValue": "255", "Segment3_LabelValue": "300", "Segment3_Layer": "1"}
+    layers[1, 4] = 255
+    found = geometry.to_native(read_label(segmentation(tmp_path / "c.seg.nrrd", layers, reference, **more), geometry))
+    assert [int(found[x].max()) for x in range(7)] == [0, 1, 2, 0, 255, 0, 0]
+    layers[1, 4] = layers[1, 2] = 1
     with pytest.raises(DataError, match="b.seg.nrrd.*overlap"):
         read_label(segmentation(tmp_path / "b.seg.nrrd", layers, reference, **keys), geometry)
 

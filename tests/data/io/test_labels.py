@@ -17,7 +17,6 @@ from sam2sgp.data.io import (
     is_binary_255,
     map_suffix,
     output_suffix,
-    read_class_map,
     read_image,
     read_label,
     write_label,
@@ -48,11 +47,10 @@ def test_written_label_has_the_world_positions_of_its_image_in_another_library(t
     for name in ("sform_code", "qform_code", "xyzt_units", "srow_x", "quatern_b", "qoffset_x"):
         assert np.array_equal(header[name], stored.header[name]), name
     assert np.allclose(header.get_zooms(), stored.header.get_zooms())
-    assert np.array_equal(read_label(tmp_path / "out.nii.gz", geometry), labels)
-    small = read_class_map(tmp_path / "out.nii.gz", geometry)
+    small = read_label(tmp_path / "out.nii.gz", geometry)
     assert small.dtype == np.uint8 and np.array_equal(small, labels)
     write_label(tmp_path / "many.nii.gz", 1000 * labels, geometry)
-    assert read_class_map(tmp_path / "many.nii.gz", geometry).dtype == np.uint16
+    assert read_label(tmp_path / "many.nii.gz", geometry).dtype == np.uint16
 
 
 @pytest.mark.parametrize("codes", ["LPS", "PIR", "SAL"])
@@ -155,6 +153,29 @@ def test_whole_numbers_stored_as_float_are_class_values(tmp_path):
     values = RNG.integers(0, 3, (4, 5, 6))
     path = save_nifti(tmp_path / "a.nii.gz", values.astype(np.float64), np.diag([-1.0, -1.0, 1.0, 1.0]))
     assert np.array_equal(read_label(path), values.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_of_a_long_label_little_is_held_next_to_its_file(tmp_path, dtype):
+    """Of 1000 slices of 512 x 512 pixels one array of eight bytes a voxel is 2 GiB."""
+    values = RNG.integers(0, 3, (64, 64, 64))
+    path = save_nifti(tmp_path / "a.nii", values.astype(dtype), np.diag([-1.0, -1.0, 1.0, 1.0]))
+    tracemalloc.start()
+    try:
+        label = read_label(path)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert label.dtype == np.uint8 and np.array_equal(label, values.transpose(2, 1, 0))
+    assert most < 4 * values.size
+
+
+@pytest.mark.parametrize("value, found", [(0.002, "0.002"), (-1.0, "-1"), (65536.0, "65536"), (np.inf, "inf")])
+def test_one_wrong_value_among_real_ones_is_told(tmp_path, value, found):
+    values = np.zeros((3, 4, 5))
+    values[1, 2, 3] = value
+    with pytest.raises(DataError, match=f"found {found}"):
+        read_label(save_nifti(tmp_path / "a.nii.gz", values))
 
 
 @pytest.mark.parametrize("binary", [False, True])

@@ -21,7 +21,7 @@ import torch
 
 from lib.checks import MOST_CLASSES, TooLarge
 from lib.stamps import image_stamp, stamp
-from sam2sgp.data import Geometry, read_class_map, read_image
+from sam2sgp.data import Geometry, read_image, read_label
 from sam2sgp.report.slices import SIDES
 from sam2sgp.support.lru import ByteLRU
 from sam2sgp.transforms import ScaleIntensityByModalityd, SupportScaling
@@ -255,7 +255,7 @@ def _steps(values: np.ndarray, lowest: float, highest: float) -> tuple[float, fl
 
 
 def _read_label(path: str | Path, geometry: Geometry) -> ShownLabel:
-    return _shown_label(read_class_map(path, geometry))
+    return _shown_label(read_label(path, geometry))
 
 
 def _shown_label(labels: np.ndarray) -> ShownLabel:

@@ -61,7 +61,7 @@ from lib.stores.kept_labels import KeptLabels
 from lib.stores.naming import agreed, declared, renumber
 from lib.stores.records import ImageRecord, LabelRecord, checked
 from lib.stores.series_cache import SUFFIX, SeriesCache
-from sam2sgp.data import read_class_map, read_dicom_seg, read_geometry, read_image, write_dicom_seg, write_map
+from sam2sgp.data import read_dicom_seg, read_geometry, read_image, read_label, write_dicom_seg, write_map
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing
 
@@ -355,7 +355,7 @@ class DicomWebDatastore(Decisions):
         folder = self.get_image_uri(image_id)
         try:
             geometry = read_geometry(folder)
-            labels = read_class_map(label_filename, geometry)
+            labels = read_label(label_filename, geometry)
         except DataError as error:
             text = str(error).replace(str(label_filename), name).replace(folder, f"series {image_id}")
             raise BadLabel(text) from error

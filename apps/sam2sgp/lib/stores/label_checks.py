@@ -18,7 +18,7 @@ import numpy as np
 from lib.checks import BadLabel
 from lib.stores.naming import agreed, declared, renumber
 from sam2sgp.data.classes import check_label_values
-from sam2sgp.data.io import output_suffix, read_class_map, read_geometry, write_label
+from sam2sgp.data.io import output_suffix, read_geometry, read_label, write_label
 from sam2sgp.errors import DataError
 
 
@@ -60,7 +60,7 @@ def checked_label(
     try:
         with naming_file(label, name):
             geometry = read_geometry(image)
-            labels = read_class_map(label, geometry)
+            labels = read_label(label, geometry)
             names = declared_names()
             sent = declared(info)
             changes, agreed_on = agreed(np.unique(labels).tolist(), sent, _known_names(names, approved))

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from sam2sgp.data.classes import renumbered
+
 
 def declared(info: Mapping[str, Any]) -> dict[int, str]:
     """Classes that come with a label as its `label_info`: {value: name}."""
@@ -81,4 +83,4 @@ def renumber(labels: np.ndarray, changes: Mapping[int, int]) -> np.ndarray:
     table = np.arange(max([int(labels.max(initial=0)), *changes]) + 1)
     for value, wanted in changes.items():
         table[value] = wanted
-    return table[labels]
+    return renumbered(labels, table.astype(np.min_scalar_type(int(table.max()))))

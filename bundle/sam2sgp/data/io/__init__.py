@@ -27,7 +27,7 @@ from sam2sgp.data.io.formats import (
 )
 from sam2sgp.data.io.geometry import Geometry
 from sam2sgp.data.io.images import MedicalImage, read_geometry, read_image
-from sam2sgp.data.io.labels import is_binary_255, read_class_map, read_label, write_label, write_map, writing
+from sam2sgp.data.io.labels import is_binary_255, read_label, write_label, write_map, writing
 from sam2sgp.data.io.nifti import itk_affine
 from sam2sgp.data.io.picture_files import png_palette
 
@@ -55,7 +55,6 @@ __all__ = [
     "png_palette",
     "read_geometry",
     "read_image",
-    "read_class_map",
     "read_label",
     "result_endings",
     "without_pixels",

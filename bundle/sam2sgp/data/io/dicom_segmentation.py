@@ -52,7 +52,8 @@ def read_segmentation(file: Path, limit: int | None = None) -> Grid:
         )
     values = {int(segment.SegmentNumber): _class_value(segment) for segment in dataset.SegmentSequence}
     check_memory(file, (int(places.round().max()) + 1, dataset.Rows, dataset.Columns), limit=limit)
-    classes = np.zeros((int(places.round().max()) + 1, dataset.Rows, dataset.Columns), np.int64)
+    kind = np.min_scalar_type(max(values.values(), default=0))
+    classes = np.zeros((int(places.round().max()) + 1, dataset.Rows, dataset.Columns), kind)
     for frame, (place, number) in enumerate(zip(places.round().astype(int), numbers, strict=True)):
         mask = pixels[frame] >= threshold
         if (classes[place][mask] > 0).any():

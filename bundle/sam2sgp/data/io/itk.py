@@ -71,7 +71,8 @@ def _one_map(path: Path, layers: np.ndarray, segments: list[tuple[int, int]]) ->
     if layers.shape[3] == 1:
         return layers
     distinct = len({value for _, value in segments}) == len(segments)
-    classes = np.zeros((*layers.shape[:3], 1), np.int64)
+    kind = layers.dtype if distinct else np.min_scalar_type(len(segments))
+    classes = np.zeros((*layers.shape[:3], 1), kind)
     for number, (layer, value) in enumerate(segments, 1):
         mask = layers[..., layer, None] == value
         if (classes[mask] > 0).any():
@@ -79,5 +80,7 @@ def _one_map(path: Path, layers: np.ndarray, segments: list[tuple[int, int]]) ->
                 f"{path}: expected one class per voxel, found segments that overlap; correct the segmentation, or "
                 "export each segment by itself."
             )
-        classes[mask] = value if distinct else number
+        # A value beyond what layers hold is nowhere.
+        if mask.any():
+            classes[mask] = value if distinct else number
     return classes

@@ -24,6 +24,8 @@ from sam2sgp.files import replacing
 GRID_TOLERANCE = 1e-2
 # A label may take this many bytes of memory for each voxel of its image: colours of 32 bits, all alike.
 LABEL_BYTES = 16
+# Real values that are off a whole number by more are no class values.
+NOT_WHOLE = 1e-3
 # Results have 16 bits.
 LARGEST_CLASS = 65535
 # A picture of this many values that reaches 255 is a resized (blurred) mask, not a class map with an ignore label.
@@ -44,20 +46,13 @@ def read_label(path: str | os.PathLike, geometry: Geometry | None = None, slice_
         slice_axis: as for `read_image`; used only without `geometry`.
 
     Returns:
-        (Z, H, W) int64, 0 is background; `read_class_map` gives the same with 8 or 16 bits. A picture of only 0 and
-        its highest value (255, or 65535 of 16 bits) is read as 0 and 1, a palette picture as its indices, one in black
-        and white as white.
+        (Z, H, W) uint8, or uint16 where a value is beyond 255: a long volume has gigabytes of voxels. 0 is background.
+        A picture of only 0 and its highest value (255, or 65535 of 16 bits) is read as 0 and 1, a palette picture as
+        its indices, one in black and white as white.
 
     Raises:
         DataError: the file can't be read, doesn't lie on the image's grid, or holds something else than class values.
     """
-    return read_class_map(path, geometry, slice_axis).astype(np.int64)
-
-
-def read_class_map(
-    path: str | os.PathLike, geometry: Geometry | None = None, slice_axis: str | int = "auto"
-) -> np.ndarray:
-    """`read_label` as uint8 or uint16, whichever holds its values: an eighth of the memory, and so of the time."""
     # A label is as large as its image, or wrong.
     limit = None if geometry is None else max(SMALL_ENOUGH, int(np.prod(geometry.shape)) * LABEL_BYTES)
     grid = read_grid(path, label=True, limit=limit)
@@ -168,25 +163,21 @@ def writing(path: str | os.PathLike, what: str) -> Iterator[Path]:
 def _class_values(path: str | os.PathLike, grid: Grid) -> np.ndarray:
     """(n0, n1, n2) class values of a label's grid, as uint8 or uint16."""
     values = grid.array[..., 0]
-    if values.dtype.kind == "f":
-        finite = np.isfinite(values)
-        whole = np.round(values)
-        if not finite.all() or (np.abs(values - whole) > 1e-3).any():
-            example = values[~finite | (np.abs(np.where(finite, values - whole, 0)) > 1e-3)].flat[0]
-            raise DataError(
-                f"{path}: expected whole class values, found {example:g}; a probability map or a lossy mask isn't a "
-                "class map: threshold it and store whole numbers."
-            )
-        values = whole
+    is_real = values.dtype.kind == "f"
+    if is_real:
+        _check_whole(path, values)
     # Before they are converted, in which values beyond 64 bits would become others.
     lowest, highest = values.min(), values.max()
+    if is_real:
+        lowest, highest = np.round(lowest), np.round(highest)
     for bound in (lowest, highest):
         if not 0 <= bound <= LARGEST_CLASS:
             raise DataError(
                 f"{path}: expected class values from 0 (background) up to {LARGEST_CLASS}, found {bound:g}; renumber "
                 "them."
             )
-    values = values.astype(np.uint8 if highest <= 255 else np.uint16)
+    kind = np.uint8 if highest <= 255 else np.uint16
+    values = _rounded(values, kind) if is_real else values.astype(kind)
     if grid.is_picture and highest == 65535 and np.isin(values, (0, 65535)).all():
         return values // 65535
     if grid.is_8_bit:
@@ -207,6 +198,37 @@ def _class_values(path: str | os.PathLike, grid: Grid) -> np.ndarray:
                 "class values. If these are classes, store them with 16 bits."
             )
     return values
+
+
+def _check_whole(path: str | os.PathLike, values: np.ndarray) -> None:
+    """Raise DataError for real values (n0, n1, n2) that aren't whole."""
+    for slab in _slabs(values):
+        if not np.isfinite(slab).all() or (np.abs(slab - np.round(slab)) > NOT_WHOLE).any():
+            break
+    else:
+        return
+    finite = np.isfinite(values)
+    whole = np.where(finite, values, 0)
+    example = values[~finite | (np.abs(whole - np.round(whole)) > NOT_WHOLE)].flat[0]
+    raise DataError(
+        f"{path}: expected whole class values, found {example:g}; a probability map or a lossy mask isn't a class map: "
+        "threshold it and store whole numbers."
+    )
+
+
+def _rounded(values: np.ndarray, kind: type) -> np.ndarray:
+    """Real values, rounded, as an integer type that holds them."""
+    made: np.ndarray = np.empty_like(values, kind, subok=False)
+    for part, slab in zip(_slabs(made), _slabs(values), strict=True):
+        part[...] = np.round(slab)
+    return made
+
+
+def _slabs(values: np.ndarray) -> np.ndarray:
+    """A view of (n0, n1, n2) along the axis that comes last in memory: of a long volume, what is made of all values at
+    a time is gigabytes."""
+    axis = max(range(values.ndim), key=lambda axis: abs(values.strides[axis]) if values.shape[axis] > 1 else 0)
+    return np.moveaxis(values, axis, 0)
 
 
 def _align_picture(path: str | os.PathLike, shown: np.ndarray, geometry: Geometry) -> np.ndarray:
