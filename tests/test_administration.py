@@ -30,17 +30,20 @@ BLOCKS = re.findall(r"```\n(.+?)```", PAGE, re.DOTALL)
 # Each notes its words, then does what stands here.
 STAND_INS = {
     "useradd": "",
+    "userdel": "",
     "sam2sgp": "",
     "chown": "",
     "systemctl": "",
     "apt-get": "",
     "nginx": "",
     "curl": "",
+    "openssl": "",
     "pip": "",
+    "python": "",
     "htpasswd": 'for word; do case "$word" in /*) touch "$word";; esac; done',
     "runuser": 'shift 3; exec "$@"',
     "install": 'if [ "$2" = -o ]; then shift 3; set -- -d "$@"; fi; exec /usr/bin/install "$@"',
-    "python3.11": 'mkdir -p "$3/bin"; cp "$STAND_INS/pip" "$3/bin/pip"; cp "$STAND_INS/sam2sgp" "$3/bin/sam2sgp"',
+    "python3.11": 'mkdir -p "$3/bin"; for name in pip python sam2sgp; do cp "$STAND_INS/$name" "$3/bin"; done',
 }
 
 
@@ -86,7 +89,10 @@ def test_the_guide_is_followed_word_for_word(tmp_path):
     settings = tmp_path / "etc/sam2sgp/settings.toml"
     settings.write_text(machine.mapped(settings.read_text()))
     assert (tmp_path / "etc/systemd/system/sam2sgp.service").is_file()
-    machine.run("daemon-reload")
+    machine.run("enable --now")
+    assert (tmp_path / "srv/sam2sgp/studies").stat().st_mode & 0o777 == 0o750
+    machine.run("apt-get install nginx")
+    machine.run("openssl")
     machine.run("htpasswd")
     assert (tmp_path / "etc/nginx/sam2sgp.htpasswd").stat().st_mode & 0o777 == 0o640
 
@@ -108,13 +114,18 @@ def test_the_guide_is_followed_word_for_word(tmp_path):
     assert (tmp_path / "srv/sam2sgp/backups/tried/labels/final/a.png").is_file()
     machine.run("before-upgrade")
     assert (tmp_path / "srv/sam2sgp/backups/before-upgrade.tar").is_file()
+    machine.run("userdel")
+    assert not (tmp_path / "opt/sam2sgp").exists() and (studies / "labels/final/a.png").is_file()
 
     done = machine.log.read_text()
-    for line in ("systemctl enable --now sam2sgp", "apt-get install nginx apache2-utils", "nginx -t"):
+    for line in ("systemctl enable --now sam2sgp", "apt-get install nginx apache2-utils logrotate", "nginx -t"):
         assert f"\n{line}\n" in done, line
-    assert "curl --fail http://127.0.0.1:8000/sam2sgp/health/ready" in done
+    assert re.search("curl --fail .+ http://127.0.0.1:8000/sam2sgp/health/ready\n", done)
+    assert f"\nchown -R root: {tmp_path}/srv/sam2sgp {tmp_path}/var/lib/sam2sgp\nuserdel sam2sgp\n" in done
+    # A wheel is made before it is installed.
+    assert re.search("pip install build\npython -m build\npip install -c constraints.txt dist/sam2sgp-", done)
     # Every block of the page was run.
-    assert len(BLOCKS) == 8 and machine.done == [0] * 7
+    assert len(BLOCKS) == 11 and machine.done == [0] * 7
 
 
 def test_the_unit_and_the_settings_agree_with_the_guide():
@@ -125,6 +136,20 @@ def test_the_unit_and_the_settings_agree_with_the_guide():
     settings = (ROOT / "apps/sam2sgp/deploy/settings.toml").read_text()
     assert 'studies = "/srv/sam2sgp/studies"' in settings and 'state_dir = "/var/lib/sam2sgp/state"' in settings
     assert "/srv/sam2sgp/studies" in PAGE and "/var/lib/sam2sgp/state/logs/server.log" in PAGE
+
+
+def test_the_nightly_backup_of_the_guide_is_the_one_that_is_run():
+    minute, hour, *days, user, command = re.search(r"^    (\d.+ sam2sgp .+)$", PAGE, re.MULTILINE)[1].split(None, 6)
+    assert (minute, hour, days, user) == ("15", "2", ["*"] * 3, "sam2sgp")
+    # cron takes % for the end of a line.
+    assert "%" not in command and f"runuser -u sam2sgp -- {command.replace('nightly', 'today')}\n" in PAGE
+
+
+def test_nginx_reads_its_passwords_as_the_user_whom_the_guide_gives_them_to():
+    group = re.search(r"^chown root:(\S+) /etc/nginx/sam2sgp.htpasswd$", PAGE, re.MULTILINE)[1]
+    configuration = (ROOT / "apps/sam2sgp/deploy/nginx.conf").read_text()
+    assert re.findall(r"^user (\S+);$", configuration, re.MULTILINE) == [group]
+    assert "auth_basic_user_file /etc/nginx/sam2sgp.htpasswd;" in configuration
 
 
 def test_the_roles_of_the_guide_are_settings_that_the_file_takes(tmp_path):

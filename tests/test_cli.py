@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import monai.bundle
 import numpy as np
@@ -108,6 +109,17 @@ def test_serve_passes_settings_and_paths_with_spaces(tmp_path, monkeypatch):
     expected = ["--studies", tmp_path / "my studies", "--settings", file, "--port", 8123, "--conf", "ct_window"]
     assert seen[3:] == [*map(str, expected), "[-100, 300]"]
     assert "expected NAME=VALUE" in call("serve", tmp_path, "--conf", "k", code=2)
+
+
+def test_a_folder_that_the_user_may_not_enter_is_left(tmp_path, monkeypatch):
+    """A service's user is in root's folder by `runuser`, and there MONAI Label's start would fail."""
+    seen = []
+    monkeypatch.setattr(cli.os, "execv", lambda program, command: seen.append((Path.cwd(), command[3:])))
+    monkeypatch.chdir(tmp_path)
+    for may_enter, folder in ((True, tmp_path), (False, Path("/"))):
+        monkeypatch.setattr(cli.os, "access", lambda path, mode, answer=may_enter: answer)
+        call("backup", "--studies", "studies", "--output", "x.tar")
+        assert seen.pop() == (folder, ["--output", str(tmp_path / "x.tar"), "--studies", str(tmp_path / "studies")])
 
 
 def test_a_package_that_is_missing_is_told_in_one_line(tmp_path, monkeypatch):

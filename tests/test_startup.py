@@ -10,6 +10,7 @@ import monai.bundle
 import pytest
 
 from sam2sgp import cli, startup
+from sam2sgp.places import APP
 from tests.helpers.bundle_runs import random_weights
 
 # A command, and then what is known of its process.
@@ -50,6 +51,20 @@ def test_a_segmentation_loads_none_of_them_and_afterwards_they_are_there(phantom
     assert "mlflow is left out of this command" in refused
     assert collects and frozen > 100_000
     assert (tmp_path / "out" / query.name).is_file()
+
+
+def test_a_command_about_a_server_loads_none_of_them(tmp_path):
+    (tmp_path / "state").mkdir()
+    program = "import sys; from manage import main; from sam2sgp.startup import UNUSED; end = main(*sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}; print(end, sorted(UNUSED & set(sys.modules)))", "tokens"]
+        + ["--studies", str(tmp_path), "--state-dir", str(tmp_path / "state")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{APP}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "No tokens.\n0 []\n"
 
 
 def test_all_of_them_are_installed_where_the_tests_run():

@@ -4,22 +4,30 @@ The app is no part of the package.
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
-from lib.admin.backup import backup
-from lib.admin.restore import restore
-from lib.admin.start import serve
-from lib.admin.token_commands import token, tokens
 from sam2sgp.errors import sentence_for_users
+from sam2sgp.startup import import_monai
 
-COMMANDS = {"serve": serve, "backup": backup, "restore": restore, "token": token, "tokens": tokens}
+# Functions and the modules that hold them.
+COMMANDS = {
+    "serve": "lib.admin.start",
+    "backup": "lib.admin.backup",
+    "restore": "lib.admin.restore",
+    "token": "lib.admin.token_commands",
+    "tokens": "lib.admin.token_commands",
+}
 APP = Path(__file__).parent
 
 
 def main(command: str, *words: str) -> int:
     """Do what is asked for; 1 with a sentence on standard error where it can't be done."""
+    if command != "serve":
+        # A server may use all of MONAI.
+        import_monai()
     try:
-        COMMANDS[command](words, APP)
+        getattr(import_module(COMMANDS[command]), command)(words, APP)
     except Exception as error:
         told = str(error) if isinstance(error, OSError) else sentence_for_users(error)
         if told is None:

@@ -355,6 +355,9 @@ def _manage(what: str, words: list[str]) -> None:
         _refuse(f"{APP}: expected the MONAI Label app there, found none; install sam2sgp again.")
     if find_spec("monailabel") is None:
         _refuse(f"{what}: expected MONAI Label, found that it is not installed; install sam2sgp[app].")
+    if not os.access(".", os.X_OK):
+        # A service's user in root's folder, where MONAI Label fails to look for its `.env`. All paths are absolute.
+        os.chdir("/")
     os.execv(sys.executable, [sys.executable, str(program), what, *words])
 
 

@@ -45,6 +45,8 @@ def configuration(folder: Path, upstream: int, upload_limit: str) -> tuple[str, 
         "/var/log/nginx/error.log": f"{folder}/error.log",
         "/var/log/nginx/access.log;": f"{folder}/access.log;",
         "worker_processes auto;": "worker_processes 1;",
+        # Started by root, its workers would be another user, who can't read a test's folder.
+        "user www-data;": "user root;" if os.geteuid() == 0 else "",
     }
     # What stands in comments is for people, but for the workstation.
     assert "# 10.1.2.7 slicer-7;" in text
@@ -56,8 +58,7 @@ def configuration(folder: Path, upstream: int, upload_limit: str) -> tuple[str, 
     # Folders that the distribution's build writes to as root.
     for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
         text = text.replace("http {", f"http {{\n    {kind}_temp_path {folder}/{kind};", 1)
-    # Started by root, its workers would be another user, who can't read a test's folder.
-    return ("user root;\n" if os.geteuid() == 0 else "") + text, proxy
+    return text, proxy
 
 
 @contextmanager

@@ -56,6 +56,17 @@ def test_the_servers_folder_links_to_the_code_and_follows_it(tmp_path):
     assert (folder / "logs" / "app.log").is_file() and not (code / "logs" / "app.log").exists()
 
 
+@pytest.mark.parametrize("newer", ["my images", "state"])
+def test_folders_of_a_newer_version_end_the_start_with_one_line(file, tmp_path, capsys, newer):
+    file.write_text(file.read_text() + "state_dir = 'state'\n")
+    (tmp_path / "state").mkdir()
+    (tmp_path / newer / ".sam2sgp-layout.json").write_text('{"layout": 99}')
+    assert main("serve", "--settings", str(file)) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / newer}: expected files of layout 1 or older, found layout 99")
+    assert not (tmp_path / "state" / "app").exists()
+
+
 def test_a_mistake_ends_the_start_with_one_line(file, capsys):
     file.write_text("ct_windw = [1, 2]")
     assert main("serve", "--studies", str(file.parent), "--settings", str(file)) == 1

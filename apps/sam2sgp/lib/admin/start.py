@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.admin.command_line import with_file
+from lib.layout import check_layout
 from lib.settings import Settings
 from lib.state_folder import make_private
 from sam2sgp.errors import ConfigError
@@ -75,10 +76,12 @@ def serve(words: Sequence[str], app_dir: Path) -> None:
         app_dir: the app's folder.
 
     Raises:
-        ConfigError: as of `chosen`.
+        ConfigError: as of `chosen`, or a newer version has used the folders.
     """
     settings, host, port = chosen(arguments(words), app_dir)
     settings = settings.in_place()
+    for folder in (settings.state_dir, *settings.studies_folders):
+        check_layout(folder)
     make_private(settings.state_dir)
     app = linked_app(app_dir, settings.state_dir / "app")
     # MONAI Label's packages take seconds, and mistakes are told before.
