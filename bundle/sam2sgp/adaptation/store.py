@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 def key_of(network: SAM2SGP, bank: SupportBank, settings: dict) -> str:
-    """SHA-256 over images, labels, patients, classes and preprocessing of the support set, the network's weights and the
-    settings."""
+    """SHA-256 over images, labels, patients, classes and preprocessing of the support set, the network's weights and
+    the settings."""
     digest = hashlib.sha256()
 
     def add(name: str, tensor: Tensor) -> None:
