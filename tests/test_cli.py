@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import monai.bundle
@@ -98,6 +99,15 @@ def test_segment_passes_what_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_run", lambda run_id, configs, settings: seen.update(settings))
     call("segment", "-s", tmp_path, "-q", tmp_path, "-o", tmp_path / "out", "--labelled", "--overlay")
     assert seen["segment_labelled"] and seen["save_overlay"] and not seen["save_coloured"]
+
+
+def test_the_packages_own_configs_are_run_without_a_warning_that_they_can_run_code(monkeypatch, recwarn):
+    def warn(**_):
+        warnings.warn("parsing config_file ['inference.json']: any value in it …", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(monai.bundle, "run", warn)
+    cli._run("inferring", ["inference.json"], {})
+    assert not recwarn.list
 
 
 def test_serve_passes_settings_and_paths_with_spaces(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from importlib import metadata
 from importlib.util import find_spec
@@ -445,6 +446,8 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
     from sam2sgp.options import check_places
 
     files = [str(BUNDLE / "configs" / name) for name in configs]
+    # MONAI warns that configs can run code; these are the package's own.
+    warnings.filterwarnings("ignore", "parsing config_file", UserWarning)
     try:
         check_places(monai.bundle.ConfigParser.load_config_files(files), settings)
         monai.bundle.run(
