@@ -76,8 +76,10 @@ def floors(settings: dict) -> dict[str, tuple[float, float]]:
                 copies[chunk.start : chunk.start + len(entry.index), c] = masks[entry.index[:, 0], c]
         letterbox = case["letterbox"]
         nearest = letterbox.restore(copies) > 0.5
+        # A byte equals a value 256 higher in PyTorch.
+        label = case["label"].int()
         for c, (value, name) in enumerate(bank.class_names.items()):
-            truth = (case["label"] == value)[None, None].float()
+            truth = (label == value)[None, None].float()
             constant = letterbox.restore((means[c] - levels[c] + 0.5)[None, None])[0, 0] > 0.5
             constant = constant.expand(len(case["label"]), -1, -1)
             if truth.any():

@@ -61,8 +61,7 @@ from sam2sgp.data.tree import DESCRIPTIONS
 from sam2sgp.files import TRUSTED_AGE, replacing
 
 # A folder changed less than this many seconds ago may change again without a new time: it is read again. File systems
-# that keep whole seconds, as those of USB disks do, may keep only every other one:
-# there `TRUSTED_AGE` counts.
+# that keep whole seconds, as those of USB disks do, may keep only every other one: there `TRUSTED_AGE` counts.
 CLOCK = 0.1
 # Sentences about bad entries of the index that `status` tells.
 PROBLEMS_TOLD = 20
