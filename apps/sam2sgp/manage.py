@@ -3,10 +3,12 @@
 The app is no part of the package.
 """
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
 
+from lib.priority import ASLEEP
 from sam2sgp.errors import sentence_for_users
 from sam2sgp.startup import import_monai
 
@@ -23,7 +25,10 @@ APP = Path(__file__).parent
 
 def main(command: str, *words: str) -> int:
     """Do what is asked for; 1 with a sentence on standard error where it can't be done."""
-    if command != "serve":
+    if command == "serve":
+        # Of PyTorch, which is not imported yet, and of the processes of tasks; what the user has set stays.
+        os.environ.update({**ASLEEP, **os.environ})
+    else:
         # A server may use all of MONAI.
         import_monai()
     try:

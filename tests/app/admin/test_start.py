@@ -1,5 +1,8 @@
 """The start of the server: which settings it gets, and what it leaves alone."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,21 @@ def test_folders_of_a_newer_version_end_the_start_with_one_line(file, tmp_path, 
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path / newer}: expected files of layout 1 or older, found layout 99")
     assert not (tmp_path / "state" / "app").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Elsewhere PyTorch's threads are of another library")
+@pytest.mark.parametrize(("own", "rounds"), [({}, 0), ({"OMP_WAIT_POLICY": "ACTIVE"}, 30_000_000_000)])
+def test_pytorchs_threads_wait_asleep_unless_the_user_wants_them_awake(tmp_path, own, rounds):
+    """The library of its threads tells how often one looks before it sleeps; by default that is 300,000 times."""
+    usual = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, str(APP / "manage.py"), "serve", "--studies", str(tmp_path / "absent")],
+        env={**usual, **own, "OMP_DISPLAY_ENV": "VERBOSE"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 1 and "found no folder" in done.stderr
+    assert f"GOMP_SPINCOUNT = '{rounds}'" in done.stderr
 
 
 def test_a_mistake_ends_the_start_with_one_line(file, capsys):

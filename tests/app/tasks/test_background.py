@@ -17,7 +17,8 @@ PROCESS = """
 import json, os, sys, time
 text = sys.stdin.read()
 request = json.loads(text)
-print(json.dumps({"length": len(text), "arguments": sys.argv[1:], "path": os.environ["PYTHONPATH"]}), flush=True)
+seen = {"path": os.environ["PYTHONPATH"], "waiting": os.environ.get("OMP_WAIT_POLICY")}
+print(json.dumps({"length": len(text), "arguments": sys.argv[1:], **seen}), flush=True)
 time.sleep(request.get("seconds", 0))
 sys.exit(request.get("code", 0))
 """
@@ -45,6 +46,15 @@ def test_a_long_request_arrives_whole_and_nothing_of_it_by_the_command_line_or_t
     assert seen["arguments"] == ["scoring"] and "/tmp/evil" not in seen["path"]
     known = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     assert seen["path"].split(os.pathsep) == [str(tmp_path), *known]
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_its_threads_wait_asleep_unless_the_user_wants_them_awake(tasks, monkeypatch, own, expected):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    tasks.start("train", {})
+    assert json.loads(wait(tasks, "train")["details"][0])["waiting"] == expected
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 
 from lib.checks import RequestError
+from lib.priority import ASLEEP
 from lib.processes import mark_of
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ class BackgroundTasks:
                 text=True,
                 encoding="utf-8",
                 errors="replace",
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(_search_path(self._app_dir))},
+                env={**ASLEEP, **os.environ, "PYTHONPATH": os.pathsep.join(_search_path(self._app_dir))},
             )
         task.mark = mark_of(process.pid)
         assert process.stdout is not None, "it is a pipe"
