@@ -154,7 +154,8 @@ def lines(thickness: int, number: int) -> dict:
 
 
 @torch.no_grad()
-def test_thin_targets_are_seen_in_tiles_that_classes_share(monkeypatch):
+@pytest.mark.parametrize("batch_size", [18, 5])
+def test_thin_targets_are_seen_in_tiles_that_classes_share(monkeypatch, batch_size):
     shares = []
     for thickness in (40, 4, 2):
         made = SupportBank([lines(thickness, i) for i in range(3)], prepare, progress=False)
@@ -172,7 +173,7 @@ def test_thin_targets_are_seen_in_tiles_that_classes_share(monkeypatch):
     first = torch.where(query["label"][:, None] > 0, 3.0, -3.0).expand(-1, 2, -1, -1).contiguous()
     encoded = []
     encode = network.encode
-    run = SecondPass(made, InferenceSettings(SupportSampler(k=2), batch_size=18))
+    run = SecondPass(made, InferenceSettings(SupportSampler(k=2), batch_size=batch_size))
     run(first, query["image"], network)  # encodes the support
     monkeypatch.setattr(network, "encode", lambda image: encoded.append(len(image)) or encode(image))
     result = run(first.clone(), query["image"], network)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.inferers.settings import InferenceSettings
-from sam2sgp.networks import SAM2SGP, SupportMemory
+from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
 from sam2sgp.support.bank import FEW_CLASSES, SupportBank
 from sam2sgp.transforms.array import Region, label_map, to_three_channels
 
@@ -38,6 +38,10 @@ class _Job:
     class_index: int
     region: Region
     image: Tensor
+
+
+# Features of one crop each, by its row and region.
+_Crops = dict[tuple[int, Region], ImageFeatures]
 
 
 class SecondPass:
@@ -88,13 +92,15 @@ class SecondPass:
             for row, winner in enumerate(label_map(logits)):
                 masks = winner == numbers
                 jobs += _most_useful(self._jobs(row, masks, images, network, pixel, same_tiles=True), masks)
-        # Classes that share a tile come together, so that it is encoded once.
+        # Classes that share a tile come together, so that it is encoded once, also where a batch ends between them.
         jobs.sort(key=lambda job: (job.row, job.region.top, job.region.left))
         second = torch.zeros_like(logits)
         weights = torch.zeros_like(logits)
+        crops: _Crops = {}
         for start in range(0, len(jobs), self.settings.batch_size):
             batch = jobs[start : start + self.settings.batch_size]
-            for job, values in self._segment(batch, network, patient, group):
+            crops = self._encoded(batch, network, crops)
+            for job, values in self._segment(batch, crops, network, patient, group):
                 place = (job.row, job.class_index, *job.region.place)
                 window = job.region.window(shape).to(logits.device)
                 second[place] += window * job.region.restore(values[None])[0, 0]
@@ -130,18 +136,24 @@ class SecondPass:
             jobs += [_Job(row, class_index, region, images[row]) for region in regions]
         return jobs
 
+    def _encoded(self, jobs: list[_Job], network: SAM2SGP, before: _Crops) -> _Crops:
+        """Features of the jobs' crops; those of the jobs `before` are not made again."""
+        images = {(job.row, job.region): job.image for job in jobs}
+        new = [crop for crop in images if crop not in before]
+        if new:
+            device = next(network.parameters()).device
+            cut = torch.cat([crop[1].apply(images[crop][None]) for crop in new]).to(device, torch.float32)
+            cut = to_three_channels(cut)
+            cache = self.query_cache
+            features = network.encode(cut) if cache is None else cache(cut, network, self.bank.fingerprint)
+            before = before | {crop: features[[number]] for number, crop in enumerate(new)}
+        return {crop: before[crop] for crop in images}
+
     def _segment(
-        self, jobs: list[_Job], network: SAM2SGP, patient: str | None, group: str | None
+        self, jobs: list[_Job], crops: _Crops, network: SAM2SGP, patient: str | None, group: str | None
     ) -> Iterator[tuple[_Job, Tensor]]:
         """Jobs with their logits (1, S, S); without those of classes of which no support may be used."""
-        device = next(network.parameters()).device
-        crops = {(job.row, job.region): job for job in jobs}
-        number_of = {crop: number for number, crop in enumerate(crops)}
-        cut = torch.cat([job.region.apply(job.image[None]) for job in crops.values()]).to(device, torch.float32)
-        cut = to_three_channels(cut)
-        cache = self.query_cache
-        features = network.encode(cut) if cache is None else cache(cut, network, self.bank.fingerprint)
-        features = features[[number_of[job.row, job.region] for job in jobs]]
+        features = ImageFeatures.concatenate([crops[job.row, job.region] for job in jobs])
         by_class = defaultdict(list)
         for number, job in enumerate(jobs):
             by_class[job.class_index].append(number)
