@@ -9,11 +9,15 @@ is warm: everything is encoded, as when a server has been running. A query is a 
 medians over the queries. Stages: `load` (a PNG from disk to the network's grid), `encode` (the image encoder),
 `retrieve` (similarities and choice), `read` (memory of the chosen items), `attention` (memory attention), `prior`
 (support prior and regression), `pseudo-mask` (the first decoder), `PMA` (the second one), `refinement`, `restore` (back
-to the image's own grid and class map), `second pass` (an object of 0.4 of the image's side is segmented again, with an
-encoder pass of its own). `query` is all but the first and the last.
+to the image's own grid and class map), `second pass` (an object of each class, of 0.4 of the image's side, is segmented
+again, with an encoder pass of its own). `query` is all but the first and the last.
 
 `authors` is the design of the paper's code, from our own parts: support images and masks are encoded again for every
 query, all N of them guide it, memory is not pooled, and nothing is kept.
+
+`requests` asks the MONAI Label app's segmenter three times for the same picture: first; with half of K, for which it is
+read and encoded already; and for one of the classes only, which is in the first result. Crops of the second pass are
+encoded again where another K finds the object elsewhere: next to the times stand the images that were encoded.
 
 Next to the times stands what the machine can do: the multiplications and additions of the encoder, and in a table of
 their own those of each stage that has any, counted by PyTorch, over the rate of a large matrix product of the same
@@ -47,7 +51,7 @@ import torch
 from monai.transforms import Compose
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.networks import SAM2SGP, load_weights
@@ -61,14 +65,19 @@ from sam2sgp.transforms import (
     to_three_channels,
 )
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "bundle" / "models" / "model.pt"
+REPO = Path(__file__).resolve().parents[1]
+APP = REPO / "apps" / "sam2sgp"
+WEIGHTS = REPO / "bundle" / "models" / "model.pt"
 EMBEDDED = "lite", 256
-OURS, AUTHORS = "ours", "authors"
+OURS, AUTHORS, REQUESTS = "ours", "authors", "requests"
 STAGES = ("load", "encode", "retrieve", "read", "attention", "prior", "pseudo-mask", "PMA", "refinement", "restore")
 # Of them those with matrix products and convolutions.
 COMPUTING = ("encode", "attention", "prior", "pseudo-mask", "PMA", "refinement")
 OPERATIONS = "operations of "
 SECOND = "second pass"
+# Of `requests`, after the first, which is the query; and how many images each of them encodes.
+ANOTHER_K, OTHER_CLASSES = "with another K", "for other classes"
+ENCODED = "encoded by "
 BANK, GRID = "bank", "grid"
 MATRIX = 2048
 COPY_BYTES = 2**28
@@ -141,6 +150,11 @@ def _flat(n: int) -> Budget:
     return Budget(f"lite, 256 px: query at N = {n} over N = 4", "<= 1.05", Case("lite", 256, n), Case("lite", 256, 4))
 
 
+def _requests(again: str, classes: int) -> Budget:
+    case = Case("lite", 256, 16, 8, classes, REQUESTS)
+    return Budget(f"lite, 256 px: second request {again} over the first, C = {classes}", "<= 0.5", case, case, of=again)
+
+
 MEMORY_CASE = Case("tiny", 1024, 32)
 BUDGETS = {
     "flat_256": _flat(256),
@@ -155,6 +169,9 @@ BUDGETS = {
     "authors_1024_32": _against_the_authors(1024, 32, ">= 20"),
     "memory": Budget("tiny, 1024 px, N = 32: peak memory, GB", "<= 2.5", MEMORY_CASE, of="peak", unit=1e9 / 2**20),
     "lite": Budget("lite, 256 px: query on one core, s", "<= 0.10", Case("lite", 256, 4)),
+    "another_k": _requests(ANOTHER_K, 1),
+    "another_k_3": _requests(ANOTHER_K, 3),
+    "other_classes_3": _requests(OTHER_CLASSES, 3),
 }
 # The default network with fewer and more support items and classes.
 GRID_CASES = [Case("lite", 256, 16, k, c) for k in (4, 8, 16) for c in (1, 3, 8)]
@@ -163,9 +180,12 @@ GRID_CASES = [Case("lite", 256, 16, k, c) for k in (4, 8, 16) for c in (1, 3, 8)
 def counter() -> FlopCounterMode:
     """Counts multiplications and additions; PyTorch itself doesn't count those of its fused attention on a CPU."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(
-        display=False, custom_mapping={fused: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
-    )
+    fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    mapping = {
+        fused: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+        fused_backward: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value),
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 class Stopwatch:
@@ -243,9 +263,10 @@ def build(backbone: str, size: int, memory_pool: int | None = None) -> SAM2SGP:
 
 
 def own_grid(size: int, classes: int) -> tuple[Letterbox, Tensor, Tensor]:
-    """How an image of its own size fits the network; logits (1, C, H, W) of a disc there, and the image."""
+    """How an image of its own size fits the network; logits (1, C, H, W) of discs there, each class's a pixel beside
+    the last one's, so that each has a region of its own; and the image."""
     own = int(OWN_SIDE * size)
-    found = (10 * disc(own) - 5).expand(1, classes, own, own)
+    found = torch.stack([10 * disc(own).roll(number, 1) - 5 for number in range(classes)])[None]
     return Letterbox.of((own, own), size), found, labelled_image(own, classes)[0]
 
 
@@ -258,9 +279,7 @@ def ours(network: SAM2SGP, case: Case, folder: str, clock: Callable) -> tuple[Ca
     with torch.no_grad():
         bank.encode(network)
     built = {"build": (clock() - started) / case.n}
-    inferer = SupportSetInferer(
-        bank, InferenceSettings(SupportSampler(k=case.k), batch_size=1, region_below=0.7, object_gate=False)
-    )
+    inferer = SupportSetInferer(bank, InferenceSettings(SupportSampler(k=case.k), region_below=0.7, object_gate=False))
     watch = Stopwatch(clock)
     watch.watch(network, "encode", "encode")
     watch.watch(bank, "retrieve", "retrieve")
@@ -275,7 +294,7 @@ def ours(network: SAM2SGP, case: Case, folder: str, clock: Callable) -> tuple[Ca
     load = Compose([LoadCased("image"), ScaleIntensityByModalityd("image"), FitToSquared("image", size)])
 
     def query() -> dict[str, float]:
-        Image.fromarray((255 * labelled_image(full.shape[-1], 1)[0][0, 0]).byte().numpy()).save(path)
+        save(labelled_image(full.shape[-1], 1)[0][0, 0], path)
         watch.take()
         begun = clock()
         image = load({"image": str(path), "group": ""})["image"][:, :1]
@@ -313,6 +332,57 @@ def authors(network: SAM2SGP, case: Case, clock: Callable) -> Callable:
         return {"query": clock() - started}
 
     return query
+
+
+def server_segmenter(case: Case, folder: Path) -> Any:
+    """The app's segmenter with `case.n` approved pictures in a folder."""
+    sys.path.insert(0, str(APP))
+    from lib.serving.approved_cases import LabelledCases
+    from lib.serving.published_weights import Weights
+    from lib.serving.segmenter import ServerSegmenter
+    from lib.settings import Settings
+    from lib.stores.opening import open_datastore
+
+    labels = folder / "studies" / "labels" / "final"
+    labels.mkdir(parents=True)
+    for number in range(case.n):
+        torch.manual_seed(number)
+        image, label = labelled_image(int(OWN_SIDE * case.size), case.c)
+        save(image[0, 0], folder / "studies" / f"{number}.png")
+        Image.fromarray(label[0].byte().numpy()).save(labels / f"{number}.png")
+    conf = {"state_dir": str(folder / "state"), "image_size": str(case.size), "k": str(case.k)}
+    settings = Settings.from_conf(APP, str(folder / "studies"), conf)
+    weights = Weights(settings.state_dir / "weights", settings.start_weights)
+    return ServerSegmenter(settings, weights, LabelledCases(open_datastore(settings), settings))
+
+
+def requests(case: Case, folder: str, clock: Callable) -> Callable:
+    """A function that asks for a new picture three times, and gives seconds and images encoded of each."""
+    segmenter = server_segmenter(case, Path(folder))
+    from lib.serving.options import Options
+
+    half, one = Options(k=case.k // 2), Options(classes=("class_1",))
+    path = Path(folder, "query.png")
+    network, encoded = segmenter.network, []
+    encode = network.encode
+    network.encode = lambda image: encoded.append(len(image)) or encode(image)
+
+    def query() -> dict[str, float]:
+        save(labelled_image(int(OWN_SIDE * case.size), 1)[0][0, 0], path)
+        found = {}
+        for name, options in (("query", Options()), (ANOTHER_K, half), (OTHER_CLASSES, one)):
+            encoded.clear()
+            started = clock()
+            segmenter.segment(path, options)
+            found |= {name: clock() - started, ENCODED + name: sum(encoded)}
+        return found
+
+    return query
+
+
+def save(image: Tensor, path: Path) -> None:
+    """Write an image (H, W) in [0, 1] as PNG."""
+    Image.fromarray((255 * image).byte().numpy()).save(path)
 
 
 def machine_limits(network: SAM2SGP, case: Case, clock: Callable) -> dict[str, float]:
@@ -353,6 +423,8 @@ def measure(case: Case, queries: int, memory_pool: int | None = None, cpu_time: 
     with tempfile.TemporaryDirectory() as folder:
         if case.design == OURS:
             query, built = ours(network, case, folder, clock)
+        elif case.design == REQUESTS:
+            query, built = requests(case, folder, clock), {}
         else:
             query, built = authors(network, case, clock), {}
         if queries > 1:
@@ -431,6 +503,18 @@ def floors(results: Results) -> None:
         print("|", " | ".join([*map(str, astuple(case)[:5]), *cells]), "|")
 
 
+def requests_table(results: Results) -> None:
+    """Print what is waited for the first time and again, each with the images that were encoded meanwhile."""
+    names = ("query", ANOTHER_K, OTHER_CLASSES)
+    print("\n| backbone | px | N | K | C | first, ms (encoded) | another K | over first | other classes | over first |")
+    print("|" + " --- |" * 10)
+    for case, found in results.items():
+        first, *again = (f"{1000 * found[name]:.1f} ({found[ENCODED + name]:.0f})" for name in names)
+        ratios = [f"{found[name] / found['query']:.2f}" for name in names[1:]]
+        cells = [cell for pair in zip(again, ratios, strict=True) for cell in pair]
+        print("|", " | ".join([*map(str, astuple(case)[:5]), first, *cells]), "|")
+
+
 def plot(results: Results, path: Path) -> None:
     """Bars of the stages, a row per case."""
     import matplotlib
@@ -490,9 +574,12 @@ def main() -> None:
     for case in cases:
         results[case] = in_a_process(case, options)
         print(f"{case}: {results[case]['query']:.3f} s", file=sys.stderr, flush=True)
-    if results:
-        table(results)
-        floors(results)
+    stages = {case: found for case, found in results.items() if case.design != REQUESTS}
+    if stages:
+        table(stages)
+        floors(stages)
+    if len(stages) < len(results):
+        requests_table({case: found for case, found in results.items() if case.design == REQUESTS})
     if budgets:
         print("\n| what | measured | budget | |\n| --- | --- | --- | --- |")
     for budget in budgets:
@@ -503,7 +590,7 @@ def main() -> None:
         print()
         build_banks(time.process_time if options.cpu_time else time.perf_counter)
     if options.plot:
-        plot(results, options.plot)
+        plot(stages, options.plot)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@
 `steps`: a step of the overlays' episode (4 images, each guided by the 3 others) with forward pass, loss, backward pass
 and optimiser, over a pass of only the frozen encoder over the same images. `lora` trains LoRA and all behind the
 encoder, `frozen` only what is behind it, `cached` that with the encoder's features from the cache, `clips` is `lora`
-with two clips of two slices. `memory`: the peak of the process with and without gradient checkpointing, each in a
-process of its own. `data`: a training as `configs/train.json` declares it, and the share of its time in which the step
-waits for data, by ignite's profiler; on phantoms unless a folder is named.
+with two clips of two slices. Next to it stand the multiplications and additions of the step over those of the pass,
+which is about the ratio where both run at one rate. `memory`: the peak of the process with and without gradient
+checkpointing, each in a process of its own. `data`: a training as `configs/train.json` declares it, and the share of
+its time in which the step waits for data, by ignite's profiler; on phantoms unless a folder is named.
 
 Weights are random. `--cpu_time` counts the processor's seconds instead of the clock's in `steps`.
 """
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import torch
 from ignite.handlers import BasicTimeProfiler
+from latency import counter
 from monai.bundle import ConfigParser
 
 from sam2sgp.data.phantom import make_phantoms
@@ -81,7 +83,7 @@ def build(backbone: str, size: int, case: str, checkpoints: bool = False) -> SAM
 
 
 def steps(backbone: str, size: int, case: str, repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of an encoder pass and of a step."""
+    """Median seconds of an encoder pass and of a step, and the operations of a step over those of a pass."""
     network = build(backbone, size, case)
     image = episode(size, False)[0]
     work = training_step(network, size, case == "clips")
@@ -97,15 +99,19 @@ def steps(backbone: str, size: int, case: str, repeats: int, clock: Callable[[],
         return clock() - started
 
     with tempfile.TemporaryDirectory() as folder:
-        encode()
+        with counter() as of_pass:
+            encode()
         plain = [timed(encode) for _ in range(repeats)]
         if case == "cached":
             torch.manual_seed(0)
             network.trunk_cache = TrunkCache(folder, megabytes=0)
             work = training_step(network, size, False)
-        work()
+            work()
+        with counter() as of_step:
+            work()
         whole = [timed(work) for _ in range(repeats)]
-    return {"encoder": statistics.median(plain), "step": statistics.median(whole)}
+    operations = of_step.get_total_flops() / of_pass.get_total_flops()
+    return {"encoder": statistics.median(plain), "step": statistics.median(whole), "operations": operations}
 
 
 def memory(backbone: str, size: int, checkpoints: bool) -> dict[str, float]:
@@ -176,15 +182,17 @@ def main() -> None:
         return
     print(f"\n{date.today()}, {platform.machine()}, torch {torch.__version__}, {options.threads} threads", flush=True)
     if "steps" in options.parts:
-        print(
-            "\n| backbone | px | case | encoder pass, s | step, s | step over pass (budget 3) |\n" + "| --- " * 6 + "|"
-        )
+        print("\n| backbone | px | case | encoder pass, s | step, s | step over pass (budget 3) | in operations |")
+        print("| --- " * 7 + "|")
         for size in options.size:
             for case in options.cases:
                 found = in_a_process("steps", options, options.backbone, size, case, options.repeats)
                 ratio = found["step"] / found["encoder"]
                 print(f"| {options.backbone} | {size} | {case} ", end="")
-                print(f"| {found['encoder']:.2f} | {found['step']:.2f} | {ratio:.2f} |", flush=True)
+                print(
+                    f"| {found['encoder']:.2f} | {found['step']:.2f} | {ratio:.2f} | {found['operations']:.2f} |",
+                    flush=True,
+                )
     if "memory" in options.parts:
         print("\n| backbone | px | checkpoints | peak, MiB | step, s of processor time |\n" + "| --- " * 5 + "|")
         for size in options.size:

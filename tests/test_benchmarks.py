@@ -212,6 +212,26 @@ def test_latency_measures_every_stage_and_both_designs(script, monkeypatch):
     assert all(own[latency.OPERATIONS + stage] > 0 for stage in latency.COMPUTING)
 
 
+def test_a_training_steps_operations_are_counted_in_encoder_passes(script):
+    steps, clock = script("training_speed").steps, iter(range(99)).__next__
+    lora, frozen, cached = (steps("nano", 64, case, 1, clock)["operations"] for case in ("lora", "frozen", "cached"))
+    # Of `cached` nothing of the trunk is left, of `lora` the way back goes through it, too.
+    assert lora > frozen + 0.5 > cached + 1 > 2
+
+
+def test_latency_asks_for_a_picture_again(script, monkeypatch, capsys):
+    latency = script("latency")
+    monkeypatch.setattr(latency, "COPY_BYTES", 2**20)
+    case = latency.Case("lite", 64, 4, 4, 3, latency.REQUESTS)
+    found = latency.measure(case, queries=2)
+    first, half, one = (found[latency.ENCODED + name] for name in ("query", latency.ANOTHER_K, latency.OTHER_CLASSES))
+    assert first > half and one == 0
+    assert found["query"] > found[latency.OTHER_CLASSES] > 0 and found[latency.ANOTHER_K] > 0
+    latency.requests_table({case: found})
+    ratio = found[latency.OTHER_CLASSES] / found["query"]
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"({one}) | {ratio:.2f} |")
+
+
 def test_a_budget_is_a_ratio_of_its_two_cases(script, capsys, tmp_path):
     latency = script("latency")
     results = {}
@@ -222,7 +242,8 @@ def test_a_budget_is_a_ratio_of_its_two_cases(script, capsys, tmp_path):
                 shown = stages if case.design == latency.OURS else {}
                 operations = {latency.OPERATIONS + stage: 1e9 for stage in latency.COMPUTING}
                 limits = {"operations": 1e9, "rate": 1e10, "floor": 0.1, "read_floor": 0.1, **operations}
-                results[case] = {**shown, **limits, "query": number + 1.0, "peak": 2**20 / 1e3}
+                again = {latency.ANOTHER_K: 1.0, latency.OTHER_CLASSES: 1.0}
+                results[case] = {**shown, **again, **limits, "query": number + 1.0, "peak": 2**20 / 1e3}
     memory, encoder = latency.BUDGETS["memory"], latency.BUDGETS["encoder_512"]
     assert memory.value(results) == pytest.approx(2**40 / 1e12)
     assert encoder.value(results) == results[encoder.upper]["query"] / 0.25
