@@ -1,7 +1,7 @@
 """The routes of training, scoring and batch inference, which run in processes of their own.
 
     GET, DELETE /train/ /scoring/ /batch/infer    the last task, and its end
-    POST /train/{model}, /scoring/{method}, /batch/infer/{model}
+    POST /train/{model}, /train/adapt, /scoring/{method}, /batch/infer/{model}
     POST /train/                                  all models, as OHIF's panel asks for it
 
 `run_sync` is refused: long work would keep a thread of the server for hours.
