@@ -111,6 +111,18 @@ def test_train_starts_the_training_with_the_overlays_in_order(tmp_path, monkeypa
     }
 
 
+def test_evaluate_without_weights_says_at_once_where_they_come_from(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "_run", lambda run_id, configs, settings: started.append(settings))
+    told = call("evaluate", "-d", tmp_path, "-o", tmp_path, code=1)
+    assert f"error: {tmp_path / 'model.pt'}: expected" in told and "sam2sgp check" in told and not started
+    call("evaluate", "-d", tmp_path, "-o", tmp_path, "-w", "own.pt")
+    call("evaluate", "-d", tmp_path, "-o", tmp_path, "--ckpt_dir", tmp_path / "run")
+    (tmp_path / "model.pt").touch()
+    call("evaluate", "-d", tmp_path, "-o", tmp_path)
+    assert len(started) == 3
+
+
 def test_segment_passes_what_is_asked_for(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(cli, "_run", lambda run_id, configs, settings: seen.update(settings))

@@ -211,6 +211,12 @@ def evaluate(
     """
     settings: dict[str, Any] = {"dataset_dir": _absolute(data), "output_dir": _absolute(output)}
     settings |= _common(context, k, weights, device, resume, adapt)
+    trained = Path(settings["output_dir"], "model.pt")
+    if settings.keys().isdisjoint({"model_file", "ckpt_dir", "args_file"}) and not trained.is_file():
+        _refuse(
+            f"{trained}: expected the weights that `sam2sgp train` writes there, found no such file; train first, or "
+            "give --weights. `sam2sgp check` measures the embedded weights."
+        )
     if support:
         settings["support_dir"] = _absolute(support)
     if whole:

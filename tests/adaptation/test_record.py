@@ -42,4 +42,10 @@ def test_it_tells_gain_and_thin_evidence_of_each_class():
     assert "share is 0.80." in text
     assert "cyst, on 4 groups never seen: Dice 0.600 before, 0.550 by the correctors; no clear gain" in text
     assert text.count("The evidence is thin") == 1 and text.endswith("The evidence is thin: 4 groups.")
-    assert str(record()).startswith("Not adapted: 3 labelled images")
+
+
+def test_without_an_adaptation_it_tells_what_was_missing():
+    assert "evidence is thin: at least 3 groups" in str(AdaptationRecord(1, Groups(("p1",), "patients"), ["p1"]))
+    short = str(record())
+    assert short.startswith("Not adapted: 3 labelled images, 2 patients") and "evidence is thin" not in short
+    assert "Only 3 of them could be segmented" in short and short.endswith("Give more seconds.")
