@@ -44,8 +44,9 @@ def test_it_tells_gain_and_thin_evidence_of_each_class():
     assert text.count("The evidence is thin") == 1 and text.endswith("The evidence is thin: 4 groups.")
 
 
-def test_without_an_adaptation_it_tells_what_was_missing():
-    assert "evidence is thin: at least 3 groups" in str(AdaptationRecord(1, Groups(("p1",), "patients"), ["p1"]))
-    short = str(record())
-    assert short.startswith("Not adapted: 3 labelled images, 2 patients") and "evidence is thin" not in short
-    assert "Only 3 of them could be segmented" in short and short.endswith("Give more seconds.")
+def test_it_tells_too_few_groups_from_too_little_time():
+    text = str(record())
+    assert text.startswith("Not adapted: 3 labelled images") and text.endswith("Give it more seconds.")
+    assert "when 3 of them were judged" in text and "thin" not in text
+    few = str(AdaptationRecord(2, Groups(("p1", "p2"), "patients"), ["p1", "p2"]))
+    assert "The evidence is thin: at least 3 groups" in few and "seconds" not in few

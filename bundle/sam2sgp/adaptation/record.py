@@ -51,16 +51,15 @@ class AdaptationRecord:
     def __str__(self) -> str:
         """A few sentences for people."""
         support = f"{self.cases} labelled images, {self.groups}."
+        if self.plan is not None and not self.choices:
+            return (
+                f"Not adapted: {support} Time ran out when {self.judged} of them were judged, before it was known "
+                "whether adapting helps. Give it more seconds."
+            )
         if self.plan is None:
             return (
                 f"Not adapted: {support} The evidence is thin: at least {MIN_GROUPS} groups are needed to tell whether "
                 "adapting helps. Label images of more patients."
-            )
-        if not self.choices:
-            return (
-                f"Not adapted: {support} Only {self.judged} of them could be segmented by the others in the time and "
-                f"memory that there were, and at least {MIN_GROUPS} groups are needed to tell whether adapting helps. "
-                "Give more seconds."
             )
         seen = f"patches of {self.plan.size} px" if self.plan.patches else f"whole images at {self.plan.size} px"
         steps = f"{len(self.steps)} correctors, {max(self.steps)} steps"
