@@ -7,8 +7,8 @@ after the other segmented, one fine-tuning runs in the background, and beside th
 each asks for something, looks at it for a second or so, and asks for the next thing. What they do: lists, the state of
 the server, the support page and its pictures, uploads of images, submitted labels, predictions that are saved and then
 approved or rejected, offers of the next image. Prints the median, the 95th percentile and the worst of the seconds that
-each kind of request took, and answers that were none. Exits with 1 if the worst of anything that people do is over
-`--limit`.
+each kind of request took, answers that were none, and the server's memory every half minute (resident, without the
+training, which has a process of its own). Exits with 1 if the worst of anything that people do is over `--limit`.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from datetime import date
 from itertools import count
 from pathlib import Path
 
+import psutil
 import requests
 
 REPO = Path(__file__).resolve().parents[1]
@@ -39,6 +40,8 @@ from tests.e2e.server import serving  # noqa: E402
 
 PATIENTS, VOLUMES, APPROVED = 24, 4, 8
 TIMEOUT = 300
+# Seconds between two readings of the server's memory.
+SAMPLED = 30
 # What people do, and how often for each other thing.
 SHARES = {
     "info": 2,
@@ -59,6 +62,10 @@ class Load:
     Args:
         url: of the server.
         pictures: phantom cases of pictures that are in the studies folder without a label.
+
+    Attributes:
+        seconds: of each request, by kind. failures: what the failed ones answered, by kind.
+        memory: bytes that the server's process held, one reading each `SAMPLED` seconds.
     """
 
     def __init__(self, url: str, pictures: list[dict]) -> None:
@@ -66,6 +73,7 @@ class Load:
         self.pictures = pictures
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.failures: dict[str, list[str]] = defaultdict(list)
+        self.memory: list[int] = []
         self.over = threading.Event()
         self._lock = threading.Lock()
         self._numbers = count()
@@ -159,7 +167,10 @@ def run(minutes: float, clients: int, size: int, slices: int) -> Load:
             threads = [threading.Thread(target=task) for task in work]
             for thread in threads:
                 thread.start()
-            time.sleep(60 * minutes)
+            process = psutil.Process(server.process.pid)
+            for _ in range(round(60 * minutes / SAMPLED)):
+                time.sleep(SAMPLED)
+                load.memory.append(process.memory_info().rss)
             running = load.ask("(training, state)", "GET", "/train/?check_if_running=true")
             print(f"training at the end: {running.text[:200] if running is not None else 'no answer'}")
             load.over.set()
@@ -192,6 +203,7 @@ def main() -> None:
     for kind, failures in load.failures.items():
         for failure in sorted(set(failures))[:3]:
             print(f"{kind}: {failure}")
+    print(f"memory of the server, MiB: {' '.join(f'{size / 2**20:.0f}' for size in load.memory)}")
     worst = max(max(seconds) for kind, seconds in load.seconds.items() if not kind.startswith("("))
     if worst > options.limit:
         sys.exit(f"The longest wait was {worst:.2f} s: expected at most {options.limit:g} s.")

@@ -47,7 +47,7 @@ from lib.layout import OF_STATE, OF_STUDIES, bring_up_to_date
 from lib.refusals import refuse, refusing
 from lib.scratch import own_temporary_folder
 from lib.serving.approved_cases import FINAL, LabelledCases
-from lib.serving.options import BatchParams, Declared, InferParams, TrainParams
+from lib.serving.options import AdaptParams, BatchParams, Declared, InferParams, TrainParams
 from lib.serving.published_weights import Weights
 from lib.serving.segmenter import ServerSegmenter
 from lib.serving.usage import Usage
@@ -61,13 +61,14 @@ from lib.stores.sessions import open_sessions
 from lib.tasks.background import DONE, BackgroundTasks
 from lib.tasks.batch import BatchInference
 from lib.tasks.batch_report import FILE as BATCH_REPORT
+from lib.trainers.adapt import AdaptTask
 from lib.trainers.finetune import FineTuning
 from sam2sgp.errors import DataError, Sam2SgpError
 
 logger = logging.getLogger(__name__)
 
 MODEL = "sam2sgp"
-FINE_TUNING = "finetune"
+FINE_TUNING, ADAPTATION = "finetune", "adapt"
 SCORING = "scores"
 DEFAULT_STRATEGY = "hybrid"
 # Module of the processes that train, score and infer in batches. The server's requests come before these.
@@ -147,7 +148,8 @@ class Sam2SgpApp(MONAILabelApp):
                 self.settings.overrides,
                 self.settings.overlays,
                 self.audit.write,
-            )
+            ),
+            ADAPTATION: AdaptTask(self.settings.state_dir, self.weights, self.segmenter, self.audit.write),
         }
 
     def init_scoring_methods(self):
@@ -289,9 +291,10 @@ class Sam2SgpApp(MONAILabelApp):
         return super().batch_infer(_declared(request, BatchParams, "model"), datastore)
 
     def train(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Fine-tune, or roll the weights back: see `FineTuning`."""
+        """Fine-tune, adapt, or roll the weights back: see `FineTuning` and `AdaptTask`."""
         with refusing():
-            declared = _declared(request, TrainParams, "model")
+            params = AdaptParams if request.get("model") == ADAPTATION else TrainParams
+            declared = _declared(request, params, "model")
             if not self.settings.allow_overrides:
                 declared.pop("device", None)
             return super().train(declared)

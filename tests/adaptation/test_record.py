@@ -42,4 +42,11 @@ def test_it_tells_gain_and_thin_evidence_of_each_class():
     assert "share is 0.80." in text
     assert "cyst, on 4 groups never seen: Dice 0.600 before, 0.550 by the correctors; no clear gain" in text
     assert text.count("The evidence is thin") == 1 and text.endswith("The evidence is thin: 4 groups.")
-    assert str(record()).startswith("Not adapted: 3 labelled images")
+
+
+def test_it_tells_too_few_groups_from_too_little_time():
+    text = str(record())
+    assert text.startswith("Not adapted: 3 labelled images") and text.endswith("Give it more seconds.")
+    assert "when 3 of them were judged" in text and "thin" not in text
+    few = str(AdaptationRecord(2, Groups(("p1", "p2"), "patients"), ["p1", "p2"]))
+    assert "The evidence is thin: at least 3 groups" in few and "seconds" not in few

@@ -42,6 +42,7 @@ def test_a_task_sees_only_declared_options_however_its_request_came(app):
         "model": "finetune",
         "max_epochs": 1,
     }
+    assert app.train({"model": "adapt", "seconds": 60, **evil}) == {"model": "adapt", "seconds": 60.0}
     assert app.scoring({"method": "scores", **evil}) == {"method": "scores"}
     request = {"model": "sam2sgp", "images": ["a"], "k": "2", **evil}
     assert app.batch_infer(request) == {"model": "sam2sgp", "images": ["a"], "k": 2}

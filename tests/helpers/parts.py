@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lib.roles import Role
 from lib.tasks.background import Busy
 
-TASK_PATHS = ("/train/", "/train/finetune", "/scoring/", "/scoring/scores", "/batch/infer/sam2sgp")
+TASK_PATHS = ("/train/", "/train/finetune", "/train/adapt", "/scoring/", "/scoring/scores", "/batch/infer/sam2sgp")
 
 
 class Recorder:

@@ -2,7 +2,7 @@
 
     http            what clients reach: routes, the checks before them, pages, connections, the log
     infers          a request's image → a label file
-    trainers        fine-tuning on the approved labels
+    trainers        fine-tuning on the approved labels, adaptation to them
     activelearning  which image to label next
     tasks           training, scoring and batch inference in processes of their own
     serving         the network that stays loaded, its support set and weights; the options of requests

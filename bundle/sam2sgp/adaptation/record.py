@@ -51,7 +51,12 @@ class AdaptationRecord:
     def __str__(self) -> str:
         """A few sentences for people."""
         support = f"{self.cases} labelled images, {self.groups}."
-        if self.plan is None or not self.choices:
+        if self.plan is not None and not self.choices:
+            return (
+                f"Not adapted: {support} Time ran out when {self.judged} of them were judged, before it was known "
+                "whether adapting helps. Give it more seconds."
+            )
+        if self.plan is None:
             return (
                 f"Not adapted: {support} The evidence is thin: at least {MIN_GROUPS} groups are needed to tell whether "
                 "adapting helps. Label images of more patients."

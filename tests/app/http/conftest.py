@@ -49,7 +49,7 @@ def app(tmp_path):
         ),
         datastore=lambda: datastore,
         sessions=lambda: sessions,
-        info=lambda: {"trainers": {"finetune": {}}, "scoring": {"scores": {}}, "models": {"sam2sgp": {}}},
+        info=lambda: {"trainers": {"finetune": {}, "adapt": {}}, "scoring": {"scores": {}}, "models": {"sam2sgp": {}}},
         on_save_label=lambda image, label: {"warnings": []},
         studies=studies,
         tasks=Recorder(),

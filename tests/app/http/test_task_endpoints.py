@@ -12,6 +12,7 @@ def test_long_work_is_never_done_while_the_client_waits(client, app):
 
 def test_tasks_are_started_as_the_shipped_clients_ask_for_them(client, app):
     assert client.post("/train/finetune", json={"max_epochs": "2", "client_id": None}).status_code == 200
+    assert client.post("/train/adapt", json={"seconds": "90"}).status_code == 200
     panel = client.post("/train/", json={"finetune": {"action": "train", "learning_rate": 0.01}})
     assert panel.json()["finetune"]["result"]["status"] == "SUBMITTED"
     assert client.post("/train/", json={}).status_code == client.post("/scoring/scores").status_code == 200
@@ -20,14 +21,24 @@ def test_tasks_are_started_as_the_shipped_clients_ask_for_them(client, app):
     assert client.post("/batch/infer/sam2sgp?images=unannotated", json={}).status_code == 200
     assert app.tasks.started == [
         ("train", {"model": "finetune", "max_epochs": 2}),
+        ("train", {"model": "adapt", "seconds": 90.0}),
         ("train", {"model": "finetune", "action": "train", "learning_rate": 0.01}),
+        ("train", {"model": "adapt"}),
         ("train", {"model": "finetune"}),
+        ("train", {"model": "adapt"}),
         ("scoring", {"method": "scores"}),
         ("batch_infer", {"model": "sam2sgp", "k": 2, "device": "cuda", "images": "unlabeled"}),
         ("batch_infer", {"model": "sam2sgp", "images": "unannotated"}),
     ]
-    assert client.get("/train/").json() == {"status": "DONE"} and len(client.get("/train/?all=true").json()) == 3
+    assert client.get("/train/").json() == {"status": "DONE"} and len(client.get("/train/?all=true").json()) == 6
     assert client.get("/train/?check_if_running=true").status_code == 404
+
+
+def test_each_training_takes_its_own_options(client, app):
+    assert_refused(client.post("/train/adapt", json={"max_epochs": 2}))
+    assert_refused(client.post("/train/adapt", json={"seconds": 1}))
+    assert_refused(client.post("/train/finetune", json={"seconds": 60}))
+    assert app.tasks.started == []
 
 
 def test_unknown_names_are_not_found_and_the_known_ones_are_told(client, app):

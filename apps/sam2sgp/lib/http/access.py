@@ -97,6 +97,7 @@ NEEDED: Mapping[str, Role | None] = {
     "DELETE /datastore/image": ADMIN,
     "DELETE /datastore/label": ADMIN,
     "POST /train/": ADMIN,
+    "POST /train/adapt": ADMIN,
     "POST /train/{model}": ADMIN,
     "DELETE /train/": ADMIN,
     "POST /scoring/": ADMIN,

@@ -1,7 +1,7 @@
 """The routes of training, scoring and batch inference, which run in processes of their own.
 
     GET, DELETE /train/ /scoring/ /batch/infer    the last task, and its end
-    POST /train/{model}, /scoring/{method}, /batch/infer/{model}
+    POST /train/{model}, /train/adapt, /scoring/{method}, /batch/infer/{model}
     POST /train/                                  all models, as OHIF's panel asks for it
 
 `run_sync` is refused: long work would keep a thread of the server for hours.
@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 
 from lib.checks import NotFound, RequestError
 from lib.http.routing import ADMIN, ANNOTATOR, Query, router
-from lib.serving.options import AllTrainParams, BatchParams, ScoringParams, TrainParams
+from lib.serving.options import AdaptParams, AllTrainParams, BatchParams, ScoringParams, TrainParams
 from lib.tasks.background import BackgroundTasks
 
 
@@ -70,6 +70,10 @@ def task_routes(app: MONAILabelApp, tasks: BackgroundTasks) -> APIRouter:
 
 
 def _add_training(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -> None:
+    @made.post("/train/adapt", dependencies=[ADMIN])
+    def adapt(query: Annotated[StartQuery, fastapi.Query()], params: AdaptParams | None = None) -> dict[str, Any]:
+        return tasks.start("train", {"model": "adapt", **(params or AdaptParams()).given()}, query.enqueue)
+
     @made.post("/train/{model}", dependencies=[ADMIN])
     def train(
         model: str, query: Annotated[StartQuery, fastapi.Query()], params: TrainParams | None = None
@@ -82,10 +86,11 @@ def _add_training(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -
         query: Annotated[StartQuery, fastapi.Query()], params: AllTrainParams | None = None
     ) -> dict[str, Any]:
         options = params or AllTrainParams()
-        started = {}
+        started: dict[str, Any] = {}
         for model in app.info()["trainers"]:
-            request = {"model": model, **getattr(options, model, TrainParams()).given()}
-            started[model] = {"result": tasks.start("train", request, query.enqueue), "detail": None}
+            request = {"model": model, **getattr(options, model).given()}
+            # One after the other.
+            started[model] = {"result": tasks.start("train", request, query.enqueue or bool(started)), "detail": None}
         return started
 
 

@@ -86,6 +86,7 @@ class SegmentationTask(InferTask):
             "maybe_absent": maybe_absent,
             "weights": output["weights"],
             "device": output["device"],
+            "adapted": output["adapted"],
             "warnings": [*output["warnings"], *sentences],
         }
         if options.uncertainty:

@@ -17,6 +17,7 @@ from cachetools import LRUCache
 from monai.bundle import ConfigParser
 
 from lib.checks import RequestError
+from lib.serving.adapted import ServedAdaptation
 from lib.serving.options import Options
 from lib.serving.published_weights import Version
 from lib.settings import Settings
@@ -66,6 +67,9 @@ class LoadedNetwork:
     results: ByteLRU
     """Results that are kept for the next request."""
 
+    adaptation: ServedAdaptation | None = None
+    """What was published with the weights; None: they serve as they are."""
+
     inferers: LRUCache = field(default_factory=lambda: LRUCache(INFERERS_KEPT))
     """`SupportSetInferer`s by the options that differ from those of inference.json."""
 
@@ -77,6 +81,7 @@ class LoadedNetwork:
         load_weights(network, version.path)
         network.eval()
         inferer = parser.get_parsed_content("inferer")
+        adaptation = ServedAdaptation.of(version, network, inferer.bank)
         return cls(
             version,
             parser,
@@ -85,20 +90,28 @@ class LoadedNetwork:
             CaseSegmenter(network, inferer, parser.get_parsed_content("preprocessing")),
             parser.get_parsed_content("device"),
             ByteLRU(settings.query_cache_mb, tensor_bytes),
+            adaptation,
         )
 
-    def inferer(self, options: Options) -> SupportSetInferer:
-        """One for these options, kept with what it learned from the bank."""
+    def inferer(self, options: Options, adapted: bool = False) -> SupportSetInferer:
+        """One for these options, with the adaptation or without, kept with what it learned from the bank."""
         chosen = {
             name: getattr(options, name)
             for name in ("k", "retrieval", "three_d_memory")
             if getattr(options, name) is not None
         }
-        key = tuple(sorted(chosen.items()))
+        key = (adapted, *sorted(chosen.items()))
         if key not in self.inferers:
-            settings = ConfigParser({**self.parser.config, **chosen}).get_parsed_content("inferer::settings")
-            self.inferers[key] = replace(self.segmenter.inferer, settings=settings, gate=None, signs=None)
+            if adapted:
+                self.inferers[key] = replace(self.inferer(options), adaptation=self.adaptation)
+            else:
+                settings = ConfigParser({**self.parser.config, **chosen}).get_parsed_content("inferer::settings")
+                self.inferers[key] = replace(self.segmenter.inferer, settings=settings, gate=None, signs=None)
         return self.inferers[key]
+
+    def adapts(self, patient: str | None) -> bool:
+        """Whether the result of an image is adapted; not that of a patient whose own labels were learned from."""
+        return self.adaptation is not None and not self.adaptation.obstacle and patient not in self.bank.patients
 
     def encode(self, step: Step | None = None) -> None:
         """Make all tokens that are not there yet, and what the inferer learns from them.
@@ -116,12 +129,14 @@ class LoadedNetwork:
         """Segment a case, in smaller batches and at last on the CPU if memory runs out.
 
         Returns:
-            The entries of its `CaseResult`, with `device`; and sentences on what was done for lack of memory.
+            The entries of its `CaseResult`, with `device` and `adapted`; and sentences on what was done for lack of
+            memory.
 
         Raises:
             OutOfMemory: it is too large even for the CPU, slice by slice.
         """
-        inferer = self.inferer(options)
+        adapted = self.adapts(case["patient"])
+        inferer = self.inferer(options, adapted)
         whole = inferer.settings.batch_size
         for device, batch_size in attempts(self.device, whole):
             try:
@@ -139,9 +154,12 @@ class LoadedNetwork:
                 continue
             warnings = []
             if (device, batch_size) != (self.device, whole):
-                where = f"{batch_size} slices at a time" + ("" if device == self.device else ", on the CPU")
+                where = f"{batch_size} slices at a time"
+                if device != self.device:
+                    where += ", on the CPU, without the adaptation" if adapted else ", on the CPU"
+                    adapted = False
                 warnings.append(f"Memory ran out, so the image was segmented with {where}; that takes longer.")
-            return result.entries() | {"device": str(device)}, warnings
+            return result.entries() | {"device": str(device), "adapted": adapted}, warnings
         raise OutOfMemory(
             "image: expected one that fits into the server's memory, found that it does not even slice by slice; crop "
             "it, or choose a smaller image_size."
@@ -149,7 +167,10 @@ class LoadedNetwork:
 
     @contextmanager
     def _on(self, device: torch.device, inferer: SupportSetInferer) -> Iterator[SupportSetInferer]:
-        """An inferer with the network on another device for a while; the bank has that device's tokens meanwhile."""
+        """An inferer with the network on another device for a while; the bank has that device's tokens meanwhile.
+
+        There it has no adaptation, whose correctors stay where they are.
+        """
         if device == self.device:
             yield inferer
             return
@@ -161,6 +182,8 @@ class LoadedNetwork:
         finally:
             self.network.to(self.device)
             inferer.reset()
+            # Of an inferer that was reset the adaptation is gone, too.
+            self.inferers.clear()
 
 
 def inference_parser(settings: Settings) -> ConfigParser:

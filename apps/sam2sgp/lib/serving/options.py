@@ -34,6 +34,7 @@ ALL = "all"
 MAX_K = 64
 MOST_EPOCHS = 10_000
 MOST_EPISODES = 1_000_000
+MOST_SECONDS = 3600
 MOST_IMAGES = 100_000
 MOST_NOTES = 64
 LONGEST_TEXT = 1024
@@ -247,11 +248,15 @@ class BatchParams(InferParams):
     """At most so many images; 0 for all."""
 
 
-class TrainParams(FromClients):
-    """The body of a training: see `FineTuning`. None: as in the bundle's configs."""
+class AnyTrainParams(FromClients):
+    """What the body of every training may hold."""
 
     action: Annotated[Literal["train", "roll_back"] | None, BeforeValidator(first)] = None
     """Train, or go back to the weights before."""
+
+
+class TrainParams(AnyTrainParams):
+    """The body of a fine-tuning: see `FineTuning`. None: as in the bundle's configs."""
 
     max_epochs: Annotated[int | None, Field(ge=1, le=MOST_EPOCHS), BeforeValidator(_whole)] = None
     """Epochs."""
@@ -266,10 +271,18 @@ class TrainParams(FromClients):
     """Taken only where the setting `allow_overrides` says so."""
 
 
+class AdaptParams(AnyTrainParams):
+    """The body of an adaptation: see `AdaptTask`."""
+
+    seconds: Annotated[float, Field(ge=10, le=MOST_SECONDS), BeforeValidator(_number)] = 60.0
+    """How long it may take."""
+
+
 class AllTrainParams(FromClients):
     """The body of a training of all models: options by model, as OHIF's panel sends them."""
 
     finetune: TrainParams = TrainParams()
+    adapt: AdaptParams = AdaptParams()
 
 
 class SampleParams(FromClients):

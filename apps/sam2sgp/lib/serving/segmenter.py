@@ -436,8 +436,8 @@ class ServerSegmenter:
 
                 names {value: name} of the classes segmented; confidence {name: mean probability or None};
                 used {name: [{item, image, slice, similarity, slices}]}, most used first; weights (name of the version);
-                support_items (their number); scaling (how the intensities were scaled, and why); device; latencies
-                (seconds); warnings (sentences).
+                support_items (their number); scaling (how the intensities were scaled, and why); device; adapted
+                (whether an adaptation counts); latencies (seconds); warnings (sentences).
 
         Raises:
             NoSupport: there is no approved label, or none but the image's own patient's.
@@ -461,7 +461,8 @@ class ServerSegmenter:
                     f"image {image_id}: expected approved labels of other patients to guide it, found only its own; "
                     "approve the label of another image first."
                 )
-            warnings = [problem for problem in (self.problem, self.cases.problem) if problem]
+            obstacle = serving.adaptation and serving.adaptation.obstacle
+            warnings = [problem for problem in (self.problem, self.cases.problem, obstacle) if problem]
             refreshed = time.perf_counter()
             key = _key(image, serving.bank.scaling())
             case = self.prepare(image, image_id or "image", key)

@@ -42,10 +42,9 @@ class Comparison:
         error = np.std(new - old, ddof=1) / math.sqrt(len(judged))
         return cls(float(old.mean()), float(new.mean()), float(error), len(judged))
 
-    @property
-    def is_better(self) -> bool:
-        """Whether the gain exceeds its standard error."""
-        return self.after - self.before > self.error
+    def exceeds(self, gain: float) -> bool:
+        """Whether the gain is larger than another one by more than its standard error."""
+        return self.after - self.before - gain > self.error
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -8,19 +8,14 @@ Both halves start from the weights in use, LoRA is merged after training, and ev
 not trained on it: few labels are a weak judge, and a part of few is a weaker one. With the mean of both weights, each
 half's own are kept, from which the next training of that half starts.
 
-MONAI Label runs the task in a process of its own. The weights in use change at the very end, in one step and only for
-better ones, so the task may be stopped or killed at any moment. What a stopped training had is kept; the next one goes
-on with it if it has the same labels, options and weights to start from.
-
-Concurrency: one training at a time, whatever the number of servers with the same state folder; a lock file sees to it.
+What a stopped training had is kept; the next one goes on with it if it has the same labels, options and weights to
+start from.
 """
 
-import errno
 import gc
 import json
 import logging
 import shutil
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -28,26 +23,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
-from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list, name_to_device
 from torch.optim.swa_utils import AveragedModel
 
-from lib.checks import Conflict, RequestError, StorageError
+from lib.checks import RequestError
+from lib.serving.adapted import gain_of
 from lib.serving.options import ROLL_BACK, TRAIN, TrainParams
 from lib.serving.published_weights import MODEL_FILE, Version, Weights
 from lib.trainers.comparison import Comparison
 from lib.trainers.data import HALVES, digest, halve, sections, write_datalist
-from lib.trainers.status import Status, StatusHandler
-from sam2sgp.errors import Sam2SgpError, WeightsError, cause_of
+from lib.trainers.publishing import KEPT, PUBLISHED, Publishing
+from lib.trainers.status import StatusHandler
+from sam2sgp.errors import WeightsError
 from sam2sgp.files import write_text
 from sam2sgp.networks import load_weights, merge_lora, save_weights
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED, KEPT, FAILED, ROLLED_BACK = "published", "kept", "failed", "rolled_back"
 METRIC = "val_mean_dice"
 LAST_FILE = "last.pt"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -67,7 +61,7 @@ OWN_KEYS = (
 )
 
 
-class FineTuning(TrainTask):
+class FineTuning(Publishing):
     """Train task that makes better weights from the active ones, or none.
 
     Request: `action` ("train", the default, or "roll_back"), `max_epochs`, `episodes_per_epoch`, `learning_rate`,
@@ -82,8 +76,10 @@ class FineTuning(TrainTask):
         class_names: gives the declared names of their classes.
         overrides: keys of inference.json with the app's values; those that training has too are used.
         overlays: config files, relative to the bundle's folder, between train.json and finetune.json: a backbone's.
-        audit: called with an action and its details when a training begins and when the weights in use change.
+        audit: as of `Publishing`.
     """
+
+    params = TrainParams
 
     def __init__(
         self,
@@ -97,16 +93,15 @@ class FineTuning(TrainTask):
         audit: Callable[..., None] = lambda action, **details: None,
     ) -> None:
         super().__init__(
-            "LoRA fine-tuning on the approved labels; new weights are used only if better on labels they have not seen"
+            "LoRA fine-tuning on the approved labels; new weights are used only if better on labels they have not seen",
+            state_dir,
+            weights,
+            audit,
         )
         self.bundle_root = Path(bundle_root)
-        self.folder = Path(state_dir) / "training"
         self.work = self.folder / "work"
-        self.weights = weights
         self.cases = cases
         self.class_names = class_names
-        self.audit = audit
-        self.status = Status(self.folder / "status.json")
         self.train_files = ["configs/train.json", *overlays, "configs/finetune.json"]
         self.evaluate_files = ["configs/train.json", *overlays, "configs/evaluate.json"]
         declared = ConfigParser.load_config_files([str(self.bundle_root / name) for name in self.train_files])
@@ -121,50 +116,9 @@ class FineTuning(TrainTask):
             "device": device_list(),
         }
 
-    def info(self) -> dict[str, Any]:
-        """As MONAI Label's, with `options`, the schema of a request."""
-        return {**super().info(), "options": TrainParams.described()}
-
     def config(self) -> dict[str, Any]:
         """The options of a request with their defaults, which are the bundle's."""
         return self._config
-
-    def stats(self) -> dict[str, Any]:
-        """Progress and outcome of the last training, and which weights are in use; costs two stats."""
-        stats = self.status.read()
-        try:
-            active = self.weights.active()
-            stats["weights"] = {
-                "version": active.name,
-                "published": active.published,
-                "metrics": dict(active.metrics),
-                "before": active.replaced,
-            }
-        except Sam2SgpError as error:
-            stats["weights"] = {"error": str(error)}
-        return stats
-
-    def __call__(self, request: Mapping[str, Any], datastore: object) -> dict[str, Any]:
-        """Train, or roll back, and return the stats.
-
-        Raises:
-            Sam2SgpError: an option that can't work, too few labels, a training that runs already; the stats say so too.
-        """
-        action = TrainParams.of_request(request).action or TRAIN
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / ".lock", timeout=0):
-                if action == ROLL_BACK:
-                    self._roll_back()
-                else:
-                    self._train(request)
-        except Timeout:
-            raise Conflict(
-                "A fine-tuning is running already: wait until it has ended, or stop it (DELETE /train), then try again."
-            ) from None
-        except OSError as error:
-            raise _no_storage(error.strerror or str(error)) from error
-        return self.stats()
 
     def _options(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a request as config values. Nothing else of it reaches a config, whose strings are code."""
@@ -181,34 +135,8 @@ class FineTuning(TrainTask):
                 return f"{kind}:{index or 0}"
         raise RequestError(f"device is {name!r}: expected one of {', '.join(self._config['device'])}.")
 
-    def _roll_back(self) -> None:
-        before = self.weights.active().name
-        version = self.weights.roll_back()
-        self.audit("roll_back", weights=version.name, replaced=before)
-        self.status.start("Rolling back.")
-        self.status.finish(ROLLED_BACK, f"The weights {version.name!r} are in use again, in the place of {before!r}.")
-
-    def _train(self, request: Mapping[str, Any]) -> None:
-        history = self.status.read().get("history", [])
-        self.status.start("Reading the approved labels.")
-        try:
-            self._make_weights(self._options(request), history)
-        except Exception as error:
-            cause = cause_of(error)
-            if reason := _storage_problem(error):
-                cause = _no_storage(reason)
-                _close_files(error)
-            try:
-                self.status.finish(FAILED, str(cause).split("\n")[0] or type(cause).__name__)
-            except OSError:
-                # To other processes it reads as stopped when this one has ended, which is true as well.
-                logger.exception("The outcome of the training can't be written: %s", cause)
-            if isinstance(cause, Sam2SgpError) and cause is not error:
-                raise cause from error
-            raise
-
-    def _make_weights(self, options: Mapping[str, Any], history: Sequence[Mapping]) -> None:
-        """Train, compare, publish or keep; `history` is that of the training before, with which this one may go on."""
+    def _make_weights(self, request: Mapping[str, Any], history: Sequence[Mapping]) -> None:
+        options = self._options(request)
         cases, left_out = self.cases()
         if left_out:
             self.status.update(left_out=list(left_out))
@@ -242,13 +170,17 @@ class FineTuning(TrainTask):
             for when in ("before", "after")
         )
         compared = Comparison.of(before, after)
-        if compared.is_better:
+        adapted = gain_of(start)
+        if compared.exceeds(adapted):
             version = self._publish(files, half_of, settings, compared, details)
             self.audit("publish", weights=version.name, replaced=start.name, **compared.metrics)
             state, verdict = PUBLISHED, f"The new weights {version.name!r} are in use."
+            if adapted:
+                verdict += " They are not adapted: run the training `adapt` again."
         else:
             self.audit("keep", weights=start.name, **compared.metrics)
-            state, verdict = KEPT, f"Not clearly better, so the weights {start.name!r} stay in use."
+            than = f" than with the adaptation, which gains {adapted:.4f}" if adapted else ""
+            state, verdict = KEPT, f"Not clearly better{than}, so the weights {start.name!r} stay in use."
         self.status.finish(state, f"{compared} {verdict}", **compared.metrics)
         # Nothing to go on with any more; images don't stay longer than they are needed.
         for path in [*self.work.iterdir(), *self.work.glob("*/*")]:
@@ -389,29 +321,3 @@ def _known_halves(weights: Path) -> dict[str, int]:
             f"{path}: expected the halves of the patients, found a file that can't be read ({error}); restore it, or "
             "roll back to other weights, then train again."
         ) from error
-
-
-def _storage_problem(error: BaseException | None) -> str | None:
-    """Why a file could not be written, if that is among the causes of an error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            return error.strerror
-        # torch has no type for it.
-        if isinstance(error, RuntimeError) and "inline_container" in str(error):
-            return "that a file can't be written"
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _close_files(error: BaseException | None) -> None:
-    """Let go of what the calls that failed hold: a half-written file takes its space for as long as it is open."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def _no_storage(reason: str) -> StorageError:
-    return StorageError(
-        f"training: expected to write to the state folder, found {reason}; free some space or correct the permissions, "
-        "then train again. The weights stay as they are."
-    )

@@ -72,10 +72,12 @@ class Status:
         values = {key: value for key, value in written.items() if key not in KEYS}
         if values.get("state") == RUNNING and not is_running(mark_in(self._read)):
             values["state"] = STOPPED
-            values["message"] = (
-                f"The training was stopped after {values.get('epoch', 0)} of {values.get('max_epochs', '?')} epochs; "
-                "the weights are as before. Started again with the same labels and options, it goes on from there."
-            )
+            values["message"] = "The training was stopped; the weights are as before."
+            if "max_epochs" in values:
+                values["message"] = (
+                    f"The training was stopped after {values['epoch']} of {values['max_epochs']} epochs; the weights "
+                    "are as before. Started again with the same labels and options, it goes on from there."
+                )
         return values
 
 
