@@ -186,6 +186,10 @@ class SupportBank:
         """How the support set is scaled; where it holds cases of `group`, these."""
         return self._found.scaling(group)
 
+    def sliced_along(self, group: str | None = None) -> set[int]:
+        """Axes along which volumes are sliced, see `Geometry.slice_axis`; where it holds some of `group`, theirs."""
+        return self._found.sliced_along(group)
+
     def subset(self, index: Sequence[int]) -> "SupportBank":
         """A bank of some items, in memory and not encoded, which shares the items themselves."""
         return self._of([self.items[i] for i in index])
