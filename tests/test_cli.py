@@ -60,7 +60,24 @@ def test_check_tells_the_dice_of_left_out_patients(phantoms, weights, tmp_path):
     mean = sum(float(row["dice"]) for row in rows) / len(rows)
     median = np.median([float(row["dice"]) for row in rows])
     assert f"disc: mean {mean:.3f}, median {median:.3f}" in output and f"({len(rows)} images)" in output
+    worst = min(rows, key=lambda row: (float(row["dice"]), row["case"]))
+    assert f"worst {float(worst['dice']):.3f} of {worst['case']} (" in output and f"{tmp_path}/evaluation" in output
     assert {row["case"] for row in rows} <= {path.stem for path in (phantoms / "support" / "us" / "images").iterdir()}
+
+
+def test_check_names_no_file_that_is_gone_afterwards(phantoms, weights):
+    output = call("check", phantoms / "support" / "us", "-w", weights, *SMALL)
+    assert "disc: mean" in output and "With --output FOLDER" in output
+    assert "sam2sgp-check-" not in output
+
+
+def test_a_command_says_nothing_of_the_engines_and_libraries_behind_it(phantoms, weights, tmp_path):
+    program = [sys.executable, "-c", "from sam2sgp.cli import app; app()"]
+    words = ["check", phantoms / "support" / "us", "-w", weights, "-o", tmp_path, *SMALL]
+    done = subprocess.run([*program, *map(str, words)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Loading PyTorch and MONAI") and "sam2sgp.engines.results: Results: " in done.stdout
+    for word in ("monai.bundle", "model_file:", "ignite", "Warning"):
+        assert word not in done.stdout + done.stderr, word
 
 
 def test_settings_may_follow_and_a_misspelt_one_is_one_line(phantoms, weights, tmp_path):
@@ -92,6 +109,18 @@ def test_train_starts_the_training_with_the_overlays_in_order(tmp_path, monkeypa
         "resume": False,
         "max_epochs": 3,
     }
+
+
+def test_evaluate_without_weights_says_at_once_where_they_come_from(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "_run", lambda run_id, configs, settings: started.append(settings))
+    told = call("evaluate", "-d", tmp_path, "-o", tmp_path, code=1)
+    assert f"error: {tmp_path / 'model.pt'}: expected" in told and "sam2sgp check" in told and not started
+    call("evaluate", "-d", tmp_path, "-o", tmp_path, "-w", "own.pt")
+    call("evaluate", "-d", tmp_path, "-o", tmp_path, "--ckpt_dir", tmp_path / "run")
+    (tmp_path / "model.pt").touch()
+    call("evaluate", "-d", tmp_path, "-o", tmp_path)
+    assert len(started) == 3
 
 
 def test_segment_passes_what_is_asked_for(tmp_path, monkeypatch):

@@ -73,6 +73,19 @@ def test_truth_is_dashed_white_and_lets_the_masks_contour_show():
     assert (both[edge] == class_colour(1)).all((1, 2)).mean() > 0.1
 
 
+def test_of_a_thin_truth_only_what_was_missed_is_drawn():
+    truth = np.zeros((40, 40), np.uint8)
+    truth[19:21, 5:35] = 1
+    found = truth.copy()
+    found[:, 20:] = 0
+    mask, both = (draw_overlay(plain(), found, truth=shown, scale=2) for shown in (None, truth))
+    np.testing.assert_array_equal(both[:, :40], mask[:, :40])
+    assert (both[38:42, 42:70] == 255).all() and (both == 255).all(-1).sum() <= 4 * 30
+    # A square of the same class is outlined.
+    thick = draw_overlay(plain(), truth=square_map(), scale=2)
+    assert (thick == 255).all(-1).any() and tuple(thick[40, 40]) == (GREY, GREY, GREY)
+
+
 def test_box_is_drawn_where_it_is_and_not_if_there_is_none():
     boxed = draw_overlay(plain(), box={1: (10, 5, 30, 35)}, scale=4)
     colour = np.array(class_colour(1))

@@ -53,8 +53,10 @@ def test_a_folder_gives_the_label_maps_of_the_bundles_run(phantoms, folders, wei
         assert np.array_equal(segmenter(np.asarray(Image.open(query))), expected)
     written = segmenter(queries[0], output=tmp_path / "a.png")
     assert np.array_equal(np.asarray(Image.open(written)), np.asarray(Image.open(folders["rgb"] / queries[0].name)))
+    before = segmenter.last
     with pytest.raises(DataError, match=r"a\.nii\.gz.*\.png"):
         segmenter(queries[0], output=tmp_path / "a.nii.gz")
+    assert segmenter.last is before, "it is told before the image is segmented"
 
 
 def test_images_of_other_libraries_keep_their_place(of_volumes, volume):

@@ -8,6 +8,7 @@ subcommand starts in this process, with the same configs, overrides and exit cod
 
 import ast
 import csv
+import logging
 import os
 import platform
 import statistics
@@ -139,20 +140,23 @@ def check(
             "split": [0, 0, 1],
         }
         settings |= _common(context, k, weights or BUNDLE / "models" / "model.pt", device, True)
-        _run("evaluating", ["train.json", *_overlay(backbone), "evaluate.json"], settings)
-        dice = defaultdict(list)
+        _run("evaluating", ["train.json", *_overlay(backbone), "evaluate.json"], settings, kept=output is not None)
+        dice: dict[str, list[tuple[float, str]]] = defaultdict(list)
         with (folder / "evaluation" / "metrics.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 if row.get("dice"):
-                    dice[row["class_name"]].append(float(row["dice"]))
+                    dice[row["class_name"]].append((float(row["dice"]), row["case"]))
         typer.echo("\nDice of each labelled image, guided only by the other patients' images:")
-        for name, values in dice.items():
+        for name, found in dice.items():
+            values, (worst, case) = [value for value, _ in found], min(found)
             typer.echo(
                 f"  {name}: mean {statistics.mean(values):.3f}, median {statistics.median(values):.3f}, "
-                f"worst {min(values):.3f} ({len(values)} images)"
+                f"worst {worst:.3f} of {case} ({len(found)} images)"
             )
         if output:
             typer.echo(f"Report: {folder / 'evaluation' / 'report.html'}")
+        else:
+            typer.echo("With --output FOLDER, a report with pictures of them is kept.")
 
 
 @app.command(context_settings=SETTINGS, epilog=f"{MORE_SETTINGS} {EXIT_CODES}")
@@ -207,6 +211,12 @@ def evaluate(
     """
     settings: dict[str, Any] = {"dataset_dir": _absolute(data), "output_dir": _absolute(output)}
     settings |= _common(context, k, weights, device, resume, adapt)
+    trained = Path(settings["output_dir"], "model.pt")
+    if settings.keys().isdisjoint({"model_file", "ckpt_dir", "args_file"}) and not trained.is_file():
+        _refuse(
+            f"{trained}: expected the weights that `sam2sgp train` writes there, found no such file; train first, or "
+            "give --weights. `sam2sgp check` measures the embedded weights."
+        )
     if support:
         settings["support_dir"] = _absolute(support)
     if whole:
@@ -435,9 +445,18 @@ def _value(text: str) -> Any:
         return text
 
 
-def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
-    """A run of the bundle in this process; its errors end the command as they end the run."""
+def _run(run_id: str, configs: list[str], settings: dict[str, Any], kept: bool = True) -> None:
+    """A run of the bundle in this process; its errors end the command as they end the run.
+
+    Args:
+        run_id: key of the configs that is run.
+        configs: files in `configs`, each laid over those before it.
+        settings: what the configs' values are replaced by.
+        kept: whether the output folder outlives the command; where not, the path of the results isn't told.
+    """
     started = time.monotonic()
+    if "monai" not in sys.modules:
+        typer.echo("Loading PyTorch and MONAI …")
     # MONAI's tracking of a run is by mlflow; a file of arguments may ask for it.
     import_monai(whole=not settings.keys().isdisjoint({"tracking", "args_file"}))
     import monai.bundle
@@ -446,8 +465,12 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
     from sam2sgp.options import check_places
 
     files = [str(BUNDLE / "configs" / name) for name in configs]
-    # MONAI warns that configs can run code; these are the package's own.
-    warnings.filterwarnings("ignore", "parsing config_file", UserWarning)
+    _quieten_monai()
+    output = str(settings.get("output_dir", ""))
+    if not kept:
+        logging.getLogger("sam2sgp.engines.results").addFilter(
+            lambda record: record.levelno > logging.INFO or output not in record.getMessage()
+        )
     try:
         check_places(monai.bundle.ConfigParser.load_config_files(files), settings)
         monai.bundle.run(
@@ -463,7 +486,18 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any]) -> None:
         if told is None:
             raise
         _refuse(told)
-    typer.echo(f"Done in {time.monotonic() - started:.0f} s: {settings.get('output_dir', '')}")
+    typer.echo(f"Done in {time.monotonic() - started:.0f} s" + (f": {output}" if kept else ""))
+
+
+def _quieten_monai() -> None:
+    """Keep from the terminal what MONAI says of itself on every run and no user can do anything about."""
+    # That configs can run code; these are the package's own.
+    warnings.filterwarnings("ignore", "parsing config_file", UserWarning)
+    # Its surface metrics call their own helper with an argument that it deprecated.
+    warnings.filterwarnings("ignore", "monai.metrics.utils get_mask_edges.*always_return_as_numpy", FutureWarning)
+    # All settings as they were given, and the path of the package's logging.conf.
+    for name in ("scripts", "workflows"):
+        logging.getLogger(f"monai.bundle.{name}").setLevel(logging.WARNING)
 
 
 def _refuse(message: str) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from skimage.measure import find_contours
 from skimage.segmentation import find_boundaries
 
+from sam2sgp.transforms.array import thickness
 from sam2sgp.transforms.scaling import choose_scaling, scale_intensity
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart in all common colour deficiencies. Its black is left out,
@@ -32,6 +33,8 @@ MONTAGE_TILES = 9
 MONTAGE_EDGE = 213
 FILL = 0.22
 DASH, GAP = 5.0, 8.0
+# Pixels of the output below which a truth is so thin that dashes, four pixels wide with their rim, would hide it.
+THIN_TRUTH = 6.0
 
 Picture = NDArray[np.uint8]
 
@@ -80,7 +83,8 @@ def draw_overlay(
 ) -> Picture:
     """Draw masks as solid contours over a light fill, boxes as thin rectangles, and the truth as dashed white contours.
 
-    Where truth and mask agree, the mask's colour shows through the gaps of the dashes.
+    Where truth and mask agree, the mask's colour shows through the gaps of the dashes. Of a truth as thin as vessels,
+    which dashes would hide together with the mask, only what the mask misses is drawn, filled with white.
 
     Args:
         image: picture (H, W, 3) uint8, not changed.
@@ -99,13 +103,13 @@ def draw_overlay(
     colours = colours or {}
     picture = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
-    filled = [
-        (_resize_mask(mask, size), colours.get(value, class_colour(value))) for value, mask in _masks(masks).items()
-    ]
-    for mask, colour in filled:
-        picture[mask] = np.round((1 - FILL) * picture[mask] + FILL * np.array(colour))
-    for mask, colour in filled:  # after all fills, so that no fill covers a contour
-        picture[find_boundaries(np.pad(mask, 1), mode="thick")[1:-1, 1:-1]] = colour
+    filled = {value: _resize_mask(mask, size) for value, mask in _masks(masks).items()}
+    edges = {value: find_boundaries(np.pad(mask, 1), mode="thick")[1:-1, 1:-1] for value, mask in filled.items()}
+    for value, mask in filled.items():
+        colour = np.array(colours.get(value, class_colour(value)))
+        picture[mask] = np.round((1 - FILL) * picture[mask] + FILL * colour)
+    for value, edge in edges.items():  # after all fills, so that no fill covers a contour
+        picture[edge] = colours.get(value, class_colour(value))
 
     canvas = Image.fromarray(picture)
     draw = ImageDraw.Draw(canvas)
@@ -113,7 +117,11 @@ def draw_overlay(
         if corners[0] >= 0:
             _draw_box(draw, np.asarray(corners, dtype=float), stretch, colours.get(value, class_colour(value)))
     picture = np.array(canvas)
-    for mask in _masks(truth).values():
+    for value, mask in _masks(truth).items():
+        if mask.any() and thickness(torch.from_numpy(np.ascontiguousarray(mask))) * scale < THIN_TRUTH:
+            found = filled[value] | edges[value] if value in filled else np.zeros(size[::-1], bool)
+            picture[_resize_mask(mask, size) & ~found] = WHITE
+            continue
         for contour in find_contours(np.pad(mask, 1).astype(float), 0.5):
             _draw_dashes(picture, (contour - 0.5) * stretch)
     return picture

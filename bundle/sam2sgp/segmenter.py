@@ -200,8 +200,14 @@ class Segmenter:
             file = as_file(query, Path(folder), "query", spacing)
             case: Case = {"name": file.path.name, "image": str(file.path), "patient": None, "group": None}
             prepared = segmenter.prepare(case)
-        result = segmenter.segment(prepared)
         geometry = prepared["geometry"]
+        path = None if output is None else Path(output).expanduser()
+        if path is not None and not path.name.lower().endswith(output_suffix(geometry)):
+            raise DataError(
+                f"{path}: expected a name that ends in {output_suffix(geometry)}, in which the label of "
+                f"{case['name']} is written; give another name."
+            )
+        result = segmenter.segment(prepared)
         self.last = self._explain(result, lambda values: file.restore(values, geometry))
         if self.last.unlike_support:
             logger.warning("%s is unlike every labelled image: check the result.", case["name"])
@@ -211,11 +217,8 @@ class Segmenter:
         for sentence in self.last.warnings:
             logger.warning("%s: %s", case["name"], sentence)
         values = result.pred.numpy()
-        if output is None:
+        if path is None:
             return file.restore(values, geometry)
-        path = Path(output).expanduser()
-        if not path.name.lower().endswith(output_suffix(geometry)):
-            raise DataError(f"{path}: expected a name that ends in {output_suffix(geometry)}.")
         write_label(path, values, geometry, self._is_binary())
         return path
 

@@ -18,7 +18,7 @@ def case(number: int, rows: int = 4) -> dict:
     label[:, :rows] = 1
     image = torch.full((1, 1, SIZE, SIZE), number / 10)
     own = {"name": f"case{number}", "patient": f"p{number}", "group": "", "label": label, "label_full": label}
-    return {**own, "image": image, "image_full": image, "geometry": SimpleNamespace(spacing=None)}
+    return {**own, "image": image, "image_full": image, "geometry": SimpleNamespace(spacing=None, slice_axis=2)}
 
 
 class Copying(StubNetwork):

@@ -1,9 +1,11 @@
 """Values of labels that only several files together show to be wrong."""
 
 import logging
+import re
 from pathlib import Path
 
 import nibabel as nib
+import nrrd
 import numpy as np
 import pytest
 from monai.transforms import Compose
@@ -84,3 +86,37 @@ def test_a_colour_that_palettes_number_differently_is_refused(tmp_path):
     coding = LabelCoding()
     coding.check(saved("e.png", red, red), [0, 1, 2])
     coding.check(saved("f.png", green, red), [0, 1, 2])
+
+
+def slicer(path: Path, **names: int) -> str:
+    """As 3D Slicer writes it: one segment for each name, with its value."""
+    fields = {}
+    for number, (name, value) in enumerate(names.items()):
+        fields |= {f"Segment{number}_Name": name.replace("_", " "), f"Segment{number}_LabelValue": str(value)}
+    nrrd.write(str(path), np.zeros((4, 5, 6), np.uint8), {"encoding": "raw", **fields})
+    return str(path)
+
+
+def test_segments_of_one_name_and_different_values_are_refused(tmp_path):
+    """3D Slicer numbers the segments of each file in the order in which they were added."""
+    first = slicer(tmp_path / "a.seg.nrrd", Liver=1, Tumour=2)
+    coding = LabelCoding()
+    coding.check(first, [0, 1, 2])
+    coding.check(slicer(tmp_path / "b.seg.nrrd", Tumour=3, liver=1), [0, 1])
+    swapped = slicer(tmp_path / "c.seg.nrrd", tumour=1, Liver=2)
+    with pytest.raises(DataError, match="c.seg.nrrd.*'tumour' in all labels, found 1 here and 2 in .*a.seg.nrrd"):
+        coding.check(swapped, [0, 1])
+    with pytest.raises(DataError, match="'Liver' in all labels, found 2 here and 1 in dataset.json or labels.json"):
+        LabelCoding({1: "liver"}).check(swapped, [0, 2])
+    # Names that say nothing, and one that two segments have.
+    coding.check(slicer(tmp_path / "d.seg.nrrd", Segment_1=2, Segment_2=1), [0, 1, 2])
+    coding.check(slicer(tmp_path / "e.seg.nrrd", Segment_1=1, Segment_2=2), [0, 1, 2])
+
+
+def test_a_value_that_segments_of_two_names_have_is_said_once(tmp_path, caplog):
+    coding = LabelCoding()
+    with caplog.at_level(logging.WARNING):
+        for name in ("Liver", "Liver", "Spleen", "Kidney"):
+            coding.check(slicer(tmp_path / f"{name}.seg.nrrd", **{name: 1}), [0, 1])
+    [record] = caplog.records
+    assert re.search(r"value 1 is the segment 'Spleen' here and 'Liver' in .*Liver.seg.nrrd", record.getMessage())

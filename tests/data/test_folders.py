@@ -50,6 +50,17 @@ def test_queries_and_supports_say_each_file_once_and_none_that_the_other_uses(tm
     assert skipped_in([{"image": "x.png"}]) == []
 
 
+def test_files_that_are_left_out_for_one_reason_are_one_line_of_the_log(tmp_path, caplog):
+    paired(tmp_path, "a")
+    touch(tmp_path, *(f"images/c{number}.png" for number in range(7)), "labels/d.png")
+    assert len(skipped_in(load_datalist(tmp_path))) == 8
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"Not used: {tmp_path}/labels/d.png: a label without an image of its name.",
+        f"Not used: 7 in {tmp_path}/images (c0.png, c1.png, c2.png, c3.png, c4.png and 2 more): "
+        "an image without a label.",
+    ]
+
+
 def test_nnunet_folder(tmp_path):
     cases = load_datalist(nnunet(tmp_path))
     assert [Path(case["label"]).name for case in cases] == [f"liver_00{n}.nii.gz" for n in range(3)]

@@ -124,7 +124,7 @@ def test_superpixel_episodes_show_any_image_of_a_set_with_or_without_the_target(
     whole = [torch.nn.functional.avg_pool2d(s[None], 9, 1, 4)[0] for s in stack]
 
     def prepare(case: dict) -> dict:
-        made = {"image": torch.stack(whole), "label": label, "geometry": SimpleNamespace(spacing=None)}
+        made = {"image": torch.stack(whole), "label": label, "geometry": SimpleNamespace(spacing=None, slice_axis=2)}
         made["scaling"] = AS_GIVEN
         return FitToSquared(size=SIZE)(made)
 

@@ -51,7 +51,7 @@ def case(name: str, image: Tensor, label: Tensor, patient: str) -> dict:
         "label": label,
         "label_full": label,
         "letterbox": Letterbox.of(tuple(label.shape[1:]), label.shape[-1]),
-        "geometry": SimpleNamespace(spacing=None),
+        "geometry": SimpleNamespace(spacing=None, slice_axis=2),
         "patient": patient,
         "group": "a",
     }

@@ -142,6 +142,7 @@ META_REFUSED = {
     "sizes": META.replace("DimSize = 3 4 5", "DimSize = 3 -4 -5"),
     "channels": META.replace("NDims = 3", "NDims = 3\nElementNumberOfChannels = -1"),
     "type": META.replace("MET_SHORT", "MET_STRING"),
+    "units": META.replace("NDims = 3", "NDims = 3\nDistanceUnits = um"),
     "object": META.replace("ObjectType = Image", "ObjectType = Scene"),
     "number": META.replace("10 -20 30.5", "10 -20 inf"),
     "long line": META.replace("0008|0060 = CT", "x = " + "y" * 5000),

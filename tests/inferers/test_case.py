@@ -1,7 +1,9 @@
 """From a case to its result, as evaluation, server and Python do it."""
 
+import re
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from monai.transforms import Compose
 from sam2sgp.engines import QueryEvaluator
 from sam2sgp.errors import DataError
 from sam2sgp.inferers import CaseSegmenter, InferenceSettings, SupportSetInferer
-from sam2sgp.support import SupportSampler
+from sam2sgp.inferers.case import prepare_case
+from sam2sgp.support import SupportBank, SupportSampler
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
 from tests.helpers.bundle_runs import computing_with_one_thread
 from tests.helpers.pairs import SIZE, bank, network, write_set
@@ -77,3 +80,26 @@ def test_a_file_that_cannot_be_read_and_an_undeclared_value_are_told(segmenter, 
     prepared["label"] = torch.from_numpy(np.full(prepared["label"].shape, 77))
     with pytest.raises(DataError, match="77"):
         segmenter.segment(prepared)
+
+
+@pytest.mark.parametrize("query, planes", [((1.0, 1.0, 3.0), None), ((3.0, 1.0, 1.0), "sagittal slices.*axial ones")])
+def test_a_volume_that_is_cut_otherwise_than_the_support_set_is_said(tmp_path, query, planes):
+    """By its voxel sizes a volume is cut into axial or into sagittal slices, which look nothing alike."""
+    rng = np.random.default_rng(0)
+    cases = []
+    for number, sizes in enumerate([(1.0, 1.0, 3.0), (1.0, 1.0, 1.0), query]):
+        image = rng.normal(size=(12, 12, 12)).astype(np.float32)
+        label = np.zeros(image.shape, np.uint8)
+        label[3:9, 3:9, 3:9] = 1
+        affine = np.diag([*sizes, 1.0])
+        paths = {key: tmp_path / f"{number}_{key}.nii" for key in ("image", "label")}
+        for path, values in zip(paths.values(), (image, label), strict=True):
+            nib.save(nib.Nifti1Image(values, affine), path)
+        cases.append(
+            {"name": str(number), "patient": str(number), "group": "a"} | {k: str(v) for k, v in paths.items()}
+        )
+    transform = Compose([LoadCased(), ScaleIntensityByModalityd("image"), FitToSquared(size=16)])
+    support = SupportBank(cases[:2], transform, progress=False)
+    assert support.sliced_along() == support.sliced_along("a") == support.sliced_along("b") == {2}
+    told = prepare_case(cases[2], transform, support)["warnings"]
+    assert len(told) == bool(planes) and all(re.search(planes, sentence) for sentence in told)

@@ -35,7 +35,7 @@ def bank(patients: int, slices: int, present: range) -> SupportBank:
         label[present.start : present.stop, 2:6, 2:6] = 1
         pixels = {"image": image, "image_full": image, "label": label, "label_full": label}
         own = {"name": f"case{number}", "patient": f"p{number}", "group": "a"}
-        return {**own, **pixels, "geometry": SimpleNamespace(spacing=None)}
+        return {**own, **pixels, "geometry": SimpleNamespace(spacing=None, slice_axis=2)}
 
     return SupportBank([case(number) for number in range(patients)], lambda item: item, progress=False)
 

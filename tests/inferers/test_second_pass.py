@@ -28,7 +28,7 @@ def picture(number: int) -> dict:
 
 
 def prepare(case: dict) -> dict:
-    return FitToSquared(size=SIZE)({**case, "geometry": SimpleNamespace(spacing=None)})
+    return FitToSquared(size=SIZE)({**case, "geometry": SimpleNamespace(spacing=None, slice_axis=2)})
 
 
 def bank(count: int = 4) -> SupportBank:

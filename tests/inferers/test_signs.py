@@ -34,7 +34,12 @@ def case(number: int, brightness: float, values: tuple[int, ...] = (1,), patient
         label[:, 2 * value : 2 * value + 2] = value
     pixels = {"image": image, "image_full": image, "label": label, "label_full": label}
     own = {"name": f"case{number}", "source": f"case{number}", "patient": patient or f"p{number}", "group": group}
-    return {**own, **pixels, "geometry": SimpleNamespace(spacing=None), "letterbox": Letterbox.of((SIZE, SIZE), SIZE)}
+    return {
+        **own,
+        **pixels,
+        "geometry": SimpleNamespace(spacing=None, slice_axis=2),
+        "letterbox": Letterbox.of((SIZE, SIZE), SIZE),
+    }
 
 
 def inferer_of(cases: list[dict], network: Scoring) -> SupportSetInferer:

@@ -32,7 +32,7 @@ def case(number: int, values: list[int], patient: str | None = None, group: str 
 
 def prepare(item: dict) -> dict:
     image, label = item["picture"], item["label_map"]
-    full = {"image_full": image, "label_full": label, "geometry": SimpleNamespace(spacing=None)}
+    full = {"image_full": image, "label_full": label, "geometry": SimpleNamespace(spacing=None, slice_axis=2)}
     return {**item, **full, "image": image, "label": label}
 
 

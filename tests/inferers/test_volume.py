@@ -59,7 +59,7 @@ def support(classes: int = 1, slices: tuple[int, ...] = (1, 1, 1)) -> SupportBan
             "image_full": image,
             "label": label,
             "label_full": label,
-            "geometry": SimpleNamespace(spacing=None),
+            "geometry": SimpleNamespace(spacing=None, slice_axis=2),
             "patient": f"p{number}",
             "group": "a",
         }

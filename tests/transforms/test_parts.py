@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sam2sgp.transforms import parts
-from sam2sgp.transforms.parts import largest_part, main_shares
+from sam2sgp.transforms.parts import is_sparse, largest_part, main_shares
 
 
 @pytest.fixture
@@ -47,3 +47,14 @@ def test_of_a_long_volume_little_is_held_next_to_it(monkeypatch):
         tracemalloc.stop()
     assert shares == {1: pytest.approx(32 / 62.25, abs=1e-4), 255: 1.0} and kept.sum() == 32 * 64 * 64
     assert most < 7 * classes.size
+
+
+def test_single_slices_of_something_wide_tell_a_sparse_label():
+    organ = np.zeros((9, 20, 20), np.uint8)
+    organ[2, 4:14, 4:14] = organ[6, 4:14, 4:14] = 3
+    assert is_sparse(organ, None) and is_sparse(organ, (5.0, 1.0, 1.0)) and is_sparse(organ[:4], (5.0, 1.0, 1.0))
+    # As flat as it is wide, in thick slices; neighbours; a single slice; nothing.
+    assert not is_sparse(organ, (6.0, 1.0, 1.0))
+    organ[3, 0, 0] = 1
+    assert not is_sparse(organ, None)
+    assert not is_sparse(organ[2:4], None) and not is_sparse(np.zeros((4, 5, 5), np.uint8), None)

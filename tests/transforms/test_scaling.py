@@ -94,6 +94,7 @@ def test_a_ct_stored_too_high_is_moved_and_warned_of(stated):
         (mr() - 2000, {"support": CT_SET}, "percentiles", "below those of air"),
         (ct() / 1000, {"modality": "CT"}, "percentiles", "range of its values is too small"),
         (mr() - 2000, {"modality": "CT"}, "ct", "below those of air"),
+        ((ct() + 1000).clip(0, 4095) / 16, {"modality": "CT"}, "ct", "hardly a value below 0"),
         (ct(), {"support": MR_SET}, "percentiles", "look like Hounsfield units"),
         (ct(), {"modality": "CT", "support": MR_SET}, "ct", "but the support set by percentiles"),
         (mr(), {"modality": "MR", "support": CT_SET}, "percentiles", "but the support set by CT window"),

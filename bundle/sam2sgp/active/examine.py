@@ -105,10 +105,10 @@ def examine(inferer: SupportSetInferer, network: SAM2SGP, case: dict, max_slices
     cache = QueryCache(2**20)
     whole = _guided(inferer, settings.sampler, cache)
     halves = [_guided(inferer, _EveryOther(settings.sampler, first), cache) for first in (0, 1)]
-    group, columns = case.get("group"), len(inferer.bank.class_values)
+    group, classes = case.get("group"), len(inferer.bank.class_values)
     pseudo, support = _Overlap(), _Overlap()
-    doubt, mass = torch.zeros(2, columns, dtype=torch.float64)
-    divided = torch.zeros(columns, dtype=torch.bool)
+    doubt, mass = torch.zeros(2, classes, dtype=torch.float64)
+    divided = torch.zeros(classes, dtype=torch.bool)
     for chunk, *parts in zip(*(part.chunks(image, network, group=group) for part in (whole, *halves)), strict=True):
         final = chunk.output.logits.sigmoid()
         pseudo.add(final, chunk.output.pseudo_logits.sigmoid())

@@ -2,11 +2,12 @@
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from sam2sgp.data.io import is_binary_255, png_palette
+from sam2sgp.data.io import is_binary_255, png_palette, segment_names
 from sam2sgp.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -15,6 +16,8 @@ OBJECT, WHITE = 1, 255
 # Beside classes up to this value, 255 is more often a mark for pixels to ignore than a class.
 FEW_CLASSES = 32
 IGNORE = "ignore"
+# Names that programs give segments by themselves.
+UNNAMED = re.compile(r"(?:segment|label|class)?[ _-]*\d*")
 
 
 def are_binary_255(cases: Iterable[Mapping], class_values: Sequence[int]) -> bool:
@@ -36,18 +39,26 @@ class LabelCoding:
         self._warned_of: set[str | int] = set()
         # By colour: the value that it has in palettes, and a label in which it does.
         self._coloured: dict[tuple[int, int, int], tuple[int, str]] = {}
+        # By name, lower case: its value, and where that is said; by value: its name, and a label that uses it.
+        self._named = {name.casefold(): (value, "dataset.json or labels.json") for value, name in self.declared.items()}
+        self._names: dict[int, tuple[str, str]] = {}
 
     def check(self, path: str | os.PathLike, values: Iterable[int]) -> None:
         """Look at one more label and the values that it holds.
 
-        Warns once of a 255 beside a few other classes, and of a class that is called "ignore".
+        Warns once of a 255 beside a few other classes, of a class that is called "ignore", and of a value that segments
+        of different names have.
 
         Raises:
             DataError: one label holds only 1 and another only 255: one of them is a mask as programs for pictures write
-                it, and they would become two classes. Or the palettes of two labels give one colour to two values.
+                it, and they would become two classes. Or the palettes of two labels give one colour to two values, or
+                two segmentations, or one and what is declared, give segments of one name different values.
         """
         held = {int(value) for value in values if value}
-        self._check_colours(path, held)
+        # Cases may hold tensors in place of files.
+        if isinstance(path, str | os.PathLike) and Path(path).is_file():
+            self._check_colours(Path(path), held)
+            self._check_names(Path(path), held)
         if WHITE in held and len(held) > 1 and max(held - {WHITE}) <= FEW_CLASSES and WHITE not in self.declared:
             if WHITE not in self._warned_of:
                 others = ", ".join(str(value) for value in sorted(held - {WHITE}))
@@ -79,11 +90,37 @@ class LabelCoding:
                 "all labels as 0 and 1, or declare both classes in dataset.json or labels.json."
             )
 
-    def _check_colours(self, path: str | os.PathLike, held: set[int]) -> None:
+    def _check_names(self, path: Path, held: set[int]) -> None:
+        """Programs number the segments of each segmentation on their own, in the order in which they were added."""
+        names = {value: name.strip() for value, name in segment_names(path).items()}
+        used = Counter(name.casefold() for name in names.values())
+        for value in sorted(held & names.keys()):
+            name = names[value].casefold()
+            if UNNAMED.fullmatch(name) or used[name] > 1:
+                continue
+            other, where = self._named.setdefault(name, (value, str(path)))
+            if other != value:
+                raise DataError(
+                    f"{path}: expected one class value for the segment {names[value]!r} in all labels, found {value} "
+                    f"here and {other} in {where}; number the segments alike in all files (in 3D Slicer by one colour "
+                    "table, when they are exported as labelmaps)."
+                )
+            first, where = self._names.setdefault(value, (names[value], str(path)))
+            if first.casefold() != name and f"name of {value}" not in self._warned_of:
+                logger.warning(
+                    "%s: value %d is the segment %r here and %r in %s; it is taken as one class. If these are two, "
+                    "number the segments alike in all files.",
+                    path,
+                    value,
+                    names[value],
+                    first,
+                    where,
+                )
+                self._warned_of.add(f"name of {value}")
+
+    def _check_colours(self, path: Path, held: set[int]) -> None:
         """Programs that reduce a coloured mask to a palette number the colours of each picture on their own."""
-        # Cases may hold tensors in place of files.
-        is_file = isinstance(path, str | os.PathLike) and Path(path).is_file()
-        palette = dict(enumerate(png_palette(Path(path)))) if is_file else {}
+        palette = dict(enumerate(png_palette(path)))
         used = Counter(palette.get(value) for value in held | {0})
         for value in sorted(held & palette.keys()):
             colour = palette[value]

@@ -45,7 +45,10 @@ class Datalist(list):
 
 
 def skipped_in(*datalists: list[dict]) -> list[Skipped]:
-    """What was found beside some cases and is used by none of these lists, each once; each is said in the log."""
+    """What was found beside some cases and is used by none of these lists, each once.
+
+    The log says how many there are for each reason, and names the first few.
+    """
     used = {case[key] for cases in datalists for case in cases for key in ("image", "label") if key in case}
     found: dict[Path, Skipped] = {}
     for file in (file for cases in datalists for file in getattr(cases, "skipped", ())):
@@ -53,8 +56,14 @@ def skipped_in(*datalists: list[dict]) -> list[Skipped]:
             found[file.path] = file
     # A folder that another list takes its cases from is used.
     left = [file for path, file in found.items() if file.used_elsewhere or not _is_used(path, used)]
+    alike: dict[tuple[Path, str], list[str]] = defaultdict(list)
     for file in left:
-        logger.warning("Not used: %s: %s.", file.path, file.why)
+        alike[file.path.parent, file.why].append(file.path.name)
+    for (folder, why), names in alike.items():
+        if len(names) == 1:
+            logger.warning("Not used: %s: %s.", folder / names[0], why)
+        else:
+            logger.warning("Not used: %d in %s (%s): %s.", len(names), folder, some(names), why)
     return left
 
 

@@ -33,7 +33,7 @@ from sam2sgp.transforms.cases import Case
 from sam2sgp.transforms.scaling import scaling_hint
 
 # Part of every key: to be raised when the same cases and settings give another result by the code.
-VERSION = 5
+VERSION = 6
 FOLDER = "records"
 # Arguments that don't decide a result.
 NOT_DECIDING = {"names", "folder"}

@@ -134,8 +134,7 @@ class SegmentationJob:
         if number < self._drawn and not self.records.has_figure(case):
             return False
         # Another query may have got the name that was this one's.
-        taken = self.names and self.names.taken
-        return not taken or all(taken.get(self.output_dir / name) == case["image"] for name in record["files"])
+        return not self.names or self.names.has(case["image"], record["files"])
 
     def add(
         self,

@@ -25,8 +25,9 @@ from sam2sgp.files import remove_parts
 from sam2sgp.report.colour_tables import write_colour_tables
 from sam2sgp.report.html import Report, write_report
 from sam2sgp.report.run_info import run_info_of
-from sam2sgp.support.bank import PIECE_PATIENTS, SupportBank
+from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.familiarity import is_unlike
+from sam2sgp.support.pieces import PIECE_PATIENTS
 from sam2sgp.transforms import ScaleIntensityByModalityd
 from sam2sgp.transforms.scaling import Scaling
 
@@ -239,7 +240,10 @@ class ResultWriter:
             )
 
     def _tell_pieces(self) -> None:
-        """Warn of classes that are kept in one piece with all labels, but not without those of the own patient."""
+        """Warn of classes that are kept in one piece with all labels, but not without those of the own patient.
+
+        That is always for want of patients: without some volumes, those that are left show no class in more parts.
+        """
         left_out = {(case.get("patient"), case.get("group")) for case in self.job.cases}
         with_all = {group: set(self.bank.one_piece(None, group)) for _, group in left_out}
         lost = {
@@ -247,8 +251,8 @@ class ResultWriter:
         }
         if lost:
             logger.warning(
-                "Measured without keeping %s in one piece, because volumes of fewer than %d other patients are left to "
-                "tell whether it is; images of other patients get only its largest part.",
+                "Measured without keeping %s in one piece: without an image's own patient, volumes of fewer than %d "
+                "patients are left to show that it is. An image of a new patient gets only its largest part.",
                 ", ".join(self.bank.class_names[value] for value in sorted(lost)),
                 PIECE_PATIENTS,
             )

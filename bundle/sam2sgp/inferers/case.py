@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sam2sgp.data.classes import check_label_values, renumbered, values_in
+from sam2sgp.data.io import PLANES
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
 from sam2sgp.inferers.one_piece import keep_main_parts, sentence
 from sam2sgp.inferers.support_set import Chunk, Step, SupportSetInferer
@@ -23,6 +24,11 @@ from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.familiarity import case_distance
 from sam2sgp.transforms.array import class_probabilities, label_map, uncertainty
 from sam2sgp.transforms.cases import Case, PreparedCase
+
+OTHER_PLANE = (
+    "It is cut into {own} slices, but all volumes of the support set into {planes} ones, by their voxel sizes: expect "
+    "a poor result; use a support set of the same kind of scan, or cut both alike (setting `slice_axis`)."
+)
 
 
 @dataclass(eq=False)
@@ -82,13 +88,21 @@ class CaseResult:
 def prepare_case(case: Case, transform: Callable, bank: SupportBank | None = None) -> PreparedCase:
     """Preprocess a case; where nothing is stated of it, it is scaled like the cases of the bank.
 
+    Of a volume that is sliced along another axis than all of the bank, its `warnings` tell.
+
     Raises:
         Sam2SgpError: the case can't be read or used, whatever its reader raised.
     """
     try:
-        if bank is not None:
-            case = {**case, "support_scaling": bank.scaling(case.get("group"))}
-        return transform(case)
+        if bank is None:
+            return transform(case)
+        prepared = transform({**case, "support_scaling": bank.scaling(case.get("group"))})
+        axes, own = bank.sliced_along(case.get("group")), prepared["geometry"].slice_axis
+        if len(prepared["image"]) > 1 and axes and own not in axes:
+            planes = " and ".join(PLANES[axis] for axis in sorted(axes))
+            told = OTHER_PLANE.format(own=PLANES[own], planes=planes)
+            prepared["warnings"] = [*prepared.get("warnings", ()), told]
+        return prepared
     except Sam2SgpError:
         raise
     except Exception as error:  # whatever a reader raises for one file

@@ -1,8 +1,8 @@
 """Classes that are one piece: of what was found of them in a volume, only the largest connected part is kept.
 
 Most organs are one piece, and what the network finds far from them is of slices beyond their ends or of something that
-looks alike. Whether a class is one is told by the labelled volumes, see `SupportBank.one_piece`, as nnU-Net (Isensee et
-al., doi 10.1038/s41592-020-01008-z) decides on it for a whole data set. 2D images are left as they are: there it did
+looks alike. Whether a class is one is told by the labelled volumes, see `sam2sgp.support.pieces`, as nnU-Net (Isensee
+et al., doi 10.1038/s41592-020-01008-z) decides on it for a whole data set. 2D images are left as they are: there it did
 not pay. Measured by `benchmarks/volumes.py`, see docs/results.md.
 """
 

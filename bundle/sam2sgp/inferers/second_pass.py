@@ -3,10 +3,11 @@
 At the network's size an object of a few pixels is a cell or two of the embedding. The second pass cuts a square around
 what the first pass found, cuts the support images around their own masks by the same rule, so that objects appear in
 the same size, and segments the one guided by the other. What may be anywhere, thin structures such as vessels and many
-small parts such as nuclei, is seen in overlapping tiles instead, the smaller the thinner it is in the support set; at
-most nine of them, each encoded once for all classes, so that a slice takes at most ten times as long. Where the support
-set has many classes, a class counts as found where it wins, and the crops of a slice are limited, those that show most
-of a class first.
+small parts such as nuclei, is seen in overlapping tiles instead, the smaller the thinner it is in the support set: at
+most nine of an image, or of each slice of a volume on which the class was found. Tiles of one size are encoded once for
+all classes, so that a slice takes at most ten times as long, and longer only where a few classes need tiles of several
+sizes. Where the support set has many classes, they share one size, a class counts as found where it wins, and the crops
+of a slice are limited, those that show most of a class first.
 
 The mean of both passes' logits is the result, blended over the rims of regions and tiles.
 """

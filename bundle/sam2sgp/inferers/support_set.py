@@ -251,7 +251,7 @@ class SupportSetInferer(Inferer):
             retrieved = self.bank.retrieve(network, features, self.settings.sampler, patient, group)
             distance = self._distance(network, features, patient)
             output = propagation(features, retrieved)
-            # Not beside what the caller does with the results.
+            # Freed before the caller works on the results, which bounds the memory.
             del features
             give_back()
             for start in range(0, count, batch_size):
@@ -318,7 +318,7 @@ class SupportSetInferer(Inferer):
         Classes that aren't likely on an image get `ABSENT_LOGIT` there.
 
         Args:
-            frames: for some numbers of classes, memory (B, 1, M) of slices next to the support.
+            frames: by class index, for some classes, memory (B, 1, M) of slices next to the support.
         """
         if not all(bool(entry.likely.all()) for entry in retrieved):
             rows = []
@@ -340,19 +340,19 @@ class SupportSetInferer(Inferer):
         )
         by_count: dict[tuple[int, int], list[tuple[Retrieved, int]]] = defaultdict(list)
         for entry in retrieved:
-            column = self.bank.class_values.index(entry.value)
-            more = frames[column].tokens.shape[2] if column in frames else 0
-            by_count[entry.index.shape[1], more].append((entry, column))
+            class_index = self.bank.class_values.index(entry.value)
+            more = frames[class_index].tokens.shape[2] if class_index in frames else 0
+            by_count[entry.index.shape[1], more].append((entry, class_index))
         few = max(1, ROWS // batch)
         parts = [(more, group[i : i + few]) for (_, more), group in by_count.items() for i in range(0, len(group), few)]
         for more, members in parts:
-            entries, columns = map(list, zip(*members, strict=True))
+            entries, class_indices = map(list, zip(*members, strict=True))
             support = self.bank.select(entries)
             if more:
-                support = support.beside(SupportMemory.of_classes([frames[column] for column in columns]))
+                support = support.beside(SupportMemory.of_classes([frames[number] for number in class_indices]))
             output = network.segment(features, support)
             for name, values in vars(output).items():
-                getattr(out, name)[:, columns] = values.float()
+                getattr(out, name)[:, class_indices] = values.float()
         return out
 
 

@@ -209,7 +209,7 @@ class SAM2SGP(nn.Module):
         """One reader's channels of `ImageFeatures.high_res`."""
         number = list(self._readers).index(reader)
         widths = ([layer.out_channels for layer in layers] for layers in self._skip_layers)
-        fine, middle = (level.split(column, 1)[number] for level, column in zip(high_res, widths, strict=True))
+        fine, middle = (level.split(parts, 1)[number] for level, parts in zip(high_res, widths, strict=True))
         return fine, middle
 
     def _encoded(self, image: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:

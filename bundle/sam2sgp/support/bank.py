@@ -28,6 +28,7 @@ from sam2sgp.support.catalogue import Catalogue
 from sam2sgp.support.encodings import WHOLE, Encodings
 from sam2sgp.support.fingerprint import fingerprint, tile_share
 from sam2sgp.support.items import CROPS, SupportItem
+from sam2sgp.support.pieces import LabelledVolumes
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.tensor_store import TensorStore
 from sam2sgp.transforms.scaling import SupportScaling
@@ -36,10 +37,6 @@ from sam2sgp.transforms.scaling import SupportScaling
 # those whose own items are the most similar.
 FEW_CLASSES = 8
 NEAREST_ITEMS = 8
-# A class is one piece where at least so many patients' volumes hold it, each with so much of it in its largest part:
-# specks of a label that was drawn slice by slice don't count.
-PIECE_PATIENTS = 3
-MAIN_SHARE = 0.95
 
 
 @dataclass
@@ -189,6 +186,10 @@ class SupportBank:
         """How the support set is scaled; where it holds cases of `group`, these."""
         return self._found.scaling(group)
 
+    def sliced_along(self, group: str | None = None) -> set[int]:
+        """Axes along which volumes are sliced, see `Geometry.slice_axis`; where it holds some of `group`, theirs."""
+        return self._found.sliced_along(group)
+
     def subset(self, index: Sequence[int]) -> "SupportBank":
         """A bank of some items, in memory and not encoded, which shares the items themselves."""
         return self._of([self.items[i] for i in index])
@@ -227,7 +228,7 @@ class SupportBank:
                 counts[kind, [index_of[value] for value in values if value in index_of]] += 1
         self._have_tiles = (2 * counts[1] > counts[0]).tolist()
         self._targets = fingerprint(items).targets
-        self._volumes, self._main_shares = _pieces(items, self.class_values)
+        self._volumes = LabelledVolumes.of(items, self.class_values)
         self.patients, self._patient_of = _numbered([item.patient for item in items])
         self.groups, self._group_of = _numbered([item.group for item in items])
 
@@ -368,17 +369,12 @@ class SupportBank:
         return of_group if bool(of_group.any()) else allowed
 
     def one_piece(self, patient: str | None = None, group: str | None = None) -> list[int]:
-        """Values of the classes that each labelled volume shows in one piece, of enough patients.
+        """Values of the classes that each labelled volume shows in one piece, see `sam2sgp.support.pieces`.
 
         Args:
             patient, group: as for `retrieve`.
         """
-        allowed = self._allowed(patient, group)[self._volumes]
-        shares, owner = self._main_shares[allowed], self._patient_of[self._volumes[allowed]]
-        held = ~shares.isnan()
-        volumes = torch.zeros(len(self.patients), held.shape[1]).index_add_(0, owner, held.float())
-        is_one = ((volumes > 0).sum(0) >= PIECE_PATIENTS) & ((shares >= MAIN_SHARE) | ~held).all(0)
-        return [value for value, one in zip(self.class_values, is_one.tolist(), strict=True) if one]
+        return self._volumes.one_piece(self._allowed(patient, group), self._patient_of)
 
     def select(self, retrieved: list[Retrieved]) -> SupportMemory:
         """Memory with leading dimensions (B, C, K) of classes that share one K."""
@@ -403,7 +399,8 @@ class SupportBank:
             patient, group: as for `retrieve`.
 
         Returns:
-            None where no item may be used.
+            None where no item may be used: so too where the class is seen in tiles and all items with such are the
+            patient's own, because the others' regions show it in another size.
         """
         if self.encodings.network is None:
             self.encodings.adopt(network, features.embedding.device)
@@ -453,21 +450,6 @@ def _without(items: list[tuple[str, str]], others: list[tuple[str, str]]) -> lis
 def _table(items: list[SupportItem]) -> list[tuple[str, str, str, str]]:
     """What retrieval knows of items, next to their encodings."""
     return [(item.id, item.content, item.patient, item.group) for item in items]
-
-
-def _pieces(items: Sequence[SupportItem], class_values: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Of V labelled volumes the number (V,) of the first item, and the `main_shares` (V, C), NaN for classes not held.
-
-    Items of one volume are of one case.
-    """
-    first: dict[int, int] = {}
-    for number, item in enumerate(items):
-        if item.main_shares:
-            first.setdefault(id(item.case), number)
-    numbers = list(first.values())
-    shares = [[items[number].main_shares.get(value, torch.nan) for value in class_values] for number in numbers]
-    table = torch.tensor(shares, dtype=torch.float64).reshape(len(numbers), len(class_values))
-    return torch.tensor(numbers, dtype=torch.long), table
 
 
 def _numbered(names: Sequence[str | None]) -> tuple[dict[str | None, int], Tensor]:

@@ -30,7 +30,7 @@ from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open,
 logger = logging.getLogger(__name__)
 
 # Part of the keys of what is prepared and encoded: counted up when that changes by the code.
-VERSION = 7
+VERSION = 8
 CASE = "case"
 CASES_PER_LOOKUP = 256
 
@@ -41,7 +41,7 @@ class Found:
 
     items: the support items. class_names: by value, of all values found. errors: cases left out, dicts with `name`,
     `source` (path of the image) and `error`. contents: of all items, those over the limit too. scalings: name and group
-    of each case, and how it was scaled.
+    of each case, and how it was scaled. slice_axes: group of each volume, and the axis along which it is sliced.
     """
 
     items: list[SupportItem]
@@ -49,11 +49,17 @@ class Found:
     errors: list[dict]
     contents: set[str]
     scalings: list[tuple[str, str, Scaling]]
+    slice_axes: list[tuple[str, int]]
 
     def scaling(self, group: str | None = None) -> SupportScaling:
         """How the cases are scaled; where there are some of `group`, these."""
         of_group = [scaling for _, of, scaling in self.scalings if of == group]
         return SupportScaling.of(of_group or [scaling for *_, scaling in self.scalings])
+
+    def sliced_along(self, group: str | None = None) -> set[int]:
+        """The axes along which the volumes are sliced; where there are some of `group`, these."""
+        of_group = {axis for of, axis in self.slice_axes if of == group}
+        return of_group or {axis for _, axis in self.slice_axes}
 
     def log_scalings(self) -> None:
         """Tell how the cases are scaled."""
@@ -160,7 +166,8 @@ class Catalogue:
         self._listings = {entry.digest: entry.listing for entry in found}
         self._pixels = {content: pixels for content, pixels in self._pixels.items() if content in contents}
         scalings = [(entry.case["name"], entry.case["group"], entry.listing.scaling) for entry in found]
-        return Found(items, complete_class_names(self.declared, values), errors, contents, scalings)
+        axes = [(entry.case["group"], axis) for entry in found if (axis := entry.listing.slice_axis) is not None]
+        return Found(items, complete_class_names(self.declared, values), errors, contents, scalings, axes)
 
     def thumbnail(self, content: str) -> Tensor | None:
         """The thumbnail (H, W, 3) uint8 of the item with this content, if it is at hand.

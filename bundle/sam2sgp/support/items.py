@@ -17,7 +17,7 @@ from sam2sgp.drawing import draw_overlay, to_display
 from sam2sgp.errors import ConfigError
 from sam2sgp.support.fingerprint import SOME_PARTS, ImageMeasures, tile_share
 from sam2sgp.transforms.array import Region, pixel_size
-from sam2sgp.transforms.parts import main_shares
+from sam2sgp.transforms.parts import is_sparse, main_shares
 from sam2sgp.transforms.scaling import PERCENTILES, Scaling
 
 THUMBNAIL = 128
@@ -100,25 +100,28 @@ class ItemInfo:
 @dataclass(frozen=True)
 class CaseListing:
     """What a case has: class values found in its whole label, its items, how it was scaled, and of a volume for each
-    class value the share of its voxels that the largest connected part holds."""
+    class value the share of its voxels that the largest connected part holds ({} of one labelled on single slices), and
+    the axis along which it is sliced, see `Geometry.slice_axis`."""
 
     values: tuple[int, ...]
     items: tuple[ItemInfo, ...]
     scaling: Scaling
     main_shares: dict[int, float]
+    slice_axis: int | None
 
     def to_json(self) -> bytes:
         rows = [[f.slice, f.holds, f.regions, f.tiles, f.measures.to_json()] for f in self.items]
-        return json.dumps([self.values, rows, asdict(self.scaling), list(self.main_shares.items())]).encode()
+        shares = list(self.main_shares.items())
+        return json.dumps([self.values, rows, asdict(self.scaling), shares, self.slice_axis]).encode()
 
     @classmethod
     def of_json(cls, text: bytes) -> "CaseListing":
-        values, rows, scaling, shares = json.loads(text)
+        values, rows, scaling, shares, slice_axis = json.loads(text)
         items = (
             ItemInfo(index, tuple(holds), tuple(regions), tuple(tiles), ImageMeasures.of_json(measures))
             for index, holds, regions, tiles, measures in rows
         )
-        return cls(tuple(values), tuple(items), Scaling.of_dict(scaling), dict(shares))
+        return cls(tuple(values), tuple(items), Scaling.of_dict(scaling), dict(shares), slice_axis)
 
 
 @dataclass(eq=False)
@@ -205,10 +208,13 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
             and `label_full`, geometry, and scaling where there was a choice.
         slices_per_class: slices taken from a volume for each class.
 
-    Slices much longer than wide are seen through windows, see `Region.windows`, which count as slices.
+    Slices much longer than wide are seen through windows, see `Region.windows`, which count as slices. Of a volume that
+    is labelled on single slices only, no slice counts as without a class, and nothing is known of its parts.
     """
     volume = len(case["label"]) > 1
-    shares = main_shares(case["label_full"].numpy(), MAX_VALUE) if volume else {}
+    sparse = is_sparse(case["label_full"].numpy(), case["geometry"].spacing)
+    shares = main_shares(case["label_full"].numpy(), MAX_VALUE) if volume and not sparse else {}
+    slice_axis = case["geometry"].slice_axis if volume else None
     case = _in_windows(case)
     label = case["label"]
     flat = label.flatten(1)
@@ -217,7 +223,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
     for value in values:
         if value:
             chosen |= set(choose_slices((flat == value).sum(1).numpy(), slices_per_class))
-    if chosen and len(label) > 1:
+    if chosen and len(label) > 1 and not sparse:
         # They guide nothing, but show what an image without any class looks like.
         chosen |= set(choose_slices((flat == 0).all(1).numpy().astype(int), EMPTY_SLICES))
     measures = {index: ImageMeasures.of(case["label_full"][index], volume) for index in chosen}
@@ -229,7 +235,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
         ItemInfo.of(index if len(label) > 1 else None, item, measures[index])
         for index, item in zip(sorted(chosen), items, strict=True)
     ]
-    return CaseListing(tuple(values), tuple(infos), case.get("scaling", AS_GIVEN), shares), items
+    return CaseListing(tuple(values), tuple(infos), case.get("scaling", AS_GIVEN), shares, slice_axis), items
 
 
 def choose_slices(areas: np.ndarray, count: int) -> list[int]:

@@ -9,7 +9,9 @@ A case is a dict. `LoadCased` turns the path at `image` into slices and adds wha
 """
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+import os
+import unicodedata
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from sam2sgp.data.io import (
     is_dicom,
     limits,
     map_suffix,
+    may_be_turned,
     output_suffix,
     read_image,
     read_label,
@@ -34,10 +37,20 @@ from sam2sgp.data.io import (
 )
 from sam2sgp.errors import DataError
 from sam2sgp.transforms.array import Letterbox, Region, pixel_size
+from sam2sgp.transforms.parts import is_sparse
 from sam2sgp.transforms.scaling import Scaling, SupportScaling, choose_scaling, is_ct, scale_intensity
 
 logger = logging.getLogger(__name__)
 
+SPARSE = (
+    "Only single slices of it are labelled, so the others are not taken as free of the classes when it guides; "
+    "adaptation, training and evaluation count them as background: label whole volumes for these, or cut the labelled "
+    "slices out as images of their own."
+)
+TURNED = (
+    "An EXIF tag turns it for display, and its label, which is of the same size either way, has none: the label must "
+    "be drawn on the picture as displayed; programs that don't heed the tag draw it as stored."
+)
 CONSTANT = "All its values are the same, so nothing can be found in it."
 
 
@@ -71,6 +84,10 @@ class LoadCased(MapTransform):
         )
         if "label" in self.keys and case.get("label") is not None:
             label = read_label(case["label"], image.geometry, self.slice_axis)
+            if is_sparse(label, image.geometry.spacing):
+                case["warnings"].append(SPARSE)
+            if may_be_turned(case["label"], image.geometry):
+                case["warnings"].append(TURNED)
             # PyTorch calculates with no other unsigned integers than uint8.
             case["label"] = torch.from_numpy(label if label.dtype == np.uint8 else label.astype(np.int32))
         return case
@@ -167,7 +184,8 @@ class FitToSquared(MapTransform):
 
 
 class OutputNames:
-    """File names in an output folder, of which no two queries and no two kinds of output share one.
+    """File names in an output folder, of which no two queries and no two kinds of output share one, on file systems
+    that don't tell upper from lower case either, and none is that of another query in the same folder.
 
     Args:
         output_dir: the folder.
@@ -180,7 +198,8 @@ class OutputNames:
         self, output_dir: str, sources: Sequence[str] = (), maps: Sequence[str] = (), dicom_seg: bool = False
     ) -> None:
         self.output_dir = Path(output_dir)
-        self.taken: dict[Path, str] = {}
+        inside = (source for source in sources if os.path.realpath(Path(source).parent) == os.path.realpath(output_dir))
+        self.taken: dict[str, str] = {_folded(Path(source).name): source for source in inside}
         for source in sources:
             for ending in result_endings(source, maps, dicom_seg):
                 self._name(source, ending)
@@ -188,8 +207,12 @@ class OutputNames:
     def _name(self, source: str, ending: str) -> Path:
         name = Path(source).name
         stems = chain((image_stem(source), name), (f"{name}_{number}" for number in count(2)))
-        paths = (self.output_dir / (stem + ending) for stem in stems)
-        return next(path for path in paths if self.taken.setdefault(path, source) == source)
+        names = (stem + ending for stem in stems)
+        return self.output_dir / next(name for name in names if self.taken.setdefault(_folded(name), source) == source)
+
+    def has(self, source: str, names: Iterable[str]) -> bool:
+        """Whether these names of files are the query's, as any are where none was given out."""
+        return not self.taken or all(self.taken.get(_folded(name)) == source for name in names)
 
     def claim(self, source: str, ending: str) -> Path:
         """`<output_dir>/<stem><ending>` for the query at `source`, always the same; where that is another's already,
@@ -202,6 +225,10 @@ class OutputNames:
         if path.exists() and path.samefile(source):
             raise DataError(f"{path}: expected a folder for results, found the query there; choose another output_dir.")
         return path
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 class SaveLabeld(MapTransform):

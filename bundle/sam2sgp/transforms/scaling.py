@@ -173,6 +173,12 @@ def _checked(kind: str, because: str, evidence: str | None, stated: bool) -> Sca
         )
     if evidence == "below":
         return _warned(chosen, "Many of its values lie below those of air (-1100 HU); check whether it is a CT in HU.")
+    if evidence == "positive":
+        return _warned(
+            chosen,
+            "It has hardly a value below 0, which air, lung and fat have in Hounsfield units; check whether it is a CT "
+            "in HU, because its values are cut off by a window of HU.",
+        )
     return chosen
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from monailabel.main import Main as MonaiLabel
 
-from lib.admin.start import arguments, chosen, linked_app
+from lib.admin.start import address, arguments, chosen, linked_app
 from manage import main
 from sam2sgp.errors import ConfigError
 from tests.app.conftest import APP
@@ -92,11 +92,20 @@ def test_a_mistake_ends_the_start_with_one_line(file, capsys):
     assert told.out == "" and told.err.startswith(f"error: {file}, ct_windw: expected") and told.err.count("\n") == 1
 
 
-def test_monai_label_gets_values_with_types_and_spaces(file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "host, shown",
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("pacs", "pacs")],
+)
+def test_the_address_told_is_one_that_a_browser_takes(host, shown):
+    assert address(host, 8123) == f"http://{shown}:8123/"
+
+
+def test_monai_label_gets_values_with_types_and_spaces(file, tmp_path, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(MonaiLabel, "action_start_server", lambda self, options: started.append(vars(options)))
     state = tmp_path / "the state"
     assert main("serve", "--settings", str(file), "--conf", "state_dir", str(state)) == 0
+    assert "its pages are at http://127.0.0.1:8123/" in capsys.readouterr().out
     [options] = started
     assert options["studies"] == str(tmp_path / "my images") and options["port"] == 8123
     assert dict(options["conf"]) == {"k": 3, "ct_window": [-100, 300], "state_dir": str(state)}

@@ -81,7 +81,7 @@ def test_labels_of_other_tags_never_guide(studio):
 def test_without_an_approved_object_the_answer_says_what_to_do_first(studio, tmp_path):
     made = studio(PICTURES)
     segmenter = made.segmenter()
-    with pytest.raises(NoSupport, match="label an image by hand and save its label with the tag 'final'") as caught:
+    with pytest.raises(NoSupport, match="label an image by hand and approve its label \\(tag 'final'\\)") as caught:
         segmenter.segment(made.image(QUERY))
     assert caught.value.status == 409
     made.approve("us_000_0")

@@ -1,12 +1,14 @@
 """A DICOM Segmentation read as the class map of an image."""
 
 import highdicom
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
 from pydicom.uid import generate_uid
 
 from sam2sgp.data import read_image, read_label, write_dicom_seg
+from sam2sgp.data.io import segment_names
 from sam2sgp.errors import DataError
 from tests.helpers.segmentations import NAMES, SERIES, SHAPE, blobs, segment, series
 
@@ -21,6 +23,13 @@ def test_it_is_a_label_of_its_series_and_of_the_same_voxels_in_other_formats(tmp
         assert np.array_equal(found, np.asarray(label.dataobj))
     with pytest.raises(DataError, match="seg.dcm.*(lie between them|voxels away)"):
         read_label(path, read_image(series(tmp_path / "other", origin=(1.1, 2.0, 3.0), spacing=(9, 9, 9))).geometry)
+
+
+def test_it_tells_what_its_class_values_are_called(tmp_path):
+    path, label = segment(tmp_path, series(tmp_path / "series"))
+    assert segment_names(path) == {value: NAMES[value] for value in (1, 3, 7)}
+    nib.save(label, tmp_path / "label.nii.gz")
+    assert segment_names(tmp_path / "label.nii.gz") == {}
 
 
 def test_slices_without_frames_between_others_stay_empty_in_a_label(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from sam2sgp.data.io import Geometry, read_geometry, read_image, read_label
 from sam2sgp.errors import DataError
 from tests.helpers.dicom_files import write_dicom
-from tests.helpers.nifti_files import save_nifti
+from tests.helpers.nifti_files import OBLIQUE, save_nifti
 
 RNG = np.random.default_rng(0)
 
@@ -87,3 +87,33 @@ def test_what_is_no_image_is_an_error(tmp_path, name):
     (tmp_path / "singular.nii.gz").write_bytes(gzip.compress(singular.header.binaryblock + bytes(4 + 64)))
     with pytest.raises(DataError, match=name):
         read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "dtype, value", [(np.uint16, 65535), (np.int16, -32768), (np.int16, 32767), (np.int32, 2**31 - 1), (float, -3.4e38)]
+)
+def test_padding_far_from_all_other_values_becomes_the_lowest_of_them_with_a_warning(tmp_path, dtype, value):
+    array = RNG.integers(100, 1500, (9, 8, 4)).astype(dtype)
+    plain, lowest = array.copy(), float(array[2:].min())
+    array[:2], plain[:2] = value, lowest
+    image = read_image(save_nifti(tmp_path / "a.nii", array))
+    assert np.array_equal(image.geometry.to_native(image.slices[:, 0]), plain)
+    assert image.warnings == [
+        f"64 of its 288 values are {float(np.float32(value)):g}, far from all others: they are taken as padding and "
+        f"read as {lowest:g}, the lowest of the others."
+    ]
+    # Something as bright as can be within the image, and values up to it, are none.
+    for number, inside in enumerate((np.s_[3:5, 3:5, :], np.s_[:2])):
+        array = RNG.integers(100, 1500, (9, 8, 4)).astype(np.uint16)
+        array[inside], array[6] = 65535, 100 + number * 50000
+        image = read_image(save_nifti(tmp_path / "a.nii", array))
+        assert np.array_equal(image.geometry.to_native(image.slices[:, 0]), array) and not image.warnings
+
+
+def test_axes_that_are_not_at_right_angles_are_said(tmp_path):
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    for shear, warnings in ((0.02, 0), (1.0, 1)):
+        affine[0, 2] = shear
+        image = read_image(save_nifti(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16), affine))
+        assert [text[:27] for text in image.warnings] == ["Its axes are 14.0 degrees o"] * warnings
+    assert not read_image(save_nifti(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16), OBLIQUE)).warnings

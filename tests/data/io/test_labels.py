@@ -316,3 +316,23 @@ def test_masks_that_were_blurred_or_stored_as_jpeg_before_are_refused_and_class_
         stored = np.array(values, np.uint8)[RNG.integers(0, len(values), (20, 30))]
         Image.fromarray(stored).save(tmp_path / "classes.png")
         assert np.array_equal(read_label(tmp_path / "classes.png")[0], stored)
+
+
+def test_masks_with_a_softened_border_are_refused_whatever_number_of_greys_it_has(tmp_path):
+    """Reduced to a half by averaging, a mask has three greys, each of which was taken as a class."""
+    rows, columns = np.mgrid[:128, :160]
+    inside = (rows - 60) ** 2 / 1.5 + (columns - 70) ** 2 < 35**2
+    inside |= (abs(rows - 100) < 9) & (abs(columns - 130) < 12)
+    mask = Image.fromarray((inside * 255).astype(np.uint8))
+    for part, resample in ((2, "BOX"), (3, "BOX"), (4, "BOX"), (0.5, "BILINEAR")):
+        soft = mask.resize((int(160 / part), int(128 / part)), Image.Resampling[resample])
+        assert 4 <= len(np.unique(np.asarray(soft))) < 32
+        soft.save(tmp_path / "soft.png")
+        with pytest.raises(DataError, match="soft.png: expected a class map.*blurred, resized"):
+            read_label(tmp_path / "soft.png")
+    # Shells of classes around each other, however thin, are none.
+    distance = np.hypot(rows - 60, columns - 70)
+    for thickness in (1, 2, 5):
+        shells = np.select([distance < 20 + thickness * number for number in range(4)], [255, 170, 85, 28])
+        Image.fromarray(shells.astype(np.uint8)).save(tmp_path / "classes.png")
+        assert np.array_equal(read_label(tmp_path / "classes.png")[0], shells)

@@ -154,3 +154,29 @@ def test_voxel_sizes_that_contradict_each_other_are_said_and_labels_by_itk_accep
     SimpleITK.WriteImage(label, str(tmp_path / "b.nrrd"))
     assert np.array_equal(read_label(tmp_path / "b.nrrd", image.geometry), image.geometry.from_native(array))
     assert not read_image(two_forms(tmp_path / "c.nii", 0, code, array)).warnings
+
+
+@pytest.mark.parametrize("sform, qform", [(2, 0), (1, 1), (2, 1), (0, 1), (0, 0)])
+def test_negative_voxel_sizes_are_said_and_results_lie_on_their_image_in_itk(tmp_path, sform, qform):
+    """ITK mirrors such an image and nibabel doesn't; results that only nibabel placed right lay aside in Slicer."""
+    array = RNG.integers(0, 2, (6, 5, 4)).astype(np.uint8)
+    path = two_forms(tmp_path / "a.nii", qform, sform, array)
+    content = bytearray(path.read_bytes())
+    content[80:84] = struct.pack("<f", -struct.unpack("<f", content[80:84])[0])
+    path.write_bytes(content)
+    image = read_image(path)
+    assert ["negative sizes (pixdim -" in warning for warning in image.warnings] == [True]
+    write_label(tmp_path / "b.nii.gz", image.geometry.from_native(array), image.geometry)
+    assert np.allclose(nib.load(tmp_path / "b.nii.gz").affine, nib.load(path).affine)
+    by_itk, result = (SimpleITK.ReadImage(str(tmp_path / name)) for name in ("a.nii", "b.nii.gz"))
+    placed = np.eye(4)
+    placed[:3, :3] = np.reshape(by_itk.GetDirection(), (3, 3)) * by_itk.GetSpacing()
+    placed[:3, 3] = by_itk.GetOrigin()
+    assert np.allclose(np.diag([-1, -1, 1, 1]) @ placed, itk_affine(image.geometry), atol=1e-4)
+    for get in ("GetOrigin", "GetSpacing", "GetDirection"):
+        assert np.allclose(getattr(by_itk, get)(), getattr(result, get)(), atol=1e-5)
+    # A label that was drawn in Slicer.
+    label = SimpleITK.GetImageFromArray(array.T)
+    label.CopyInformation(by_itk)
+    SimpleITK.WriteImage(label, str(tmp_path / "c.nrrd"))
+    assert np.array_equal(read_label(tmp_path / "c.nrrd", image.geometry), image.geometry.from_native(array))

@@ -285,3 +285,29 @@ def test_a_mask_with_an_inverting_lookup_table_is_refused(tmp_path, white):
     assert np.array_equal(read_image(tmp_path / "a.tif").slices[0, 0], 255 - white * mask.astype(int))
     Image.fromarray(mask).save(tmp_path / "b.tif", compression="group4")
     assert np.array_equal(read_label(tmp_path / "b.tif")[0], mask)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_mask_of_bool_by_tifffile_is_refused(tmp_path, compression):
+    """It is stored with 0 as white, as no mask of 8 bits is: its object would be the background."""
+    mask = RNG.random((6, 7)) > 0.5
+    tifffile.imwrite(tmp_path / "a.tif", mask, compression=compression)
+    with pytest.raises(DataError, match="a.tif: expected .*tifffile stores masks of bool so"):
+        read_label(tmp_path / "a.tif")
+
+
+def test_colours_of_16_bits_that_lie_by_themselves_are_refused(tmp_path):
+    """Pillow takes the two bytes of a value for two pixels."""
+    colours = RNG.integers(0, 256, (3, 16, 32)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", colours, photometric="rgb", planarconfig="separate")
+    assert np.array_equal(read_image(tmp_path / "a.tif").slices[0], colours)
+    tifffile.imwrite(tmp_path / "b.tif", colours * np.uint16(257), photometric="rgb", planarconfig="separate")
+    with pytest.raises(DataError, match="b.tif: expected colours of 16 bits pixel by pixel"):
+        read_image(tmp_path / "b.tif")
+
+
+def test_blocks_of_voxels_in_one_page_are_told_as_several(tmp_path):
+    volume = RNG.integers(0, 256, (16, 32, 32)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", volume, volumetric=True, tile=(16, 16, 16), photometric="minisblack")
+    with pytest.raises(DataError, match="a.tif: expected one picture, found 16 pages"):
+        read_image(tmp_path / "a.tif")

@@ -50,6 +50,12 @@ def chosen(given: argparse.Namespace, app_dir: Path) -> tuple[Settings, str, int
     return settings, given.host or start.get("host", HOST), given.port or start.get("port", PORT)
 
 
+def address(host: str, port: int) -> str:
+    """Where a browser on this machine finds a server that listens there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
 def linked_app(app_dir: Path, folder: Path) -> Path:
     """An app's folder that may be written to, whose code is the app's own by links.
 
@@ -84,6 +90,7 @@ def serve(words: Sequence[str], app_dir: Path) -> None:
         check_layout(folder)
     make_private(settings.state_dir)
     app = linked_app(app_dir, settings.state_dir / "app")
+    print(f"Starting the server, which takes some seconds; its pages are at {address(host, port)}", flush=True)
     # MONAI Label's packages take seconds, and mistakes are told before.
     from monailabel.main import Main
 

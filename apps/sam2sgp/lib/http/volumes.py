@@ -22,6 +22,7 @@ import torch
 from lib.checks import MOST_CLASSES, TooLarge
 from lib.stamps import image_stamp, stamp
 from sam2sgp.data import Geometry, read_image, read_label
+from sam2sgp.data.io import PLANES
 from sam2sgp.report.slices import SIDES
 from sam2sgp.support.lru import ByteLRU
 from sam2sgp.transforms import ScaleIntensityByModalityd, SupportScaling
@@ -33,7 +34,6 @@ READING = 2
 # Of one slice, which a browser holds several times.
 LARGEST_SLICE = 64 << 20
 LARGEST_STORED = 65535
-PLANES = {0: "sagittal", 1: "coronal", 2: "axial"}
 
 
 @dataclass(frozen=True)

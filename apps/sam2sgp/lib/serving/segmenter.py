@@ -55,8 +55,8 @@ ITEMS_LISTED = 100
 # Seconds that a change of a label waits to be taken in, to tell what came of it, where no image is being segmented.
 PATIENCE = 0.5
 NOTHING_APPROVED = (
-    "No approved label shows an object, so nothing can be segmented yet: label an image by hand and save its label "
-    "with the tag 'final', or start the server with labelled pairs in `--conf support_dir`."
+    "No approved label shows an object, so nothing can be segmented yet: label an image by hand and approve its "
+    "label (tag 'final'), or start the server with labelled pairs in `--conf support_dir`."
 )
 
 

@@ -75,7 +75,7 @@ export class Panel {
     marks.replaceChildren(...lines);
     const tags = Object.keys(shown.labels);
     labels.replaceChildren(
-      ...(tags.length ? [element("span", "", "Label: ")] : [element("span", "", "No label yet: G segments the image.")]),
+      ...(tags.length ? [element("span", "", "Label: ")] : [element("span", "", "No label yet: paint one, or press G to segment the image by the approved labels.")]),
       ...tags.map((tag) => {
         const button = element("button", tag === shown.label_tag ? "tag shown" : "tag", TAGS[tag] ?? tag);
         button.type = "button";

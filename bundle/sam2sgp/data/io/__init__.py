@@ -25,9 +25,17 @@ from sam2sgp.data.io.formats import (
     result_endings,
     without_pixels,
 )
-from sam2sgp.data.io.geometry import Geometry
+from sam2sgp.data.io.geometry import PLANES, Geometry
 from sam2sgp.data.io.images import MedicalImage, read_geometry, read_image
-from sam2sgp.data.io.labels import is_binary_255, read_label, write_label, write_map, writing
+from sam2sgp.data.io.labels import (
+    is_binary_255,
+    may_be_turned,
+    read_label,
+    segment_names,
+    write_label,
+    write_map,
+    writing,
+)
 from sam2sgp.data.io.nifti import itk_affine
 from sam2sgp.data.io.picture_files import png_palette
 
@@ -36,6 +44,7 @@ __all__ = [
     "ITK_SUFFIXES",
     "NIFTI_SUFFIXES",
     "PICTURE_SUFFIXES",
+    "PLANES",
     "SUFFIXES",
     "Geometry",
     "MedicalImage",
@@ -51,12 +60,14 @@ __all__ = [
     "is_picture",
     "itk_affine",
     "map_suffix",
+    "may_be_turned",
     "output_suffix",
     "png_palette",
     "read_geometry",
     "read_image",
     "read_label",
     "result_endings",
+    "segment_names",
     "without_pixels",
     "write_label",
     "write_map",

@@ -25,9 +25,10 @@ import warnings
 # Files beside this one have the names of libraries.
 sys.path[:] = [path for path in sys.path if os.path.abspath(path) != os.path.dirname(os.path.abspath(__file__))]
 
-# Of TIFF: bits, compression, photometric interpretation, samples, predictor, extra samples, sample format.
-TAGS = (258, 259, 262, 277, 317, 338, 339)
-BITS, DESCRIPTION, ORIENTATION = 258, 270, 274
+# Of TIFF: bits, compression, photometric interpretation, samples, planar configuration, predictor, extra samples,
+# sample format.
+TAGS = (258, 259, 262, 277, 284, 317, 338, 339)
+BITS, DESCRIPTION, ORIENTATION, DEPTH = 258, 270, 274, 32997
 # More than a file's decoding takes besides its pixels.
 SPARE_SECONDS = 1
 
@@ -94,6 +95,9 @@ def pages(image, tags: dict, size: int) -> int:
     """How many pictures a file of `size` bytes holds; of a stack beyond 4 GB, ImageJ tells so in a description only."""
     # MPO is a JPEG with further pictures, such as thumbnails.
     found = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+    # Blocks of voxels in one page, of which Pillow reads the first slice.
+    if found == 1 and tags.get(DEPTH, 1) > 1:
+        return tags[DEPTH]
     stated = re.match(r"ImageJ=.*?^images=(\d{1,9})$", str(tags.get(DESCRIPTION, "")), re.DOTALL | re.MULTILINE)
     if not stated or found > 1:
         return found

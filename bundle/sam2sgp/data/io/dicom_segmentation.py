@@ -68,6 +68,12 @@ def read_segmentation(file: Path, limit: int | None = None) -> Grid:
     return Grid(array, array.shape[:3], np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, may_be_cropped=True)
 
 
+def segment_names(file: Path) -> dict[int, str]:
+    """Names of the segments by the class values that they have in its class map."""
+    segments = read_dataset(file, pixels=False, limit=sys.maxsize).get("SegmentSequence") or []
+    return {_class_value(segment): str(segment.get("SegmentLabel") or "") for segment in segments}
+
+
 def _places(file: Path, dataset: Dataset, frames: int) -> tuple[np.ndarray, list[float], np.ndarray, list[int]]:
     """Orientation (6,) and pixel spacing (row, column) of all frames; position (frames, 3) and segment of each."""
     try:

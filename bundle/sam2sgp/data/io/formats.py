@@ -11,7 +11,8 @@ from pydicom.uid import UID, SegmentationStorage
 from sam2sgp.data.io.geometry import Geometry
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii", ".img")
-ITK_SUFFIXES = (".seg.nrrd", ".nrrd", ".nhdr", ".mha", ".mhd")
+NRRD_SUFFIXES = (".seg.nrrd", ".nrrd", ".nhdr")
+ITK_SUFFIXES = (*NRRD_SUFFIXES, ".mha", ".mhd")
 # Headers whose voxels lie in files of their own, and the other way round: no file of these is an image by itself.
 DETACHED_SUFFIXES = (".nhdr", ".mhd", ".img")
 DICOM_SUFFIXES = (".dcm",)

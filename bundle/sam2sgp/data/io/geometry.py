@@ -14,6 +14,8 @@ from sam2sgp.errors import ConfigError, DataError
 
 # An axis this much coarser than the other two is the one that was scanned in slices.
 THICK_AXIS_RATIO = 1.5
+# By the axis along which slices are taken.
+PLANES = ("sagittal", "coronal", "axial")
 
 
 @dataclass(frozen=True, eq=False)

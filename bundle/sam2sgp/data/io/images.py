@@ -24,6 +24,13 @@ from sam2sgp.data.io.nifti import read_nifti
 from sam2sgp.data.io.picture_files import read_picture
 from sam2sgp.errors import DataError
 
+# Ends of the ranges of integers (those of 32 bits as float32), with which programs fill what lies outside an image, and
+# what no scanner measures.
+PADDING = (-(2.0**15), 2.0**15 - 1, 2.0**16 - 1, -(2.0**31), 2.0**31, 2.0**32)
+LARGEST_VALUE = 1e30
+# In degrees: less comes from rounding.
+LARGEST_SHEAR = 0.6
+
 
 @dataclass
 class MedicalImage:
@@ -59,7 +66,8 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
             "auto", the axis whose spacing is at least 1.5 times the others', else 2. A grid that is one voxel thick
             along a single axis is always one slice.
 
-    NaN and infinite voxels become the smallest finite value, with a warning.
+    NaN and infinite voxels become the smallest finite value, padding at the end of a range of integers the smallest of
+    the other values, both with a warning.
 
     Raises:
         DataError: the file is missing, damaged, empty, without a finite value, or a series that is not one regular
@@ -82,8 +90,33 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
             "smallest finite value."
         )
         array[~finite] = array[finite].min()
+    if not grid.is_rgb:
+        _darken_padding(array, grid.warnings)
     slices = np.ascontiguousarray(np.moveaxis(array, 3, 1))
     return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path), grid.warnings)
+
+
+def _darken_padding(array: np.ndarray, warnings: list[str]) -> None:
+    """Give padding of slices (Z, H, W, C), in place, the lowest of the other values, and say so.
+
+    Padding is one of `PADDING`, it reaches a corner of the image, and all other values lie closer together than to it.
+    Scaled by percentiles, these would all look alike otherwise.
+    """
+    for value in {array.min(), array.max()}:
+        if value not in PADDING and abs(value) < LARGEST_VALUE:
+            continue
+        is_padding = array == value
+        others = array[~is_padding]
+        if not others.size or not is_padding[:, :: max(array.shape[1] - 1, 1), :: max(array.shape[2] - 1, 1)].any():
+            continue
+        lowest, highest = float(others.min()), float(others.max())
+        if min(abs(float(value) - lowest), abs(float(value) - highest)) > highest - lowest > 0:
+            array[is_padding] = lowest
+            count = int(is_padding.sum())
+            warnings.append(
+                f"{count} of its {array.size} values are {value:g}, far from all others: they are taken as padding and "
+                f"read as {lowest:g}, the lowest of the others."
+            )
 
 
 def read_geometry(path: str | os.PathLike, slice_axis: str | int = "auto") -> Geometry:
@@ -132,5 +165,12 @@ def read_grid(path: str | os.PathLike, label: bool = False, limit: int | None = 
         raise DataError(
             f"{path}: expected an affine that gives each voxel a place and a size, found {rounded(grid.affine)}; "
             "correct the file's header."
+        )
+    directions = grid.affine[:3, :3] / np.linalg.norm(grid.affine[:3, :3], axis=0)
+    shear = np.degrees(np.arcsin(min(np.abs(directions.T @ directions - np.eye(3)).max(), 1.0)))
+    if shear > LARGEST_SHEAR:
+        grid.warnings.append(
+            f"Its axes are {shear:.1f} degrees off a right angle, as of a tilted gantry: sizes in mm are those of "
+            "rectangular voxels, and ITK and 3D Slicer refuse such an image; resample it to a rectangular grid."
         )
     return grid

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,14 @@ from sam2sgp.data.io.raw import RawHeader
 from sam2sgp.errors import DataError
 
 SEGMENT_VALUE = re.compile(r"Segment(\d+)_LabelValue")
+
+
+class _Segment(NamedTuple):
+    """A segment of a file that 3D Slicer wrote: where it is stored, and what it is called."""
+
+    layer: int
+    value: int
+    name: str
 
 
 def raw_header(path: Path, detached: bool = False) -> RawHeader:
@@ -47,12 +56,26 @@ def read_itk(path: Path, label: bool = False, limit: int | None = None) -> Grid:
     )
 
 
-def _segments(path: Path, fields: dict[str, str]) -> list[tuple[int, int]]:
-    """(layer, value) of each segment of a file that 3D Slicer wrote; [] for other files."""
+def segment_names(path: Path) -> dict[int, str]:
+    """Names of the segments of an NRRD file that 3D Slicer wrote, by the class values that they have in its class map;
+    {} for other files."""
+    header = raw_header(path, detached=True)
+    segments = _segments(path, header.fields)
+    is_layered = (header.channels or 1) > 1
+    values = _class_values(segments) if is_layered else [segment.value for segment in segments]
+    return {value: segment.name for value, segment in zip(values, segments, strict=True) if segment.name}
+
+
+def _segments(path: Path, fields: dict[str, str]) -> list[_Segment]:
+    """The segments of a file that 3D Slicer wrote; [] for other files."""
     numbers = sorted(int(found[1]) for key in fields if (found := SEGMENT_VALUE.fullmatch(key)))
     try:
         return [
-            (int(fields.get(f"Segment{number}_Layer", 0)), int(fields[f"Segment{number}_LabelValue"]))
+            _Segment(
+                int(fields.get(f"Segment{number}_Layer", 0)),
+                int(fields[f"Segment{number}_LabelValue"]),
+                fields.get(f"Segment{number}_Name", ""),
+            )
             for number in numbers
         ]
     except ValueError as error:
@@ -62,19 +85,25 @@ def _segments(path: Path, fields: dict[str, str]) -> list[tuple[int, int]]:
         ) from error
 
 
-def _one_map(path: Path, layers: np.ndarray, segments: list[tuple[int, int]]) -> np.ndarray:
-    """Layers (n0, n1, n2, L) of a segmentation as one class map (n0, n1, n2, 1).
+def _class_values(segments: list[_Segment]) -> list[int]:
+    """Of segments in layers: their values where these differ, else their numbers, counted from 1."""
+    values = [segment.value for segment in segments]
+    return values if len(set(values)) == len(values) else list(range(1, len(values) + 1))
 
-    Classes are the label values of the segments; where layers use one value for different segments, the segments'
-    numbers, counted from 1. Raises DataError where segments overlap.
+
+def _one_map(path: Path, layers: np.ndarray, segments: list[_Segment]) -> np.ndarray:
+    """Layers (n0, n1, n2, L) of a segmentation as one class map (n0, n1, n2, 1), see `_class_values`.
+
+    Raises DataError where segments overlap.
     """
     if layers.shape[3] == 1:
         return layers
-    distinct = len({value for _, value in segments}) == len(segments)
-    kind = layers.dtype if distinct else np.min_scalar_type(len(segments))
+    values = _class_values(segments)
+    is_own = values == [segment.value for segment in segments]
+    kind = layers.dtype if is_own else np.min_scalar_type(len(segments))
     classes = np.zeros((*layers.shape[:3], 1), kind)
-    for number, (layer, value) in enumerate(segments, 1):
-        mask = layers[..., layer, None] == value
+    for segment, value in zip(segments, values, strict=True):
+        mask = layers[..., segment.layer, None] == segment.value
         if (classes[mask] > 0).any():
             raise DataError(
                 f"{path}: expected one class per voxel, found segments that overlap; correct the segmentation, or "
@@ -82,5 +111,5 @@ def _one_map(path: Path, layers: np.ndarray, segments: list[tuple[int, int]]) ->
             )
         # A value beyond what layers hold is nowhere.
         if mask.any():
-            classes[mask] = value if distinct else number
+            classes[mask] = value
     return classes

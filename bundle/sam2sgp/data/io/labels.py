@@ -11,8 +11,18 @@ import numpy as np
 from nibabel.openers import Opener
 from nibabel.volumeutils import array_to_file
 from PIL import Image
+from scipy.ndimage import maximum_filter, minimum_filter
 
-from sam2sgp.data.io.formats import PICTURE_SUFFIXES, map_suffix, output_suffix, suffix_of
+from sam2sgp.data.io import dicom_segmentation, itk
+from sam2sgp.data.io.formats import (
+    DICOM_SUFFIXES,
+    NRRD_SUFFIXES,
+    PICTURE_SUFFIXES,
+    is_dicom_seg,
+    map_suffix,
+    output_suffix,
+    suffix_of,
+)
 from sam2sgp.data.io.geometry import Geometry, Grid, geometry_of, rounded
 from sam2sgp.data.io.images import read_grid
 from sam2sgp.data.io.limits import SMALL_ENOUGH
@@ -33,6 +43,9 @@ BLURRED_MASK_VALUES = 32
 # So is one of fewer values that reaches this one and has two neighbouring values above classes' usual ones: of a mask
 # that was stored as JPEG before, white became 250 to 255.
 NEARLY_WHITE, USUAL_CLASSES = 240, 32
+# And so is one of which the values between black and white, two or more, lie along the border of the two: of so many of
+# their pixels, both are at most two pixels away.
+LEAST_GREYS, BORDER_SHARE = 2, 0.9
 
 
 def read_label(path: str | os.PathLike, geometry: Geometry | None = None, slice_axis: str | int = "auto") -> np.ndarray:
@@ -80,6 +93,32 @@ def is_binary_255(path: str | os.PathLike) -> bool:
     return grid.is_8_bit and bool(np.isin(grid.array, (0, 255)).all() and (grid.array == 255).any())
 
 
+def segment_names(path: str | os.PathLike) -> dict[int, str]:
+    """What a segmentation of 3D Slicer (NRRD) or of DICOM calls its class values; {} for other files.
+
+    Raises DataError as `read_label`.
+    """
+    path, suffix = Path(path), suffix_of(path)
+    if suffix in NRRD_SUFFIXES:
+        return itk.segment_names(path)
+    is_seg = (not suffix or suffix in DICOM_SUFFIXES) and is_dicom_seg(path)
+    return dicom_segmentation.segment_names(path) if is_seg else {}
+
+
+def may_be_turned(path: str | os.PathLike, geometry: Geometry) -> bool:
+    """Whether a picture's label may be drawn on the picture as stored, and not as an EXIF tag turns it for display.
+
+    That is so where turning leaves the size and the label has no such tag itself. Raises DataError as `read_label`.
+    """
+    stays = (2, 0, 1), (False, False, False)
+    if not geometry.is_picture or (geometry.axes, geometry.flips) == stays:
+        return False
+    if geometry.shape[1:] != geometry.native_shape or suffix_of(path) not in PICTURE_SUFFIXES:
+        return False
+    own = geometry_of(read_grid(path, label=True), "auto")
+    return (own.axes, own.flips) == stays
+
+
 def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry, binary_255: bool = False) -> None:
     """Write a class map on the grid of the image that `geometry` comes from; whole or not at all.
 
@@ -111,7 +150,10 @@ def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry,
             return
         header = result_header(geometry)
         image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-        nib.save(image_class(geometry.to_native(labels.astype(kind)), None, header, dtype=kind), part)
+        image = image_class(geometry.to_native(labels.astype(kind)), None, header, dtype=kind)
+        # nibabel leaves out the sign of voxel sizes.
+        image.header["pixdim"][1:4] = header["pixdim"][1:4]
+        nib.save(image, part)
 
 
 def write_map(path: str | os.PathLike, values: np.ndarray, geometry: Geometry) -> None:
@@ -191,13 +233,29 @@ def _class_values(path: str | os.PathLike, grid: Grid) -> np.ndarray:
             )
         high = found[found > USUAL_CLASSES]
         has_neighbours = found[-1] >= NEARLY_WHITE and (np.diff(high) == 1).any()
-        if has_neighbours or (found[-1] == 255 and len(found) >= BLURRED_MASK_VALUES):
+        has_many = found[-1] == 255 and len(found) >= BLURRED_MASK_VALUES
+        if has_neighbours or has_many or _is_antialiased(values[..., 0], found):
             raise DataError(
                 f"{path}: expected a class map, found {len(found)} values from {found[0]} to {found[-1]}; this looks "
-                "like a mask that was blurred, stored as JPEG before, or a photograph: threshold it and store whole "
-                "class values. If these are classes, store them with 16 bits."
+                "like a mask that was blurred, resized, stored as JPEG before, or a photograph: threshold it and store "
+                "whole class values. If these are classes, store them with 16 bits."
             )
     return values
+
+
+def _is_antialiased(values: np.ndarray, found: np.ndarray) -> bool:
+    """Whether a picture (rows, columns) of some values is a mask with a softened border, such as a reduced one.
+
+    Classes of their own have pixels around which there is nothing else.
+    """
+    grey = (values > 0) & (values < 255)
+    if found[0] != 0 or found[-1] != 255 or len(found) - 2 < LEAST_GREYS:
+        return False
+    lowest, highest = minimum_filter(values, 3), maximum_filter(values, 3)
+    if (lowest == highest)[grey].any() or not (lowest == 255).any():
+        return False
+    is_border = (minimum_filter(values, 5) == 0) & (maximum_filter(values, 5) == 255)
+    return bool(is_border[grey].mean() >= BORDER_SHARE)
 
 
 def _check_whole(path: str | os.PathLike, values: np.ndarray) -> None:

@@ -61,6 +61,9 @@ def read_header(path: Path, detached: bool = False) -> RawHeader:
         raise _refused(path, f"ObjectType Image, found {_shown(fields['ObjectType'])}")
     if not _flag(path, fields, "BinaryData", True):
         raise _refused(path, "binary voxels, found them written as text")
+    if fields.get("DistanceUnits", "mm") not in ("mm", "?"):
+        # ITK passes over it.
+        raise _refused(path, f"millimetres as DistanceUnits, found {_shown(fields['DistanceUnits'])}")
     if fields.get("HeaderSize", "0") != "0":
         raise _refused(path, "voxels right behind the header, found bytes to skip")
     sizes = fields.get("DimSize", "").split()

@@ -8,7 +8,7 @@ import numpy as np
 from sam2sgp.data.io.formats import data_files, suffix_of
 from sam2sgp.data.io.geometry import Geometry, Grid, check_one_volume, with_channels
 from sam2sgp.data.io.limits import check_memory
-from sam2sgp.data.io.nifti_file import lacks_voxel_sizes, open_nifti
+from sam2sgp.data.io.nifti_file import open_nifti, stored_voxel_sizes
 from sam2sgp.errors import DataError
 
 # Headers of pairs: their class, and where which magic stands.
@@ -57,7 +57,8 @@ def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Gri
     header = image.header
     scale = MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
     affine, *others = (_in_mm(affine, scale) for affine in (image.affine, *_other_affines(header)))
-    lacks_sizes = not is_pair and header["sform_code"] <= 0 and lacks_voxel_sizes(path)
+    sizes = header["pixdim"][1:4] if is_pair else stored_voxel_sizes(path)
+    lacks_sizes = header["sform_code"] <= 0 and not (np.isfinite(sizes) & (sizes != 0)).all()
     warnings = ["Its header gives voxels no size (pixdim is 0), so sizes count voxels."] if lacks_sizes else []
     if _sform_of_other_sizes(header) is not None:
         found = (", ".join(f"{size:.4g}" for size in sizes) for sizes in (header["pixdim"][1:4], _sizes(header)))
@@ -65,6 +66,14 @@ def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Gri
             "Its header contradicts itself on the size of a voxel (pixdim {}; sform {}): the sform counts, ITK and 3D "
             "Slicer go by pixdim; correct the header.".format(*found)
         )
+    header = header.copy()
+    if (sizes < 0).any():
+        warnings.append(
+            f"Its header gives voxels negative sizes (pixdim {', '.join(f'{size:.4g}' for size in sizes)}), by which "
+            "ITK and 3D Slicer mirror an image and others don't: their sign is left out; correct the header."
+        )
+        header["pixdim"][1:4] = sizes
+        others = [other * _signs(header) for other in (*others, affine)] + others
     return Grid(
         with_channels(array, spatial),
         spatial,
@@ -72,7 +81,7 @@ def read_nifti(path: Path, label: bool = False, limit: int | None = None) -> Gri
         is_rgb=is_rgb,
         has_spacing=not lacks_sizes,
         affines=tuple(others),
-        nifti=header.copy(),
+        nifti=header,
         warnings=warnings,
     )
 
@@ -141,12 +150,17 @@ def _sform_of_other_sizes(header: nib.Nifti1Header) -> np.ndarray | None:
 def itk_affine(geometry: Geometry) -> np.ndarray:
     """(4, 4) voxel -> world in mm, RAS+, as ITK and so 3D Slicer place an image's voxels.
 
-    ITK takes the sform only where its code is 1 (scanner) or there is no qform, and voxel sizes from pixdim.
+    ITK takes the sform only where its code is 1 (scanner) or there is no qform, and voxel sizes from pixdim, with sign.
     """
     if geometry.nifti is None or not geometry.affines:
         return geometry.affine
     is_sform_first = geometry.nifti["sform_code"] == 1 and geometry.nifti["qform_code"] > 0
-    return geometry.affine if is_sform_first else geometry.affines[0]
+    return geometry.affine * _signs(geometry.nifti) if is_sform_first else geometry.affines[0]
+
+
+def _signs(header: nib.Nifti1Header) -> np.ndarray:
+    """(4,) of the columns of an affine, as ITK takes them from pixdim."""
+    return np.array([*np.where(header["pixdim"][1:4] < 0, -1.0, 1.0), 1.0])
 
 
 def result_header(geometry: Geometry) -> nib.Nifti1Header:

@@ -53,12 +53,14 @@ def open_nifti(path: Path, label: bool = False, limit: int | None = None) -> nib
     return kind(ArrayProxy(content, header), header.get_best_affine(), header)
 
 
-def lacks_voxel_sizes(path: Path) -> bool:
-    """Whether a file that `open_nifti` opens gives a voxel no size along some axis: nibabel then takes 1."""
+def stored_voxel_sizes(path: Path) -> np.ndarray:
+    """Sizes (3,) of a voxel as a file that `open_nifti` opens states them in pixdim.
+
+    nibabel reads 1 where they are 0, and leaves out their sign.
+    """
     content = _head(path)
     kind = KINDS[next(size for size in KINDS if size in (int.from_bytes(content[:4], order) for order in ORDERS))][0]
-    sizes = kind(content[: kind.sizeof_hdr], check=False)["pixdim"][1:4]
-    return not (np.isfinite(sizes) & (sizes != 0)).all()
+    return kind(content[: kind.sizeof_hdr], check=False)["pixdim"][1:4]
 
 
 def nifti_header(path: Path, label: bool = False, limit: int | None = None) -> nib.Nifti1Header | nib.Nifti2Header:

@@ -36,6 +36,8 @@ FOURTH_CHANNEL = (
 UNSIGNED, SIGNED = 1, 2
 NO_PREDICTOR, PREDICTED = 1, (5, 8, 32946, 34925, 50000)
 WHITE_IS_ZERO, BLACK_IS_ZERO = 0, 1
+# Of PlanarConfiguration: each colour by itself. Of Compression: fax, in which white is zero by nature.
+SEPARATE, FAX = 2, (2, 3, 4)
 # Of ExtraSamples: neither of the two kinds of transparency.
 UNSPECIFIED = 0
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
@@ -88,11 +90,19 @@ def _check_tiff(path: Path, image: Image.Image, label: bool) -> None:
             + ("channels" if len(extra) > 1 else "channel")
             + "; store the channel to segment as a picture of its own."
         )
-    if label and image.tag_v2.get(262) == WHITE_IS_ZERO and image.mode != "1":
+    bits = image.tag_v2.get(258, (1,))
+    if image.tag_v2.get(284) == SEPARATE and len(image.getbands()) > 1 and max(bits) > 8:
+        # Pillow takes the bytes of one value for those of two pixels.
+        raise DataError(
+            f"{path}: expected colours of 16 bits pixel by pixel, found each colour by itself (PlanarConfiguration 2); "
+            "store the TIFF with interleaved colours, or with 8 bits."
+        )
+    is_fax = image.mode == "1" and image.tag_v2.get(259, 1) in FAX
+    if label and image.tag_v2.get(262) == WHITE_IS_ZERO and not is_fax:
         raise DataError(
             f"{path}: expected class values of which 0 is shown black, found a TIFF in which it is white (an inverting "
-            "lookup table, in ImageJ), of which programs take different pixels for the object; store it with black as "
-            "zero."
+            "lookup table, in ImageJ; tifffile stores masks of bool so), of which programs take different pixels for "
+            "the object; store it with 8 bits and black as zero."
         )
     compression = image.tag_v2.get(259, 1)
     if image.tag_v2.get(317, NO_PREDICTOR) != NO_PREDICTOR and compression not in PREDICTED:
