@@ -48,10 +48,15 @@ class AdaptationRecord:
         """Whether the result differs from the plain network's."""
         return any(choice.share for choice in self.choices.values())
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether time ran out before anything was told."""
+        return self.plan is not None and not self.choices
+
     def __str__(self) -> str:
         """A few sentences for people."""
         support = f"{self.cases} labelled images, {self.groups}."
-        if self.plan is not None and not self.choices:
+        if self.is_unfinished:
             return (
                 f"Not adapted: {support} Time ran out when {self.judged} of them were judged, before it was known "
                 "whether adapting helps. Give it more seconds."

@@ -34,6 +34,21 @@ def test_tasks_are_started_as_the_shipped_clients_ask_for_them(client, app):
     assert client.get("/train/?check_if_running=true").status_code == 404
 
 
+def test_of_all_trainings_one_waits_for_the_other(client, app, monkeypatch):
+    monkeypatch.setattr(app.tasks, "waiting", lambda method: len(app.tasks.started))
+    assert client.post("/train/", json={}).json().keys() == {"finetune", "adapt"}
+    assert client.post("/train/", json={}).status_code == 429
+    assert [request["model"] for _, request in app.tasks.started] == ["finetune", "adapt"]
+
+
+def test_a_roll_back_of_all_models_is_one_and_nothing_is_trained_after_it(client, app):
+    back, chosen = {"action": "roll_back"}, {"action": ["train", "roll_back"]}
+    for body in ({"finetune": back, "adapt": chosen}, {"adapt": back}, {"finetune": back, "adapt": back}):
+        assert client.post("/train/", json=body).status_code == 200
+    models = ("finetune", "adapt", "finetune")
+    assert app.tasks.started == [("train", {"model": model, **back}) for model in models]
+
+
 def test_each_training_takes_its_own_options(client, app):
     assert_refused(client.post("/train/adapt", json={"max_epochs": 2}))
     assert_refused(client.post("/train/adapt", json={"seconds": 1}))

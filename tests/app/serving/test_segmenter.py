@@ -21,6 +21,7 @@ from lib.stores.audit import content_hash
 from sam2sgp.data.io import read_label
 from sam2sgp.errors import DataError
 from sam2sgp.networks import save_weights
+from tests.helpers.nifti_files import save_nifti
 
 PICTURES = ["us_000_0", "us_001_0", "us_002_0", "us_003_0"]
 QUERY = "us_003_0"
@@ -69,6 +70,21 @@ def test_a_label_edited_in_place_changes_the_next_result(studio):
     assert old["image"] == new["image"] and old["item"] != new["item"]
     fresh = made.segmenter(state_dir=str(made.folder / "other")).segment(made.image(QUERY))
     assert torch.equal(after["pred"], fresh["pred"])
+
+
+def test_whether_a_volume_is_cut_like_the_support_set_is_told_of_the_set_as_it_is_now(studio):
+    made = studio([])
+    image = np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32)
+    label = np.zeros(image.shape, np.uint8)
+    label[2:6, 2:6, 2:6] = 1
+    affines = {"axial": np.diag([1.0, 1, 3, 1]), "sagittal": np.diag([3.0, 1, 1, 1])}
+    for name, affine in (*affines.items(), ("query", affines["sagittal"])):
+        save_nifti(made.studies / f"{name}.nii.gz", image, affine)
+    segmenter = made.segmenter(three_d_memory="false")
+    for approved, said in (("axial", ["It is cut into sagittal slices,"]), ("sagittal", [])):
+        save_nifti(made.studies / "labels" / "final" / f"{approved}.nii.gz", label, affines[approved])
+        warnings = segmenter.segment(made.studies / "query.nii.gz")["warnings"]
+        assert [sentence[:31] for sentence in warnings] == said
 
 
 def test_labels_of_other_tags_never_guide(studio):

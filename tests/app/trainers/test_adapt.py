@@ -15,7 +15,8 @@ from lib.serving.published_weights import Weights
 from lib.serving.segmenter import NoSupport
 from lib.trainers import adapt
 from lib.trainers.adapt import AdaptTask
-from sam2sgp.adaptation import plan
+from sam2sgp.adaptation import Adaptation, plan
+from sam2sgp.adaptation.groups import Groups
 from sam2sgp.adaptation.record import AdaptationRecord
 from sam2sgp.errors import WeightsError
 from tests.app.conftest import Studio
@@ -127,6 +128,10 @@ def test_it_counts_for_images_of_other_patients_until_it_is_rolled_back(made, we
     unadapted = segment(LABELLED[0])
     assert unadapted["adapted"] is False and unadapted["confidence"] == own["confidence"]
 
+    made.label(LABELLED[0]).unlink()
+    assert segment(LABELLED[0])["adapted"] is False, "a label that is taken back was learned from, too"
+    made.approve(LABELLED[0])
+
     made.approve(LATER)
     assert segment(QUERY)["adapted"] is True, "further labels of the same classes guide beside it"
 
@@ -162,6 +167,14 @@ def test_without_a_clear_gain_the_weights_stay_and_an_earlier_adaptation_is_take
     assert stats["state"] == "published" and "taken away" in stats["message"] and weights.active().name == "2"
     assert gain_of(weights.active()) == 0
     assert not (weights.active().path.parent / "adapted_to.json").exists()
+
+
+def test_without_the_time_to_judge_an_earlier_adaptation_stays(made, adapted, monkeypatch):
+    unfinished = AdaptationRecord(3, Groups(("a", "b", "c"), "patients"), [], plan.Plan(64, False), judged=1)
+    monkeypatch.setattr(adapt, "adapt", lambda *arguments, **options: Adaptation([], unfinished))
+    stats = a_task(made, adapted)(REQUEST, None)
+    assert stats["state"] == "kept" and "Give it more seconds. The weights '1' stay in use." in stats["message"]
+    assert adapted.active().name == "1"
 
 
 def test_two_patients_are_too_few_and_none_is_an_error(made, weights, task):

@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 
 from lib.checks import NotFound, RequestError
 from lib.http.routing import ADMIN, ANNOTATOR, Query, router
-from lib.serving.options import AdaptParams, AllTrainParams, BatchParams, ScoringParams, TrainParams
+from lib.serving.options import ROLL_BACK, AdaptParams, AllTrainParams, BatchParams, ScoringParams, TrainParams
 from lib.tasks.background import BackgroundTasks
 
 
@@ -86,9 +86,12 @@ def _add_training(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -
         query: Annotated[StartQuery, fastapi.Query()], params: AllTrainParams | None = None
     ) -> dict[str, Any]:
         options = params or AllTrainParams()
+        requests = {model: getattr(options, model).given() for model in app.info()["trainers"]}
+        # The weights are those of all models: they are rolled back once, and nothing is made of them at once.
+        back = [model for model, given in requests.items() if given.get("action") == ROLL_BACK][:1]
         started: dict[str, Any] = {}
-        for model in app.info()["trainers"]:
-            request = {"model": model, **getattr(options, model).given()}
+        for model in back or requests:
+            request = {"model": model, **requests[model]}
             # One after the other.
             started[model] = {"result": tasks.start("train", request, query.enqueue or bool(started)), "detail": None}
         return started

@@ -28,18 +28,19 @@ class AdaptedTo:
     """The support set that an adaptation was made for.
 
     classes: names by value, which JSON has as text. preprocessing: hash of the bank's. groups: of each support item, by
-    its content.
+    its content. cases: names of the labelled images.
     """
 
     classes: dict[str, str]
     preprocessing: str
     groups: dict[str, str]
+    cases: list[str]
 
     @classmethod
     def of(cls, bank: SupportBank, owners: list[str]) -> "AdaptedTo":
         """A bank, and the group of each of its items."""
         groups = {item.content: owner for item, owner in zip(bank.items, owners, strict=True)}
-        return cls(_classes(bank), bank.settings, groups)
+        return cls(_classes(bank), bank.settings, groups, sorted({item.case["name"] for item in bank.items}))
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,15 @@ class ServedAdaptation:
                 "training `adapt` again."
             )
         return None
+
+    def has_learned_from(self, name: str, patient: str | None) -> bool:
+        """Whether it learned from a label of an image, which may not be approved any more, or of its patient.
+
+        Args:
+            name: of the image as a case.
+            patient: whose own labels must not be used; None: there is none.
+        """
+        return patient in self.bank.patients or name in self.made_for.cases
 
     @property
     def owners(self) -> list[str]:

@@ -109,9 +109,10 @@ class LoadedNetwork:
                 self.inferers[key] = replace(self.segmenter.inferer, settings=settings, gate=None, signs=None)
         return self.inferers[key]
 
-    def adapts(self, patient: str | None) -> bool:
-        """Whether the result of an image is adapted; not that of a patient whose own labels were learned from."""
-        return self.adaptation is not None and not self.adaptation.obstacle and patient not in self.bank.patients
+    def adapts(self, case: PreparedCase) -> bool:
+        """Whether the result of an image is adapted; not where its own labels were learned from."""
+        found = self.adaptation
+        return found is not None and not found.obstacle and not found.has_learned_from(case["name"], case["patient"])
 
     def encode(self, step: Step | None = None) -> None:
         """Make all tokens that are not there yet, and what the inferer learns from them.
@@ -135,7 +136,7 @@ class LoadedNetwork:
         Raises:
             OutOfMemory: it is too large even for the CPU, slice by slice.
         """
-        adapted = self.adapts(case["patient"])
+        adapted = self.adapts(case)
         inferer = self.inferer(options, adapted)
         whole = inferer.settings.batch_size
         for device, batch_size in attempts(self.device, whole):

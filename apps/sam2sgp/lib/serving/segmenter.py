@@ -464,7 +464,7 @@ class ServerSegmenter:
             obstacle = serving.adaptation and serving.adaptation.obstacle
             warnings = [problem for problem in (self.problem, self.cases.problem, obstacle) if problem]
             refreshed = time.perf_counter()
-            key = _key(image, serving.bank.scaling())
+            key = _key(image, serving.bank)
             case = self.prepare(image, image_id or "image", key)
             prepared = time.perf_counter()
             output = self._result(key, case | {"patient": own, "group": None}, options, warnings, step)
@@ -553,10 +553,11 @@ class ServerSegmenter:
             output["pred"] = output["pred"].masked_fill(other, 0)
 
 
-def _key(image: str | Path, support: SupportScaling) -> Hashable | None:
-    """What tells a prepared image from others: content and the support set's scaling; None if that can't be told."""
+def _key(image: str | Path, bank: SupportBank) -> Hashable | None:
+    """What tells a prepared image from others: content, and the support set's scaling and planes, which it is compared
+    with; None if that can't be told."""
     stamp = image_stamp(image)
-    return stamp and (str(image), stamp, support)
+    return stamp and (str(image), stamp, bank.scaling(), frozenset(bank.sliced_along()))
 
 
 def _told(output: Mapping[str, Any], bank: SupportBank, names: Mapping[int, str]) -> dict[str, Any]:

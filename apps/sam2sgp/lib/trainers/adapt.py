@@ -73,7 +73,8 @@ class AdaptTask(Publishing):
         adaptation = adapt(self.segmenter.network, bank, seconds, progress=False, inferer=inferer)
         figures = figures_of(adaptation)
         files = self._written(adaptation, bank) if adaptation.correctors else {}
-        if files or is_adapted(start):
+        # Where time ran out, nothing is known against the one of before.
+        if files or (is_adapted(start) and not adaptation.record.is_unfinished):
             version = self._publish(start, {**figures, **details}, files)
             self.audit("publish", weights=version.name, replaced=start.name, **figures)
             verdict = f"The adapted weights {version.name!r} are in use."
