@@ -10,6 +10,7 @@ from filelock import FileLock
 from PIL import Image
 
 from lib.checks import Conflict, RequestError
+from lib.serving import loaded_network
 from lib.serving.adapted import gain_of
 from lib.serving.published_weights import Weights
 from lib.serving.segmenter import NoSupport
@@ -139,6 +140,18 @@ def test_it_counts_for_images_of_other_patients_until_it_is_rolled_back(made, we
     made.label(LATER).unlink()
     back = segment(QUERY)
     assert back["adapted"] is False and torch.equal(back["pred"], before["pred"])
+
+
+def test_on_another_device_for_want_of_memory_it_is_left_out_and_said_and_comes_back(made, adapted, monkeypatch):
+    segmenter = made.segmenter(adapted)
+    before = segmenter.segment(made.image(QUERY), image_id=QUERY)
+    with monkeypatch.context() as patch:
+        # The CPU by another name, as the second device.
+        patch.setattr(loaded_network, "attempts", lambda device, batch_size: [(torch.device("cpu:0"), 1)])
+        moved = segmenter.segment(made.image(LATER), image_id=LATER)
+    assert moved["adapted"] is False and "on the CPU, without the adaptation" in moved["warnings"][0]
+    after = segmenter.segment(made.image(LATER), image_id=LATER)
+    assert before["adapted"] is after["adapted"] is True and after["confidence"] != moved["confidence"]
 
 
 def test_labels_with_a_new_class_end_it_with_a_warning(made, adapted):
