@@ -1,5 +1,6 @@
 """The adaptation task: what it publishes, who gets it, and when it ends."""
 
+import errno
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from lib.checks import Conflict, RequestError
+from lib.checks import Conflict, RequestError, StorageError
 from lib.serving import loaded_network
 from lib.serving.adapted import gain_of
 from lib.serving.published_weights import Weights
@@ -188,6 +189,16 @@ def test_without_the_time_to_judge_an_earlier_adaptation_stays(made, adapted, mo
     stats = a_task(made, adapted)(REQUEST, None)
     assert stats["state"] == "kept" and "Give it more seconds. The weights '1' stay in use." in stats["message"]
     assert adapted.active().name == "1"
+
+
+def test_a_full_disk_ends_it_with_the_weights_as_they_were(weights, task, judged, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sam2sgp.adaptation.store.save_file", full)
+    with pytest.raises(StorageError, match="free some space .* The weights stay as they are"):
+        task(REQUEST, None)
+    assert task.stats()["state"] == "failed" and weights.active().name == "embedded"
 
 
 def test_two_patients_are_too_few_and_none_is_an_error(made, weights, task):
