@@ -20,7 +20,7 @@ from tests.e2e.server import Server
 WAIT = 60
 # Of a browser's requests; OHIF's own page also looks for a font elsewhere.
 DATA = ("xhr", "fetch")
-CONF = {"image_size": "64", "k": "8", "slices_per_class": "2"}
+CONF = {"image_size": "96", "k": "8", "slices_per_class": "2"}
 # What OHIF holds: values of its segments and their names, and the voxels of overlay and image, columns first.
 OVERLAY = """() => {
     const [segmentation] = services.segmentationService.getSegmentations();

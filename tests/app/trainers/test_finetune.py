@@ -172,6 +172,23 @@ def test_adapted_weights_give_way_only_to_a_gain_above_the_adaptations(
     assert weights.active().path.with_name(made_for.name).is_file() == (state == "kept")
 
 
+def test_a_training_that_broke_off_goes_on_although_an_adaptation_was_published_meanwhile(
+    tmp_path, phantoms, cases, monkeypatch
+):
+    task, weights, _ = a_task(tmp_path, cases, phantoms)
+    monkeypatch.setattr(task, "_run", lambda settings, half: weights.active().path)
+    left = [{"a": 0.5, "b": 0.5}] * 3
+    monkeypatch.setattr(task, "_dice", lambda path, settings: left.pop())
+    with pytest.raises(IndexError):
+        task(REQUEST, None)
+    made_for = tmp_path / "adapted_to.json"
+    made_for.write_text("{}")
+    weights.publish(weights.active().path, {"dice": 0.5, "dice_before": 0.5}, {made_for.name: made_for})
+    # Of both halves, before and after, only what is missing.
+    left.append({"a": 0.5, "b": 0.5})
+    assert task(REQUEST, None)["state"] == "kept"
+
+
 @pytest.mark.parametrize(
     "option",
     [

@@ -37,7 +37,7 @@ from lib.trainers.data import HALVES, digest, halve, sections, write_datalist
 from lib.trainers.publishing import KEPT, PUBLISHED, Publishing
 from lib.trainers.status import StatusHandler
 from sam2sgp.errors import WeightsError
-from sam2sgp.files import write_text
+from sam2sgp.files import sha256_of, write_text
 from sam2sgp.networks import load_weights, merge_lora, save_weights
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,8 @@ class FineTuning(Publishing):
             "split": [1.0, 0.0, 0.0],
             "keep_best": False,
         }
-        measured = self._prepare(digest(cases, half_of), [start.name, settings, options])
+        # By their content: an adaptation puts the same weights in use once more.
+        measured = self._prepare(digest(cases, half_of), [sha256_of(start.path), settings, options])
         resumed = any(self.work.glob(f"*/{LAST_FILE}"))
         self.audit("train", resumed=resumed, **details, **options)
         if resumed:
