@@ -1,6 +1,7 @@
 """An adaptation beside published weights: what it counts for as labels come and go."""
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,12 @@ def test_it_counts_as_long_as_classes_and_preprocessing_are_those_that_it_was_ma
         (a_bank({"a": "anna"}, settings="other"), "prepared by other settings"),
     ):
         assert why in served(bank).obstacle and "`adapt` again" in served(bank).obstacle
+
+
+def test_one_of_another_release_ends_no_start_and_is_not_used(tmp_path):
+    (tmp_path / ADAPTED_TO).write_text(json.dumps({**asdict(MADE_FOR), "method": MADE_FOR.method - 1}))
+    found = ServedAdaptation.of(Version("1", tmp_path / "model.pt"), None, BEFORE)
+    assert "another release" in found.obstacle and "`adapt` again" in found.obstacle
 
 
 def test_what_it_has_learned_from_is_remembered_when_a_label_is_taken_back():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib.serving.published_weights import Version
 from sam2sgp.adaptation import Adaptation, store
+from sam2sgp.adaptation.support_adaptation import VERSION
 from sam2sgp.errors import WeightsError
 from sam2sgp.files import write_text
 from sam2sgp.networks import SAM2SGP
@@ -28,26 +29,31 @@ class AdaptedTo:
     """The support set that an adaptation was made for.
 
     classes: names by value, which JSON has as text. preprocessing: hash of the bank's. groups: of each support item, by
-    its content. cases: names of the labelled images.
+    its content. cases: names of the labelled images. method: version of the adaptation that was made.
     """
 
     classes: dict[str, str]
     preprocessing: str
     groups: dict[str, str]
     cases: list[str]
+    method: int
 
     @classmethod
     def of(cls, bank: SupportBank, owners: list[str]) -> "AdaptedTo":
         """A bank, and the group of each of its items."""
         groups = {item.content: owner for item, owner in zip(bank.items, owners, strict=True)}
-        return cls(_classes(bank), bank.settings, groups, sorted({item.case["name"] for item in bank.items}))
+        cases = sorted({item.case["name"] for item in bank.items})
+        return cls(_classes(bank), bank.settings, groups, cases, VERSION)
 
 
 @dataclass(frozen=True)
 class ServedAdaptation:
-    """An adaptation for the bank as it is now; what `SupportSetInferer` takes."""
+    """An adaptation for the bank as it is now; what `SupportSetInferer` takes.
 
-    adaptation: Adaptation
+    adaptation: None where another release made it by another method; there is an `obstacle` then.
+    """
+
+    adaptation: Adaptation | None
     made_for: AdaptedTo
     bank: SupportBank
 
@@ -63,6 +69,8 @@ class ServedAdaptation:
         folder = version.path.parent
         try:
             made_for = AdaptedTo(**json.loads((folder / ADAPTED_TO).read_text(encoding="utf-8")))
+            if made_for.method != VERSION:
+                return cls(None, made_for, bank)
             found = store.load(folder, network, len(made_for.classes))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise _damaged(folder, str(error)) from error
@@ -74,6 +82,11 @@ class ServedAdaptation:
     @property
     def obstacle(self) -> str | None:
         """Why the bank can't be adapted any more, in a sentence; None: it is."""
+        if self.adaptation is None:
+            return (
+                "The adaptation is not used: another release of the app made it by another method. Run the training "
+                "`adapt` again."
+            )
         classes = _classes(self.bank)
         if classes.keys() != self.made_for.classes.keys():
             known, found = (", ".join(names.values()) or "none" for names in (self.made_for.classes, classes))
@@ -104,15 +117,20 @@ class ServedAdaptation:
 
     def average(self, logits: Tensor, images: Tensor, pixel: tuple[float, float], distance: Tensor) -> Tensor:
         """See `Adaptation.average`."""
-        return self.adaptation.average(logits, images, pixel, distance)
+        return self._usable.average(logits, images, pixel, distance)
 
     def refuse(self, patient: str | None, bank: SupportBank) -> None:
         """See `Adaptation.refuse`."""
-        self.adaptation.refuse(patient, bank)
+        self._usable.refuse(patient, bank)
 
     def content(self) -> list:
         """As JSON types what decides its results."""
-        return self.adaptation.content()
+        return self._usable.content()
+
+    @property
+    def _usable(self) -> Adaptation:
+        assert self.adaptation is not None, "with an obstacle it is not used"
+        return self.adaptation
 
 
 def is_adapted(version: Version) -> bool:
