@@ -198,7 +198,8 @@ class OutputNames:
         self, output_dir: str, sources: Sequence[str] = (), maps: Sequence[str] = (), dicom_seg: bool = False
     ) -> None:
         self.output_dir = Path(output_dir)
-        inside = (source for source in sources if os.path.realpath(Path(source).parent) == os.path.realpath(output_dir))
+        folder = os.path.realpath(output_dir)
+        inside = (source for source in sources if os.path.realpath(Path(source).parent) == folder)
         self.taken: dict[str, str] = {_folded(Path(source).name): source for source in inside}
         for source in sources:
             for ending in result_endings(source, maps, dicom_seg):
