@@ -230,6 +230,23 @@ def test_every_switch_of_the_method_is_a_key_of_the_config():
     assert network.prior is None and network.uses_box is False and network.uses_attention is True
 
 
+@pytest.mark.parametrize("overlay", [None, "pretrain.json"])
+def test_what_a_training_starts_from_is_the_value_of_a_key_in_whatever_order_keys_are_read(overlay, tmp_path):
+    save_weights(SAM2SGP("nano", 64), tmp_path / "start.pt")
+    parser = ConfigParser(config("train.json"))
+    parser.update(config(overlay) if overlay else {})
+    settings = {"device": torch.device("cpu"), "backbone": "nano", "image_size": 64}
+    parser.update({**settings, "weights": str(tmp_path / "start.pt")})
+    saved = torch.load(tmp_path / "start.pt")
+    averaged = parser.get_parsed_content("moving_average").module.state_dict()
+    assert all(torch.equal(averaged[key], value) for key, value in saved.items())
+    start = parser.get_parsed_content("start")
+    assert start is parser.get_parsed_content("network") is parser.get_parsed_content("network_def")
+    # Nor does any expression take a value only for having been made.
+    text = "".join(path.read_text() for path in CONFIGS.rglob("*.json"))
+    assert re.findall(r"\$@[\w:]+ and ", text) == []
+
+
 def test_optimizer_gets_the_trainable_parameters_only():
     parser = ConfigParser(config("train.json"))
     parser["device"] = torch.device("cpu")
