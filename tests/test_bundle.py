@@ -217,6 +217,17 @@ def test_backbone_overlay_names_its_backbone_and_a_possible_size(backbone):
     assert (overlay["lora"] is None) == (backbone in ("nano", "lite"))
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.json")), ids=lambda path: path.stem)
+def test_configs_are_written_in_one_style(path):
+    text = path.read_text()
+    assert text.endswith("}\n") and not re.search(r"[ \t]\n|\t", text)
+    assert all(len(line) - len(line.lstrip()) in range(0, 40, 4) for line in text.splitlines())
+    # Expressions stand one a line; plain values of a list stand together where they fit.
+    lists = re.findall(r"^( *)(.*)\[\n([^\[\]{}$]*)\n *\]", text, re.MULTILINE)
+    joined = [indent + before + "[" + " ".join(inner.split()) + "]," for indent, before, inner in lists]
+    assert [line for line in joined if len(line) <= 120] == []
+
+
 def test_every_switch_of_the_method_is_a_key_of_the_config():
     train = config("train.json")
     pma = ("pma::box", "pma::attention", "pma::dense")
