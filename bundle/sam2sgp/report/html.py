@@ -227,6 +227,7 @@ def _tiles(
                 "name": look.name,
                 "anchor": anchors.get(look.name),
                 "reasons": look.reasons,
+                "dice": f"Dice {look.dice:.2f}" if look.dice >= LOW_DICE else "",
                 "classes": look.classes,
                 "picture": _picture(pictures[-1], TILE_EDGE) if pictures else None,
             }
@@ -401,15 +402,15 @@ def _cell(key: str, row: Mapping, colours: Mapping[str, str]) -> _Cell:
 
 
 def _number(key: str, value: float) -> str:
-    """Three decimals for shares; else whole numbers as they are, and about three digits."""
+    """Three decimals for shares; else whole numbers as they are, and about three digits; thousands are set apart."""
     if math.isnan(value):
         return "–"
     if key in SHARES:
         return f"{value:.3f}"
     if isinstance(value, Integral):
-        return str(value)
+        return f"{value:,}"
     size = abs(value)
-    return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
+    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
 
 
 def _css(colour: tuple[int, int, int]) -> str:
