@@ -120,7 +120,7 @@ def test_the_guide_is_followed_word_for_word(tmp_path):
     done = machine.log.read_text()
     for line in ("systemctl enable --now sam2sgp", "apt-get install nginx apache2-utils logrotate", "nginx -t"):
         assert f"\n{line}\n" in done, line
-    assert re.search("curl --fail .+ http://127.0.0.1:8000/sam2sgp/health/ready\n", done)
+    assert re.search("curl --silent --fail .+ http://127.0.0.1:8000/sam2sgp/health/ready\n", done)
     assert f"\nchown -R root: {tmp_path}/srv/sam2sgp {tmp_path}/var/lib/sam2sgp\nuserdel sam2sgp\n" in done
     # A wheel is made before it is installed.
     assert re.search("pip install build\npython -m build\npip install -c constraints.txt dist/sam2sgp-", done)
