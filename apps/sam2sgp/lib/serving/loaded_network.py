@@ -111,7 +111,7 @@ class LoadedNetwork:
 
     def standing(self) -> Standing | None:
         """How the adaptation stands to the bank as it is now; None: there is none."""
-        return self.adaptation and self.adaptation.standing()
+        return None if self.adaptation is None else self.adaptation.standing()
 
     def adapts(self, case: PreparedCase) -> bool:
         """Whether the result of an image is adapted; not where its own labels were learned from."""
