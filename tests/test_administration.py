@@ -36,6 +36,7 @@ STAND_INS = {
     "systemctl": "",
     "apt-get": "",
     "nginx": "",
+    "tar": "",
     "curl": "",
     "openssl": "",
     "pip": "",
@@ -94,6 +95,8 @@ def test_the_guide_is_followed_word_for_word(tmp_path):
     machine.run("apt-get install nginx")
     machine.run("openssl")
     machine.run("htpasswd")
+    machine.run("ohif.conf")
+    assert (tmp_path / "srv/ohif/app-config.js").is_file() and (tmp_path / "etc/nginx/sam2sgp.d/ohif.conf").is_file()
     assert (tmp_path / "etc/nginx/sam2sgp.htpasswd").stat().st_mode & 0o777 == 0o640
 
     # What a server makes.
@@ -120,12 +123,12 @@ def test_the_guide_is_followed_word_for_word(tmp_path):
     done = machine.log.read_text()
     for line in ("systemctl enable --now sam2sgp", "apt-get install nginx apache2-utils logrotate", "nginx -t"):
         assert f"\n{line}\n" in done, line
-    assert re.search("curl --fail .+ http://127.0.0.1:8000/sam2sgp/health/ready\n", done)
+    assert re.search("curl --silent --fail .+ http://127.0.0.1:8000/sam2sgp/health/ready\n", done)
     assert f"\nchown -R root: {tmp_path}/srv/sam2sgp {tmp_path}/var/lib/sam2sgp\nuserdel sam2sgp\n" in done
     # A wheel is made before it is installed.
     assert re.search("pip install build\npython -m build\npip install -c constraints.txt dist/sam2sgp-", done)
     # Every block of the page was run.
-    assert len(BLOCKS) == 11 and machine.done == [0] * 7
+    assert len(BLOCKS) == 12 and machine.done == [0] * 7
 
 
 def test_the_unit_and_the_settings_agree_with_the_guide():
@@ -150,6 +153,7 @@ def test_nginx_reads_its_passwords_as_the_user_whom_the_guide_gives_them_to():
     configuration = (ROOT / "apps/sam2sgp/deploy/nginx.conf").read_text()
     assert re.findall(r"^user (\S+);$", configuration, re.MULTILINE) == [group]
     assert "auth_basic_user_file /etc/nginx/sam2sgp.htpasswd;" in configuration
+    assert "include /etc/nginx/sam2sgp.d/*.conf;" in configuration and "/etc/nginx/sam2sgp.d/ohif.conf" in PAGE
 
 
 def test_the_roles_of_the_guide_are_settings_that_the_file_takes(tmp_path):

@@ -35,6 +35,8 @@ def wheel(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "build", "--no-isolation", "--skip-dependency-check", "--outdir", str(folder)]
     done = subprocess.run([*command, str(folder / "clone")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    # setuptools' warnings are a page each, which would frighten whoever follows the guide.
+    assert "!!" not in done.stdout + done.stderr, done.stdout + done.stderr
     return next(folder.glob("*.whl"))
 
 

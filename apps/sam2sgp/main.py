@@ -148,6 +148,7 @@ class Sam2SgpApp(MONAILabelApp):
                 self.settings.overrides,
                 self.settings.overlays,
                 self.audit.write,
+                self.segmenter.gain_of_adaptation,
             ),
             ADAPTATION: AdaptTask(self.settings.state_dir, self.weights, self.segmenter, self.audit.write),
         }

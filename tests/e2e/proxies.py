@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.e2e.programs import free_port, listens, program, running
 
-EXAMPLE = Path(__file__).parents[2] / "apps" / "sam2sgp" / "deploy" / "nginx.conf"
+DEPLOY = Path(__file__).parents[2] / "apps" / "sam2sgp" / "deploy"
 USER, PASSWORD = "reader", "correct horse"
 # Address and name of one that needs no password.
 WORKSTATION = "127.0.0.2", "slicer-7"
@@ -18,21 +18,22 @@ WORKSTATION = "127.0.0.2", "slicer-7"
 
 @dataclass
 class Proxy:
-    """An nginx with the example configuration: its HTTPS and HTTP ports, and its certificate."""
+    """An nginx with the example configuration: its HTTPS and HTTP ports, its certificate, and OHIF's name."""
 
     port: int
     plain_port: int
     certificate: Path
+    ohif: str = "ohif.localhost"
 
     @property
     def url(self) -> str:
         return f"https://localhost:{self.port}"
 
 
-def configuration(folder: Path, upstream: int, upload_limit: str) -> tuple[str, Proxy]:
-    """The example with this machine's ports and paths in place of its own."""
+def configuration(folder: Path, upstream: int, upload_limit: str) -> tuple[str, str, Proxy]:
+    """The examples, of nginx and of OHIF beside it, with this machine's ports and paths in place of their own."""
     proxy = Proxy(free_port(), free_port(), folder / "proxy.crt")
-    text = EXAMPLE.read_text()
+    text, ohif = ((DEPLOY / name).read_text() for name in ("nginx.conf", "ohif.conf"))
     replacements = {
         "listen 80;": f"listen 127.0.0.1:{proxy.plain_port};",
         "listen 443 ssl": f"listen 127.0.0.1:{proxy.port} ssl",
@@ -41,6 +42,7 @@ def configuration(folder: Path, upstream: int, upload_limit: str) -> tuple[str, 
         "/etc/nginx/sam2sgp.crt": str(proxy.certificate),
         "/etc/nginx/sam2sgp.key": str(folder / "proxy.key"),
         "/etc/nginx/sam2sgp.htpasswd": str(folder / "passwords"),
+        "/etc/nginx/sam2sgp.d": str(folder / "sites"),
         "pid /run/nginx.pid;": f"pid {folder}/nginx.pid; daemon off;",
         "/var/log/nginx/error.log": f"{folder}/error.log",
         "/var/log/nginx/access.log;": f"{folder}/access.log;",
@@ -58,15 +60,29 @@ def configuration(folder: Path, upstream: int, upload_limit: str) -> tuple[str, 
     # Folders that the distribution's build writes to as root.
     for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
         text = text.replace("http {", f"http {{\n    {kind}_temp_path {folder}/{kind};", 1)
-    return text, proxy
+    for old in (
+        "listen 443 ssl",
+        "127.0.0.1:8000;",
+        *(f"/etc/nginx/sam2sgp.{kind}" for kind in ("crt", "key", "htpasswd")),
+    ):
+        assert old in ohif, f"the example of OHIF has no {old!r} any more"
+        ohif = ohif.replace(old, replacements[old])
+    ohif = ohif.replace("server_name ohif.example.org;", f"server_name {proxy.ohif};").replace(
+        "root /srv/ohif;", f"root {folder / 'ohif'};"
+    )
+    return text, ohif, proxy
 
 
 @contextmanager
-def nginx(folder: Path, upstream: int, upload_limit: str = "1g") -> Iterator[Proxy]:
-    """nginx in front of a port of this machine."""
+def nginx(folder: Path, upstream: int, upload_limit: str = "1g", ohif: Path | None = None) -> Iterator[Proxy]:
+    """nginx in front of a port of this machine, and beside it an OHIF whose files are in a folder."""
     binary, openssl = program("nginx", "nginx-light"), program("openssl", "openssl")
-    text, proxy = configuration(folder, upstream, upload_limit)
+    text, site, proxy = configuration(folder, upstream, upload_limit)
     (folder / "nginx.conf").write_text(text)
+    if ohif:
+        (folder / "sites").mkdir()
+        (folder / "sites" / "ohif.conf").write_text(site)
+        (folder / "ohif").symlink_to(ohif)
     made = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
     made += ["-addext", "subjectAltName=DNS:localhost", "-keyout", folder / "proxy.key", "-out", proxy.certificate]
     subprocess.run(made, check=True, capture_output=True)

@@ -241,6 +241,28 @@ def test_long_lists_are_turned_over_page_by_page_with_the_keys_alone(server, ope
             (studies / f"{name}.png").unlink()
 
 
+def test_an_adaptation_is_started_by_its_button_and_what_is_in_its_way_is_said(opened):
+    asked = []
+
+    def busy(route):
+        asked.append(route.request.post_data)
+        route.fulfill(status=429, json={"detail": "train: expected none that runs, found one; wait."})
+
+    opened.route("**/train/adapt", busy)
+    button = opened.get_by_role("button", name="Adapt for a minute")
+    button.click()
+    expect(opened.locator("#message.error")).to_have_text("train: expected none that runs, found one; wait.")
+    expect(button).to_be_focused()
+    opened.unroute("**/train/adapt")
+    opened.route("**/train/adapt", lambda route: route.fulfill(json={"id": "1", "status": "SUBMITTED"}))
+    button.click()
+    expect(opened.locator("#message")).to_contain_text("It has begun, and takes a minute.")
+    expect(button).to_be_disabled()
+    assert asked == ["{}"]
+    # The browser notes the refusal, too.
+    assert all("429" in problem for problem in opened.problems)
+
+
 def test_every_button_is_reached_by_the_tab_key_and_shows_where_it_is(opened):
     reached, order = [], opened.locator("a[href], button:visible").count()
     for _ in range(order):

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import ssl
 import threading
 import time
@@ -14,8 +15,9 @@ from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import requests
 
-from tests.e2e.proxies import PASSWORD, USER, WORKSTATION, nginx
+from tests.e2e.proxies import DEPLOY, PASSWORD, USER, WORKSTATION, nginx
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -29,7 +31,7 @@ class Echo(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer)
 
-    do_PUT = do_GET
+    do_PUT = do_POST = do_GET
 
     def log_message(self, *arguments) -> None:
         pass
@@ -62,6 +64,55 @@ def send(proxy, path="/info/", password=PASSWORD, data=None, headers=None):
     except urllib.error.HTTPError as error:
         with error:
             return error.code, None
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """With another OHIF beside the app, whose page is a few words."""
+    folder = tmp_path_factory.mktemp("ohif")
+    (folder / "index.html").write_text("a newer OHIF")
+    (folder / "app-config.js").write_bytes((DEPLOY / "ohif-config.js").read_bytes())
+    server = Upstream(("127.0.0.1", 0), Echo)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with nginx(tmp_path_factory.mktemp("nginx"), server.server_port, ohif=folder) as found:
+        yield found
+    server.shutdown()
+    server.server_close()
+
+
+def ask(proxy, path, method="GET", password=PASSWORD, headers=None):
+    """An answer of the site that has OHIF's name."""
+    return requests.request(
+        method,
+        proxy.url + path,
+        auth=(USER, password),
+        headers={"Host": f"{proxy.ohif}:{proxy.port}", **(headers or {})},
+        verify=str(proxy.certificate),
+        timeout=20,
+    )
+
+
+def test_a_newer_ohif_beside_the_app_only_reads_the_archive_and_is_known_by_its_user(beside):
+    for path in ("/", "/viewer?StudyInstanceUIDs=1.2", "/info/", "/datastore/label"):
+        page = ask(beside, path)
+        assert page.text == "a newer OHIF" and "default-src 'none'" in page.headers["content-security-policy"]
+    assert ask(beside, "/", password="wrong").status_code == 401
+    assert ask(beside, "/proxy/dicom/qido/studies", password="wrong").status_code == 401
+    told = ask(beside, "/proxy/dicom/qido/studies", headers={"X-Remote-User": "somebody else"}).json()["headers"]
+    assert told["x-remote-user"] == USER and told["host"] == f"{beside.ohif}:{beside.port}"
+    assert "authorization" not in told
+    for method in ("POST", "PUT", "DELETE"):
+        assert ask(beside, "/proxy/dicom/wado/studies", method).status_code == 403
+        assert ask(beside, "/train/adapt", method).status_code == 405
+    # The app is where it was.
+    assert send(beside)[0] == 200
+
+
+def test_a_newer_ohif_asks_the_app_for_all_that_it_reads(beside):
+    text = ask(beside, "/app-config.js").text
+    roots = re.findall(r'(?:Root): "([^"]+)"', text)
+    assert len(roots) == 3 and all(root.startswith("/proxy/dicom/") for root in roots)
+    assert "http" not in text and "dicomUploadEnabled: false" in text
 
 
 def test_nobody_gets_in_without_the_password(proxy):

@@ -98,6 +98,7 @@ def test_predictions_are_compared_once_with_what_was_approved_in_their_place(mad
     told = progress.told()
     assert [point["dice"] for point in told["shown"]] == pytest.approx([1.0, 2 * 20 / 60, 2 * 30 / 62])
     assert told["labels"] == 6 and told["unchanged"] == {"all": 1, "of": 3, "latest": 1, "of_latest": 3}
+    assert told["adaptation"] is None
     assert told["verdict"] == "few" and told["enough"].startswith("Too few labels to say: 3 of at least 10")
 
     # Nothing is measured again: not by what comes later, nor by the next server.

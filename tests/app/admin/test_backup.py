@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tarfile
 import threading
 from pathlib import Path
@@ -92,6 +93,14 @@ def test_labels_are_saved_while_nobody_decides_about_their_image(site):
     finally:
         ending.set()
         thread.join()
+
+
+def test_as_many_files_are_told_to_be_saved_as_to_be_restored(site, other, capsys):
+    file = site.save()
+    restore(other.words(file), APP)
+    told = capsys.readouterr().out
+    numbers = re.findall(rf"^{re.escape(str(file))}: (\d+) files", told, re.MULTILINE)
+    assert len(numbers) == 2 and numbers[0] == numbers[1], told
 
 
 def test_a_line_of_the_audit_log_without_its_end_is_left_out(site, other):

@@ -150,6 +150,7 @@ class Site:
         state = SimpleNamespace(
             class_names={1: "liver"},
             segmentable={},
+            adaptation=None,
             items=[],
             images={},
             cases=set(),
@@ -396,12 +397,23 @@ def test_tokens_that_can_not_be_read_let_nobody_in_and_leave_the_others_alone(si
 def test_the_pages_say_what_their_user_may_not_do(site):
     made = site()
     told_to = {user: made.client(user).get("/sam2sgp/review/queue").json()["not_offered"] for user in USERS}
-    assert set(told_to["rea"]) == {"segment", "draft", "bring_back", "batch", "approve", "reject", "remove", "restore"}
-    assert set(told_to["ann"]) == {"batch", "approve", "reject", "remove", "restore"}
+    assert set(told_to["rea"]) == {
+        "segment",
+        "draft",
+        "bring_back",
+        "batch",
+        "adapt",
+        "approve",
+        "reject",
+        "remove",
+        "restore",
+    }
+    assert set(told_to["ann"]) == {"batch", "adapt", "approve", "reject", "remove", "restore"}
     assert "needs the role approver; yours is annotator" in told_to["ann"]["approve"]
-    assert set(told_to["ben"]) == {"batch"} and told_to["ada"] == {}
-    assert made.client("rea").get("/sam2sgp/").text.count("disabled title=") == 4
-    assert "disabled" not in made.client("ben").get("/sam2sgp/").text
+    assert set(told_to["ben"]) == {"batch", "adapt"} and told_to["ada"] == {}
+    assert made.client("rea").get("/sam2sgp/").text.count("disabled title=") == 5
+    assert made.client("ben").get("/sam2sgp/").text.count("disabled title=") == 1
+    assert "disabled" not in made.client("ada").get("/sam2sgp/").text
 
 
 # The second pair of eyes

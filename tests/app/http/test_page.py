@@ -3,6 +3,8 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 from fastapi import FastAPI
@@ -11,6 +13,8 @@ from starlette.testclient import TestClient
 from lib.http import page
 from lib.http.guard import install, serve_only
 from lib.http.page import SupportPage
+from lib.serving.adapted import Standing
+from lib.serving.segmenter import SupportState
 from tests.helpers.parts import Given, assert_refused
 
 
@@ -36,6 +40,22 @@ def test_decisions_on_the_support_page_are_declared_too(app, tmp_path):
     assert_refused(client.get("/sam2sgp/picture?image=a&path=/etc/passwd"))
     answer = client.get("/sam2sgp/assets/%1b%5b2J%e2%80%ae")
     assert answer.status_code == 404 and answer.json()["detail"].isprintable()
+
+
+def test_the_page_says_what_became_of_the_labels_of_the_adaptation(app, tmp_path):
+    standing = None
+    empty = SupportState((), {}, {}, frozenset(), {}, (), "1")
+    segmenter = SimpleNamespace(keep_up=lambda: True, state=lambda: replace(empty, adaptation=standing))
+    server = FastAPI()
+    install(server, Given(tmp_path))
+    usage = SimpleNamespace(counts=dict)
+    serve_only(server, [SupportPage(app.datastore(), segmenter, usage, list, dict).router()])
+    client = TestClient(server, base_url="http://server:8000")
+    assert 'id="adaptation"' not in client.get("/sam2sgp/").text
+    standing = Standing(3, (), 0, None)
+    assert '<p id="adaptation">Adapted to 3 labels.</p>' in client.get("/sam2sgp/").text
+    standing = Standing(3, ("a",), 0, None)
+    assert f'<p id="adaptation" class="error">{standing.outdated}</p>' in client.get("/sam2sgp/").text
 
 
 def test_few_images_are_held_at_once_for_pictures_and_approvals(app, tmp_path, monkeypatch):

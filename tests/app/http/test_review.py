@@ -424,7 +424,13 @@ def test_the_support_page_removes_and_restores_only_what_it_showed(datastore, cl
     """A button sends the state of the label that was there when the page was made."""
     item = SimpleNamespace(id="us", content="1", info=SimpleNamespace(holds=[1]), source="us.png")
     state = SimpleNamespace(
-        class_names={1: "liver"}, segmentable={}, images={"us.png": "us"}, items=[item], errors=(), cases={"us"}
+        class_names={1: "liver"},
+        segmentable={},
+        adaptation=None,
+        images={"us.png": "us"},
+        items=[item],
+        errors=(),
+        cases={"us"},
     )
     segmenter = SimpleNamespace(keep_up=lambda: True, state=lambda: state)
     page = SupportPage(datastore, segmenter, SimpleNamespace(counts=dict), sorted, dict)

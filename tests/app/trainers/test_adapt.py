@@ -12,7 +12,7 @@ from PIL import Image
 
 from lib.checks import Conflict, RequestError, StorageError
 from lib.serving import loaded_network
-from lib.serving.adapted import gain_of
+from lib.serving.options import AdaptParams
 from lib.serving.published_weights import Weights
 from lib.serving.segmenter import NoSupport
 from lib.trainers import adapt
@@ -107,7 +107,7 @@ def test_a_clear_gain_is_published_in_the_place_of_the_weights_that_it_corrects(
     assert events == ["train", "publish"]
     start = made.settings().start_weights
     assert (folder / "1" / "model.pt").read_bytes() == start.read_bytes()
-    assert gain_of(Weights(folder, start).active()) == pytest.approx(0.1)
+    assert made.segmenter().gain_of_adaptation(Weights(folder, start).active()) == pytest.approx(0.1)
 
 
 def test_it_counts_for_images_of_other_patients_until_it_is_rolled_back(made, weights, published):
@@ -141,6 +141,45 @@ def test_it_counts_for_images_of_other_patients_until_it_is_rolled_back(made, we
     made.label(LATER).unlink()
     back = segment(QUERY)
     assert back["adapted"] is False and torch.equal(back["pred"], before["pred"])
+
+
+def test_a_label_that_it_learned_from_and_that_changed_since_is_told_until_it_is_made_again(
+    made, adapted, judged, monkeypatch
+):
+    segmenter = made.segmenter(adapted)
+    segmenter.refresh()
+    assert segmenter.status()["adaptation"]["text"] == "Adapted to 3 labels."
+    label = np.array(Image.open(made.label(LABELLED[0])))
+    Image.fromarray(np.roll(label, 3, axis=0)).save(made.label(LABELLED[0]))
+    made.label(LABELLED[1]).unlink()
+    made.approve(LATER)
+    result = segmenter.segment(made.image(QUERY), image_id="upload")
+    told = segmenter.status()["adaptation"]
+    assert (told["changed"], told["later"], told["used"]) == ([LABELLED[0], LABELLED[1]], 1, True)
+    assert result["adapted"] and result["warnings"] == [told["text"]]
+    assert f"2 were corrected or removed since ({LABELLED[0]}, {LABELLED[1]})" in told["text"]
+    assert "`adapt` again" in told["text"]
+    # Where it doesn't count, it decides nothing.
+    assert segmenter.segment(made.image(LABELLED[0]), image_id=LABELLED[0])["warnings"] == []
+
+    made.approve(LABELLED[1])
+    assert AdaptTask(made.folder / "state", adapted, segmenter)(REQUEST, None)["state"] == "published"
+    segmenter.refresh()
+    segmenter.wait()
+    assert segmenter.status()["weights"] == "2"
+    assert segmenter.status()["adaptation"]["text"] == "Adapted to 4 labels."
+
+
+def test_without_one_there_is_nothing_to_tell(made):
+    segmenter = made.segmenter()
+    segmenter.refresh()
+    assert segmenter.status()["adaptation"] is None
+
+
+def test_one_that_is_not_used_has_no_gain_that_a_fine_tuning_must_beat(made, adapted, monkeypatch):
+    monkeypatch.setattr("lib.serving.loaded_network.load_weights", lambda *_: pytest.fail("a network is loaded"))
+    assert made.segmenter(adapted).gain_of_adaptation(adapted.active()) == pytest.approx(0.1)
+    assert made.segmenter(adapted, percentiles="[5, 95]").gain_of_adaptation(adapted.active()) == 0
 
 
 def test_on_another_device_for_want_of_memory_it_is_left_out_and_said_and_comes_back(made, adapted, monkeypatch):
@@ -179,7 +218,6 @@ def test_without_a_clear_gain_the_weights_stay_and_an_earlier_adaptation_is_take
     shutil.copytree(published[0], weights.folder)
     stats = a_task(made, weights)(REQUEST, None)
     assert stats["state"] == "published" and "taken away" in stats["message"] and weights.active().name == "2"
-    assert gain_of(weights.active()) == 0
     assert not (weights.active().path.parent / "adapted_to.json").exists()
 
 
@@ -233,6 +271,11 @@ def test_options_that_cannot_work_are_refused(task, weights, option):
     with pytest.raises(RequestError, match=next(iter(option))):
         task({**REQUEST, **option}, None)
     assert weights.active().name == "embedded"
+
+
+@pytest.mark.parametrize("nothing", ["", None, [], [""]])
+def test_an_empty_field_stands_for_the_default(task, nothing):
+    assert AdaptParams.of_request({**REQUEST, "seconds": nothing}).seconds == 60
 
 
 def test_it_waits_for_no_other_training(task):

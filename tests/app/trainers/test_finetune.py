@@ -153,16 +153,21 @@ def test_each_half_trains_on_its_own_patients_alone_and_is_judged_on_the_others(
 
 
 @pytest.mark.parametrize(
-    "gain, state, told",
-    [(0.05, "kept", "than with the adaptation, which gains 0.1000"), (0.2, "published", "They are not adapted")],
+    "in_use, gain, state, told",
+    [
+        (True, 0.05, "kept", "than with the adaptation, which gains 0.1000"),
+        (True, 0.2, "published", "They are not adapted"),
+        (False, 0.05, "published", "are in use."),
+    ],
 )
-def test_adapted_weights_give_way_only_to_a_gain_above_the_adaptations(
-    tmp_path, phantoms, cases, monkeypatch, gain, state, told
+def test_adapted_weights_give_way_only_to_a_gain_above_that_of_an_adaptation_in_use(
+    tmp_path, phantoms, cases, monkeypatch, in_use, gain, state, told
 ):
     task, weights, _ = a_task(tmp_path, cases, phantoms)
     made_for = tmp_path / "adapted_to.json"
     made_for.write_text("{}")
     weights.publish(weights.active().path, {"dice": 0.6, "dice_before": 0.5}, {made_for.name: made_for})
+    task.gain_of_adaptation = lambda version: 0.1 if in_use and version.name == "1" else 0.0
     monkeypatch.setattr(task, "_run", lambda settings, half: weights.active().path)
     measured = [{"a": 0.5, "b": 0.5}, {"a": 0.51 + gain, "b": 0.49 + gain}]
     dice = iter([*measured, *({f"other {name}": value for name, value in part.items()} for part in measured)])

@@ -58,6 +58,53 @@ def test_a_failure_is_told_in_one_sentence_and_the_weights_stay(tmp_path, weight
     assert stats["weights"]["version"] == "embedded" and training.events == []
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (DataError("a.png: expected a label, found none."), DataError),
+        (OSError(errno.ENOSPC, "no place"), StorageError),
+        (OSError(errno.EIO, "a broken disk"), StorageError),
+    ],
+)
+def test_what_fails_after_new_weights_came_into_use_says_so(tmp_path, weights, error, raised):
+    def work():
+        weights.publish(tmp_path / "start.pt", {})
+        raise error
+
+    training = Training(tmp_path, weights, work)
+    with pytest.raises(raised) as caught:
+        training({}, None)
+    stats = training.stats()
+    assert stats["state"] == "failed" and stats["weights"]["version"] == "1"
+    assert stats["message"].endswith("The weights '1' are in use already, in the place of 'embedded'.")
+    for text in (stats["message"], str(caught.value)):
+        assert "stay as they are" not in text
+
+
+def test_a_roll_back_that_can_not_be_noted_says_which_weights_are_in_use(tmp_path, weights, monkeypatch):
+    weights.publish(tmp_path / "start.pt", {})
+    training = Training(tmp_path, weights)
+    monkeypatch.setattr(training, "audit", lambda *about, **facts: failing(OSError(errno.ENOSPC, "no place"))())
+    with pytest.raises(StorageError, match="The weights 'embedded' are in use already, in the place of '1'"):
+        training({"action": "roll_back"}, None)
+
+
+def test_one_that_was_stopped_after_new_weights_came_into_use_says_so(tmp_path, weights, monkeypatch):
+    def work():
+        training.status.update(start_weights="embedded")
+        told.append(Training(tmp_path, weights).stats())
+        weights.publish(tmp_path / "start.pt", {})
+        told.append(Training(tmp_path, weights).stats())
+
+    told = []
+    training = Training(tmp_path, weights, work)
+    monkeypatch.setattr("lib.trainers.status.is_running", lambda mark: False)
+    training({}, None)
+    assert [stats["state"] for stats in told] == ["stopped", "stopped"]
+    assert told[0]["message"] == "The training was stopped; the weights are as before."
+    assert told[1]["message"] == "The training was stopped, but its weights '1' are in use already."
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
 def test_a_disk_that_takes_nothing_more_is_told_as_that(tmp_path, weights, number):
     def work():

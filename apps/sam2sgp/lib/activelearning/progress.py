@@ -287,6 +287,7 @@ class Progress:
         dice = [line["dice"] for line in sorted(compared, key=lambda line: (line["approved"], line["time"]))]
         work = self.trail.work()
         verdict = verdict_of(dice)
+        adaptation = self.segmenter.state().adaptation
         return {
             "labels": len(finals),
             "shown": _curve(dice),
@@ -298,6 +299,7 @@ class Progress:
             "hours": work.hours,
             "verdict": verdict.kind,
             "enough": verdict.text,
+            "adaptation": adaptation and adaptation.told(),
         }
 
     # Lines of the log

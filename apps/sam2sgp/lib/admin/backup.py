@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lib.admin.backup_file import STATE, STUDIES, BackupWriter, writing
+from lib.admin.backup_file import MANIFEST, STATE, STUDIES, BackupWriter, writing
 from lib.admin.command_line import check_state, parser_of, settings_of
 from lib.checks import NotFound, suffix_of
 from lib.layout import FILE as LAYOUT_FILE
@@ -69,8 +69,8 @@ def backup(words: Sequence[str], app_dir: Path) -> None:
         _add_weights(writer, settings)
         for log in (settings.progress_file, settings.audit_file):
             _add_log(writer, log)
-    size = sum(size for size, _ in writer.files.values())
-    print(f"{output}: {len(writer.files)} files, {size / 1e6:.1f} MB")
+    sizes = [size for name, (size, _) in writer.files.items() if name != MANIFEST]
+    print(f"{output}: {len(sizes)} files, {sum(sizes) / 1e6:.2f} MB")
 
 
 def _check(settings: Settings, output: Path) -> None:

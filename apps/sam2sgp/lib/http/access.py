@@ -113,6 +113,7 @@ OF_TAGS = {FINAL: APPROVER, REMOVED: APPROVER}
 OFFERED = {
     "segment": ANNOTATOR,
     "batch": NEEDED["POST /batch/infer/{model}"],
+    "adapt": NEEDED["POST /train/adapt"],
     "draft": NEEDED["POST /sam2sgp/review/correct"],
     "bring_back": NEEDED["POST /sam2sgp/review/bring_back"],
     **{name: NEEDED[f"POST /sam2sgp/{name}"] for name in ("approve", "reject", "remove", "restore")},

@@ -209,6 +209,7 @@ class SupportPage:
             unlabelled=_paged("next", _part(unlabelled, next), len(unlabelled), next),
             archive=self.datastore.state() if isinstance(self.datastore, DicomWebDatastore) else None,
             training=stats,
+            adaptation=state.adaptation and state.adaptation.told(),
             curves=_curves(stats.get("history", [])),
             curve_size=CURVE,
             final=FINAL,

@@ -17,7 +17,7 @@ from pydantic import AfterValidator
 from lib.checks import NotFound, RequestError
 from lib.http.routing import ADMIN, ANNOTATOR, Query, router
 from lib.serving.options import ROLL_BACK, AdaptParams, AllTrainParams, BatchParams, ScoringParams, TrainParams
-from lib.tasks.background import BackgroundTasks
+from lib.tasks.background import BackgroundTasks, Busy
 
 
 def _in_background(run_sync: bool) -> bool:
@@ -92,8 +92,15 @@ def _add_training(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -
         started: dict[str, Any] = {}
         for model in back or requests:
             request = {"model": model, **requests[model]}
-            # One after the other.
-            started[model] = {"result": tasks.start("train", request, query.enqueue or bool(started)), "detail": None}
+            try:
+                # One after the other.
+                result, detail = tasks.start("train", request, query.enqueue or bool(started)), None
+            except Busy as error:
+                # What was started or waits by now is told in any case.
+                if not started:
+                    raise
+                result, detail = None, str(error)
+            started[model] = {"result": result, "detail": detail}
         return started
 
 

@@ -9,6 +9,7 @@ It counts as long as the support set has the classes that it was made for: corre
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ from sam2sgp.support import SupportBank
 
 ADAPTED_TO = "adapted_to.json"
 FILES = (ADAPTED_TO, store.RECORD, store.CORRECTORS)
+AGAIN = "Run the training `adapt` again."
+NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,93 @@ class AdaptedTo:
         cases = sorted({item.case["name"] for item in bank.items})
         return cls(_classes(bank), bank.settings, groups, cases, VERSION)
 
+    @classmethod
+    def read(cls, version: Version) -> "AdaptedTo":
+        """That of the adaptation published with weights.
+
+        Raises:
+            WeightsError: it can't be read.
+        """
+        folder = version.path.parent
+        try:
+            return cls(**json.loads((folder / ADAPTED_TO).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise _damaged(folder, str(error)) from error
+
+    def obstacle(self, bank: SupportBank) -> str | None:
+        """Why an adaptation that was made for this can't be used with a bank, in a sentence; None: it can."""
+        if self.method != VERSION:
+            return f"The adaptation is not used: another release of the app made it by another method. {AGAIN}"
+        classes = _classes(bank)
+        if classes.keys() != self.classes.keys():
+            known, found = (", ".join(names.values()) or "none" for names in (self.classes, classes))
+            return (
+                f"The adaptation is not used: it was made for the classes {known}, and the approved labels have "
+                f"{found}. {AGAIN}"
+            )
+        if bank.settings != self.preprocessing:
+            return f"The adaptation is not used: it was made for images that are prepared by other settings. {AGAIN}"
+        return None
+
+    def changed(self, bank: SupportBank) -> tuple[str, ...]:
+        """Names of the labelled images that are not any more, with image and label, what was learned from.
+
+        One that a bank with a limit of items has no room for counts as unchanged.
+        """
+        contents: dict[str, set[str]] = {}
+        for item in bank.items:
+            contents.setdefault(item.case["name"], set()).add(item.content)
+        known = {case["name"] for case in bank.data}
+
+        def is_same(name: str) -> bool:
+            if name in contents:
+                return not contents[name].isdisjoint(self.groups)
+            return name in known and bank.catalogue.max_items is not None
+
+        return tuple(name for name in self.cases if not is_same(name))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How an adaptation stands to the approved labels as they are now.
+
+    labels: how many it learned from. changed: names of those that were corrected or removed since. later: how many came
+    since. obstacle: why it is not used, None: it is.
+    """
+
+    labels: int
+    changed: tuple[str, ...]
+    later: int
+    obstacle: str | None
+
+    @property
+    def outdated(self) -> str | None:
+        """That it goes on deciding by labels that are not what they were, in a sentence; None: it doesn't."""
+        if not self.changed:
+            return None
+        more = len(self.changed) - NAMED
+        names = ", ".join(self.changed[:NAMED]) + (f" and {more} more" if more > 0 else "")
+        return (
+            f"Of the {_labels(self.labels)} that the adaptation learned from, {len(self.changed)} "
+            f"{'was' if len(self.changed) == 1 else 'were'} corrected or removed since ({names}), and it goes on "
+            f"deciding by what they were. {AGAIN}"
+        )
+
+    def told(self) -> dict[str, Any]:
+        """For people and programs, as JSON types; `text` says all of it."""
+        later = f" {_labels(self.later)} came later, from which it has not learned." if self.later else ""
+        return {
+            "labels": self.labels,
+            "changed": list(self.changed),
+            "later": self.later,
+            "used": self.obstacle is None,
+            "text": self.obstacle or self.outdated or f"Adapted to {_labels(self.labels)}.{later}",
+        }
+
+
+def _labels(number: int) -> str:
+    return f"{number} label" if number == 1 else f"{number} labels"
+
 
 @dataclass(frozen=True)
 class ServedAdaptation:
@@ -66,11 +156,10 @@ class ServedAdaptation:
         """
         if not is_adapted(version):
             return None
-        folder = version.path.parent
+        folder, made_for = version.path.parent, AdaptedTo.read(version)
+        if made_for.method != VERSION:
+            return cls(None, made_for, bank)
         try:
-            made_for = AdaptedTo(**json.loads((folder / ADAPTED_TO).read_text(encoding="utf-8")))
-            if made_for.method != VERSION:
-                return cls(None, made_for, bank)
             found = store.load(folder, network, len(made_for.classes))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise _damaged(folder, str(error)) from error
@@ -82,24 +171,13 @@ class ServedAdaptation:
     @property
     def obstacle(self) -> str | None:
         """Why the bank can't be adapted any more, in a sentence; None: it is."""
-        if self.adaptation is None:
-            return (
-                "The adaptation is not used: another release of the app made it by another method. Run the training "
-                "`adapt` again."
-            )
-        classes = _classes(self.bank)
-        if classes.keys() != self.made_for.classes.keys():
-            known, found = (", ".join(names.values()) or "none" for names in (self.made_for.classes, classes))
-            return (
-                f"The adaptation is not used: it was made for the classes {known}, and the approved labels have "
-                f"{found}. Run the training `adapt` again."
-            )
-        if self.bank.settings != self.made_for.preprocessing:
-            return (
-                "The adaptation is not used: it was made for images that are prepared by other settings. Run the "
-                "training `adapt` again."
-            )
-        return None
+        return self.made_for.obstacle(self.bank)
+
+    def standing(self) -> Standing:
+        """How it stands to the bank as it is now."""
+        learned = set(self.made_for.cases)
+        later = {item.case["name"] for item in self.bank.items} - learned
+        return Standing(len(learned), self.made_for.changed(self.bank), len(later), self.obstacle)
 
     def has_learned_from(self, name: str, patient: str | None) -> bool:
         """Whether it learned from a label of an image, which may not be approved any more, or of its patient.
@@ -138,9 +216,15 @@ def is_adapted(version: Version) -> bool:
     return version.path.with_name(ADAPTED_TO).is_file()
 
 
-def gain_of(version: Version) -> float:
-    """What the adaptation published with weights gains in mean Dice; 0 where there is none."""
-    return version.metrics["dice"] - version.metrics["dice_before"] if is_adapted(version) else 0.0
+def gain_of(version: Version, bank: SupportBank) -> float:
+    """What the adaptation published with weights gains in mean Dice; 0 where none is used with a bank.
+
+    Raises:
+        WeightsError: what it was made for can't be read.
+    """
+    if not is_adapted(version) or AdaptedTo.read(version).obstacle(bank):
+        return 0.0
+    return version.metrics["dice"] - version.metrics["dice_before"]
 
 
 def write_adaptation(folder: Path, adaptation: Adaptation, bank: SupportBank) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from cachetools import LRUCache
 from monai.bundle import ConfigParser
 
 from lib.checks import RequestError
-from lib.serving.adapted import ServedAdaptation
+from lib.serving.adapted import ServedAdaptation, Standing
 from lib.serving.options import Options
 from lib.serving.published_weights import Version
 from lib.settings import Settings
@@ -108,6 +108,10 @@ class LoadedNetwork:
                 settings = ConfigParser({**self.parser.config, **chosen}).get_parsed_content("inferer::settings")
                 self.inferers[key] = replace(self.segmenter.inferer, settings=settings, gate=None, signs=None)
         return self.inferers[key]
+
+    def standing(self) -> Standing | None:
+        """How the adaptation stands to the bank as it is now; None: there is none."""
+        return None if self.adaptation is None else self.adaptation.standing()
 
     def adapts(self, case: PreparedCase) -> bool:
         """Whether the result of an image is adapted; not where its own labels were learned from."""

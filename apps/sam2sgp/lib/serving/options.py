@@ -10,7 +10,7 @@ numbers and flags may be text, and "" stands for no choice.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from monailabel.utils.others.generic import device_list
@@ -35,6 +35,7 @@ MAX_K = 64
 MOST_EPOCHS = 10_000
 MOST_EPISODES = 1_000_000
 MOST_SECONDS = 3600
+ADAPT_SECONDS = 60.0
 MOST_IMAGES = 100_000
 MOST_NOTES = 64
 LONGEST_TEXT = 1024
@@ -92,6 +93,16 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _unless_empty(parse: Callable[[Any], Any], default: Any) -> Callable[[Any], Any]:
+    """`parse`, whose None is the default."""
+
+    def parsed(value: Any) -> Any:
+        found = parse(value)
+        return default if found is None else found
+
+    return parsed
 
 
 def _flag(value: Any) -> Any:
@@ -244,7 +255,7 @@ class BatchParams(InferParams):
     """Which images of the datastore: a kind of them, or their ids. "unlabeled" are those without an approved label,
     "unannotated" those that have no label at all, or only a prediction of weights that aren't in use any more."""
 
-    max_batch_size: Annotated[int, Field(ge=0, le=MOST_IMAGES), BeforeValidator(_whole)] = 0
+    max_batch_size: Annotated[int, Field(ge=0, le=MOST_IMAGES), BeforeValidator(_unless_empty(_whole, 0))] = 0
     """At most so many images; 0 for all."""
 
 
@@ -274,7 +285,9 @@ class TrainParams(AnyTrainParams):
 class AdaptParams(AnyTrainParams):
     """The body of an adaptation: see `AdaptTask`."""
 
-    seconds: Annotated[float, Field(ge=10, le=MOST_SECONDS), BeforeValidator(_number)] = 60.0
+    seconds: Annotated[float, Field(ge=10, le=MOST_SECONDS), BeforeValidator(_unless_empty(_number, ADAPT_SECONDS))] = (
+        ADAPT_SECONDS
+    )
     """How long it may take."""
 
 

@@ -21,12 +21,13 @@ from monailabel.interfaces.tasks.train import TrainTask
 from lib.checks import Conflict, StorageError
 from lib.serving.options import ROLL_BACK, AnyTrainParams
 from lib.serving.published_weights import Weights
-from lib.trainers.status import Status
+from lib.trainers.status import STOPPED, Status
 from sam2sgp.errors import Sam2SgpError, cause_of
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED, KEPT, FAILED, ROLLED_BACK = "published", "kept", "failed", "rolled_back"
+STAY = "The weights stay as they are."
 
 
 class Publishing(TrainTask):
@@ -71,6 +72,8 @@ class Publishing(TrainTask):
         stats = self.status.read()
         try:
             active = self.weights.active()
+            if stats.get("state") == STOPPED and stats.get("start_weights", active.name) != active.name:
+                stats["message"] = f"The training was stopped, but its weights {active.name!r} are in use already."
             stats["weights"] = {
                 "version": active.name,
                 "published": active.published,
@@ -88,20 +91,33 @@ class Publishing(TrainTask):
             Sam2SgpError: an option that can't work, too few labels, a training that runs already; the stats say so too.
         """
         action = self.params.of_request(request).action
+        before = self._in_use()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock", timeout=0):
                 if action == ROLL_BACK:
                     self._roll_back()
                 else:
-                    self._train(request)
+                    self._train(request, before)
         except Timeout:
             raise Conflict(
                 "A training is running already: wait until it has ended, or stop it (DELETE /train), then try again."
             ) from None
         except OSError as error:
-            raise no_storage(error.strerror or str(error)) from error
+            raise no_storage(error.strerror or str(error), self._since(before)) from error
         return self.stats()
+
+    def _in_use(self) -> str | None:
+        """Name of the weights in use; None where that can't be told."""
+        try:
+            return self.weights.active().name
+        except Sam2SgpError:
+            return None
+
+    def _since(self, before: str | None) -> str:
+        """What is true of the weights when something failed, in a sentence."""
+        now = self._in_use()
+        return STAY if now == before else f"The weights {now!r} are in use already, in the place of {before!r}."
 
     def _roll_back(self) -> None:
         before = self.weights.active().name
@@ -110,18 +126,21 @@ class Publishing(TrainTask):
         self.status.start("Rolling back.")
         self.status.finish(ROLLED_BACK, f"The weights {version.name!r} are in use again, in the place of {before!r}.")
 
-    def _train(self, request: Mapping[str, Any]) -> None:
+    def _train(self, request: Mapping[str, Any], before: str | None) -> None:
         history = self.status.read().get("history", [])
         self.status.start("Reading the approved labels.")
         try:
             self._make_weights(request, history)
         except Exception as error:
-            cause = cause_of(error)
+            cause, since = cause_of(error), self._since(before)
             if reason := _storage_problem(error):
-                cause = no_storage(reason)
+                cause = no_storage(reason, since)
                 _close_files(error)
+            said = str(cause).split("\n")[0] or type(cause).__name__
+            if since != STAY and since not in said:
+                said += f" {since}"
             try:
-                self.status.finish(FAILED, str(cause).split("\n")[0] or type(cause).__name__)
+                self.status.finish(FAILED, said)
             except OSError:
                 # To other processes it reads as stopped when this one has ended, which is true as well.
                 logger.exception("The outcome of the training can't be written: %s", cause)
@@ -149,9 +168,9 @@ def _close_files(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def no_storage(reason: str) -> StorageError:
-    """The error of a training that can't write, for a reason."""
+def no_storage(reason: str, weights: str = STAY) -> StorageError:
+    """The error of a training that can't write, for a reason; with a sentence on the weights in use."""
     return StorageError(
         f"training: expected to write to the state folder, found {reason}; free some space or correct the permissions, "
-        "then train again. The weights stay as they are."
+        f"then train again. {weights}"
     )

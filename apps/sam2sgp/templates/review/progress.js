@@ -20,6 +20,7 @@ const LEAST_HOURS = 1 / 12;
  * @property {number} hours
  * @property {string} verdict
  * @property {string} enough
+ * @property {{text: string} | null} adaptation
  */
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -85,7 +86,7 @@ export class Progress {
   }
 
   /** @param {Told} told @returns {[string, string][]} */
-  facts({ labels, unchanged, per_hour: pace, per_hour_latest: latest, hours }) {
+  facts({ labels, unchanged, per_hour: pace, per_hour_latest: latest, hours, adaptation }) {
     const share = (count, of) => (of ? `${Math.round((100 * count) / of)} % (${count} of ${of})` : "none yet");
     const recent = unchanged.of > unchanged.of_latest ? `; of the last ${unchanged.of_latest}: ${share(unchanged.latest, unchanged.of_latest)}` : "";
     const isKnown = pace !== null && hours >= LEAST_HOURS;
@@ -95,6 +96,7 @@ export class Progress {
       ["Approved labels", `${labels}`],
       ["Predictions approved unchanged", share(unchanged.all, unchanged.of) + recent],
       ["Labels per hour", fast + now],
+      ...(adaptation ? [["Adaptation", adaptation.text]] : []),
     ];
   }
 
