@@ -15,7 +15,7 @@ from datetime import date
 import torch
 
 from sam2sgp.engines import SGPLoss
-from sam2sgp.inferers.episode import autocast
+from sam2sgp.inferers.precision import autocast
 from sam2sgp.networks import SAM2SGP
 
 K = 4

@@ -305,7 +305,7 @@ def ours(network: SAM2SGP, case: Case, folder: str, clock: Callable) -> tuple[Ca
         ended = clock()
         seconds = {"load": started - begun, "query": ended - started, "restore": ended - segmented, **watch.take()}
         started = clock()
-        inferer.second_pass(found, full, network)
+        inferer.at_own_pixels(found, full, network)
         return {**seconds, SECOND: clock() - started}
 
     watch.counts = True

@@ -217,6 +217,17 @@ def test_backbone_overlay_names_its_backbone_and_a_possible_size(backbone):
     assert (overlay["lora"] is None) == (backbone in ("nano", "lite"))
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.json")), ids=lambda path: path.stem)
+def test_configs_are_written_in_one_style(path):
+    text = path.read_text()
+    assert text.endswith("}\n") and not re.search(r"[ \t]\n|\t", text)
+    assert all(len(line) - len(line.lstrip()) in range(0, 40, 4) for line in text.splitlines())
+    # Expressions stand one a line; plain values of a list stand together where they fit.
+    lists = re.findall(r"^( *)(.*)\[\n([^\[\]{}$]*)\n *\]", text, re.MULTILINE)
+    joined = [indent + before + "[" + " ".join(inner.split()) + "]," for indent, before, inner in lists]
+    assert [line for line in joined if len(line) <= 120] == []
+
+
 def test_every_switch_of_the_method_is_a_key_of_the_config():
     train = config("train.json")
     pma = ("pma::box", "pma::attention", "pma::dense")
@@ -228,6 +239,23 @@ def test_every_switch_of_the_method_is_a_key_of_the_config():
     parser["pmg::prior"] = False
     network = parser.get_parsed_content("network_def")
     assert network.prior is None and network.uses_box is False and network.uses_attention is True
+
+
+@pytest.mark.parametrize("overlay", [None, "pretrain.json"])
+def test_what_a_training_starts_from_is_the_value_of_a_key_in_whatever_order_keys_are_read(overlay, tmp_path):
+    save_weights(SAM2SGP("nano", 64), tmp_path / "start.pt")
+    parser = ConfigParser(config("train.json"))
+    parser.update(config(overlay) if overlay else {})
+    settings = {"device": torch.device("cpu"), "backbone": "nano", "image_size": 64}
+    parser.update({**settings, "weights": str(tmp_path / "start.pt")})
+    saved = torch.load(tmp_path / "start.pt")
+    averaged = parser.get_parsed_content("moving_average").module.state_dict()
+    assert all(torch.equal(averaged[key], value) for key, value in saved.items())
+    start = parser.get_parsed_content("start")
+    assert start is parser.get_parsed_content("network") is parser.get_parsed_content("network_def")
+    # Nor does any expression take a value only for having been made.
+    text = "".join(path.read_text() for path in CONFIGS.rglob("*.json"))
+    assert re.findall(r"\$@[\w:]+ and ", text) == []
 
 
 def test_optimizer_gets_the_trainable_parameters_only():

@@ -189,3 +189,17 @@ def test_files_and_names_of_the_page_on_architecture_exist():
     symbols = [name for name in names if re.fullmatch(r"[A-Za-z]\w*(\.[a-z]\w*)?", name) and name not in files]
     assert len(symbols) > 20
     assert [name for name in symbols if not re.search(rf"\b{name.rpartition('.')[2]}\b", code)] == []
+
+
+def test_the_walks_name_what_is_in_the_file_that_they_stop_at_and_have_ten_stops_at_most():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    bases = [ROOT / "bundle" / "sam2sgp", ROOT / "apps" / "sam2sgp"]
+    walks = re.findall(r"^## Walk.*?(?=^## )", page, re.MULTILINE | re.DOTALL)
+    stops = [len(re.findall(r"^\d+\. ", walk, re.MULTILINE)) for walk in walks]
+    assert len(stops) == 2 and max(stops) <= 10
+    named = re.findall(r"`([\w/]+\.py)`, `(\w+(?:\.\w+)*)`(?: and `(\w+)`)?", "".join(walks))
+    found = [(file, name.rpartition(".")[2]) for file, *names in named for name in names if name and ".py" not in name]
+    assert len(found) > 20
+    text = {file: next(base / file for base in bases if (base / file).is_file()).read_text() for file, _ in found}
+    defined = r"\b(?:def|class) {0}\b|^ *{0}\b *[:=]"
+    assert [entry for entry in found if not re.search(defined.format(entry[1]), text[entry[0]], re.MULTILINE)] == []

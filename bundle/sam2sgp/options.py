@@ -385,10 +385,10 @@ def _calling_parser() -> ConfigParser:
 
 def _value(config: Mapping, name: str) -> object:
     value: object = config
-    for part in name.split("::"):
-        if not isinstance(value, Mapping) or part not in value:
+    for key in name.split("::"):
+        if not isinstance(value, Mapping) or key not in value:
             return _MISSING
-        value = value[part]
+        value = value[key]
     return value
 
 

@@ -36,7 +36,7 @@ from sam2sgp.transforms.cases import Case
 logger = logging.getLogger(__name__)
 
 SETTINGS, LISTED = "settings.json", "support.json"
-PARTS = ("image", "label")
+KEYS = ("image", "label")
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +144,10 @@ class Segmenter:
         number = len(self._cases) + 1
         own = name or f"support_{number}"
         case = {"name": own, "patient": patient or own, "group": "support"}
-        for part, given in zip(PARTS, (image, label), strict=True):
+        for key, given in zip(KEYS, (image, label), strict=True):
             sizes = spacing if _is_array(given) else None
-            file = as_file(given, self._folder, f"{part}_{number}", sizes, part == "label")
-            case[part] = str(file.path)
+            file = as_file(given, self._folder, f"{key}_{number}", sizes, key == "label")
+            case[key] = str(file.path)
         # Read once, so that a mistake is told where it is made.
         with _in_one_sentence():
             self._config.get_parsed_content("load_pair")(dict(case))
@@ -234,8 +234,8 @@ class Segmenter:
             root = Path(temporary, "segmenter")
             listed = []
             for number, case in enumerate(self._cases):
-                paths = {part: _copied(Path(case[part]), root / f"{part}s" / str(number)) for part in PARTS}
-                listed.append({**case, **{part: path.relative_to(root).as_posix() for part, path in paths.items()}})
+                paths = {key: _copied(Path(case[key]), root / f"{key}s" / str(number)) for key in KEYS}
+                listed.append({**case, **{key: path.relative_to(root).as_posix() for key, path in paths.items()}})
             root.mkdir(exist_ok=True)
             (root / LISTED).write_text(json.dumps(listed, indent=1))
             (root / SETTINGS).write_text(json.dumps({"names": self.names, **self.settings}, indent=1))
@@ -255,7 +255,7 @@ class Segmenter:
         except (OSError, ValueError) as error:
             raise DataError(f"{folder}: expected what `Segmenter.save` writes, found that {error}.") from error
         made = cls(**settings)
-        made._cases = [{**case, **{part: str(folder / case[part]) for part in PARTS}} for case in cases]
+        made._cases = [{**case, **{key: str(folder / case[key]) for key in KEYS}} for case in cases]
         return made
 
     def _read_config(self, settings: Mapping[str, Any]) -> monai.bundle.ConfigParser:

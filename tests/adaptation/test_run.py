@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sam2sgp.adaptation import adapt
 from sam2sgp.adaptation.plan import Plan
-from sam2sgp.adaptation.run import Run
+from sam2sgp.adaptation.run import AdaptationRun
 from sam2sgp.adaptation.training import Training
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from tests.helpers.banks import bank, phantom, volume
@@ -84,7 +84,7 @@ def test_short_of_time_few_slices_of_many_volumes_are_judged(network, monkeypatc
 
 def test_of_a_volume_that_is_too_long_both_ends_are_judged_in_turn(network):
     support = bank([volume(number, 12) for number in range(3)])
-    run = Run(network, support, SupportSetInferer(support), None, 1, 0, 0.0, False)
+    run = AdaptationRun(network, support, SupportSetInferer(support), None, 1, 0, 0.0, False)
     ends = []
     for at_top in (False, True):
         case = replace(run._cases()[0], slices=4, at_top=at_top)

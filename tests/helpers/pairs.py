@@ -72,7 +72,7 @@ def segment(support: SupportBank, net: SAM2SGP, image: Tensor | None = None) -> 
     image = query() if image is None else image
     inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=3), region_below=1.0))
     logits = inferer(image, net)
-    return inferer.second_pass(logits, image, net)
+    return inferer.at_own_pixels(logits, image, net)
 
 
 class Counter:

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from sam2sgp.errors import ConfigError
-from sam2sgp.inferers.episode import EpisodeInferer, autocast
+from sam2sgp.inferers.episode import EpisodeInferer
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -18,10 +17,3 @@ def test_the_network_computes_in_it_and_the_loss_in_single_precision(precision, 
     found = EpisodeInferer(precision)(torch.ones(3, 4), network, scale=2)["logits"]
     assert seen == [dtype] and found.dtype == torch.float32
     torch.testing.assert_close(found, 2 * layer(torch.ones(3, 4)), atol=0.05, rtol=0.02)
-
-
-def test_what_a_device_can_not_do_is_refused():
-    with pytest.raises(ConfigError, match="precision is 'int8': expected one of fp32, bf16, fp16"):
-        autocast("cpu", "int8")
-    with pytest.raises(ConfigError, match="needs a GPU"):
-        autocast("cpu", "fp16")

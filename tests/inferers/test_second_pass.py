@@ -202,15 +202,15 @@ def test_many_small_parts_are_seen_in_tiles_and_few_or_large_ones_are_not(parts,
     assert sum(encoded) == crops
 
 
-def test_of_many_classes_the_views_that_show_most_of_each_come_first(monkeypatch):
+def test_of_many_classes_the_crops_that_show_most_of_each_come_first(monkeypatch):
     monkeypatch.setattr(second_pass, "MOST_CROPS", 4)
     masks = torch.zeros(3, FULL, FULL, dtype=torch.bool)
     masks[0, 40:60, 40:60], masks[1, :90, :90], masks[1, 200:210, 200:210] = True, True, True
     tiles = Region.tiles((FULL, FULL), SIZE, 0.38)
-    jobs = [second_pass._Job(0, 1, tile, masks) for tile in tiles]
-    jobs += [second_pass._Job(0, 0, Region.around(masks[0], SIZE), masks)]
-    jobs += [second_pass._Job(0, 2, tile, masks) for tile in tiles]
-    chosen = second_pass._most_useful(jobs, masks)
-    assert [(job.class_index, job.region) for job in chosen[:2]] == [(1, tiles[0]), (0, jobs[9].region)]
+    crops = [second_pass._Crop(0, 1, tile, masks) for tile in tiles]
+    crops += [second_pass._Crop(0, 0, Region.around(masks[0], SIZE), masks)]
+    crops += [second_pass._Crop(0, 2, tile, masks) for tile in tiles]
+    chosen = second_pass._most_useful(crops, masks)
+    assert [(crop.class_index, crop.region) for crop in chosen[:2]] == [(1, tiles[0]), (0, crops[9].region)]
     # The next ones of the second class, and none of the one that isn't there.
-    assert len(chosen) == 4 and {job.class_index for job in chosen[2:]} == {1}
+    assert len(chosen) == 4 and {crop.class_index for crop in chosen[2:]} == {1}

@@ -46,7 +46,7 @@ def test_a_variant_has_its_settings_in_all_passes_and_shares_what_was_learned():
     bank = SupportBank([], lambda case: case, progress=False, allow_empty=True)
     inferer = SupportSetInferer(bank, InferenceSettings(batch_size=8), query_cache=QueryCache(1))
     smaller = replace(inferer, settings=replace(inferer.settings, batch_size=2), query_cache=None)
-    assert (smaller.small_objects.settings.batch_size, inferer.small_objects.settings.batch_size) == (2, 8)
-    assert smaller.small_objects.query_cache is None and inferer.small_objects.query_cache is not None
+    assert (smaller.second_pass.settings.batch_size, inferer.second_pass.settings.batch_size) == (2, 8)
+    assert smaller.second_pass.query_cache is None and inferer.second_pass.query_cache is not None
     assert smaller.gate is inferer.gate and smaller.bank is bank
     assert replace(inferer, gate=None).gate is not inferer.gate

@@ -105,11 +105,11 @@ def test_regions_of_a_few_items_are_encoded_where_there_are_many_classes(network
     monkeypatch.setattr(encodings, "LEAST_CROPPED", 2)
     features = network.encode(QUERY.expand(-1, 3, -1, -1))
     assert support.region_support(network, features, SupportSampler(k=8), 0).tokens.shape[2] == 6
-    chosen = support.encodings._pools["regions.1"].owner.unique().tolist()
+    chosen = support.encodings._pools[encodings.Cut("regions", 1)].owner.unique().tolist()
     # A case that comes changes the choice only by itself.
     support.reconcile([*support.data, case(12, [1])])
     support.region_support(network, features, SupportSampler(k=8), 0)
-    assert len(set(chosen) & set(support.encodings._pools["regions.1"].owner.unique().tolist())) >= 5
+    assert len(set(chosen) & set(support.encodings._pools[encodings.Cut("regions", 1)].owner.unique().tolist())) >= 5
 
 
 @pytest.mark.parametrize("volume", [False, True])

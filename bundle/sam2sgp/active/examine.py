@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sam2sgp.inferers import SupportSetInferer
-from sam2sgp.inferers.episode import autocast
+from sam2sgp.inferers.precision import autocast
 from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportSampler

@@ -49,7 +49,8 @@ MAX_CASES, MAX_JUDGED, MAX_SLICES, MAX_PAIRS = 64, 32, 32, 256
 WANTED_GROUPS, FIRST_SLICES, MIN_SLICES = 6, 8, 4
 # Of the logits of the cases judged: with many classes these are few.
 MAX_BYTES = 512 << 20
-CHUNK = 4
+# Of one corrector, before whoever trains it looks which one is last.
+STEPS_AT_A_TIME = 4
 POLL_SECONDS = 0.5
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
@@ -77,7 +78,7 @@ class _Judged:
     logits: Tensor
 
 
-class Run:
+class AdaptationRun:
     """See `sam2sgp.adaptation.adapt` for the arguments; `started` is the time from which `seconds` count."""
 
     def __init__(
@@ -306,7 +307,7 @@ class Run:
 
         def work() -> None:
             while (training := take()) is not None:
-                for _ in range(min(CHUNK, limit - training.steps)):
+                for _ in range(min(STEPS_AT_A_TIME, limit - training.steps)):
                     if self.stop.is_set() or (deadline is not None and time.monotonic() > deadline):
                         return
                     training.step()

@@ -28,7 +28,7 @@ from sam2sgp.adaptation import store
 from sam2sgp.adaptation.corrector import Corrector
 from sam2sgp.adaptation.judging import mix
 from sam2sgp.adaptation.record import AdaptationRecord
-from sam2sgp.adaptation.run import Run
+from sam2sgp.adaptation.run import AdaptationRun
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.networks import SAM2SGP
@@ -144,7 +144,7 @@ def adapt(
             record, correctors = found
             logger.info("%s From %s.", record, directory)
             return Adaptation(correctors, record)
-    record, correctors = Run(network, bank, inferer, seconds, max_steps, seed, started, progress)()
+    record, correctors = AdaptationRun(network, bank, inferer, seconds, max_steps, seed, started, progress)()
     record.elapsed = round(time.monotonic() - started, 1)
     record.settings = settings
     if directory is not None:

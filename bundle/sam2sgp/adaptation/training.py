@@ -13,7 +13,7 @@ from torch import nn
 
 from sam2sgp.adaptation.corrector import LIMIT, Corrector
 from sam2sgp.adaptation.pairs import Pairs
-from sam2sgp.inferers.episode import autocast
+from sam2sgp.inferers.precision import autocast
 
 BATCH = 4
 LEARNING_RATE = 4e-3

@@ -55,7 +55,7 @@ def _write_png(path: Path, array: np.ndarray) -> None:
 
 
 def _write_patient(
-    root: Path, part: str, look: str, index: int, seed: int, size: Sequence[int], num_slices: int
+    root: Path, suffix: str, look: str, index: int, seed: int, size: Sequence[int], num_slices: int
 ) -> list[tuple[dict, int]]:
     """Write a patient's images and labels; return their data-list entries and how many classes each image shows."""
     # What SeedSequence(seed).spawn(...)[look].spawn(...)[index] gives, whatever the number of patients and looks.
@@ -70,12 +70,12 @@ def _write_patient(
         files = {f"{patient_id}_{number}.png": draw_picture(look, patient, rng, size) for number in pictures}
     entries = []
     for name, arrays in files.items():
-        for folder, array in zip((f"images{part}", f"labels{part}"), arrays, strict=True):
+        for folder, array in zip((f"images{suffix}", f"labels{suffix}"), arrays, strict=True):
             if look in VOLUME_LOOKS:
                 _write_nifti(root / folder / name, array, affine)
             else:
                 _write_png(root / folder / name, array)
-        entry = {"image": f"images{part}/{name}", "label": f"labels{part}/{name}", "patient": patient_id}
+        entry = {"image": f"images{suffix}/{name}", "label": f"labels{suffix}/{name}", "patient": patient_id}
         entries.append((entry | {"group": look, "modality": LOOKS[look]}, np.count_nonzero(np.unique(arrays[1]))))
     return entries
 

@@ -60,15 +60,15 @@ def load_collection(
     options: dict[str, Any] = {"patient_pattern": patient_pattern, "split": split, "seed": seed}
     sections: dict[str, list[dict]] = defaultdict(list)
     for name, path in folders.items():
-        parts = {"train": "all"}
+        split_into = {"train": "all"}
         if name in held_out:
-            parts = {"held_out": "all"}
+            split_into = {"held_out": "all"}
         elif len(load_datalist(path, **options)) >= FEWEST_TO_SPLIT:
-            parts = {part: part for part in ("train", "val", "test")}
-        for part, of_folder in parts.items():
+            split_into = {own: own for own in ("train", "val", "test")}
+        for own, of_folder in split_into.items():
             for case in load_datalist(path, of_folder, **options):
                 group = name if case["group"] == name else f"{name}/{case['group']}"
-                sections[part].append({**case, "group": group})
+                sections[own].append({**case, "group": group})
     order = ("held_out", "test", "val", "train")
     family = {name: tuple(names) for names in related for name in names}
 
@@ -77,10 +77,10 @@ def load_collection(
         return family.get(name, name), case["patient"]
 
     taken: set[tuple] = set()
-    for part in order:
-        if part == section:
-            return [case for case in sections[part] if person(case) not in taken]
-        taken |= {person(case) for case in sections[part]}
+    for own in order:
+        if own == section:
+            return [case for case in sections[own] if person(case) not in taken]
+        taken |= {person(case) for case in sections[own]}
     raise DataError(f"section is {section!r}: expected one of {', '.join(order)}.")
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sam2sgp.inferers.precision import autocast
 from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.inferers.settings import InferenceSettings
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
@@ -32,7 +33,7 @@ MOST_CROPS = 20
 
 
 @dataclass
-class _Job:
+class _Crop:
     """One slice and class to be segmented again."""
 
     row: int
@@ -41,8 +42,8 @@ class _Job:
     image: Tensor
 
 
-# Features of one crop each, by its row and region.
-_Crops = dict[tuple[int, Region], ImageFeatures]
+# Features of one crop each, by its row and region: classes may share it.
+_Encoded = dict[tuple[int, Region], ImageFeatures]
 
 
 class SecondPass:
@@ -83,33 +84,42 @@ class SecondPass:
         """
         if not self.settings.region_below:
             return logits
-        shape = tuple(logits.shape[-2:])
-        jobs = []
+        with autocast(logits.device.type, self.settings.precision):
+            second, weights = self._again(self._crops(logits, images, network, pixel), logits, network, patient, group)
+        mean = torch.where(weights > 0, second / weights.clamp(min=EPS), logits)
+        return torch.lerp(logits, mean, SECOND_PASS_WEIGHT * weights.clamp(max=1))
+
+    def _again(
+        self, crops: list[_Crop], logits: Tensor, network: SAM2SGP, patient: str | None, group: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sums of the crops' logits, and the weights, both of the shape (B, C, H, W) of `logits`."""
+        second, weights = torch.zeros_like(logits), torch.zeros_like(logits)
+        encoded: _Encoded = {}
+        for start in range(0, len(crops), self.settings.batch_size):
+            batch = crops[start : start + self.settings.batch_size]
+            encoded = self._encode(batch, network, encoded)
+            for crop, values in self._segment(batch, encoded, network, patient, group):
+                place = (crop.row, crop.class_index, *crop.region.place)
+                window = crop.region.window(tuple(logits.shape[-2:])).to(logits.device)
+                second[place] += window * crop.region.restore(values[None])[0, 0]
+                weights[place] += window
+        return second, weights
+
+    def _crops(self, logits: Tensor, images: Tensor, network: SAM2SGP, pixel: tuple[float, float]) -> list[_Crop]:
+        """What to segment again of all images, in the order that encodes each tile once."""
+        crops = []
         if logits.shape[1] <= FEW_CLASSES:
             for row, masks in enumerate(logits > 0):
-                jobs += self._jobs(row, masks, images, network, pixel)
+                crops += self._crops_of(row, masks, images, network, pixel)
         else:
             numbers = torch.arange(1, logits.shape[1] + 1, device=logits.device)[:, None, None]
             for row, winner in enumerate(label_map(logits)):
                 masks = winner == numbers
-                jobs += _most_useful(self._jobs(row, masks, images, network, pixel, same_tiles=True), masks)
+                crops += _most_useful(self._crops_of(row, masks, images, network, pixel, same_tiles=True), masks)
         # Classes that share a tile come together, so that it is encoded once, also where a batch ends between them.
-        jobs.sort(key=lambda job: (job.row, job.region.top, job.region.left))
-        second = torch.zeros_like(logits)
-        weights = torch.zeros_like(logits)
-        crops: _Crops = {}
-        for start in range(0, len(jobs), self.settings.batch_size):
-            batch = jobs[start : start + self.settings.batch_size]
-            crops = self._encoded(batch, network, crops)
-            for job, values in self._segment(batch, crops, network, patient, group):
-                place = (job.row, job.class_index, *job.region.place)
-                window = job.region.window(shape).to(logits.device)
-                second[place] += window * job.region.restore(values[None])[0, 0]
-                weights[place] += window
-        mean = torch.where(weights > 0, second / weights.clamp(min=EPS), logits)
-        return torch.lerp(logits, mean, SECOND_PASS_WEIGHT * weights.clamp(max=1))
+        return sorted(crops, key=lambda crop: (crop.row, crop.region.top, crop.region.left))
 
-    def _jobs(
+    def _crops_of(
         self,
         row: int,
         masks: Tensor,
@@ -117,7 +127,7 @@ class SecondPass:
         network: SAM2SGP,
         pixel: tuple[float, float],
         same_tiles: bool = False,
-    ) -> list[_Job]:
+    ) -> list[_Crop]:
         """What to segment again of an image, where the classes' masks (C, H, W) are.
 
         same_tiles: all classes that are seen in tiles share the smallest ones, which are encoded once.
@@ -126,7 +136,7 @@ class SecondPass:
         class_indices = torch.nonzero(masks.flatten(1).any(1))[:, 0].tolist()
         shares = {class_index: self.bank.tile_share(class_index, size) for class_index in class_indices}
         least = min((share for share in shares.values() if share is not None), default=None)
-        jobs = []
+        crops = []
         for class_index in class_indices:
             share = least if same_tiles and shares[class_index] is not None else shares[class_index]
             if share is not None:
@@ -134,30 +144,30 @@ class SecondPass:
             else:
                 found = Region.around(masks[class_index], size, pixel, self.settings.region_below)
                 regions = [] if found is None else [found]
-            jobs += [_Job(row, class_index, region, images[row]) for region in regions]
-        return jobs
+            crops += [_Crop(row, class_index, region, images[row]) for region in regions]
+        return crops
 
-    def _encoded(self, jobs: list[_Job], network: SAM2SGP, before: _Crops) -> _Crops:
-        """Features of the jobs' crops; those of the jobs `before` are not made again."""
-        images = {(job.row, job.region): job.image for job in jobs}
-        new = [crop for crop in images if crop not in before]
+    def _encode(self, crops: list[_Crop], network: SAM2SGP, before: _Encoded) -> _Encoded:
+        """Features of crops; those of the ones encoded `before` are not made again."""
+        images = {(crop.row, crop.region): crop.image for crop in crops}
+        new = [place for place in images if place not in before]
         if new:
             device = next(network.parameters()).device
-            cut = torch.cat([crop[1].apply(images[crop][None]) for crop in new]).to(device, torch.float32)
+            cut = torch.cat([place[1].apply(images[place][None]) for place in new]).to(device, torch.float32)
             cut = to_three_channels(cut)
             cache = self.query_cache
             features = network.encode(cut) if cache is None else cache(cut, network, self.bank.fingerprint)
-            before = before | {crop: features[[number]] for number, crop in enumerate(new)}
-        return {crop: before[crop] for crop in images}
+            before = before | {place: features[[number]] for number, place in enumerate(new)}
+        return {place: before[place] for place in images}
 
     def _segment(
-        self, jobs: list[_Job], crops: _Crops, network: SAM2SGP, patient: str | None, group: str | None
-    ) -> Iterator[tuple[_Job, Tensor]]:
-        """Jobs with their logits (1, S, S); without those of classes of which no support may be used."""
-        features = ImageFeatures.concatenate([crops[job.row, job.region] for job in jobs])
+        self, crops: list[_Crop], encoded: _Encoded, network: SAM2SGP, patient: str | None, group: str | None
+    ) -> Iterator[tuple[_Crop, Tensor]]:
+        """Crops with their logits (1, S, S); without those of classes of which no support may be used."""
+        features = ImageFeatures.concatenate([encoded[crop.row, crop.region] for crop in crops])
         by_class = defaultdict(list)
-        for number, job in enumerate(jobs):
-            by_class[job.class_index].append(number)
+        for number, crop in enumerate(crops):
+            by_class[crop.class_index].append(number)
         # Rows of whatever classes go through the network together where they have equally many support items.
         by_count: dict[int, list[tuple[list[int], SupportMemory]]] = defaultdict(list)
         for class_index, numbers in by_class.items():
@@ -165,21 +175,21 @@ class SecondPass:
             support = self.bank.region_support(network, features[numbers], sampler, class_index, patient, group)
             if support is not None:
                 by_count[support.tokens.shape[2]].append((numbers, support))
-        for parts in by_count.values():
-            numbers = [number for part, _ in parts for number in part]
-            support = SupportMemory.concatenate([memory for _, memory in parts])
+        for members in by_count.values():
+            numbers = [number for own, _ in members for number in own]
+            support = SupportMemory.concatenate([memory for _, memory in members])
             logits = network.segment(features[numbers], support).logits.float()
-            yield from zip([jobs[number] for number in numbers], logits, strict=True)
+            yield from zip([crops[number] for number in numbers], logits, strict=True)
 
 
-def _most_useful(jobs: list[_Job], masks: Tensor) -> list[_Job]:
-    """At most `MOST_CROPS` of an image's jobs: of each class in masks (C, H, W) its best crop, then the next one."""
+def _most_useful(crops: list[_Crop], masks: Tensor) -> list[_Crop]:
+    """At most `MOST_CROPS` of an image's crops: of each class in masks (C, H, W) its best one, then the next one."""
     ranked = []
     by_class = defaultdict(list)
-    for job in jobs:
-        by_class[job.class_index].append((int(masks[job.class_index][job.region.place].sum()), job))
+    for crop in crops:
+        by_class[crop.class_index].append((int(masks[crop.class_index][crop.region.place].sum()), crop))
     for own in by_class.values():
         own.sort(key=lambda entry: -entry[0])
-        ranked += [(place, -pixels, job) for place, (pixels, job) in enumerate(own) if pixels]
+        ranked += [(place, -pixels, crop) for place, (pixels, crop) in enumerate(own) if pixels]
     ranked.sort(key=lambda entry: entry[:2])
-    return [job for *_, job in ranked[:MOST_CROPS]]
+    return [crop for *_, crop in ranked[:MOST_CROPS]]

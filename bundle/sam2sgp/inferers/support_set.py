@@ -12,9 +12,9 @@ from torch import Tensor
 from sam2sgp import distributed
 from sam2sgp.heap import give_back
 from sam2sgp.inferers.adapting import UsableAdaptation
-from sam2sgp.inferers.episode import autocast
 from sam2sgp.inferers.items_as_queries import ItemsAsQueries, Judgement
 from sam2sgp.inferers.object_gate import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
+from sam2sgp.inferers.precision import autocast
 from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.inferers.second_pass import SecondPass
 from sam2sgp.inferers.settings import InferenceSettings
@@ -74,7 +74,7 @@ class SupportSetInferer(Inferer):
     def __post_init__(self) -> None:
         self._gate = self.gate = self.gate or ObjectGate(ItemsAsQueries(self.bank, self.settings.sampler))
         self._signs = self.signs = self.signs or LeastSigns(self._gate.items)
-        self.small_objects = SecondPass(self.bank, self.settings, self.query_cache)
+        self.second_pass = SecondPass(self.bank, self.settings, self.query_cache)
         self._familiarity: Familiarity | None = None
         self._mirrored: SupportSetInferer | None = None
         # Of the bank, when these were made.
@@ -157,9 +157,8 @@ class SupportSetInferer(Inferer):
     ) -> Iterator[tuple[slice, Tensor, Chunk]]:
         """Segment a prepared case on its own grid: which slices, their logits (B, C, H, W), and the chunk.
 
-        The logits are those of `chunks` after the second pass, averaged with those of the mirrored case where
-        `settings.mirror` is on, and with those of the adaptation. `step` is told of the progress: each slice counts
-        `looks_at_case` times.
+        The logits are those of `at_own_pixels`, averaged with those of the mirrored case where `settings.mirror` is on,
+        and with those of the adaptation. `step` is told of the progress: each slice counts `looks_at_case` times.
         """
         step = step or _no_step
         pixel = pixel_size(case["geometry"].spacing)
@@ -181,7 +180,7 @@ class SupportSetInferer(Inferer):
         for chunk in self.chunks(case["image"], network, patient, group, volume=volume, step=step):
             rows = slice(chunk.start, chunk.start + len(chunk.output.logits))
             logits = case["letterbox"].restore(chunk.output.logits)
-            logits = self.second_pass(logits, case["image_full"][rows], network, pixel, patient, group)
+            logits = self.at_own_pixels(logits, case["image_full"][rows], network, pixel, patient, group)
             step(len(logits))
             yield rows, logits, chunk
 
@@ -297,7 +296,7 @@ class SupportSetInferer(Inferer):
             held.append(features)
         yield from flush()
 
-    def second_pass(
+    def at_own_pixels(
         self,
         logits: Tensor,
         images: Tensor,
@@ -308,34 +307,21 @@ class SupportSetInferer(Inferer):
     ) -> Tensor:
         """Correct logits (B, C, H, W) that `chunks` gave, brought to the images' grid: see `SecondPass`.
 
-        Images much longer than wide are segmented again window by window instead, see `Region.windows`.
+        Images much longer than wide are segmented again window by window before, see `Region.windows`.
         """
         shape = tuple(logits.shape[-2:])
         windows = Region.windows(shape, network.image_size, pixel)
         if not windows:
-            return self._small_objects(logits, images, network, pixel, patient, group)
+            return self.second_pass(logits, images, network, pixel, patient, group)
         total, weights = torch.zeros_like(logits), logits.new_zeros(shape)
         for window in windows:
             cropped = images[(..., *window.place)]
             found = window.restore(self(window.apply(images), network, patient=patient, group=group))
-            found = self._small_objects(found, cropped, network, pixel, patient, group)
+            found = self.second_pass(found, cropped, network, pixel, patient, group)
             weight = window.window(shape).to(logits.device)
             total[(..., *window.place)] += weight * found
             weights[window.place] += weight
         return total / weights
-
-    def _small_objects(
-        self,
-        logits: Tensor,
-        images: Tensor,
-        network: SAM2SGP,
-        pixel: tuple[float, float],
-        patient: str | None,
-        group: str | None,
-    ) -> Tensor:
-        """Logits with those of small objects corrected, see `SecondPass`."""
-        with autocast(logits.device.type, self.settings.precision):
-            return self.small_objects(logits, images, network, pixel, patient, group)
 
     def _segment(
         self,

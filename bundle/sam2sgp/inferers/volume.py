@@ -92,7 +92,7 @@ class Propagation:
     Args:
         settings: of the 3D memory.
         network: in evaluation mode.
-        segment: (features of B slices, what was retrieved, frames by class number) -> output for all C classes;
+        segment: (features of B slices, what was retrieved, frames by class index) -> output for all C classes;
             logits of classes without support are far below 0.
         class_values: of the C classes.
         thresholds: evidence up to which a class is absent from a slice, by what the support set by itself says.
@@ -120,7 +120,7 @@ class Propagation:
         self.start = 0
         # The most evidence of each class so far, (C,).
         self.most = torch.zeros_like(thresholds.in_image)
-        # Per class number, the last slices segmented on the way up.
+        # Per class index, the last slices segmented on the way up.
         self.carried: dict[int, list[Frame]] = {}
 
     def __call__(self, features: ImageFeatures, retrieved: list[Retrieved]) -> SGPOutput:
@@ -135,8 +135,8 @@ class Propagation:
 class _Window:
     """Slices [start, start + W) of a volume while they are segmented.
 
-    output: (W, C, ...), at first of the support set only. entries: {class number: its support}. anchors: {class
-    number: where it starts}. upward: {class number: (W,) whether a slice is reached going up}. absent: {class number:
+    output: (W, C, ...), at first of the support set only. entries: {class index: its support}. anchors: {class
+    index: where it starts}. upward: {class index: (W,) whether a slice is reached going up}. absent: {class index:
     slices without it}.
     """
 
@@ -179,7 +179,7 @@ class _Window:
         return [top for top in tops if worth[top] >= MIN_ANCHOR * max(worth)]
 
     def sweep(self, up: bool, trails: dict[int, list[Frame]]) -> dict[int, list[Frame]]:
-        """Go through the slices in one direction; trails are the last slices on the way, per class number.
+        """Go through the slices in one direction; trails are the last slices on the way, per class index.
 
         Going up, a slice that shows a class of which nothing was known becomes an anchor. Going down from it, slices
         on which the class was not found are looked at again, until it ends.

@@ -9,8 +9,8 @@ from sam2sgp.networks.sam2_sgp import SAM2SGP
 from sam2sgp.networks.weights import load_weights
 
 
-def start_pretraining(network: SAM2SGP, weights: str | Path | None, frozen_levels: int = 0) -> None:
-    """Give a network, in place, the weights that its pre-training starts from.
+def start_pretraining(network: SAM2SGP, weights: str | Path | None, frozen_levels: int = 0) -> SAM2SGP:
+    """Give a network, in place, the weights that its pre-training starts from, and return it.
 
     Args:
         weights: a file of `save_weights`; None: ImageNet's for the trunk of the lite backbone, all else at random.
@@ -29,6 +29,7 @@ def start_pretraining(network: SAM2SGP, weights: str | Path | None, frozen_level
                 module.requires_grad_(False)
         for stage in trunk.stages(frozen_levels):
             stage.requires_grad_(False)
+    return network
 
 
 def parameter_groups(network: SAM2SGP, learning_rate: float, trunk_factor: float) -> list[dict]:

@@ -42,8 +42,8 @@ def save_weights(network: SAM2SGP, path: str | Path, half: bool = False) -> None
         raise WeightsError(f"{path}: can't be written ({error}); free space, or choose another folder.") from error
 
 
-def load_weights(network: SAM2SGP, path: str | Path) -> None:
-    """Load what `save_weights` wrote, strictly; fp16 weights load into an fp32 network, whatever its image size.
+def load_weights(network: SAM2SGP, path: str | Path) -> SAM2SGP:
+    """Load what `save_weights` wrote, strictly, and return the network; fp16 weights load into an fp32 one of any size.
 
     The file may also be safetensors, or hold its state dict under "model" or "network". A file without LoRA loads into
     a network with LoRA: its weights become the base weights and the adapters are set to no effect, to be trained.
@@ -61,6 +61,7 @@ def load_weights(network: SAM2SGP, path: str | Path) -> None:
     if difference:
         raise WeightsError(f"{path}: {difference} {_sgp_origin(state, own)}")
     network.load_state_dict(fitted)
+    return network
 
 
 def _without_effect(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:

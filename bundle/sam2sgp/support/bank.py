@@ -25,7 +25,7 @@ from sam2sgp import distributed
 from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
 from sam2sgp.support.catalogue import Catalogue
-from sam2sgp.support.encodings import WHOLE, Encodings
+from sam2sgp.support.encodings import WHOLE, Cut, Encodings
 from sam2sgp.support.fingerprint import fingerprint, tile_share
 from sam2sgp.support.items import CROPS, SupportItem
 from sam2sgp.support.pieces import LabelledVolumes
@@ -409,13 +409,14 @@ class SupportBank:
         if self.encodings.network is None:
             self.encodings.adopt(network, features.embedding.device)
         value = self.class_values[class_index]
-        name = f"{CROPS[self.tile_share(class_index, network.image_size) is not None]}.{value}"
-        pool = self.encodings.pool(name)
+        regions, tiles = CROPS
+        cut = Cut(regions if self.tile_share(class_index, network.image_size) is None else tiles, value)
+        pool = self.encodings.pool(cut)
         eligible = self._allowed(patient, group)[pool.owner].to(pool.embedding.device)
         if not eligible.any():
             return None
         index, _ = sampler(network.retrieval_embedding(features) @ pool.embedding.T, eligible)
-        return self.encodings.gather(name, index[:, None], [value])
+        return self.encodings.gather(cut, index[:, None], [value])
 
     def tile_share(self, class_index: int, size: int) -> float | None:
         """Side of the tiles that a class is to be seen in at the network's size S, see `fingerprint.tile_share`.

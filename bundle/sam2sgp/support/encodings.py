@@ -1,9 +1,9 @@
 """What a network makes of support items: items in, tensors out.
 
-    items ─ adopt a network ─ encode what is missing ─ pool of embeddings, by crop ─ gather memory of some rows
+    items ─ adopt a network ─ encode what is missing ─ pool of embeddings, by cut ─ gather memory of some rows
 
-A crop is the whole of an item, or its regions or tiles of one class. What is encoded depends on the item's content, on
-the preprocessing and on the network: weights, LoRA, switches, precision. On a CPU an item is encoded by itself, so that
+A cut is the whole of an item, or its crops of one class. What is encoded depends on the item's content, on the
+preprocessing and on the network: weights, LoRA, switches, precision. On a CPU an item is encoded by itself, so that
 its encoding depends on nothing else, not even in the last bit; then results are the same with and without a folder, in
 one go or after an interruption.
 
@@ -30,7 +30,6 @@ from sam2sgp.support.tensor_store import Tensors, TensorStore
 from sam2sgp.transforms.array import to_three_channels
 
 ENCODED = "encoded"
-WHOLE = "item"
 NAMES_PER_COMMIT = 64
 # After how many batches memory that is not used goes back to the system.
 BATCHES_PER_TIDYING = 8
@@ -41,9 +40,26 @@ MAX_CROPPED, LEAST_CROPPED = 480, 8
 OF_ITEM, OF_CLASS = ("prior_key", "gram"), ("tokens", "prior_mask", "gram_foreground")
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What of each item is encoded: the whole of it, or its regions or tiles of one class.
+
+    kind: "item", or one of `CROPS`. value: of the class, where there is one. As a string it is part of names of files.
+    """
+
+    kind: str
+    value: int | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.value is None else f"{self.kind}.{self.value}"
+
+
+WHOLE = Cut("item")
+
+
 @dataclass
 class Pool:
-    """Encoded rows of one crop of the items: the whole of each, or its regions or tiles of one class.
+    """Encoded rows of one cut of the items.
 
     embedding: (R, D). spans: first and past-the-last row of each encoding, by its name. owner: (R,) number of the item
     that a row is of. place: per row, its number within the item's encoding.
@@ -90,8 +106,8 @@ class Encodings:
         self.network: SAM2SGP | None = None
         self._device = torch.device("cpu")
         self._precision = False, torch.get_autocast_dtype("cpu")
-        self._pools: dict[str, Pool] = {}
-        self._outdated: dict[str, Pool] = {}
+        self._pools: dict[Cut, Pool] = {}
+        self._outdated: dict[Cut, Pool] = {}
         self._held.clear()
 
     def set_items(self, items: list[SupportItem], class_names: dict[int, str]) -> None:
@@ -131,27 +147,27 @@ class Encodings:
         there = self._find(list(own))
         self._encode_all([n for name, n in own.items() if name not in there], WHOLE)
 
-    def pool(self, crop: str) -> Pool:
-        """The encoded rows of a crop, encoding what is missing."""
-        if crop not in self._pools:
-            self._pools[crop] = self._build(crop)
-            if crop == WHOLE:
-                self.embedding = self._pools[crop].embedding
-        return self._pools[crop]
+    def pool(self, cut: Cut) -> Pool:
+        """The encoded rows of a cut, encoding what is missing."""
+        if cut not in self._pools:
+            self._pools[cut] = self._build(cut)
+            if cut == WHOLE:
+                self.embedding = self._pools[cut].embedding
+        return self._pools[cut]
 
-    def gather(self, crop: str, index: Tensor, values: list[int]) -> SupportMemory:
-        """Memory (B, C, K) of rows `index` (B, C, K) of a crop, for C classes. Reads each row once."""
-        pool = self.pool(crop)
+    def gather(self, cut: Cut, index: Tensor, values: list[int]) -> SupportMemory:
+        """Memory (B, C, K) of rows `index` (B, C, K) of a cut, for C classes. Reads each row once."""
+        pool = self.pool(cut)
         rows, row = index.unique(return_inverse=True)
         owners = pool.owner[rows.cpu()].tolist()
-        encodings = [self._encoding(number, crop) for number in owners]
+        encodings = [self._encoding(number, cut) for number in owners]
         places = [pool.place[i] for i in rows.tolist()]
         classes = torch.arange(len(values), device=index.device)[None, :, None]
         pairs, pair = (row * len(values) + classes).unique(return_inverse=True)
         chosen = []
         for position, number in (divmod(number, len(values)) for number in pairs.tolist()):
             # A region or tile shows one class, a whole item all that it holds.
-            held = self.items[owners[position]].info.holds if crop == WHOLE else values
+            held = self.items[owners[position]].info.holds if cut == WHOLE else values
             chosen.append((encodings[position], places[position], held.index(values[number])))
         memory: dict[str, Tensor | None] = {}
         for name in (*OF_ITEM, *OF_CLASS):
@@ -161,7 +177,7 @@ class Encodings:
                 stack = torch.stack([e[name][place] for e, place in zip(encodings, places, strict=True)])
                 memory[name] = stack.to(index.device)[row]
             else:
-                stack = torch.stack([encoding[name][place, column] for encoding, place, column in chosen])
+                stack = torch.stack([encoding[name][place, class_index] for encoding, place, class_index in chosen])
                 memory[name] = stack.to(index.device)[pair]
         return SupportMemory(**memory, item=index)
 
@@ -176,28 +192,23 @@ class Encodings:
         self.store.sweep()
         return found
 
-    def _name_of(self, crop: str) -> str:
-        """The class that a crop shows."""
-        return self.class_names[int(crop.partition(".")[2])]
-
-    def _name(self, item: SupportItem, crop: str) -> str:
-        return f"{item.content}.{crop}"
+    def _name(self, item: SupportItem, cut: Cut) -> str:
+        return f"{item.content}.{cut}"
 
     def _folder(self) -> str:
         return f"{ENCODED}/{self.fingerprint}"
 
-    def _build(self, crop: str) -> Pool:
-        kind, _, value = crop.partition(".")
+    def _build(self, cut: Cut) -> Pool:
         numbers = list(range(len(self.items)))
-        if crop != WHOLE:
-            numbers = self._cropped([n for n in numbers if int(value) in getattr(self.items[n].info, kind)])
-        names = [self._name(self.items[n], crop) for n in numbers]
+        if cut != WHOLE:
+            numbers = self._cropped([n for n in numbers if cut.value in getattr(self.items[n].info, cut.kind)])
+        names = [self._name(self.items[n], cut) for n in numbers]
         first = dict(zip(reversed(names), reversed(numbers), strict=True))
-        old = self._outdated.pop(crop, None)
+        old = self._outdated.pop(cut, None)
         found = {name: old.embedding[slice(*old.spans[name])] for name in first if name in old.spans} if old else {}
         found |= self._find([name for name in first if name not in found])
         missing = sorted(number for name, number in first.items() if name not in found)
-        found |= self._encode_all(missing, crop)
+        found |= self._encode_all(missing, cut)
         spans: dict[str, tuple[int, int]] = {}
         owner: list[int] = []
         place: list[int] = []
@@ -249,22 +260,21 @@ class Encodings:
             packed = {name: safetensors.torch.save({"embedding": value}) for name, value in embeddings.items()}
             self.store.add_metadata(ENCODED, {f"{self._folder()}/{name}": value for name, value in packed.items()})
 
-    def _encode_all(self, numbers: list[int], crop: str) -> Tensors:
+    def _encode_all(self, numbers: list[int], cut: Cut) -> Tensors:
         """Encode items. Returns the embeddings (R, D) by name."""
         found: Tensors = {}
         unlisted: Tensors = {}
-        batch = self.batch_size if self._device.type == "cuda" and crop == WHOLE else 1
+        batch = self.batch_size if self._device.type == "cuda" and cut == WHOLE else 1
         start = len(numbers) * distributed.rank() // distributed.world_size()
         numbers = numbers[start:] + numbers[:start]
-        whole = crop == WHOLE
-        what = "Encoding the support set" if whole else f"Encoding regions of {self._name_of(crop)}"
+        what = "Encoding the support set" if cut.value is None else f"Encoding regions of {self.class_names[cut.value]}"
         silent = not self.progress or not numbers
-        bar = tqdm(desc=what, total=len(numbers), unit="item", leave=whole, disable=silent)
+        bar = tqdm(desc=what, total=len(numbers), unit="item", leave=cut == WHOLE, disable=silent)
         try:
             with bar:
                 for start in range(0, len(numbers), batch):
                     chosen = numbers[start : start + batch]
-                    for name, encoding in self._encode(chosen, crop).items():
+                    for name, encoding in self._encode(chosen, cut).items():
                         found[name] = unlisted[name] = encoding["embedding"]
                     if len(unlisted) >= NAMES_PER_COMMIT:
                         self._commit_embeddings(unlisted)
@@ -277,9 +287,9 @@ class Encodings:
             give_back()
         return found
 
-    def _encode(self, numbers: list[int], crop: str) -> dict[str, Tensors]:
+    def _encode(self, numbers: list[int], cut: Cut) -> dict[str, Tensors]:
         """Encodings by name, as far as they are not there yet; they are kept."""
-        names = {self._name(self.items[n], crop): n for n in numbers}
+        names = {self._name(self.items[n], cut): n for n in numbers}
         encodings = {}
         if self.store is not None:
             for name in names:
@@ -289,7 +299,7 @@ class Encodings:
         missing = [name for name in names if name not in encodings]
         if missing:
             items = [self.items[names[name]] for name in missing]
-            made = self._encode_items(items) if crop == WHOLE else [self._encode_crops(items[0], crop)]
+            made = self._encode_items(items) if cut == WHOLE else [self._encode_crops(items[0], cut)]
             for name, encoding in zip(missing, made, strict=True):
                 # Copies: a slice keeps the memory of the whole batch, and safetensors stores only contiguous tensors.
                 encoding = {key: value.clone(memory_format=torch.contiguous_format) for key, value in encoding.items()}
@@ -310,10 +320,10 @@ class Encodings:
             return [{"embedding": row[None]} for row in embedding]
         encodings = []
         for row, item in enumerate(items):
-            columns = [held.index(value) for value in item.info.holds]
+            own = [held.index(value) for value in item.info.holds]
             fields = {name: getattr(memory, name) for name in (*OF_ITEM, *OF_CLASS)}
             encoding = {
-                name: values[row : row + 1] if name in OF_ITEM else values[row : row + 1, columns]
+                name: values[row : row + 1] if name in OF_ITEM else values[row : row + 1, own]
                 for name, values in fields.items()
                 if values is not None
             }
@@ -321,10 +331,9 @@ class Encodings:
             encodings.append(encoding)
         return encodings
 
-    def _encode_crops(self, item: SupportItem, crop: str) -> Tensors:
+    def _encode_crops(self, item: SupportItem, cut: Cut) -> Tensors:
         """One row per region or tile that shows the class."""
-        kind, _, value = crop.partition(".")
-        images, masks = getattr(item, kind)[int(value)]
+        images, masks = getattr(item, cut.kind)[cut.value]
         shown = masks.flatten(1).any(1)
         if not shown.any():
             return {"embedding": torch.zeros(0, 0)}
@@ -345,8 +354,8 @@ class Encodings:
             memory = network.encode_support(features, masks.to(self._device)) if masks.shape[1] else None
             return embedding, memory
 
-    def _encoding(self, number: int, crop: str) -> Tensors:
+    def _encoding(self, number: int, cut: Cut) -> Tensors:
         """The encoding of an item; made again if its file is gone."""
-        name = self._name(self.items[number], crop)
+        name = self._name(self.items[number], cut)
         found = self._held.get(name) if self.store is None else self.store.read(f"{self._folder()}/{name}")
-        return self._encode([number], crop)[name] if found is None else found
+        return self._encode([number], cut)[name] if found is None else found

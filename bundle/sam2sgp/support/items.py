@@ -25,6 +25,7 @@ THUMBNAIL = 128
 EMPTY_SLICES = 4
 # Tiles kept of an item for each class that is seen in tiles, see `fingerprint.tile_share`: those with most of it.
 MAX_TILES = 4
+# Kinds of crops, in which an item shows one of its classes.
 CROPS = ("regions", "tiles")
 # Class values fit into a byte.
 MAX_VALUE = 255

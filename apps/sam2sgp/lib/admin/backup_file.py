@@ -23,13 +23,12 @@ from typing import IO, Any
 
 import sam2sgp
 from sam2sgp.errors import DataError
-from sam2sgp.files import remove_parts, replacing
+from sam2sgp.files import BYTES_AT_A_TIME, remove_parts, replacing
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 STUDIES, STATE = "studies", "state"
 LARGEST_MANIFEST = 1 << 30
-CHUNK = 1 << 20
 MODE = 0o600
 
 
@@ -143,7 +142,7 @@ def unpack(path: Path, target_of: Callable[[str], Path]) -> Manifest:
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
         with open(target, "xb") as made:
-            while content := file.read(CHUNK):
+            while content := file.read(BYTES_AT_A_TIME):
                 digest.update(content)
                 made.write(content)
             made.flush()
@@ -216,7 +215,7 @@ def _manifest(path: Path, about: Any, found: dict[str, tuple[int, str]]) -> Mani
 
 def _digest(file: IO[bytes]) -> str:
     digest = hashlib.sha256()
-    while content := file.read(CHUNK):
+    while content := file.read(BYTES_AT_A_TIME):
         digest.update(content)
     return digest.hexdigest()
 

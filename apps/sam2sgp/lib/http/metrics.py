@@ -59,7 +59,6 @@ DECISIONS = {
     ("POST", "/sam2sgp/review/bring_back"): "bring_back",
     ("PUT", "/datastore/label"): "submit",
 }
-INFER = "/infer/{model}"
 # Steps of a segmentation, of those that its result tells the seconds of, besides waiting for its turn.
 WORK = ("support", "pre", "infer", "write")
 STATES = ("published", "kept", "failed", "rolled_back", "stopped")

@@ -22,7 +22,7 @@ from lib.serving.options import Options
 from lib.serving.published_weights import Version
 from lib.settings import Settings
 from sam2sgp.inferers import CaseSegmenter, SupportSetInferer
-from sam2sgp.inferers.episode import autocast
+from sam2sgp.inferers.precision import autocast
 from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.inferers.support_set import Step
 from sam2sgp.networks import SAM2SGP, load_weights

@@ -4,7 +4,8 @@
     weights in use ─ load ─ network ───┼─ CaseSegmenter ─ class map, confidence, support items used
     image ─ prepare (kept) ────────────┘             (kept until the support set or the weights change)
 
-The network with its bank is a `LoadedNetwork`; which labels guide it, `LabelledCases` knows.
+The network with its bank is a `LoadedNetwork`, which `WeightsExchange` exchanges for another; which labels guide it,
+`LabelledCases` knows.
 
 Concurrency: `segment`, `refresh` and everything else that touches network or bank hold `lock`, so one request is worked
 on at a time, by whatever thread. Whoever only looks (`state`, `status`, `class_names`, `thumbnail`) waits for nobody:
@@ -31,16 +32,16 @@ import numpy as np
 import torch
 
 from lib.checks import NotFound, RequestError
-from lib.priority import give_way
 from lib.refresher import Refresher
 from lib.serving.approved_cases import LabelledCases
+from lib.serving.exchange import WeightsExchange
 from lib.serving.loaded_network import LoadedNetwork, inference_parser, tensor_bytes
 from lib.serving.options import Options
 from lib.serving.published_weights import Version, Weights
 from lib.serving.turns import Requests, WorkLock
 from lib.settings import Settings
 from lib.stamps import image_stamp
-from sam2sgp.errors import DataError, Sam2SgpError, cause_of
+from sam2sgp.errors import DataError, Sam2SgpError
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.inferers.support_set import Step
 from sam2sgp.networks import SAM2SGP
@@ -108,8 +109,6 @@ class ServerSegmenter:
         lock: held by whoever touches network or bank.
         requests: tells other processes that a request is being worked on.
         ending: set when the server ends: segmentations then stop at their next slice.
-        rebuilding: name of the weights for which tokens are being made; None if none are.
-        problem: why new weights could not be put in use; None if nothing is wrong.
     """
 
     def __init__(self, settings: Settings, weights: Weights, cases: LabelledCases) -> None:
@@ -119,8 +118,6 @@ class ServerSegmenter:
         self.lock = WorkLock()
         self.requests = Requests(settings.state_dir / "locks" / "requests")
         self.ending = threading.Event()
-        self.rebuilding: str | None = None
-        self.problem: str | None = None
         self._serving: LoadedNetwork | None = None
         self._prepared = ByteLRU(settings.query_cache_mb, tensor_bytes)
         self._names: dict[int, str] = {}
@@ -130,8 +127,7 @@ class ServerSegmenter:
         # Whether the lock is held for long.
         self._at_work = False
         self._refresher = Refresher(self._refresh_in_background, "sam2sgp-refresh")
-        self._rebuilt: threading.Thread | None = None
-        self._failed: str | None = None
+        self._exchange = WeightsExchange(self._build, self._take_over)
         self._behind = False
 
     # What is served
@@ -203,9 +199,9 @@ class ServerSegmenter:
             "items": len(state.items),
             "cases": len(state.cases) - len(state.errors),
             "weights": state.weights,
-            "rebuilding": self.rebuilding,
+            "rebuilding": self._exchange.rebuilding,
             "errors": [*problems, *errors][:ITEMS_LISTED],
-            "problem": self.problem,
+            "problem": self._exchange.problem,
             "not_offered": list(getattr(self.cases.datastore, "left_out", []))[:ITEMS_LISTED],
         }
 
@@ -328,9 +324,7 @@ class ServerSegmenter:
 
     def wait(self) -> None:
         """Return when no tokens are being made for other weights."""
-        thread = self._rebuilt
-        if thread is not None:
-            thread.join()
+        self._exchange.wait()
 
     def _ready(self) -> LoadedNetwork:
         with self.lock:
@@ -348,7 +342,7 @@ class ServerSegmenter:
         self._behind = False
         self._patients = {case["name"]: case["patient"] for case in cases}
         bank = serving.bank
-        values = [value for column, value in enumerate(bank.class_values) if bank.holds[:, column].any()]
+        values = [value for class_index, value in enumerate(bank.class_values) if bank.holds[:, class_index].any()]
         self._names = self.cases.names(values)
         seeds = set(self.cases.seeds())
         state = self._state = SupportState(
@@ -378,40 +372,28 @@ class ServerSegmenter:
         try:
             active = self.weights.active()
         except Sam2SgpError as error:
-            self.problem = str(error)
+            self._exchange.problem = str(error)
             return
-        if active.name == serving.version.name:
-            self.problem = None
-        elif self.rebuilding is None and active.name != self._failed:
-            self.rebuilding = active.name
-            self._rebuilt = threading.Thread(target=self._rebuild, args=(active,), daemon=True, name="sam2sgp-rebuild")
-            self._rebuilt.start()
+        self._exchange.want(active, serving.version)
 
-    def _rebuild(self, version: Version) -> None:
-        """Make tokens with other weights beside the ones that serve, then exchange them."""
-        give_way()
-        try:
-            fresh = LoadedNetwork.load(self.settings, version)
-            with self.lock:
-                self._bring_in_line(fresh, self._ready().bank.data)
-            fresh.encode()
-            with self.lock:
-                old = self._ready()
-                # What was approved meanwhile is encoded by the next request, as always.
-                self._bring_in_line(fresh, old.bank.data)
-                self._serving = fresh
-                self._state = replace(self.state(), weights=version.name)
-                self.problem = self._failed = None
-                fresh.bank.prune([old.bank.fingerprint] if old.bank.fingerprint else [])
-            logger.info("The weights %r serve now, with tokens of %d support items", version.name, len(fresh.bank))
-        except Exception as error:
-            # The old weights go on serving, whatever is wrong with the new ones.
-            cause = cause_of(error)
-            logger.exception("The weights %r can't be put in use", version.name)
-            self.problem = f"The weights {version.name!r} can't be put in use, the old ones serve: {cause}"
-            self._failed = version.name
-        finally:
-            self.rebuilding = None
+    def _build(self, version: Version) -> LoadedNetwork:
+        """A network with all tokens of the support set, beside the one that serves."""
+        fresh = LoadedNetwork.load(self.settings, version)
+        with self.lock:
+            self._bring_in_line(fresh, self._ready().bank.data)
+        fresh.encode()
+        return fresh
+
+    def _take_over(self, fresh: LoadedNetwork) -> None:
+        """Serve by another network from now on."""
+        with self.lock:
+            old = self._ready()
+            # What was approved meanwhile is encoded by the next request, as always.
+            self._bring_in_line(fresh, old.bank.data)
+            self._serving = fresh
+            self._state = replace(self.state(), weights=fresh.version.name)
+            fresh.bank.prune([old.bank.fingerprint] if old.bank.fingerprint else [])
+        logger.info("The weights %r serve now, with tokens of %d support items", fresh.version.name, len(fresh.bank))
 
     # Requests
 
@@ -455,14 +437,9 @@ class ServerSegmenter:
             self.refresh()
             serving = self._ready()
             wanted = self._wanted(options)
-            own = self._patients.get(image_id) if image_id else None
-            if own is not None and serving.bank.patients.keys() == {own}:
-                raise NoSupport(
-                    f"image {image_id}: expected approved labels of other patients to guide it, found only its own; "
-                    "approve the label of another image first."
-                )
+            own = self._own_patient(image_id, serving.bank)
             obstacle = serving.adaptation and serving.adaptation.obstacle
-            warnings = [problem for problem in (self.problem, self.cases.problem, obstacle) if problem]
+            warnings = [problem for problem in (self._exchange.problem, self.cases.problem, obstacle) if problem]
             refreshed = time.perf_counter()
             key = _key(image, serving.bank)
             case = self.prepare(image, image_id or "image", key)
@@ -493,6 +470,16 @@ class ServerSegmenter:
         """Raise Stopped where nobody waits any more; told of each few slices."""
         if self.ending.is_set() or (gone is not None and gone.is_set()):
             raise Stopped("image: expected somebody to wait for it, found that the server ends or the client has gone.")
+
+    def _own_patient(self, image_id: str | None, bank: SupportBank) -> str | None:
+        """The patient of an image with an approved label, by whose labels it must not be guided."""
+        own = self._patients.get(image_id) if image_id else None
+        if own is not None and bank.patients.keys() == {own}:
+            raise NoSupport(
+                f"image {image_id}: expected approved labels of other patients to guide it, found only its own; "
+                "approve the label of another image first."
+            )
+        return own
 
     def _wanted(self, options: Options) -> list[int]:
         """Values of the classes asked for."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CHUNK = 1 << 20
+from sam2sgp.files import BYTES_AT_A_TIME
 
 
 class LogLines:
@@ -43,7 +43,7 @@ class LogLines:
                 self._forget()
             rest = b""
             while self._offset + len(rest) < found.st_size:
-                chunk = os.pread(file, CHUNK, self._offset + len(rest))
+                chunk = os.pread(file, BYTES_AT_A_TIME, self._offset + len(rest))
                 if not chunk:
                     break
                 *lines, rest = (rest + chunk).split(b"\n")

@@ -40,10 +40,10 @@ from lib.stores.door import NoImage, admitted
 from sam2sgp.data.io import is_image
 from sam2sgp.data.io.limits import LARGEST_RATIO, SMALL_ENOUGH
 from sam2sgp.errors import DataError
+from sam2sgp.files import BYTES_AT_A_TIME
 
 # DICOM series of a long CT have a few thousand slices.
 MOST_MEMBERS = 10_000
-CHUNK = 1 << 20
 # The directory of a ZIP file with as many members as that, with long names.
 LARGEST_DIRECTORY = MOST_MEMBERS << 9
 # Extended headers of a TAR file: bytes of one and of all of them, records of all, keys that hold for one member, digits
@@ -221,7 +221,7 @@ def unpack(packed: Path, folder: Path, limit: int) -> None:
                 files += 1
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with source() as member, open(target, "xb") as file:
-                    while data := member.read(CHUNK):
+                    while data := member.read(BYTES_AT_A_TIME):
                         left -= len(data)
                         if left < 0:
                             raise _unpacks_to_more(limit)
@@ -307,11 +307,11 @@ class _TarHeaders(_Sparing):
     """A TAR file of which extended headers are short, together too.
 
     Attributes:
-        in_content: whether what is read is the content of a member, in pieces of at most `CHUNK`.
+        in_content: whether what is read is the content of a member, at most `BYTES_AT_A_TIME`.
     """
 
     def __init__(self, file: IO[bytes]):
-        super().__init__(file, CHUNK)
+        super().__init__(file, BYTES_AT_A_TIME)
         self._left, self._records = ALL_HEADERS, 0
         self.in_content = False
 

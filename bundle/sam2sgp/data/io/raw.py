@@ -20,10 +20,10 @@ import numpy as np
 
 from sam2sgp.data.io.limits import check_memory, check_present, check_ratio
 from sam2sgp.errors import DataError
+from sam2sgp.files import BYTES_AT_A_TIME
 
 # Segmentations with a hundred segments, of which each takes ten lines, have headers of 100 kB.
 LONGEST_HEADER = 1 << 20
-CHUNK = 1 << 20
 # Short, because it is copied for each member of a gzip file; those of bgzip are short too.
 PACKED_CHUNK = 1 << 16
 MOST_MEMBERS = 200_000
@@ -122,12 +122,12 @@ class RawHeader:
                 left = source.tell() - self.offset
                 source.seek(self.offset)
             target.write(self.canonical + self.last.replace(b"%d", str(left).encode()))
-            while data := source.read(min(CHUNK, left)):
+            while data := source.read(min(BYTES_AT_A_TIME, left)):
                 target.write(data)
                 left -= len(data)
 
     def _unpacked(self) -> Iterator[bytes]:
-        """The voxels in pieces of at most `CHUNK` bytes; DataError at the end if they are too few or too many."""
+        """The voxels, at most `BYTES_AT_A_TIME`; DataError at the end if they are too few or too many."""
         found = 0
         try:
             with open(self.data_path, "rb") as file:
@@ -149,7 +149,7 @@ class RawHeader:
 
 
 def inflated(file: IO[bytes]) -> Iterator[bytes]:
-    """What is left of a file, unpacked, in pieces of at most `CHUNK` bytes: one zlib stream, or gzip members in a row.
+    """What is left of a file, unpacked, at most `BYTES_AT_A_TIME`: one zlib stream, or gzip members in a row.
 
     At the end the file stands behind what was unpacked. Raises zlib.error for other content, EOFError where the end is
     missing.
@@ -160,7 +160,7 @@ def inflated(file: IO[bytes]) -> Iterator[bytes]:
         unpacker = zlib.decompressobj(zlib.MAX_WBITS + 32)
         while not unpacker.eof:
             packed = packed or file.read(PACKED_CHUNK)
-            data = unpacker.decompress(packed, CHUNK)
+            data = unpacker.decompress(packed, BYTES_AT_A_TIME)
             if not data and not packed:
                 raise EOFError("its end is missing")
             packed = unpacker.unconsumed_tail
@@ -174,6 +174,6 @@ def inflated(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _chunks(file: IO[bytes], size: int) -> Iterator[bytes]:
-    while size and (data := file.read(min(CHUNK, size))):
+    while size and (data := file.read(min(BYTES_AT_A_TIME, size))):
         size -= len(data)
         yield data
