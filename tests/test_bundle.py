@@ -45,8 +45,6 @@ PRETRAINING = TASKS | {
     "collection_options",
     "val_episodes_per_group",
     "validate::prepare_batch",
-    "export_file",
-    "exporting",
 }
 
 TENSOR_KEYS = {
@@ -182,7 +180,7 @@ def test_inference_has_the_settings_of_training():
 @pytest.mark.parametrize(
     "overlay",
     [
-        *("evaluate.json", "federated.json", "finetune.json", "multi_gpu_train.json", "pretrain.json"),
+        *("evaluate.json", "export.json", "federated.json", "finetune.json", "multi_gpu_train.json", "pretrain.json"),
         *(f"backbones/{b}.json" for b in BACKBONES),
     ],
 )
@@ -190,6 +188,7 @@ def test_overlays_only_set_ids_that_train_json_has_or_that_they_add_on_purpose(o
     parser = ConfigParser(config("train.json"))
     added = {
         "evaluate.json": EVALUATION | ADAPTATION,
+        "export.json": {"model_file", "export_file", "exporting"},
         "federated.json": {"federated_rounds", "post_weight_filters"},
         "finetune.json": {"model_file"} | REHEARSAL,
         "pretrain.json": PRETRAINING,

@@ -10,11 +10,14 @@ from pathlib import Path
 import monai.bundle
 import numpy as np
 import pytest
+import torch
 from monai.utils import optional_import
 from PIL import Image
 from typer.testing import CliRunner
 
 from sam2sgp import cli
+from sam2sgp.errors import WeightsError
+from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 from tests.helpers.bundle_runs import random_weights, run
 
 SMALL = ["--image_size", "64", "--progress", "False"]
@@ -109,6 +112,33 @@ def test_train_starts_the_training_with_the_overlays_in_order(tmp_path, monkeypa
         "resume": False,
         "max_epochs": 3,
     }
+
+
+@pytest.mark.parametrize("words", [[], ["--fine-tune"]])
+def test_export_writes_weights_that_segment_takes_as_they_are(tmp_path, words):
+    """Those of a fine-tuning are taken by the plain network only after that, because LoRA is merged."""
+    torch.manual_seed(0)
+    trained = SAM2SGP("lite", 64, lora={"r": 8, "alpha": 16} if words else None)
+    for name, value in trained.state_dict().items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(value, std=0.05)
+    save_weights(trained, tmp_path / "model.pt")
+    plain = SAM2SGP("lite", 64)
+    if words:
+        with pytest.raises(WeightsError, match="sam2sgp export --fine-tune"):
+            load_weights(plain, tmp_path / "model.pt")
+    output = call("export", "-w", tmp_path / "model.pt", "-o", tmp_path / "network.pt", *words, "--image_size", 64)
+    assert f": {tmp_path / 'network.pt'}" in output
+    assert (tmp_path / "network.pt").stat().st_size < 0.55 * (tmp_path / "model.pt").stat().st_size
+    load_weights(plain, tmp_path / "network.pt")
+    image, mask = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
+    mask[..., 20:40, 20:40] = 1
+    with torch.no_grad():
+        first, second = (
+            network.eval()(image, support_image=image, support_label=mask).sigmoid() for network in (trained, plain)
+        )
+    assert torch.allclose(first, second, atol=0.02) and first.std() > 0
+    assert "no such file" in call("export", "-w", tmp_path / "absent.pt", "-o", tmp_path / "x.pt", code=1)
 
 
 def test_evaluate_without_weights_says_at_once_where_they_come_from(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -17,15 +18,11 @@ from typer.testing import CliRunner
 
 from sam2sgp import cli, options
 from sam2sgp.evaluation import case_metrics
+from tests.e2e.programs import program
+from tests.helpers.doc_commands import PAGES, commands
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "apps/sam2sgp/README.md",
-    ROOT / "bundle/docs/README.md",
-    *(ROOT / "docs").glob("*.md"),
-]
 
 
 def test_settings_table_has_the_defaults_of_the_training_config():
@@ -86,18 +83,6 @@ def test_the_six_lines_of_the_readme_give_the_dice_of_the_command(phantoms, tmp_
         assert np.array_equal(first, second, equal_nan=True) and np.nanmean(first) > 0.6
 
 
-def commands(start: str) -> list[list[str]]:
-    """Commands of the pages that begin so, whole lines of code or words within a sentence, without what is left out."""
-    found = []
-    for page in PAGES:
-        text = page.read_text()
-        lines = [line for block in re.findall(r"^```\w*\n(.+?)^```", text, re.M | re.S) for line in block.splitlines()]
-        lines += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
-        words = [shlex.split(line, comments=True) for line in lines if re.match(rf"(\w+=\S+ )?{start} ", line)]
-        found += [command for command in words if "…" not in " ".join(command)]
-    return found
-
-
 def test_every_short_command_of_the_pages_is_taken():
     group = get_command(cli.app)
     given = [words[1:] for words in commands("sam2sgp") if not words[1].startswith("-")]
@@ -122,6 +107,18 @@ def test_every_run_of_the_bundle_in_the_pages_has_configs_and_options_that_there
         parser.update({name.removeprefix("--"): cli._value(value) for name, value in settings.items()})
         options.check(parser)
         assert words[0] in parser, command
+
+
+@pytest.mark.parametrize("command", sorted({shlex.join(words[1:]) for words in commands("make")}))
+def test_make_would_run_configs_and_scripts_that_there_are(command):
+    """`setup`, `lint`, `test` and `docs` are run by `.ci/run` and other tests."""
+    words = [program("make", "make"), "--dry-run", "--old-file", ".venv/.installed", *shlex.split(command)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    named = re.findall(r"configs/\w+\.json", done.stdout)
+    assert all((ROOT / "bundle" / name).is_file() for name in named)
+    if command.split()[0] in ("demo", "train", "evaluate"):
+        assert named
 
 
 def _anchor(heading: str) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.helpers.package_index import package_indexes
+
 ROOT = Path(__file__).parents[1]
 # What a build reads; a build in the clone would leave its folders there.
 SOURCES = ("bundle", "apps", "setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt")
@@ -118,29 +120,37 @@ def test_nothing_but_torch_brings_cuda(site):
     assert [name for name in needed if re.match("nvidia|cuda|triton|cupy", name)] == []
 
 
-def stand_in(folder: Path, version: str, *needs: str) -> None:
-    """A wheel called torch with nothing in it but what it needs."""
-    info = f"torch-{version}.dist-info"
-    about = "".join(f"{key}: {value}\n" for key, value in [("Metadata-Version", "2.1"), ("Name", "torch")])
-    about += f"Version: {version}\n" + "".join(f"Requires-Dist: {need}\n" for need in needs)
-    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as archive:
-        archive.writestr(f"{info}/METADATA", about)
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-
-
-def test_pip_takes_the_build_for_the_cpu_where_an_index_has_one(tmp_path):
-    """As the page on installing says: of PyPI's torch and that of PyTorch's own index, the latter counts as newer."""
-    version = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
-    stand_in(tmp_path, version, "nvidia-cublas")
-    stand_in(tmp_path, f"{version}+cpu")
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-index", "--quiet"]
-    command += ["--find-links", tmp_path, "-c", ROOT / "constraints.txt", "--report", tmp_path / "report.json"]
-    line = next(line for line in (ROOT / "requirements-core.txt").read_text().splitlines() if line.startswith("torch>"))
-    # The settings of this machine's pip would name other places.
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")} | {
-        "PIP_CONFIG_FILE": "/dev/null"
-    }
-    subprocess.run([*map(str, command), line], env=env, check=True)
+@pytest.mark.parametrize("is_for_cpu", [True, False])
+def test_pip_takes_no_cuda_by_the_command_of_the_page_on_installing(wheel, tmp_path, is_for_cpu):
+    """As it is written there, but against indexes on this machine; without its option CUDA comes, so it is that."""
+    page = (ROOT / "docs" / "install.md").read_text()
+    [line] = re.findall(
+        r"^pip install (--extra-index-url https://download\.pytorch\.org/whl/cpu .+)$", page, re.MULTILINE
+    )
+    option, address, file = line.split()
+    assert file == f"dist/{wheel.name}"
+    with package_indexes() as host:
+        words = [option, f"{host}/cpu/simple"] if is_for_cpu else []
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--dry-run",
+            "--ignore-installed",
+            "--quiet",
+            "--no-cache-dir",
+        ]
+        command += [*words, str(wheel), "--report", str(tmp_path / "report.json")]
+        # The settings of this machine's pip would name other places.
+        env = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+        env |= {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": f"{host}/pypi/simple"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if not is_for_cpu:
+        assert "built with a torch that brings CUDA" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr[-2000:]
     planned = json.loads((tmp_path / "report.json").read_text())["install"]
-    assert [entry["metadata"]["version"] for entry in planned] == [f"{version}+cpu"]
+    versions = {entry["metadata"]["name"].lower(): entry["metadata"]["version"] for entry in planned}
+    assert versions["torch"].endswith("+cpu") and versions["torchvision"].endswith("+cpu") and "sam2" in versions
+    assert len(versions) > 50 and [name for name in versions if re.match("nvidia|cuda|triton|cupy", name)] == []

@@ -33,7 +33,7 @@ def test_pretraining_resumes_exactly(collection, tmp_path):
 
     best, exported = tmp_path / "whole" / "model.pt", tmp_path / "exported.pt"
     settings = {**SMALL, "output_dir": str(best.parent), "export_file": str(exported)}
-    run("exporting", "train.json", "pretrain.json", **settings)
+    run("exporting", "train.json", "export.json", **settings)
     assert exported.stat().st_size < 0.55 * best.stat().st_size
     network = SAM2SGP("lite", 64)
     load_weights(network, exported)

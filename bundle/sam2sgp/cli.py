@@ -233,6 +233,24 @@ def evaluate(
     _run("evaluating", ["train.json", *_overlay(backbone), "evaluate.json"], settings)
 
 
+@app.command(context_settings=SETTINGS, epilog=f"{MORE_SETTINGS} {EXIT_CODES}")
+def export(
+    context: typer.Context,
+    weights: Annotated[
+        Path, typer.Option("--weights", "-w", help="A file that `train` wrote, RUN/model.pt.", rich_help_panel=DATA)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, .pt.", rich_help_panel=DATA)],
+    fine_tune: Annotated[
+        bool, typer.Option("--fine-tune", help="The file is of `train --fine-tune`.", rich_help_panel=METHOD)
+    ] = False,
+    backbone: Backbone = "lite",
+) -> None:
+    """Write trained weights as one file to pass on: half the size, LoRA merged; `segment --weights` takes it."""
+    settings = {**_more(context.args), "model_file": _absolute(weights), "export_file": _absolute(output)}
+    overlays = [*_overlay(backbone), *(["finetune.json"] if fine_tune else [])]
+    _run("exporting", ["train.json", *overlays, "export.json"], settings)
+
+
 @app.command(epilog=EXIT_CODES)
 def serve(
     studies: Annotated[
@@ -478,7 +496,7 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any], kept: bool =
 
     files = [str(BUNDLE / "configs" / name) for name in configs]
     _quieten_monai()
-    output = str(settings.get("output_dir", ""))
+    output = str(settings.get("export_file") or settings.get("output_dir", ""))
     if not kept:
         logging.getLogger("sam2sgp.engines.results").addFilter(
             lambda record: record.levelno > logging.INFO or output not in record.getMessage()

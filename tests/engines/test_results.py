@@ -1,5 +1,7 @@
 """Rows of the tables: what is told of each case, of those that failed and of files that are not used."""
 
+import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,7 +84,7 @@ def test_a_result_that_was_moved_with_its_folder_is_told_where_it_is_now(writer,
     assert writer.rows[0]["output"] == str(tmp_path / "moved" / "a.png")
 
 
-def test_a_scored_case_is_ranked_by_its_mean_dice(tmp_path, writer):
+def test_a_scored_case_is_ranked_by_its_mean_dice(tmp_path, writer, caplog):
     writer.job = SegmentationJob(str(tmp_path / "scored"), scored=True)
     writer.job.cases = [{"name": "a", "image": "a.png", "label": "a.png"}]
     writer.figures.job = writer.job
@@ -92,6 +94,9 @@ def test_a_scored_case_is_ranked_by_its_mean_dice(tmp_path, writer):
     record = writer.job.results[0]
     assert record["score"] == pytest.approx(2 * 8 / (16 + 8)) and record["rows"][0]["dice"] == record["score"]
     assert np.isnan(record["rows"][1]["dice"]) and Path(tmp_path / "scored" / "records").is_dir()
+    with caplog.at_level(logging.INFO):
+        writer._summary(writer.rows)
+    assert re.search(r": Dice 0\.667, .*, HD95 [\d.]+ (px|mm), NSD ", caplog.text)
 
 
 def test_a_scaling_is_told_once_and_each_warning_of_a_case(writer, caplog):

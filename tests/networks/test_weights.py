@@ -71,7 +71,7 @@ def test_failed_saving_keeps_the_old_file(nano_file, tmp_path, monkeypatch):
         (
             {"lora": {"r": 2, "alpha": 2}},
             {},
-            r"LoRA of rank 2, the network no LoRA: set `lora` to rank 2, or save the file again after `merge_lora`",
+            r"LoRA of rank 2, the network no LoRA: set `lora` to rank 2, or merge it by `sam2sgp export --fine-tune`",
         ),
         ({"lora": {"r": 2, "alpha": 2}}, {"lora": {"r": 4, "alpha": 2}}, "LoRA of rank 2, the network LoRA of rank 4"),
         ({"pmg": {"prior": False}}, {}, "no support prior, unlike the network: set `pmg.prior` to false"),

@@ -124,7 +124,8 @@ def test_worst_cases_come_before_best_and_failures_are_told(tmp_path):
 def test_tables_show_numbers_with_units_and_a_dash_for_nothing(tmp_path):
     page, _ = page_of(tmp_path, evaluation_report())
     text = [part.strip() for part in page.text]
-    assert {"0.810", "2.00 px", "400 px", "–", "Dice", "HD95", "Truth size"} <= set(text)
+    assert {"0.810", "2.00 px", "400 px", "–", "Dice", "HD95", "Truth size", "Dice 0.81"} <= set(text)
+    assert text.index("Mean Dice") < text.index("Overview")
     assert not {"nan", "None", "Unit", "size_unit"} & set(text)
 
 
@@ -158,7 +159,9 @@ def test_inference_report_leaves_out_what_it_has_not(tmp_path):
     page, _ = page_of(tmp_path, Report("Inference", case_rows=rows, figures=[CaseFigure("q", metrics=rows)]))
     text = [part.strip() for part in page.text]
     assert {"Queries", "12.5 mm²", "0.50", "a1; a2"} <= set(text)
-    assert not {"Metrics per class", "Failed cases", "truth"} & set(text)
+    assert not {"Metrics per class", "Failed cases", "truth", "Needs a look"} & set(text)
+    many, _ = page_of(tmp_path, Report("Inference", case_rows=[rows[0] | {"size": 145402, "size_unit": "px"}]))
+    assert "145,402 px" in [part.strip() for part in many.text]
     empty, _ = page_of(tmp_path, Report("Nothing"))
     assert not empty.all("section")
 

@@ -11,19 +11,20 @@ from tests.helpers.drawn import plain
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """A report of a picture with a lesion, a volume of three slices with a liver, and nine measured cases."""
+    """A report of a picture with a lesion, a volume of five slices with a liver, and nine measured cases."""
     path = tmp_path_factory.mktemp("report") / "report.html"
     row = {"source": "a/rather/long/path/to/an/image.nii.gz", "scaling": "percentiles (a grey picture)", "seconds": 1.0}
     rows = [
         row | {"case": "lesion_1", "class_name": "lesion", "size": 5.0, "size_unit": "mm2", "mean_confidence": 0.4},
         row | {"case": "liver_1", "class_name": "liver", "size": 4e5, "size_unit": "ml", "mean_confidence": 0.9},
     ]
-    frames = [ShownSlice(plain(), f"Slice {number} of 3") for number in (1, 2, 3)]
+    frames = [ShownSlice(plain(), f"Slice {number} of 5") for number in range(1, 6)]
     figures = [
         CaseFigure(
             "liver_1",
             panels=[("Query", plain()), ("Segmentation", plain())],
             frames=frames,
+            start=1,
             sides="RLAP",
             window=(-160, 240, "HU"),
         ),
@@ -73,15 +74,15 @@ def test_a_click_enlarges_and_slices_scroll_by_keys_wheel_and_slider(opened):
     dialog = opened.locator("dialog")
     expect(dialog).to_be_hidden()
     opened.locator(".tile", has_text="liver_1").locator("a").click()
-    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 2 of 3")
+    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 2 of 5")
     expect(dialog.locator(".side")).to_have_text(["R", "L", "A", "P"])
     opened.keyboard.press("ArrowRight")
-    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 3 of 3")
+    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 3 of 5")
     dialog.locator(".stage").hover()
     opened.mouse.wheel(0, -100)
-    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 2 of 3")
+    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 2 of 5")
     dialog.get_by_role("button", name="Previous").click()
-    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 1 of 3")
+    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 1 of 5")
     assert dialog.locator("img").bounding_box()["width"] > 400
     opened.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
@@ -90,9 +91,9 @@ def test_a_click_enlarges_and_slices_scroll_by_keys_wheel_and_slider(opened):
     dialog.get_by_role("button", name="Close").click()
     # Without enlarging, too.
     volume = opened.locator(".volume")
-    expect(volume.locator("figcaption:visible")).to_have_text(["Slice 2 of 3"])
+    expect(volume.locator("figcaption:visible")).to_have_text(["Slice 2 of 5"])
     volume.get_by_label("Slice", exact=True).fill("0")
-    expect(volume.locator("figcaption:visible")).to_have_text(["Slice 1 of 3"])
+    expect(volume.locator("figcaption:visible")).to_have_text(["Slice 1 of 5"])
 
 
 def test_level_and_width_spread_what_a_picture_holds(opened):
@@ -114,7 +115,7 @@ def test_level_and_width_spread_what_a_picture_holds(opened):
     dialog.get_by_label("Level").fill("5")
     expect(dialog.locator("output")).to_have_text("-60 ± 100 HU")
     opened.keyboard.press("ArrowRight")
-    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 2 of 3")
+    expect(dialog.locator("strong")).to_have_text("liver_1: Slice 2 of 5")
     # The next slice has the same window, and another case its own.
     dialog.get_by_role("button", name="Next").click()
     assert "contrast" in dialog.locator("img").evaluate("image => image.style.filter")

@@ -17,6 +17,13 @@ def test_dice_decides_the_order_of_an_evaluation():
         ]
     )
     assert (worse.name, worse.reasons, better.reasons) == ("b", ["Dice 0.30"], [])
+    assert (worse.dice, better.dice) == (0.3, 0.9)
+
+
+def test_a_small_find_is_told_only_where_no_truth_says_that_it_is_right():
+    rows = [{"case": str(n), "class_name": "x", "predicted_size": size} for n, size in enumerate([100.0] * 5 + [2.0])]
+    assert looks(rows)[0].reasons == ["tiny x"]
+    assert [look.reasons for look in looks([row | {"dice": 0.9} for row in rows])] == [[]] * 6
 
 
 def test_histograms_count_every_case_and_mark_the_median(tmp_path):

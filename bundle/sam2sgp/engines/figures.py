@@ -11,7 +11,7 @@ from sam2sgp.drawing import draw_overlay, spread_slices, to_display
 from sam2sgp.engines.job import SegmentationJob
 from sam2sgp.evaluation import METRICS
 from sam2sgp.report.html import CaseFigure, SupportThumb
-from sam2sgp.report.slices import frames, frames_per_case, scaled_slices, sides_of, slice_position
+from sam2sgp.report.slices import frames, frames_per_case, nearest, scaled_slices, sides_of, slice_position
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.transforms import ScaleIntensityByModalityd
 from sam2sgp.transforms.scaling import CT, Scaling
@@ -158,6 +158,7 @@ class CaseFigures:
             metrics=[{key: row[key] for key in row if key in SHOWN_COLUMNS} for row in record["rows"]],
             support=shown["support"],
             frames=frames(image.geometry, shown["slices"], slices[1:], arrays) if total > 1 else [],
+            start=nearest(shown["slices"], shown["main"]) if total > 1 else 0,
             section=section,
             sides=sides_of(image.geometry),
             window=(*self.scale_intensity.ct_window, "HU") if scaling.kind == CT else None,

@@ -263,9 +263,11 @@ class ResultWriter:
         write_csv(self.job.output_dir / "metrics_summary.csv", summary)
         for row in summary:
             logger.info(
-                "%s: Dice %.3f, IoU %.3f, HD95 %.2f, NSD %.3f (%d cases)",
+                "%s: Dice %.3f, IoU %.3f, HD95 %.2f %s, NSD %.3f (%d cases)",
                 row["class_name"],
-                *(row[f"{metric}_mean"] for metric in METRICS),
+                *(row[f"{metric}_mean"] for metric in ("dice", "iou", "hd95")),
+                row["unit"],
+                row["nsd_mean"],
                 row["dice_n"],
             )
         return summary

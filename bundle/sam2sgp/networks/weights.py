@@ -118,7 +118,7 @@ def _sgp_origin(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         advice.append(f"backbone {file.backbone}, the network {network.backbone}: {use}")
     if file.lora_rank is not None and file.lora_rank != network.lora_rank:
         ranks = (f"LoRA of rank {rank}" if rank else "no LoRA" for rank in (file.lora_rank, network.lora_rank))
-        remedy = f"set `lora` to rank {file.lora_rank}, or save the file again after `merge_lora`"
+        remedy = f"set `lora` to rank {file.lora_rank}, or merge it by `sam2sgp export --fine-tune`"
         advice.append("{}, the network {}: {}".format(*ranks, remedy))
     if file.prior != network.prior:
         has = "a support prior" if file.prior else "no support prior"

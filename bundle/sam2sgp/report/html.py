@@ -93,6 +93,7 @@ class CaseFigure:
         metrics: rows of a small table: of `case_metrics`, or of summary.csv.
         support: dicts of id (a key of `Report.support`), class_name, similarity in [-1, 1], best first.
         frames: slices of a volume in their order, to scroll through.
+        start: which of them is shown first.
         section: heading under which the case stands; cases of one section follow each other.
         sides: letters at the left, right, upper and lower edge of the pictures, such as "RLAP".
         width_mm: of a picture; None if the size of pixels is unknown.
@@ -105,6 +106,7 @@ class CaseFigure:
     metrics: list[dict] = field(default_factory=list)
     support: list[dict] = field(default_factory=list)
     frames: list[ShownSlice] = field(default_factory=list)
+    start: int = 0
     section: str = "Queries"
     sides: str = ""
     width_mm: float | None = None
@@ -225,6 +227,7 @@ def _tiles(
                 "name": look.name,
                 "anchor": anchors.get(look.name),
                 "reasons": look.reasons,
+                "dice": f"Dice {look.dice:.2f}" if look.dice >= LOW_DICE else "",
                 "classes": look.classes,
                 "picture": _picture(pictures[-1], TILE_EDGE) if pictures else None,
             }
@@ -312,6 +315,7 @@ def _figure(
         "caption": figure.caption,
         "panels": [{"title": title, **_picture(picture, EDGE)} for title, picture in figure.panels],
         "frames": [{"title": frame.caption, **_picture(frame.image, EDGE)} for frame in figure.frames],
+        "start": figure.start,
         "sides": figure.sides,
         "bar": _scale_bar(figure.width_mm),
         "window": figure.window,
@@ -398,15 +402,15 @@ def _cell(key: str, row: Mapping, colours: Mapping[str, str]) -> _Cell:
 
 
 def _number(key: str, value: float) -> str:
-    """Three decimals for shares; else whole numbers as they are, and about three digits."""
+    """Three decimals for shares; else whole numbers as they are, and about three digits; thousands are set apart."""
     if math.isnan(value):
         return "–"
     if key in SHARES:
         return f"{value:.3f}"
     if isinstance(value, Integral):
-        return str(value)
+        return f"{value:,}"
     size = abs(value)
-    return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
+    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
 
 
 def _css(colour: tuple[int, int, int]) -> str:

@@ -30,6 +30,7 @@ class Look:
     Attributes:
         name: of the case.
         urgency: of its most urgent reason, 0 first.
+        dice: smallest of its classes; NaN where it is not measured.
         score: smallest Dice, else smallest confidence of its classes; NaN where there is none.
         reasons: in a few words each.
         classes: names of the classes that were found, or that the truth holds.
@@ -38,6 +39,7 @@ class Look:
 
     name: str
     urgency: int = NOTHING_SAID
+    dice: float = math.nan
     score: float = math.nan
     reasons: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
@@ -70,7 +72,10 @@ def _look(name: str, rows: list[Mapping], usual: Mapping[tuple, float]) -> Look:
         return look
     rows = [row for row in rows if "class_name" in row]
     look.classes = [row["class_name"] for row in rows if _size(row) or row.get("truth_size")]
+    # Where there is a truth, Dice says more of a find than its size beside that of other images.
+    is_scored = any("dice" in row for row in rows)
     dice = [row["dice"] for row in rows if not math.isnan(row.get("dice", math.nan))]
+    look.dice = min(dice, default=math.nan)
     confidence = [row["mean_confidence"] for row in rows if not math.isnan(row.get("mean_confidence", math.nan))]
     look.score = min(dice or confidence, default=math.nan)
     if any(row.get("warnings") for row in rows):
@@ -85,11 +90,13 @@ def _look(name: str, rows: list[Mapping], usual: Mapping[tuple, float]) -> Look:
         class_name, size = row["class_name"], _size(row)
         if row.get("maybe_absent"):
             told.append((DOUBTED, f"maybe no {class_name}"))
+        if is_scored:
+            continue
         if size and size < TINY_SHARE * usual.get(_kind(row), 0):
             told.append((TINY, f"tiny {class_name}"))
         elif not size and _kind(row) in usual and len(rows) > 1:
             told.append((EMPTY, f"no {class_name}"))
-    if rows and not any(_size(row) for row in rows):
+    if rows and not is_scored and not any(_size(row) for row in rows):
         told.append((EMPTY, "nothing found"))
     if told:
         look.urgency = min(told)[0]

@@ -25,4 +25,10 @@ def run_info_of(given: Mapping[str, object]) -> dict[str, str]:
         run_info["SHA-256 of the weights"] = sha256_of(weights)
     versions = [f"sam2sgp {__version__}", f"Python {platform.python_version()}"]
     versions += [f"{name} {metadata.version(name)}" for name in PACKAGES]
-    return {**run_info, "Versions": ", ".join(versions), "Command": shlex.join(sys.orig_argv)}
+    return {**run_info, "Versions": ", ".join(versions), "Folder": str(Path.cwd()), "Command": shlex.join(_command())}
+
+
+def _command() -> list[str]:
+    """The words that were typed: of an installed command its name, else the interpreter and what it runs."""
+    program = Path(sys.argv[0])
+    return [program.name, *sys.argv[1:]] if program.name == "sam2sgp" else sys.orig_argv

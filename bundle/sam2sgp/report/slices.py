@@ -32,6 +32,16 @@ def frames_per_case(cases: int) -> int:
     return min(MOST, max(FEWEST, FRAMES // max(1, cases)))
 
 
+def nearest(numbers: Sequence[int], number: int) -> int:
+    """Place of the slice that is shown first: that of the other pictures of the case, or the one closest to it.
+
+    Example:
+        >>> nearest([0, 5, 10, 15], 11)
+        2
+    """
+    return min(range(len(numbers)), key=lambda place: abs(numbers[place] - number))
+
+
 def scaled_slices(
     image: MedicalImage, scaling: Scaling, settings: ScaleIntensityByModalityd, numbers: Sequence[int]
 ) -> torch.Tensor:
