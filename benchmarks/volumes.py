@@ -136,6 +136,7 @@ def configured(folder: Path, variant: Variant, options: argparse.Namespace) -> C
         "memory_frames": max(variant.frames, 1),
         "object_gate": variant.gate,
         "one_piece": variant.one_piece,
+        "mirror": options.mirror,
         "adapt_seconds": variant.adapt_seconds,
         "report_figures": options.figures,
         "progress": False,
@@ -384,6 +385,7 @@ def main() -> None:
     arguments.add_argument("--support", type=int, default=0, help="support volumes at most; 0 for all")
     arguments.add_argument("--cases", type=int, default=0, help="test volumes of each set at most; 0 for all")
     arguments.add_argument("--adapt", type=float, nargs="*", default=[], metavar="SECONDS")
+    arguments.add_argument("--mirror", action="store_true", help="segment each volume mirrored, too, and average")
     arguments.add_argument("--dyn_unet", type=float, nargs="*", default=[], metavar="SECONDS")
     arguments.add_argument("--cpu_time", action="store_true", help="count these seconds in processor time")
     arguments.add_argument("--threads", type=int, help="of torch; default: its own choice")

@@ -70,6 +70,12 @@ Resume = Annotated[bool, typer.Option(help="Keep what an earlier run has finishe
 Adapt = Annotated[
     float, typer.Option("--adapt", help="Seconds of adaptation to the support set first.", rich_help_panel=METHOD)
 ]
+Mirror = Annotated[
+    bool,
+    typer.Option(
+        "--mirror", help="Segment each image mirrored, too, and average: twice the time.", rich_help_panel=METHOD
+    ),
+]
 
 
 @app.command(context_settings=SETTINGS, epilog=f"{MORE_SETTINGS} {EXIT_CODES}")
@@ -81,6 +87,7 @@ def segment(
     ],
     output: Output,
     adapt: Adapt = 0,
+    mirror: Mirror = False,
     k: Items = None,
     weights: Weights = None,
     backbone: Backbone = "lite",
@@ -114,7 +121,7 @@ def segment(
         "save_overlay": overlay,
         "save_coloured": coloured,
     }
-    settings |= _common(context, k, weights, device, resume, adapt)
+    settings |= _common(context, k, weights, device, resume, adapt, mirror)
     _run("inferring", ["inference.json", *_overlay(backbone)], settings)
 
 
@@ -125,6 +132,7 @@ def check(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Keep the report here.", rich_help_panel=DATA)
     ] = None,
+    mirror: Mirror = False,
     k: Items = None,
     weights: Weights = None,
     backbone: Backbone = "lite",
@@ -139,7 +147,7 @@ def check(
             "output_dir": str(folder),
             "split": [0, 0, 1],
         }
-        settings |= _common(context, k, weights or BUNDLE / "models" / "model.pt", device, True)
+        settings |= _common(context, k, weights or BUNDLE / "models" / "model.pt", device, True, mirror=mirror)
         _run("evaluating", ["train.json", *_overlay(backbone), "evaluate.json"], settings, kept=output is not None)
         dice: dict[str, list[tuple[float, str]]] = defaultdict(list)
         with (folder / "evaluation" / "metrics.csv").open(newline="") as file:
@@ -197,6 +205,7 @@ def evaluate(
         bool, typer.Option("--whole", help="All images, not only the test section's.", rich_help_panel=DATA)
     ] = False,
     adapt: Adapt = 0,
+    mirror: Mirror = False,
     k: Items = None,
     weights: Annotated[
         Path | None, typer.Option("--weights", "-w", help="Default: model.pt in OUTPUT.", rich_help_panel=METHOD)
@@ -210,7 +219,7 @@ def evaluate(
     Writes evaluation/metrics.csv, metrics_summary.csv and report.html.
     """
     settings: dict[str, Any] = {"dataset_dir": _absolute(data), "output_dir": _absolute(output)}
-    settings |= _common(context, k, weights, device, resume, adapt)
+    settings |= _common(context, k, weights, device, resume, adapt, mirror)
     trained = Path(settings["output_dir"], "model.pt")
     if settings.keys().isdisjoint({"model_file", "ckpt_dir", "args_file"}) and not trained.is_file():
         _refuse(
@@ -426,6 +435,7 @@ def _common(
     device: str | None,
     resume: bool,
     adapt: float = 0,
+    mirror: bool = False,
 ) -> dict[str, Any]:
     """Overrides that several commands share, and those that follow the options."""
     settings = {**_more(context.args), "resume": resume}
@@ -437,6 +447,8 @@ def _common(
         settings["device"] = f"$torch.device({device!r})"
     if adapt:
         settings["adapt_seconds"] = adapt
+    if mirror:
+        settings["mirror"] = True
     return settings
 
 

@@ -39,6 +39,7 @@ OTHER = {
     "memory_frames": 1,
     "object_gate": False,
     "one_piece": False,
+    "mirror": True,
     "dicom_seg": True,
     "save_probability": True,
     "save_uncertainty": True,

@@ -23,6 +23,7 @@ def test_the_defaults_are_those_of_the_shipped_configs(name):
         VolumeMemory(config["memory_frames"]) if config["three_d_memory"] else None,
         config["object_gate"],
         config["one_piece"],
+        config["mirror"],
     )
     assert shipped == InferenceSettings()
 

@@ -1,9 +1,11 @@
 """Inference with a support bank: who guides whom, and that batching changes nothing."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory, support_set
@@ -11,6 +13,7 @@ from sam2sgp.inferers.support_set import ABSENT_LOGIT
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler, encodings
 from sam2sgp.support import bank as support_bank
+from sam2sgp.transforms.array import Letterbox
 
 SIZE = 64
 
@@ -119,6 +122,43 @@ def test_progress_is_told_slice_by_slice(network, volume):
     for _ in inferer.chunks(QUERY, network, volume=True, step=steps.append):
         pass
     assert sum(steps) == len(QUERY) * inferer.looks(len(QUERY), True) == (15 if volume else 5) and max(steps) == 2
+
+
+@pytest.mark.parametrize("slices", [1, 5])
+def test_mirroring_is_the_mean_of_the_case_and_its_mirror_image(network, slices):
+    cases = [case(i, [1, 2], slices=slices) for i in range(3)]
+    turned = [entry | {name: entry[name].flip(-1) for name in ("picture", "label_map")} for entry in cases]
+    # Without the gate: each of the two single ones would learn its own. Regions are cut to whole pixels.
+    settings = InferenceSettings(SupportSampler(k=2), batch_size=2, object_gate=False, region_below=0)
+    query, steps = {**prepare(case(9, [1], slices=slices)), "letterbox": Letterbox.of((SIZE, SIZE), SIZE)}, []
+
+    def found(entries: list[dict], image: Tensor, mirror: bool = False, step=None) -> Tensor:
+        inferer = SupportSetInferer(bank(entries), replace(settings, mirror=mirror))
+        parts = inferer.segment_case({**query, "image": image, "image_full": image}, network, step=step)
+        return torch.cat([logits for _, logits, _ in parts])
+
+    image = query["image"]
+    single, other = found(cases, image), found(turned, image.flip(-1)).flip(-1)
+    both = found(cases, image, mirror=True, step=steps.append)
+    torch.testing.assert_close(both, (single + other) / 2, atol=1e-3, rtol=1e-3)
+    assert (both - single).abs().max() > 0.1
+    inferer = SupportSetInferer(bank(cases), replace(settings, mirror=True))
+    assert sum(steps) == slices * inferer.looks_at_case(slices) == slices * 2 * (2 if slices == 1 else 4)
+
+
+def test_a_new_support_item_is_mirrored_too(network):
+    cases = [case(i, [1]) for i in range(4)]
+    query = {**prepare(case(9, [1])), "letterbox": Letterbox.of((SIZE, SIZE), SIZE)}
+    settings = InferenceSettings(SupportSampler(k=4), mirror=True)
+
+    def found(inferer: SupportSetInferer) -> Tensor:
+        return torch.cat([logits for _, logits, _ in inferer.segment_case(query, network)])
+
+    growing = SupportSetInferer(bank(cases[:2]), settings)
+    before = found(growing)
+    growing.bank.reconcile(cases)
+    torch.testing.assert_close(found(growing), found(SupportSetInferer(bank(cases), settings)))
+    assert (found(growing) - before).abs().max() > 0.01
 
 
 def test_result_equals_the_network_given_the_retrieved_pairs(network):

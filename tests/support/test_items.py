@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from sam2sgp.errors import ConfigError
-from sam2sgp.support.items import choose_slices
+from sam2sgp.support.fingerprint import ImageMeasures
+from sam2sgp.support.items import ItemInfo, Prepared, SupportItem, choose_slices
 
 
 def test_chosen_slices_are_the_largest_and_an_even_spread_with_both_ends():
@@ -30,3 +32,18 @@ def test_chosen_slices_are_never_empty_and_never_too_many(count):
     assert choose_slices(np.zeros(5), count) == []
     with pytest.raises(ConfigError):
         choose_slices(np.ones(5), 0)
+
+
+def test_a_mirrored_item_is_another_one_with_everything_mirrored():
+    image, label = torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.uint8)
+    label[2, 1] = 1
+    regions = {1: (torch.rand(1, 3, 8, 8), torch.rand(1, 8, 8) > 0.5)}
+    info = ItemInfo(None, (1,), (1,), (), ImageMeasures.of(label, False))
+    prepared = Prepared(image, label, regions, {})
+    item = SupportItem("a", "content", "a.png", "p", "g", {}, info, {}, lambda: prepared)
+    mirrored = item.mirrored()
+    assert mirrored.label.nonzero().tolist() == [[2, 6]] and torch.equal(mirrored.image, image.flip(-1))
+    for found, given in zip(mirrored.regions[1], regions[1], strict=True):
+        assert torch.equal(found, given.flip(-1))
+    assert mirrored.content not in (item.content, mirrored.mirrored().content)
+    assert (mirrored.id, mirrored.patient) == ("a", "p")

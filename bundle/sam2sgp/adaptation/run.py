@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sam2sgp.adaptation.corrector import Corrector, Trunk, bounded
 from sam2sgp.adaptation.groups import Groups, find_groups
@@ -31,6 +30,7 @@ from sam2sgp.adaptation.record import AdaptationRecord
 from sam2sgp.adaptation.training import WARMUP, Training
 from sam2sgp.inferers import SupportSetInferer
 from sam2sgp.networks import SAM2SGP
+from sam2sgp.progress import Bar
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.fingerprint import fingerprint
 from sam2sgp.transforms.array import pixel_size
@@ -116,7 +116,7 @@ class AdaptationRun:
         if len(groups) < MIN_GROUPS:
             return record, []
         record.plan = Plan.of(fingerprint(self.bank.items))
-        with tqdm(desc="Adapting", total=1.0, bar_format=BAR, disable=not self.progress) as bar:
+        with Bar(desc="Adapting", total=1.0, bar_format=BAR, disable=not self.progress) as bar:
             judged = self._judge_plain(cases, record.owners, bar)
             record.judged = len(judged)
             if len({entry.case.group for entry in judged}) < MIN_GROUPS:
@@ -208,7 +208,7 @@ class AdaptationRun:
         names = ("image", "image_full", "label", "label_full")
         return prepared | {name: prepared[name][start : start + limit] for name in names}
 
-    def _judge_plain(self, cases: list[_Case], owners: list[str], bar: tqdm) -> list[_Judged]:
+    def _judge_plain(self, cases: list[_Case], owners: list[str], bar: Bar) -> list[_Judged]:
         """Cases as a user would get them, each guided by other groups; one of each group in turn, as time allows."""
         bank = self.bank.of_patients(owners)
         inferer = self.inferer.guided_by(bank)
@@ -262,7 +262,7 @@ class AdaptationRun:
 
     # Training
 
-    def _train(self, trainings: list[Training], judged: list[_Judged], plan: Plan, bar: tqdm) -> int:
+    def _train(self, trainings: list[Training], judged: list[_Judged], plan: Plan, bar: Bar) -> int:
         """Train all correctors at the same time: the warm-up, by which the number of steps is planned, and the rest.
 
         Returns that number.
@@ -292,7 +292,7 @@ class AdaptationRun:
         plan.predict([training.corrector], image, logits)
         return slices * (time.monotonic() - began)
 
-    def _advance(self, trainings: list[Training], limit: int, bar: tqdm, deadline: float | None) -> None:
+    def _advance(self, trainings: list[Training], limit: int, bar: Bar, deadline: float | None) -> None:
         """Bring all to `limit` steps, or until the deadline; whoever is free goes on with the one that is last."""
         free, lock = list(trainings), threading.Lock()
 
@@ -340,6 +340,6 @@ class AdaptationRun:
     def _elapsed_share(self) -> float:
         return (time.monotonic() - self.started) / self.seconds if self.seconds else 0.0
 
-    def _show(self, bar: tqdm) -> None:
+    def _show(self, bar: Bar) -> None:
         bar.n = min(1.0, self._elapsed_share())
         bar.refresh()

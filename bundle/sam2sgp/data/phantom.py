@@ -18,7 +18,6 @@ import nibabel as nib
 import numpy as np
 from numpy.random import SeedSequence
 from PIL import Image
-from tqdm import tqdm
 
 from sam2sgp.data.phantom_scenes import (
     CLASS_NAMES,
@@ -31,6 +30,7 @@ from sam2sgp.data.phantom_scenes import (
     phantom_volume,
 )
 from sam2sgp.errors import ConfigError, DataError, report_in_one_line
+from sam2sgp.progress import Bar
 
 PICTURES_PER_PATIENT = 4
 SUPPORT_PATIENTS = 4
@@ -214,7 +214,7 @@ def _write_data_set(root: Path, parameters: dict, progress: bool) -> None:
     sections: dict[str, list] = {"training": [], "validation": [], "test": []}
     for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         (root / folder).mkdir()
-    with tqdm(total=patients * len(looks), desc="phantoms", unit="patient", disable=not progress) as bar:
+    with Bar(total=patients * len(looks), desc="phantoms", unit="patient", disable=not progress) as bar:
         for look in looks:
             made: dict[str, list] = {section: [] for section in sections}
             for index in range(patients):

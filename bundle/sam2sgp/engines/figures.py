@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 import numpy as np
-from tqdm import tqdm
 
 from sam2sgp.data.io import read_image
 from sam2sgp.drawing import draw_overlay, spread_slices, to_display
 from sam2sgp.engines.job import SegmentationJob
 from sam2sgp.evaluation import METRICS
+from sam2sgp.progress import Bar
 from sam2sgp.report.html import CaseFigure, SupportThumb
 from sam2sgp.report.slices import frames, frames_per_case, nearest, scaled_slices, sides_of, slice_position
 from sam2sgp.support.bank import SupportBank
@@ -118,7 +118,7 @@ class CaseFigures:
         """Figures of what `chosen` gave."""
         worst = (len(shown) + 1) // 2
         figures = []
-        bar = tqdm(shown, desc="Drawing", unit="image", disable=not self.progress)
+        bar = Bar(shown, desc="Drawing", unit="image", disable=not self.progress)
         for rank, (number, arrays) in enumerate(bar):
             section = "Queries"
             if self.job.scored:

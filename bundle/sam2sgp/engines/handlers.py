@@ -11,7 +11,6 @@ from monai.utils import CommonKeys
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from sam2sgp import distributed
 from sam2sgp.engines.loss import SGPLoss
@@ -20,6 +19,7 @@ from sam2sgp.errors import ConfigError, WeightsError
 from sam2sgp.files import replacing
 from sam2sgp.networks.lora import has_lora
 from sam2sgp.networks.weights import save_lora, save_weights
+from sam2sgp.progress import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class TrainingProgress:
 
     def __init__(self, disable: bool = False) -> None:
         self.disable = disable
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self._start)
@@ -184,7 +184,7 @@ class TrainingProgress:
     def _start(self, engine: Engine) -> None:
         if self.bar is None:
             total = engine.state.max_epochs * engine.state.epoch_length
-            self.bar = tqdm(
+            self.bar = Bar(
                 desc="Training", total=total, initial=engine.state.iteration, unit="step", disable=self.disable
             )
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from ignite.engine import Engine, Events
-from tqdm import tqdm
 
 from sam2sgp import distributed
 from sam2sgp.data.tree import Skipped
@@ -22,6 +21,7 @@ from sam2sgp.engines.figures import CaseFigures
 from sam2sgp.engines.job import SegmentationJob
 from sam2sgp.evaluation import METRICS, case_metrics, class_sizes, summarise, write_csv
 from sam2sgp.files import remove_parts
+from sam2sgp.progress import Bar
 from sam2sgp.report.colour_tables import write_colour_tables
 from sam2sgp.report.html import Report, write_report
 from sam2sgp.report.run_info import run_info_of
@@ -108,7 +108,7 @@ class ResultWriter:
         self.figures = CaseFigures(job, bank, max_figures, scale_intensity or ScaleIntensityByModalityd(), progress)
         self.skipped = list(skipped)
         # Nothing is shown before a run starts.
-        self.bar = tqdm(disable=True)
+        self.bar = Bar(disable=True)
         self._written = 0.0
         # Scalings and what is missing, each told once.
         self._told: set[str] = set()
@@ -149,7 +149,7 @@ class ResultWriter:
         return [known | row for row in record["rows"]]
 
     def _start(self, engine: Engine) -> None:
-        self.bar = tqdm(
+        self.bar = Bar(
             desc="Segmenting", total=engine.state.epoch_length, unit="image", disable=not self.progress, leave=True
         )
 

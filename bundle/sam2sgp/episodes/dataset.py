@@ -17,12 +17,12 @@ import torch
 from monai.transforms import Compose
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
-from tqdm import tqdm
 
 from sam2sgp import distributed
 from sam2sgp.data.coding import LabelCoding
 from sam2sgp.episodes.case_cache import CaseCache
 from sam2sgp.errors import ConfigError, DataError
+from sam2sgp.progress import Bar
 from sam2sgp.transforms.array import to_three_channels
 from sam2sgp.transforms.cases import completed
 from sam2sgp.transforms.scaling import agreed, is_open, log_scalings
@@ -121,7 +121,7 @@ class EpisodeDataset(Dataset):
 
     def _agree_on_scaling(self, progress: bool) -> None:
         """Prepare all cases; those whose scaling is open follow the others of their group, see `agreed`."""
-        bar = tqdm(self.data, desc="Preparing training images", unit="case", disable=not progress)
+        bar = Bar(self.data, desc="Preparing training images", unit="case", disable=not progress)
         scalings = [self.cache[case].scaling for case in bar]
         by_group = defaultdict(list)
         for case, scaling in zip(self.data, scalings, strict=True):

@@ -140,7 +140,7 @@ class CaseSegmenter:
     def work(self, case: PreparedCase) -> int:
         """What the numbers add up to that `segment` tells of its progress."""
         slices = len(case["image"])
-        return slices * (self.inferer.looks(slices, slices > 1) + 1)
+        return slices * self.inferer.looks_at_case(slices)
 
     def segment(self, case: PreparedCase, step: Step | None = None) -> CaseResult:
         """Segment a prepared case.

@@ -38,6 +38,10 @@ class InferenceSettings:
     one_piece: bool = True
     """Of a class that every labelled volume shows in one piece, only the largest part is kept in a volume."""
 
+    mirror: bool = False
+    """A case is segmented a second time, mirrored left to right like the images that guide it then, and the mean
+    counts."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.region_below <= 1:
             raise ConfigError(

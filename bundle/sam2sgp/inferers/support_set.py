@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -76,8 +76,9 @@ class SupportSetInferer(Inferer):
         self._signs = self.signs = self.signs or LeastSigns(self._gate.items)
         self.second_pass = SecondPass(self.bank, self.settings, self.query_cache)
         self._familiarity: Familiarity | None = None
-        # Of the bank, when that was made.
-        self._version = 0
+        self._mirrored: SupportSetInferer | None = None
+        # Of the bank, when these were made.
+        self._version = self._mirrored_version = 0
 
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
@@ -86,9 +87,9 @@ class SupportSetInferer(Inferer):
         self._gate.forget()
         self._signs.forget()
 
-    def guided_by(self, bank: SupportBank) -> "SupportSetInferer":
-        """The same settings with another bank, and without an adaptation."""
-        return SupportSetInferer(bank, self.settings)
+    def guided_by(self, bank: SupportBank, settings: InferenceSettings | None = None) -> "SupportSetInferer":
+        """The same settings, or others, with another bank, and without an adaptation."""
+        return SupportSetInferer(bank, settings or self.settings)
 
     def encode(self, network: SAM2SGP) -> None:
         """Encode the support set now, not at the first image.
@@ -131,8 +132,7 @@ class SupportSetInferer(Inferer):
         if self.adaptation is not None:
             self.adaptation.refuse(patient, self.bank)
         with autocast(device.type, self.settings.precision):
-            if self.bank.embedding is None:
-                self.bank.encode(network, device)
+            self._encode_once(network, device)
             step = step or _no_step
             thresholds = self.thresholds(network, device, group, step)
             batches = self._encoded(inputs, network, device)
@@ -157,21 +157,46 @@ class SupportSetInferer(Inferer):
     ) -> Iterator[tuple[slice, Tensor, Chunk]]:
         """Segment a prepared case on its own grid: which slices, their logits (B, C, H, W), and the chunk.
 
-        The logits are those of `at_own_pixels`, averaged with those of the adaptation. `step` is told
-        of the progress: each slice counts as in `chunks`, and once more at the end.
+        The logits are those of `at_own_pixels`, averaged with those of the mirrored case where `settings.mirror` is on,
+        and with those of the adaptation. `step` is told of the progress: each slice counts `looks_at_case` times.
         """
         step = step or _no_step
+        pixel = pixel_size(case["geometry"].spacing)
+        found = self._both_passes(case, network, patient, group, step)
+        if self.settings.mirror:
+            mirrored = self._mirror(network)._both_passes(_mirrored(case), network, patient, group, step)
+            found = map(_mean_of_both, found, mirrored)
+        for rows, logits, chunk in found:
+            if self.adaptation is not None:
+                logits = self.adaptation.average(logits, case["image_full"][rows], pixel, chunk.distance)
+            yield rows, logits, chunk
+
+    def _both_passes(
+        self, case: PreparedCase, network: SAM2SGP, patient: str | None, group: str | None, step: Step
+    ) -> Iterator[tuple[slice, Tensor, Chunk]]:
+        """As `segment_case`, by the first and the second pass."""
         pixel = pixel_size(case["geometry"].spacing)
         volume = len(case["image"]) > 1
         for chunk in self.chunks(case["image"], network, patient, group, volume=volume, step=step):
             rows = slice(chunk.start, chunk.start + len(chunk.output.logits))
-            images = case["image_full"][rows]
             logits = case["letterbox"].restore(chunk.output.logits)
-            logits = self.at_own_pixels(logits, images, network, pixel, patient, group)
-            if self.adaptation is not None:
-                logits = self.adaptation.average(logits, images, pixel, chunk.distance)
+            logits = self.at_own_pixels(logits, case["image_full"][rows], network, pixel, patient, group)
             step(len(logits))
             yield rows, logits, chunk
+
+    def _mirror(self, network: SAM2SGP) -> "SupportSetInferer":
+        """An inferer that is guided by the mirrored bank; which classes are absent, this one says."""
+        device = next(network.parameters()).device
+        with autocast(device.type, self.settings.precision):
+            self._encode_once(network, device)
+        if self._mirrored is None or self._mirrored_version != self.bank.version:
+            settings = replace(self.settings, mirror=False, object_gate=False)
+            self._mirrored, self._mirrored_version = self.guided_by(self.bank.mirrored(), settings), self.bank.version
+        return self._mirrored
+
+    def _encode_once(self, network: SAM2SGP, device: torch.device) -> None:
+        if self.bank.embedding is None:
+            self.bank.encode(network, device)
 
     def _distance(self, network: SAM2SGP, features: ImageFeatures, patient: str | None) -> Tensor:
         """How far images (B,) are from the support images, of other patients than `patient`."""
@@ -185,6 +210,11 @@ class SupportSetInferer(Inferer):
     def looks(self, slices: int, volume: bool) -> int:
         """How often `chunks` looks at each of so many slices: once, and again in both directions of a volume."""
         return 3 if volume and self.settings.volume_memory and slices > 1 else 1
+
+    def looks_at_case(self, slices: int) -> int:
+        """How often `segment_case` looks at each of so many slices: as often as `chunks`, and in the second pass; all
+        of that twice where the case is mirrored, too."""
+        return (self.looks(slices, slices > 1) + 1) * (2 if self.settings.mirror else 1)
 
     def thresholds(
         self, network: SAM2SGP, device: torch.device, group: str | None = None, step: Step | None = None
@@ -341,6 +371,20 @@ class SupportSetInferer(Inferer):
             for name, values in vars(output).items():
                 getattr(out, name)[:, class_indices] = values.float()
         return out
+
+
+def _mirrored(case: PreparedCase) -> PreparedCase:
+    """The images of a case mirrored left to right."""
+    full = case["image_full"].flip(-1)
+    return {**case, "image_full": full, "image": case["letterbox"].apply(full)}
+
+
+def _mean_of_both(
+    own: tuple[slice, Tensor, Chunk], mirrored: tuple[slice, Tensor, Chunk]
+) -> tuple[slice, Tensor, Chunk]:
+    """What was found in slices, with the mean of its logits and those of the mirrored slices."""
+    rows, logits, chunk = own
+    return rows, (logits + mirrored[1].flip(-1)) / 2, chunk
 
 
 def _no_step(slices: int) -> None:

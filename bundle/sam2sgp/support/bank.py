@@ -198,6 +198,10 @@ class SupportBank:
         """A bank of the same items, in memory and not encoded, with other names of the patient of each."""
         return self._of([replace(item, patient=patient) for item, patient in zip(self.items, patients, strict=True)])
 
+    def mirrored(self) -> "SupportBank":
+        """A bank of the same items mirrored left to right, in memory and not encoded."""
+        return self._of([item.mirrored() for item in self.items])
+
     def _of(self, items: list[SupportItem]) -> "SupportBank":
         """A bank of items of this one, with encodings of its own."""
         bank = copy(self)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from sam2sgp.data.classes import check_label_values, complete_class_names
 from sam2sgp.data.coding import LabelCoding
 from sam2sgp.errors import DataError, cause_of
+from sam2sgp.progress import Bar
 from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, settings_fingerprint
 from sam2sgp.support.items import MAX_VALUE, CaseListing, Prepared, SupportItem, prepare_items
 from sam2sgp.support.tensor_store import TensorStore, checksum
@@ -141,7 +141,7 @@ class Catalogue:
         values: set[int] = set()
         count = 0
         order = np.random.default_rng(self.seed).permutation(len(data)) if self.max_items else range(len(data))
-        bar = tqdm(total=len(data), desc="Reading the support set", unit="case", disable=not self.progress)
+        bar = Bar(total=len(data), desc="Reading the support set", unit="case", disable=not self.progress)
         with bar:
             for entry in self._listed([data[i] for i in order]):
                 bar.update()

@@ -19,11 +19,11 @@ from itertools import chain
 import safetensors.torch
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sam2sgp import distributed
 from sam2sgp.heap import give_back
 from sam2sgp.networks import SAM2SGP, SupportMemory
+from sam2sgp.progress import Bar
 from sam2sgp.support.content import digest_of, network_fingerprint
 from sam2sgp.support.items import SupportItem
 from sam2sgp.support.tensor_store import Tensors, TensorStore
@@ -269,7 +269,7 @@ class Encodings:
         numbers = numbers[start:] + numbers[:start]
         what = "Encoding the support set" if cut.value is None else f"Encoding regions of {self.class_names[cut.value]}"
         silent = not self.progress or not numbers
-        bar = tqdm(desc=what, total=len(numbers), unit="item", leave=cut == WHOLE, disable=silent)
+        bar = Bar(desc=what, total=len(numbers), unit="item", leave=cut == WHOLE, disable=silent)
         try:
             with bar:
                 for start in range(0, len(numbers), batch):

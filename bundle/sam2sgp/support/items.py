@@ -72,6 +72,14 @@ class Prepared:
             crops[kind] = dict(sorted(crops[kind].items()))
         return cls(named["image"], named["label"], **crops, thumbnail=named["thumbnail"])
 
+    def mirrored(self) -> "Prepared":
+        """The same mirrored left to right."""
+        crops = {
+            kind: {value: (images.flip(-1), masks.flip(-1)) for value, (images, masks) in getattr(self, kind).items()}
+            for kind in CROPS
+        }
+        return Prepared(self.image.flip(-1), self.label.flip(-1), **crops)
+
     def drawn(self) -> Tensor:
         """The thumbnail."""
         if self.thumbnail is not None:
@@ -184,6 +192,11 @@ class SupportItem:
         self.load = lambda: changed
         (values,) = pixels.values()
         self.content = hashlib.sha256(self.content.encode() + values.contiguous().numpy().tobytes()).hexdigest()
+
+    def mirrored(self) -> "SupportItem":
+        """The same item mirrored left to right: another content."""
+        content = hashlib.sha256(f"{self.content} mirrored".encode()).hexdigest()
+        return replace(self, content=content, load=lambda: self.load().mirrored())
 
     @property
     def regions(self) -> dict[int, tuple[Tensor, Tensor]]:

@@ -1,0 +1,33 @@
+"""Progress bars on a terminal and in a log file."""
+
+import io
+
+import pytest
+
+from sam2sgp import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "least", "most"), [(io.StringIO, 2, 3), (Terminal, 50, 300)])
+def test_a_log_file_gets_a_line_now_and_then_and_a_terminal_every_step(stream, least, most):
+    file = stream()
+    with progress.Bar(desc="Segmenting", total=100, file=file, mininterval=0) as bar:
+        for step in range(100):
+            bar.set_postfix_str(f"case: {step}%")
+            bar.update()
+    written = file.getvalue().split("\r")
+    assert least <= sum("Segmenting" in line for line in written) <= most
+    assert "100/100" in written[-1]
+
+
+def test_a_line_comes_again_after_a_while(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with progress.Bar(desc="Segmenting", total=10, file=file) as bar:
+        for step in range(10):
+            bar.set_postfix_str(f"case: {step}")
+    assert sum("case" in line for line in file.getvalue().split("\r")) >= 10
