@@ -18,7 +18,7 @@ def call(monkeypatch):
 
     def called(train, method: str = "train", request: object = None) -> int:
         monkeypatch.setattr(worker.sys, "stdin", io.StringIO(json.dumps(request)))
-        monkeypatch.setattr(worker, "app_instance", lambda: SimpleNamespace(train=train))
+        monkeypatch.setattr(worker.monailabel_app, "app_instance", lambda: SimpleNamespace(train=train))
         return worker.main(method)
 
     return called
@@ -43,6 +43,21 @@ def test_what_people_can_mend_is_the_last_line_and_all_else_is_in_the_log(call, 
     caplog.clear()
     assert call(fail(KeyError("secret"))) == 1
     assert caplog.messages[-1] == "train: The server failed; its log says why." and caplog.records[0].exc_info
+
+
+def test_settings_are_not_in_the_output_that_every_user_may_read(monkeypatch, caplog, tmp_path):
+    app = worker.monailabel_app
+    (tmp_path / "main.py").write_text("")
+    made = SimpleNamespace(train=lambda request: {})
+    monkeypatch.setattr(app, "apps", {})
+    monkeypatch.setattr(app, "get_class_of_subclass_from_file", lambda *_: lambda **_: made)
+    monkeypatch.setattr(app.settings, "MONAI_LABEL_APP_DIR", str(tmp_path))
+    monkeypatch.setattr(app.settings, "MONAI_LABEL_APP_CONF", {"users": {"anna": "admin"}})
+    monkeypatch.setattr(worker.sys, "stdin", io.StringIO("{}"))
+    monkeypatch.setattr(app.logger, "level", logging.NOTSET)
+    with caplog.at_level(logging.INFO):
+        assert worker.main("train") == 0
+    assert "Result: {}" in caplog.text and "anna" not in caplog.text
 
 
 def test_no_other_method_of_the_app_is_called(call):

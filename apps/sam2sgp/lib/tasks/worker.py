@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 
-from monailabel.interfaces.utils.app import app_instance
+from monailabel.interfaces.utils import app as monailabel_app
 
 from lib.refusals import refuse
 from lib.tasks.background import METHODS
@@ -23,11 +23,13 @@ logger = logging.getLogger(__name__)
 def main(method: str) -> int:
     """Answer the request on the standard input."""
     logging.basicConfig(level=logging.INFO, format=FORMAT)
+    # It logs all settings, users and their roles among them, and whoever sees a task sees its output.
+    monailabel_app.logger.setLevel(logging.WARNING)
     if method not in METHODS:
         raise SystemExit(f"method: expected one of {', '.join(METHODS)}, found {method!r}.")
     request = json.load(sys.stdin)
     try:
-        result = getattr(app_instance(), method)(request)
+        result = getattr(monailabel_app.app_instance(), method)(request)
     except Exception as error:
         # What is the server's own fault is in the log with its traceback; for the rest the sentence is enough.
         logger.error("%s: %s", method, refuse(error).detail)
