@@ -3,6 +3,8 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from html import escape
+from types import SimpleNamespace
 
 import numpy as np
 from fastapi import FastAPI
@@ -11,6 +13,8 @@ from starlette.testclient import TestClient
 from lib.http import page
 from lib.http.guard import install, serve_only
 from lib.http.page import SupportPage
+from lib.serving.segmenter import SupportState
+from lib.serving.usage import Usage
 from tests.helpers.parts import Given, assert_refused
 
 
@@ -36,6 +40,17 @@ def test_decisions_on_the_support_page_are_declared_too(app, tmp_path):
     assert_refused(client.get("/sam2sgp/picture?image=a&path=/etc/passwd"))
     answer = client.get("/sam2sgp/assets/%1b%5b2J%e2%80%ae")
     assert answer.status_code == 404 and answer.json()["detail"].isprintable()
+
+
+def test_what_may_be_wrong_with_the_support_set_is_on_the_page(app, tmp_path):
+    sentence = "labels/final: the outlines of the labels fit the images clearly better <turned>"
+    state = SupportState((), {}, {}, frozenset(), {}, (), "embedded", warnings=(sentence,))
+    segmenter = SimpleNamespace(state=lambda: state, keep_up=lambda: True)
+    server = FastAPI()
+    install(server, Given(tmp_path))
+    serve_only(server, [SupportPage(app.datastore(), segmenter, Usage(tmp_path / "usage"), sorted, dict).router()])
+    text = TestClient(server, base_url="http://server:8000").get("/sam2sgp/").text
+    assert "Labels that may be wrong" in text and f"<li>{escape(sentence)}</li>" in text
 
 
 def test_few_images_are_held_at_once_for_pictures_and_approvals(app, tmp_path, monkeypatch):

@@ -84,6 +84,7 @@ class SupportState:
         errors: cases that can't be used, dicts with `name`, `source` and `error`.
         weights: name of the version that serves.
         scaling: how its images are scaled, which a query follows of which nothing is stated.
+        warnings: sentences on what may be wrong with the cases that are used.
     """
 
     items: tuple[SupportItem, ...]
@@ -94,6 +95,7 @@ class SupportState:
     errors: tuple[dict, ...]
     weights: str
     scaling: SupportScaling = SupportScaling()
+    warnings: tuple[str, ...] = ()
 
 
 class ServerSegmenter:
@@ -205,6 +207,7 @@ class ServerSegmenter:
             "weights": state.weights,
             "rebuilding": self.rebuilding,
             "errors": [*problems, *errors][:ITEMS_LISTED],
+            "warnings": list(state.warnings)[:ITEMS_LISTED],
             "problem": self.problem,
             "not_offered": list(getattr(self.cases.datastore, "left_out", []))[:ITEMS_LISTED],
         }
@@ -360,6 +363,7 @@ class ServerSegmenter:
             (*self.cases.left_out, *bank.errors),
             serving.version.name,
             bank.scaling(),
+            tuple(bank.warnings),
         )
         for error in state.errors:
             if error not in before:
