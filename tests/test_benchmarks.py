@@ -409,3 +409,9 @@ def test_marks_are_judged_by_the_dice_of_what_they_mark(script, tmp_path):
     # Marked: b, c, and d, of which nothing was found.
     assert lines["confidence below 0.85"] == "0.75 | 0.33 | 0.90 | 1.00 | 0.67"
     assert lines["unlike the support set"] == "0.25 | 0.20 | 0.57 | 0.50 | 1.00"
+
+
+def test_labels_that_fit_are_not_taken_for_turned(script, data, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["turned_labels", str(data / "volumes"), "--draws", "2"])
+    script("turned_labels").main()
+    assert "Taken for turned: 0 of 4 support sets" in capsys.readouterr().out

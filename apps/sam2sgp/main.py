@@ -339,7 +339,8 @@ class Sam2SgpApp(MONAILabelApp):
         if self._progress:
             self._progress.wake()
         status = self.segmenter.status()
-        return {"support_items": status["items"], "warnings": status["errors"], "pending": not joined}
+        told = [*status["errors"], *status["warnings"]]
+        return {"support_items": status["items"], "warnings": told, "pending": not joined}
 
 
 @contextmanager

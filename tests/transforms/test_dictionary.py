@@ -91,3 +91,12 @@ def test_results_beside_the_queries_never_take_the_name_of_one(tmp_path):
     assert [Path(names.claim(sources[number], ".png")).name for number in (0, 2)] == ["x.jpg.png", "y.png"]
     with pytest.raises(DataError, match="x.png: expected a folder for results, found the query there"):
         names.claim(sources[1], ".png")
+
+
+def test_a_grey_border_of_a_white_mask_is_said(tmp_path):
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:10, 4:10], mask[4, 4:10] = 255, 128
+    Image.fromarray(mask).save(tmp_path / "label.png")
+    Image.fromarray(mask // 2).save(tmp_path / "image.png")
+    [told] = LoadCased()({"image": tmp_path / "image.png", "label": tmp_path / "label.png"})["warnings"]
+    assert told.startswith("Value 128 of its label is found only along the border of 255")

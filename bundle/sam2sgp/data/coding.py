@@ -31,10 +31,14 @@ class LabelCoding:
 
     Args:
         declared: class names by value; a declared value is a class.
+
+    Attributes:
+        warnings: what it has warned of.
     """
 
     def __init__(self, declared: Mapping[int, str] | None = None) -> None:
         self.declared = declared or {}
+        self.warnings: list[str] = []
         self._only: dict[int, str] = {}
         self._warned_of: set[str | int] = set()
         # By colour: the value that it has in palettes, and a label in which it does.
@@ -62,21 +66,17 @@ class LabelCoding:
         if WHITE in held and len(held) > 1 and max(held - {WHITE}) <= FEW_CLASSES and WHITE not in self.declared:
             if WHITE not in self._warned_of:
                 others = ", ".join(str(value) for value in sorted(held - {WHITE}))
-                logger.warning(
-                    "%s: value 255 beside %s often marks pixels to ignore; it is taken as a class of its own here. Set "
-                    "such pixels to 0, or declare the class in dataset.json or labels.json.",
-                    path,
-                    others,
+                self._warn(
+                    f"{path}: value 255 beside {others} often marks pixels to ignore; it is taken as a class of its "
+                    "own here. Set such pixels to 0, or declare the class in dataset.json or labels.json."
                 )
             self._warned_of.add(WHITE)
         ignored = next((value for value in sorted(held) if self.declared.get(value, "").lower() == IGNORE), None)
         if ignored is not None and IGNORE not in self._warned_of:
-            logger.warning(
-                "%s: value %d is declared as %r, nnU-Net's word for pixels to leave out; it is taken as a class of its "
-                "own here. Set such pixels to 0, or give the class another name.",
-                path,
-                ignored,
-                self.declared[ignored],
+            self._warn(
+                f"{path}: value {ignored} is declared as {self.declared[ignored]!r}, nnU-Net's word for pixels to "
+                "leave out; it is taken as a class of its own here. Set such pixels to 0, or give the class another "
+                "name."
             )
             self._warned_of.add(IGNORE)
         if len(held) != 1 or {OBJECT, WHITE} <= self.declared.keys():
@@ -89,6 +89,10 @@ class LabelCoding:
                 f"{OBJECT if value == WHITE else WHITE} in {self._only[OBJECT if value == WHITE else WHITE]}; store "
                 "all labels as 0 and 1, or declare both classes in dataset.json or labels.json."
             )
+
+    def _warn(self, sentence: str) -> None:
+        logger.warning("%s", sentence)
+        self.warnings.append(sentence)
 
     def _check_names(self, path: Path, held: set[int]) -> None:
         """Programs number the segments of each segmentation on their own, in the order in which they were added."""
@@ -107,14 +111,9 @@ class LabelCoding:
                 )
             first, where = self._names.setdefault(value, (names[value], str(path)))
             if first.casefold() != name and f"name of {value}" not in self._warned_of:
-                logger.warning(
-                    "%s: value %d is the segment %r here and %r in %s; it is taken as one class. If these are two, "
-                    "number the segments alike in all files.",
-                    path,
-                    value,
-                    names[value],
-                    first,
-                    where,
+                self._warn(
+                    f"{path}: value {value} is the segment {names[value]!r} here and {first!r} in {where}; it is taken "
+                    "as one class. If these are two, number the segments alike in all files."
                 )
                 self._warned_of.add(f"name of {value}")
 

@@ -90,6 +90,7 @@ class SupportBank:
         holds: (N, C) bool, which item holds which class.
         patients, groups: who has items here, and of which groups; numbers by name.
         errors: cases left out, dicts with `name`, `source` (path of the image) and `error`.
+        warnings: sentences on what may be wrong with the others.
 
     Raises:
         DataError: there is no labelled image, or none with an object; a label has an undeclared value.
@@ -127,6 +128,7 @@ class SupportBank:
         self.version = 0
         self.data: list[dict] = []
         self.errors: list[dict] = []
+        self.warnings: list[str] = []
         self.items: list[SupportItem] = []
         self.class_names: dict[int, str] = {}
         self.reconcile(data)
@@ -174,7 +176,7 @@ class SupportBank:
         )
         if changes.added or changes.removed:
             found.log_scalings()
-        self.data, self.errors = list(data), found.errors
+        self.data, self.errors, self.warnings = list(data), found.errors, found.warnings
         self._found = found
         if _table(found.items) != _table(self.items) or found.class_names != self.class_names:
             self.version += 1

@@ -9,7 +9,7 @@ memory.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,13 @@ from sam2sgp.progress import Bar
 from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, settings_fingerprint
 from sam2sgp.support.items import MAX_VALUE, CaseListing, Prepared, SupportItem, prepare_items
 from sam2sgp.support.tensor_store import TensorStore, checksum
-from sam2sgp.transforms.dictionary import log_warnings
+from sam2sgp.support.turned import how_turned
 from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
 
 logger = logging.getLogger(__name__)
 
 # Part of the keys of what is prepared and encoded: counted up when that changes by the code.
-VERSION = 8
+VERSION = 9
 CASE = "case"
 CASES_PER_LOOKUP = 256
 
@@ -42,6 +42,7 @@ class Found:
     items: the support items. class_names: by value, of all values found. errors: cases left out, dicts with `name`,
     `source` (path of the image) and `error`. contents: of all items, those over the limit too. scalings: name and group
     of each case, and how it was scaled. slice_axes: group of each volume, and the axis along which it is sliced.
+    warnings: sentences on what may be wrong with cases that are used, or with all of them together.
     """
 
     items: list[SupportItem]
@@ -50,6 +51,7 @@ class Found:
     contents: set[str]
     scalings: list[tuple[str, str, Scaling]]
     slice_axes: list[tuple[str, int]]
+    warnings: list[str]
 
     def scaling(self, group: str | None = None) -> SupportScaling:
         """How the cases are scaled; where there are some of `group`, these."""
@@ -126,6 +128,7 @@ class Catalogue:
         self._hashes = FileHashes(store)
         self._listings: dict[str, CaseListing] = {}
         self._failed: dict[str, str] = {}
+        self._told: set[str] = set()
         # Without a store, pixels by the item's content.
         self._pixels: dict[str, Prepared] = {}
 
@@ -141,9 +144,10 @@ class Catalogue:
         values: set[int] = set()
         count = 0
         order = np.random.default_rng(self.seed).permutation(len(data)) if self.max_items else range(len(data))
+        coding = LabelCoding(self.declared)
         bar = Bar(total=len(data), desc="Reading the support set", unit="case", disable=not self.progress)
         with bar:
-            for entry in self._listed([data[i] for i in order]):
+            for entry in self._listed([data[i] for i in order], coding):
                 bar.update()
                 if isinstance(entry, _LeftOut):
                     errors.append({"name": entry.case["name"], "source": _source(entry.case), "error": entry.error})
@@ -167,7 +171,14 @@ class Catalogue:
         self._pixels = {content: pixels for content, pixels in self._pixels.items() if content in contents}
         scalings = [(entry.case["name"], entry.case["group"], entry.listing.scaling) for entry in found]
         axes = [(entry.case["group"], axis) for entry in found if (axis := entry.listing.slice_axis) is not None]
-        return Found(items, complete_class_names(self.declared, values), errors, contents, scalings, axes)
+        told = [*_turned(found), *_warnings(found)]
+        for sentence in told:
+            if sentence not in self._told:
+                logger.warning("%s", sentence)
+        self._told = set(told)
+        of_scaling = [f"{name}: {sentence}" for name, _, scaling in scalings for sentence in scaling.warnings]
+        warnings = [*told, *coding.warnings, *of_scaling]
+        return Found(items, complete_class_names(self.declared, values), errors, contents, scalings, axes, warnings)
 
     def thumbnail(self, content: str) -> Tensor | None:
         """The thumbnail (H, W, 3) uint8 of the item with this content, if it is at hand.
@@ -190,15 +201,14 @@ class Catalogue:
         for number, entry in enumerate(found):
             scaling = common[entry.case["group"]]
             if is_open(entry.listing.scaling) and scaling:
-                (followed,) = self._listed([entry.case | {"support_scaling": scaling}])
+                (followed,) = self._listed([entry.case | {"support_scaling": scaling}], LabelCoding(self.declared))
                 if isinstance(followed, _Listed):
                     result[number] = followed
         return result
 
-    def _listed(self, cases: list[dict]) -> Iterator["_Listed | _LeftOut"]:
-        """Each case with what it has, or with what is wrong with it."""
+    def _listed(self, cases: list[dict], coding: LabelCoding) -> Iterator["_Listed | _LeftOut"]:
+        """Each case with what it has, or with what is wrong with it; `coding` has seen the others of the set."""
         new: dict[str, bytes] = {}
-        coding = LabelCoding(self.declared)
         try:
             # With a limit, few cases may be enough: each is hashed when it is looked up.
             step = CASES_PER_LOOKUP if self.max_items is None else 1
@@ -283,7 +293,6 @@ class Catalogue:
         if digest is None:
             named = {key: prepared[key] for key in ("image", "label", "image_full", "label_full")}
             digest = digest_of(checksum(named), prepared["geometry"].spacing, case.get("modality"), scaling_hint(case))
-        log_warnings(prepared)
         if prepared["label"].max() > MAX_VALUE:
             raise DataError(
                 f"{case['label']}: expected class values up to {MAX_VALUE}, found {int(prepared['label'].max())}; "
@@ -338,6 +347,27 @@ class Catalogue:
                 "`reconcile` with the present cases."
             )
         return Prepared.of_tensors(tensors)
+
+
+def _turned(found: Iterable[_Listed]) -> Iterator[str]:
+    """Of each group, what may be wrong with all labels together."""
+    by_group = defaultdict(list)
+    for entry in found:
+        by_group[entry.case["group"]].append(entry)
+    for entries in by_group.values():
+        turn = how_turned(entry.listing.fits for entry in entries)
+        if turn:
+            yield (
+                f"{Path(entries[0].case['label']).parent}: the outlines of the labels fit the images clearly better "
+                f"{turn} than as they are stored; look at some of them, and store them as their images are."
+            )
+
+
+def _warnings(found: Iterable[_Listed]) -> Iterator[str]:
+    """Of each case, what may be wrong with it."""
+    for entry in found:
+        for sentence in entry.listing.warnings:
+            yield f"{entry.case['name']}: {sentence}"
 
 
 def _source(case: dict) -> str:

@@ -16,6 +16,7 @@ from sam2sgp.data.classes import values_in
 from sam2sgp.drawing import draw_overlay, to_display
 from sam2sgp.errors import ConfigError
 from sam2sgp.support.fingerprint import SOME_PARTS, ImageMeasures, tile_share
+from sam2sgp.support.turned import edge_fits
 from sam2sgp.transforms.array import Region, pixel_size
 from sam2sgp.transforms.parts import is_sparse, main_shares
 from sam2sgp.transforms.scaling import PERCENTILES, Scaling
@@ -110,27 +111,32 @@ class ItemInfo:
 class CaseListing:
     """What a case has: class values found in its whole label, its items, how it was scaled, and of a volume for each
     class value the share of its voxels that the largest connected part holds ({} of one labelled on single slices), and
-    the axis along which it is sliced, see `Geometry.slice_axis`."""
+    the axis along which it is sliced, see `Geometry.slice_axis`. Of every case, how its label fits the image as it is
+    and turned, see `edge_fits`, and sentences on what may be wrong, but for those of the scaling."""
 
     values: tuple[int, ...]
     items: tuple[ItemInfo, ...]
     scaling: Scaling
     main_shares: dict[int, float]
     slice_axis: int | None
+    fits: dict[str, float]
+    warnings: tuple[str, ...]
 
     def to_json(self) -> bytes:
         rows = [[f.slice, f.holds, f.regions, f.tiles, f.measures.to_json()] for f in self.items]
         shares = list(self.main_shares.items())
-        return json.dumps([self.values, rows, asdict(self.scaling), shares, self.slice_axis]).encode()
+        about = [self.slice_axis, self.fits, self.warnings]
+        return json.dumps([self.values, rows, asdict(self.scaling), shares, *about]).encode()
 
     @classmethod
     def of_json(cls, text: bytes) -> "CaseListing":
-        values, rows, scaling, shares, slice_axis = json.loads(text)
+        values, rows, scaling, shares, slice_axis, fits, warnings = json.loads(text)
         items = (
             ItemInfo(index, tuple(holds), tuple(regions), tuple(tiles), ImageMeasures.of_json(measures))
             for index, holds, regions, tiles, measures in rows
         )
-        return cls(tuple(values), tuple(items), Scaling.of_dict(scaling), dict(shares), slice_axis)
+        known = tuple(values), tuple(items), Scaling.of_dict(scaling), dict(shares)
+        return cls(*known, slice_axis, fits, tuple(warnings))
 
 
 @dataclass(eq=False)
@@ -229,6 +235,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
     sparse = is_sparse(case["label_full"].numpy(), case["geometry"].spacing)
     shares = main_shares(case["label_full"].numpy(), MAX_VALUE) if volume and not sparse else {}
     slice_axis = case["geometry"].slice_axis if volume else None
+    fits = edge_fits(case["image_full"].numpy(), case["label_full"].numpy())
     case = _in_windows(case)
     label = case["label"]
     flat = label.flatten(1)
@@ -249,7 +256,9 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
         ItemInfo.of(index if len(label) > 1 else None, item, measures[index])
         for index, item in zip(sorted(chosen), items, strict=True)
     ]
-    return CaseListing(tuple(values), tuple(infos), case.get("scaling", AS_GIVEN), shares, slice_axis), items
+    scaling = case.get("scaling", AS_GIVEN)
+    warnings = tuple(told for told in case.get("warnings", ()) if told not in scaling.warnings)
+    return CaseListing(tuple(values), tuple(infos), scaling, shares, slice_axis, fits, warnings), items
 
 
 def choose_slices(areas: np.ndarray, count: int) -> list[int]:

@@ -32,6 +32,7 @@ from sam2sgp.data.io import (
     read_image,
     read_label,
     result_endings,
+    softened_border,
     write_label,
     write_map,
 )
@@ -46,6 +47,10 @@ SPARSE = (
     "Only single slices of it are labelled, so the others are not taken as free of the classes when it guides; "
     "adaptation, training and evaluation count them as background: label whole volumes for these, or cut the labelled "
     "slices out as images of their own."
+)
+SOFTENED = (
+    "Value {} of its label is found only along the border of 255, as where a mask was smoothed or reduced, and is "
+    "taken as a class of its own: threshold the mask if it is none."
 )
 TURNED = (
     "An EXIF tag turns it for display, and its label, which is of the same size either way, has none: the label must "
@@ -86,6 +91,8 @@ class LoadCased(MapTransform):
             label = read_label(case["label"], image.geometry, self.slice_axis)
             if is_sparse(label, image.geometry.spacing):
                 case["warnings"].append(SPARSE)
+            if image.geometry.is_picture and (grey := softened_border(label)) is not None:
+                case["warnings"].append(SOFTENED.format(grey))
             if may_be_turned(case["label"], image.geometry):
                 case["warnings"].append(TURNED)
             # PyTorch calculates with no other unsigned integers than uint8.

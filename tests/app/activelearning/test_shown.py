@@ -48,6 +48,10 @@ def test_a_class_that_the_label_does_not_name_is_never_taken_for_another(pair):
     assert found == {"liver": 1.0, "cyst": 0.0}
 
 
+def test_a_class_that_has_got_its_name_since_the_prediction_is_the_same_class(pair):
+    assert pair([1, 1, 0], named(class_1=1), [1, 1, 0], named(disc=1)) == {"class_1": 1.0}
+
+
 def test_what_the_model_was_asked_for_counts_by_the_values_that_a_store_gave(pair):
     record = {**named(liver=3), "params": {"label_names": {"liver": 1, "cyst": 2, "odd": "x"}}}
     assert pair([3, 3, 0], record, [3, 3, 0], named(liver=3)) == {"liver": 1.0}

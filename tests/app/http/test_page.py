@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from html import escape
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from lib.http.guard import install, serve_only
 from lib.http.page import SupportPage
 from lib.serving.adapted import Standing
 from lib.serving.segmenter import SupportState
+from lib.serving.usage import Usage
 from tests.helpers.parts import Given, assert_refused
 
 
@@ -56,6 +58,17 @@ def test_the_page_says_what_became_of_the_labels_of_the_adaptation(app, tmp_path
     assert '<p id="adaptation">Adapted to 3 labels.</p>' in client.get("/sam2sgp/").text
     standing = Standing(3, ("a",), 0, None)
     assert f'<p id="adaptation" class="error">{standing.outdated}</p>' in client.get("/sam2sgp/").text
+
+
+def test_what_may_be_wrong_with_the_support_set_is_on_the_page(app, tmp_path):
+    sentence = "labels/final: the outlines of the labels fit the images clearly better <turned>"
+    state = SupportState((), {}, {}, frozenset(), {}, (), "embedded", warnings=(sentence,))
+    segmenter = SimpleNamespace(state=lambda: state, keep_up=lambda: True)
+    server = FastAPI()
+    install(server, Given(tmp_path))
+    serve_only(server, [SupportPage(app.datastore(), segmenter, Usage(tmp_path / "usage"), sorted, dict).router()])
+    text = TestClient(server, base_url="http://server:8000").get("/sam2sgp/").text
+    assert "Labels that may be wrong" in text and f"<li>{escape(sentence)}</li>" in text
 
 
 def test_few_images_are_held_at_once_for_pictures_and_approvals(app, tmp_path, monkeypatch):

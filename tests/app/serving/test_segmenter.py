@@ -136,6 +136,21 @@ def test_a_label_that_cannot_be_used_leaves_the_others_at_work(studio):
     assert error.startswith(f"{made.label('us_001_0')}: expected a label of its image's size") and "32" in error
 
 
+def test_what_may_be_wrong_with_labels_that_are_used_is_told_after_a_restart_too(studio):
+    made = studio(PICTURES, ["us_000_0"])
+    values = np.zeros((64, 80), np.uint8)
+    values[8:40, 10:30], values[40:60, 40:70] = 1, 255
+    made.label("us_000_0").write_bytes(_png(values))
+    for _ in range(2):
+        segmenter = made.segmenter()
+        assert segmenter.segment(made.image(QUERY))["support_items"] == 1
+        (told,) = segmenter.status()["warnings"]
+        assert told.startswith(f"{made.label('us_000_0')}: value 255 beside 1 often marks pixels to ignore")
+    made.approve("us_000_0")
+    segmenter.take_in()
+    assert segmenter.status()["warnings"] == []
+
+
 def test_an_approved_label_guides_nothing_once_another_image_is_in_the_place_of_its_own(studio):
     made = studio(PICTURES, ["us_000_0"])
     segmenter = made.segmenter()

@@ -1,5 +1,7 @@
 """A label fits its image and names its classes as others do, or is refused before it is approved."""
 
+import nibabel as nib
+import nrrd
 import numpy as np
 import pytest
 
@@ -46,6 +48,19 @@ def test_another_grid_and_an_undeclared_value_are_refused_by_the_name_that_the_c
         check(info("liver"), size=(12, 10, 5))
     with pytest.raises(BadLabel, match="final/image.nii.gz.*found value 7"):
         check({}, {1: "liver"}, value=7)
+
+
+def test_a_segmentation_sent_without_names_gets_the_values_that_its_own_names_have_elsewhere(tmp_path):
+    image = volume(tmp_path / "image.nii.gz")
+    voxels = np.asarray(nib.load(label(tmp_path / "sent.nii.gz")).dataobj)
+    names = {"Segment0_ID": "Segment_1", "Segment0_Name": "Liver", "Segment0_LabelValue": "1"}
+    place = {"space": "RAS", "space directions": nib.load(image).affine[:3, :3], "space origin": [0, 0, 0]}
+    nrrd.write(str(tmp_path / "sent.seg.nrrd"), voxels, {**place, **names})
+    sent = str(tmp_path / "sent.seg.nrrd")
+    found = checked_label(str(image), sent, "final/image.seg.nrrd", {}, dict, LIVER_IS_2, tmp_path)
+    assert found.values == (0, 2) and found.info == {"label_info": [{"name": "liver", "idx": 2}]}
+    with pytest.raises(BadLabel, match="^final/image.seg.nrrd: expected one name for value 1, found 'Liver' in the"):
+        checked_label(str(image), sent, "final/image.seg.nrrd", info("cyst"), dict, LIVER_IS_2, tmp_path)
 
 
 def test_labels_that_came_meanwhile_have_it_checked_once_more():

@@ -1,9 +1,11 @@
 """Class values follow class names, whatever a viewer numbers its segments."""
 
+import nrrd
 import numpy as np
 import pytest
 
-from lib.stores.naming import agreed, declared, renumber, renumbering
+from lib.checks import BadLabel
+from lib.stores.naming import agreed, declared, names_by_value, renumber, renumbering, told
 
 KNOWN = {"disc": 1, "ellipse": 2, "ring": 3}
 
@@ -35,6 +37,10 @@ def test_values_follow_known_names(values, sent, changes):
         ([1], {1: "disc", 7: "tumour"}, ({}, {1: "disc", 7: "tumour"})),
         ([], {2: "disc"}, ({}, {1: "disc"})),
         ([1, 2], {1: "disc"}, ({}, {1: "disc"})),
+        ([1, 2], {1: "Ring", 2: "DISC"}, ({1: 3, 2: 1}, {3: "ring", 1: "disc"})),
+        # Of a prediction that was made before the classes had names.
+        ([1, 2], {1: "class_1", 2: "class_2"}, ({}, {1: "disc", 2: "ellipse"})),
+        ([1], {1: "class_3"}, ({1: 3}, {3: "ring"})),
     ],
 )
 def test_a_name_means_one_value_and_a_value_one_name(values, sent, expected):
@@ -42,6 +48,41 @@ def test_a_name_means_one_value_and_a_value_one_name(values, sent, expected):
     changes, names = expected
     again = [changes.get(value, value) for value in values]
     assert agreed(again, names, KNOWN) == ({}, names)
+
+
+@pytest.mark.parametrize(
+    ("values", "sent"),
+    [
+        ([1, 2, 3], {2: "disc"}),
+        ([1, 2], {1: "disc", 2: "disc"}),
+        ([1, 2], {1: "disc", 2: "Disc"}),
+        ([1, 2], {1: "tumour"}),
+        # Numbered from 0.
+        ([1, 2, 3], {1: "ellipse", 2: "ring"}),
+    ],
+)
+def test_names_that_contradict_those_of_other_labels_and_are_too_few_to_follow_are_refused(values, sent):
+    with pytest.raises(BadLabel, match="expected one name for each value of the label, as in other labels"):
+        agreed(values, sent, KNOWN)
+
+
+def test_a_first_name_is_given_to_a_class_that_had_none_unless_the_sender_knows_of_it():
+    unnamed = {"class_1": 1, "class_2": 2}
+    assert agreed([1, 2], {1: "disc", 2: "ellipse"}, unnamed) == ({}, {1: "disc", 2: "ellipse"})
+    assert agreed([1, 2], {1: "class_2", 2: "disc"}, unnamed) == ({1: 2, 2: 3}, {2: "class_2", 3: "disc"})
+    assert names_by_value({"disc": 1, **unnamed}) == {1: "disc", 2: "class_2"}
+
+
+def test_a_segmentation_names_its_segments_itself_and_must_not_contradict_what_is_sent_with_it(tmp_path):
+    path = tmp_path / "a.seg.nrrd"
+    names = {"Segment0_ID": "Segment_1", "Segment0_Name": "ring", "Segment0_LabelValue": "1"}
+    names |= {"Segment1_ID": "Segment_2", "Segment1_Name": "Segment_2", "Segment1_LabelValue": "2"}
+    nrrd.write(str(path), np.arange(3, dtype=np.uint8).reshape(3, 1, 1), names)
+    assert told(path, {}) == {1: "ring"}
+    sent = [{"name": "Ring", "idx": 1}, {"name": "disc", "idx": 2}]
+    assert told(path, {"label_info": sent}) == {1: "Ring", 2: "disc"}
+    with pytest.raises(BadLabel, match="'ring' in the file and 'disc' in label_info"):
+        told(path, {"label_info": [{"name": "disc", "idx": 1}]})
 
 
 def test_all_values_change_at_once():

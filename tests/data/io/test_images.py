@@ -89,6 +89,30 @@ def test_what_is_no_image_is_an_error(tmp_path, name):
         read_image(tmp_path / name)
 
 
+@pytest.mark.parametrize("value", [-1000, -9999, 20000, 4095])
+def test_a_number_far_from_all_others_that_fills_the_border_of_an_mr_is_padding(tmp_path, value):
+    array = np.random.default_rng(0).integers(0, 600, (8, 9, 4)).astype(np.int16)
+    array[2, 2, 2], array[:2] = 0, value
+    image = read_image(save_nifti(tmp_path / "a.nii.gz", array))
+    assert image.slices.min() == 0 and image.slices.max() < 600
+    assert [told.split(",")[0] for told in image.warnings] == [f"72 of its 288 values are {value}"]
+
+
+def test_air_of_a_ct_and_what_is_bright_or_dark_in_a_picture_is_no_padding(tmp_path):
+    rng = np.random.default_rng(0)
+    ct = rng.integers(-150, 900, (8, 9, 4)).astype(np.int16)
+    ct[:2] = -1000
+    brain = rng.integers(0, 90, (8, 9, 4)).astype(np.int16)
+    brain[:2] = -1000
+    bright = rng.integers(0, 90, (8, 9)).astype(np.uint8)
+    bright[:2], bright[4, 4] = 255, 0
+    Image.fromarray(bright).save(tmp_path / "bright.png")
+    for path in (save_nifti(tmp_path / "a.nii", ct), save_nifti(tmp_path / "b.nii", brain), tmp_path / "bright.png"):
+        image = read_image(path)
+        assert image.warnings == [] and image.slices.min() == (0 if image.geometry.is_picture else -1000)
+    assert image.slices.max() == 255
+
+
 @pytest.mark.parametrize(
     "dtype, value", [(np.uint16, 65535), (np.int16, -32768), (np.int16, 32767), (np.int32, 2**31 - 1), (float, -3.4e38)]
 )

@@ -19,6 +19,7 @@ from sam2sgp.data.io import (
     output_suffix,
     read_image,
     read_label,
+    softened_border,
     write_label,
     write_map,
 )
@@ -336,3 +337,14 @@ def test_masks_with_a_softened_border_are_refused_whatever_number_of_greys_it_ha
         shells = np.select([distance < 20 + thickness * number for number in range(4)], [255, 170, 85, 28])
         Image.fromarray(shells.astype(np.uint8)).save(tmp_path / "classes.png")
         assert np.array_equal(read_label(tmp_path / "classes.png")[0], shells)
+
+
+def test_one_grey_along_the_border_of_a_mask_may_be_a_softened_one_and_an_area_is_a_class():
+    mask = np.zeros((1, 16, 16), np.uint8)
+    mask[0, 4:10, 4:10] = 255
+    border = mask.copy()
+    border[0, 4, 4:10] = 128
+    area = mask.copy()
+    area[0, 11:15, 4:10] = 128
+    assert [softened_border(labels) for labels in (mask, border, area)] == [None, 128, None]
+    assert softened_border(np.minimum(border, 2)) is None

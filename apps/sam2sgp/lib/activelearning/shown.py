@@ -108,12 +108,13 @@ def _asked_for(record: Mapping[str, Any]) -> dict[int, str]:
 def _values_in_label(asked_for: Mapping[int, str], named: Mapping[int, str]) -> dict[int, int]:
     """For each value of a prediction the one that its class has in the label, which may be another for the same name.
 
-    A class that the label doesn't name keeps its value, or gets a free one where another class has it.
+    A class that the label doesn't name keeps its value, or gets a free one where another class has it. One that had no
+    name when the prediction was made (`class_2`) is the one that has got a name since.
     """
     wanted = {name: value for value, name in named.items()}
     free = max([0, *asked_for, *named]) + 1
     changes = {}
     for value, name in asked_for.items():
-        changes[value] = wanted.get(name, value if value not in named else free)
+        changes[value] = wanted.get(name, free if value in named and name != f"class_{value}" else value)
         free += changes[value] == free
     return changes

@@ -202,6 +202,7 @@ class SupportPage:
             classes=names,
             colours={value: class_colour(value) for value in names},
             errors=state.errors,
+            warnings=state.warnings,
             joining=len(labelled - state.cases),
             support=_paged("support", shown, len(items), support),
             waiting=_paged("waiting", self._shown(_part(labels["waiting"], waiting)), len(labels["waiting"]), waiting),

@@ -252,8 +252,11 @@ def _is_settled(stamps: Iterable[Stamp | None], now: int) -> bool:
 
 
 def _names_of(infos: list[dict[str, Any]]) -> dict[int, str]:
-    """Class names that clients sent with labels, as `label_info`; of several for one value the newest counts."""
+    """Class names that clients sent with labels, as `label_info`; of several for one value the newest counts.
+
+    That a class has no name yet (`class_2`) is no name.
+    """
     names: dict[int, str] = {}
     for info in sorted(infos, key=time_of):
-        names |= declared(info)
+        names |= {value: name for value, name in declared(info).items() if name != f"class_{value}"}
     return names

@@ -87,6 +87,7 @@ class SupportState:
         weights: name of the version that serves.
         scaling: how its images are scaled, which a query follows of which nothing is stated.
         adaptation: how the one of the weights stands to the labels; None: the weights serve as they are.
+        warnings: sentences on what may be wrong with the cases that are used.
     """
 
     items: tuple[SupportItem, ...]
@@ -98,6 +99,7 @@ class SupportState:
     weights: str
     scaling: SupportScaling = SupportScaling()
     adaptation: Standing | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class ServerSegmenter:
@@ -205,6 +207,7 @@ class ServerSegmenter:
             "adaptation": state.adaptation and state.adaptation.told(),
             "rebuilding": self._exchange.rebuilding,
             "errors": [*problems, *errors][:ITEMS_LISTED],
+            "warnings": list(state.warnings)[:ITEMS_LISTED],
             "problem": self._exchange.problem,
             "not_offered": list(getattr(self.cases.datastore, "left_out", []))[:ITEMS_LISTED],
         }
@@ -377,6 +380,7 @@ class ServerSegmenter:
             serving.version.name,
             bank.scaling(),
             serving.standing(),
+            tuple(bank.warnings),
         )
         for error in state.errors:
             if error not in before:

@@ -58,7 +58,7 @@ from lib.stores.file_changes import storing
 from lib.stores.image_identity import KEY as MADE_OF
 from lib.stores.image_identity import claim
 from lib.stores.kept_labels import KeptLabels
-from lib.stores.naming import agreed, declared, renumber
+from lib.stores.naming import agreed, names_by_value, renumber, told
 from lib.stores.records import ImageRecord, LabelRecord, checked
 from lib.stores.series_cache import SUFFIX, SeriesCache
 from sam2sgp.data import read_dicom_seg, read_geometry, read_image, read_label, write_dicom_seg, write_map
@@ -356,10 +356,10 @@ class DicomWebDatastore(Decisions):
         try:
             geometry = read_geometry(folder)
             labels = read_label(label_filename, geometry)
+            sent = told(label_filename, info)
         except DataError as error:
             text = str(error).replace(str(label_filename), name).replace(folder, f"series {image_id}")
             raise BadLabel(text) from error
-        sent = declared(info)
         # An empty label is about the classes that were looked for.
         values = np.unique(labels[labels > 0]).tolist() or sorted(sent)
         with self._kept.numbering() as known:
@@ -370,7 +370,7 @@ class DicomWebDatastore(Decisions):
                 for value in values:
                     if value in sent:
                         known.setdefault(sent[value], value)
-            of_value = {value: text for text, value in known.items()}
+            of_value = names_by_value(known)
         labels = renumber(labels, changes) if changes else labels
         names = {value: sent.get(value) or of_value.get(value) or f"class_{value}" for value in values} or of_value
         info["label_info"] = [{"name": text, "idx": value} for value, text in names.items()]

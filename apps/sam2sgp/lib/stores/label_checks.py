@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lib.checks import BadLabel
-from lib.stores.naming import agreed, declared, renumber
+from lib.stores.naming import agreed, declared, renumber, told
 from sam2sgp.data.classes import check_label_values
 from sam2sgp.data.io import output_suffix, read_geometry, read_label, write_label
 from sam2sgp.errors import DataError
@@ -62,11 +62,10 @@ def checked_label(
             geometry = read_geometry(image)
             labels = read_label(label, geometry)
             names = declared_names()
-            sent = declared(info)
-            changes, agreed_on = agreed(np.unique(labels).tolist(), sent, _known_names(names, approved))
+            changes, agreed_on = agreed(np.unique(labels).tolist(), told(label, info), _known_names(names, approved))
             if changes:
                 labels = renumber(labels, changes)
-            if agreed_on != sent:
+            if agreed_on != declared(info):
                 entries = [{"name": text, "idx": value} for value, text in sorted(agreed_on.items())]
                 info = {**info, "label_info": entries}
             values = tuple(np.unique(labels).tolist())

@@ -1,15 +1,23 @@
 """Class values by class names: viewers number the segments of each label from 1.
 
 3D Slicer submits the segments of a label as 1, 2, 3 in the order in which they are listed, so that of an image without
-the second class the third comes as 2. The names that come along tell which is meant.
+the second class the third comes as 2. The names that come along tell which is meant. Names count without regard to
+case, and `class_2`, which the server itself calls a class that nobody has named, is no name.
 """
 
+import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from lib.checks import BadLabel
 from sam2sgp.data.classes import renumbered
+from sam2sgp.data.coding import UNNAMED
+from sam2sgp.data.io import segment_names
+
+PLACEHOLDER = re.compile(r"class_([1-9]\d{0,4})")
 
 
 def declared(info: Mapping[str, Any]) -> dict[int, str]:
@@ -21,6 +29,27 @@ def declared(info: Mapping[str, Any]) -> dict[int, str]:
         for entry in entries
         if isinstance(entry.get("idx"), int) and entry["idx"] > 0 and entry.get("name")
     }
+
+
+def names_by_value(known: Mapping[str, int]) -> dict[int, str]:
+    """What values are called; a placeholder only where there is no name."""
+    return {value: name for name, value in sorted(known.items(), key=lambda entry: not PLACEHOLDER.fullmatch(entry[0]))}
+
+
+def told(path: str | os.PathLike, info: Mapping[str, Any]) -> dict[int, str]:
+    """Classes of a label by value: as they were sent with it, or else as a segmentation itself names them.
+
+    Raises BadLabel where both name a value, and differently.
+    """
+    sent, own = declared(info), {value: name.strip() for value, name in segment_names(path).items()}
+    own = {value: name for value, name in own.items() if value > 0 and not UNNAMED.fullmatch(name.casefold())}
+    for value in sorted(sent.keys() & own.keys()):
+        if sent[value].casefold() != own[value].casefold() and not UNNAMED.fullmatch(sent[value].casefold()):
+            raise BadLabel(
+                f"{path}: expected one name for value {value}, found {own[value]!r} in the file and "
+                f"{sent[value]!r} in label_info; correct one of them."
+            )
+    return sent or own
 
 
 def agreed(
@@ -36,13 +65,18 @@ def agreed(
     Returns:
         Changes of values, see `renumbering`, and the names by value after them. Of a class that is not in the label the
         name is left out where its value is another's. What is agreed on already is returned as it is.
+
+    Raises BadLabel where some values have no name, or one name is sent for several, and the others contradict `known`.
     """
     values = [int(value) for value in values if value]
+    sent = _as_known(sent, known)
     changes = renumbering(values, sent, known)
+    if not changes:
+        _check_agreement(values, sent, known)
     if not changes and any(sent.get(value) is None for value in values):
-        return {}, dict(sent)
+        return {}, sent
     names = {changes.get(value, value): sent[value] for value in values}
-    taken = {value: name for name, value in known.items()} | names
+    taken = {value: name for name, value in _real(sent, known).items()} | names
     for value, name in sent.items():
         value = known.get(name, value)
         if name not in names.values() and taken.get(value, name) == name:
@@ -66,8 +100,8 @@ def renumbering(values: Iterable[int], sent: Mapping[int, str], known: Mapping[s
     names = [sent[value] for value in values if value in sent]
     if len(set(names)) < len(values):
         return {}
-    taken = set(known.values())
-    free = max([*taken, *values], default=0) + 1
+    free = max([*known.values(), *values], default=0) + 1
+    taken = set(_real(sent, known).values())
     changes = {}
     for value, name in zip(values, names, strict=True):
         wanted = known.get(name)
@@ -76,6 +110,40 @@ def renumbering(values: Iterable[int], sent: Mapping[int, str], known: Mapping[s
         if wanted not in (None, value):
             changes[value] = wanted
     return changes
+
+
+def _as_known(sent: Mapping[int, str], known: Mapping[str, int]) -> dict[int, str]:
+    """Names as other labels spell them, and in place of placeholders the names that their values have got since."""
+    spelt = {name.casefold(): name for name in known}
+    of_value = names_by_value(known)
+    found = {}
+    for value, name in sent.items():
+        if placeholder := PLACEHOLDER.fullmatch(name):
+            found[value] = of_value.get(int(placeholder[1]), name)
+        else:
+            found[value] = name if name in known else spelt.get(name.casefold(), name)
+    return found
+
+
+def _real(sent: Mapping[int, str], known: Mapping[str, int]) -> dict[str, int]:
+    """Known names, without placeholders where a label comes from somebody who does not know of these."""
+    if any(PLACEHOLDER.fullmatch(name) for name in sent.values()):
+        return dict(known)
+    return {name: value for name, value in known.items() if not PLACEHOLDER.fullmatch(name)}
+
+
+def _check_agreement(values: Iterable[int], sent: Mapping[int, str], known: Mapping[str, int]) -> None:
+    """Raise BadLabel where a value of a label has the name of another value, or another name than in other labels."""
+    of_value = names_by_value(_real(sent, known))
+    for value in values:
+        name = sent.get(value)
+        if name is None or known.get(name) == value or (name not in known and value not in of_value):
+            continue
+        other = f"value {known[name]} for this name" if name in known else f"{of_value[value]!r} for this value"
+        raise BadLabel(
+            f"label_info: expected one name for each value of the label, as in other labels, found {name!r} for value "
+            f"{value}, and {other} in other labels; send a distinct name for each value."
+        )
 
 
 def renumber(labels: np.ndarray, changes: Mapping[int, int]) -> np.ndarray:

@@ -28,6 +28,11 @@ from sam2sgp.errors import DataError
 # what no scanner measures.
 PADDING = (-(2.0**15), 2.0**15 - 1, 2.0**16 - 1, -(2.0**31), 2.0**31, 2.0**32)
 LARGEST_VALUE = 1e30
+# Hounsfield units of air, with which more than CT is filled; all CT has fat and noise below the second number, and
+# hardly anything but bone above the third.
+AIR, LOWEST_OTHERS, HIGHEST_TISSUE = (-1100.0, -500.0), -10.0, 300.0
+# Beyond it, a highest value is no white of 8 bits.
+LARGEST_BYTE = 255
 # In degrees: less comes from rounding.
 LARGEST_SHEAR = 0.6
 
@@ -91,26 +96,31 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
         )
         array[~finite] = array[finite].min()
     if not grid.is_rgb:
-        _darken_padding(array, grid.warnings)
+        _darken_padding(array, grid.warnings, grid.modality == "CT")
     slices = np.ascontiguousarray(np.moveaxis(array, 3, 1))
     return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path), grid.warnings)
 
 
-def _darken_padding(array: np.ndarray, warnings: list[str]) -> None:
+def _darken_padding(array: np.ndarray, warnings: list[str], is_ct: bool) -> None:
     """Give padding of slices (Z, H, W, C), in place, the lowest of the other values, and say so.
 
-    Padding is one of `PADDING`, it reaches a corner of the image, and all other values lie closer together than to it.
-    Scaled by percentiles, these would all look alike otherwise.
+    Padding is the lowest value and negative, the highest one of a volume and beyond a byte, or one of `PADDING`. It
+    reaches a corner of the image, and all other values lie closer together than to it: scaled by percentiles, these
+    would all look alike otherwise. The value of air is padding only of what isn't CT by its other values.
     """
     for value in {array.min(), array.max()}:
-        if value not in PADDING and abs(value) < LARGEST_VALUE:
+        is_end = value in PADDING or abs(value) >= LARGEST_VALUE
+        if not is_end and (0 <= value <= LARGEST_BYTE or (value > 0 and len(array) == 1)):
             continue
         is_padding = array == value
         others = array[~is_padding]
         if not others.size or not is_padding[:, :: max(array.shape[1] - 1, 1), :: max(array.shape[2] - 1, 1)].any():
             continue
         lowest, highest = float(others.min()), float(others.max())
-        if min(abs(float(value) - lowest), abs(float(value) - highest)) > highest - lowest > 0:
+        is_far = min(abs(float(value) - lowest), abs(float(value) - highest)) > highest - lowest > 0
+        if AIR[0] <= value < AIR[1]:
+            is_far = not is_ct and lowest >= LOWEST_OTHERS and highest > HIGHEST_TISSUE
+        if is_far:
             array[is_padding] = lowest
             count = int(is_padding.sum())
             warnings.append(

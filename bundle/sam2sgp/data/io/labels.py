@@ -119,6 +119,17 @@ def may_be_turned(path: str | os.PathLike, geometry: Geometry) -> bool:
     return (own.axes, own.flips) == stays
 
 
+def softened_border(labels: np.ndarray) -> int | None:
+    """The value of a picture's label (1, H, W) that is only found along the border of 255 and 0; None if there is none.
+
+    It may be a class, or the border of a mask that was smoothed or reduced.
+    """
+    found = np.unique(labels)
+    if len(labels) > 1 or len(found) != 3:
+        return None
+    return int(found[1]) if _is_antialiased(labels[0], found, least=1) else None
+
+
 def write_label(path: str | os.PathLike, labels: np.ndarray, geometry: Geometry, binary_255: bool = False) -> None:
     """Write a class map on the grid of the image that `geometry` comes from; whole or not at all.
 
@@ -243,13 +254,13 @@ def _class_values(path: str | os.PathLike, grid: Grid) -> np.ndarray:
     return values
 
 
-def _is_antialiased(values: np.ndarray, found: np.ndarray) -> bool:
+def _is_antialiased(values: np.ndarray, found: np.ndarray, least: int = LEAST_GREYS) -> bool:
     """Whether a picture (rows, columns) of some values is a mask with a softened border, such as a reduced one.
 
     Classes of their own have pixels around which there is nothing else.
     """
     grey = (values > 0) & (values < 255)
-    if found[0] != 0 or found[-1] != 255 or len(found) - 2 < LEAST_GREYS:
+    if found[0] != 0 or found[-1] != 255 or len(found) - 2 < least:
         return False
     lowest, highest = minimum_filter(values, 3), maximum_filter(values, 3)
     if (lowest == highest)[grey].any() or not (lowest == 255).any():
