@@ -15,9 +15,13 @@ class Bar(tqdm):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         self._told = -LINE_SECONDS
-        self._in_lines = not (settings.get("file") or sys.stderr).isatty()
-        if self._in_lines:
-            settings |= {"mininterval": LINE_SECONDS, "maxinterval": 2 * LINE_SECONDS}
+        file = settings.get("file") or sys.stderr
+        self._in_lines = file is not None and not file.isatty()
+        if file is None:
+            # So it is in a process without a console.
+            settings["disable"] = True
+        elif self._in_lines:
+            settings |= {"file": _Lines(file), "mininterval": LINE_SECONDS, "maxinterval": 2 * LINE_SECONDS}
         super().__init__(*args, **settings)
 
     def refresh(self, *args: Any, **settings: Any) -> bool | None:
@@ -26,3 +30,23 @@ class Bar(tqdm):
             return None
         self._told = time.monotonic()
         return super().refresh(*args, **settings)
+
+    def moveto(self, n: int) -> None:
+        """Go to the line of a bar below others, of which lines know nothing."""
+        if not self._in_lines:
+            super().moveto(n)
+
+
+class _Lines:
+    """Writes what is drawn as a line, which programs that read logs show at once; nothing of what is wiped out."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.encoding = getattr(file, "encoding", None)
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self._file.write(f"{line}\n")
+
+    def flush(self) -> None:
+        self._file.flush()
