@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sam2sgp.errors import ConfigError, DataError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory, support_set
+from sam2sgp.inferers.object_gate import Thresholds
 from sam2sgp.inferers.support_set import ABSENT_LOGIT
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import SupportBank, SupportSampler, encodings
@@ -144,6 +145,33 @@ def test_mirroring_is_the_mean_of_the_case_and_its_mirror_image(network, slices)
     assert (both - single).abs().max() > 0.1
     inferer = SupportSetInferer(bank(cases), replace(settings, mirror=True))
     assert sum(steps) == slices * inferer.looks_at_case(slices) == slices * 2 * (2 if slices == 1 else 4)
+
+
+def test_a_class_that_is_absent_stays_so_and_one_that_is_not_looked_for_in_the_mirrored_slice_is_as_found(network):
+    cases = [case(i, [1, 2]) for i in range(3)]
+    query = {**prepare(case(9, [1])), "letterbox": Letterbox.of((SIZE, SIZE), SIZE)}
+    settings = InferenceSettings(SupportSampler(k=2), object_gate=False, region_below=0)
+
+    def found(inferer: SupportSetInferer) -> Tensor:
+        return torch.cat([logits for _, logits, _ in inferer.segment_case(query, network)])
+
+    single = found(SupportSetInferer(bank(cases), settings))
+    # Class 1 is absent by the gate, and class 2 unlikely in the mirrored image.
+    gated = SupportSetInferer(bank(cases), replace(settings, mirror=True, object_gate=True))
+    thresholds = Thresholds(torch.tensor([torch.inf, -torch.inf]), torch.full((2,), -torch.inf))
+    gated.thresholds = lambda *given: thresholds
+    mirror = gated.bank.mirrored
+
+    def unlikely() -> SupportBank:
+        mirrored = mirror()
+        retrieved = mirrored.retrieve
+        mirrored.retrieve = lambda *given: [replace(e, likely=e.likely & (e.value != 2)) for e in retrieved(*given)]
+        return mirrored
+
+    gated.bank.mirrored = unlikely
+    both = found(gated)
+    assert single[:, 0].max() > ABSENT_LOGIT + 1 and both[:, 0].max() <= ABSENT_LOGIT
+    torch.testing.assert_close(both[:, 1], single[:, 1])
 
 
 def test_a_new_support_item_is_mirrored_too(network):

@@ -28,6 +28,8 @@ from sam2sgp.transforms.cases import PreparedCase
 
 # Images and classes that go through the network together: more take memory, and no less time.
 ROWS = 64
+# By how much bringing `ABSENT_LOGIT` to another grid may change it.
+ROUNDING = 1e-3
 # Called with how many more slices were looked at.
 Step = Callable[[int], None]
 
@@ -382,9 +384,16 @@ def _mirrored(case: PreparedCase) -> PreparedCase:
 def _mean_of_both(
     own: tuple[slice, Tensor, Chunk], mirrored: tuple[slice, Tensor, Chunk]
 ) -> tuple[slice, Tensor, Chunk]:
-    """What was found in slices, with the mean of its logits and those of the mirrored slices."""
+    """What was found in slices, with the mean of its logits and those of the mirrored slices.
+
+    A class that is absent from a slice stays so, and one that was not looked for in the mirrored slice is as it was
+    found: a mean with `ABSENT_LOGIT` would bring the one back and take the other away.
+    """
     rows, logits, chunk = own
-    return rows, (logits + mirrored[1].flip(-1)) / 2, chunk
+    other = mirrored[1].flip(-1)
+    absent = logits.amax((-2, -1)) < ABSENT_LOGIT + ROUNDING
+    unseen = (other - ABSENT_LOGIT).abs().amax((-2, -1)) < ROUNDING
+    return rows, torch.where((absent | unseen)[..., None, None], logits, (logits + other) / 2), chunk
 
 
 def _no_step(slices: int) -> None:
