@@ -73,6 +73,46 @@ def test_a_first_name_is_given_to_a_class_that_had_none_unless_the_sender_knows_
     assert names_by_value({"disc": 1, **unnamed}) == {1: "disc", 2: "class_2"}
 
 
+@pytest.mark.parametrize(
+    ("values", "sent", "known", "expected"),
+    [
+        # The second class of a prediction, of a server that has no approved label yet.
+        ([1], {1: "class_2"}, {}, ({1: 2}, {2: "class_2"})),
+        # Declared names that count from 0.
+        ([2], {2: "class_1"}, {"class_0": 1, "class_1": 2, "class_2": 3}, ({}, {2: "class_1"})),
+        ([], {1: "class_1", 2: "class_2"}, {"disc": 1, "class_1": 1}, ({}, {1: "disc", 2: "class_2"})),
+    ],
+)
+def test_a_placeholder_stands_for_its_value_unless_that_is_a_name_of_another(values, sent, known, expected):
+    assert agreed(values, sent, known) == expected
+    assert agreed([expected[0].get(value, value) for value in values], expected[1], known) == ({}, expected[1])
+
+
+def test_two_names_that_other_labels_have_for_one_value_do_not_make_one_class_of_two():
+    with pytest.raises(BadLabel, match="found 'Disc' for value 1, and value 3 for this name in other labels"):
+        agreed([1, 2], {1: "Disc", 2: "disc"}, {"Disc": 3, "disc": 3})
+
+
+def test_what_was_agreed_on_is_agreed_on_again():
+    """Otherwise an approval would start again for ever, see `again_if_renumbered`."""
+    rng = np.random.default_rng(0)
+    names = ["disc", "Disc", "ring", "tumour", "class_1", "class_2", "class_3", "Segment_1"]
+
+    def some() -> dict[str, int]:
+        return {names[number]: int(rng.integers(1, 5)) for number in rng.permutation(8)[: rng.integers(6)]}
+
+    for _ in range(2000):
+        known, sent = some(), {value: name for name, value in some().items()}
+        values = [value for value in range(1, 5) if rng.random() < 0.5]
+        try:
+            changes, agreed_on = agreed(values, sent, known)
+        except BadLabel:
+            continue
+        again = [changes.get(value, value) for value in values]
+        assert len(set(again)) == len(values)
+        assert agreed(again, agreed_on, known) == ({}, agreed_on)
+
+
 def test_a_segmentation_names_its_segments_itself_and_must_not_contradict_what_is_sent_with_it(tmp_path):
     path = tmp_path / "a.seg.nrrd"
     names = {"Segment0_ID": "Segment_1", "Segment0_Name": "ring", "Segment0_LabelValue": "1"}
@@ -81,6 +121,7 @@ def test_a_segmentation_names_its_segments_itself_and_must_not_contradict_what_i
     assert told(path, {}) == {1: "ring"}
     sent = [{"name": "Ring", "idx": 1}, {"name": "disc", "idx": 2}]
     assert told(path, {"label_info": sent}) == {1: "Ring", 2: "disc"}
+    assert told(path, {"label_info": [{"name": "class_1", "idx": 1}]}) == {1: "ring"}
     with pytest.raises(BadLabel, match="'ring' in the file and 'disc' in label_info"):
         told(path, {"label_info": [{"name": "disc", "idx": 1}]})
 

@@ -33,18 +33,21 @@ def declared(info: Mapping[str, Any]) -> dict[int, str]:
 
 def names_by_value(known: Mapping[str, int]) -> dict[int, str]:
     """What values are called; a placeholder only where there is no name."""
-    return {value: name for name, value in sorted(known.items(), key=lambda entry: not PLACEHOLDER.fullmatch(entry[0]))}
+    return {value: name for name, value in sorted(known.items(), key=lambda entry: not _is_placeholder(*entry))}
 
 
 def told(path: str | os.PathLike, info: Mapping[str, Any]) -> dict[int, str]:
-    """Classes of a label by value: as they were sent with it, or else as a segmentation itself names them.
+    """Classes of a label by value: as they were sent with it, or else as a segmentation itself names them, which also
+    counts where what was sent is no name.
 
     Raises BadLabel where both name a value, and differently.
     """
     sent, own = declared(info), {value: name.strip() for value, name in segment_names(path).items()}
     own = {value: name for value, name in own.items() if value > 0 and not UNNAMED.fullmatch(name.casefold())}
     for value in sorted(sent.keys() & own.keys()):
-        if sent[value].casefold() != own[value].casefold() and not UNNAMED.fullmatch(sent[value].casefold()):
+        if UNNAMED.fullmatch(sent[value].casefold()):
+            sent[value] = own[value]
+        elif sent[value].casefold() != own[value].casefold():
             raise BadLabel(
                 f"{path}: expected one name for value {value}, found {own[value]!r} in the file and "
                 f"{sent[value]!r} in label_info; correct one of them."
@@ -66,9 +69,12 @@ def agreed(
         Changes of values, see `renumbering`, and the names by value after them. Of a class that is not in the label the
         name is left out where its value is another's. What is agreed on already is returned as it is.
 
-    Raises BadLabel where some values have no name, or one name is sent for several, and the others contradict `known`.
+    Raises BadLabel where some values have no name, one name is sent for several or two stand for one value, and the
+    others contradict `known`.
     """
     values = [int(value) for value in values if value]
+    # A placeholder says which value is meant even where no other label has it.
+    known = {name: int(of[1]) for name in sent.values() if (of := PLACEHOLDER.fullmatch(name))} | dict(known)
     sent = _as_known(sent, known)
     changes = renumbering(values, sent, known)
     if not changes:
@@ -76,10 +82,10 @@ def agreed(
     if not changes and any(sent.get(value) is None for value in values):
         return {}, sent
     names = {changes.get(value, value): sent[value] for value in values}
-    taken = {value: name for name, value in _real(sent, known).items()} | names
+    taken = set(_real(sent, known).values())
     for value, name in sent.items():
         value = known.get(name, value)
-        if name not in names.values() and taken.get(value, name) == name:
+        if name not in names.values() and value not in names and (name in known or value not in taken):
             names[value] = name
     return changes, names
 
@@ -94,7 +100,8 @@ def renumbering(values: Iterable[int], sent: Mapping[int, str], known: Mapping[s
 
     Returns:
         {value: new value}; {} where nothing has to change, or where names don't tell: one is sent for several values,
-        or a value has none. A new name under a value that another name has gets the next free value.
+        two stand for one value, or a value has none. A new name under a value that another name has gets the next free
+        value.
     """
     values = sorted(int(value) for value in values if value)
     names = [sent[value] for value in values if value in sent]
@@ -109,7 +116,13 @@ def renumbering(values: Iterable[int], sent: Mapping[int, str], known: Mapping[s
             wanted, free = free, free + 1
         if wanted not in (None, value):
             changes[value] = wanted
-    return changes
+    return changes if len({changes.get(value, value) for value in values}) == len(values) else {}
+
+
+def _is_placeholder(name: str, value: int) -> bool:
+    """Whether a name says no more than the value; a `class_1` that somebody gave another value is a name."""
+    placeholder = PLACEHOLDER.fullmatch(name)
+    return placeholder is not None and int(placeholder[1]) == value
 
 
 def _as_known(sent: Mapping[int, str], known: Mapping[str, int]) -> dict[int, str]:
@@ -118,18 +131,17 @@ def _as_known(sent: Mapping[int, str], known: Mapping[str, int]) -> dict[int, st
     of_value = names_by_value(known)
     found = {}
     for value, name in sent.items():
-        if placeholder := PLACEHOLDER.fullmatch(name):
-            found[value] = of_value.get(int(placeholder[1]), name)
-        else:
-            found[value] = name if name in known else spelt.get(name.casefold(), name)
+        name = name if name in known else spelt.get(name.casefold(), name)
+        meant = known.get(name)
+        found[value] = of_value[meant] if meant is not None and _is_placeholder(name, meant) else name
     return found
 
 
 def _real(sent: Mapping[int, str], known: Mapping[str, int]) -> dict[str, int]:
     """Known names, without placeholders where a label comes from somebody who does not know of these."""
-    if any(PLACEHOLDER.fullmatch(name) for name in sent.values()):
+    if any(_is_placeholder(name, known.get(name, 0)) for name in sent.values()):
         return dict(known)
-    return {name: value for name, value in known.items() if not PLACEHOLDER.fullmatch(name)}
+    return {name: value for name, value in known.items() if not _is_placeholder(name, value)}
 
 
 def _check_agreement(values: Iterable[int], sent: Mapping[int, str], known: Mapping[str, int]) -> None:
