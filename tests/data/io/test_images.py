@@ -1,6 +1,7 @@
 """What holds for images of every format."""
 
 import gzip
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import SimpleITK
 from PIL import Image
 
-from sam2sgp.data.io import Geometry, read_geometry, read_image, read_label
+from sam2sgp.data.io import Geometry, images, read_geometry, read_image, read_label
 from sam2sgp.errors import DataError
 from tests.helpers.dicom_files import write_dicom
 from tests.helpers.nifti_files import OBLIQUE, save_nifti
@@ -96,6 +97,16 @@ def test_a_number_far_from_all_others_that_fills_the_border_of_an_mr_is_padding(
     image = read_image(save_nifti(tmp_path / "a.nii.gz", array))
     assert image.slices.min() == 0 and image.slices.max() < 600
     assert [told.split(",")[0] for told in image.warnings] == [f"72 of its 288 values are {value}"]
+
+
+def test_looking_for_padding_takes_no_copy_of_a_volume():
+    array = np.random.default_rng(0).integers(-1023, 900, (96, 64, 64, 1)).astype(np.float32)
+    array[:, :2] = -1024
+    tracemalloc.start()
+    images._darken_padding(array, [], is_ct=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < array.nbytes / 10 and array.min() == -1024
 
 
 def test_air_of_a_ct_and_what_is_bright_or_dark_in_a_picture_is_no_padding(tmp_path):

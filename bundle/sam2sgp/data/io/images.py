@@ -71,8 +71,8 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
             "auto", the axis whose spacing is at least 1.5 times the others', else 2. A grid that is one voxel thick
             along a single axis is always one slice.
 
-    NaN and infinite voxels become the smallest finite value, padding at the end of a range of integers the smallest of
-    the other values, both with a warning.
+    NaN and infinite voxels become the smallest finite value, padding far from all other values the smallest of these,
+    both with a warning.
 
     Raises:
         DataError: the file is missing, damaged, empty, without a finite value, or a series that is not one regular
@@ -112,21 +112,34 @@ def _darken_padding(array: np.ndarray, warnings: list[str], is_ct: bool) -> None
         is_end = value in PADDING or abs(value) >= LARGEST_VALUE
         if not is_end and (0 <= value <= LARGEST_BYTE or (value > 0 and len(array) == 1)):
             continue
-        is_padding = array == value
-        others = array[~is_padding]
-        if not others.size or not is_padding[:, :: max(array.shape[1] - 1, 1), :: max(array.shape[2] - 1, 1)].any():
+        corners = array[:, :: max(array.shape[1] - 1, 1), :: max(array.shape[2] - 1, 1)]
+        if not (corners == value).any():
             continue
-        lowest, highest = float(others.min()), float(others.max())
+        lowest, highest = _range_without(array, value)
         is_far = min(abs(float(value) - lowest), abs(float(value) - highest)) > highest - lowest > 0
         if AIR[0] <= value < AIR[1]:
             is_far = not is_ct and lowest >= LOWEST_OTHERS and highest > HIGHEST_TISSUE
         if is_far:
+            is_padding = array == value
             array[is_padding] = lowest
             count = int(is_padding.sum())
             warnings.append(
                 f"{count} of its {array.size} values are {value:g}, far from all others: they are taken as padding and "
                 f"read as {lowest:g}, the lowest of the others."
             )
+
+
+def _range_without(array: np.ndarray, value: float) -> tuple[float, float]:
+    """The lowest and the highest of the other values of slices, from one slice after the other: a long CT is gigabytes.
+
+    Without any, they are infinite, the lowest above the highest.
+    """
+    lowest, highest = np.inf, -np.inf
+    for single in array:
+        others = single[single != value]
+        if others.size:
+            lowest, highest = min(lowest, float(others.min())), max(highest, float(others.max()))
+    return lowest, highest
 
 
 def read_geometry(path: str | os.PathLike, slice_axis: str | int = "auto") -> Geometry:
