@@ -64,6 +64,14 @@ def test_rows_and_columns_of_other_lengths_are_not_exchanged_and_an_empty_label_
     assert how_turned([{}, {}, {}]) is None
 
 
+def test_a_few_labels_that_lie_on_no_edges_do_not_seem_turned_because_they_lie_on_less_than_elsewhere():
+    def fit(stored: float, turned: float) -> dict[str, float]:
+        return {AS_STORED: stored, "mirrored left to right": turned}
+
+    assert how_turned([fit(0.45, 0.57), fit(0.5, 0.58), fit(0.48, 0.62)]) is None
+    assert how_turned([fit(0.45, 0.67), fit(0.5, 0.68), fit(0.48, 0.72)]) == "mirrored left to right"
+
+
 def test_a_bank_says_so_each_time_that_it_is_made(tmp_path, caplog):
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()
