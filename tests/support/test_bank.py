@@ -191,6 +191,22 @@ def test_a_part_has_tables_of_its_own_and_writes_nothing(folder, cache, net):
     assert not files(cache) and support.embedding is None
 
 
+def test_mirrored_items_are_encoded_once_where_there_is_a_folder(folder, cache, net, encoder):
+    support = bank(folder, cache)
+    support.encode(net)
+    mirrored = support.mirrored()
+    mirrored.encode(net)
+    encoded = encoder.calls
+    again = bank(folder, cache).mirrored()
+    again.encode(net)
+    assert encoder.calls == encoded == 2 * COUNT and torch.equal(again.embedding, mirrored.embedding)
+    assert torch.equal(again.items[0].image, support.items[0].image.flip(-1))
+    write_case(folder, "new", 10)
+    support.reconcile(data(folder))
+    support.mirrored().encode(net)
+    assert encoder.calls == encoded + 1 and not torch.equal(support.embedding[0], mirrored.embedding[0])
+
+
 def test_the_version_counts_up_when_items_or_network_change_and_only_then(folder, net):
     support = bank(folder)
     first = support.version

@@ -201,13 +201,15 @@ class SupportBank:
         return self._of([replace(item, patient=patient) for item, patient in zip(self.items, patients, strict=True)])
 
     def mirrored(self) -> "SupportBank":
-        """A bank of the same items mirrored left to right, in memory and not encoded."""
-        return self._of([item.mirrored() for item in self.items])
+        """A bank of the same items mirrored left to right, not encoded; its encodings are kept where this one's are."""
+        own = self.encodings
+        encodings = Encodings(self.store, self.settings, own.batch_size, own.progress)
+        return self._of([item.mirrored() for item in self.items], encodings)
 
-    def _of(self, items: list[SupportItem]) -> "SupportBank":
-        """A bank of items of this one, with encodings of its own."""
+    def _of(self, items: list[SupportItem], encodings: Encodings | None = None) -> "SupportBank":
+        """A bank of items of this one, with encodings of its own; None: in memory."""
         bank = copy(self)
-        bank.encodings = Encodings(None, self.settings, self.encodings.batch_size, progress=False)
+        bank.encodings = encodings or Encodings(None, self.settings, self.encodings.batch_size, progress=False)
         bank._set(items, self.class_names)
         return bank
 
