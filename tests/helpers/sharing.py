@@ -44,7 +44,7 @@ def main(folder: str, cache: str, output: str) -> None:
     inferer.encode(net)
     found = {"read": CountedLoad.calls, "encoded": encoded.calls, "embedding": bank.embedding.tolist()}
     inferer.reset()
-    support_adaptation.Run = runs = Counter(support_adaptation.Run)
+    support_adaptation.AdaptationRun = runs = Counter(support_adaptation.AdaptationRun)
     made = support_adaptation.SupportAdaptation(0, max_steps=1, cache_dir=Path(output, "adaptation"), progress=False)
     inferer = adapted(inferer, network(), made)
     found |= {"adapted": runs.calls, "adaptation": asdict(inferer.adaptation.record)}

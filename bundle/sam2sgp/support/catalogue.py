@@ -358,7 +358,7 @@ def _turned(found: Iterable[_Listed]) -> Iterator[str]:
         turn = how_turned(entry.listing.fits for entry in entries)
         if turn:
             yield (
-                f"{Path(entries[0].case['label']).parent}: the outlines of the labels fit the images clearly better "
+                f"{_folder(entries[0].case)}: the outlines of the labels fit the images clearly better "
                 f"{turn} than as they are stored; look at some of them, and store them as their images are."
             )
 
@@ -368,6 +368,12 @@ def _warnings(found: Iterable[_Listed]) -> Iterator[str]:
     for entry in found:
         for sentence in entry.listing.warnings:
             yield f"{entry.case['name']}: {sentence}"
+
+
+def _folder(case: dict) -> str:
+    """The folder of a case's label; the case's name where it has tensors instead."""
+    label = case.get("label")
+    return str(Path(label).parent) if isinstance(label, str | Path) else case["name"]
 
 
 def _source(case: dict) -> str:

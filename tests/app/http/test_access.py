@@ -155,6 +155,7 @@ class Site:
             images={},
             cases=set(),
             errors=[],
+            warnings=[],
             weights=None,
             scaling=SupportScaling(),
         )

@@ -430,6 +430,7 @@ def test_the_support_page_removes_and_restores_only_what_it_showed(datastore, cl
         images={"us.png": "us"},
         items=[item],
         errors=(),
+        warnings=(),
         cases={"us"},
     )
     segmenter = SimpleNamespace(keep_up=lambda: True, state=lambda: state)
