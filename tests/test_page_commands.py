@@ -1,7 +1,8 @@
 """The commands of README, model card and the page on running do what they say: run as they stand there, but shorter.
 
-What other tests run is left out: the server's (`test_administration.py`, `e2e/`), pre-training (`test_pretraining.py`)
-and several processes (`test_distributed.py`).
+What other tests run is left out: the server's (`test_administration.py`, `e2e/`), pre-training (`test_pretraining.py`),
+several processes (`test_distributed.py`) and large backbones (`test_training.py`). Of commands that start the same run
+with the same options, in a short form or a long one, the first is run (`test_cli.py` shows that they are the same).
 """
 
 import shlex
@@ -30,19 +31,39 @@ SHORTER = {
     "demo": {},
     "doctor": {},
 }
-# Fine-tuning has to start from the embedded weights; nothing is downloaded.
-FURTHER = {
-    "finetune.json": {"weights": str(ROOT / "bundle/models/model.pt")},
-    "small.json": {"checkpoint": "$None"},
+# Fine-tuning has to start from the embedded weights.
+FURTHER = {"finetune.json": {"weights": str(ROOT / "bundle/models/model.pt")}}
+
+
+# What the runs that a short command starts are called, and their configs.
+RUNS = {
+    "segment": ("inferring", ["inference.json"]),
+    "check": ("evaluating", ["train.json", "evaluate.json"]),
+    "train": ("training", ["train.json"]),
+    "evaluate": ("evaluating", ["train.json", "evaluate.json"]),
+    "export": ("exporting", ["train.json", "export.json"]),
 }
+SHORT_OPTIONS = {"-s": "--support", "-q": "--queries", "-o": "--output", "-d": "--data", "-w": "--weights"}
 
 
 def shown() -> list[str]:
     """Commands that can be run, each once: with options, or without where they need none."""
     short = [words for words in commands("sam2sgp", PAGES) if len(words) > 2 or words[1] in ("demo", "doctor")]
     short = [words for words in short if words[1] not in ELSEWHERE and not words[-1].startswith("--help")]
+    first = {
+        (words[1], frozenset(SHORT_OPTIONS.get(word, word) for word in words if word[0] == "-")): words
+        for words in reversed(short)
+    }
     long = [words for words in commands("python -m monai.bundle run", PAGES) if "_dir" in " ".join(words)]
-    return [command for command in dict.fromkeys(map(shlex.join, short + long)) if "pretrain.json" not in command]
+    long = [words for words in long if "BUNDLE" in words or _run_of(words) not in RUNS.values()]
+    shown = dict.fromkeys(map(shlex.join, [*reversed(first.values()), *long]))
+    return [command for command in shown if "pretrain.json" not in command and "backbones" not in command]
+
+
+def _run_of(words: list[str]) -> tuple[str, list[str]]:
+    """The run's id and the names of its configs."""
+    files = cli._value(words[words.index("--config_file") + 1])
+    return words[words.index("run") + 1], [Path(name).name for name in (files if isinstance(files, list) else [files])]
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +99,10 @@ def call(words: list[str]) -> None:
     settings = {name.removeprefix("--"): cli._value(value) for name, value in zip(rest[::2], rest[1::2], strict=True)}
     files = settings.pop("config_file")
     names = [Path(name).name for name in (files if isinstance(files, list) else [files])]
-    overlays = [f"backbones/{name}" if name == "small.json" else name for name in names]
     settings.pop("bundle_root", None)
     for name in names:
         settings |= FURTHER.get(name, {}) if run_id == "training" else {}
-    run(run_id, *overlays, **{**SHORTER[run_id], **settings, **({"max_epochs": 1} if run_id == "training" else {})})
+    run(run_id, *names, **{**SHORTER[run_id], **settings, **({"max_epochs": 1} if run_id == "training" else {})})
 
 
 @pytest.mark.slow
@@ -91,8 +111,6 @@ def test_a_command_of_the_pages_runs(place, command, monkeypatch):
     words = shlex.split(command)
     small = phantom.make_phantoms
     monkeypatch.setattr(phantom, "make_phantoms", lambda folder, **_: small(folder, 6, (64, 64), 6, progress=False))
-    if "small.json" in command:
-        save_weights(SAM2SGP("small", 64, lora={"r": 8, "alpha": 16}), place / "RUN" / "model.pt")
     if "--fine-tune" in words:
         save_weights(SAM2SGP("lite", 64, lora={"r": 8, "alpha": 16}), place / "RUN" / "model.pt")
     if "train" in words[1] or "training" in words:
