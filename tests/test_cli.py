@@ -141,6 +141,14 @@ def test_export_writes_weights_that_segment_takes_as_they_are(tmp_path, words):
     assert "no such file" in call("export", "-w", tmp_path / "absent.pt", "-o", tmp_path / "x.pt", code=1)
 
 
+def test_export_does_not_write_over_the_weights_that_it_reads(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"trained")
+    (tmp_path / "link.pt").symlink_to("model.pt")
+    for output in ("model.pt", "link.pt"):
+        assert "found the same" in call("export", "-w", tmp_path / "model.pt", "-o", tmp_path / output, code=1)
+    assert (tmp_path / "model.pt").read_bytes() == b"trained"
+
+
 def test_evaluate_without_weights_says_at_once_where_they_come_from(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(cli, "_run", lambda run_id, configs, settings: started.append(settings))

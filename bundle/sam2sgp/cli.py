@@ -246,6 +246,8 @@ def export(
     backbone: Backbone = "lite",
 ) -> None:
     """Write trained weights as one file to pass on: half the size, LoRA merged; `segment --weights` takes it."""
+    if output.exists() and weights.exists() and output.samefile(weights):
+        _refuse(f"{output}: expected another file than --weights, found the same; it would lose half of its precision.")
     settings = {**_more(context.args), "model_file": _absolute(weights), "export_file": _absolute(output)}
     overlays = [*_overlay(backbone), *(["finetune.json"] if fine_tune else [])]
     _run("exporting", ["train.json", *overlays, "export.json"], settings)
