@@ -32,7 +32,6 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=30, help="looked at of each folder")
     parser.add_argument("--draws", type=int, default=400, help="support sets drawn of each folder and size")
     options = parser.parse_args()
-    logging.disable(logging.WARNING)
     false = sets = 0
     found: dict[str, list[bool]] = {turn: [] for turn in (*TURNS, REVERSED) if turn != AS_STORED}
     for folder in options.folders:
@@ -61,4 +60,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     main()
