@@ -16,7 +16,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from lib.stores.audit import content_hash
 from lib.stores.decisions import FINAL, Decisions
 from lib.stores.image_identity import is_of_another
-from lib.stores.naming import declared, renumber
+from lib.stores.naming import declared, is_placeholder, renumber
 from lib.stores.records import UNCHANGED, origin_of, time_of
 from sam2sgp.data import read_geometry, read_label
 from sam2sgp.evaluation import dice_of_values
@@ -115,6 +115,6 @@ def _values_in_label(asked_for: Mapping[int, str], named: Mapping[int, str]) -> 
     free = max([0, *asked_for, *named]) + 1
     changes = {}
     for value, name in asked_for.items():
-        changes[value] = wanted.get(name, free if value in named and name != f"class_{value}" else value)
+        changes[value] = wanted.get(name, free if value in named and not is_placeholder(name, value) else value)
         free += changes[value] == free
     return changes

@@ -22,7 +22,7 @@ from lib.settings import Settings
 from lib.stamps import Stamp, stamp
 from lib.stores.decisions import FINAL
 from lib.stores.image_identity import is_of_another
-from lib.stores.naming import declared
+from lib.stores.naming import declared, is_placeholder
 from lib.stores.records import time_of
 from sam2sgp.data import class_names, load_datalist, skipped_in
 from sam2sgp.errors import DataError
@@ -258,5 +258,5 @@ def _names_of(infos: list[dict[str, Any]]) -> dict[int, str]:
     """
     names: dict[int, str] = {}
     for info in sorted(infos, key=time_of):
-        names |= {value: name for value, name in declared(info).items() if name != f"class_{value}"}
+        names |= {value: name for value, name in declared(info).items() if not is_placeholder(name, value)}
     return names

@@ -33,7 +33,7 @@ def declared(info: Mapping[str, Any]) -> dict[int, str]:
 
 def names_by_value(known: Mapping[str, int]) -> dict[int, str]:
     """What values are called; a placeholder only where there is no name."""
-    return {value: name for name, value in sorted(known.items(), key=lambda entry: not _is_placeholder(*entry))}
+    return {value: name for name, value in sorted(known.items(), key=lambda entry: not is_placeholder(*entry))}
 
 
 def told(path: str | os.PathLike, info: Mapping[str, Any]) -> dict[int, str]:
@@ -119,7 +119,7 @@ def renumbering(values: Iterable[int], sent: Mapping[int, str], known: Mapping[s
     return changes if len({changes.get(value, value) for value in values}) == len(values) else {}
 
 
-def _is_placeholder(name: str, value: int) -> bool:
+def is_placeholder(name: str, value: int) -> bool:
     """Whether a name says no more than the value; a `class_1` that somebody gave another value is a name."""
     placeholder = PLACEHOLDER.fullmatch(name)
     return placeholder is not None and int(placeholder[1]) == value
@@ -133,15 +133,15 @@ def _as_known(sent: Mapping[int, str], known: Mapping[str, int]) -> dict[int, st
     for value, name in sent.items():
         name = name if name in known else spelt.get(name.casefold(), name)
         meant = known.get(name)
-        found[value] = of_value[meant] if meant is not None and _is_placeholder(name, meant) else name
+        found[value] = of_value[meant] if meant is not None and is_placeholder(name, meant) else name
     return found
 
 
 def _real(sent: Mapping[int, str], known: Mapping[str, int]) -> dict[str, int]:
     """Known names, without placeholders where a label comes from somebody who does not know of these."""
-    if any(_is_placeholder(name, known.get(name, 0)) for name in sent.values()):
+    if any(is_placeholder(name, known.get(name, 0)) for name in sent.values()):
         return dict(known)
-    return {name: value for name, value in known.items() if not _is_placeholder(name, value)}
+    return {name: value for name, value in known.items() if not is_placeholder(name, value)}
 
 
 def _check_agreement(values: Iterable[int], sent: Mapping[int, str], known: Mapping[str, int]) -> None:
