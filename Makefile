@@ -84,7 +84,7 @@ serve: need-studies $(INSTALLED) ## MONAI Label server for STUDIES=dir (or a DIC
 	. .venv/bin/activate && exec sam2sgp serve "$(STUDIES)" --host "$(ADDRESS)" --port "$(PORT)" $(ARGS)
 
 test: $(INSTALLED) ## the whole test suite (PYTEST_ARGS="-m 'not slow'" for a part)
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## rules, format and types, which package may import which, and the Dockerfile
 	$(VENV_PYTHON) -m ruff check .
