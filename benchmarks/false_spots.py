@@ -5,9 +5,11 @@
 In: a folder of data folders, from which `_tasks.py` makes tasks, and phantoms. Of each query image the largest square
 window without the target is the image without it ("window"); a query image of another data set is one that has nothing
 to do with the support set ("foreign"); phantoms that lack a class are "phantom". For comparison, the query images
-themselves ("target"). Out: per kind of image the share of images in which anything is found, the share of the image
-that it covers, and what the bundle says of it: the mean confidence, the share of images that are unlike the support set
-and of those in which the target may be absent. For comparison, Dice on phantoms that hold the class.
+themselves ("target"). With `--negatives`, so many windows of further support images, whose labels are empty, are in the
+support set besides, as a user would add pictures without the target. Out: per kind of image the share of images in
+which anything is found, the share of the image that it covers, and what the bundle says of it: the mean confidence, the
+share of images that are unlike the support set and of those in which the target may be absent. For comparison, Dice on
+phantoms that hold the class and on the query images.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import csv
 import shutil
 import zlib
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -71,14 +74,36 @@ def judge(found: dict[str, tuple[np.ndarray, list[dict]]]) -> list[Judged]:
     return rows
 
 
-def task_rows(task: Task, tasks: list[Task], k: int, output: Path, settings: dict) -> dict[str, list[Judged]]:
-    """Images of one task without the target, and with it."""
+def cut_window(task: Task, side: str, stem: str, folder: Path) -> Path | None:
+    """The window without the target of a task's picture, as a file in `folder`; None where it would be too small."""
+    place = window_beside(task.mask(side, stem))
+    if place is None:
+        return None
+    path = folder / f"{stem}.png"
+    Image.fromarray(np.asarray(Image.open(task.image(side, stem)))[place]).save(path)
+    return path
+
+
+def support_folder(task: Task, k: int, negatives: int, folder: Path) -> Path:
+    """A folder of k support pairs and windows with empty labels of so many others, or of as many as there are."""
+    windows = folder / "windows"
+    shutil.rmtree(windows, ignore_errors=True)
+    windows.mkdir(parents=True)
+    images = [task.image("support", stem) for stem in task.support[:k]]
+    masks = [task.mask("support", stem) for stem in task.support[:k]]
+    cut = (cut_window(task, "support", stem, windows) for stem in task.support[k:])
+    empty = list(islice((path for path in cut if path), negatives))
+    masks += [np.zeros(Image.open(path).size[::-1], bool) for path in empty]
+    return write_pairs(folder / "support", images + empty, masks)
+
+
+def task_rows(
+    task: Task, tasks: list[Task], k: int, negatives: int, output: Path, settings: dict
+) -> tuple[dict[str, list[Judged]], list[float]]:
+    """Images of one task without the target, and with it; Dice of these."""
     folder = output / task.name
-    support = write_pairs(
-        folder / "support",
-        [task.image("support", stem) for stem in task.support[:k]],
-        [task.mask("support", stem) for stem in task.support[:k]],
-    )
+    support = support_folder(task, k, negatives, folder)
+    dices = []
     others = [other for other in tasks if other.dataset != task.dataset]
     other = others[zlib.crc32(task.name.encode()) % len(others)]
     rows = {}
@@ -92,13 +117,13 @@ def task_rows(task: Task, tasks: list[Task], k: int, output: Path, settings: dic
                 shutil.copyfile(shown.image("queries", stem), queries / f"{stem}.png")
         else:
             for stem in task.queries:
-                place = window_beside(task.mask("queries", stem))
-                if place is not None:
-                    pixels = np.asarray(Image.open(task.image("queries", stem)))[place]
-                    Image.fromarray(pixels).save(queries / f"{stem}.png")
+                cut_window(task, "queries", stem, queries)
         if any(queries.iterdir()):
-            rows[kind] = judge(infer(support, queries, folder / f"{kind}_found", settings))
-    return rows
+            found = infer(support, queries, folder / f"{kind}_found", settings)
+            rows[kind] = judge(found)
+            if kind == "target":
+                dices = [dice(label[0] > 0, task.mask("queries", stem)) for stem, (label, _) in found.items()]
+    return rows, dices
 
 
 def phantom_rows(output: Path, settings: dict) -> tuple[list, list[float]]:
@@ -129,6 +154,7 @@ def main() -> None:
     arguments.add_argument("--output", type=Path, required=True)
     arguments.add_argument("--weights", nargs="+", default=[None], help="files to compare; the bundle's without")
     arguments.add_argument("--k", type=int, default=8, help="support pairs")
+    arguments.add_argument("--negatives", type=int, default=0, help="windows with empty labels in the support set")
     options = arguments.parse_args()
     tasks = make_tasks(options.data, options.output / "tasks", options.queries, options.held_out, options.seed)
     marks = ("unlike", "may be absent", "either")
@@ -140,9 +166,12 @@ def main() -> None:
         folder = options.output / name
         rows = defaultdict(list)
         rows["phantom"], dices = phantom_rows(folder, settings)
+        task_dices = []
         for task in tasks:
-            for kind, judged in task_rows(task, tasks, options.k, folder, settings).items():
+            own, own_dices = task_rows(task, tasks, options.k, options.negatives, folder, settings)
+            for kind, judged in own.items():
                 rows[f"{kind}, {'seen kind' if task.seen else 'unseen'}"] += judged
+            task_dices += own_dices
         for kind, judged in rows.items():
             any_found, share, confidence, unlike, doubted = zip(*judged, strict=True)
             with np.errstate(all="ignore"):
@@ -150,7 +179,8 @@ def main() -> None:
             values = (f"{np.mean(any_found):.3f}", f"{np.mean(share):.4f}", f"{mean:.3f}")
             told = (f"{np.mean(m):.3f}" for m in (unlike, doubted, np.logical_or(unlike, doubted)))
             print(line(name, kind, len(judged), *values, *told), flush=True)
-        print(line(name, f"phantom, Dice {np.mean(dices):.3f}", len(dices), *[""] * 6), flush=True)
+        for kind, values in (("phantom", dices), ("target", task_dices)):
+            print(line(name, f"{kind}, Dice {np.mean(values):.3f}", len(values), *[""] * 6), flush=True)
 
 
 if __name__ == "__main__":
