@@ -66,7 +66,7 @@ docs/security
 
 docs/method
 docs/results
-docs/measurements
+docs/speed
 docs/weights
 Model card <bundle/docs/README>
 :::
