@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import textwrap
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,11 +21,13 @@ from lib.stores.audit import Audit
 from lib.stores.tokens import Tokens
 from manage import main
 from sam2sgp import cli
+from tests.helpers.doc_commands import blocks
 from tests.helpers.parts import datastore, segmenter
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "administration.md").read_text()
-BLOCKS = re.findall(r"```\n(.+?)```", PAGE, re.DOTALL)
+GUIDE = ROOT / "docs" / "administration.md"
+PAGE = GUIDE.read_text()
+BLOCKS = blocks(GUIDE)
 # Each notes its words, then does what stands here.
 STAND_INS = {
     "useradd": "",
@@ -157,14 +158,14 @@ def test_nginx_reads_its_passwords_as_the_user_whom_the_guide_gives_them_to():
 
 
 def test_the_roles_of_the_guide_are_settings_that_the_file_takes(tmp_path):
-    example = re.search(r"^    users = .+\n    default_role = .+\n", PAGE, re.MULTILINE)[0]
+    [example] = blocks(GUIDE, "toml")
     path = tmp_path / "settings.toml"
-    path.write_text((ROOT / "apps/sam2sgp/deploy/settings.toml").read_text() + textwrap.dedent(example))
+    path.write_text((ROOT / "apps/sam2sgp/deploy/settings.toml").read_text() + example)
     made = Settings.from_conf(ROOT / "apps/sam2sgp", "studies", {"settings": path}, starts=True)
     assert made.users == {"anna": Role.admin, "ben": Role.approver, "slicer-7": Role.annotator}
     assert made.default_role is Role.reader and made.user_header == "X-Remote-User"
     # The same stands there as a comment.
-    assert textwrap.dedent(example) in (ROOT / "apps/sam2sgp/deploy/settings.toml").read_text().replace("# ", "")
+    assert example in (ROOT / "apps/sam2sgp/deploy/settings.toml").read_text().replace("# ", "")
     assert re.findall(r"^\| `(\w+)` \| ", PAGE.partition("## Who may do what")[2], re.MULTILINE)[:4] == [
         role.name for role in Role
     ]

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from sam2sgp.data import load_datalist, read_image
 from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.networks import SAM2SGP, save_weights
-from tests.helpers.doc_commands import PAGES, commands
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIZE = "image_size=64"
@@ -34,26 +32,6 @@ def data(tmp_path_factory) -> Path:
     for name, modality in (("pictures", "us"), ("volumes", "mr")):
         make_phantoms(folder / name, 4, (64, 64), 6, seed=2, modalities=[modality], progress=False)
     return folder
-
-
-MENTIONED = commands(r"(?:python )?benchmarks/\w+\.py")
-
-
-@pytest.mark.parametrize("name", sorted({Path(words[words[0] == "python"]).stem for words in MENTIONED}))
-def test_a_benchmark_takes_the_options_that_the_pages_give_it(script, name, monkeypatch, capsys):
-    if not (BENCHMARKS / f"{name}.py").is_file():
-        pages = "".join(page.read_text() for page in PAGES)
-        assert len(re.findall(rf"benchmarks/{name}\.py", pages)) == len(
-            re.findall(rf"benchmarks/{name}\.py[^`]*` at commit \w+", pages)
-        )
-        return
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    with pytest.raises(SystemExit):
-        script(name).main()
-    told = capsys.readouterr().out
-    for words in MENTIONED:
-        if f"benchmarks/{name}.py" in words:
-            assert [word for word in words if word.startswith("--") and word not in told] == []
 
 
 def test_tasks_share_no_patient_and_spread_their_first_pairs(script, data, tmp_path):

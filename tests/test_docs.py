@@ -4,22 +4,17 @@ import ast
 import hashlib
 import json
 import re
-import shlex
-import subprocess
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from monai.bundle import ConfigParser
 from PIL import Image
-from typer.main import get_command
 from typer.testing import CliRunner
 
-from sam2sgp import cli, options
+from sam2sgp import cli
 from sam2sgp.evaluation import case_metrics
-from tests.e2e.programs import program
-from tests.helpers.doc_commands import PAGES, commands
+from tests.helpers.doc_commands import PAGES
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
@@ -81,44 +76,6 @@ def test_the_six_lines_of_the_readme_give_the_dice_of_the_command(phantoms, tmp_
             [row["dice"] for row in case_metrics(labels, truth, {1: "", 2: "", 3: ""})] for labels in found
         )
         assert np.array_equal(first, second, equal_nan=True) and np.nanmean(first) > 0.6
-
-
-def test_every_short_command_of_the_pages_is_taken():
-    group = get_command(cli.app)
-    given = [words[1:] for words in commands("sam2sgp") if not words[1].startswith("-")]
-    assert len(given) > 15 and {words[0] for words in given} >= {"segment", "check", "train", "evaluate", "serve"}
-    for name, *words in given:
-        if "--help" not in words:
-            # Required options that a sentence leaves out are no fault of it.
-            is_lenient = name in ("segment", "backup", "restore")
-            with group.commands[name].make_context(name, words, resilient_parsing=is_lenient) as context:
-                assert set(cli._more(context.args)) <= options.ALL.keys(), words
-
-
-def test_every_run_of_the_bundle_in_the_pages_has_configs_and_options_that_there_are():
-    given = commands("python -m monai.bundle run") + commands("torchrun .*-m monai.bundle run")
-    assert len(given) > 20
-    for command in given:
-        words = command[command.index("run") + 1 :]
-        settings = dict(zip(words[1::2], words[2::2], strict=True))
-        files = settings.pop("--config_file").replace("BUNDLE/", "")
-        files = ast.literal_eval(files) if files.startswith("[") else [files]
-        parser = ConfigParser(ConfigParser.load_config_files([str(ROOT / "bundle" / name) for name in files]))
-        parser.update({name.removeprefix("--"): cli._value(value) for name, value in settings.items()})
-        options.check(parser)
-        assert words[0] in parser, command
-
-
-@pytest.mark.parametrize("command", sorted({shlex.join(words[1:]) for words in commands("make")}))
-def test_make_would_run_configs_and_scripts_that_there_are(command):
-    """`setup`, `lint`, `test` and `docs` are run by `.ci/run` and other tests."""
-    words = [program("make", "make"), "--dry-run", "--old-file", ".venv/.installed", *shlex.split(command)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    named = re.findall(r"configs/\w+\.json", done.stdout)
-    assert all((ROOT / "bundle" / name).is_file() for name in named)
-    if command.split()[0] in ("demo", "train", "evaluate"):
-        assert named
 
 
 def _anchor(heading: str) -> str:
