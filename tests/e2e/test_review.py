@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -461,26 +461,86 @@ def test_keys_are_text_where_text_is_typed(server, opened):
     assert sent == []
 
 
+def first_asked(request) -> int:
+    """Where the part of the list begins that is asked for."""
+    return int(parse_qs(urlsplit(request.url).query)["first"][0])
+
+
+def part_of_list(first: int, total: int) -> dict:
+    """The server's answer for a part of a list of images without a label."""
+    entry = {"tag": "", "state": "unlabelled", "confidence": None, "unlike": False, "absent": [], "classes": []}
+    places = range(first, min(first + 100, total))
+    return {
+        "entries": [{**entry, "image": f"image_{place}", "user": None, "time": None} for place in places],
+        "first": first,
+        "total": total,
+        "counts": {"predicted": 0, "draft": 0, "unlabelled": total, "removed": 0, "approved": 0},
+        "origins": {"unchanged": 0, "corrected": 0, "others": 0},
+        "classes": [],
+        "place": None,
+    }
+
+
+def to_the_end_of_the_list(opened) -> None:
+    opened.locator("#list").evaluate("list => list.scrollTop = list.scrollHeight")
+
+
 def test_ten_thousand_images_are_a_short_list_of_rows(server, opened):
     asked = []
 
     def answer(route):
-        query = dict(part.split("=") for part in urlsplit(route.request.url).query.split("&"))
-        first = int(query["first"])
-        asked.append(first)
-        entry = {"tag": "", "state": "unlabelled", "confidence": None, "unlike": False, "absent": [], "classes": []}
-        entries = [{**entry, "image": f"image_{n}", "user": None, "time": None} for n in range(first, first + 100)]
-        counts = {"predicted": 0, "draft": 0, "unlabelled": 10000, "removed": 0, "approved": 0}
-        body = {"entries": entries, "first": first, "total": 10000, "counts": counts, "classes": [], "place": None}
-        body["origins"] = {"unchanged": 0, "corrected": 0, "others": 0}
-        route.fulfill(json=body)
+        asked.append(first_asked(route.request))
+        route.fulfill(json=part_of_list(asked[-1], 10_000))
 
     opened.route("**/queue?*", answer)
     opened.locator("[name=show]").select_option("all")
     expect(opened.locator("#list [data-image='image_3']")).to_have_count(1)
-    opened.locator("#list").evaluate("list => list.scrollTop = list.scrollHeight")
+    to_the_end_of_the_list(opened)
     expect(opened.locator("#list [data-image='image_9999']")).to_be_visible()
     assert opened.locator("#list .row").count() < 40 and asked == [0, 9900]
+
+
+def test_a_list_that_has_shrunk_or_grown_is_as_long_as_the_part_says_that_comes_last(server, opened):
+    asked, totals = [], [250, 230, 240, 240]
+
+    def answer(route):
+        asked.append(first_asked(route.request))
+        route.fulfill(json=part_of_list(asked[-1], totals.pop(0)))
+
+    opened.route("**/queue?*", answer)
+    opened.locator("[name=show]").select_option("all")
+    expect(opened.locator("#list[data-total='250']")).to_have_count(1)
+    to_the_end_of_the_list(opened)
+    expect(opened.locator("#list [data-image='image_229']")).to_be_visible()
+    expect(opened.locator("#list[data-total='230']")).to_have_count(1)
+    assert opened.locator("#list .row:not([data-image])").count() == 0
+    # The part before it tells that there are more again, which the last part that is here doesn't hold.
+    opened.locator("#list").evaluate("list => list.scrollTop = 130 * 54")
+    expect(opened.locator("#list [data-image='image_130']")).to_be_visible()
+    to_the_end_of_the_list(opened)
+    expect(opened.locator("#list [data-image='image_239']")).to_be_visible()
+    assert asked == [0, 200, 100, 200]
+
+
+def test_a_part_of_the_list_that_does_not_come_is_said_once_and_asked_for_again_by_scrolling(server, opened):
+    asked = []
+
+    def answer(route):
+        asked.append(first_asked(route.request))
+        if len(asked) == 2:
+            route.fulfill(status=503, json={"detail": "Later, please."})
+        else:
+            route.fulfill(json=part_of_list(asked[-1], 250))
+
+    opened.route("**/queue?*", answer)
+    opened.locator("[name=show]").select_option("all")
+    expect(opened.locator("#list[data-total='250']")).to_have_count(1)
+    to_the_end_of_the_list(opened)
+    expect(opened.locator("#message.problem")).to_have_text("Later, please.")
+    assert opened.locator("#list .row:not([data-image])").count() > 3
+    opened.locator("#list").evaluate("list => list.scrollTop -= 54")
+    expect(opened.locator("#list [data-image='image_245']")).to_be_visible()
+    assert asked == [0, 200, 200]
 
 
 def test_what_is_painted_while_a_decision_is_carried_out_gets_into_no_other_label(server, opened):

@@ -92,15 +92,14 @@ export class Queue {
         await this.asked;
         return;
       }
+      this.resize(answer.total);
       this.parts = new Map([[first / PART, answer.entries]]);
       this.coming.clear();
-      this.total = answer.total;
       this.place = answer.place ?? -1;
       this.counts = answer.counts;
       this.classes = answer.classes;
       this.onCounts(answer);
       this.onRole(answer.not_offered ?? {});
-      this.space.style.height = `${this.total * ROW}px`;
       if (toTop) this.list.scrollTop = 0;
       this.draw();
     } catch (error) {
@@ -108,12 +107,24 @@ export class Queue {
     }
   }
 
+  /** Take over how long the list is by now. @param {number} total */
+  resize(total) {
+    // What was the last part goes on where the list has grown: it is asked for again.
+    if (total > this.total) this.parts.delete(Math.floor(this.total / PART));
+    this.total = total;
+    this.space.style.height = `${total * ROW}px`;
+  }
+
   /** @param {number} place @returns {Entry | undefined} */
   at(place) {
     return this.parts.get(Math.floor(place / PART))?.[place % PART];
   }
 
-  /** @param {number} place @returns {Promise<Entry | undefined>} */
+  /**
+   * The entry at a place, once its part of the list has come, with which the list is drawn again. Undefined where the
+   * list has no such place any more, or where the part didn't come: that is said, and it is asked for at the next call.
+   * @param {number} place @returns {Promise<Entry | undefined>}
+   */
   async fetched(place) {
     if (place < 0 || place >= this.total) return undefined;
     const part = Math.floor(place / PART);
@@ -121,8 +132,11 @@ export class Queue {
       if (!this.coming.has(part)) {
         const { turn } = this;
         const asked = json("queue", { ...this.query, first: part * PART, count: PART })
-          .then(({ entries }) => {
-            if (turn === this.turn) this.parts.set(part, entries);
+          .then(({ entries, total }) => {
+            if (turn !== this.turn) return;
+            this.resize(total);
+            this.parts.set(part, entries);
+            this.draw();
           })
           .catch((error) => this.say(error))
           .finally(() => this.coming.delete(part));
@@ -179,7 +193,8 @@ export class Queue {
     const rows = [];
     for (let place = first; place <= last; place++) {
       const entry = this.at(place);
-      if (!entry) this.fetched(place).then(() => this.draw());
+      // Draws once more when it comes. Until then it is asked for again only where the list is scrolled or refreshed.
+      if (!entry) this.fetched(place);
       rows.push(this.row(place, entry));
     }
     this.space.replaceChildren(...rows);
