@@ -60,7 +60,7 @@ from lib.stores.audit import current_user
 from lib.stores.decisions import FINAL, Decisions
 from lib.stores.dicomweb import DicomWebDatastore
 from lib.stores.door import admit
-from sam2sgp.data import read_image, read_label, write_dicom_seg
+from sam2sgp.data import read_geometry, read_label, write_dicom_seg
 from sam2sgp.data.io import is_dicom
 
 DICOM = "application/dicom"
@@ -492,7 +492,7 @@ def _as_dicom_seg(made: Path, source: str, names: dict[str, int], folder: Path) 
         raise RequestError(
             "output: expected an image from DICOM for dicom_seg, found one of another kind; ask for output=image."
         )
-    geometry = read_image(source).geometry
+    geometry = read_geometry(source)
     path = folder / "segmentation.dcm"
     class_names = {value: name for name, value in names.items()}
     write_dicom_seg(path, read_label(made, geometry), geometry, source, class_names, keep_empty=True)
