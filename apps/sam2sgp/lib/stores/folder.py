@@ -393,8 +393,9 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         """Delete a label. `sha256`: of its file; None for one that came while others were looked at."""
         change.note("remove label", image=image_id, tag=tag, sha256=sha256)
         folder = self._datastore.label_path(tag)
-        # An older label of another kind would come to light.
-        for suffix in sorted(self._folder.files(folder).get(image_id, {}), key=label.ext.__eq__):
+        # The one that counts goes last: without it, an older label of another kind would come to light.
+        others = [suffix for suffix in self._folder.files(folder).get(image_id, {}) if suffix != label.ext]
+        for suffix in (*others, label.ext):
             change.delete(self._folder.writable(folder) / (image_id + suffix))
 
     @again_if_renumbered
