@@ -100,10 +100,11 @@ def test_few_images_are_held_at_once_for_pictures_and_approvals(app, tmp_path, m
     install(server, Given(tmp_path))
     serve_only(server, [SupportPage(app.datastore(), None, None, sorted, dict).router()])
     label = {"image": "a", "label_tag": "original"}
+    decisions = ("approve", "reject", "remove", "restore")
     asked = {
         "picture": lambda _: client.get("/sam2sgp/picture?image=a"),
         # All kinds of decisions together.
-        "decision": lambda turn: client.post(f"/sam2sgp/{[*page.DECISIONS][turn % 4]}", json=label),
+        "decision": lambda turn: client.post(f"/sam2sgp/{decisions[turn % 4]}", json=label),
     }
     with TestClient(server, base_url="http://server:8000") as client, ThreadPoolExecutor(12) as pool:
         for ask in asked.values():

@@ -92,18 +92,16 @@ class Decision(Declared):
     seen: Annotated[str, Field(max_length=256)] = ""
 
 
-class DecisionAgain(Decision):
-    """One about a label that was approved before, of which the tag has a default."""
+class Removal(Decision):
+    """Which label leaves the support set, by default the approved one."""
 
-    label_tag: Tag = ""
+    label_tag: Tag = FINAL
 
 
-DECISIONS: dict[str, type[Decision]] = {
-    "approve": Decision,
-    "reject": Decision,
-    "remove": DecisionAgain,
-    "restore": DecisionAgain,
-}
+class Reinstatement(Decision):
+    """Which label joins the support set again, by default the one that was removed."""
+
+    label_tag: Tag = REMOVED
 
 
 @dataclass(frozen=True)
@@ -165,9 +163,27 @@ class SupportPage:
             return self.picture(query.image, query.label_tag)
 
         made.add_api_route("/assets/{name}", self.asset, methods=["GET"])
-        for name, declared in DECISIONS.items():
-            decide = threads.deciding(_declaring(getattr(self, name), declared))
-            made.add_api_route(f"/{name}", decide, methods=["POST"], dependencies=[ANNOTATOR])
+
+        @made.post("/approve", dependencies=[ANNOTATOR])
+        @threads.deciding
+        def approve(decision: Decision) -> dict[str, Any]:
+            return self.approve(decision)
+
+        @made.post("/reject", dependencies=[ANNOTATOR])
+        @threads.deciding
+        def reject(decision: Decision) -> dict[str, Any]:
+            return self.reject(decision)
+
+        @made.post("/remove", dependencies=[ANNOTATOR])
+        @threads.deciding
+        def remove(decision: Removal) -> dict[str, Any]:
+            return self.remove(decision)
+
+        @made.post("/restore", dependencies=[ANNOTATOR])
+        @threads.deciding
+        def restore(decision: Reinstatement) -> dict[str, Any]:
+            return self.restore(decision)
+
         return made
 
     # Pages and pictures
@@ -241,28 +257,29 @@ class SupportPage:
 
     # Decisions
 
-    def approve(self, image: str, label_tag: str, seen: str = "") -> dict:
+    def approve(self, decision: Decision) -> dict[str, Any]:
         """A prediction joins the support set."""
-        return self._decided(image, FINAL, lambda: self.datastore.approve(image, label_tag, seen))
+        return self._decided(self.datastore.approve, decision, FINAL)
 
-    def restore(self, image: str, label_tag: str = REMOVED, seen: str = "") -> dict:
+    def restore(self, decision: Reinstatement) -> dict[str, Any]:
         """A removed label joins the support set again."""
-        return self._decided(image, FINAL, lambda: self.datastore.approve(image, label_tag, seen))
+        return self._decided(self.datastore.approve, decision, FINAL)
 
-    def remove(self, image: str, label_tag: str = FINAL, seen: str = "") -> dict:
+    def remove(self, decision: Removal) -> dict[str, Any]:
         """An approved label leaves the support set; it can be restored."""
-        return self._decided(image, REMOVED, lambda: self.datastore.remove(image, label_tag, seen))
+        return self._decided(self.datastore.remove, decision, REMOVED)
 
-    def reject(self, image: str, label_tag: str, seen: str = "") -> dict:
+    def reject(self, decision: Decision) -> dict[str, Any]:
         """A prediction is deleted. Approved labels are not deleted here."""
-        return self._decided(image, None, lambda: self.datastore.reject(image, label_tag, seen))
+        return self._decided(self.datastore.reject, decision, None)
 
-    def _decided(self, image: str, tag: str | None, decide: Callable[[], None]) -> dict:
+    def _decided(self, decide: Callable[[str, str, str], None], decision: Decision, tag: str | None) -> dict[str, Any]:
+        """Decide, and tell the tag that the label has by now; None if it is gone."""
         with refusing():
-            decide()
+            decide(decision.image, decision.label_tag, decision.seen)
         if tag is not None:
-            self.saved(image, image)
-        return {"image": image, "label_tag": tag}
+            self.saved(decision.image, decision.image)
+        return {"image": decision.image, "label_tag": tag}
 
     def _seen(self, images: set[str]) -> dict[str, str]:
         """States of images' approved labels; nothing is fetched for it."""
@@ -293,16 +310,6 @@ class SupportPage:
             found["waiting"] += [{"image": image, "tag": tag} for tag in tags if tag != REMOVED]
             found["removed"] += [{"image": image, "tag": tag} for tag in tags if tag == REMOVED]
         return found
-
-
-def _declaring(decide: Callable[..., dict], declared: type[Decision]) -> Callable[..., dict]:
-    """A handler whose body is declared."""
-
-    def handle(decision: Decision) -> dict:
-        return decide(**decision.model_dump(exclude_unset=True))
-
-    handle.__annotations__["decision"] = declared
-    return handle
 
 
 def _part(values: list, page: int) -> list:
