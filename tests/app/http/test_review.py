@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from fastapi import FastAPI
-from monailabel.endpoints.user.auth import RBAC
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -202,7 +201,7 @@ def test_a_correction_of_something_else_than_there_is_changes_nothing(client, da
     assert late.status_code == 409 and open(datastore.get_label_uri("ct", "draft"), "rb").read() == draft
 
 
-def test_other_sites_and_readers_can_not_correct(client, datastore, tmp_path):
+def test_other_sites_can_not_correct(client, datastore):
     body = correction(case(client, "ct"), [{"slice": 7, "runs": [0, 3, 1]}])
     foreign = client.post("/sam2sgp/review/correct", json=body, headers={"Origin": "https://evil.example"})
     assert foreign.status_code == 403
@@ -210,12 +209,6 @@ def test_other_sites_and_readers_can_not_correct(client, datastore, tmp_path):
     assert 400 <= form.status_code < 500
     large = client.post("/sam2sgp/review/correct", content=json.dumps({"image": "a" * (2 << 20)}))
     assert large.status_code == 413
-    page = ReviewPage(datastore, None, sorted, tmp_path / "audit.jsonl", SCALE)
-    writes = [route for route in page.router().routes if "POST" in route.methods]
-    asked = [{d.call.roles for d in route.dependant.dependencies if isinstance(d.call, RBAC)} for route in writes]
-    from monailabel.config import settings
-
-    assert len(writes) == 2 and all(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR in roles for roles in asked)
     assert set(datastore.get_labels_by_image_id("ct")) == {"original"}
 
 

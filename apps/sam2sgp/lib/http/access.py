@@ -7,6 +7,9 @@ whoever sends it all the same.
 A user's name comes from the reverse proxy in a header, and his role from the settings: `users`, or `default_role` for
 those who aren't there. A script's come from its token, and nothing else that it sends counts then.
 
+MONAI Label's own login, where it is on, has roles besides, for which handlers ask (`LOGIN_…` in `lib.http.routing`).
+They are chosen by the table here, which counts: a request has to pass both.
+
 What a route needs may depend on what it is asked for, such as the tag under which a label is saved: its handler then
 asks by `need`.
 """

@@ -41,8 +41,8 @@ from starlette.types import Receive, Scope, Send
 from lib.checks import NotFound, RequestError, check_file_name, image_limit, suffix_of
 from lib.http.access import NO_APPROVER, SECOND_PAIR, default_tag, need_for_tag
 from lib.http.routing import (
-    ADMIN,
-    ANNOTATOR,
+    LOGIN_ADMIN,
+    LOGIN_ANNOTATOR,
     Form,
     Id,
     OptionalId,
@@ -207,7 +207,7 @@ def routes(app: MONAILabelApp) -> APIRouter:
     def info() -> dict[str, Any]:
         return app.info()
 
-    @made.post("/activelearning/{strategy}")
+    @made.post("/activelearning/{strategy}", dependencies=[LOGIN_ANNOTATOR])
     def next_sample(strategy: str, params: SampleParams | None = None) -> dict[str, Any]:
         return app.next_sample({"strategy": strategy})
 
@@ -271,7 +271,7 @@ def _add_lists(made: APIRouter, app: MONAILabelApp, sending: Callable) -> None:
             return datastore.json()
         return datastore.datalist(full_path=False) if query.output is Listing.train else datastore.status()
 
-    @made.get("/datastore/dataset", dependencies=[ANNOTATOR])
+    @made.get("/datastore/dataset", dependencies=[LOGIN_ANNOTATOR])
     @sending
     def dataset(query: Annotated[DatasetQuery, fastapi.Query()]) -> FileResponse:
         # Opened at once: the next request puts another one in its place.
@@ -292,14 +292,14 @@ def _add_images(made: APIRouter, datastore: Decisions, root: str, storing: Calla
     def add_image(
         query: Annotated[NewImageQuery, fastapi.Query()],
         form: Annotated[ImageForm, fastapi.Form()],
-        user: Annotated[User, ANNOTATOR],
+        user: Annotated[User, LOGIN_ANNOTATOR],
     ) -> dict[str, str]:
         with tempfile.TemporaryDirectory() as folder:
             path = taken(form.file, Path(folder), "image")
             image_id = query.image or _name(form.file)[: -len(suffix_of(path))]
             return {"image": datastore.add_image(image_id, str(path), {"user": current_user.get() or user.username})}
 
-    @made.delete("/datastore/image", dependencies=[ADMIN])
+    @made.delete("/datastore/image", dependencies=[LOGIN_ADMIN])
     def remove_image(query: Annotated[RemovedImageQuery, fastapi.Query()]) -> dict[str, str]:
         datastore.remove_image(query.id)
         return {}
@@ -311,7 +311,7 @@ def _add_images(made: APIRouter, datastore: Decisions, root: str, storing: Calla
     @made.put("/datastore/image/info")
     def note_image(
         query: Annotated[ImageQuery, fastapi.Query()],
-        user: Annotated[User, ANNOTATOR],
+        user: Annotated[User, LOGIN_ADMIN],
         form: Annotated[NotesForm, fastapi.Form()] = NotesForm(),  # noqa: B008
     ) -> None:
         datastore.update_image_info(
@@ -332,7 +332,7 @@ def _add_labels(made: APIRouter, app: MONAILabelApp, root: str, storing: Callabl
     def save_label(
         query: Annotated[NewLabelQuery, fastapi.Query()],
         form: Annotated[LabelForm, fastapi.Form()],
-        user: Annotated[User, ANNOTATOR],
+        user: Annotated[User, LOGIN_ANNOTATOR],
     ) -> dict[str, Any]:
         # Viewers name no tag: what may not be approved becomes a draft.
         asked = query.tag or default_tag()
@@ -347,7 +347,7 @@ def _add_labels(made: APIRouter, app: MONAILabelApp, root: str, storing: Callabl
             told["notice"] = SECOND_PAIR if tag != asked else NO_APPROVER
         return told
 
-    @made.delete("/datastore/label", dependencies=[ADMIN])
+    @made.delete("/datastore/label", dependencies=[LOGIN_ADMIN])
     def remove_label(query: Annotated[RemovedLabelQuery, fastapi.Query()]) -> dict[str, str]:
         datastore.remove_label(query.id, query.tag)
         return {}
@@ -356,7 +356,7 @@ def _add_labels(made: APIRouter, app: MONAILabelApp, root: str, storing: Callabl
     def label_info(query: Annotated[LabelQuery, fastapi.Query()]) -> dict[str, Any]:
         return without_path(datastore.get_label_info(query.label, query.tag))
 
-    @made.put("/datastore/label/info", dependencies=[ANNOTATOR])
+    @made.put("/datastore/label/info", dependencies=[LOGIN_ADMIN])
     def note_label(
         query: Annotated[LabelQuery, fastapi.Query()],
         form: Annotated[LabelNotesForm, fastapi.Form()] = LabelNotesForm(),  # noqa: B008
@@ -366,7 +366,7 @@ def _add_labels(made: APIRouter, app: MONAILabelApp, root: str, storing: Callabl
 
 
 def _add_sessions(made: APIRouter, app: MONAILabelApp, storing: Callable) -> None:
-    @made.put("/session/")
+    @made.put("/session/", dependencies=[LOGIN_ANNOTATOR])
     @storing
     def create(
         query: Annotated[NewSessionQuery, fastapi.Query()], form: Annotated[SessionForm, fastapi.Form()]
@@ -383,7 +383,7 @@ def _add_sessions(made: APIRouter, app: MONAILabelApp, storing: Callable) -> Non
         session = _session(app, session_id, query.update_ts)
         return _file(session.image, os.path.realpath(session.path)) if query.image else _told(session)
 
-    @made.delete("/session/{session_id}")
+    @made.delete("/session/{session_id}", dependencies=[LOGIN_ANNOTATOR])
     def remove(session_id: str) -> dict[str, Any]:
         session = _session(app, session_id)
         _sessions(app).remove_session(session_id)

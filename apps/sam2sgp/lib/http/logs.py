@@ -26,7 +26,7 @@ from monailabel.config import settings as server_settings
 from pydantic import Field
 
 from lib.checks import Forbidden, NotFound
-from lib.http.routing import ADMIN, Query, router
+from lib.http.routing import LOGIN_ADMIN, Query, router
 
 MODE = 0o600
 MOST_BYTES, KEPT = 10 << 20, 10
@@ -134,7 +134,7 @@ def log_routes(path: Path) -> APIRouter:
     """
     made = router()
 
-    @made.get("/logs/", dependencies=[ADMIN])
+    @made.get("/logs/", dependencies=[LOGIN_ADMIN])
     def logs(request: Request, query: Annotated[LogQuery, fastapi.Query()]) -> PlainTextResponse:
         if not server_settings.MONAI_LABEL_AUTH_ENABLE and not _is_here(request):
             raise Forbidden(

@@ -14,7 +14,7 @@ from fastapi import APIRouter
 
 from lib.activelearning.progress import Progress
 from lib.http.page import PREFIX
-from lib.http.routing import USER
+from lib.http.routing import LOGIN_USER
 from lib.processes import KEYS, mark_in
 from lib.refusals import refusing
 from lib.tasks.background import DONE, ERROR, RUNNING, SUBMITTED, BackgroundTasks
@@ -32,7 +32,7 @@ def loop_routes(progress: Progress, tasks: BackgroundTasks, report: Path) -> API
         tasks: follows the batch.
         report: file in which the batch tells how it gets on.
     """
-    made = APIRouter(prefix=f"{PREFIX}/review", include_in_schema=False, dependencies=[USER])
+    made = APIRouter(prefix=f"{PREFIX}/review", include_in_schema=False, dependencies=[LOGIN_USER])
 
     @made.get("/progress")
     def told() -> dict[str, Any]:

@@ -34,7 +34,7 @@ from pydantic import Field
 
 from lib.checks import NotFound
 from lib.http.access import not_offered
-from lib.http.routing import ANNOTATOR, USER, Id, Query, Tag, in_threads
+from lib.http.routing import LOGIN_ANNOTATOR, LOGIN_USER, Id, Query, Tag, in_threads
 from lib.refusals import refuse, refusing
 from lib.serving.options import Declared
 from lib.serving.usage import Usage
@@ -147,7 +147,7 @@ class SupportPage:
     def router(self, threads: Threads | None = None) -> APIRouter:
         """The routes; their own threads by default."""
         threads = threads or Threads()
-        made = APIRouter(prefix=PREFIX, include_in_schema=False, dependencies=[USER])
+        made = APIRouter(prefix=PREFIX, include_in_schema=False, dependencies=[LOGIN_USER])
 
         @made.get("/")
         def show(query: Annotated[PartsQuery, fastapi.Query()]) -> HTMLResponse:
@@ -164,22 +164,22 @@ class SupportPage:
 
         made.add_api_route("/assets/{name}", self.asset, methods=["GET"])
 
-        @made.post("/approve", dependencies=[ANNOTATOR])
+        @made.post("/approve", dependencies=[LOGIN_ANNOTATOR])
         @threads.deciding
         def approve(decision: Decision) -> dict[str, Any]:
             return self.approve(decision)
 
-        @made.post("/reject", dependencies=[ANNOTATOR])
+        @made.post("/reject", dependencies=[LOGIN_ANNOTATOR])
         @threads.deciding
         def reject(decision: Decision) -> dict[str, Any]:
             return self.reject(decision)
 
-        @made.post("/remove", dependencies=[ANNOTATOR])
+        @made.post("/remove", dependencies=[LOGIN_ANNOTATOR])
         @threads.deciding
         def remove(decision: Removal) -> dict[str, Any]:
             return self.remove(decision)
 
-        @made.post("/restore", dependencies=[ANNOTATOR])
+        @made.post("/restore", dependencies=[LOGIN_ANNOTATOR])
         @threads.deciding
         def restore(decision: Reinstatement) -> dict[str, Any]:
             return self.restore(decision)

@@ -35,7 +35,7 @@ from lib.checks import Conflict, NotFound, RequestError
 from lib.http.access import SECOND_PAIR, need_for_tag, not_offered
 from lib.http.corrections import Correction, Restoration, State, corrected, tags_seen
 from lib.http.page import PREFIX, SECURITY, Threads
-from lib.http.routing import ANNOTATOR, USER, Id, OptionalTag, Query, Tag, in_threads
+from lib.http.routing import LOGIN_ANNOTATOR, LOGIN_USER, Id, OptionalTag, Query, Tag, in_threads
 from lib.http.volumes import ShownImage, ShownLabel, Volumes
 from lib.http.work_list import Order, Shown, entry_of, listed, origins, prediction_of, shown_first
 from lib.refusals import refuse, refusing
@@ -138,7 +138,7 @@ class ReviewPage:
         """The routes; their own threads by default."""
         threads = threads or Threads()
         looking = in_threads(LOOKING)
-        made = APIRouter(prefix=f"{PREFIX}/review", include_in_schema=False, dependencies=[USER])
+        made = APIRouter(prefix=f"{PREFIX}/review", include_in_schema=False, dependencies=[LOGIN_USER])
         tag = Annotated[str | None, Header(alias="if-none-match")]
 
         @made.get("/")
@@ -172,12 +172,12 @@ class ReviewPage:
         def history(query: Annotated[HistoryQuery, fastapi.Query()]) -> dict[str, Any]:
             return _refusing(self.history, query.image)
 
-        @made.post("/correct", dependencies=[ANNOTATOR])
+        @made.post("/correct", dependencies=[LOGIN_ANNOTATOR])
         @threads.deciding
         def correct(correction: Correction) -> dict[str, Any]:
             return _refusing(self.correct, correction)
 
-        @made.post("/bring_back", dependencies=[ANNOTATOR])
+        @made.post("/bring_back", dependencies=[LOGIN_ANNOTATOR])
         @threads.deciding
         def bring_back(restoration: Restoration) -> dict[str, Any]:
             return _refusing(self.bring_back, restoration)

@@ -23,8 +23,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from lib.checks import check_id, check_tag, suffix_of
 from lib.priority import give_way
 
-# Where MONAI Label is set up to ask for a login, the app's routes ask for the same.
-USER, ANNOTATOR, ADMIN = (
+# Where MONAI Label's own login is on, a route asks for one of these as well: for the role there that is nearest to the
+# one that the table in `lib.http.access` has for it. Those who approve are annotators there.
+LOGIN_USER, LOGIN_ANNOTATOR, LOGIN_ADMIN = (
     Depends(RBAC(role))
     for role in (
         server_settings.MONAI_LABEL_AUTH_ROLE_USER,
@@ -53,7 +54,7 @@ class Form(BaseModel):
 
 def router() -> APIRouter:
     """Routes that ask for a user's login; those that change something add a role."""
-    return APIRouter(dependencies=[USER])
+    return APIRouter(dependencies=[LOGIN_USER])
 
 
 def in_threads(limit: int, last: bool = False) -> Callable:

@@ -15,7 +15,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from pydantic import AfterValidator
 
 from lib.checks import NotFound, RequestError
-from lib.http.routing import ADMIN, ANNOTATOR, Query, router
+from lib.http.routing import LOGIN_ADMIN, Query, router
 from lib.serving.options import ROLL_BACK, AdaptParams, AllTrainParams, BatchParams, ScoringParams, TrainParams
 from lib.tasks.background import BackgroundTasks, Busy
 
@@ -55,13 +55,8 @@ def task_routes(app: MONAILabelApp, tasks: BackgroundTasks) -> APIRouter:
         tasks: starts and follows the processes.
     """
     made = router()
-    # MONAI Label lets annotators stop a scoring.
-    for path, method, role in (
-        ("/train/", "train", ADMIN),
-        ("/scoring/", "scoring", ANNOTATOR),
-        ("/batch/infer", "batch_infer", ADMIN),
-    ):
-        _add_status(made, tasks, path, method, role)
+    for path, method in (("/train/", "train"), ("/scoring/", "scoring"), ("/batch/infer", "batch_infer")):
+        _add_status(made, tasks, path, method)
 
     _add_training(made, app, tasks)
     _add_scoring(made, app, tasks)
@@ -70,18 +65,18 @@ def task_routes(app: MONAILabelApp, tasks: BackgroundTasks) -> APIRouter:
 
 
 def _add_training(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -> None:
-    @made.post("/train/adapt", dependencies=[ADMIN])
+    @made.post("/train/adapt", dependencies=[LOGIN_ADMIN])
     def adapt(query: Annotated[StartQuery, fastapi.Query()], params: AdaptParams | None = None) -> dict[str, Any]:
         return tasks.start("train", {"model": "adapt", **(params or AdaptParams()).given()}, query.enqueue)
 
-    @made.post("/train/{model}", dependencies=[ADMIN])
+    @made.post("/train/{model}", dependencies=[LOGIN_ADMIN])
     def train(
         model: str, query: Annotated[StartQuery, fastapi.Query()], params: TrainParams | None = None
     ) -> dict[str, Any]:
         _check(model, app.info()["trainers"], "model")
         return tasks.start("train", {"model": model, **(params or TrainParams()).given()}, query.enqueue)
 
-    @made.post("/train/", dependencies=[ADMIN])
+    @made.post("/train/", dependencies=[LOGIN_ADMIN])
     def train_all(
         query: Annotated[StartQuery, fastapi.Query()], params: AllTrainParams | None = None
     ) -> dict[str, Any]:
@@ -105,21 +100,21 @@ def _add_training(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -
 
 
 def _add_scoring(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -> None:
-    @made.post("/scoring/{method}", dependencies=[ANNOTATOR])
+    @made.post("/scoring/{method}", dependencies=[LOGIN_ADMIN])
     def score(
         method: str, query: Annotated[StartQuery, fastapi.Query()], params: ScoringParams | None = None
     ) -> dict[str, Any]:
         _check(method, app.info()["scoring"], "method")
         return tasks.start("scoring", {"method": method}, query.enqueue)
 
-    @made.post("/scoring/", dependencies=[ANNOTATOR], include_in_schema=False)
+    @made.post("/scoring/", dependencies=[LOGIN_ADMIN], include_in_schema=False)
     def score_all() -> None:
         names = ", ".join(f"/scoring/{name}" for name in app.info()["scoring"])
         raise RequestError(f"scoring: expected the name of a method, found none; use {names}.")
 
 
 def _add_batch(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -> None:
-    @made.post("/batch/infer/{model}", dependencies=[ADMIN])
+    @made.post("/batch/infer/{model}", dependencies=[LOGIN_ADMIN])
     def batch(
         model: str, query: Annotated[BatchQuery, fastapi.Query()], params: BatchParams | None = None
     ) -> dict[str, Any]:
@@ -136,7 +131,7 @@ def _add_batch(made: APIRouter, app: MONAILabelApp, tasks: BackgroundTasks) -> N
         return tasks.start("batch_infer", request)
 
 
-def _add_status(made: APIRouter, tasks: BackgroundTasks, path: str, method: str, role: Any) -> None:
+def _add_status(made: APIRouter, tasks: BackgroundTasks, path: str, method: str) -> None:
     @made.get(path, name=f"{method} status")
     def status(query: Annotated[StatusQuery, fastapi.Query()]) -> Any:
         found = tasks.running(method) if query.check_if_running else next(iter(tasks.all(method)[-1:]), None)
@@ -144,7 +139,7 @@ def _add_status(made: APIRouter, tasks: BackgroundTasks, path: str, method: str,
             raise NotFound(f"{method}: expected a task, found none; start one first.")
         return tasks.all(method) if query.all and not query.check_if_running else found
 
-    @made.delete(path, dependencies=[role], name=f"{method} stop")
+    @made.delete(path, dependencies=[LOGIN_ADMIN], name=f"{method} stop")
     def stop() -> dict[str, Any] | None:
         return tasks.stop(method)
 
