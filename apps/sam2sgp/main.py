@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from anyio import to_thread
-from fastapi import Request
-from fastapi.responses import JSONResponse
 from monailabel.config import settings as server_settings
 from monailabel.endpoints import login
 from monailabel.interfaces.app import MONAILabelApp
@@ -44,7 +42,6 @@ from lib.http.task_endpoints import task_routes
 from lib.http.viewers import viewer_routes
 from lib.infers.segmentation import SegmentationTask
 from lib.layout import OF_STATE, OF_STUDIES, bring_up_to_date
-from lib.refusals import refuse, refusing
 from lib.scratch import own_temporary_folder
 from lib.serving.approved_cases import FINAL, LabelledCases
 from lib.serving.options import AdaptParams, BatchParams, Declared, InferParams, TrainParams
@@ -179,7 +176,6 @@ class Sam2SgpApp(MONAILabelApp):
 
         sys.setswitchinterval(THREAD_SWITCH)
         end_soon(self.segmenter.ending)
-        app.add_exception_handler(OSError, _not_stored)
         install(app, self.settings)
         limits = ConnectionLimits(int(self.settings.max_connections), int(self.settings.max_connections_per_address))
         limit_connections(asyncio.get_running_loop(), limits)
@@ -248,10 +244,6 @@ class Sam2SgpApp(MONAILabelApp):
         With `save_label` the result of a datastore's image is saved with the tag `label_tag`; `final` approves it.
         """
         datastore = datastore or self.datastore()
-        with refusing():
-            return self._infer(dict(request), datastore)
-
-    def _infer(self, request: dict[str, Any], datastore) -> dict[str, Any]:
         task = self._infers.get(request.get("model"))
         if task is None:
             raise NotFound(f"model: expected one of {', '.join(self._infers)}, found {request.get('model')!r}.")
@@ -293,12 +285,11 @@ class Sam2SgpApp(MONAILabelApp):
 
     def train(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Fine-tune, adapt, or roll the weights back: see `FineTuning` and `AdaptTask`."""
-        with refusing():
-            params = AdaptParams if request.get("model") == ADAPTATION else TrainParams
-            declared = _declared(request, params, "model")
-            if not self.settings.allow_overrides:
-                declared.pop("device", None)
-            return super().train(declared)
+        params = AdaptParams if request.get("model") == ADAPTATION else TrainParams
+        declared = _declared(request, params, "model")
+        if not self.settings.allow_overrides:
+            declared.pop("device", None)
+        return super().train(declared)
 
     def scoring(self, request: Mapping[str, Any], datastore=None) -> dict[str, Any]:
         return super().scoring({"method": request.get("method")}, datastore)
@@ -356,13 +347,6 @@ def _sentence_first() -> Iterator[None]:
 def _declared(request: Mapping[str, Any], options: type[Declared], *names: str) -> dict[str, Any]:
     """What a task may see of its request: declared options with checked values, and the names given."""
     return {**{name: request[name] for name in names if name in request}, **options.of_request(request).given()}
-
-
-async def _not_stored(request: Request, error: OSError) -> JSONResponse:
-    """The answer to a request in which a file could not be written, such as an upload on a full disk."""
-    answer = refuse(error)
-    logger.error("%s %s", request.method, request.url.path, exc_info=error)
-    return JSONResponse({"detail": answer.detail}, answer.status_code)
 
 
 def _hand_on(settings: Settings) -> None:

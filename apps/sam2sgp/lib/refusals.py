@@ -1,12 +1,10 @@
 """Errors as answers of the server and as the last line of a process that works for it.
 
-In: any exception. Out: an HTTPException of one sentence.
+In: any exception. Out: an HTTPException of one sentence. Handlers only raise: `lib.http.guard` answers whatever they
+raise. Whoever asks here logs what is the server's own fault.
 """
 
 import errno
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from fastapi import HTTPException
 from monailabel.interfaces.exception import (
@@ -19,16 +17,7 @@ from monailabel.interfaces.exception import (
 from lib.checks import RequestError
 from sam2sgp.errors import ConfigError, DataError, Sam2SgpError, WeightsError, cause_of
 
-logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """A block whose errors are answers, see `refuse`."""
-    try:
-        yield
-    except Exception as error:
-        raise refuse(error) from error
+FAILED = "The server failed; its log says why."
 
 
 def refuse(error: BaseException) -> HTTPException:
@@ -51,5 +40,4 @@ def refuse(error: BaseException) -> HTTPException:
     for kind, status in ((DataError, 422), (WeightsError, 409), (ConfigError, 400), (Sam2SgpError, 400)):
         if isinstance(error, kind):
             return HTTPException(status, str(error))
-    logger.error("A request failed", exc_info=error)
-    return HTTPException(500, "The server failed; its log says why.")
+    return HTTPException(500, FAILED)

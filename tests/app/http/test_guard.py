@@ -1,6 +1,7 @@
 """The guard in front of a small app: sizes, origins, users, parameters, errors and bodies handed on whole."""
 
 import asyncio
+import errno
 import html
 import io
 import json
@@ -10,11 +11,13 @@ import pytest
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse, JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.testclient import TestClient
 
 from lib.checks import Conflict
 from lib.http.guard import CHUNK, MOST_FIELDS, MOST_FILES, RequestGuard, install, serve_only
+from lib.serving.segmenter import Stopped
+from lib.stores.archive import Unreachable
 from lib.stores.audit import current_user
 from sam2sgp.errors import DataError
 from tests.helpers.parts import Given
@@ -25,6 +28,18 @@ SENTENCE = f"{STUDIES}/labels/final/a b.png: expected a label, found {STUDIES}2/
 
 def unreadable():
     raise DataError(SENTENCE)
+
+
+FAULTS = {
+    "breaks": KeyError("/secret/path"),
+    "full": OSError(errno.ENOSPC, "No space left on device"),
+    "unreachable": Unreachable("archive: expected an answer, found none; try again."),
+}
+
+
+def broken_off():
+    yield b"the beginning"
+    raise KeyError("/secret/path")
 
 
 TOLD = {
@@ -40,7 +55,7 @@ TOLD = {
 
 @pytest.fixture
 def client(tmp_path):
-    def make(raises: bool = True, **given) -> TestClient:
+    def make(**given) -> TestClient:
         open_to_all = Middleware(CORSMiddleware, allow_origins=["*"], allow_credentials=True)
         app = FastAPI(middleware=[open_to_all])
 
@@ -48,8 +63,10 @@ def client(tmp_path):
         async def echo(request: Request, path: str):
             if path == "fails":
                 raise Conflict("a: expected b, found c.")
-            if path == "breaks":
-                raise KeyError("/secret/path")
+            if path in FAULTS:
+                raise FAULTS[path]
+            if path == "breaks off":
+                return StreamingResponse(broken_off())
             if path in TOLD:
                 return TOLD[path]()
             if path == "page":
@@ -57,7 +74,7 @@ def client(tmp_path):
             return {"size": len(await request.body()), "user": current_user.get()}
 
         install(app, Given(tmp_path, **given))
-        return TestClient(app, base_url="http://server:8000", raise_server_exceptions=raises)
+        return TestClient(app, base_url="http://server:8000")
 
     return make
 
@@ -218,7 +235,7 @@ def test_names_that_come_twice_are_refused(client):
 
 def test_no_answer_lets_a_browser_load_or_frame_it_elsewhere(client):
     for path in ("/info/", "/fails", "/breaks", "/datastore/%ff"):
-        answer = client(raises=False).get(path)
+        answer = client().get(path)
         assert answer.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'", path
         assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["x-frame-options"] == "DENY"
     assert client().get("/page").headers["content-security-policy"] == "default-src 'self'"
@@ -245,3 +262,34 @@ def test_installing_twice_guards_once(client, tmp_path):
 def test_an_error_of_a_route_is_its_answer(client):
     answer = client().get("/fails")
     assert answer.status_code == 409 and answer.json() == {"detail": "a: expected b, found c."}
+
+
+@pytest.mark.parametrize(("path", "status"), [("breaks", 500), ("full", 507), ("unreachable", 502)])
+def test_a_fault_of_the_servers_own_is_answered_and_logged_once(client, caplog, path, status):
+    # Which raises what goes on to the server, and would be logged there once more.
+    answer = client().get(f"/{path}")
+    assert answer.status_code == status and "secret" not in answer.text
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.getMessage() == f"GET '/{path}': {answer.json()['detail']}"
+    if path == "unreachable":
+        assert not record.exc_info
+    else:
+        assert record.exc_info[1] is FAULTS[path]
+
+
+def test_a_request_that_can_not_be_checked_is_logged_once(client, caplog, tmp_path):
+    (tmp_path / "audit.jsonl").mkdir()
+    assert client().post("/train/finetune", json={"max_epochs": 1}).status_code == 507
+    assert [record.levelname for record in caplog.records if record.levelno >= 40] == ["ERROR"]
+
+
+def test_that_a_segmentation_was_stopped_is_no_line_in_the_log(client, caplog, monkeypatch):
+    monkeypatch.setitem(FAULTS, "stopped", Stopped("nobody waits for it."))
+    assert client().get("/stopped").status_code == 503
+    assert [record for record in caplog.records if record.levelno >= 40] == []
+
+
+def test_after_the_beginning_of_an_answer_there_is_no_other(client, caplog):
+    with pytest.raises(KeyError):
+        client().get("/breaks off")
+    assert [record for record in caplog.records if record.levelno >= 40] == []

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastapi import HTTPException
 from PIL import Image
 
 from lib.infers.segmentation import SegmentationTask
 from lib.tasks.batch import BatchInference
 from sam2sgp.data.io import read_label
+from sam2sgp.errors import DataError
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_batch_inference_goes_on_after_an_image_that_fails(task):
     def infer(request, datastore):
         asked.append(request)
         if request["image"] == "us_001_0":
-            raise HTTPException(422, "us_001_0: expected an image.")
+            raise DataError("us_001_0: expected an image.")
         return {"label": request["image"], "tag": request["label_tag"], "params": {"confidence": {}, "warnings": []}}
 
     datastore = task.segmenter.cases.datastore

@@ -6,18 +6,18 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from fastapi import HTTPException
 from PIL import Image
 
 from lib.checks import RequestError
 from lib.http.loop import state_of_batch
 from lib.processes import mark_of
-from lib.serving.segmenter import NOTHING_APPROVED
+from lib.serving.segmenter import NOTHING_APPROVED, NoSupport
 from lib.serving.turns import Requests
 from lib.stores.audit import Audit
 from lib.stores.folder import ConfinedDatastore
 from lib.tasks.batch import BatchInference
 from lib.tasks.batch_report import last_report
+from sam2sgp.errors import DataError
 
 ASKED = {"model": "sam2sgp", "images": "unannotated"}
 NAMES = [f"image_{number}" for number in range(8)]
@@ -96,12 +96,12 @@ def test_what_people_made_and_predictions_of_these_weights_stay_as_they_are(site
 
 
 def test_a_batch_that_was_killed_goes_on_where_it_was(site):
-    site.fails = {"image_1": HTTPException(422, "image_1: expected an image."), "image_4": KeyboardInterrupt()}
+    site.fails = {"image_1": DataError("image_1: expected an image."), "image_4": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
         site.run()
     told = last_report(site.report)
     assert not told["ended"] and told["total"] == 8
-    site.asked, site.fails = [], {"image_1": HTTPException(422, "image_1: expected an image.")}
+    site.asked, site.fails = [], {"image_1": DataError("image_1: expected an image.")}
     results = site.run()
     # What failed is tried again, what was done is not.
     assert site.asked == ["image_1", "image_4", "image_5", "image_6", "image_7"]
@@ -132,8 +132,8 @@ def test_a_request_goes_before_the_next_image(site):
 
 
 def test_where_nothing_is_approved_the_batch_ends_with_one_sentence(site):
-    site.fails = {"image_0": HTTPException(409, NOTHING_APPROVED)}
-    with pytest.raises(HTTPException, match="label an image by hand"):
+    site.fails = {"image_0": NoSupport(NOTHING_APPROVED)}
+    with pytest.raises(NoSupport, match="label an image by hand"):
         site.run()
     assert site.asked == ["image_0"]
 

@@ -24,7 +24,6 @@ from urllib.parse import parse_qsl, unquote, unquote_to_bytes, urlsplit
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from monailabel.config import settings as server_settings
-from monailabel.interfaces.exception import MONAILabelException
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -40,11 +39,11 @@ from lib.checks import (
     suffix_of,
 )
 from lib.http.access import Access, current_role, told
-from lib.refusals import refuse
+from lib.refusals import FAILED, refuse
 from lib.server_paths import Folders
 from lib.serving.options import parse_object, sentence
+from lib.serving.segmenter import Stopped
 from lib.stores.audit import Audit, current_user
-from sam2sgp.errors import Sam2SgpError
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +101,9 @@ def install(app: FastAPI, settings) -> None:
             ),
         )
     app.user_middleware = added + kept
-    for kind in (Sam2SgpError, MONAILabelException):
-        app.add_exception_handler(kind, _answer)
     app.add_exception_handler(RequestValidationError, _undeclared)
-    # Starlette's own answer to what nobody caught has none of the headers.
-    app.add_exception_handler(Exception, _answer)
+    # Of what goes wrong in the middleware itself: Starlette's own answer has none of the headers.
+    app.add_exception_handler(Exception, _uncaught)
     # Starlette builds this once, before the app's start.
     app.middleware_stack = app.build_middleware_stack()
 
@@ -119,7 +116,7 @@ def serve_only(app: FastAPI, routers: Sequence[APIRouter]) -> None:
 
 
 class RequestGuard:
-    """ASGI middleware that checks each request and hands on its body whole."""
+    """ASGI middleware that checks each request, hands on its body whole, and answers where the handler raises."""
 
     def __init__(self, app, settings):
         self._app = app
@@ -137,8 +134,14 @@ class RequestGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = None
+        body, begun = None, False
         send = _answering(send, self._folders)
+
+        async def handed_on(message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         user, role = current_user.set(None), current_role.set(current_role.get())
         try:
             try:
@@ -147,20 +150,16 @@ class RequestGuard:
                 body = await self._take(scope, receive)
                 await self._check_body(scope, body)
                 self._note(scope)
+                await self._app(scope, _replay(body, receive), handed_on)
             except ClientDisconnect:
                 return
             except Exception as error:
-                answer = refuse(error)
-                if answer.status_code >= 500:
-                    logger.exception("A request could not be checked")
+                if begun:
+                    # There is no second answer. The server logs the error and ends the connection.
+                    raise
                 # The rest of a body that was refused unread isn't waited for.
-                headers = {"connection": "close"} if body is None else {}
-                if answer.status_code == 401:
-                    headers["www-authenticate"] = "Bearer"
-                response = JSONResponse({"detail": answer.detail}, answer.status_code, headers)
+                response = _refusal(scope, error, {"connection": "close"} if body is None else {})
                 await response(scope, receive, send)
-                return
-            await self._app(scope, _replay(body, receive), send)
         finally:
             current_user.reset(user)
             current_role.reset(role)
@@ -321,13 +320,22 @@ def _answering(send, folders: Folders) -> Callable:
     return answering
 
 
-async def _answer(request: Request, error: Exception) -> JSONResponse:
+def _refusal(scope, error: Exception, headers: dict[str, str]) -> JSONResponse:
+    """The answer to a request that an error ended. What is the server's own fault is logged here and nowhere else."""
     answer = refuse(error)
-    if answer.status_code >= 500:
+    # Of a segmentation that was stopped nobody waits for the answer, or the server ends.
+    if answer.status_code >= 500 and not isinstance(error, Stopped):
         # Where the error is a sentence for the client, it says all.
         traceback = None if isinstance(error, RequestError) else error
-        logger.error("%s %s: %s", request.method, request.url.path, answer.detail, exc_info=traceback)
-    return JSONResponse({"detail": answer.detail}, answer.status_code, HEADERS)
+        logger.error("%s %s: %s", scope["method"], ascii(scope["path"]), answer.detail, exc_info=traceback)
+    if answer.status_code == 401:
+        headers = {**headers, "www-authenticate": "Bearer"}
+    return JSONResponse({"detail": answer.detail}, answer.status_code, headers)
+
+
+async def _uncaught(request: Request, error: Exception) -> JSONResponse:
+    # Starlette raises it again, and the server logs it.
+    return JSONResponse({"detail": FAILED}, 500, HEADERS)
 
 
 async def _undeclared(request: Request, error: Exception) -> JSONResponse:

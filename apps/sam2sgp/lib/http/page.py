@@ -35,7 +35,6 @@ from pydantic import Field
 from lib.checks import NotFound
 from lib.http.access import not_offered
 from lib.http.routing import LOGIN_ANNOTATOR, LOGIN_USER, Id, Query, Tag, in_threads
-from lib.refusals import refuse, refusing
 from lib.serving.options import Declared
 from lib.serving.usage import Usage
 from lib.stores.decisions import FINAL, REMOVED, Decisions, state_of
@@ -237,23 +236,22 @@ class SupportPage:
 
     def asset(self, name: str) -> Response:
         if name not in ASSETS:
-            raise refuse(NotFound(f"{ascii(name)[:80]}: expected one of {', '.join(ASSETS)}; load the page again."))
+            raise NotFound(f"{ascii(name)[:80]}: expected one of {', '.join(ASSETS)}; load the page again.")
         return FileResponse(TEMPLATES / name, media_type=ASSETS[name])
 
     def item(self, content: str) -> Response:
         """A support item with its mask, PNG."""
         thumbnail = self.segmenter.thumbnail(content)
         if thumbnail is None:
-            raise refuse(DataError("This support item has changed or gone; load the page again."))
+            raise DataError("This support item has changed or gone; load the page again.")
         return _png(thumbnail)
 
     def picture(self, image: str, label_tag: str = "") -> Response:
         """An image, and over it the label of a tag; of a volume the slice that shows most of it. PNG."""
-        with refusing():
-            source = Path(self.datastore.get_image_uri(image))
-            label = Path(self._label_path(image, label_tag)) if label_tag else None
-            stamps = tuple(path.stat().st_mtime_ns for path in (source, label) if path is not None)
-            return _png(_drawn(source, label, stamps))
+        source = Path(self.datastore.get_image_uri(image))
+        label = Path(self._label_path(image, label_tag)) if label_tag else None
+        stamps = tuple(path.stat().st_mtime_ns for path in (source, label) if path is not None)
+        return _png(_drawn(source, label, stamps))
 
     # Decisions
 
@@ -275,8 +273,7 @@ class SupportPage:
 
     def _decided(self, decide: Callable[[str, str, str], None], decision: Decision, tag: str | None) -> dict[str, Any]:
         """Decide, and tell the tag that the label has by now; None if it is gone."""
-        with refusing():
-            decide(decision.image, decision.label_tag, decision.seen)
+        decide(decision.image, decision.label_tag, decision.seen)
         if tag is not None:
             self.saved(decision.image, decision.image)
         return {"image": decision.image, "label_tag": tag}

@@ -38,7 +38,6 @@ from lib.http.page import PREFIX, SECURITY, Threads
 from lib.http.routing import LOGIN_ANNOTATOR, LOGIN_USER, Id, OptionalTag, Query, Tag, in_threads
 from lib.http.volumes import ShownImage, ShownLabel, Volumes
 from lib.http.work_list import Order, Shown, entry_of, listed, origins, prediction_of, shown_first
-from lib.refusals import refuse, refusing
 from lib.serving.segmenter import ServerSegmenter
 from lib.stores.audit import current_user
 from lib.stores.decisions import DRAFT, FINAL, OF_ANOTHER, Decisions, state_of
@@ -151,36 +150,36 @@ class ReviewPage:
 
         @made.get("/queue")
         def queue(query: Annotated[QueueQuery, fastapi.Query()]) -> dict[str, Any]:
-            return _refusing(self.queue, query)
+            return self.queue(query)
 
         @made.get("/case")
         @threads.drawing
         def case(query: Annotated[CaseQuery, fastapi.Query()]) -> dict[str, Any]:
-            return _refusing(self.case, query.image, query.label_tag)
+            return self.case(query.image, query.label_tag)
 
         @made.get("/slices")
         @looking
         def slices(query: Annotated[SlicesQuery, fastapi.Query()], known: tag = None) -> Response:
-            return _refusing(self.slices, query, known)
+            return self.slices(query, known)
 
         @made.get("/labels")
         @looking
         def labels(query: Annotated[LabelsQuery, fastapi.Query()], known: tag = None) -> Response:
-            return _refusing(self.labels, query, known)
+            return self.labels(query, known)
 
         @made.get("/history")
         def history(query: Annotated[HistoryQuery, fastapi.Query()]) -> dict[str, Any]:
-            return _refusing(self.history, query.image)
+            return self.history(query.image)
 
         @made.post("/correct", dependencies=[LOGIN_ANNOTATOR])
         @threads.deciding
         def correct(correction: Correction) -> dict[str, Any]:
-            return _refusing(self.correct, correction)
+            return self.correct(correction)
 
         @made.post("/bring_back", dependencies=[LOGIN_ANNOTATOR])
         @threads.deciding
         def bring_back(restoration: Restoration) -> dict[str, Any]:
-            return _refusing(self.bring_back, restoration)
+            return self.bring_back(restoration)
 
         return made
 
@@ -189,7 +188,7 @@ class ReviewPage:
     def file(self, name: str) -> Response:
         """A file of the page itself."""
         if name not in self.files:
-            raise refuse(NotFound(f"{ascii(name)[:80]}: expected a file of the page, found none; load it again."))
+            raise NotFound(f"{ascii(name)[:80]}: expected a file of the page, found none; load it again.")
         path = self.files[name]
         headers = {"Content-Security-Policy": SECURITY, "Cache-Control": "no-cache"}
         return FileResponse(path, media_type=KINDS[path.suffix], headers=headers)
@@ -400,11 +399,6 @@ class ReviewPage:
         names = {**state.class_names, **state.segmentable, **self.segmenter.cases.declared(), **declared(record)}
         values = label.counts if label else ()
         return names | {value: f"class_{value}" for value in values if value not in names}
-
-
-def _refusing(handle: Callable[..., Any], *arguments: Any) -> Any:
-    with refusing():
-        return handle(*arguments)
 
 
 def _about_prediction(found: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import sys
 
 from monailabel.interfaces.utils import app as monailabel_app
 
-from lib.refusals import refuse
+from lib.refusals import FAILED, refuse
 from lib.tasks.background import METHODS
 
 FORMAT = "[%(asctime)s] [%(process)s] [%(threadName)s] [%(levelname)s] (%(name)s:%(lineno)d) - %(message)s"
@@ -31,8 +31,11 @@ def main(method: str) -> int:
     try:
         result = getattr(monailabel_app.app_instance(), method)(request)
     except Exception as error:
-        # What is the server's own fault is in the log with its traceback; for the rest the sentence is enough.
-        logger.error("%s: %s", method, refuse(error).detail)
+        answer = refuse(error)
+        if answer.detail == FAILED:
+            # For all else the sentence is enough.
+            logger.error("%s failed", method, exc_info=error)
+        logger.error("%s: %s", method, answer.detail)
         return 1
     logger.info("Result: %s", json.dumps(result))
     return 0
