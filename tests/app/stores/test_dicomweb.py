@@ -151,9 +151,9 @@ def test_new_names_of_labels_that_come_at_once_get_values_of_their_own(fake, mak
     write_label(file, np.ones((2, 8, 8), np.uint8), geometry)
     meeting = threading.Barrier(2, timeout=SOON)
 
-    def approve(self, series, folder, labels, geometry, names, info) -> None:
+    def approve(self, series, folder, label) -> str:
         meeting.wait()
-        info["segmentation"] = f"{series.uid}.1"
+        return f"{series.uid}.1"
 
     monkeypatch.setattr(DicomWebDatastore, "_approve", approve)
 

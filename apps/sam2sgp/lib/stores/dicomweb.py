@@ -30,6 +30,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ from lib.stores.kept_labels import KeptLabels
 from lib.stores.naming import agreed, names_by_value, renumber, told
 from lib.stores.records import ImageRecord, LabelRecord, checked
 from lib.stores.series_cache import SUFFIX, SeriesCache
-from sam2sgp.data import read_dicom_seg, read_geometry, read_image, read_label, write_dicom_seg, write_map
+from sam2sgp.data import Geometry, read_dicom_seg, read_geometry, read_image, read_label, write_dicom_seg, write_map
 from sam2sgp.errors import DataError
 from sam2sgp.files import replacing
 
@@ -73,6 +74,21 @@ CLEARED_EVERY = 3600.0
 NEEDED = 5.0
 # A label that could not be fetched for a reason of its own is asked for again after as many seconds.
 FETCHED_AGAIN = 60.0
+
+
+@dataclass(frozen=True)
+class _Label:
+    """A label on its series' grid.
+
+    Attributes:
+        voxels: (Z, H, W) class values, 0 is background.
+        geometry: of the series.
+        names: of its classes, by value.
+    """
+
+    voxels: np.ndarray
+    geometry: Geometry
+    names: dict[int, str]
 
 
 class DicomWebDatastore(Decisions):
@@ -353,50 +369,86 @@ class DicomWebDatastore(Decisions):
         self, image_id: str, label_filename: str, name: str, tag: str, info: dict[str, Any], action: str = ""
     ) -> str:
         folder = self.get_image_uri(image_id)
-        try:
-            geometry = read_geometry(folder)
-            labels = read_label(label_filename, geometry)
-            sent = told(label_filename, info)
-        except DataError as error:
-            text = str(error).replace(str(label_filename), name).replace(folder, f"series {image_id}")
-            raise BadLabel(text) from error
-        # An empty label is about the classes that were looked for.
-        values = np.unique(labels[labels > 0]).tolist() or sorted(sent)
+        label = self._numbered(_read_sent(image_id, folder, label_filename, name, info), tag)
+        record = {
+            **claim(folder),
+            **info,
+            "label_info": [{"name": text, "idx": value} for value, text in label.names.items()],
+            "ts": int(time.time()),
+            "name": name,
+            "SeriesInstanceUID": image_id,
+        }
+        if tag == FINAL:
+            uid = self._approve(self._series(image_id), folder, label)
+            self._keep_approved(image_id, label, {**record, "segmentation": uid})
+        else:
+            self._keep(image_id, tag, label, record, action)
+        return image_id
+
+    def _numbered(self, sent: _Label, tag: str) -> _Label:
+        """A label with the values that other labels have for its names, and a name for each class.
+
+        An empty label is about the classes that were looked for: those that were sent, or else all that are known.
+
+        Args:
+            sent: the label as it came; some of its classes may lack a name, and some names a class.
+            tag: that the label gets. With `final`, its names keep their values from now on.
+        """
+        values = np.unique(sent.voxels[sent.voxels > 0]).tolist() or sorted(sent.names)
         with self._kept.numbering() as known:
-            changes, sent = agreed(values, sent, known)
+            changes, names = agreed(values, sent.names, known)
             values = [changes.get(value, value) for value in values]
             if tag == FINAL:
                 # Before the archive has the label, another one must not get its values for other names.
                 for value in values:
-                    if value in sent:
-                        known.setdefault(sent[value], value)
+                    if value in names:
+                        known.setdefault(names[value], value)
             of_value = names_by_value(known)
-        labels = renumber(labels, changes) if changes else labels
-        names = {value: sent.get(value) or of_value.get(value) or f"class_{value}" for value in values} or of_value
-        info["label_info"] = [{"name": text, "idx": value} for value, text in names.items()]
-        info = {**claim(folder), **info, "ts": int(time.time()), "name": name, "SeriesInstanceUID": image_id}
-        path = self._kept.path(image_id, tag)
-        if tag == FINAL:
-            self._approve(self._series(image_id), folder, labels, geometry, names, info)
-        before = self._kept.files(path) if action and tag != FINAL else {}
+        voxels = renumber(sent.voxels, changes) if changes else sent.voxels
+        named = {value: names.get(value) or of_value.get(value) or f"class_{value}" for value in values}
+        return _Label(voxels, sent.geometry, named or of_value)
+
+    def _approve(self, series: Series, folder: str, label: _Label) -> str:
+        """Store a label in the archive, and note that; the UID of the SEG that it is there."""
+        if not label.names:
+            raise BadLabel(
+                f"label of series {series.uid}: expected the name of a class that was looked for, found an empty label "
+                "and no class; send the names as label_info, or approve a label with a class first."
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, "label.dcm")
+            write_dicom_seg(path, label.voxels, label.geometry, folder, label.names, approved=True, keep_empty=True)
+            segmentation = dcmread(path, stop_before_pixels=True)
+            self._archive.store(path)
+            if self._audit:
+                details = {"image": series.uid, "tag": FINAL, "segmentation": segmentation.SOPInstanceUID}
+                self._audit.write("approve", **details, sha256=content_hash(path))
+        if (listed := approved(segmentation)) is not None:
+            self._index.add(listed)
+        return str(segmentation.SOPInstanceUID)
+
+    def _keep_approved(self, image_id: str, label: _Label, record: dict[str, Any]) -> None:
+        """Keep a copy of a label that the archive has: without one, it is fetched from there when it is needed."""
         try:
             with storing("to save the label"):
-                self._kept.write(path, labels, geometry, info)
+                self._kept.write(self._kept.path(image_id, FINAL), label.voxels, label.geometry, record)
         except StorageError as error:
-            if tag != FINAL:
-                raise
-            # It is approved, and fetched from the archive when it is needed.
             logger.warning("%s", error)
         else:
-            if tag == FINAL:
-                self._at_hand[image_id] = info["segmentation"]
-            elif action and self._audit:
-                try:
-                    self._audit.write(action, image=image_id, tag=tag, sha256=content_hash(path))
-                except StorageError:
-                    self._kept.restore(path, before)
-                    raise
-        return image_id
+            self._at_hand[image_id] = record["segmentation"]
+
+    def _keep(self, image_id: str, tag: str, label: _Label, record: dict[str, Any], action: str) -> None:
+        """Keep a label that isn't approved; with an `action` for the audit log only where that can be written."""
+        path = self._kept.path(image_id, tag)
+        before = self._kept.files(path) if action else {}
+        with storing("to save the label"):
+            self._kept.write(path, label.voxels, label.geometry, record)
+        if action and self._audit:
+            try:
+                self._audit.write(action, image=image_id, tag=tag, sha256=content_hash(path))
+            except StorageError:
+                self._kept.restore(path, before)
+                raise
 
     def _change_tag(self, image_id: str, old: str, new: str) -> None:
         """Save a label under another tag, then take it away under the old one.
@@ -417,25 +469,6 @@ class DicomWebDatastore(Decisions):
                 return
             self._kept.restore(self._kept.path(image_id, new), before)
             raise
-
-    def _approve(self, series: Series, folder: str, labels, geometry, names: dict[int, str], info: dict) -> None:
-        """Store a label in the archive and note it. `info` gets the UID of the SEG."""
-        if not names:
-            raise BadLabel(
-                f"label of series {series.uid}: expected the name of a class that was looked for, found an empty label "
-                "and no class; send the names as label_info, or approve a label with a class first."
-            )
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch, "label.dcm")
-            write_dicom_seg(path, labels, geometry, folder, names, approved=True, keep_empty=True)
-            segmentation = dcmread(path, stop_before_pixels=True)
-            self._archive.store(path)
-            if self._audit:
-                details = {"image": series.uid, "tag": FINAL, "segmentation": segmentation.SOPInstanceUID}
-                self._audit.write("approve", **details, sha256=content_hash(path))
-        info["segmentation"] = str(segmentation.SOPInstanceUID)
-        if (listed := approved(segmentation)) is not None:
-            self._index.add(listed)
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Delete one label; an approved one is not used any more, but stays in the archive. Raises NotFound."""
@@ -624,6 +657,26 @@ class DicomWebDatastore(Decisions):
 
     def _image_notes(self, series: Series) -> dict[str, Any]:
         return {**series.info, "SeriesInstanceUID": series.uid, **self._kept.series_record(series.uid)}
+
+
+def _read_sent(image_id: str, folder: str, file: str, name: str, info: Mapping[str, Any]) -> _Label:
+    """A label as it came, with the names that came with it.
+
+    Args:
+        image_id: of its series.
+        folder: of the series' files.
+        file: of the label.
+        name: what the file is called in errors.
+        info: what is known about the label.
+
+    Raises:
+        BadLabel: it can't be read, or doesn't fit its series.
+    """
+    try:
+        geometry = read_geometry(folder)
+        return _Label(read_label(file, geometry), geometry, told(file, info))
+    except DataError as error:
+        raise BadLabel(str(error).replace(str(file), name).replace(folder, f"series {image_id}")) from error
 
 
 def _without_segmentation(info: dict[str, Any]) -> dict[str, Any]:
