@@ -304,14 +304,16 @@ def test_one_training_at_a_time(tmp_path, phantoms, cases):
 
 def test_other_labels_or_options_begin_anew(tmp_path, phantoms, cases):
     task, _, _ = a_task(tmp_path, cases, phantoms)
-    assert task._prepare("labels", ["a"]) == {}
+    dice = {"p": 0.5}
+    assert task._prepare("labels", ["a"]).measured("before_0", lambda: dice) == dice
     (task.work / "last.pt").touch()
-    known = {"before_0": {"p": 0.5}}
-    task._remember(known)
-    assert task._prepare("labels", ["a"]) == known and (task.work / "last.pt").exists()
-    assert task._prepare("labels", ["b"]) == {} and not (task.work / "last.pt").exists()
-    task._remember(known)
-    assert task._prepare("others", ["b"]) == {}
+    run = task._prepare("labels", ["a"])
+    assert run.dice == {"before_0": dice} and (task.work / "last.pt").exists()
+    assert run.measured("before_0", dict) == dice and run.measured("after_0", dict) == {}
+    run = task._prepare("labels", ["b"])
+    assert run.dice == {} and not (task.work / "last.pt").exists()
+    run.measured("before_0", lambda: dice)
+    assert task._prepare("others", ["b"]).dice == {}
 
 
 def test_rolling_back_where_there_is_nothing_before_says_so(tmp_path, phantoms, cases):

@@ -16,7 +16,8 @@ import gc
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 METRIC = "val_mean_dice"
 LAST_FILE = "last.pt"
 TENSORBOARD_FOLDER = "tensorboard"
+RUN_FILE = "run.json"
 HALVES_FILE = "halves.json"
 HALF_FILES = tuple(f"half_{half}.pt" for half in range(HALVES))
 OPTIONS = ("max_epochs", "episodes_per_epoch", "learning_rate")
@@ -58,6 +60,55 @@ OWN_KEYS = (
     "support_cache_dir",
     "lora",
 )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training has measured so far, in a file, with which a training of the same kind goes on.
+
+    Attributes:
+        path: of the file.
+        key: what the training is made of: labels, options, weights to start from, configs.
+        dice: by patient, of each measurement by its name.
+    """
+
+    path: Path
+    key: str
+    dice: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(cls, path: Path, key: str) -> "Run | None":
+        """The run that a file holds; None if there is none, or one of another key."""
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return cls(path, key, known["dice"]) if known.get("key") == key else None
+
+    def measured(self, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """A measurement by its name, which is made and kept if it hasn't been yet."""
+        if name not in self.dice:
+            self.dice[name] = measure()
+            self.keep()
+        return self.dice[name]
+
+    def keep(self) -> None:
+        """Write the file."""
+        write_text(self.path, json.dumps({"key": self.key, "dice": self.dice}))
+
+
+@dataclass(frozen=True)
+class Half:
+    """What was trained on one half.
+
+    Attributes:
+        weights: their file.
+        before, after: Dice by patient on the other half, of the weights to start from and of the trained ones.
+    """
+
+    weights: Path
+    before: dict[str, float]
+    after: dict[str, float]
 
 
 class FineTuning(Publishing):
@@ -139,43 +190,28 @@ class FineTuning(Publishing):
 
     def _make_weights(self, request: Mapping[str, Any], history: Sequence[Mapping]) -> None:
         options = self._options(request)
-        cases, left_out = self.cases()
-        if left_out:
-            self.status.update(left_out=list(left_out))
-            logger.warning("Left out of the training: %s", " ".join(left_out))
+        cases = self._usable_cases()
         start = self.weights.active()
         adapted = self.gain_of_adaptation(start)
         half_of = halve(cases, _known_halves(start.path))
         details = {"labels": len(cases), "patients": len(half_of), "start_weights": start.name}
         self.status.update(message="Preparing.", epoch=0, max_epochs=HALVES * options["max_epochs"], **details)
-        settings = {
-            **self.overrides,
-            "bundle_root": str(self.bundle_root),
-            "device": options["device"],
-            "progress": False,
-            # All of a half is trained on, to the end: an epoch chosen by its Dice on the other half would flatter it.
-            "split": [1.0, 0.0, 0.0],
-            "keep_best": False,
-        }
+        settings = self._settings(options["device"])
         # By their content: an adaptation puts the same weights in use once more.
-        measured = self._prepare(digest(cases, half_of), [sha256_of(start.path), settings, options])
+        run = self._prepare(digest(cases, half_of), [sha256_of(start.path), settings, options])
         resumed = any(self.work.glob(f"*/{LAST_FILE}"))
         self.audit("train", resumed=resumed, **details, **options)
         if resumed:
             self.status.update(message="Training goes on from where it was stopped.", history=list(history))
         else:
             self.status.update(message="Training.")
-        files = [
-            self._train_half(half, sections(cases, half_of, half), start, settings, options, measured)
+        halves = [
+            self._train_half(half, sections(cases, half_of, half), start, settings, options, run)
             for half in range(HALVES)
         ]
-        before, after = (
-            {patient: dice for half in range(HALVES) for patient, dice in measured[f"{when}_{half}"].items()}
-            for when in ("before", "after")
-        )
-        compared = Comparison.of(before, after)
+        compared = Comparison.of(_together(half.before for half in halves), _together(half.after for half in halves))
         if compared.exceeds(adapted):
-            version = self._publish(files, half_of, settings, compared, details)
+            version = self._publish([half.weights for half in halves], half_of, settings, compared, details)
             self.audit("publish", weights=version.name, replaced=start.name, **compared.metrics)
             state, verdict = PUBLISHED, f"The new weights {version.name!r} are in use."
             if adapted:
@@ -185,7 +221,41 @@ class FineTuning(Publishing):
             than = f" than with the adaptation, which gains {adapted:.4f}" if adapted else ""
             state, verdict = KEPT, f"Not clearly better{than}, so the weights {start.name!r} stay in use."
         self.status.finish(state, f"{compared} {verdict}", **compared.metrics)
-        # Nothing to go on with any more; images don't stay longer than they are needed.
+        self._clear()
+
+    def _settings(self, device: str) -> dict[str, Any]:
+        """What training and measuring a half have in common, as config values."""
+        return {
+            **self.overrides,
+            "bundle_root": str(self.bundle_root),
+            "device": device,
+            "progress": False,
+            # All of a half is trained on, to the end: an epoch chosen by its Dice on the other half would flatter it.
+            "split": [1.0, 0.0, 0.0],
+            "keep_best": False,
+        }
+
+    def _usable_cases(self) -> Sequence[Mapping]:
+        """The labelled cases that can be used; the others are told."""
+        cases, left_out = self.cases()
+        if left_out:
+            self.status.update(left_out=list(left_out))
+            logger.warning("Left out of the training: %s", " ".join(left_out))
+        return cases
+
+    def _prepare(self, content: str, choices: Sequence) -> Run:
+        """A run in an empty work folder, or that of a stopped training of the same kind, with what it had measured."""
+        configs = [(self.bundle_root / name).read_text(encoding="utf-8") for name in self.train_files]
+        key = sha256(json.dumps([content, choices, configs], sort_keys=True).encode()).hexdigest()
+        run = Run.of(self.work / RUN_FILE, key)
+        if run is None:
+            shutil.rmtree(self.work, ignore_errors=True)
+            run = Run(self.work / RUN_FILE, key, {})
+            run.keep()
+        return run
+
+    def _clear(self) -> None:
+        """Leave only the curves: there is nothing to go on with, and images don't stay longer than they are needed."""
         for path in [*self.work.iterdir(), *self.work.glob("*/*")]:
             if path.is_file():
                 path.unlink()
@@ -199,48 +269,20 @@ class FineTuning(Publishing):
         start: Version,
         settings: Mapping[str, Any],
         options: Mapping[str, Any],
-        measured: dict[str, dict[str, float]],
-    ) -> Path:
-        """The weights file of a half; `measured` gets the Dice on the other half before and after."""
+        run: Run,
+    ) -> Half:
         folder = self.work / f"half_{half}"
         datalist = folder / "datalist.json"
         write_datalist(datalist, data, self.class_names())
         settings = {**settings, "dataset_dir": str(datalist), "output_dir": str(folder)}
         own = start.path.with_name(HALF_FILES[half])
-        before = own if own.is_file() else start.path
-        self._measure(measured, f"before_{half}", before, settings)
-        after = self._run({**settings, **options, "model_file": str(before)}, half)
+        first = own if own.is_file() else start.path
+        before = run.measured(f"before_{half}", lambda: self._dice(first, settings))
+        trained = self._run({**settings, **options, "model_file": str(first)}, half)
         # Ignite's engines hold each other: not beside the next half, on a GPU.
         gc.collect()
-        self._measure(measured, f"after_{half}", after, settings)
-        return after
-
-    def _prepare(self, content: str, choices: Sequence) -> dict[str, dict[str, float]]:
-        """An empty work folder, or that of a stopped training of the same kind.
-
-        Returns:
-            What that training had measured, see `_measure`.
-        """
-        configs = [(self.bundle_root / name).read_text(encoding="utf-8") for name in self.train_files]
-        self._key = sha256(json.dumps([content, choices, configs], sort_keys=True).encode()).hexdigest()
-        try:
-            known = json.loads((self.work / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = {}
-        if known.get("key") == self._key:
-            return known["dice"]
-        shutil.rmtree(self.work, ignore_errors=True)
-        self._remember({})
-        return {}
-
-    def _remember(self, measured: Mapping[str, Mapping[str, float]]) -> None:
-        write_text(self.work / "run.json", json.dumps({"key": self._key, "dice": measured}))
-
-    def _measure(self, measured: dict, name: str, weights: Path, settings: Mapping[str, Any]) -> None:
-        """Put the Dice by patient of a weights file at `measured[name]`, unless a stopped training had."""
-        if name not in measured:
-            measured[name] = self._dice(weights, settings)
-            self._remember(measured)
+        after = run.measured(f"after_{half}", lambda: self._dice(trained, settings))
+        return Half(trained, before, after)
 
     def _dice(self, weights: Path, settings: Mapping[str, Any]) -> dict[str, float]:
         """Mean Dice by patient of a weights file on the other half, guided by its own, by the bundle's evaluation."""
@@ -312,6 +354,11 @@ class FineTuning(Publishing):
             load_weights(network, file)
             mean.update_parameters(network)
         save_weights(mean.module, path)
+
+
+def _together(halves: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Dice by patient of both halves."""
+    return {patient: dice for half in halves for patient, dice in half.items()}
 
 
 def _known_halves(weights: Path) -> dict[str, int]:
