@@ -30,7 +30,6 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from lib.checks import Conflict, Forbidden, RequestError, check_tag, suffix_of
 from lib.stores.audit import Audit, current_user
-from lib.stores.history import FOLDER as HISTORY
 from lib.stores.history import History
 from lib.stores.image_identity import is_of_another
 from lib.stores.records import FINAL, UNCHANGED, LabelRecord, author_of, checked, origin_of
@@ -90,14 +89,10 @@ class ImageLocks:
 
     Args:
         folder: of the lock files; made when first needed.
-
-    Attributes:
-        history: earlier states of the images' labels, next to the locks.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
-        self.history = History(self._folder.with_name(HISTORY))
         self._threads = [threading.Lock() for _ in range(LOCKS)]
 
     @contextmanager
@@ -132,9 +127,11 @@ class ImageLocks:
 class Decisions(Datastore):
     """MONAI Label's interface of datastores, with decisions.
 
-    A datastore has to set `_image_locks` and `_audit`, and to define what is called while the image is held.
+    A datastore has to set `history`, `_image_locks` and `_audit`, and to define what is called while the image is held.
     """
 
+    # Earlier states of labels that were replaced, or deleted by a decision.
+    history: History
     _image_locks: ImageLocks
     _audit: Audit | None
     # Whether somebody may approve a label that he made or changed last: the setting of this name.
@@ -187,11 +184,6 @@ class Decisions(Datastore):
         """Whether the label with a tag was made of an image that had this id before, see `image_identity`."""
         label = self.path_of_label(image_id, tag)
         return bool(label) and is_of_another(self.get_label_info(image_id, tag), self.get_image_uri(image_id), label)
-
-    @property
-    def history(self) -> History:
-        """Earlier states of labels that were replaced, or deleted by a decision."""
-        return self._image_locks.history
 
     def correct(
         self,
@@ -248,9 +240,10 @@ class Decisions(Datastore):
             self.history.keep(image_id, tag, path, self.get_label_info(image_id, tag))
 
     def _keep_replaced(self, image_id: str, tag: str) -> None:
-        """The same of a label that is about to be submitted once more, but for predictions: these are made again.
+        """The same of a label in whose place another one is submitted, unless it is a prediction.
 
-        A label that somebody submitted where predictions are is none.
+        Predictions are not kept, because they can be made again; a label that a person submitted under the tag
+        `original` is.
         """
         if tag != ORIGINAL or origin_of(self.get_label_info(image_id, tag)) != UNCHANGED:
             self._keep_earlier(image_id, tag)

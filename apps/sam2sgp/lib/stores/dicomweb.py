@@ -56,6 +56,8 @@ from lib.stores.audit import Audit, content_hash
 from lib.stores.decisions import FINAL, Decisions, ImageLocks
 from lib.stores.door import ImageTooLarge, admitted, check_instance, check_series, label_limit
 from lib.stores.file_changes import storing
+from lib.stores.history import FOLDER as HISTORY
+from lib.stores.history import History
 from lib.stores.image_identity import KEY as MADE_OF
 from lib.stores.image_identity import claim
 from lib.stores.kept_labels import KeptLabels
@@ -148,6 +150,7 @@ class DicomWebDatastore(Decisions):
         self._clearing = Refresher(self._clear, "archive-cache")
         self._kept = KeptLabels(self._folder)
         self._image_locks = ImageLocks(self._folder / "locks")
+        self.history = History(self._folder / HISTORY)
         self._cleared = float("-inf")
         self._unusable: set[str] = set()
         # By series: the UID of the SEG whose label is here, and when to ask again for one that could not be fetched.

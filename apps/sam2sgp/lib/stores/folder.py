@@ -51,6 +51,8 @@ from lib.stores.decisions import FINAL, POLL, Decisions, FairLock, ImageLocks, s
 from lib.stores.door import admitted, label_limit
 from lib.stores.file_changes import LOCK_TIMEOUT, Change, copied, storage_error, storing
 from lib.stores.folder_index import FolderIndex, replaces
+from lib.stores.history import FOLDER as HISTORY
+from lib.stores.history import History
 from lib.stores.image_identity import KEY as MADE_OF
 from lib.stores.image_identity import claim
 from lib.stores.label_checks import CheckedLabel, again_if_renumbered, check_values, checked_label, naming_file
@@ -91,6 +93,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         self._max_unpacked = max_unpacked
         self._audit = audit
         self._image_locks = ImageLocks(self._work_folder / "locks")
+        self.history = History(self._work_folder / HISTORY)
         self._folder = ConfinedFolder(self._root)
         self._index = FolderIndex(Path(self._root), self._work_folder, self._folder.warn)
         self._reading, self._writing = threading.RLock(), FairLock()

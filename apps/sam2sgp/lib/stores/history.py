@@ -25,7 +25,7 @@ from sam2sgp.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
-# Next to the locks of the images.
+# In the work folder of a datastore.
 FOLDER = "history"
 MOST_KEPT = 20
 MOST_BYTES = 256 << 20
