@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 
-from sam2sgp.data.io import SUFFIXES
+from sam2sgp.data.io import DETACHED_SUFFIXES, SUFFIXES
 from sam2sgp.errors import DataError
 
 # File systems allow 255 bytes for a name, of which the suffix and the temporary folder's own letters take some.
@@ -163,13 +163,13 @@ def clean_class_name(text: str) -> str:
     return kept.strip()[:LONGEST_CLASS_NAME].strip()
 
 
-def suffix_of(name: str | Path) -> str:
+def supported_suffix(name: str | Path) -> str:
     """The supported suffix that a file name ends in, in lower case. Raises UnsupportedFile if there is none."""
     lower = Path(name).name.lower()
     suffix = next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), None)
     if suffix is None:
         raise UnsupportedFile(f"{_shown(Path(name).name)}: expected a name that ends in one of {', '.join(SUFFIXES)}.")
-    if suffix in (".nhdr", ".img"):
+    if suffix in DETACHED_SUFFIXES:
         raise UnsupportedFile(
             f"{_shown(Path(name).name)}: expected an image in one file, found its header or its voxels only; send it "
             "as .nrrd or .nii.gz."

@@ -20,7 +20,7 @@ from typing import Any
 
 from lib.admin.backup_file import MANIFEST, STATE, STUDIES, BackupWriter, writing
 from lib.admin.command_line import check_state, parser_of, settings_of
-from lib.checks import NotFound, suffix_of
+from lib.checks import NotFound, supported_suffix
 from lib.layout import FILE as LAYOUT_FILE
 from lib.layout import check_layout
 from lib.serving.published_weights import ACTIVE_FILE, Weights
@@ -29,13 +29,14 @@ from lib.stores.decisions import FINAL, ImageLocks
 from lib.stores.folder_index import INDEX
 from lib.stores.history import FOLDER as HISTORY
 from lib.stores.history import History
+from lib.stores.kept_labels import SERIES_NOTES
 from lib.stores.opening import open_datastore
 from sam2sgp.data.tree import DESCRIPTIONS
 from sam2sgp.errors import ConfigError
 
 FOLDER, ARCHIVE = "folder", "archive"
 # Of an archive: UIDs that are not used any more, and notes of viewers, one file for each series; values of class names.
-ARCHIVE_FOLDERS, ARCHIVE_FILES = ("removed", "facts"), ("classes.json",)
+ARCHIVE_FOLDERS, ARCHIVE_FILES = ("removed", SERIES_NOTES), ("classes.json",)
 
 
 def backup(words: Sequence[str], app_dir: Path) -> None:
@@ -105,7 +106,7 @@ def _entry(writer: BackupWriter, store: Any, image_id: str, images: bool) -> dic
     for tag in store.get_labels_by_image_id(image_id):
         path = store.get_label_uri(image_id, tag)
         if path:
-            suffix = suffix_of(path)
+            suffix = supported_suffix(path)
             # Somebody may delete it by hand meanwhile.
             with suppress(FileNotFoundError):
                 writer.add(f"{STUDIES}/labels/{tag}/{image_id}{suffix}", Path(path))

@@ -38,7 +38,7 @@ from requests_toolbelt import MultipartEncoder
 from starlette.background import BackgroundTask
 from starlette.types import Receive, Scope, Send
 
-from lib.checks import NotFound, RequestError, check_file_name, image_limit, suffix_of
+from lib.checks import NotFound, RequestError, check_file_name, image_limit, supported_suffix
 from lib.http.access import NO_APPROVER, SECOND_PAIR, default_tag, need_for_tag
 from lib.http.routing import (
     LOGIN_ADMIN,
@@ -296,7 +296,7 @@ def _add_images(made: APIRouter, datastore: Decisions, root: str, storing: Calla
     ) -> dict[str, str]:
         with tempfile.TemporaryDirectory() as folder:
             path = taken(form.file, Path(folder), "image")
-            image_id = query.image or _name(form.file)[: -len(suffix_of(path))]
+            image_id = query.image or _name(form.file)[: -len(supported_suffix(path))]
             return {"image": datastore.add_image(image_id, str(path), {"user": current_user.get() or user.username})}
 
     @made.delete("/datastore/image", dependencies=[LOGIN_ADMIN])

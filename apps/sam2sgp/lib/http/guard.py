@@ -36,7 +36,7 @@ from lib.checks import (
     Stalled,
     TooLarge,
     check_file_name,
-    suffix_of,
+    supported_suffix,
 )
 from lib.http.access import Access, current_role, told
 from lib.refusals import FAILED, refuse
@@ -280,7 +280,7 @@ class RequestGuard:
         name = check_file_name(last, f"file name of {key}")
         # Files of a session may lack a suffix or be packed. What a file holds is looked at where it is taken in.
         if not path.startswith("/session"):
-            suffix_of(name)
+            supported_suffix(name)
 
     def _note(self, scope) -> None:
         """Note who asks for a training or its end, before it happens: what can't be noted isn't done."""

@@ -20,7 +20,7 @@ from monailabel.config import settings as server_settings
 from monailabel.endpoints.user.auth import RBAC
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from lib.checks import check_id, check_tag, suffix_of
+from lib.checks import check_id, check_tag, supported_suffix
 from lib.priority import give_way
 
 # Where MONAI Label's own login is on, a route asks for one of these as well: for the role there that is nearest to the
@@ -106,7 +106,7 @@ def taken(upload: UploadFile, folder: Path, stem: str) -> Path:
     Raises:
         UnsupportedFile: a name that ends in no supported suffix.
     """
-    path = folder / f"{stem}{suffix_of(upload.filename or '')}"
+    path = folder / f"{stem}{supported_suffix(upload.filename or '')}"
     with open(path, "wb") as file:
         shutil.copyfileobj(upload.file, file)
     return path

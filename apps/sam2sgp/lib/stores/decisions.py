@@ -28,7 +28,7 @@ from zlib import crc32
 from filelock import FileLock, Timeout
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
-from lib.checks import Conflict, Forbidden, RequestError, check_tag, suffix_of
+from lib.checks import Conflict, Forbidden, RequestError, check_tag, supported_suffix
 from lib.stores.audit import Audit, current_user
 from lib.stores.history import History
 from lib.stores.image_identity import is_of_another
@@ -213,7 +213,7 @@ class Decisions(Datastore):
             RequestError: an unknown image, a full disk, a record that can't be stored.
         """
         record = checked(LabelRecord, info, f"label of {image_id}")
-        name = image_id + suffix_of(label_filename)
+        name = image_id + supported_suffix(label_filename)
         if self.tag_of_own(tag) != tag:
             # What it takes the place of then is another label, which nobody has looked at unless it was made of that.
             tag = self.tag_of_own(tag)

@@ -47,7 +47,7 @@ from lib.checks import (
     check_tag,
     check_uid,
     clean_class_name,
-    suffix_of,
+    supported_suffix,
 )
 from lib.refresher import Refresher
 from lib.stores.archive import SILENCE, Archive, ArchiveBusy, ArchiveError, Unreachable
@@ -360,7 +360,7 @@ class DicomWebDatastore(Decisions):
             ArchiveError: the archive doesn't take it; the label approved before stays.
         """
         tag = check_tag(label_tag)
-        name = check_uid(image_id) + suffix_of(label_filename)
+        name = check_uid(image_id) + supported_suffix(label_filename)
         info = checked(LabelRecord, label_info, f"label of series {image_id}")
         limit = label_limit(self.get_image_uri(image_id), self._max_unpacked)
         with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):

@@ -24,25 +24,17 @@ from pathlib import Path
 
 import pydicom
 
-from lib.checks import RequestError, TooLarge, UnsupportedFile, suffix_of
+from lib.checks import RequestError, TooLarge, UnsupportedFile, supported_suffix
 from sam2sgp.data.io import ITK_SUFFIXES, NIFTI_SUFFIXES, PICTURE_SUFFIXES, dicom_files, is_dicom
 from sam2sgp.data.io.decoding import decode_picture
 from sam2sgp.data.io.dicom_file import frame_shape, open_dicom, samples_of
-from sam2sgp.data.io.formats import has_dicom_magic
+from sam2sgp.data.io.formats import PICTURE_FORMATS, has_dicom_magic
 from sam2sgp.data.io.itk import raw_header
 from sam2sgp.data.io.labels import LABEL_BYTES
 from sam2sgp.data.io.limits import BYTES_IN_MEMORY, SMALL_ENOUGH
 from sam2sgp.data.io.nifti_file import check_nifti, nifti_header
 from sam2sgp.errors import DataError, FormatError, TooLargeError
 
-PICTURE_FORMATS = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".bmp": "BMP",
-}
 HDF5 = b"\x89HDF\r\n\x1a\n"
 # A container's signature may stand behind a block of any content whose size is a power of two.
 SMALLEST_BLOCK = 512
@@ -78,7 +70,7 @@ def admitted(path: str | Path, limit: int, name: str | None = None, label: bool 
     """
     path, name = Path(path), name or Path(path).name
     # The slices of a series often have names without a suffix.
-    suffix = ".dcm" if is_dicom(path) else suffix_of(name)
+    suffix = ".dcm" if is_dicom(path) else supported_suffix(name)
     with ExitStack() as stack:
         kept = path
         with _refusing(path, name):
@@ -90,7 +82,7 @@ def admitted(path: str | Path, limit: int, name: str | None = None, label: bool 
                 header.save(kept)
             elif suffix in NIFTI_SUFFIXES:
                 check_nifti(path, label, limit)
-            elif suffix in PICTURE_SUFFIXES:
+            elif suffix in PICTURE_FORMATS:
                 decode_picture(path, label, [PICTURE_FORMATS[suffix]], limit)
             else:
                 _check_dicom(path, limit)
@@ -116,7 +108,7 @@ def label_limit(image: str | Path, limit: int) -> int:
         limit: for any image.
     """
     image = Path(image)
-    suffix = "" if image.is_dir() else suffix_of(image)
+    suffix = "" if image.is_dir() else supported_suffix(image)
     try:
         if suffix in ITK_SUFFIXES:
             voxels = math.prod(raw_header(image, detached=True).shape)

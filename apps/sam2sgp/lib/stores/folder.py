@@ -42,7 +42,7 @@ from lib.checks import (
     check_id,
     check_looks,
     check_tag,
-    suffix_of,
+    supported_suffix,
 )
 from lib.server_paths import open_plain
 from lib.stores.audit import Audit, content_hash
@@ -251,7 +251,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 a record that can't be stored.
             DataError: the image can't be read.
         """
-        suffix = suffix_of(image_filename)
+        suffix = supported_suffix(image_filename)
         image_id = check_id(image_id or os.path.basename(image_filename)[: -len(suffix)])
         suffix = _suffix_for(image_id, suffix)
         with admitted(image_filename, self._max_unpacked, image_id + suffix) as content:
@@ -323,7 +323,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         tag = check_tag(label_tag)
         # An unknown image comes before what may be wrong with the label.
         limit = label_limit(self.get_image_uri(image_id), self._max_unpacked)
-        name = image_id + _suffix_for(image_id, suffix_of(label_filename))
+        name = image_id + _suffix_for(image_id, supported_suffix(label_filename))
         info = _without_stamp(checked(LabelRecord, label_info, f"label of {image_id}"))
         with admitted(label_filename, limit, name, label=True) as content, self.deciding(image_id):
             self._check_image(image_id, seen)
@@ -338,7 +338,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             return self._put_label(image_id, label_filename, tag, name, info, action)
         with tempfile.TemporaryDirectory() as scratch:
             label = self._checked_label(image_id, label_filename, name, info, Path(scratch))
-            name = image_id + _suffix_for(image_id, suffix_of(label.file))
+            name = image_id + _suffix_for(image_id, supported_suffix(label.file))
             return self._put_label(image_id, label.file, tag, name, label.info, "approve", label.values)
 
     def _put_label(
@@ -414,7 +414,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 values = label.values
                 if label.file != path:
                     # The same label, with the values that other labels have for its names.
-                    name = image_id + _suffix_for(image_id, suffix_of(label.file))
+                    name = image_id + _suffix_for(image_id, supported_suffix(label.file))
                     self._put_label(image_id, label.file, old, name, _without_stamp(label.info))
                     path = self.get_label_uri(image_id, old)
                     state = state_of(path)
@@ -634,7 +634,7 @@ def _is_settled(time_ns: int, now: float) -> bool:
 
 def _suffix_for(image_id: str, suffix: str) -> str:
     """The suffix with which a file of an image is found again: `x.seg` and `.nrrd` would be another image's, `x`."""
-    return suffix_of(image_id + suffix)
+    return supported_suffix(image_id + suffix)
 
 
 def _without_stamp(info: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lib.checks import NotFound, suffix_of
+from lib.checks import NotFound, supported_suffix
 from lib.stores.audit import content_hash
 from lib.stores.records import FINAL
 from sam2sgp.files import replacing, write_text
@@ -53,7 +53,7 @@ class History:
         try:
             if self._is_latest(image_id, tag, label, info):
                 return
-            with replacing(folder / f"{version}{suffix_of(label)}") as part:
+            with replacing(folder / f"{version}{supported_suffix(label)}") as part:
                 shutil.copyfile(label, part)
             write_text(folder / f"{version}.json", json.dumps(dict(info), default=str))
             self._clear(image_id)

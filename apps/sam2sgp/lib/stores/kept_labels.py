@@ -29,6 +29,9 @@ from sam2sgp.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
+# Its name on disks: another one would be another layout.
+SERIES_NOTES = "facts"
+
 
 class KeptLabels:
     """Labels, notes and class names of an archive's series.
@@ -123,7 +126,7 @@ class KeptLabels:
         write_text(self._notes_of_series(image_id), json.dumps(info))
 
     def _notes_of_series(self, image_id: str) -> Path:
-        return self._folder / "facts" / f"{image_id}.json"
+        return self._folder / SERIES_NOTES / f"{image_id}.json"
 
     # Names of classes
 

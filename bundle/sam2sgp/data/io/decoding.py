@@ -33,6 +33,7 @@ import numpy as np
 from PIL import Image
 
 from sam2sgp.data.io import jpeg
+from sam2sgp.data.io.formats import PICTURE_FORMATS
 from sam2sgp.data.io.limits import check_memory, check_ratio
 from sam2sgp.data.io.picture_blocks import TIFF, check_blocks
 from sam2sgp.errors import DataError, FormatError
@@ -46,7 +47,7 @@ WALL_PER_SECOND = 2.0
 # Memory for the codec itself, and for as many copies of values of so many bytes: decoded, converted, sent.
 SPARE_MEMORY, COPIES, LARGEST_VALUE = 256 << 20, 4, 8
 LONGEST_MESSAGE = 1 << 20
-PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+FORMATS = tuple(dict.fromkeys(PICTURE_FORMATS.values()))
 JPEG_FORMATS = ("JPEG", "MPO")
 DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<f4", "<f8")
 # What libraries put around their sentence: where in their source and in memory it is, which is nobody's business.
@@ -76,7 +77,7 @@ class Picture:
 
 
 def decode_picture(
-    path: str | os.PathLike, label: bool = False, formats: Sequence[str] = PICTURE_FORMATS, limit: int | None = None
+    path: str | os.PathLike, label: bool = False, formats: Sequence[str] = FORMATS, limit: int | None = None
 ) -> Picture:
     """Decode a picture file.
 

@@ -13,10 +13,20 @@ from sam2sgp.data.io.geometry import Geometry
 NIFTI_SUFFIXES = (".nii.gz", ".nii", ".img")
 NRRD_SUFFIXES = (".seg.nrrd", ".nrrd", ".nhdr")
 ITK_SUFFIXES = (*NRRD_SUFFIXES, ".mha", ".mhd")
-# Headers whose voxels lie in files of their own, and the other way round: no file of these is an image by itself.
-DETACHED_SUFFIXES = (".nhdr", ".mhd", ".img")
+# Headers whose voxels lie in files of their own, and the other way round: no file of these is an image by itself. A
+# header of MetaImage (.mhd) may be one, as its voxels may follow it.
+DETACHED_SUFFIXES = (".nhdr", ".img")
 DICOM_SUFFIXES = (".dcm",)
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+# By suffix, Pillow's name of the format.
+PICTURE_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+}
+PICTURE_SUFFIXES = tuple(PICTURE_FORMATS)
 # Of results, for volumes and for pictures.
 OUTPUT_SUFFIX = {False: ".nii.gz", True: ".png"}
 MAP_SUFFIX = {False: ".nii.gz", True: ".tif"}
@@ -132,7 +142,7 @@ def data_files(path: str | os.PathLike) -> list[Path]:
     path, suffix = Path(path), suffix_of(path)
     if suffix == ".img":
         return [path.with_suffix(ending) for ending in (".hdr", ".HDR") if path.with_suffix(ending).is_file()]
-    if suffix not in (".mhd", ".nhdr"):
+    if suffix not in DATA_ENTRY:
         return []
     text = path.read_bytes()[:MAX_HEADER].decode("utf-8", errors="surrogateescape")
     entry = re.search(DATA_ENTRY[suffix], text, re.DOTALL | re.IGNORECASE)
