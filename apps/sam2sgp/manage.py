@@ -26,7 +26,7 @@ APP = Path(__file__).parent
 def main(command: str, *words: str) -> int:
     """Do what is asked for; 1 with a sentence on standard error where it can't be done."""
     if command == "serve":
-        # Of PyTorch, which is not imported yet, and of the processes of tasks; what the user has set stays.
+        # PyTorch reads these when it is imported, here and in the processes of tasks; what the user has set stays.
         os.environ.update({**ASLEEP, **os.environ})
     else:
         # A server may use all of MONAI.

@@ -62,13 +62,13 @@ METHOD_KEYS = (
 FOREIGN_KEYS = ("server_mode",)
 # A file with more settings.
 FILE_KEY = "settings"
-# Of that file, for the start of the server itself: only `sam2sgp serve --settings` reads them.
+# These of that file are for the start of the server itself: only `sam2sgp serve --settings` reads them.
 START_KEYS = ("studies", "host", "port")
 PATH_KEYS = ("bundle_root", "state_dir", "support_dir", "model_file")
 HOST = r"^[a-z0-9_-]+(\.[a-z0-9_-]+)*$"
 ORIGIN = r"^https?://"
 CODE_MARKS = ("$", "@", "%")
-# Of `Settings`, what no key sets.
+# Fields of `Settings` that no key sets.
 OTHER_FIELDS = {"app_dir", "studies", "overrides", "given"}
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -78,7 +78,7 @@ def _resolved(text: Any) -> Path:
 
 
 def _entries(text: Any) -> Any:
-    """Of a text with commas."""
+    """The entries of a text with commas; anything else as it is."""
     return tuple(part.strip() for part in text.split(",") if part.strip()) if isinstance(text, str) else text
 
 

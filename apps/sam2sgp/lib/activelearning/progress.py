@@ -78,7 +78,7 @@ class Progress:
         self._lock = threading.Lock()
         self._due = threading.Event()
         self._hashes: dict[str, str] = {}
-        # Of each image with an approved label: what tells that label, and the line about it, {} for none.
+        # By image with an approved label: what tells that label from others, and the line about it, {} for none.
         self._current: dict[str, tuple[tuple, dict[str, Any]]] = {}
         # Images of the point that is being measured: how many are done, of how many.
         self._measured: tuple[int, int] | None = None
@@ -230,7 +230,7 @@ class Progress:
         return _Point(tuple(cases[place] for place in places), len(cases), version.name)
 
     def _cases(self) -> list[Mapping[str, Any]]:
-        """Of the support set, those that can be used; the lock is held."""
+        """The cases of the support set that can be used; the lock is held."""
         bank = self.segmenter.bank
         bad = {error["name"] for error in bank.errors}
         return [case for case in bank.data if case["name"] not in bad]

@@ -87,7 +87,7 @@ def dice_of(pair: Pair, image: Path) -> dict[str, float]:
 
 
 def mean_of(dice: Mapping[Any, float]) -> float | None:
-    """Of all classes; None without any."""
+    """The mean over all classes; None without any."""
     return statistics.mean(dice.values()) if dice else None
 
 

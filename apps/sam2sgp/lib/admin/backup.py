@@ -35,7 +35,8 @@ from sam2sgp.data.tree import DESCRIPTIONS
 from sam2sgp.errors import ConfigError
 
 FOLDER, ARCHIVE = "folder", "archive"
-# Of an archive: UIDs that are not used any more, and notes of viewers, one file for each series; values of class names.
+# What an archive's work folder holds: UIDs that are not used any more, and notes of viewers, one file for each series;
+# values of class names.
 ARCHIVE_FOLDERS, ARCHIVE_FILES = ("removed", SERIES_NOTES), ("classes.json",)
 
 

@@ -76,7 +76,7 @@ class BackupWriter:
         try:
             self._tar.addfile(member, hashed)
         except OSError as error:
-            # Of the disk it has a number.
+            # An error of the disk has a number.
             if error.errno is not None:
                 raise
             raise DataError(f"{name}: expected {size} bytes, found fewer: it was cut meanwhile; try again.") from error

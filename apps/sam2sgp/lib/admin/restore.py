@@ -110,7 +110,7 @@ def _restore(file: Path, settings: Settings, overwrite: bool) -> None:
             _check_empty(target)
     made = [target for target in targets.values() if not target.exists()]
     with ExitStack() as undo:
-        # Of what fails nothing stays; what was killed goes with the next restore.
+        # Nothing stays of a restore that fails; what a killed one left goes with the next.
         for target in targets.values():
             if target in made:
                 undo.callback(target.rmdir)

@@ -33,7 +33,7 @@ from lib.stores.tokens import PREFIX, Tokens
 logger = logging.getLogger(__name__)
 
 LONGEST_NAME = 256
-# Of whoever sent the request that is being answered; everything outside of requests.
+# The role of whoever sent the request that is being answered; the highest outside of requests.
 current_role: ContextVar[Role] = ContextVar("current_role", default=Role.admin)
 
 READER, ANNOTATOR, APPROVER, ADMIN = Role
@@ -110,7 +110,7 @@ NEEDED: Mapping[str, Role | None] = {
     "DELETE /batch/infer": ADMIN,
     "GET /logs/": ADMIN,
 }
-# Of a label that is saved: what its tag needs where it isn't a draft, a prediction or the like.
+# What saving a label needs by its tag; drafts, predictions and the like need an annotator.
 OF_TAGS = {FINAL: APPROVER, REMOVED: APPROVER}
 # What the pages offer.
 OFFERED = {

@@ -64,7 +64,7 @@ from sam2sgp.data import read_geometry, read_label, write_dicom_seg
 from sam2sgp.data.io import is_dicom
 
 DICOM = "application/dicom"
-# Of the archive's answers; the others are about its connection, not about the content.
+# These of the archive's answers are handed on; the others are about its connection, not about the content.
 HEADERS_KEPT = ("content-type", "content-length", "content-encoding", "etag", "warning")
 # Segmentations come one after the other; a few requests prepare their images meanwhile.
 SEGMENTING = 4

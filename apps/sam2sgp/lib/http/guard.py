@@ -49,16 +49,16 @@ logger = logging.getLogger(__name__)
 
 # Bytes of an upload that are kept in memory; the rest goes to a temporary file.
 KEPT_IN_MEMORY = 1 << 20
-# Of fields and JSON bodies, which are parsed in memory: the largest are label_info and point prompts.
+# Fields and JSON bodies are parsed in memory: the largest are label_info and point prompts.
 LARGEST_TEXT = 1 << 20
 MULTIPART = "multipart/form-data"
-# Of a form: routes declare three fields at most, and of each file up to a megabyte is in memory while it is parsed.
 FORMS = (MULTIPART, "application/x-www-form-urlencoded")
+# Routes declare three fields at most, and up to a megabyte of each file is in memory while a form is parsed.
 MOST_FIELDS, MOST_FILES = 16, 256
 LONGEST_QUERY = 8192
-# Of a body that is replayed: others are answered between two of them.
+# A body is replayed in pieces of this size; others are answered between two of them.
 CHUNK = 1 << 18
-# Of a form, the only field that may come several times: a session's files.
+# The only field of a form that may come several times: a session's files.
 REPEATED = "files"
 # An answer may bring its own policy; these are for data, which needs nothing from anywhere.
 HEADERS = {
@@ -102,7 +102,7 @@ def install(app: FastAPI, settings) -> None:
         )
     app.user_middleware = added + kept
     app.add_exception_handler(RequestValidationError, _undeclared)
-    # Of what goes wrong in the middleware itself: Starlette's own answer has none of the headers.
+    # This is for what goes wrong in the middleware itself: Starlette's own answer has none of the headers.
     app.add_exception_handler(Exception, _uncaught)
     # Starlette builds this once, before the app's start.
     app.middleware_stack = app.build_middleware_stack()
@@ -202,8 +202,8 @@ class RequestGuard:
         if origin in self._settings.cors_origins:
             return
         if origin is None:
-            # Of pictures and the like browsers tell it in this way, also of those in pages of another port of this
-            # machine (`same-site`). Following a link is no request of the page's.
+            # Browsers tell in this way where pictures and the like are asked for, also by pages of another port of
+            # this machine (`same-site`). Following a link is no request of the page's.
             follows = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
             is_own = headers.get("sec-fetch-site", "none") in ("same-origin", "none") or follows
         else:
@@ -323,7 +323,7 @@ def _answering(send, folders: Folders) -> Callable:
 def _refusal(scope, error: Exception, headers: dict[str, str]) -> JSONResponse:
     """The answer to a request that an error ended. What is the server's own fault is logged here and nowhere else."""
     answer = refuse(error)
-    # Of a segmentation that was stopped nobody waits for the answer, or the server ends.
+    # Nobody waits for a segmentation that was stopped, or the server ends.
     if answer.status_code >= 500 and not isinstance(error, Stopped):
         # Where the error is a sentence for the client, it says all.
         traceback = None if isinstance(error, RequestError) else error

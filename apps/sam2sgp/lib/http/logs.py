@@ -31,7 +31,7 @@ from lib.http.routing import LOGIN_ADMIN, Query, router
 MODE = 0o600
 MOST_BYTES, KEPT = 10 << 20, 10
 MOST_LINES = 5000
-# Of the lines that one place in the code writes.
+# One place in the code writes so many lines in so many seconds at most.
 LINES, SECONDS = 10, 60.0
 BUSY_LOGGERS = ("asyncio", "uvicorn.error", "lib.http.connections")
 # They write a line at INFO for every request to the archive.
@@ -122,7 +122,7 @@ def keep_logs(folder: Path, app_dir: Path) -> Path:
 
 
 def quiet_libraries() -> None:
-    """Of libraries that say every step they take, only warnings are written."""
+    """Write only the warnings of libraries that say every step they take."""
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
 

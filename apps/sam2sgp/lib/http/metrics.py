@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 OTHER = "other"
-# Of what no route answers: refused before, or not found.
+# The route of requests that none answers: refused before, or not found.
 NO_ROUTE = "none"
 # Seconds: from a list to a volume of many slices.
 REQUEST_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -243,7 +243,7 @@ class Measured:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        # Of what raises, and of a client that went away before there was an answer.
+        # It stays so where the app raises, or the client goes away before there is an answer.
         status = 500
 
         async def answering(message: Message) -> None:

@@ -53,12 +53,12 @@ from sam2sgp.transforms import ScaleIntensityByModalityd
 
 FILES = Path(__file__).parents[2] / "templates" / "review"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-# Of one answer; a slice that is larger comes by itself.
+# The voxels of one answer; a slice that is larger comes by itself.
 BYTES_SENT = 8 << 20
 MOST_SLICES = 64
 MOST_ENTRIES = 200
 FASTEST = 1
-# Of requests for voxels, most of which are answered from memory.
+# Requests for voxels at once; most of them are answered from memory.
 LOOKING = 6
 
 Number = Annotated[int, Field(ge=0, le=1 << 31)]

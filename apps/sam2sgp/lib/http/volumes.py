@@ -31,7 +31,7 @@ from sam2sgp.transforms.scaling import PERCENTILES, voxels_looked_at, window_of
 IMAGES_KEPT_MB, LABELS_KEPT_MB = 1024, 512
 # Files that are read at once: each is held whole, and may be a volume of gigabytes.
 READING = 2
-# Of one slice, which a browser holds several times.
+# Bytes of one slice, which a browser holds several times.
 LARGEST_SLICE = 64 << 20
 LARGEST_STORED = 65535
 

@@ -35,7 +35,7 @@ class Shown(Enum):
 
 
 class Order(Enum):
-    """Of the list."""
+    """By what the list is sorted; `pays`: by what it pays most to look at."""
 
     pays = "pays"
     name = "name"

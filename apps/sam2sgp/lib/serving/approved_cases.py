@@ -31,7 +31,7 @@ from sam2sgp.files import TRUSTED_AGE
 logger = logging.getLogger(__name__)
 
 DECLARATIONS = ("dataset.json", "labels.json")
-# Of a data folder: what its list of pairs depends on.
+# What in a data folder its list of pairs depends on.
 LISTINGS = (".", *DECLARATIONS, "images", "labels", "masks")
 OF_ANOTHER = (
     "image {}: expected an approved label of this image, found one that was made of another image under this name; "
@@ -204,7 +204,8 @@ class LabelledCases:
         try:
             seeds = load_datalist(folder, patient_pattern=self.settings.value("patient_pattern"))
             skipped_in(seeds)
-            # Of one group with the datastore's labels: queries are guided only by their own group where it has items.
+            # They are in one group with the datastore's labels: queries are guided only by their own group where it has
+            # items.
             self._seeds = [{**case, "name": f"{folder.name}/{case['name']}", "group": None} for case in seeds]
         except DataError as error:
             self.problem = f"support_dir is not used: {error}"
@@ -212,7 +213,7 @@ class LabelledCases:
                 logger.error("%s", self.problem)
 
     def _seed_listing(self) -> tuple[Stamp | None, ...]:
-        """Of what the list of pairs in `support_dir` depends on."""
+        """Stamps of what the list of pairs in `support_dir` depends on."""
         root = self.settings.support_dir
         if root is None:
             return ()

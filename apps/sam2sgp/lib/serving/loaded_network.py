@@ -56,7 +56,7 @@ class LoadedNetwork:
     """In evaluation mode."""
 
     bank: SupportBank
-    """Of the inferer; filled by `reconcile`."""
+    """The inferer's; filled by `reconcile`."""
 
     segmenter: CaseSegmenter
     """Prepares and segments cases with the options of inference.json."""
@@ -187,7 +187,7 @@ class LoadedNetwork:
         finally:
             self.network.to(self.device)
             inferer.reset()
-            # Of an inferer that was reset the adaptation is gone, too.
+            # An inferer that was reset has lost its adaptation, too.
             self.inferers.clear()
 
 

@@ -29,7 +29,7 @@ from lib.serving.result_files import EXTENSIONS
 from lib.settings import WORDS
 from sam2sgp.support.sampler import Mode
 
-# Of the option `classes`.
+# The option `classes` may say so.
 ALL = "all"
 MAX_K = 64
 MOST_EPOCHS = 10_000
@@ -40,7 +40,7 @@ MOST_IMAGES = 100_000
 MOST_NOTES = 64
 LONGEST_TEXT = 1024
 DEEPEST = 8
-# Of one JSON object. Each name too many is an error of its own to pydantic, and 50,000 of them keep all others waiting.
+# In one JSON object: each name too many is an error of its own to pydantic, and 50,000 of them keep all others waiting.
 MOST_NAMES = 1024
 DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,2})?")
 PLACE = re.compile(r"\w+")
@@ -236,10 +236,10 @@ class InferParams(Options, FromClients):
     """Format of the result."""
 
     device: Annotated[Device | None, BeforeValidator(first)] = None
-    """Of no effect: there is one network, on one device."""
+    """Has no effect: there is one network, on one device."""
 
     label_info: LabelClasses | None = None
-    """Of no effect: the classes are those of the support set."""
+    """Has no effect: the classes are those of the support set."""
 
 
 class BatchParams(InferParams):

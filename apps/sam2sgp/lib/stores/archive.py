@@ -69,7 +69,7 @@ DICOM = "application/dicom"
 JSON = "application/dicom+json"
 BOUNDARY = "sam2sgp-7c1e42f09d5b4a6e"
 DOWN = (502, 503, 504)
-# Of answers: each unpacks to a thousand times its size at most.
+# An answer in one of these unpacks to a thousand times its size at most.
 ENCODINGS = ("identity", "gzip", "deflate")
 
 

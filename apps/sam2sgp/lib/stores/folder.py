@@ -368,7 +368,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             change.move(part, target)
             label = DataModel(info={**info, **made_of, **_first_info(name)}, ext=suffix)
             change.objects[image_id] = ImageLabelModel(image=entry.image, labels={**entry.labels, tag: label})
-            # Of files of several kinds the newest counts, so a process killed before this has replaced the label too.
+            # The newest of several kinds counts, so a process that is killed before this has replaced the label too.
             self._leave_only(change, image_id, tag, suffix)
         return image_id
 
@@ -388,7 +388,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
             change.objects[label_id] = ImageLabelModel(image=entry.image, labels=labels)
 
     def _label_hash(self, image_id: str, tag: str) -> str:
-        """Of a label's file, for the audit log. Raises NotFound where there is none."""
+        """The hash of a label's file, for the audit log. Raises NotFound where there is none."""
         _labelled(self._objects(), image_id, tag)
         return content_hash(self.get_label_uri(image_id, tag))
 
@@ -492,7 +492,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
         asked = time.monotonic()
         if self._times() != self._seen:
             with self._reading:
-                # Of those that wait here, one reads for all.
+                # One of those that wait here reads for all.
                 if self._read_at < asked and self._times() != self._seen:
                     self._read()
         return self._datastore
@@ -565,7 +565,7 @@ class ConfinedDatastore(Decisions, LocalDatastore):
                 self._seen = None
 
     def _times(self) -> tuple[tuple[int, int] | None, ...]:
-        """Of the index and the folders: these change with every file made, removed or replaced."""
+        """Times of the index and the folders, which change with every file made, removed or replaced."""
         base = self._datastore.label_path(None)
         tags = [self._datastore.label_path(tag) for tag in self._tags]
         times: list[tuple[int, int] | None] = []

@@ -32,7 +32,7 @@ INDEX = "datastore_v2.json"
 JOURNAL = ".datastore_v2.unfinished.json"
 # Bytes; of an index of 100,000 images with all that may be known about a few.
 LARGEST_INDEX = 256 << 20
-# Of links, pipes, sockets and devices.
+# Errors of opening links, pipes, sockets and devices.
 NO_FILE = (errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 # Damaged indexes that are kept.
 MOST_SET_ASIDE = 1000
@@ -73,7 +73,7 @@ class FolderIndex:
     def load(self) -> tuple[dict[str, str], dict[str, ImageLabelModel]]:
         """Name and description, and the entries, as the index has them.
 
-        Of an entry that can't be used, only what is wrong is left out. An index that can't be read at all is set aside.
+        Only what is wrong with an entry is left out. An index that can't be read at all is set aside.
         Its copy in the work folder then stands in until the next change, also for one that is gone.
         """
         identity = None if self.journal.exists() else _identity(self._path)
@@ -206,7 +206,7 @@ class Journal:
         return kept | {image_id: entry for image_id, entry in entries.items() if entry is not None}
 
     def _hash_of(self, name: str) -> str | None:
-        """Of a file of the datastore, as `content_hash` gives it; None where there is none."""
+        """The hash of a file of the datastore, as `content_hash` gives it; None where there is none."""
         try:
             with open_plain(self._folder / name, self._folder) as file:
                 return open_hash(file)

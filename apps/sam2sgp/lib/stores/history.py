@@ -82,7 +82,7 @@ class History:
         raise NotFound(f"image {image_id}: expected an earlier label of the list, found none; load the list again.")
 
     def files(self) -> Iterator[tuple[Path, Path]]:
-        """Of all images, each earlier state: the label, and what was known about it."""
+        """Each earlier state of all images: the file of the label, and that of what was known about it."""
         for folder in sorted(self._folder.glob("*")):
             # It goes with its image.
             with suppress(FileNotFoundError):

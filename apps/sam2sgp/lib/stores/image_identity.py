@@ -1,4 +1,4 @@
-"""Of which image a label was made, so that one is told from another that came under its name.
+"""From which image a label was made, so that one is told from another that came under its name.
 
 In: paths of images, and what is known about labels. Out: a claim, which the datastore stores with each label that it
 saves, and whether the image that is there now is another one. A claim holds the image's content, not only its time:
@@ -15,7 +15,7 @@ from typing import Any
 from lib.stamps import image_stamp
 from lib.stores.audit import content_hash
 
-# Of a label's record.
+# The key in a label's record.
 KEY = "made_of"
 # More than the images of a large datastore: all of them may have been touched, and are looked at one after the other.
 HASHES_KEPT = 1 << 16
@@ -76,5 +76,5 @@ def _content(image: str | Path) -> str:
 
 @lru_cache(maxsize=HASHES_KEPT)
 def _content_of(image: str, stamp: tuple) -> str:
-    """Of a file. `stamp`: changes with the image."""
+    """The hash of an image file; `stamp` changes with the file."""
     return content_hash(image)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.checks import LARGEST_CLASS, RequestError, check_label_info
 
-# Of one record, as JSON. The largest records of viewers name a thousand classes.
+# A record takes so many bytes as JSON at most. The largest records of viewers name a thousand classes.
 MOST_BYTES = 256 << 10
 # Objects and lists within each other. What viewers send has four levels, what is stored with a prediction five.
 DEEPEST = 16
@@ -52,7 +52,7 @@ class Record(BaseModel):
 
 
 class ImageRecord(Record):
-    """Of an image; what DICOM says of its patient and scanner is used to choose what may guide it."""
+    """What is known about an image; what DICOM says of its patient and scanner is used to choose what may guide it."""
 
     Modality: ShortText | None = None
     PatientID: ShortText | None = None
@@ -68,7 +68,10 @@ class ClassEntry(BaseModel):
 
 
 class LabelRecord(Record):
-    """Of a label. `label_info`: its classes; `params`: of the request that made it, and what was found."""
+    """What is known about a label.
+
+    `label_info`: its classes; `params`: of the request that made it, and what was found.
+    """
 
     model: ShortText | None = None
     label_info: list[ClassEntry] | None = None

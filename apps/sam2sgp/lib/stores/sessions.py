@@ -50,7 +50,7 @@ LARGEST_DIRECTORY = MOST_MEMBERS << 9
 # in a row (Python before 3.11.10 takes a time that grows with the square of these).
 TAR_BLOCK, LARGEST_HEADER, ALL_HEADERS, MOST_RECORDS, MOST_KEYS = 512, 1 << 16, 8 << 20, 200_000, 100
 TOO_MANY_DIGITS = re.compile(rb"[0-9]{65}")
-# Of a member's path; that of the session's own folder comes before it.
+# The most folders and letters of a member's path, before which that of the session's own folder comes.
 DEEPEST, LONGEST_PATH = 32, 1024
 COMPRESSIONS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 DAMAGE = (

@@ -23,7 +23,7 @@ SECONDS_BETWEEN_WRITES = 0.5
 
 
 class BatchReport:
-    """Of one batch, in the process that infers.
+    """The report of one batch, in the process that infers.
 
     Args:
         path: of the file.
