@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from fastapi import FastAPI
+from PIL import Image
 from starlette.testclient import TestClient
 
 from lib.http import page
@@ -42,6 +43,21 @@ def test_decisions_on_the_support_page_are_declared_too(app, tmp_path):
     assert_refused(client.get("/sam2sgp/picture?image=a&path=/etc/passwd"))
     answer = client.get("/sam2sgp/assets/%1b%5b2J%e2%80%ae")
     assert answer.status_code == 404 and answer.json()["detail"].isprintable()
+
+
+def test_a_label_leaves_the_support_set_and_joins_it_again_by_its_image_alone(app, tmp_path):
+    datastore, label = app.datastore(), tmp_path / "label.png"
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(label)
+    datastore.save_label("a", str(label), "final", {"label_info": [{"idx": 1, "name": "disc"}]})
+    server = FastAPI()
+    install(server, Given(tmp_path))
+    serve_only(server, [SupportPage(datastore, None, None, sorted, dict).router()])
+    client = TestClient(server, base_url="http://server:8000")
+    for action, tag in (("remove", "removed"), ("restore", "final")):
+        answer = client.post(f"/sam2sgp/{action}", json={"image": "a"})
+        assert answer.json() == {"image": "a", "label_tag": tag} and datastore.tags() == {"a": [tag]}
+    for action in ("approve", "reject"):
+        assert client.post(f"/sam2sgp/{action}", json={"image": "a"}).status_code == 422
 
 
 def test_the_page_says_what_became_of_the_labels_of_the_adaptation(app, tmp_path):
