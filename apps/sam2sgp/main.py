@@ -213,7 +213,7 @@ class Sam2SgpApp(MONAILabelApp):
             log_routes(self.log_file),
             page.router(threads),
             review.router(threads),
-            loop_routes(self._progress, self._tasks, self.settings.state_dir / BATCH_REPORT),
+            loop_routes(self._progress, self.segmenter.underway, self._tasks, self.settings.state_dir / BATCH_REPORT),
             metrics_routes(self._metrics),
             Health(checks_of(self.segmenter, self.datastore(), self.settings)).router(),
         ]

@@ -602,6 +602,28 @@ def test_changes_of_any_size_go_in_requests_that_the_server_takes(opened):
     assert sum(sizes["numbers"]) == 135_000 + 27_000 and sum(sizes["slices"]) == 3 + 9000
 
 
+def test_a_segmentation_shows_how_far_it_is_and_is_cancelled(server, opened):
+    """What the page makes of the server's answers; that a segmentation ends with its client is tested elsewhere."""
+    show(opened, waiting(server, "mr_"))
+    held = []
+    opened.route("**/infer/**", lambda route: held.append(route))
+    opened.route("**/review/segmenting?**", lambda route: route.fulfill(json={"done": 6, "total": 24}))
+    bar, message = opened.locator("#segmenting"), opened.locator("#message")
+    for cancel in (lambda: opened.keyboard.press("Escape"), bar.get_by_role("button", name="Cancel").click):
+        opened.keyboard.press("g")
+        expect(message).to_contain_text(re.compile(r"Segmenting mr_\d+: 25 %, about \d+ s left"))
+        assert bar.get_by_role("progressbar").evaluate("bar => bar.value / bar.max") == 0.25
+        cancel()
+        expect(message).to_contain_text("was cancelled")
+        expect(bar).to_be_hidden()
+    assert len(held) == 2
+    opened.unroute("**/infer/**")
+    with opened.expect_response(lambda answer: "/infer/" in answer.url):
+        opened.keyboard.press("g")
+    expect(message).to_contain_text("Segmented mr_")
+    assert opened.problems == []
+
+
 def test_a_batch_is_started_followed_and_cancelled_while_one_works_on(server, opened):
     """What the page makes of the server's answers; batches themselves are tested without a browser."""
     known = {"total": 4, "skipped": 9, "done": 1, "failed": 1, "seconds_left": 150.0}

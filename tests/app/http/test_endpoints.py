@@ -58,7 +58,7 @@ def test_every_route_asks_for_the_role_of_monai_labels_login_that_the_table_has_
     review = ReviewPage(archive, None, sorted, tmp_path / "audit.jsonl", ScaleIntensityByModalityd())
     made = [routes(app), task_routes(app, app.tasks), viewer_routes(app), log_routes(Path("server.log"))]
     made += [page.router(), review.router()]
-    made += [metrics_routes(None), loop_routes(None, None, tmp_path / "batch.json")]
+    made += [metrics_routes(None), loop_routes(None, None, None, tmp_path / "batch.json")]
     found = {
         f"{'GET' if method == 'HEAD' else method} {route.path}": roles(route)
         for router in made

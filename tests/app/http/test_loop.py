@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from lib.http.guard import install, serve_only
 from lib.http.loop import loop_routes, state_of_batch
+from lib.serving.underway import Underway
 from sam2sgp.errors import DataError
 from tests.helpers.parts import Given
 
@@ -58,15 +59,20 @@ def test_what_ended_is_done_and_what_was_left_can_go_on(report):
     assert state_of_batch(tasks(None), report)["state"] == "done"
 
 
-def test_both_are_asked_over_http_and_an_error_is_one_sentence(report, tmp_path):
+def test_all_are_asked_over_http_and_an_error_is_one_sentence(report, tmp_path):
     told = {"images": 3}
     progress = SimpleNamespace(told=lambda: told or (_ for _ in ()).throw(DataError("a: expected b, found c.")))
     server = FastAPI()
     install(server, Given(tmp_path))
-    serve_only(server, [loop_routes(progress, tasks("RUNNING", OWN), report)])
+    underway = Underway()
+    serve_only(server, [loop_routes(progress, underway, tasks("RUNNING", OWN), report)])
     client = TestClient(server, base_url="http://server:8000")
     assert client.get("/sam2sgp/review/progress").json() == {"images": 3}
     assert client.get("/sam2sgp/review/batch").json()["state"] == "running"
+    with underway.segmenting("ct_1", 40) as advance:
+        advance(10)
+        asked = [client.get("/sam2sgp/review/segmenting", params={"image": name}).json() for name in ("ct_1", "ct_2")]
+        assert asked == [{"done": 10, "total": 40}, {"done": 0, "total": 0}]
     told.clear()
     answer = client.get("/sam2sgp/review/progress")
     assert answer.status_code == 422 and answer.json() == {"detail": "a: expected b, found c."}

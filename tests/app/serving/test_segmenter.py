@@ -491,6 +491,24 @@ def test_a_segmentation_stops_at_the_next_slice_when_its_client_has_gone(studio)
     assert torch.equal(fresh.segment(made.image("mr_001"))["pred"], expected)
 
 
+def test_it_is_told_meanwhile_how_far_a_segmentation_is(studio):
+    made = studio(["mr_000", "mr_001"], ["mr_000"])
+    segmenter, told = made.segmenter(), []
+
+    class Looking:
+        """Asked before each step whether the client has gone."""
+
+        def is_set(self) -> bool:
+            told.append(segmenter.underway.told("mr_001"))
+            return False
+
+    segmenter.segment(made.image("mr_001"), image_id="mr_001", gone=Looking())
+    totals, done = {entry["total"] for entry in told}, [entry["done"] for entry in told]
+    # Each of six slices is looked at, in both directions of the volume, and in the second pass.
+    assert totals == {0, 24} and done == sorted(done) and done[-1] >= 18
+    assert segmenter.underway.told("mr_001") == segmenter.underway.told("mr_000") == {"done": 0, "total": 0}
+
+
 def test_a_server_that_ends_stops_its_segmentations(studio):
     made = studio(PICTURES, ["us_000_0"])
     segmenter = made.segmenter()

@@ -75,6 +75,7 @@ NEEDED: Mapping[str, Role | None] = {
     "GET /sam2sgp/review/labels": READER,
     "GET /sam2sgp/review/history": READER,
     "GET /sam2sgp/review/progress": READER,
+    "GET /sam2sgp/review/segmenting": READER,
     "GET /sam2sgp/review/batch": READER,
     # With `save_label` what its tag needs.
     "POST /infer/{model}": READER,

@@ -1,6 +1,9 @@
-"""How the loop gets on, for the review page: figures of progress, and the batch that segments what has no label.
+"""How the loop gets on, for the review page: figures of progress, what is being segmented, and the batch that segments
+what has no label.
 
     GET /sam2sgp/review/progress    Dice as labels come, predictions approved unchanged, labels an hour, enough labels?
+    GET /sam2sgp/review/segmenting  ?image=  how far the segmentation of an image is; whoever asked for it cancels it by
+                                    going away
     GET /sam2sgp/review/batch       the last batch inference: numbers, time left, failures
 
 A batch is started and stopped by MONAI Label's own addresses, `POST /batch/infer/sam2sgp?images=unannotated` and
@@ -16,6 +19,7 @@ from lib.activelearning.progress import Progress
 from lib.http.page import PREFIX
 from lib.http.routing import LOGIN_USER
 from lib.processes import KEYS, mark_in
+from lib.serving.underway import Underway
 from lib.tasks.background import DONE, ERROR, RUNNING, SUBMITTED, BackgroundTasks
 from lib.tasks.batch_report import last_report
 
@@ -23,11 +27,12 @@ METHOD = "batch_infer"
 STARTING, STOPPED, FAILED, NONE = "starting", "stopped", "failed", "none"
 
 
-def loop_routes(progress: Progress, tasks: BackgroundTasks, report: Path) -> APIRouter:
+def loop_routes(progress: Progress, underway: Underway, tasks: BackgroundTasks, report: Path) -> APIRouter:
     """The routes.
 
     Args:
         progress: what is known of it.
+        underway: the segmentations that requests wait for.
         tasks: follows the batch.
         report: file in which the batch tells how it gets on.
     """
@@ -36,6 +41,10 @@ def loop_routes(progress: Progress, tasks: BackgroundTasks, report: Path) -> API
     @made.get("/progress")
     def told() -> dict[str, Any]:
         return progress.told()
+
+    @made.get("/segmenting")
+    def segmenting(image: str) -> dict[str, int]:
+        return underway.told(image)
 
     @made.get("/batch")
     def batch() -> dict[str, Any]:

@@ -130,6 +130,10 @@ class LoadedNetwork:
                 inferer.thresholds(self.network, self.device, step=step)
                 inferer.least_signs(self.network, step=step)
 
+    def work(self, case: PreparedCase, options: Options) -> int:
+        """What the numbers add up to that `segment` tells of its progress."""
+        return replace(self.segmenter, inferer=self.inferer(options, self.adapts(case))).work(case)
+
     def segment(self, case: PreparedCase, options: Options, step: Step) -> tuple[dict[str, Any], list[str]]:
         """Segment a case, in smaller batches and at last on the CPU if memory runs out.
 

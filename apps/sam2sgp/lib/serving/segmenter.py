@@ -40,6 +40,7 @@ from lib.serving.loaded_network import LoadedNetwork, inference_parser, tensor_b
 from lib.serving.options import Options
 from lib.serving.published_weights import Version, Weights
 from lib.serving.turns import Requests, WorkLock
+from lib.serving.underway import Underway
 from lib.settings import Settings
 from lib.stamps import image_stamp
 from sam2sgp.errors import DataError, Sam2SgpError
@@ -122,6 +123,7 @@ class ServerSegmenter:
         self.cases = cases
         self.lock = WorkLock()
         self.requests = Requests(settings.state_dir / "locks" / "requests")
+        self.underway = Underway()
         self.ending = threading.Event()
         self._serving: LoadedNetwork | None = None
         self._prepared = ByteLRU(settings.query_cache_mb, tensor_bytes)
@@ -474,7 +476,13 @@ class ServerSegmenter:
             if standing and standing.outdated and serving.adapts(case):
                 warnings.append(standing.outdated)
             prepared = time.perf_counter()
-            output = self._result(key, case, options, warnings, step)
+            with self.underway.segmenting(image_id, serving.work(case, options)) as advance:
+
+                def follow(slices: int) -> None:
+                    step(slices)
+                    advance(slices)
+
+                output = self._result(key, case, options, warnings, follow)
             done = time.perf_counter()
             self._keep_only(output, wanted)
             latencies = {

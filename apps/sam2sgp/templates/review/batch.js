@@ -23,7 +23,7 @@ const LATER_MS = 30_000;
 const LIST_MS = 10_000;
 
 /** @param {number} seconds */
-function lasting(seconds) {
+export function lasting(seconds) {
   if (seconds < 90) return `${Math.max(1, Math.round(seconds))} s`;
   return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
 }

@@ -6,7 +6,8 @@ import { explain, listen } from "./keys.js";
 import { Panel, element } from "./panel.js";
 import { Progress } from "./progress.js";
 import { Queue } from "./queue.js";
-import { Refused, json, post, segment } from "./server.js";
+import { Segmenting } from "./segmenting.js";
+import { Refused, json, post } from "./server.js";
 import { pieces, runsOf } from "./slices.js";
 import { Open, State } from "./state.js";
 import { Tools } from "./tools.js";
@@ -31,6 +32,7 @@ const tools = new Tools(state, picture, { goTo, say, isBusy: () => busy });
 const panel = new Panel(one("#panel"), state, { bringBack, show: (tag) => open(state.open.case.image, tag) });
 const queue = new Queue(one("#list"), one("#filters"), (image) => open(image), fail);
 const progress = new Progress(one("#loop"));
+const segmenting = new Segmenting(one("#segmenting"), say);
 /** What comes next is fetched while this is looked at. @type {{image: string, coming: Promise<Open>} | null} */
 let ahead = null;
 /** Whether a decision is being carried out. */
@@ -366,8 +368,10 @@ function segmentNow() {
   alone(async () => {
     const { image } = state.open.case;
     if (state.open.labels.changed) await save("draft");
-    say(`Segmenting ${image} …`);
-    await segment(image);
+    if (!(await segmenting.run(image))) {
+      say(`The segmentation of ${image} was cancelled.`);
+      return;
+    }
     show(await load(image, "original"));
     say(`Segmented ${image}.`);
     queue.refresh();
@@ -405,6 +409,7 @@ const buttons = {
   previous: () => step(-1),
   next: () => step(1),
   segment: segmentNow,
+  cancel: () => segmenting.cancel(),
   reject,
   draft,
   approve: () => approve(),
@@ -427,6 +432,7 @@ const commands = [
   { keys: ["D"], once: true, does: "save as a draft", run: draft },
   { keys: ["N", "P"], does: "next or previous image", run: (event) => step(event.key.toLowerCase() === "n" ? 1 : -1) },
   { keys: ["G"], once: true, does: "segment the image now", run: segmentNow },
+  { keys: ["Escape"], does: "cancel the segmentation", run: () => segmenting.cancel() },
   { keys: ["ArrowUp", "ArrowDown"], does: "slice by slice", run: (event) => goTo((state.open?.slice ?? 0) + (event.key === "ArrowDown" ? 1 : -1)) },
   { keys: ["PageUp", "PageDown"], does: "ten slices", run: (event) => goTo((state.open?.slice ?? 0) + (event.key === "PageDown" ? 10 : -10)) },
   { keys: ["Home", "End"], does: "first or last slice", run: (event) => goTo(event.key === "Home" ? 0 : Infinity) },

@@ -53,10 +53,10 @@ export async function remove(path) {
   return (await ask(path, { method: "DELETE" })).json();
 }
 
-/** Have an image segmented; the prediction is saved. @param {string} image */
-export async function segment(image) {
+/** Have an image segmented; the prediction is saved. @param {string} image @param {AbortSignal} signal ends it. */
+export async function segment(image, signal) {
   const form = new FormData();
   form.append("params", JSON.stringify({ save_label: true, label_tag: "original" }));
   const path = address("../../infer/sam2sgp", { image, output: "json" });
-  return (await ask(path, { method: "POST", body: form })).json();
+  return (await ask(path, { method: "POST", body: form, signal })).json();
 }
