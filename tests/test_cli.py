@@ -16,7 +16,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sam2sgp import cli
-from sam2sgp.errors import WeightsError
+from sam2sgp.engines import evaluator
+from sam2sgp.errors import DataError, WeightsError
 from sam2sgp.networks import SAM2SGP, load_weights, save_weights
 from tests.helpers.bundle_runs import random_weights, run
 
@@ -72,6 +73,31 @@ def test_check_names_no_file_that_is_gone_afterwards(phantoms, weights):
     output = call("check", phantoms / "support" / "us", "-w", weights, *SMALL)
     assert "disc: mean" in output and "With --output FOLDER" in output
     assert "sam2sgp-check-" not in output
+
+
+@pytest.mark.parametrize("all_fail, kept", [(False, True), (False, False), (True, False)])
+def test_check_tells_the_dice_of_what_was_segmented_before_what_failed(
+    phantoms, weights, tmp_path, monkeypatch, all_fail, kept
+):
+    """Labels that can't be used refuse the whole run, because they are the support set; a volume that no longer fits
+    into memory, or a file that is gone in the meantime, is one image that fails."""
+    names = sorted(path.stem for path in (phantoms / "support" / "us" / "images").iterdir())
+    lost = names if all_fail else names[1:2]
+    prepared = evaluator.prepare_case
+
+    def prepare(case, *arguments):
+        if case["name"] in lost:
+            raise DataError(f"{case['image']}: expected an image, found no file.")
+        return prepared(case, *arguments)
+
+    monkeypatch.setattr(evaluator, "prepare_case", prepare)
+    words = ["check", phantoms / "support" / "us", "-w", weights, *SMALL, *(["-o", tmp_path] if kept else [])]
+    output = call(*words, code=1)
+    told, _, failed = output.partition(f"error: {len(lost)} of {len(names)} images failed:\n")
+    assert ("disc: mean" in told) == ("Dice of each" in told) == (not all_fail)
+    assert [line.split(":")[0].strip() for line in failed.splitlines()] == lost
+    assert "found no file." in failed and "sam2sgp-check-" not in output
+    assert ("Report: " in told) == kept and (tmp_path / "evaluation" / "report.html").is_file() == kept
 
 
 def test_a_command_says_nothing_of_the_engines_and_libraries_behind_it(phantoms, weights, tmp_path):

@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,13 +149,16 @@ def check(
             "split": [0, 0, 1],
         }
         settings |= _common(context, k, weights or BUNDLE / "models" / "model.pt", device, True, mirror=mirror)
-        _run("evaluating", ["train.json", *_overlay(backbone), "evaluate.json"], settings, kept=output is not None)
+        with suppress(SystemExit):  # images failed; they are told below, after the others
+            _run("evaluating", ["train.json", *_overlay(backbone), "evaluate.json"], settings, kept=output is not None)
         dice: dict[str, list[tuple[float, str]]] = defaultdict(list)
         with (folder / "evaluation" / "metrics.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row.get("dice"):
-                    dice[row["class_name"]].append((float(row["dice"]), row["case"]))
-        typer.echo("\nDice of each labelled image, guided only by the other patients' images:")
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            if row.get("dice"):
+                dice[row["class_name"]].append((float(row["dice"]), row["case"]))
+        if dice:
+            typer.echo("\nDice of each labelled image, guided only by the other patients' images:")
         for name, found in dice.items():
             values, (worst, case) = [value for value, _ in found], min(found)
             typer.echo(
@@ -163,8 +167,12 @@ def check(
             )
         if output:
             typer.echo(f"Report: {folder / 'evaluation' / 'report.html'}")
-        else:
+        elif dice:
             typer.echo("With --output FOLDER, a report with pictures of them is kept.")
+        failed = [f"  {row['case']}: {row['error']}" for row in rows if row.get("error")]
+        if failed:
+            count = len({row["source"] for row in rows if not row.get("skipped")})
+            _refuse("\n".join([f"{len(failed)} of {count} images failed:", *failed]))
 
 
 @app.command(context_settings=SETTINGS, epilog=f"{MORE_SETTINGS} {EXIT_CODES}")
@@ -484,7 +492,7 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any], kept: bool =
         run_id: key of the configs that is run.
         configs: files in `configs`, each laid over those before it.
         settings: what the configs' values are replaced by.
-        kept: whether the output folder outlives the command; where not, the path of the results isn't told.
+        kept: whether the output folder outlives the command; where not, no path in it is told.
     """
     started = time.monotonic()
     if "monai" not in sys.modules:
@@ -500,9 +508,7 @@ def _run(run_id: str, configs: list[str], settings: dict[str, Any], kept: bool =
     _quieten_monai()
     output = str(settings.get("export_file") or settings.get("output_dir", ""))
     if not kept:
-        logging.getLogger("sam2sgp.engines.results").addFilter(
-            lambda record: record.levelno > logging.INFO or output not in record.getMessage()
-        )
+        settings = settings | {"job::kept": False}
     try:
         check_places(monai.bundle.ConfigParser.load_config_files(files), settings)
         monai.bundle.run(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from sam2sgp.engines import EpisodeDice
+from sam2sgp.engines import CaseDice, EpisodeDice, class_maps
 
 
 def evaluate(batches: list[dict], **settings) -> float:
@@ -24,6 +24,17 @@ def episode(group: int, dice: list[float]) -> dict:
             label[row, ..., :50] = 1
             pred[row, ..., round(50 - 50 * value) : round(100 - 50 * value)] = 1
     return {"group": torch.tensor([group]), "output": {"label": label, "pred": pred}}
+
+
+@pytest.mark.parametrize(("failed", "expected"), [([False, True], 0.5), ([True, True], 0.0)])
+def test_cases_that_failed_do_not_count_and_where_all_failed_nothing_was_found(failed, expected):
+    truth = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    truth[:, :2] = 1
+    scored = {"truth_index": truth, "pred_index": truth.transpose(1, 2)}
+    engine = Engine(lambda _, fails: [] if fails else [scored])
+    CaseDice(include_background=False, num_classes=2, output_transform=class_maps).attach(engine, "dice")
+    engine.run(failed)
+    assert engine.state.metrics["dice"] == expected
 
 
 def test_groups_count_equally_and_held_out_sets_as_much_as_the_others():

@@ -28,6 +28,14 @@ def test_a_run_with_failed_cases_ends_with_an_exit_code_and_says_where_they_are_
     )
 
 
+def test_a_folder_that_is_not_kept_is_not_named(tmp_path):
+    made = job(tmp_path, scored=True)
+    made.kept = False
+    with pytest.raises(SystemExit) as ended:
+        made.finish()
+    assert ended.value.code == "error: 2 of 3 images failed, first b: no picture."
+
+
 def test_a_run_without_failed_cases_ends_well_and_only_rank_0_speaks_for_all(tmp_path, monkeypatch):
     whole = job(tmp_path)
     whole.results = {0: {"rows": []}}

@@ -107,6 +107,18 @@ def test_a_scaling_is_told_once_and_each_warning_of_a_case(writer, caplog):
     assert caplog.messages.count("a: It is dark.") == caplog.messages.count("b: It is small.") == 1
 
 
+def test_doubts_name_the_table_or_where_it_is_not_kept_the_images(writer, caplog):
+    for number in (0, 1):
+        writer._add_case(case(number))
+    writer._tell_doubts(writer.rows)
+    table = writer.job.table
+    assert f"(`maybe_absent` in {table})" in caplog.text and f"(`unlike_support` in {table})" in caplog.text
+    caplog.clear()
+    writer.job.kept = False
+    writer._tell_doubts(writer.rows)
+    assert caplog.text.count("check them first (a, b)") == 2 and str(table) not in caplog.text
+
+
 @pytest.mark.parametrize(("patients", "one_piece", "told"), [(3, True, True), (4, True, False), (3, False, False)])
 def test_what_three_patients_tell_to_be_one_piece_is_told_not_to_be_measured(
     tmp_path, caplog, patients, one_piece, told

@@ -1,6 +1,7 @@
 """Training and evaluation engines' parts: loss, batch preparation, evaluator and handlers."""
 
 from sam2sgp.engines.evaluator import (
+    CaseDice,
     EpisodeDice,
     QueryDataset,
     QueryEvaluator,
@@ -28,6 +29,7 @@ from sam2sgp.engines.trunk_cache import CachedFeatures, TrunkCache
 
 __all__ = [
     "CachedFeatures",
+    "CaseDice",
     "EpisodeDice",
     "EpochStart",
     "GradientClipping",

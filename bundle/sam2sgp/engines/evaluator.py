@@ -14,6 +14,7 @@ from ignite.engine import Engine, EventEnum, Events
 from ignite.metrics import Metric
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
+from monai.handlers import MeanDice
 from monai.metrics import compute_dice
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -78,6 +79,13 @@ def class_maps(output: list[dict]) -> tuple[list, list]:
 def episode_masks(output: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
     """Output transform for metrics of training: predicted and true masks (1, S, S) of the images of a step."""
     return [image["pred"]["logits"] > 0 for image in output], [image["label"] for image in output]
+
+
+class CaseDice(MeanDice):
+    """MONAI's `MeanDice` of what `class_maps` gives; 0 where every case failed, which MONAI takes for a fault."""
+
+    def compute(self) -> float:
+        return super().compute() if len(self.metric_fn) else 0.0
 
 
 class EpisodeDice(Metric):
@@ -160,7 +168,7 @@ class QueryEvaluator(SupervisedEvaluator):
         self.probability = probability
         self.uncertainty = uncertainty
         self.postprocessing = postprocessing
-        # Of the case at work.
+        # How much of the case at work is done, and is to be done, see `CaseSegmenter.work`.
         self._done, self._work = 0, 1
 
     @property

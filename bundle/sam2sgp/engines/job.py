@@ -41,6 +41,7 @@ class SegmentationJob:
         adapter: adapts to the support set before the first case; None, or one without a limit, does not.
         names: of the files that are written for a case.
         resume: skip cases whose results are whole and would be the same.
+        kept: whether `output_dir` outlives the program; where it doesn't, no message names a file in it.
         max_wait: seconds that rank 0 waits at the end for the next result of another process.
 
     Attributes:
@@ -62,6 +63,7 @@ class SegmentationJob:
         adapter: AdaptationMaker | None = None,
         names: OutputNames | None = None,
         resume: bool = True,
+        kept: bool = True,
         max_wait: float = 6 * 3600.0,
     ) -> None:
         if not isinstance(resume, bool):
@@ -71,6 +73,7 @@ class SegmentationJob:
         self.adapter = adapter
         self.names = names
         self.resume = resume
+        self.kept = kept
         self.max_wait = max_wait
         self.records = CaseRecords(output_dir, scored)
         self.cases: Sequence[Case] = []
@@ -85,7 +88,7 @@ class SegmentationJob:
         """Prepare the runs of an evaluator.
 
         Args:
-            drawn: so many of the first cases are whole only with what a report shows of them.
+            drawn: how many of the first cases the report shows; their records are whole only with what it draws.
             decided_by: further settings, of JSON types, that results depend on.
         """
         self._drawn, self._decided_by = drawn, decided_by
@@ -174,13 +177,17 @@ class SegmentationJob:
         """Decide the exit code: 1 if a case failed; the message says how many and where they are listed.
 
         Of several processes, rank 0 does so for all.
+
+        Raises:
+            SystemExit: a case failed.
         """
         failed = self.failed
         if failed and not distributed.rank():
             first = self.cases[failed[0]]["name"]
+            listed = f" All are listed in {self.table}." if self.kept else ""
             raise SystemExit(
                 f"error: {len(failed)} of {len(self.results)} images failed, first {first}: "
-                f"{self.results[failed[0]]['error']} All are listed in {self.table}."
+                f"{self.results[failed[0]]['error']}{listed}"
             )
 
 

@@ -61,7 +61,7 @@ SCORED_COLUMNS = (
     "size_unit",
     *LAST_COLUMNS,
 )
-# Between two writings of the table during a run.
+# Seconds between two writings of the table during a run.
 TABLE_SECONDS = 10.0
 
 
@@ -215,7 +215,8 @@ class ResultWriter:
         # All cases are done, so nobody is writing any more.
         written = {name for record in self.job.results.values() for name in record.get("files", {})}
         remove_parts(self.job.output_dir, written)
-        logger.info("Results: %s, report: %s", self.job.table, path)
+        if self.job.kept:
+            logger.info("Results: %s, report: %s", self.job.table, path)
 
     def _tell_doubts(self, rows: list[dict]) -> None:
         """Warn of images whose results should be checked first."""
@@ -223,26 +224,30 @@ class ResultWriter:
         if doubted:
             logger.warning(
                 "In %d of %d images there is less sign of what was found than in any support image (%s), so it may not "
-                "be there; check them first (`maybe_absent` in %s).",
+                "be there; check them first (%s).",
                 len({row["case"] for row in doubted}),
                 self._count(),
                 ", ".join(sorted({row["class_name"] for row in doubted})),
-                self.job.table,
+                self._where("maybe_absent", doubted),
             )
-        unlike = {row["case"] for row in rows if row.get("unlike_support")}
+        unlike = [row for row in rows if row.get("unlike_support")]
         if unlike:
             logger.warning(
-                "%d of %d images are unlike every image of the support set, so check them first (`unlike_support` in "
-                "%s); label images like them.",
-                len(unlike),
+                "%d of %d images are unlike every image of the support set, so check them first (%s); label images "
+                "like them.",
+                len({row["case"] for row in unlike}),
                 self._count(),
-                self.job.table,
+                self._where("unlike_support", unlike),
             )
 
-    def _tell_pieces(self) -> None:
-        """Warn of classes that are kept in one piece with all labels, but not without those of the own patient.
+    def _where(self, column: str, rows: list[dict]) -> str:
+        """Where the images of some rows are named: in a column of the table; here, if nobody can read the table."""
+        return f"`{column}` in {self.job.table}" if self.job.kept else ", ".join(sorted({row["case"] for row in rows}))
 
-        That is always for want of patients: without some volumes, those that are left show no class in more parts.
+    def _tell_pieces(self) -> None:
+        """Warn of classes that `segment` keeps in one piece, but this run did not, without the own patient's labels.
+
+        The reason is always that too few patients are left: fewer volumes can't show a class in more parts.
         """
         left_out = {(case.get("patient"), case.get("group")) for case in self.job.cases}
         with_all = {group: set(self.bank.one_piece(None, group)) for _, group in left_out}
