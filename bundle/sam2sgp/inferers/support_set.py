@@ -28,7 +28,7 @@ from sam2sgp.transforms.cases import PreparedCase
 
 # Images and classes that go through the network together: more take memory, and no less time.
 ROWS = 64
-# By how much bringing `ABSENT_LOGIT` to another grid may change it.
+# Bringing `ABSENT_LOGIT` to another grid may change it by this much.
 ROUNDING = 1e-3
 # Called with how many more slices were looked at.
 Step = Callable[[int], None]
@@ -52,8 +52,8 @@ class Chunk:
 class SupportSetInferer(Inferer):
     """Segment with the support items that the sampler chooses for each slice and class.
 
-    A variant is made by `dataclasses.replace`, as in `replace(inferer, settings=replace(inferer.settings, k=1))`. It
-    shares the bank and what the support set taught; with `gate=None` and `signs=None` it learns again.
+    A variant is made by `dataclasses.replace`. It shares the bank and what the support set taught with the sampler of
+    the first; to learn again, as with another sampler, it takes `gate=None` and `signs=None`.
 
     Args:
         bank: the support bank. It is encoded at the first use and again after `reset`.
@@ -64,6 +64,16 @@ class SupportSetInferer(Inferer):
         adaptation: to the bank, by whose results those of whole cases are averaged; None: there is none.
 
     Classes without an eligible support item get `ABSENT_LOGIT` everywhere: they are not segmented.
+
+    Example:
+        >>> from sam2sgp.support import SupportSampler
+        >>> inferer = SupportSetInferer(SupportBank([], dict, progress=False, allow_empty=True))
+        >>> settings = replace(inferer.settings, sampler=SupportSampler(k=1))
+        >>> variant = replace(inferer, settings=settings, gate=None, signs=None)
+        >>> variant.bank is inferer.bank, variant.gate.sampler.k, inferer.gate.sampler.k
+        (True, 1, 8)
+        >>> replace(inferer, settings=settings).gate is inferer.gate
+        True
     """
 
     bank: SupportBank
@@ -79,7 +89,7 @@ class SupportSetInferer(Inferer):
         self.second_pass = SecondPass(self.bank, self.settings, self.query_cache)
         self._familiarity: Familiarity | None = None
         self._mirrored: SupportSetInferer | None = None
-        # Of the bank, when these were made.
+        # Versions of the bank when these were made.
         self._version = self._mirrored_version = 0
 
     def reset(self) -> None:
@@ -221,7 +231,7 @@ class SupportSetInferer(Inferer):
     def thresholds(
         self, network: SAM2SGP, device: torch.device, group: str | None = None, step: Step | None = None
     ) -> Thresholds:
-        """Up to which evidence each class counts as absent, learned once from the encoded bank.
+        """The evidence up to which each class counts as absent, learned once from the encoded bank.
 
         `step` is told of 0 slices before each item that is looked at. What it raises ends the learning, which goes on
         from there the next time.
