@@ -2,8 +2,8 @@
 
 import pytest
 
-from sam2sgp.adaptation.groups import Groups
 from sam2sgp.adaptation.judging import Choice
+from sam2sgp.adaptation.patient_groups import PatientGroups
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.record import AdaptationRecord
 
@@ -12,7 +12,7 @@ KEPT = Choice(4, 0.6, 0.55, 0.6, 0.0, 0.0, 0.0)
 
 
 def record(**choices: Choice) -> AdaptationRecord:
-    groups = Groups(("p1", "p2", "p2"), "patients")
+    groups = PatientGroups(("p1", "p2", "p2"), "patients")
     return AdaptationRecord(
         3, groups, ["p1", "p2", "p2"], Plan(224, False), 90, [88, 90, 89], 3, choices, 58.2, {"seed": 1}, {"a": "f00"}
     )
@@ -48,5 +48,5 @@ def test_it_tells_too_few_groups_from_too_little_time():
     text = str(record())
     assert text.startswith("Not adapted: 3 labelled images") and text.endswith("Give it more seconds.")
     assert "when 3 of them were judged" in text and "thin" not in text
-    few = str(AdaptationRecord(2, Groups(("p1", "p2"), "patients"), ["p1", "p2"]))
+    few = str(AdaptationRecord(2, PatientGroups(("p1", "p2"), "patients"), ["p1", "p2"]))
     assert "The evidence is thin: at least 3 groups" in few and "seconds" not in few

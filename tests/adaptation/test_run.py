@@ -1,6 +1,7 @@
 """What the correctors are judged by: unseen patients, whole volumes, and as many slices as there is time for."""
 
 import itertools
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from sam2sgp.adaptation import adapt
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.run import AdaptationRun
 from sam2sgp.adaptation.training import Training
+from sam2sgp.errors import DataError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from tests.helpers.banks import bank, phantom, volume
 
@@ -40,6 +42,19 @@ def test_every_image_is_judged_by_a_corrector_that_has_not_seen_its_patient(netw
     record = adapt(network, bank(cases), None, 1, progress=False).record
     assert record.groups.by == "patients" and len(record.groups) == 6 and record.judged == len(judged) == 12
     assert all(patient not in trained[corrector] and len(trained[corrector]) == 4 for corrector, patient in judged)
+
+
+def test_a_network_in_training_stays_so_also_where_an_image_fails(network, monkeypatch):
+    trained, modes = deepcopy(network).train(), []
+
+    def fail(self, *arguments, **more):
+        modes.append(trained.training)
+        raise DataError("empty.")
+
+    monkeypatch.setattr(SupportSetInferer, "segment_case", fail)
+    with pytest.raises(DataError, match="empty"):
+        adapt(trained, bank([phantom(number) for number in range(4)]), None, 1, progress=False)
+    assert modes == [False] and trained.training
 
 
 def test_volumes_are_judged_as_volumes_and_never_guided_by_their_own_slices(network, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 
 from sam2sgp.adaptation import store
 from sam2sgp.adaptation.corrector import Corrector, Trunk
-from sam2sgp.adaptation.groups import Groups
+from sam2sgp.adaptation.patient_groups import PatientGroups
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.record import AdaptationRecord
 from sam2sgp.support import catalogue
@@ -30,7 +30,7 @@ def correctors(network) -> list[Corrector]:
 @pytest.fixture
 def entry(correctors, tmp_path) -> Path:
     """The folder of a stored adaptation."""
-    record = AdaptationRecord(4, Groups(("a", "b"), "patients"), ["a", "b"], Plan(SIZE, False), steps=[2, 2])
+    record = AdaptationRecord(4, PatientGroups(("a", "b"), "patients"), ["a", "b"], Plan(SIZE, False), steps=[2, 2])
     store.save(tmp_path / "entry", record, correctors)
     return tmp_path / "entry"
 
@@ -46,14 +46,14 @@ def test_what_is_stored_comes_back_for_evaluation(network, correctors, entry):
 
 
 def test_the_plain_network_is_stored_without_weights(network, tmp_path):
-    store.save(tmp_path, AdaptationRecord(1, Groups(("a",), "patients"), ["a"]), [])
+    store.save(tmp_path, AdaptationRecord(1, PatientGroups(("a",), "patients"), ["a"]), [])
     record, loaded = store.load(tmp_path, network, 1)
     assert loaded == [] and record.files == {} and not (tmp_path / store.CORRECTORS).exists()
 
 
 def test_a_folder_that_can_not_be_written_costs_one_warning(correctors, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    store.save(tmp_path / "file" / "entry", AdaptationRecord(1, Groups(("a",), "patients"), ["a"]), correctors)
+    store.save(tmp_path / "file" / "entry", AdaptationRecord(1, PatientGroups(("a",), "patients"), ["a"]), correctors)
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "can't be kept" in warning.getMessage()
 

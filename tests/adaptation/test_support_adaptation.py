@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sam2sgp.adaptation import Adaptation, SupportAdaptation, adapt
-from sam2sgp.adaptation.groups import Groups
 from sam2sgp.adaptation.judging import Choice
+from sam2sgp.adaptation.patient_groups import PatientGroups
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.record import AdaptationRecord
 from sam2sgp.adaptation.training import Training
@@ -149,7 +149,8 @@ def test_what_is_in_the_cache_is_not_trained_again(network, made, monkeypatch):
 @pytest.mark.parametrize("distance, share", [(0.5, 0.8), (float("nan"), 0.8), (1.4, 0.4), (10.0, 0.0)])
 def test_a_query_unlike_the_support_set_leans_on_the_plain_network(network, distance, share):
     choice = Choice(8, 0.5, 0.7, 0.7, 0.2, 0.02, 0.8)
-    record = AdaptationRecord(1, Groups(("p",), "patients"), ["p"], Plan(SIZE, False), choices={"class_1": choice})
+    groups = PatientGroups(("p",), "patients")
+    record = AdaptationRecord(1, groups, ["p"], Plan(SIZE, False), choices={"class_1": choice})
     adaptation = Adaptation([lambda image, found: torch.full_like(found, 3.0)], record)
     logits, image = torch.full((1, 1, SIZE, SIZE), -2.0), to_three_channels(torch.rand(1, 1, SIZE, SIZE))
     found = adaptation.average(logits, image, (1.0, 1.0), torch.tensor([distance])).sigmoid()

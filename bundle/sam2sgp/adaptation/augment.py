@@ -39,7 +39,7 @@ class Strength:
 
 
 def flip_axes(masks: Tensor) -> tuple[bool, bool]:
-    """Along which axes (rows, columns) flipping changes nothing of where objects are and what they look like.
+    """Whether flipping along rows, and along columns, leaves objects where they are and looking as they do.
 
     An axis qualifies if masks flipped along it overlap with those of other items nearly as well as unflipped ones.
 

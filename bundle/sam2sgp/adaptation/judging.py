@@ -1,4 +1,4 @@
-"""How much of the result is the correctors': decided on all labels, by groups that they have not seen.
+"""How much of the result is the correctors': decided on all labels, by patient groups that they have not seen.
 
 In: Dice of every group with the plain network and with averages of it and the correctors. Out: the correctors' share.
 The plain network is the null hypothesis: a share is given up only for a gain that exceeds its standard error over the
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sam2sgp.transforms.array import label_map
 
-# Of the correctors in the averages that are judged, before `judged_shares`; the plain network's own result comes first.
+# Shares of the correctors in the averages that are judged, before `judged_shares`; the first is the plain network's.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # With fewer groups the standard error says nothing.
 MIN_GROUPS = 3

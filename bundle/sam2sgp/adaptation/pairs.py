@@ -17,7 +17,7 @@ from sam2sgp.adaptation.plan import Plan, letterboxed_logits
 from sam2sgp.transforms.array import Letterbox, to_three_channels
 
 WHOLE = Strength(0.4, 0.28, 0.08, 0.1, 0.2, 0.045, gamma=0.5, colour=0.1, bias=0.18, noise=0.05, blur=0.25)
-# Of patches, scale means more and place nothing.
+# In patches, scale means more and place nothing.
 PATCHES = Strength(0.4, 0.2, 0.08, 0.1, 0.0, 0.03, gamma=0.4, colour=0.1, bias=0.18, noise=0.05, blur=0.15)
 # Share of patches that are cut around a pixel of a class.
 CENTRED = 0.5

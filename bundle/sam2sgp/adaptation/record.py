@@ -3,8 +3,8 @@
 import json
 from dataclasses import asdict, dataclass, field
 
-from sam2sgp.adaptation.groups import Groups
 from sam2sgp.adaptation.judging import MIN_GROUPS, Choice
+from sam2sgp.adaptation.patient_groups import PatientGroups
 from sam2sgp.adaptation.plan import Plan
 
 
@@ -12,14 +12,15 @@ from sam2sgp.adaptation.plan import Plan
 class AdaptationRecord:
     """What was done, what was found, and what was made of it.
 
-    cases: labelled images. groups: of them, see `sam2sgp.adaptation.groups`. owners: the group of each support item.
+    cases: labelled images. groups: of them, see `sam2sgp.adaptation.patient_groups`. owners: the patient group of each
+    support item.
     plan: what the correctors see. planned, steps: steps that each corrector was to make and made; there is one for each
     fold. judged: cases that were segmented unseen. choices: by class name, what that told. elapsed: seconds. settings:
     of the adaptation. files: hashes of what is stored.
     """
 
     cases: int
-    groups: Groups
+    groups: PatientGroups
     owners: list[str]
     plan: Plan | None = None
     planned: int = 0
@@ -38,7 +39,7 @@ class AdaptationRecord:
     def of_json(cls, text: str) -> "AdaptationRecord":
         """The inverse of `to_json`. Raises `ValueError`, `KeyError` or `TypeError` for another text."""
         values = json.loads(text)
-        groups = Groups(tuple(values["groups"]["owner"]), values["groups"]["by"])
+        groups = PatientGroups(tuple(values["groups"]["owner"]), values["groups"]["by"])
         plan = values["plan"] and Plan(**values["plan"])
         choices = {name: Choice(**choice) for name, choice in values["choices"].items()}
         return cls(**values | {"groups": groups, "plan": plan, "choices": choices})

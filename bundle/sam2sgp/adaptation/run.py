@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from monai.networks.utils import eval_mode
 from torch import Tensor
 
 from sam2sgp.adaptation.corrector import Corrector, Trunk, bounded
-from sam2sgp.adaptation.groups import Groups, find_groups
 from sam2sgp.adaptation.judging import (
     MIN_GROUPS,
     Choice,
@@ -25,6 +25,7 @@ from sam2sgp.adaptation.judging import (
     mix,
 )
 from sam2sgp.adaptation.pairs import Pair, Pairs
+from sam2sgp.adaptation.patient_groups import PatientGroups, find_patient_groups
 from sam2sgp.adaptation.plan import Plan
 from sam2sgp.adaptation.record import AdaptationRecord
 from sam2sgp.adaptation.training import WARMUP, Training
@@ -36,8 +37,8 @@ from sam2sgp.support.fingerprint import fingerprint
 from sam2sgp.transforms.array import pixel_size
 
 FOLDS = 3
-# Of the time: until when the plain network is judged, until when where too few groups are judged yet, and when training
-# ends; what is left stores and loads.
+# Shares of the time until which the plain network is judged, until which where too few groups are judged yet, and at
+# which training ends; what is left stores and loads.
 PLAIN_UNTIL, PLAIN_AT_MOST, TRAINED_UNTIL = 0.35, 0.6, 0.95
 # Steps that the first ones promise are not all made where a machine gets busier.
 CAUTION = 0.85
@@ -47,9 +48,9 @@ MAX_STEPS = 400
 MAX_CASES, MAX_JUDGED, MAX_SLICES, MAX_PAIRS = 64, 32, 32, 256
 # Where time is short, of volumes so few slices are judged that so many groups are; never fewer slices than the least.
 WANTED_GROUPS, FIRST_SLICES, MIN_SLICES = 6, 8, 4
-# Of the logits of the cases judged: with many classes these are few.
+# Bytes of the logits of the cases judged: with many classes these are few cases.
 MAX_BYTES = 512 << 20
-# Of one corrector, before whoever trains it looks which one is last.
+# Steps of one corrector before whoever trains it looks which one is last.
 STEPS_AT_A_TIME = 4
 POLL_SECONDS = 0.5
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
@@ -57,14 +58,15 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 @dataclass
 class _Case:
-    """A labelled case: what it is prepared from, the items of the bank that it has, its group and fold.
+    """A labelled case: what it is prepared from, the items of the bank that it has, its patient group and fold.
 
+    owner: the name of the patient group, see `sam2sgp.adaptation.patient_groups`; not the `group` of its data set.
     slices: at most so many are judged; at_top: around the upper end of what is labelled, else around the lower one.
     """
 
     source: dict
     items: list[int]
-    group: str = ""
+    owner: str = ""
     fold: int = 0
     slices: int = MAX_SLICES
     at_top: bool = False
@@ -72,7 +74,7 @@ class _Case:
 
 @dataclass
 class _Judged:
-    """A case as the plain network segments it, guided by other groups: logits (Z, C, H, W) float16 of its slices."""
+    """A case as the plain network segments it, guided by other patients: logits (Z, C, H, W) float16 of its slices."""
 
     case: _Case
     logits: Tensor
@@ -117,9 +119,10 @@ class AdaptationRun:
             return record, []
         record.plan = Plan.of(fingerprint(self.bank.items))
         with Bar(desc="Adapting", total=1.0, bar_format=BAR, disable=not self.progress) as bar:
-            judged = self._judge_plain(cases, record.owners, bar)
+            with eval_mode(self.network):
+                judged = self._judge_plain(cases, record.owners, bar)
             record.judged = len(judged)
-            if len({entry.case.group for entry in judged}) < MIN_GROUPS:
+            if len({entry.case.owner for entry in judged}) < MIN_GROUPS:
                 return record, []
             self._assign_folds([entry.case for entry in judged])
             pairs, folds = self._pairs(judged)
@@ -145,15 +148,15 @@ class AdaptationRun:
         chosen = np.linspace(0, len(cases) - 1, min(MAX_CASES, len(cases))).round().astype(int)
         return [cases[number] for number in chosen]
 
-    def _groups(self, cases: list[_Case]) -> Groups:
-        """The groups, which are put into the cases as well."""
+    def _groups(self, cases: list[_Case]) -> PatientGroups:
+        """The patient groups, which are put into the cases as well."""
         images = []
         for case in cases:
             slices = [self.bank.items[number].slice or 0 for number in case.items]
             images.append(self.bank.transform(case.source)["image_full"][slices])
-        groups = find_groups([case.source for case in cases], images)
+        groups = find_patient_groups([case.source for case in cases], images)
         for case, owner in zip(cases, groups.owner, strict=True):
-            case.group = owner
+            case.owner = owner
         return groups
 
     def _pairs(self, judged: list[_Judged]) -> tuple[list[Pair], list[int]]:
@@ -172,18 +175,18 @@ class AdaptationRun:
         return [pairs[number] for number in chosen], [folds[number] for number in chosen]
 
     def _owners(self, cases: list[_Case]) -> list[str]:
-        """The group of each item of the bank; an item of a case that was not read is its patient's."""
+        """The patient group of each item of the bank; an item of a case that was not read is its patient's."""
         owners = [item.patient for item in self.bank.items]
         for case in cases:
             for number in case.items:
-                owners[number] = case.group
+                owners[number] = case.owner
         return owners
 
     def _assign_folds(self, cases: list[_Case]) -> None:
         """Put whole groups into folds of about as many items, the largest groups first, those of one size at random."""
         members = defaultdict(list)
         for case in cases:
-            members[case.group].append(case)
+            members[case.owner].append(case)
         order = np.random.default_rng(self.seed).permutation(sorted(members)).tolist()
         sizes = {name: sum(len(case.items) for case in own) for name, own in members.items()}
         filled = [0] * min(FOLDS, len(members))
@@ -215,12 +218,10 @@ class AdaptationRun:
         seen: Counter[str] = Counter()
         rounds = []
         for case in cases:
-            rounds.append((seen[case.group], case))
-            seen[case.group] += 1
+            rounds.append((seen[case.owner], case))
+            seen[case.owner] += 1
         order = [case for _, case in sorted(rounds, key=lambda entry: entry[0])][:MAX_JUDGED]
         wanted = min(WANTED_GROUPS, len(seen))
-        training = self.network.training
-        self.network.eval()
         judged: list[_Judged] = []
         slices, began = FIRST_SLICES if self.seconds else MAX_SLICES, 0.0
         for number, case in enumerate(order):
@@ -234,17 +235,17 @@ class AdaptationRun:
                 slices = int(left / per_slice / max(1, wanted - number)) if per_slice else MAX_SLICES
             case.slices, case.at_top = min(max(slices, MIN_SLICES), MAX_SLICES), number % 2 == 1
             began = time.monotonic()
-            found = inferer.segment_case(self._prepare(case), self.network, case.group, case.source["group"])
+            query = self._prepare(case)
+            found = inferer.segment_case(query, self.network, patient=case.owner, group=case.source["group"])
             judged.append(_Judged(case, torch.cat([logits.half().cpu() for _, logits, _ in found])))
             self._show(bar)
-        self.network.train(training)
         return judged
 
     def _choose(self, judged: list[_Judged], correctors: list[Corrector], plan: Plan) -> dict[str, Choice]:
         """For each class the share of the correctors."""
         values = self.bank.class_values
-        shares = judged_shares(len({entry.case.group for entry in judged}))
-        by_group = defaultdict(list)
+        shares = judged_shares(len({entry.case.owner for entry in judged}))
+        by_owner = defaultdict(list)
         for entry in judged:
             case, logits = self._prepare(entry.case), entry.logits.float()
             images, pixel = case["image_full"].to(self.device), pixel_size(case["geometry"].spacing)
@@ -252,11 +253,11 @@ class AdaptationRun:
             corrected = plan.predict(unseen, images, logits.to(self.device), pixel).cpu()
             averages = [mix(logits, corrected, share) for share in (*shares, 1.0)]
             dice = [case_dice(average, case["label_full"], values) for average in averages]
-            by_group[entry.case.group].append(torch.stack(dice))
-        of_groups = torch.stack([torch.stack(dice).nanmean(0) for dice in by_group.values()])
+            by_owner[entry.case.owner].append(torch.stack(dice))
+        of_owners = torch.stack([torch.stack(dice).nanmean(0) for dice in by_owner.values()])
         choices = {}
         for class_index, value in enumerate(values):
-            dice = of_groups[..., class_index]
+            dice = of_owners[..., class_index]
             choices[self.bank.class_names[value]] = choose_share(dice[~dice.isnan().any(1)], shares)
         return choices
 

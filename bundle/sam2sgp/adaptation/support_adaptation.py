@@ -38,7 +38,7 @@ from sam2sgp.support.familiarity import trust
 
 logger = logging.getLogger(__name__)
 
-# To be raised when the same support set, network and settings would give another result: part of a cache's key.
+# Part of a cache's key; it is raised when the same support set, network and settings would give another result.
 VERSION = 5
 
 
@@ -74,7 +74,7 @@ class Adaptation:
 
     @property
     def owners(self) -> list[str]:
-        """The group of each item of the support set."""
+        """The patient group of each item of the support set."""
         return self.record.owners
 
     def content(self) -> list:

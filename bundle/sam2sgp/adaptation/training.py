@@ -47,7 +47,7 @@ class Training:
         device = next(corrector.parameters()).device
         self.precision = autocast(device.type, fast_precision(device))
         self.steps = 0
-        # Of which the warm-up is part; None: not known yet.
+        # Steps to be made, the warm-up included; None: not known yet.
         self.planned: int | None = None
         self.parameters = list(corrector.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)

@@ -18,7 +18,7 @@ from lib.serving.segmenter import NoSupport
 from lib.trainers import adapt
 from lib.trainers.adapt import AdaptTask
 from sam2sgp.adaptation import Adaptation, plan
-from sam2sgp.adaptation.groups import Groups
+from sam2sgp.adaptation.patient_groups import PatientGroups
 from sam2sgp.adaptation.record import AdaptationRecord
 from sam2sgp.errors import WeightsError
 from tests.app.conftest import Studio
@@ -222,7 +222,7 @@ def test_without_a_clear_gain_the_weights_stay_and_an_earlier_adaptation_is_take
 
 
 def test_without_the_time_to_judge_an_earlier_adaptation_stays(made, adapted, monkeypatch):
-    unfinished = AdaptationRecord(3, Groups(("a", "b", "c"), "patients"), [], plan.Plan(64, False), judged=1)
+    unfinished = AdaptationRecord(3, PatientGroups(("a", "b", "c"), "patients"), [], plan.Plan(64, False), judged=1)
     monkeypatch.setattr(adapt, "adapt", lambda *arguments, **options: Adaptation([], unfinished))
     stats = a_task(made, adapted)(REQUEST, None)
     assert stats["state"] == "kept" and "Give it more seconds. The weights '1' stay in use." in stats["message"]

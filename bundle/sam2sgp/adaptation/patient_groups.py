@@ -1,12 +1,12 @@
 """Which support images show the same patient.
 
-In: cases of a support set. Out: a group for each case; cases of one group stay on one side of every split, because an
-image teaches the answer for its neighbour, and what is judged on neighbours looks better than it is.
+In: cases of a support set. Out: a patient group for each case; cases of one stay on one side of every split, because
+an image teaches the answer for its neighbour, and what is judged on neighbours looks better than it is.
 
-Where names tell the patients, a group is a patient. Where they don't, cases are grouped by look. Slices of one volume,
-frames of one video and copies share fine detail at the same place (edges of the chest wall, grain of the tissue);
-images of different patients share anatomy, but not that. So the measure is the correlation of the images' detail,
-what is left after their local mean is taken away; it does not depend on a network.
+Where names tell the patients, a patient group is a patient. Where they don't, cases are grouped by look. Slices of one
+volume, frames of one video and copies share fine detail at the same place (edges of the chest wall, grain of the
+tissue); images of different patients share anatomy, but not that. So the measure is the correlation of the images'
+detail, what is left after their local mean is taken away; it does not depend on a network.
 """
 
 import re
@@ -35,10 +35,10 @@ LEAST, MOST = 0.15, 0.8
 
 
 @dataclass(frozen=True)
-class Groups:
-    """Groups of a support set.
+class PatientGroups:
+    """The patient groups of a support set: of one patient each, or of images that look like one patient's.
 
-    owner: per case, the name of its group. by: "patients", told by the names, or "look".
+    owner: per case, the name of its patient group. by: "patients", told by the names, or "look".
     """
 
     owner: tuple[str, ...]
@@ -62,7 +62,7 @@ def names_tell_patients(cases: Sequence[dict]) -> bool:
     return len(patients) < len(cases)
 
 
-def find_groups(cases: Sequence[dict], images: Sequence[Tensor]) -> Groups:
+def find_patient_groups(cases: Sequence[dict], images: Sequence[Tensor]) -> PatientGroups:
     """Group the cases of a support set.
 
     Args:
@@ -70,7 +70,7 @@ def find_groups(cases: Sequence[dict], images: Sequence[Tensor]) -> Groups:
         images: of each case the slices (Z, C, H, W) that are in the support set.
     """
     if len(cases) == 1 or names_tell_patients(cases):
-        return Groups(tuple(case["patient"] for case in cases), "patients")
+        return PatientGroups(tuple(case["patient"] for case in cases), "patients")
     similarity = case_similarity(images)
     others = similarity[~torch.eye(len(cases), dtype=torch.bool)]
     usual = others.median()
@@ -81,7 +81,7 @@ def find_groups(cases: Sequence[dict], images: Sequence[Tensor]) -> Groups:
         factor[first, second] = factor[second, first] = DEVIATIONS_CONSECUTIVE
     linked = similarity > (usual + factor * deviation).clamp(LEAST, MOST)
     _, labels = connected_components(linked.numpy(), directed=False)
-    return Groups(tuple(f"group {label + 1}" for label in labels), "look")
+    return PatientGroups(tuple(f"group {label + 1}" for label in labels), "look")
 
 
 def consecutive(names: Sequence[str]) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sam2sgp.adaptation.groups import consecutive, find_groups
+from sam2sgp.adaptation.patient_groups import consecutive, find_patient_groups
 
 SIDE = 128
 
@@ -40,7 +40,7 @@ def named(names: list[str], patients: list[str] | None = None) -> list[dict]:
 def test_slices_of_one_volume_under_names_that_say_nothing_are_one_group():
     images = [slice for seed in range(4) for slice in patient(seed, 4)]
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
-    groups = find_groups(named([f"{number:x}q" for number in range(100, 116)]), [images[i] for i in order])
+    groups = find_patient_groups(named([f"{number:x}q" for number in range(100, 116)]), [images[i] for i in order])
     truth = [number // 4 for number in order]
     assert groups.by == "look" and len(groups) == 4
     assert len(set(zip(truth, groups.owner, strict=True))) == 4
@@ -49,44 +49,44 @@ def test_slices_of_one_volume_under_names_that_say_nothing_are_one_group():
 
 def test_images_of_different_patients_that_share_anatomy_and_frame_are_not_put_together():
     images = [patient(seed, 1)[0] for seed in range(16)]
-    assert len(find_groups(named([f"{number:x}q" for number in range(100, 116)]), images)) == 16
+    assert len(find_patient_groups(named([f"{number:x}q" for number in range(100, 116)]), images)) == 16
     # Neither are they where their names follow each other.
-    assert len(find_groups(named([f"scan{number}" for number in range(16)]), images)) == 16
+    assert len(find_patient_groups(named([f"scan{number}" for number in range(16)]), images)) == 16
 
 
 def test_copies_are_one_group():
     images = [patient(seed, 1)[0] for seed in range(6)]
     copy = (0.9 * images[2] + 0.02 * torch.randn(images[2].shape)).clamp(0, 1)
-    groups = find_groups(named(list("abcdefg")), [*images, copy])
+    groups = find_patient_groups(named(list("abcdefg")), [*images, copy])
     assert len(groups) == 6 and groups.owner[2] == groups.owner[6]
 
 
 def test_names_that_tell_the_patients_are_believed():
     images = [patient(0, 1)[0]] * 4
-    groups = find_groups(named(list("abcd"), ["p1", "p1", "p2", "p3"]), images)
+    groups = find_patient_groups(named(list("abcd"), ["p1", "p1", "p2", "p3"]), images)
     assert groups.by == "patients" and groups.owner == ("p1", "p1", "p2", "p3")
     images = [patient(seed, 1)[0] for seed in range(4)]
-    assert len(find_groups(named([f"patient1_{number}" for number in range(4)], ["patient1"] * 4), images)) == 1
+    assert len(find_patient_groups(named([f"patient1_{number}" for number in range(4)], ["patient1"] * 4), images)) == 1
 
 
 @pytest.mark.parametrize("count", [4, 8])
 def test_one_name_for_all_tells_nothing(count):
     images = [patient(seed, 1)[0] for seed in range(count)]
-    groups = find_groups(named(list("abcdefgh")[:count], ["unknown"] * count), images)
+    groups = find_patient_groups(named(list("abcdefgh")[:count], ["unknown"] * count), images)
     assert groups.by == "look" and len(groups) == count
 
 
 def test_volumes_are_grouped_whole():
     volumes = [torch.cat(patient(seed, 3)) for seed in (0, 1, 2, 3)]
     again = torch.cat([volumes[1][2:], patient(9, 1)[0]])
-    groups = find_groups(named(list("abcde")), [*volumes, again])
+    groups = find_patient_groups(named(list("abcde")), [*volumes, again])
     assert len(groups) == 4 and groups.owner[1] == groups.owner[4]
 
 
 def test_volumes_of_different_patients_stay_apart():
     # Of many pairs of slices some are similar by chance.
     volumes = [torch.cat([patient(100 * seed + number, 1)[0] for number in range(12)]) for seed in range(6)]
-    assert len(find_groups(named(list("abcdef")), volumes)) == 6
+    assert len(find_patient_groups(named(list("abcdef")), volumes)) == 6
 
 
 def test_names_follow_each_other_by_their_last_number():
