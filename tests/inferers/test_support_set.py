@@ -1,5 +1,6 @@
 """Inference with a support bank: who guides whom, and that batching changes nothing."""
 
+from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -260,6 +261,25 @@ def test_volumes_give_a_few_slices_for_each_class():
 def test_a_limit_keeps_items_of_many_cases():
     support = bank([case(i, [1]) for i in range(20)], max_items=6)
     assert len(support) == 6 and len({item.patient for item in support.items}) == 6
+
+
+def test_a_limit_keeps_volumes_whole_but_for_the_last_and_reads_no_more():
+    read = []
+    cases = [case(i, [1], slices=12) for i in range(6)]
+    for entry in cases:
+        entry["label_map"][:3] = 0
+    items_of = defaultdict(list)
+    for item in bank(cases).items:
+        items_of[item.case["name"]].append(item.id)
+
+    def reading(entry: dict) -> dict:
+        read.append(entry["name"])
+        return prepare(entry)
+
+    support = SupportBank(cases, reading, max_items=12, seed=1, progress=False)
+    first, second = read
+    assert len(items_of[first]) < 12 < len(items_of[first] + items_of[second])
+    assert [item.id for item in support.items] == (items_of[first] + items_of[second])[:12]
 
 
 def test_a_support_set_without_objects_or_with_undeclared_values_is_refused():

@@ -182,12 +182,12 @@ def test_a_query_costs_the_same_however_large_the_bank_is(tmp_path, net, encoder
     assert visited <= 12 and larger[2] <= 12
 
 
-def test_a_part_has_tables_of_its_own_and_writes_nothing(folder, cache, net):
+def test_a_bank_of_other_patients_has_tables_of_its_own_and_writes_nothing(folder, cache, net):
     support = bank(folder, cache)
-    subset = support.subset([1, 4])
-    assert [item.id for item in subset.items] == ["case1", "case4"] and set(subset.patients) == {"case1", "case4"}
-    assert subset.holds.tolist() == [[True, True], [True, False]]
-    segment(subset, net)
+    other = support.of_patients([*"aabbcc"])
+    assert set(other.patients) == {*"abc"} and set(support.patients) == {item.id for item in support.items}
+    assert torch.equal(other.holds, support.holds) and other.scaling() == support.scaling()
+    segment(other, net)
     assert not files(cache) and support.embedding is None
 
 
@@ -254,7 +254,6 @@ def test_one_piece_classes_are_told_by_each_group_and_by_patients_and_are_kept_i
     for item, own in zip(support.items, shares, strict=True):
         item.main_shares = own
     assert support.of_patients(["one"] * len(support)).one_piece() == []
-    assert support.subset([n for n, item in enumerate(support.items) if item.group == "a"]).one_piece() == [1, 2]
 
 
 def test_a_declared_class_beyond_a_byte_is_not_the_class_256_below():

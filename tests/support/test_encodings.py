@@ -5,21 +5,25 @@ import shutil
 import pytest
 import torch
 
+from sam2sgp.support import SupportBank
 from sam2sgp.support.lru import ByteLRU
 from tests.helpers.pairs import (
     COUNT,
+    NAMES,
     Counter,
     bank,
+    data,
     embedding_of,
     files,
     network,
+    preprocessing,
     segment,
 )
 
 
 def test_encoding_an_item_does_not_depend_on_the_others(folder, net):
     whole = bank(folder)
-    alone = bank(folder).subset([3])
+    alone = SupportBank(data(folder)[3:4], preprocessing(), NAMES, progress=False)
     for support in (whole, alone):
         support.encode(net)
     assert torch.equal(whole.embedding[3], alone.embedding[0])

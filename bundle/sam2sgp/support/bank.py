@@ -33,8 +33,8 @@ from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.tensor_store import TensorStore
 from sam2sgp.transforms.scaling import SupportScaling
 
-# So few classes are looked for in every image. Of more, those that one of the most similar items holds, and as many of
-# those whose own items are the most similar.
+# Up to this many classes are looked for in every image. Of more classes, an image is searched for those that one of the
+# most similar items holds, and for as many of those whose own items are the most similar.
 FEW_CLASSES = 8
 NEAREST_ITEMS = 8
 
@@ -74,7 +74,9 @@ class SupportBank:
             `Compose` of such, whose settings are part of the key.
         class_names: declared names by value; {} names the values found `class_1`, ….
         slices_per_class: slices taken from each volume for each class.
-        max_items: keep at most this many items, drawn evenly over the cases with `seed`; None keeps all.
+        max_items: keep at most this many items, of cases in an order drawn with `seed`; None keeps all. A volume comes
+            with all its items, of which `sam2sgp.inferers.object_gate` learns, so the items may be those of few
+            volumes; cases beyond the limit are not read.
         seed: of that choice.
         batch_size: images encoded at a time on a GPU; on a CPU it is one.
         progress: show bars.
@@ -192,10 +194,6 @@ class SupportBank:
         """Axes along which volumes are sliced, see `Geometry.slice_axis`; where it holds some of `group`, theirs."""
         return self._found.sliced_along(group)
 
-    def subset(self, index: Sequence[int]) -> "SupportBank":
-        """A bank of some items, in memory and not encoded, which shares the items themselves."""
-        return self._of([self.items[i] for i in index])
-
     def of_patients(self, patients: Sequence[str]) -> "SupportBank":
         """A bank of the same items, in memory and not encoded, with other names of the patient of each."""
         return self._of([replace(item, patient=patient) for item, patient in zip(self.items, patients, strict=True)])
@@ -207,7 +205,10 @@ class SupportBank:
         return self._of([item.mirrored() for item in self.items], encodings)
 
     def _of(self, items: list[SupportItem], encodings: Encodings | None = None) -> "SupportBank":
-        """A bank of items of this one, with encodings of its own; None: in memory."""
+        """A bank of the same cases, with other items of them and encodings of its own; None: in memory.
+
+        What is known of the cases, as how they are scaled, stays right.
+        """
         bank = copy(self)
         bank.encodings = encodings or Encodings(None, self.settings, self.encodings.batch_size, progress=False)
         bank._set(items, self.class_names)
@@ -340,7 +341,7 @@ class SupportBank:
     def _retrieve(
         self, embedding: Tensor, sampler: SupportSampler, patient: str | None, group: str | None
     ) -> list[Retrieved]:
-        """By embeddings (B, D)."""
+        """As `retrieve`, by embeddings (B, D) of the queries."""
         encoded = self._encoded()
         if not self.items:
             return []

@@ -93,7 +93,7 @@ class Catalogue:
         store: where prepared items and what is known of cases are kept; None: in memory.
         declared: names of classes by value.
         slices_per_class: slices taken from each volume for each class.
-        max_items: keep at most this many items, drawn evenly over the cases with `seed`; None keeps all.
+        max_items: keep at most this many items, of cases in an order drawn with `seed`; None keeps all.
         seed: of that choice.
         progress: show a bar.
         skip_errors: leave out cases that can't be used; otherwise the first one raises.
@@ -350,7 +350,7 @@ class Catalogue:
 
 
 def _turned(found: Iterable[_Listed]) -> Iterator[str]:
-    """Of each group, what may be wrong with all labels together."""
+    """What may be wrong with all labels of a group together, a sentence each."""
     by_group = defaultdict(list)
     for entry in found:
         by_group[entry.case["group"]].append(entry)
@@ -364,7 +364,7 @@ def _turned(found: Iterable[_Listed]) -> Iterator[str]:
 
 
 def _warnings(found: Iterable[_Listed]) -> Iterator[str]:
-    """Of each case, what may be wrong with it."""
+    """What may be wrong with each case, a sentence each."""
     for entry in found:
         for sentence in entry.listing.warnings:
             yield f"{entry.case['name']}: {sentence}"
