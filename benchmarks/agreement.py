@@ -57,7 +57,7 @@ def segment(data: list[dict], variant: str, size: int, queries: int, k: int) -> 
     precision = settings.pop("precision", "fp32")
     network = SAM2SGP("lite", size, **settings).eval()
     load_weights(network, WEIGHTS)
-    prepare = Compose([LoadCased(KEYS), ScaleIntensityByModalityd("image"), FitToSquared(KEYS, size)])
+    prepare = Compose([LoadCased(KEYS), ScaleIntensityByModalityd("image"), FitToSquared(KEYS, size=size)])
     names = sorted({case["patient"] for case in data})[:SUPPORT_PATIENTS]
     first: dict[str, dict] = {}
     for case in data:

@@ -291,7 +291,7 @@ def ours(network: SAM2SGP, case: Case, folder: str, clock: Callable) -> tuple[Ca
     watch.watch(network.refinement, "forward", "refinement")
     letterbox, found, full = own_grid(size, case.c)
     path = Path(folder, "query.png")
-    load = Compose([LoadCased("image"), ScaleIntensityByModalityd("image"), FitToSquared("image", size)])
+    load = Compose([LoadCased("image"), ScaleIntensityByModalityd("image"), FitToSquared("image", size=size)])
 
     def query() -> dict[str, float]:
         save(labelled_image(full.shape[-1], 1)[0][0, 0], path)

@@ -28,7 +28,7 @@ import typer
 from sam2sgp import __version__
 from sam2sgp.errors import ConfigError
 from sam2sgp.files import sha256_of
-from sam2sgp.places import APP, BUNDLE, is_address, overlays_of
+from sam2sgp.places import APP, BUNDLE, DEFAULT_BACKBONE, is_address, overlays_of
 from sam2sgp.startup import import_monai
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
@@ -91,7 +91,7 @@ def segment(
     mirror: Mirror = False,
     k: Items = None,
     weights: Weights = None,
-    backbone: Backbone = "lite",
+    backbone: Backbone = DEFAULT_BACKBONE,
     labelled: Annotated[
         bool, typer.Option("--labelled", help="Also segment the images of the support set.", rich_help_panel=DATA)
     ] = False,
@@ -136,7 +136,7 @@ def check(
     mirror: Mirror = False,
     k: Items = None,
     weights: Weights = None,
-    backbone: Backbone = "lite",
+    backbone: Backbone = DEFAULT_BACKBONE,
     device: Device = None,
 ) -> None:
     """Tell what to expect: segment each labelled image guided by those of the other patients, and measure Dice."""
@@ -184,7 +184,7 @@ def train(
         bool, typer.Option("--fine-tune", help="LoRA only, for a few labels.", rich_help_panel=METHOD)
     ] = False,
     epochs: Annotated[int | None, typer.Option(help="Epochs in all.", rich_help_panel=METHOD)] = None,
-    backbone: Backbone = "lite",
+    backbone: Backbone = DEFAULT_BACKBONE,
     device: Device = None,
     resume: Resume = True,
 ) -> None:
@@ -218,7 +218,7 @@ def evaluate(
     weights: Annotated[
         Path | None, typer.Option("--weights", "-w", help="Default: model.pt in OUTPUT.", rich_help_panel=METHOD)
     ] = None,
-    backbone: Backbone = "lite",
+    backbone: Backbone = DEFAULT_BACKBONE,
     device: Device = None,
     resume: Resume = True,
 ) -> None:
@@ -251,7 +251,7 @@ def export(
     fine_tune: Annotated[
         bool, typer.Option("--fine-tune", help="The file is of `train --fine-tune`.", rich_help_panel=METHOD)
     ] = False,
-    backbone: Backbone = "lite",
+    backbone: Backbone = DEFAULT_BACKBONE,
 ) -> None:
     """Write trained weights as one file to pass on: half the size, LoRA merged; `segment --weights` takes it."""
     if output.exists() and weights.exists() and output.samefile(weights):
@@ -410,7 +410,7 @@ def _manage(what: str, words: list[str]) -> None:
 
 
 def _words(options: dict[str, Any]) -> list[str]:
-    """Of a command line: the options that have a value."""
+    """The words of a command line for the options that have a value."""
     return [word for name, value in options.items() if value is not None for word in (name, str(value))]
 
 

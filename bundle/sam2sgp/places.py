@@ -9,6 +9,8 @@ PACKAGE = Path(__file__).parent
 IS_INSTALLED = (PACKAGE / "_bundle").is_dir()
 BUNDLE = PACKAGE / "_bundle" if IS_INSTALLED else PACKAGE.parent
 APP = PACKAGE / "_app" if IS_INSTALLED else BUNDLE.parent / "apps" / "sam2sgp"
+# That of the configs without an overlay, and of the embedded weights.
+DEFAULT_BACKBONE = "lite"
 
 
 def is_address(place: str) -> bool:
@@ -25,4 +27,4 @@ def overlays_of(backbone: str) -> list[str]:
     known = sorted(path.stem for path in (BUNDLE / "configs" / "backbones").glob("*.json"))
     if backbone not in known:
         raise ConfigError(f"backbone: expected one of {', '.join(known)}, found {backbone!r}.")
-    return [] if backbone == "lite" else [f"backbones/{backbone}.json"]
+    return [] if backbone == DEFAULT_BACKBONE else [f"backbones/{backbone}.json"]

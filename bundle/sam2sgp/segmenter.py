@@ -28,7 +28,7 @@ from sam2sgp.errors import DataError, Sam2SgpError, cause_of
 from sam2sgp.inferers import CaseResult, CaseSegmenter
 from sam2sgp.networks import load_weights
 from sam2sgp.options import check, check_places
-from sam2sgp.places import BUNDLE, overlays_of
+from sam2sgp.places import BUNDLE, DEFAULT_BACKBONE, overlays_of
 from sam2sgp.support import SupportBank
 from sam2sgp.support.familiarity import is_unlike
 from sam2sgp.transforms.cases import Case
@@ -259,7 +259,7 @@ class Segmenter:
         return made
 
     def _read_config(self, settings: Mapping[str, Any]) -> monai.bundle.ConfigParser:
-        names = ["inference.json", *overlays_of(settings.get("backbone", "lite"))]
+        names = ["inference.json", *overlays_of(settings.get("backbone", DEFAULT_BACKBONE))]
         files = [str(BUNDLE / "configs" / name) for name in names]
         content = monai.bundle.ConfigParser.load_config_files(files)
         check_places(content, dict(settings))

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 def dataset(folder, cache, **settings) -> EpisodeDataset:
     keys = ["image", "label"]
-    prepare = Compose([LoadCased(keys), ScaleIntensityByModalityd("image"), FitToSquared(keys, SIZE)])
+    prepare = Compose([LoadCased(keys), ScaleIntensityByModalityd("image"), FitToSquared(keys, size=SIZE)])
     data = load_datalist(folder)
     return EpisodeDataset(data, prepare, str(cache), 8, 4, clip_probability=0.0, progress=False, **settings)
 

@@ -50,7 +50,7 @@ def write_set(folder: Path, count: int) -> Path:
 
 
 def preprocessing() -> Compose:
-    return Compose([LoadCased(), ScaleIntensityByModalityd("image"), FitToSquared(("image", "label"), SIZE)])
+    return Compose([LoadCased(), ScaleIntensityByModalityd("image"), FitToSquared(("image", "label"), size=SIZE)])
 
 
 def bank(folder: Path, cache: Path | None = None, **settings) -> SupportBank:

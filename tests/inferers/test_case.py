@@ -24,7 +24,7 @@ def segmenter(tmp_path_factory) -> CaseSegmenter:
     support = bank(write_set(tmp_path_factory.mktemp("case") / "set", 3))
     inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2), region_below=0.0))
     with computing_with_one_thread():
-        steps = [LoadCased(), ScaleIntensityByModalityd("image"), FitToSquared("image", SIZE)]
+        steps = [LoadCased(), ScaleIntensityByModalityd("image"), FitToSquared("image", size=SIZE)]
         yield CaseSegmenter(network(), inferer, Compose(steps))
 
 

@@ -8,7 +8,9 @@ import pytest
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from sam2sgp.inferers.query_cache import QueryCache
+from sam2sgp.places import DEFAULT_BACKBONE
 from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.transforms import ScaleIntensityByModalityd
 from tests.helpers.bundle_runs import CONFIGS
 
 
@@ -26,6 +28,9 @@ def test_the_defaults_are_those_of_the_shipped_configs(name):
         config["mirror"],
     )
     assert shipped == InferenceSettings()
+    scaling = ScaleIntensityByModalityd()
+    assert (scaling.ct_window, scaling.percentiles) == (tuple(config["ct_window"]), tuple(config["percentiles"]))
+    assert config["backbone"] == DEFAULT_BACKBONE
 
 
 def test_settings_are_plain_values_and_never_change():

@@ -83,9 +83,9 @@ def test_failed_saving_keeps_the_old_file(nano_file, tmp_path, monkeypatch):
     ],
 )
 def test_weights_of_other_settings_say_what_to_change(tmp_path, file, network, message):
-    save_weights(SAM2SGP(image_size=64, **file), tmp_path / "model.pt")
+    save_weights(SAM2SGP(**{"backbone": "nano", "image_size": 64} | file), tmp_path / "model.pt")
     with pytest.raises(WeightsError, match=message) as error:
-        load_weights(SAM2SGP(image_size=64, **network), tmp_path / "model.pt")
+        load_weights(SAM2SGP(**{"backbone": "nano", "image_size": 64} | network), tmp_path / "model.pt")
     assert str(tmp_path / "model.pt") in str(error.value)
     assert "the first: " in str(error.value)
     assert ("backbone" in str(error.value).split("The file has")[1]) == ("backbone" in file)

@@ -78,8 +78,8 @@ class SAM2SGP(nn.Module):
 
     def __init__(
         self,
-        backbone: str = "nano",
-        image_size: int = 128,
+        backbone: str,
+        image_size: int,
         checkpoint: str | Path | None = None,
         freeze_encoder: bool = False,
         lora: dict | Literal[False] | None = None,
@@ -136,11 +136,11 @@ class SAM2SGP(nn.Module):
             checkpoint_blocks(self.image_encoder.trunk)
 
     def _add_temporal_encodings(self, of_sam2: Tensor, pretrained: bool) -> None:
-        """Of support items, and of slices of the query's own volume, from SAM2's (frames, 1, 1, M)."""
+        """Add those of support items, and of slices of the query's own volume, from SAM2's (frames, 1, 1, M)."""
         # Support items are to the query what SAM2's conditioning frames are: temporal encoding number zero.
         self.memory_tpos = nn.Parameter(of_sam2[-1, 0, 0].clone())
-        # Of slices of the same volume, by their distance: those of SAM2's earlier frames. Where they are not trained,
-        # such a slice starts as a support item.
+        # Slices of the same volume have, by their distance, those of SAM2's earlier frames. Where these are not
+        # trained, such a slice starts as a support item.
         earlier = of_sam2[:-1, 0, 0] if pretrained else self.memory_tpos.detach().expand_as(of_sam2[:-1, 0, 0])
         self.frame_tpos = nn.Parameter(earlier.clone())
 
@@ -213,8 +213,8 @@ class SAM2SGP(nn.Module):
         return fine, middle
 
     def _encoded(self, image: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Of normalised images: the trunk's levels, the coarsest first; the neck's three, the finest first; and the
-        coarsest of these one's position."""
+        """The trunk's levels of normalised images, the coarsest first; the neck's three, the finest first; and the
+        position of the coarsest of these."""
         encoder = self.image_encoder
         if self.trunk_cache is not None and self.training:
             trunk_levels = self.trunk_cache(image, encoder.trunk)

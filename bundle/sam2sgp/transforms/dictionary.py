@@ -39,7 +39,15 @@ from sam2sgp.data.io import (
 from sam2sgp.errors import DataError
 from sam2sgp.transforms.array import Letterbox, Region, pixel_size
 from sam2sgp.transforms.parts import is_sparse
-from sam2sgp.transforms.scaling import Scaling, SupportScaling, choose_scaling, is_ct, scale_intensity
+from sam2sgp.transforms.scaling import (
+    DEFAULT_CT_WINDOW,
+    DEFAULT_PERCENTILES,
+    Scaling,
+    SupportScaling,
+    choose_scaling,
+    is_ct,
+    scale_intensity,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +62,7 @@ SOFTENED = (
 )
 TURNED = (
     "An EXIF tag turns it for display, and its label, which is of the same size either way, has none: the label must "
-    "be drawn on the picture as displayed; programs that don't heed the tag draw it as stored."
+    "be drawn on the picture as displayed; programs that ignore the tag draw it as stored."
 )
 CONSTANT = "All its values are the same, so nothing can be found in it."
 
@@ -121,8 +129,8 @@ class ScaleIntensityByModalityd(MapTransform):
     def __init__(
         self,
         keys: KeysCollection = "image",
-        ct_window: tuple[float, float] = (-160.0, 240.0),
-        percentiles: tuple[float, float] = (0.5, 99.5),
+        ct_window: tuple[float, float] = DEFAULT_CT_WINDOW,
+        percentiles: tuple[float, float] = DEFAULT_PERCENTILES,
         modality: str | None = None,
     ) -> None:
         super().__init__(keys)
@@ -166,7 +174,7 @@ class FitToSquared(MapTransform):
             however small the image is.
     """
 
-    def __init__(self, keys: KeysCollection = ("image", "label"), size: int = 128) -> None:
+    def __init__(self, keys: KeysCollection = ("image", "label"), *, size: int) -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.size = size
 

@@ -22,6 +22,9 @@ from torch import Tensor
 
 CT, COLOUR, PERCENTILES = "ct", "colour", "percentiles"
 SHOWN = {CT: "CT window", COLOUR: "colours", PERCENTILES: "percentiles"}
+# In HU, and in percent; the shipped configs set the same.
+DEFAULT_CT_WINDOW = (-160.0, 240.0)
+DEFAULT_PERCENTILES = (0.5, 99.5)
 
 # Hounsfield units: air and lung, and soft tissue with fat and fresh blood.
 AIR, TISSUE = (-1100.0, -500.0), (-200.0, 300.0)
@@ -281,8 +284,8 @@ def window_of(
 def scale_intensity(
     slices: Tensor,
     scaling: Scaling,
-    ct_window: tuple[float, float] = (-160.0, 240.0),
-    percentiles: tuple[float, float] = (0.5, 99.5),
+    ct_window: tuple[float, float] = DEFAULT_CT_WINDOW,
+    percentiles: tuple[float, float] = DEFAULT_PERCENTILES,
 ) -> Tensor:
     """Scale raw intensities (Z, C, H, W) to [0, 1].
 
