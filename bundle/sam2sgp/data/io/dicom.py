@@ -71,14 +71,15 @@ def read_dicom(path: Path, files: list[Path], limit: int | None = None) -> Grid:
     affine[:3, 2] = step
     affine[:3, 3] = (0.0, 0.0, 0.0) if first.position is None else first.position
     array = _pixels(slices).transpose(2, 1, 0, 3)
-    is_film = len(slices) > 1 and first.position is None
+    # Frames without a position, as of a video, have no distance.
+    is_video = len(slices) > 1 and first.position is None
     return Grid(
         array,
         array.shape[:3],
         np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine,
         is_rgb=array.shape[3] == 3,
         modality=str(first.header.get("Modality") or "") or None,
-        has_spacing=spacing is not None and not is_film,
+        has_spacing=spacing is not None and not is_video,
         warnings=warnings,
     )
 

@@ -162,8 +162,8 @@ def upper_bits_warning(header: Dataset) -> str | None:
     if not bits or high is None or high < bits or not is_native:
         return None
     return (
-        f"Its {bits} bits stored are read from bit {high} down, as its HighBit says; programs that don't heed HighBit "
-        "show other values."
+        f"Its {bits} bits stored are read from bit {high} down, as its HighBit says; programs that ignore HighBit show "
+        "other values."
     )
 
 

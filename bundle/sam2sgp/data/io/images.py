@@ -151,6 +151,16 @@ def read_geometry(path: str | os.PathLike, slice_axis: str | int = "auto") -> Ge
 
 
 def read_grid(path: str | os.PathLike, label: bool = False, limit: int | None = None) -> Grid:
+    """Read a file by the reader of its format, or the folder of one DICOM series, on the file's own grid.
+
+    Args:
+        label: read it as class values, as a DICOM Segmentation or a Slicer segmentation then is; it may be compressed
+            further than an image, see `sam2sgp.data.io.limits`.
+        limit: bytes that it may take at most as float32; None: `default_memory()`.
+
+    Raises:
+        DataError: there is no such file, no reader for it, or it can't be read; its grid is empty or has no size.
+    """
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: expected an image, found no such file or folder; check the path.")
