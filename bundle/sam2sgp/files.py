@@ -16,7 +16,7 @@ LONGEST_NAME = 255 - 10
 # Nanoseconds: what is changed again within the resolution of its time stamp, on the coarsest file systems, looks
 # unchanged.
 TRUSTED_AGE = 2 * 10**9
-# Of a file that may be large, bytes that are read at a time.
+# Bytes that are read at a time of a file that may be large.
 BYTES_AT_A_TIME = 1 << 20
 
 

@@ -29,7 +29,7 @@ from sam2sgp.errors import ConfigError
 from sam2sgp.places import BUNDLE
 
 CONFIGS = BUNDLE / "configs"
-# Of MONAI itself: its tracking of experiments.
+# Settings of MONAI itself, for its tracking of experiments.
 FOREIGN = {"tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0"}
 # What a value starts with that is computed when the run begins.
 EXPRESSION_MARKS = ("$", "@", "%")
@@ -452,7 +452,7 @@ def _unknown(name: str, config: Mapping) -> ConfigError:
     known = [other for other in ALL if _value(config, other) is not _MISSING]
     known += [other for other in _references(config) if other not in known and other in config]
     by_spelling = {other.lower().replace("-", "_"): other for other in reversed(known)}
-    # Of a group, a member may be called by its own name.
+    # A member of a group may be called by its own name.
     by_spelling = {other.rsplit("::")[-1]: other for other in known if "::" in other} | by_spelling
     wanted = name.lower().replace("-", "_")
     near = get_close_matches(wanted, by_spelling, 1) or get_close_matches(wanted.rsplit("::")[-1], by_spelling, 1)

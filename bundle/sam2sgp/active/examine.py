@@ -46,7 +46,7 @@ class ImageScore:
 
 
 class _EveryOther:
-    """Of the support items that a sampler chooses, every other one; all where there is one only."""
+    """Chooses every other one of the support items that a sampler chooses; the one where there is only one."""
 
     def __init__(self, sampler: SupportSampler, first: int) -> None:
         self.sampler = sampler

@@ -41,10 +41,11 @@ class LabelCoding:
         self.warnings: list[str] = []
         self._only: dict[int, str] = {}
         self._warned_of: set[str | int] = set()
-        # By colour: the value that it has in palettes, and a label in which it does.
+        # The value that each colour has in palettes, and a label in which it does.
         self._coloured: dict[tuple[int, int, int], tuple[int, str]] = {}
-        # By name, lower case: its value, and where that is said; by value: its name, and a label that uses it.
+        # The value of each name, in lower case, and where that is said.
         self._named = {name.casefold(): (value, "dataset.json or labels.json") for value, name in self.declared.items()}
+        # The name of each value, and a label that uses it.
         self._names: dict[int, tuple[str, str]] = {}
 
     def check(self, path: str | os.PathLike, values: Iterable[int]) -> None:

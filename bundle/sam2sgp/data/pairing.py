@@ -32,7 +32,7 @@ LABEL_NAME = re.compile(rf"(?is)(?P<before>.*?)(?:^|{BREAK})(?:{LABEL_WORDS})(?P
 LABEL_FIRST = re.compile(rf"(?is)(?:{LABEL_WORDS}){BREAK}(?P<rest>.+)")
 IMAGE_NAME = re.compile(rf"(?is)(?P<before>.*?)(?:^|{BREAK})(?:{IMAGE_WORDS})(?P<after>{BREAK}?\d+)?")
 IMAGE_FIRST = re.compile(rf"(?is)(?:{IMAGE_WORDS}){BREAK}(?P<rest>.+)")
-# Of a BIDS name: what tells a label from others of its image, but not which image it is of.
+# What in a BIDS name tells a label from others of its image, but not which image it is of.
 BIDS_OF_LABELS = re.compile(r"_(?:space|desc|label|res|den|atlas|hemi|seg)-[A-Za-z0-9]+")
 BIDS_SPACE = re.compile(r"_space-([A-Za-z0-9]+)")
 BIDS_PREFERRED = "_T1w"

@@ -19,9 +19,9 @@ SYSTEM_FILES = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "system volume information", "$recycle.bin"),
     *("#recycle", "@eadir", "lost+found"),
 }
-# Of a file that an office program has open.
+# Start of the name of a file that an office program has open.
 OPENED = "~$"
-# Of images in formats that are not read.
+# Suffixes of images in formats that are not read.
 UNREAD_SUFFIXES = (
     *(".npz", ".npy", ".mat", ".h5", ".hdf5", ".zarr", ".gif", ".webp", ".heic", ".jp2", ".j2k", ".jpx", ".avif"),
     *(".ppm", ".pgm", ".svs", ".ndpi", ".czi", ".lif", ".vsi", ".mgz", ".mgh", ".mnc", ".par", ".rec", ".gipl"),

@@ -55,7 +55,7 @@ class CaseFigures:
         self.most = most
         self.scale_intensity = scale_intensity
         self.progress = progress
-        # Of scored cases of this process that may be shown, see `_ranking`.
+        # Ranks of the scored cases of this process that may be shown, see `_ranking`.
         self._ranked: list[tuple[bool, float, int]] = []
 
     def begin(self) -> None:
@@ -167,6 +167,6 @@ class CaseFigures:
 
 
 def _ranking(number: int, record: Mapping) -> tuple[bool, float, int]:
-    """By which scored cases are ordered: the worst first, those without a score last."""
+    """The key by which scored cases are ordered: the worst first, those without a score last."""
     score = record["score"]
     return score is None, score or 0.0, number

@@ -1,4 +1,4 @@
-"""From a batch of episodes to the arguments of `SAM2SGP.forward`."""
+"""A batch of episodes as arguments of `SAM2SGP.forward`."""
 
 import torch
 from monai.engines.utils import PrepareBatch

@@ -67,7 +67,7 @@ def case_metrics(
         raise ValueError(f"prediction and truth differ in shape: {prediction.shape} and {truth.shape}")
     predicted_boxes, true_boxes = find_objects(prediction), find_objects(truth)
     factor, size_unit = _size_factor(prediction.shape, spacing)
-    # Of the whole map, not of the region: a class on one slice of a volume is measured in 3D.
+    # The whole map decides, not the region: a class on one slice of a volume is measured in 3D.
     space = 0 if len(truth) == 1 else slice(None)
     lengths = None if spacing is None else [float(length) for length in spacing[-truth[space].ndim :]]
 

@@ -52,7 +52,7 @@ class CaseResult:
     see `sam2sgp.inferers.one_piece`, count, and so they do in `uncertainty`."""
 
     support: dict[int, tuple[Tensor, Tensor]]
-    """By class value, the items that guided: their numbers and similarities (Z, K)."""
+    """The items that guided, by class value: their numbers and similarities (Z, K)."""
 
     support_distance: float
     """How unlike the support images it is, see `sam2sgp.support.familiarity`."""
@@ -199,7 +199,7 @@ class _Collected:
         self.distances: list[Tensor] = []
         self.sizes: list[Tensor] = []
         self.score = torch.full((len(class_values),), -torch.inf)
-        # Of all slices: which one is shown is known only when all are done.
+        # Pseudo-masks of all slices are kept: which one is shown is known only when all are done.
         size = case["letterbox"].size
         self.pseudo = torch.zeros(slices, size, size, dtype=torch.uint8)
 
@@ -234,7 +234,7 @@ class _Collected:
         return shown.index(max(shown))
 
     def result(self, least_signs: Tensor) -> CaseResult:
-        """Of all slices; how long it took is not known here.
+        """The result of all slices; how long it took is not known here.
 
         Args:
             least_signs: (C,) object scores, below which a class may be absent.

@@ -49,7 +49,7 @@ class ItemsAsQueries:
     def forget(self) -> None:
         """Forget what was found, because the network has changed."""
         self._version: int | None = None
-        # By what it depends on: of this version of the bank, and of the one before.
+        # Judgements by what they depend on: of this version of the bank, and of the one before.
         self._known: dict[tuple, Judgement] = {}
         self._known_before: dict[tuple, Judgement] = {}
 
@@ -107,4 +107,4 @@ class TaughtByItems(ABC, Generic[Lesson]):
 
     @abstractmethod
     def _learn(self, judge: Judge, members: list[int]) -> Lesson:
-        """From some of these items."""
+        """What some of the items teach; `members` are their numbers."""

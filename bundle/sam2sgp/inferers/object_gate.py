@@ -24,13 +24,13 @@ from torch import Tensor
 from sam2sgp.inferers.items_as_queries import Judge, TaughtByItems
 from sam2sgp.networks import SGPOutput
 
-# Of what is not there: a probability of 0.00005.
+# Logit of what is not there: a probability of 0.00005.
 ABSENT_LOGIT = -10.0
 # Support items judged, about; and how many without the class it takes to learn a threshold.
 MAX_JUDGED = 64
 MIN_ABSENT = 5
-# Of pairs of an image with and one without the class, the share that evidence must order rightly (area under the ROC
-# curve); of slices of volumes, each with the class counts by its pixels of it.
+# Evidence must order this share of the pairs of an image with and one without the class rightly (area under the ROC
+# curve); a slice of a volume with the class counts by its pixels of it.
 MIN_SEPARATION = 0.8
 # A pixel lost counts as much as this many found wrongly; the least gain, as a share of all pixels of the class.
 LOSS_WEIGHT = 3.0
@@ -43,7 +43,7 @@ MAX_SCORE = 40.0
 
 @dataclass
 class Thresholds:
-    """Up to where each of C classes counts as absent; minus infinity where nothing is cut.
+    """The bounds up to which each of C classes counts as absent; minus infinity where nothing is cut.
 
     in_image: (C,) evidence of an image. in_volume: (C,) share of the most evidence in its volume.
     """
@@ -75,7 +75,7 @@ class ObjectGate(TaughtByItems[Thresholds]):
     """Thresholds that an encoded support bank teaches."""
 
     def _learn(self, judge: Judge, members: list[int]) -> Thresholds:
-        """From some items as queries, each guided by other patients; of a volume all items or none."""
+        """Learn from some items as queries, each guided by other patients; of a volume all items are judged or none."""
         bank = self.bank
         most_absent = int((~bank.holds[members]).sum(0).max())
         if most_absent < MIN_ABSENT or len({bank.items[number].patient for number in members}) < 2:

@@ -28,7 +28,7 @@ from sam2sgp.transforms.array import Region, label_map, to_three_channels
 
 SECOND_PASS_WEIGHT = 0.5
 EPS = 1e-6
-# Of an image with many classes, crops of classes that are segmented again.
+# At most so many crops are segmented again in an image with many classes.
 MOST_CROPS = 20
 
 

@@ -1,4 +1,4 @@
-"""By what a query is segmented, next to network and support set. The shipped configs set the same values."""
+"""The settings by which a query is segmented, next to network and support set; the shipped configs set the same."""
 
 from dataclasses import dataclass
 

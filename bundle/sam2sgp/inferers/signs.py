@@ -36,7 +36,7 @@ class LeastSigns(TaughtByItems[Tensor]):
         return torch.where(holds.sum(0) >= MIN_PATIENTS, lowest, least)
 
     def _chosen(self, members: list[int]) -> list[int]:
-        """Of each patient the item with the most classes, the largest of these; of many patients an even choice."""
+        """The item of each patient with the most classes, the largest of these; an even choice of many patients."""
         bank = self.bank
         best: dict[str, tuple[int, float, int]] = {}
         for number in members:

@@ -21,9 +21,9 @@ from torch import Tensor
 from sam2sgp.errors import ConfigError
 from sam2sgp.networks.rows import for_each_class
 
-# Of the positional encoding that SAM2 adds to the embedding.
+# Share of the positional encoding that SAM2 adds to the embedding.
 INPUT_ENCODING = 0.1
-# Of attention weights held at a time where they are held at all; what fits into a cache is fastest.
+# Bytes of attention weights held at a time where they are held at all; what fits into a cache is fastest.
 WEIGHT_BYTES = 4 * 2**20
 
 

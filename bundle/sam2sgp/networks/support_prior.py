@@ -21,7 +21,7 @@ LOGIT_SCALE = 0.2
 SCORE_LIMIT = 3.0
 # exp(-2 t) must be a float32 far from the smallest one.
 HIGHEST_SHARED = 40.0
-# Of exponentials held at a time; what fits into a cache is fastest.
+# Bytes of exponentials held at a time; what fits into a cache is fastest.
 WEIGHT_BYTES = 2**20
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 LOW_CONFIDENCE = 0.85
 LOW_DICE = 0.7
-# Of the median size of a class.
+# A class below this share of its median size is tiny in a case.
 TINY_SHARE = 0.1
 # A class that is missing in a case is told only where this share of at least so many cases holds it.
 USUAL_SHARE, FEWEST_CASES = 0.8, 5

@@ -14,11 +14,11 @@ from sam2sgp.report.html import ShownSlice
 from sam2sgp.transforms import ScaleIntensityByModalityd
 from sam2sgp.transforms.scaling import CT, Scaling, scale_intensity
 
-# Of all volumes of a report, and of one; a picture is about 10 KB.
+# Pictures of all volumes of a report, and the fewest and most of one; a picture is about 10 KB.
 FRAMES, FEWEST, MOST = 600, 9, 32
-# At the left, right, upper and lower edge of sagittal, coronal and axial slices.
+# Letters at the left, right, upper and lower edge of sagittal, coronal and axial slices.
 SIDES = ("APSI", "RLSI", "RLAP")
-# Along left, anterior and superior: names of both directions of RAS+.
+# Names of both directions of RAS+ along left, anterior and superior.
 DIRECTIONS = ("RL", "AP", "SI")
 
 

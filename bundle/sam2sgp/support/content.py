@@ -92,7 +92,7 @@ class FileHashes:
         self._new = {}
 
     def _of_path(self, path: str | os.PathLike) -> str:
-        """Of a file; of several files (a series, a header with its data) whatever their names."""
+        """The hash of a file, or of several (a series, a header with its data) whatever their names."""
         hashes = [self._of_file(file, status) for file, status in files_of(path)]
         return hashes[0] if len(hashes) == 1 else digest_of(sorted(hashes))
 

@@ -225,7 +225,7 @@ class Encodings:
         return Pool(embedding, spans, torch.tensor(owner, dtype=torch.long), place)
 
     def _cropped(self, numbers: list[int]) -> list[int]:
-        """At most so many of some items, by turns from each case; the same ones when others come or go."""
+        """Choose the items that are cropped, by turns from each case; the same ones when others come or go."""
         most = max(LEAST_CROPPED, MAX_CROPPED // max(1, len(self.class_values)))
         if len(numbers) <= most:
             return numbers

@@ -35,7 +35,7 @@ class Familiarity:
 
     @classmethod
     def of(cls, embedding: Tensor, patients: Sequence[str]) -> "Familiarity":
-        """From embeddings (N, D) and the patient of each."""
+        """Learn from embeddings (N, D) and the patient of each."""
         if len(set(patients)) < MIN_PATIENTS:
             return cls(embedding, tuple(patients), float("nan"))
         numbers = {name: number for number, name in enumerate(dict.fromkeys(patients))}

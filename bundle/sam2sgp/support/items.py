@@ -30,7 +30,7 @@ MAX_TILES = 4
 CROPS = ("regions", "tiles")
 # Class values fit into a byte.
 MAX_VALUE = 255
-# Of a preprocessing that does not say how it scales.
+# The scaling of a preprocessing that does not say how it scales.
 AS_GIVEN = Scaling(PERCENTILES, "as given", stated=True)
 
 

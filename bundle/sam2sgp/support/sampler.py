@@ -32,7 +32,7 @@ class SupportSampler:
     """Items per query and class, at least 1; fewer where fewer are eligible."""
 
     seed: int = 0
-    """Of the random mode."""
+    """Seed of the random mode."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

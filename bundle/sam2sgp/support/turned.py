@@ -11,7 +11,7 @@ import numpy as np
 from scipy.ndimage import gaussian_gradient_magnitude
 
 AS_STORED = "as stored"
-# Of slices (H, W) as displayed; those that exchange rows and columns are for squares only.
+# Turns of slices (H, W) as displayed; those that exchange rows and columns are for squares only.
 TURNS = {
     AS_STORED: lambda labels: labels,
     "mirrored top to bottom": lambda labels: labels[::-1],
@@ -79,13 +79,13 @@ def how_turned(fits: Iterable[Mapping[str, float]]) -> str | None:
 
 
 def _gradient(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of a slice (C, H, W): the size of its gradient (H, W), and the same in order."""
+    """The size of the gradient (H, W) of a slice (C, H, W), and the same in order."""
     gradient = gaussian_gradient_magnitude(image.mean(0, dtype=np.float32), 1.0)
     return gradient, np.sort(gradient, axis=None)
 
 
 def _ranks(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """Of values among all in order, 0..1; of equal ones the middle."""
+    """Ranks in 0..1 of values among all in order; equal ones have the middle."""
     return (np.searchsorted(ordered, values) + np.searchsorted(ordered, values, "right")) / (2 * len(ordered))
 
 

@@ -1,4 +1,4 @@
-"""From slices as stored to the network's input and back.
+"""The way from slices as stored to the network's input, and back.
 
 In: slices (Z, C, H, W) in [0, 1], see `sam2sgp.transforms.scaling`. Out: (Z, C, S, S) with the aspect kept by padding,
 and the exact way back for maps on the network's grid.
@@ -16,7 +16,7 @@ from sam2sgp.errors import DataError
 REGION_FACTOR = 2.0
 SMALLEST_EXTENT = 0.08
 STRAY_SHARE = 0.02
-# Of slices: pixels on a side, and how many times longer than wide.
+# Slices with fewer pixels on a side are too small; those this many times as long as wide are seen through windows.
 SMALLEST_SIDE, LONGEST_ASPECT = 4, 8
 # Windows that a longer one is seen through, at most.
 MOST_WINDOWS = 32

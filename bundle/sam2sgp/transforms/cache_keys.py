@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from monai.transforms import Compose
 
-# To be raised when the readers of `sam2sgp.data` or the transforms, with the same settings, would make something else
+# This is raised when the readers of `sam2sgp.data` or the transforms, with the same settings, would make something else
 # of the same files, or refuse them: so that nothing is used that an older version prepared or segmented.
 READERS_VERSION = 4
 
