@@ -120,3 +120,31 @@ def test_a_value_that_segments_of_two_names_have_is_said_once(tmp_path, caplog):
             coding.check(slicer(tmp_path / f"{name}.seg.nrrd", **{name: 1}), [0, 1])
     [record] = caplog.records
     assert re.search(r"value 1 is the segment 'Spleen' here and 'Liver' in .*Liver.seg.nrrd", record.getMessage())
+
+
+def test_one_name_of_two_values_is_said_once_whatever_its_case(tmp_path, caplog):
+    path = slicer(tmp_path / "a.seg.nrrd", RING=1, ring=2, Disc=3, Segment_1=4, segment_1=5)
+    with caplog.at_level(logging.WARNING):
+        coding = LabelCoding()
+        coding.check(path, [0, 1, 3, 4, 5])
+        assert not caplog.records, "where one of them is empty, nothing is taken for two"
+        for _ in range(2):
+            coding.check(path, [0, 1, 2, 3, 4, 5])
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told.startswith(f"{path}: values 1 and 2 have one name, upper and lower case aside ('RING' and 'ring')")
+    assert coding.warnings == [told]
+
+
+def test_one_name_that_is_declared_for_two_values_is_said_and_no_segment_is_held_against_it(tmp_path, caplog):
+    coding = LabelCoding({1: "Ring", 2: "ring", 3: "disc"})
+    coding.check(slicer(tmp_path / "a.seg.nrrd", ring=1), [0, 1])
+    assert [told.split(" (")[0] for told in coding.warnings] == [
+        "dataset.json or labels.json: values 1 and 2 have one name, upper and lower case aside"
+    ]
+
+
+def test_values_are_named_by_what_is_declared_and_by_segments(tmp_path):
+    coding = LabelCoding({1: "liver", 2: "class_2"})
+    assert coding.named == {1}
+    coding.check(slicer(tmp_path / "a.seg.nrrd", Tumour=4, Segment_5=5, Cyst=6), [0, 4, 5])
+    assert coding.named == {1, 4}

@@ -98,6 +98,19 @@ def test_segments_of_other_programs_get_their_values_by_name(tmp_path):
         read_dicom_seg(path, geometry, series(tmp_path / "other"))
 
 
+def test_two_segments_of_other_programs_with_one_name_but_for_its_case_are_refused(tmp_path):
+    source = series(tmp_path / "series")
+    path, _ = segment(tmp_path, source)
+    foreign = pydicom.dcmread(path)
+    for item, name in zip(foreign.SegmentSequence, ("RING", "disc", "ring"), strict=True):
+        item.SegmentLabel = name
+        del item.SegmentDescription
+    foreign.save_as(path)
+    known = {"ring": 3, "disc": 1}
+    with pytest.raises(DataError, match="differ in more than upper and lower case, found 'RING' and 'ring'"):
+        read_dicom_seg(path, read_image(source).geometry, source, lambda name: known[name.casefold()])
+
+
 def add_segments(segmentation: pydicom.Dataset) -> None:
     """More of them than anybody segments, without a frame: each would take as much memory as the series."""
     for number in range(len(segmentation.SegmentSequence) + 1, MOST_SEGMENTS + 2):

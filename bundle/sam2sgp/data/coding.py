@@ -16,6 +16,7 @@ OBJECT, WHITE = 1, 255
 # Beside classes up to this value, 255 is more often a mark for pixels to ignore than a class.
 FEW_CLASSES = 32
 IGNORE = "ignore"
+DECLARATIONS = "dataset.json or labels.json"
 # Names that programs give segments by themselves.
 UNNAMED = re.compile(r"(?:segment|label|class)?[ _-]*\d*")
 
@@ -44,15 +45,20 @@ class LabelCoding:
         # The value that each colour has in palettes, and a label in which it does.
         self._coloured: dict[tuple[int, int, int], tuple[int, str]] = {}
         # The value of each name, in lower case, and where that is said.
-        self._named = {name.casefold(): (value, "dataset.json or labels.json") for value, name in self.declared.items()}
+        used = Counter(name.casefold() for name in self.declared.values())
+        self._named = {
+            name.casefold(): (value, DECLARATIONS)
+            for value, name in self.declared.items()
+            if used[name.casefold()] == 1
+        }
         # The name of each value, and a label that uses it.
         self._names: dict[int, tuple[str, str]] = {}
 
     def check(self, path: str | os.PathLike, values: Iterable[int]) -> None:
         """Look at one more label and the values that it holds.
 
-        Warns once of a 255 beside a few other classes, of a class that is called "ignore", and of a value that segments
-        of different names have.
+        Warns once of a 255 beside a few other classes, of a class that is called "ignore", of a value that segments of
+        different names have, and of one name, upper and lower case aside, that two values have.
 
         Raises:
             DataError: one label holds only 1 and another only 255: one of them is a mask as programs for pictures write
@@ -60,6 +66,7 @@ class LabelCoding:
                 two segmentations, or one and what is declared, give segments of one name different values.
         """
         held = {int(value) for value in values if value}
+        self._check_alike(DECLARATIONS, self.declared)
         # Cases may hold tensors in place of files.
         if isinstance(path, str | os.PathLike) and Path(path).is_file():
             self._check_colours(Path(path), held)
@@ -91,6 +98,12 @@ class LabelCoding:
                 "all labels as 0 and 1, or declare both classes in dataset.json or labels.json."
             )
 
+    @property
+    def named(self) -> set[int]:
+        """Values of which what was seen so far says what they are: declared ones, and those of named segments."""
+        declared = {value for value, name in self.declared.items() if not UNNAMED.fullmatch(name.strip().casefold())}
+        return declared | self._names.keys()
+
     def _warn(self, sentence: str) -> None:
         logger.warning("%s", sentence)
         self.warnings.append(sentence)
@@ -98,6 +111,7 @@ class LabelCoding:
     def _check_names(self, path: Path, held: set[int]) -> None:
         """Programs number the segments of each segmentation on their own, in the order in which they were added."""
         names = {value: name.strip() for value, name in segment_names(path).items()}
+        self._check_alike(str(path), {value: names[value] for value in sorted(held & names.keys())})
         used = Counter(name.casefold() for name in names.values())
         for value in sorted(held & names.keys()):
             name = names[value].casefold()
@@ -117,6 +131,19 @@ class LabelCoding:
                     "as one class. If these are two, number the segments alike in all files."
                 )
                 self._warned_of.add(f"name of {value}")
+
+    def _check_alike(self, where: str, names: Mapping[int, str]) -> None:
+        first: dict[str, int] = {}
+        for value, name in names.items():
+            key = name.strip().casefold()
+            other = first.setdefault(key, value)
+            if other != value and not UNNAMED.fullmatch(key) and f"alike {key}" not in self._warned_of:
+                self._warn(
+                    f"{where}: values {other} and {value} have one name, upper and lower case aside ({names[other]!r} "
+                    f"and {name!r}); they are taken as two classes. Give both one value if they are one class, or one "
+                    "of them another name."
+                )
+                self._warned_of.add(f"alike {key}")
 
     def _check_colours(self, path: Path, held: set[int]) -> None:
         """Programs that reduce a coloured mask to a palette number the colours of each picture on their own."""

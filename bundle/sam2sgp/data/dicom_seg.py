@@ -199,7 +199,12 @@ def read_dicom_seg(
     for number, (description, name) in segments.items():
         found = CLASS_VALUE_FOUND.fullmatch(description)
         values[number] = int(found[1]) if found else value_of(name) if value_of else number
-        names[int(values[number])] = name
+        first = names.setdefault(int(values[number]), name)
+        if first != name and first.casefold() == name.casefold():
+            raise DataError(
+                f"{path}: expected names of segments that differ in more than upper and lower case, found {first!r} "
+                f"and {name!r}; make them one segment, or rename one."
+            )
     if values.max() > LARGEST_CLASS:
         raise DataError(f"{path}: expected class values up to {LARGEST_CLASS}, found {values.max()}; correct it.")
     classes = renumbered(numbers, values.astype(np.uint8 if values.max() <= 255 else np.uint16))

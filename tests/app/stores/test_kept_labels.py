@@ -67,6 +67,7 @@ def test_each_class_name_has_one_value_and_keeps_it(kept, write, tmp_path):
     assert kept.value_of("liver") == 3 and kept.value_of("cyst") == 4 and kept.value_of("cyst") == 4
     again = KeptLabels(tmp_path / "archive")
     assert again.value_of("cyst") == 4 and again.value_of("vessel") == 5
+    assert again.value_of("Cyst") == 4 and again.value_of("LIVER") == 3, "whatever the case of its letters"
 
 
 def test_a_damaged_note_costs_itself_only(kept, write, caplog):

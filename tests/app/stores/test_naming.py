@@ -93,6 +93,25 @@ def test_two_names_that_other_labels_have_for_one_value_do_not_make_one_class_of
         agreed([1, 2], {1: "Disc", 2: "disc"}, {"Disc": 3, "disc": 3})
 
 
+@pytest.mark.parametrize(
+    ("sent", "known", "told"),
+    [
+        ({1: "RING", 2: "ring"}, {}, "'RING' for value 1 and 'ring' for value 2, which differ in upper and lower case"),
+        ({1: "RING", 2: "ring"}, {"disc": 1}, "'RING' for value 1 and 'ring' for value 2, which differ in upper and"),
+        ({1: "ring", 2: "ring"}, {}, "'ring' for value 1 and 'ring' for value 2; make them one segment"),
+    ],
+)
+def test_two_values_of_one_label_with_one_name_are_refused_whatever_its_case(sent, known, told):
+    with pytest.raises(BadLabel, match=f"expected one name for each value of the label, found {told}"):
+        agreed([1, 2], sent, known)
+    assert agreed([1], {1: "RING", 2: "ring"}, {}) == ({}, {1: "RING"}), "the other one is empty"
+
+
+def test_two_names_that_differ_in_case_and_are_known_for_two_values_stay_so():
+    known = {"Disc": 1, "disc": 2}
+    assert agreed([1, 2], {1: "Disc", 2: "disc"}, known) == ({}, {1: "Disc", 2: "disc"})
+
+
 def test_what_was_agreed_on_is_agreed_on_again():
     """Otherwise an approval would start again for ever, see `again_if_renumbered`."""
     rng = np.random.default_rng(0)

@@ -148,6 +148,8 @@ class KeptLabels:
     def value_of(self, name: str) -> int:
         """The value of a class by its name, for segments that don't say theirs; kept once it is given."""
         with self.numbering() as known:
+            spelt = {text.casefold(): text for text in known}
+            name = name if name in known else spelt.get(name.casefold(), name)
             return known.setdefault(name, max(known.values(), default=0) + 1)
 
     def _known_names(self) -> dict[str, int]:

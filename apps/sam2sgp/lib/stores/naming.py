@@ -69,13 +69,14 @@ def agreed(
         Changes of values, see `renumbering`, and the names by value after them. Of a class that is not in the label the
         name is left out where its value is another's. What is agreed on already is returned as it is.
 
-    Raises BadLabel where some values have no name, one name is sent for several or two stand for one value, and the
-    others contradict `known`.
+    Raises BadLabel where one name is sent for several values, or some of them have no name or two names stand for one,
+    and the others contradict `known`.
     """
     values = [int(value) for value in values if value]
     # A placeholder says which value is meant even where no other label has it.
     known = {name: int(of[1]) for name in sent.values() if (of := PLACEHOLDER.fullmatch(name))} | dict(known)
     sent = _as_known(sent, known)
+    _check_alike(values, sent, known)
     changes = renumbering(values, sent, known)
     if not changes:
         _check_agreement(values, sent, known)
@@ -85,7 +86,9 @@ def agreed(
     taken = set(_real(sent, known).values())
     for value, name in sent.items():
         value = known.get(name, value)
-        if name not in names.values() and value not in names and (name in known or value not in taken):
+        is_new = name not in known and name.casefold() not in map(str.casefold, names.values())
+        is_other = name in known and name not in names.values()
+        if value not in names and (is_other or (is_new and value not in taken)):
             names[value] = name
     return changes, names
 
@@ -142,6 +145,25 @@ def _real(sent: Mapping[int, str], known: Mapping[str, int]) -> dict[str, int]:
     if any(is_placeholder(name, known.get(name, 0)) for name in sent.values()):
         return dict(known)
     return {name: value for name, value in known.items() if not is_placeholder(name, value)}
+
+
+def _check_alike(values: Iterable[int], sent: Mapping[int, str], known: Mapping[str, int]) -> None:
+    """Raise BadLabel where two values of a label have names that nobody could tell apart.
+
+    Other labels may have names that differ in case only for two values, of before this was refused.
+    """
+    first: dict[str, int] = {}
+    for value in values:
+        name = sent.get(value)
+        if name is None or name in known:
+            continue
+        other = first.setdefault(name.casefold(), value)
+        if other != value:
+            alike = "" if sent[other] == name else ", which differ in upper and lower case only"
+            raise BadLabel(
+                f"label_info: expected one name for each value of the label, found {sent[other]!r} for value {other} "
+                f"and {name!r} for value {value}{alike}; make them one segment, or send a distinct name for each."
+            )
 
 
 def _check_agreement(values: Iterable[int], sent: Mapping[int, str], known: Mapping[str, int]) -> None:
