@@ -110,7 +110,7 @@ def test_a_silent_archive_stops_the_request_for_a_series_and_no_other(fake, make
 
 
 def test_a_series_whose_decoder_crashes_is_an_error_for_that_series_only(fake, make):
-    fake.series = [series_entry("1.5"), series_entry("1.6")]
+    fake.series = [series_entry("1.5", instances=1), series_entry("1.6")]
     datastore, sound = make(), fake.files
     fake.files = [crashing_dicom()]
     with pytest.raises(DataError, match="crashes"):
@@ -127,6 +127,24 @@ def test_a_series_with_a_file_that_is_not_dicom_is_refused_whole(fake, make, tmp
     with pytest.raises(ArchiveError, match="expected an instance of series 1.5"):
         make().get_image_uri("1.5")
     assert list((tmp_path / "archive" / "images").iterdir()) == []
+
+
+@pytest.mark.parametrize("sent", [[0], [0, 0]])
+def test_a_series_of_fewer_instances_than_the_archive_lists_is_refused_and_asked_for_again(fake, make, tmp_path, sent):
+    """It would be segmented, and its label approved, without the slices that lack at its ends."""
+    fake.series, sound = [series_entry("1.5")], fake.files
+    fake.files = [sound[number] for number in sent]
+    datastore = make()
+    with pytest.raises(ArchiveError, match="series 1.5: expected the 2 instances .* found that it sends 1;"):
+        datastore.get_image_uri("1.5")
+    assert list((tmp_path / "archive" / "images").iterdir()) == [] and not datastore.is_at_hand("1.5")
+    fake.files = sound
+    assert len(list(Path(datastore.get_image_uri("1.5")).iterdir())) == 2
+
+
+def test_a_series_whose_number_of_instances_is_not_listed_is_taken_as_it_comes(fake, make):
+    fake.series, fake.files = [series_entry("1.5", instances=0)], fake.files[:1]
+    assert len(list(Path(make().get_image_uri("1.5")).iterdir())) == 1
 
 
 def test_uploads_are_refused_where_there_is_no_place_for_them(nowhere, tmp_path):

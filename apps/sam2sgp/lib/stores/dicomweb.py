@@ -587,15 +587,25 @@ class DicomWebDatastore(Decisions):
         return False
 
     def _fetch(self, series: Series) -> None:
-        """Download a series; it is put in place whole."""
+        """Download a series; it is put in place whole.
+
+        Raises ArchiveError where the archive sends fewer instances than it lists, among others.
+        """
         with storing("to keep a series"), self._cache.adding(series.uid) as folder:
             files = self._archive.fetch_series(series.study, series.uid, folder)
             if not files:
                 raise ArchiveError(f"series {series.uid}: expected files from the archive, found none.")
             what = f"an instance of series {series.uid}"
+            uids = set()
             for file in files:
                 uid = self._checked(file, what, self._max_unpacked, SeriesInstanceUID=series.uid)
                 file.rename(folder / f"{uid}.dcm")
+                uids.add(uid)
+            if len(uids) < series.instances:
+                raise ArchiveError(
+                    f"series {series.uid}: expected the {series.instances} instances that the archive lists, found "
+                    f"that it sends {len(uids)}; see whether all of the series is there, and try again."
+                )
             check_series(folder, self._max_unpacked, f"series {series.uid}")
 
     def _checked(self, file: Path, what: str, limit: int, **asked: str) -> str:
