@@ -17,8 +17,17 @@ RNG = np.random.default_rng(0)
 def test_many_page_tiff_is_refused(tmp_path):
     pages = [Image.new("L", (4, 4), value) for value in (1, 2)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    with pytest.raises(DataError, match="2 pages"):
-        read_image(tmp_path / "a.tif")
+    for read in (read_image, read_label):
+        with pytest.raises(DataError, match="2 pages"):
+            read(tmp_path / "a.tif")
+
+
+def test_an_animated_png_is_refused(tmp_path):
+    pages = [Image.new("L", (4, 4), value) for value in (1, 2)]
+    pages[0].save(tmp_path / "a.png", save_all=True, append_images=pages[1:])
+    for read in (read_image, read_label):
+        with pytest.raises(DataError, match="2 pages"):
+            read(tmp_path / "a.png")
 
 
 def test_a_tiff_that_lacks_strips_is_refused(tmp_path):
@@ -47,3 +56,17 @@ def test_a_stack_that_only_imagej_tells_is_a_stack(tmp_path):
     assert np.array_equal(tifffile.imread(path), values)
     with pytest.raises(DataError, match="a.tif: expected one picture, found 5 pages"):
         read_image(path)
+
+
+@pytest.mark.parametrize("read", [read_image, read_label])
+def test_a_stack_of_which_tifffile_wrote_one_header_is_a_stack(tmp_path, read):
+    values = RNG.integers(0, 9, (5, 6, 7)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack", truncate=True)
+    assert np.array_equal(tifffile.imread(tmp_path / "a.tif"), values)
+    with pytest.raises(DataError, match="a.tif: expected one picture, found 5 pages"):
+        read(tmp_path / "a.tif")
+    tifffile.imwrite(tmp_path / "b.tif", values[0], photometric="minisblack", truncate=True)
+    assert np.array_equal(read_image(tmp_path / "b.tif").slices[0, 0], values[0])
+    colours = RNG.integers(0, 9, (6, 7, 3)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "c.tif", colours, photometric="rgb", truncate=True)
+    assert np.array_equal(read_image(tmp_path / "c.tif").slices[0], np.moveaxis(colours, 2, 0))

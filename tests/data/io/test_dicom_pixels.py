@@ -192,6 +192,35 @@ def test_enhanced_frames_lie_by_their_positions_and_have_their_own_slopes(tmp_pa
         read_image(write_enhanced(tmp_path / "twice.dcm", volume, [0, 1, 2, 2, 3]))
 
 
+@pytest.mark.parametrize(
+    ("sequence", "tags", "message"),
+    [
+        ("PlaneOrientationSequence", {"ImageOrientationPatient": [0.0, 1, 0, 0, 0, -1]}, "ImageOrientationPatient"),
+        ("PixelMeasuresSequence", {"PixelSpacing": [0.8, 0.8], "SliceThickness": 2.5}, "PixelSpacing"),
+    ],
+)
+def test_enhanced_frames_of_two_orientations_or_spacings_are_refused(tmp_path, sequence, tags, message):
+    path = write_enhanced(tmp_path / "ct.dcm", np.zeros((3, 6, 7), np.uint16), [0, 1, 2])
+    dataset = pydicom.dcmread(path)
+    setattr(dataset.PerFrameFunctionalGroupsSequence[1], sequence, item(**tags))
+    dataset.save_as(path)
+    with pytest.raises(DataError, match=f"ct.dcm: expected slices of one size and orientation, found {message}.*frame"):
+        read_image(path)
+
+
+def test_a_rescale_that_all_enhanced_frames_share_is_of_those_without_their_own(tmp_path):
+    volume = RNG.integers(0, 3000, (3, 6, 7)).astype(np.uint16)
+    path = write_enhanced(tmp_path / "ct.dcm", volume, [2, 0, 1], slopes=[1.0, 2.0, 3.0])
+    dataset = pydicom.dcmread(path)
+    for frame in (0, 1):
+        del dataset.PerFrameFunctionalGroupsSequence[frame].PixelValueTransformationSequence
+    shared = item(RescaleSlope=4.0, RescaleIntercept=7.0)
+    dataset.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence = shared
+    dataset.save_as(path)
+    expected = np.stack([4.0 * volume[0] + 7, 2.0 * volume[1] - 1024, 4.0 * volume[2] + 7])
+    assert np.array_equal(read_image(path).slices[:, 0], expected)
+
+
 def test_high_throughput_jpeg_2000_is_decoded_and_private_syntaxes_are_named(tmp_path, monkeypatch):
     # Not known to pydicom 2, which would not write them.
     monkeypatch.setattr(UID, "is_compressed", property(lambda uid: uid not in (ExplicitVRLittleEndian,)))

@@ -42,8 +42,9 @@ def test_one_slice_image_gives_one_slice_and_its_own_dimensions_back(tmp_path, s
 @pytest.mark.parametrize("shape", [(4, 5, 6, 2), (4, 5, 6, 3), (4, 5, 6, 1, 3), (4, 5, 1, 7)])
 def test_time_points_and_channels_are_never_taken_for_colours(tmp_path, shape):
     path = save_nifti(tmp_path / "a.nii.gz", np.zeros(shape, np.float32))
-    with pytest.raises(DataError, match=f"a.nii.gz.*found {shape[-1]} along further axes.*time points or channels"):
-        read_image(path)
+    for read in (read_image, read_label):
+        with pytest.raises(DataError, match=f"a.nii.gz.*found {shape[-1]} along further axes.*time points or channels"):
+            read(path)
     image = read_image(save_nifti(tmp_path / "b.nii.gz", np.zeros((4, 5, 6, 1), np.float32)))
     assert image.slices.shape == (6, 1, 5, 4) and image.geometry.native_shape == (4, 5, 6)
 

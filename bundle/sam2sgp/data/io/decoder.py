@@ -16,6 +16,7 @@ beyond `M` bytes it gets no more memory. In place of the second message about a 
 """
 
 import json
+import math
 import os
 import re
 import resource
@@ -92,19 +93,23 @@ def decode_picture(job: dict, source, target) -> tuple[dict, bytes]:
 
 
 def pages(image, tags: dict, size: int) -> int:
-    """How many pictures a file of `size` bytes holds; of a stack beyond 4 GB, ImageJ tells so in a description only."""
+    """How many pictures a file of `size` bytes holds; ImageJ, of a stack beyond 4 GB, and tifffile, where it is told to
+    write one header only, tell so in a description."""
     # MPO is a JPEG with further pictures, such as thumbnails.
     found = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
     # Blocks of voxels in one page, of which Pillow reads the first slice.
     if found == 1 and tags.get(DEPTH, 1) > 1:
         return tags[DEPTH]
-    stated = re.match(r"ImageJ=.*?^images=(\d{1,9})$", str(tags.get(DESCRIPTION, "")), re.DOTALL | re.MULTILINE)
-    if not stated or found > 1:
-        return found
+    description, bits = str(tags.get(DESCRIPTION, "")), tags.get(BITS, 8)
+    bits = bits if isinstance(bits, tuple) else (bits,)
+    images = re.match(r"ImageJ=.*?^images=(\d{1,9})$", description, re.DOTALL | re.MULTILINE)
+    shape = re.match(r'\{"shape": \[(\d{1,9}(?:, \d{1,9}){1,9})\]', description)
+    stated = int(images[1]) if images else 0
+    if shape:
+        stated = math.prod(map(int, shape[1].split(", "))) // (image.width * image.height * len(bits))
     # A page that was taken out of a stack may have the stack's description.
-    bits = tags.get(BITS, 8)
-    page = image.width * image.height * sum(bits if isinstance(bits, tuple) else (bits,)) // 8
-    return int(stated[1]) if size >= int(stated[1]) * page else found
+    page = image.width * image.height * sum(bits) // 8
+    return stated if found == 1 and stated > 1 and size >= stated * page else found
 
 
 def covered(image) -> int:
