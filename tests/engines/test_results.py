@@ -132,3 +132,12 @@ def test_what_three_patients_tell_to_be_one_piece_is_told_not_to_be_measured(
     engine = SimpleNamespace(exclude_own_patient=True, inferer=SimpleNamespace(settings=settings))
     ResultWriter(job, support, "Run", max_figures=0)._complete(engine)
     assert ("without keeping class_1 in one piece" in caplog.text) == told
+
+
+def test_what_may_be_wrong_with_the_support_set_is_in_the_report(tmp_path):
+    support = bank([volume(number) for number in range(3)])
+    support.warn(["a.png: value 7 (5 pixels) is in none of the other 5 labels."])
+    job = SegmentationJob(str(tmp_path / "out"))
+    ResultWriter(job, support, "Run", max_figures=0)._complete(SimpleNamespace())
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "<li>a.png: value 7 (5 pixels) is in none of the other 5 labels.</li>" in report

@@ -202,6 +202,13 @@ def test_what_needs_a_look_stands_first_and_the_number_of_pictures_is_told(tmp_p
     assert html.index("<h3>unsure") < html.index("<h3>fine")
 
 
+def test_what_may_be_wrong_with_the_labelled_images_is_told_first(tmp_path):
+    page, _ = page_of(tmp_path, Report("Run", support_warnings=["a.png: value 7 <5 pixels>", "b.png: turned"]))
+    text = [part.strip() for part in page.text if part.strip()]
+    assert "The labelled images may be wrong." in text and {"a.png: value 7 <5 pixels>", "b.png: turned"} <= set(text)
+    assert [section["id"] for section in page.all("section")] == ["support-warnings"]
+
+
 def test_columns_that_say_nothing_are_named_once(tmp_path):
     rows = [
         {"case": f"c{n}", "class_name": "liver", "size": float(n), "size_unit": "ml", "scaling": "CT", "warnings": ""}

@@ -114,3 +114,43 @@ def test_a_label_changed_after_the_cache_was_deleted_is_never_taken_for_the_old_
     write_case(folder, "case2", 2, shift=3)
     with pytest.raises(DataError, match="case2"):
         support.items[2].label  # noqa: B018
+
+
+def add_value(folder, name: str, value: int, count: int) -> None:
+    """Give some background pixels of a label, in one row, another value."""
+    path = folder / "labels" / f"{name}.nii"
+    image = nib.load(path)
+    array = np.array(image.dataobj)
+    array[2, :count] = value
+    nib.save(nib.Nifti1Image(array, image.affine), path)
+    pairs.age(path)
+
+
+def test_a_value_that_nothing_names_and_only_one_label_has_is_told(folder, place, caplog):
+    add_value(folder, "case4", 7, 5)
+    support = bank(folder, place, class_names={})
+    [sentence] = support.warnings
+    assert f"{folder / 'labels' / 'case4.nii'}: value 7 (5 pixels) is in none of the other 5 labels" in sentence
+    assert [record.getMessage() for record in caplog.records] == [sentence]
+    cases = data(folder)
+    again = bank(folder, place, class_names={})
+    assert again.warnings == [sentence], "what is known of a case from the folder tells it, too"
+    again.reconcile([case | {"named": [7]} for case in cases])
+    assert again.warnings == []
+
+
+def test_a_class_that_is_gone_at_the_networks_size_is_told(folder):
+    for name in ("case1", "case3", "case5"):
+        write_case(folder, name, 0)
+    add_value(folder, "case0", 2, 1)
+    assert bank(folder).warnings == []
+    small = pairs.preprocessing()
+    small.transforms[2].size = 16
+    [sentence] = bank(folder, transform=small).warnings
+    assert f"{folder / 'labels' / 'case0.nii'}: value 2 (1 pixel) is too small to be seen at the network's" in sentence
+
+
+def test_strays_of_a_class_are_told(folder):
+    add_value(folder, "case0", 2, 1)
+    [sentence] = bank(folder).warnings
+    assert f"{folder / 'labels' / 'case0.nii'}: value 2 (1 pixel) is hardly there" in sentence

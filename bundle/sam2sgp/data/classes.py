@@ -3,6 +3,7 @@ values there are in a class map."""
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -72,6 +73,21 @@ def values_in(classes: np.ndarray) -> list[int]:
         [0, 3, 7]
     """
     return sorted({value for part in classes for value in np.unique(part).tolist()})
+
+
+def pixels_by_value(classes: np.ndarray) -> dict[int, int]:
+    """How many pixels each value but 0 has in a class map (Z, H, W) of integers >= 0, by value; slice by slice.
+
+    Example:
+        >>> pixels_by_value(np.array([[[0, 7]], [[3, 7]]], np.uint8))
+        {3: 1, 7: 2}
+    """
+    counts: Counter[int] = Counter()
+    for part in classes:
+        if part.any():
+            found = np.bincount(part.ravel())
+            counts.update({int(value): int(found[value]) for value in np.flatnonzero(found) if value})
+    return dict(sorted(counts.items()))
 
 
 def renumbered(classes: np.ndarray, table: np.ndarray) -> np.ndarray:

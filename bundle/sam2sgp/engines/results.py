@@ -208,6 +208,7 @@ class ResultWriter:
                 figures=self.figures.draw(shown),
                 support=self.figures.support(shown),
                 errors=errors,
+                support_warnings=self.bank.warnings,
                 warnings=list({row["case"]: row for row in rows if row.get("warnings")}.values()),
                 skipped=[row for row in rows if "skipped" in row],
             ),

@@ -22,6 +22,7 @@ from sam2sgp.inferers.support_set import Chunk, Step, SupportSetInferer
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support.bank import SupportBank
 from sam2sgp.support.familiarity import case_distance
+from sam2sgp.transforms.acquired import Acquired, other_than
 from sam2sgp.transforms.array import class_probabilities, label_map, uncertainty
 from sam2sgp.transforms.cases import Case, PreparedCase
 
@@ -88,7 +89,8 @@ class CaseResult:
 def prepare_case(case: Case, transform: Callable, bank: SupportBank | None = None) -> PreparedCase:
     """Preprocess a case; where nothing is stated of it, it is scaled like the cases of the bank.
 
-    Of a volume that is sliced along another axis than all of the bank, its `warnings` tell.
+    Of a volume that is sliced along another axis than all of the bank, and of an image of another modality or in
+    another unit than all of it, its `warnings` tell.
 
     Raises:
         Sam2SgpError: the case can't be read or used, whatever its reader raised.
@@ -102,6 +104,8 @@ def prepare_case(case: Case, transform: Callable, bank: SupportBank | None = Non
             planes = " and ".join(PLANES[axis] for axis in sorted(axes))
             told = OTHER_PLANE.format(own=PLANES[own], planes=planes)
             prepared["warnings"] = [*prepared.get("warnings", ()), told]
+        unlike = other_than(prepared.get("acquired", Acquired()), bank.acquisitions(case.get("group")))
+        prepared["warnings"] = [*prepared.get("warnings", ()), *unlike]
         return prepared
     except Sam2SgpError:
         raise

@@ -127,6 +127,7 @@ class Report:
             into the order of the overview: what needs a look first.
         support: the support items that figures refer to, by id.
         errors: rows of failed cases: case and error.
+        support_warnings: sentences on what may be wrong with the labelled images.
         warnings: rows of cases that may be wrong: case and warnings.
         skipped: rows of files that are not used: source and skipped, which says why.
     """
@@ -140,6 +141,7 @@ class Report:
     figures: list[CaseFigure] = field(default_factory=list)
     support: dict[str, SupportThumb] = field(default_factory=dict)
     errors: list[dict] = field(default_factory=list)
+    support_warnings: list[str] = field(default_factory=list)
     warnings: list[dict] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)
 

@@ -12,6 +12,7 @@ none of them may be called while a query that has retrieved is still being segme
 a cache folder; each has a bank of its own and encodes what it does not find there.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -31,7 +32,10 @@ from sam2sgp.support.items import CROPS, SupportItem
 from sam2sgp.support.pieces import LabelledVolumes
 from sam2sgp.support.sampler import SupportSampler
 from sam2sgp.support.tensor_store import TensorStore
+from sam2sgp.transforms.acquired import Acquired
 from sam2sgp.transforms.scaling import SupportScaling
+
+logger = logging.getLogger(__name__)
 
 # Up to this many classes are looked for in every image. Of more classes, an image is searched for those that one of the
 # most similar items holds, and for as many of those whose own items are the most similar.
@@ -194,6 +198,17 @@ class SupportBank:
         """Axes along which volumes are sliced, see `Geometry.slice_axis`; where it holds some of `group`, theirs."""
         return self._found.sliced_along(group)
 
+    def acquisitions(self, group: str | None = None) -> list[Acquired]:
+        """What DICOM headers say of how the images were acquired; where it holds cases of `group`, of these."""
+        return self._found.acquisitions(group)
+
+    def warn(self, sentences: Iterable[str]) -> None:
+        """Add to `warnings`, and log, what has been found out since the cases were read."""
+        for sentence in sentences:
+            if sentence not in self.warnings:
+                self.warnings.append(sentence)
+                logger.warning("%s", sentence)
+
     def of_patients(self, patients: Sequence[str]) -> "SupportBank":
         """A bank of the same items, in memory and not encoded, with other names of the patient of each."""
         return self._of([replace(item, patient=patient) for item, patient in zip(self.items, patients, strict=True)])
@@ -210,6 +225,7 @@ class SupportBank:
         What is known of the cases, as how they are scaled, stays right.
         """
         bank = copy(self)
+        bank.warnings = list(self.warnings)
         bank.encodings = encodings or Encodings(None, self.settings, self.encodings.batch_size, progress=False)
         bank._set(items, self.class_names)
         return bank

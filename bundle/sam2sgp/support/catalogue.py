@@ -9,7 +9,7 @@ memory.
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,20 @@ from torch import Tensor
 
 from sam2sgp.data.classes import check_label_values, complete_class_names
 from sam2sgp.data.coding import LabelCoding
+from sam2sgp.data.odd_values import CountedLabel, odd_values
 from sam2sgp.errors import DataError, cause_of
 from sam2sgp.progress import Bar
 from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, settings_fingerprint
 from sam2sgp.support.items import MAX_VALUE, CaseListing, Prepared, SupportItem, prepare_items
 from sam2sgp.support.tensor_store import TensorStore, checksum
 from sam2sgp.support.turned import how_turned
+from sam2sgp.transforms.acquired import Acquired, mixed_units
 from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
 
 logger = logging.getLogger(__name__)
 
 # Part of the keys of what is prepared and encoded: counted up when that changes by the code.
-VERSION = 9
+VERSION = 10
 CASE = "case"
 CASES_PER_LOOKUP = 256
 
@@ -42,6 +44,7 @@ class Found:
     items: the support items. class_names: by value, of all values found. errors: cases left out, dicts with `name`,
     `source` (path of the image) and `error`. contents: of all items, those over the limit too. scalings: name and group
     of each case, and how it was scaled. slice_axes: group of each volume, and the axis along which it is sliced.
+    acquired: group of each case, and what its DICOM header says.
     warnings: sentences on what may be wrong with cases that are used, or with all of them together.
     """
 
@@ -51,6 +54,7 @@ class Found:
     contents: set[str]
     scalings: list[tuple[str, str, Scaling]]
     slice_axes: list[tuple[str, int]]
+    acquired: list[tuple[str, Acquired]]
     warnings: list[str]
 
     def scaling(self, group: str | None = None) -> SupportScaling:
@@ -62,6 +66,11 @@ class Found:
         """The axes along which the volumes are sliced; where there are some of `group`, these."""
         of_group = {axis for of, axis in self.slice_axes if of == group}
         return of_group or {axis for _, axis in self.slice_axes}
+
+    def acquisitions(self, group: str | None = None) -> list[Acquired]:
+        """What DICOM headers say of the cases; where there are some of `group`, of these."""
+        of_group = [acquired for of, acquired in self.acquired if of == group]
+        return of_group or [acquired for _, acquired in self.acquired]
 
     def log_scalings(self) -> None:
         """Tell how the cases are scaled."""
@@ -171,14 +180,16 @@ class Catalogue:
         self._pixels = {content: pixels for content, pixels in self._pixels.items() if content in contents}
         scalings = [(entry.case["name"], entry.case["group"], entry.listing.scaling) for entry in found]
         axes = [(entry.case["group"], axis) for entry in found if (axis := entry.listing.slice_axis) is not None]
-        told = [*_turned(found), *_warnings(found)]
+        acquired = [(entry.case["group"], entry.listing.acquired) for entry in found]
+        told = [*_turned(found), *_odd_values(found, coding.named), *_mixed_units(found), *_warnings(found)]
         for sentence in told:
             if sentence not in self._told:
                 logger.warning("%s", sentence)
         self._told = set(told)
         of_scaling = [f"{name}: {sentence}" for name, _, scaling in scalings for sentence in scaling.warnings]
         warnings = [*told, *coding.warnings, *of_scaling]
-        return Found(items, complete_class_names(self.declared, values), errors, contents, scalings, axes, warnings)
+        names = complete_class_names(self.declared, values)
+        return Found(items, names, errors, contents, scalings, axes, acquired, warnings)
 
     def thumbnail(self, content: str) -> Tensor | None:
         """The thumbnail (H, W, 3) uint8 of the item with this content, if it is at hand.
@@ -349,18 +360,36 @@ class Catalogue:
         return Prepared.of_tensors(tensors)
 
 
-def _turned(found: Iterable[_Listed]) -> Iterator[str]:
-    """What may be wrong with all labels of a group together, a sentence each."""
+def _by_group(found: Iterable[_Listed]) -> dict[str | None, list[_Listed]]:
     by_group = defaultdict(list)
     for entry in found:
         by_group[entry.case["group"]].append(entry)
-    for entries in by_group.values():
+    return by_group
+
+
+def _turned(found: Iterable[_Listed]) -> Iterator[str]:
+    """Whether the labels of a group lie turned on their images, a sentence each."""
+    for entries in _by_group(found).values():
         turn = how_turned(entry.listing.fits for entry in entries)
         if turn:
             yield (
                 f"{_folder(entries[0].case)}: the outlines of the labels fit the images clearly better "
                 f"{turn} than as they are stored; look at some of them, and store them as their images are."
             )
+
+
+def _odd_values(found: Iterable[_Listed], named: Collection[int]) -> Iterator[str]:
+    """Values of each group that may be no classes; `named` are known to be some."""
+    for entries in _by_group(found).values():
+        known = {value for entry in entries for value in entry.case.get("named", ())}
+        labels = (CountedLabel(_label(entry.case), entry.listing.pixels, entry.listing.values) for entry in entries)
+        yield from odd_values(labels, known.union(named))
+
+
+def _mixed_units(found: Iterable[_Listed]) -> Iterator[str]:
+    for entries in _by_group(found).values():
+        if sentence := mixed_units(entry.listing.acquired for entry in entries):
+            yield f"{_folder(entries[0].case)}: {sentence}"
 
 
 def _warnings(found: Iterable[_Listed]) -> Iterator[str]:
@@ -374,6 +403,12 @@ def _folder(case: dict) -> str:
     """The folder of a case's label; the case's name where it has tensors instead."""
     label = case.get("label")
     return str(Path(label).parent) if isinstance(label, str | Path) else case["name"]
+
+
+def _label(case: dict) -> str:
+    """Path of a case's label; the case's name where it has tensors instead."""
+    label = case.get("label")
+    return str(label) if isinstance(label, str | Path) else case["name"]
 
 
 def _source(case: dict) -> str:

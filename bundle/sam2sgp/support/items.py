@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam2sgp.data.classes import values_in
+from sam2sgp.data.classes import pixels_by_value, values_in
 from sam2sgp.drawing import draw_overlay, to_display
 from sam2sgp.errors import ConfigError
 from sam2sgp.support.fingerprint import SOME_PARTS, ImageMeasures, tile_share
 from sam2sgp.support.turned import edge_fits
+from sam2sgp.transforms.acquired import Acquired
 from sam2sgp.transforms.array import Region, pixel_size
 from sam2sgp.transforms.parts import is_sparse, main_shares
 from sam2sgp.transforms.scaling import PERCENTILES, Scaling
@@ -109,10 +110,15 @@ class ItemInfo:
 
 @dataclass(frozen=True)
 class CaseListing:
-    """What a case has: class values found in its whole label, its items, how it was scaled, and of a volume for each
-    class value the share of its voxels that the largest connected part holds ({} of one labelled on single slices), and
-    the axis along which it is sliced, see `Geometry.slice_axis`. Of every case, how its label fits the image as it is
-    and turned, see `edge_fits`, and sentences on what may be wrong, but for those of the scaling."""
+    """What a case has.
+
+    values: in its whole label at the network's size, 0 too. items: its slices. scaling: how it was scaled.
+    main_shares: of a volume for each class value the share of its voxels that the largest connected part holds; {} of
+    one labelled on single slices. slice_axis: of a volume, along which it is sliced, see `Geometry.slice_axis`.
+    fits: how its label fits the image as it is and turned, see `edge_fits`. warnings: sentences on what may be wrong,
+    but for those of the scaling. pixels: of each class value at the label's own size. acquired: what a DICOM header
+    says.
+    """
 
     values: tuple[int, ...]
     items: tuple[ItemInfo, ...]
@@ -121,22 +127,24 @@ class CaseListing:
     slice_axis: int | None
     fits: dict[str, float]
     warnings: tuple[str, ...]
+    pixels: dict[int, int]
+    acquired: Acquired
 
     def to_json(self) -> bytes:
         rows = [[f.slice, f.holds, f.regions, f.tiles, f.measures.to_json()] for f in self.items]
         shares = list(self.main_shares.items())
-        about = [self.slice_axis, self.fits, self.warnings]
+        about = [self.slice_axis, self.fits, self.warnings, list(self.pixels.items()), asdict(self.acquired)]
         return json.dumps([self.values, rows, asdict(self.scaling), shares, *about]).encode()
 
     @classmethod
     def of_json(cls, text: bytes) -> "CaseListing":
-        values, rows, scaling, shares, slice_axis, fits, warnings = json.loads(text)
+        values, rows, scaling, shares, slice_axis, fits, warnings, pixels, acquired = json.loads(text)
         items = (
             ItemInfo(index, tuple(holds), tuple(regions), tuple(tiles), ImageMeasures.of_json(measures))
             for index, holds, regions, tiles, measures in rows
         )
         known = tuple(values), tuple(items), Scaling.of_dict(scaling), dict(shares)
-        return cls(*known, slice_axis, fits, tuple(warnings))
+        return cls(*known, slice_axis, fits, tuple(warnings), dict(pixels), Acquired(**acquired))
 
 
 @dataclass(eq=False)
@@ -236,6 +244,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
     shares = main_shares(case["label_full"].numpy(), MAX_VALUE) if volume and not sparse else {}
     slice_axis = case["geometry"].slice_axis if volume else None
     fits = edge_fits(case["image_full"].numpy(), case["label_full"].numpy())
+    pixels = pixels_by_value(case["label_full"].numpy())
     case = _in_windows(case)
     label = case["label"]
     flat = label.flatten(1)
@@ -258,7 +267,8 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
     ]
     scaling = case.get("scaling", AS_GIVEN)
     warnings = tuple(told for told in case.get("warnings", ()) if told not in scaling.warnings)
-    return CaseListing(tuple(values), tuple(infos), scaling, shares, slice_axis, fits, warnings), items
+    about = fits, warnings, pixels, case.get("acquired", Acquired())
+    return CaseListing(tuple(values), tuple(infos), scaling, shares, slice_axis, *about), items
 
 
 def choose_slices(areas: np.ndarray, count: int) -> list[int]:

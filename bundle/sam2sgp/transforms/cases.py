@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sam2sgp.data.io import image_stem
 from sam2sgp.data.io.geometry import Geometry
+from sam2sgp.transforms.acquired import Acquired
 from sam2sgp.transforms.array import Letterbox
 from sam2sgp.transforms.scaling import Scaling, SupportScaling
 
@@ -37,6 +38,9 @@ class Case(TypedDict):
 
     modality: NotRequired[str | None]
     """As a datalist states it, such as "CT"."""
+
+    named: NotRequired[list[int]]
+    """Class values whose names came with the label."""
 
     support_scaling: NotRequired[SupportScaling]
     """How the support set is scaled, which decides where nothing is stated of a case."""
@@ -84,6 +88,9 @@ class PreparedCase(TypedDict):
 
     stated_by: str
     """Who states the modality."""
+
+    acquired: Acquired
+    """What a DICOM header says of how it was acquired."""
 
     patient: NotRequired[str | None]
     """As listed."""

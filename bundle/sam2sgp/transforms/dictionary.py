@@ -3,7 +3,8 @@
 A case is a dict. `LoadCased` turns the path at `image` into slices and adds what the way back needs:
 
     image (Z, C, H, W) float32, label (Z, H, W) uint8, or int32 where a value is beyond 255, geometry, source (path of
-    the image), is_rgb, modality, stated_by (who states it) and warnings (sentences on what may be wrong with the image)
+    the image), is_rgb, modality, stated_by (who states it), acquired (what a DICOM header says) and warnings (sentences
+    on what may be wrong with the image)
 
 `ScaleIntensityByModalityd` adds `scaling`, which says how the image was scaled and why.
 """
@@ -37,6 +38,7 @@ from sam2sgp.data.io import (
     write_map,
 )
 from sam2sgp.errors import DataError
+from sam2sgp.transforms.acquired import Acquired
 from sam2sgp.transforms.array import Letterbox, Region, pixel_size
 from sam2sgp.transforms.parts import is_sparse
 from sam2sgp.transforms.scaling import (
@@ -92,6 +94,7 @@ class LoadCased(MapTransform):
             geometry=image.geometry,
             is_rgb=image.is_rgb,
             modality=listed if listed and is_ct(listed) is not None else image.modality or listed,
+            acquired=Acquired(image.modality, image.units),
             stated_by="datalist" if listed and is_ct(listed) is not None else "DICOM header",
             warnings=[*case.get("warnings", ()), *image.warnings],
         )

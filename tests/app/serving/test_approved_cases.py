@@ -100,6 +100,7 @@ def test_names_come_from_declarations_then_from_labels_then_from_values(studio, 
     cases.cases()
     assert cases.names([1, 2, 3]) == {1: "disc", 2: "class_2", 3: "ring"}
     assert cases.declared() == {}
+    assert [case["named"] for case in cases.cases()] == [[], [1, 3]]
     (made.studies / "labels.json").write_text(json.dumps({"1": "circle", "2": "ring"}))
     cases.cases()
     assert cases.names([1, 2, 3]) == {1: "circle", 2: "ring", 3: "ring (3)"}

@@ -73,7 +73,8 @@ def test_each_slice_is_rescaled_by_its_own_slope(tmp_path):
 @pytest.mark.parametrize("skip", [(2,), (1, 2, 3)])
 def test_missing_slice_is_an_error(tmp_path, skip):
     folder = write_series(tmp_path / "ct", np.zeros((8, 4, 4), np.uint16), skip=skip)
-    with pytest.raises(DataError, match=rf"ct: .*gap of {2.5 * (len(skip) + 1):.2f} mm.*missing"):
+    lacking = "a slice is missing" if len(skip) == 1 else f"{len(skip)} slices are missing"
+    with pytest.raises(DataError, match=rf"ct: .*gap of {2.5 * (len(skip) + 1):.2f} mm.*; {lacking}"):
         read_image(folder)
 
 

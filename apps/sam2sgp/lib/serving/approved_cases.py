@@ -134,7 +134,8 @@ class LabelledCases:
                 continue
             case = {"name": image_id, "image": image, "label": label, "patient": self.patient_of(image_id, info)}
             modality = info.get("Modality")
-            cases.append({**case, "group": None, **({"modality": modality} if modality else {})})
+            more = {"modality": modality} if modality else {}
+            cases.append({**case, "group": None, "named": sorted(_names_of([about])), **more})
             infos.append(about)
         if paths.keys() != pairs.keys():
             # What has gone is looked for again, for it may come back.

@@ -79,6 +79,7 @@ def read_dicom(path: Path, files: list[Path], limit: int | None = None) -> Grid:
         np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine,
         is_rgb=array.shape[3] == 3,
         modality=str(first.header.get("Modality") or "") or None,
+        units=str(first.header.get("Units") or "") or None,
         has_spacing=spacing is not None and not is_video,
         warnings=warnings,
     )
@@ -357,9 +358,10 @@ def _uneven(path: Path, order: list[_Slice], gaps: np.ndarray, usual: float, rou
     multiples = np.round(gaps / usual)
     is_multiple = np.abs(gaps - multiples * usual) <= multiples * (SLICE_GAP_TOLERANCE * usual + rounding)
     if is_multiple.all() and not (odd[1:] & odd[:-1]).any():
+        missing = round(float(multiples.sum())) - len(gaps)
+        lacking = "a slice is missing" if missing == 1 else f"{missing} slices are missing"
         return DataError(
-            f"{path}: expected slices {usual:.2f} mm apart, found {where}; a slice is missing: get the whole series "
-            "again."
+            f"{path}: expected slices {usual:.2f} mm apart, found {where}; {lacking}: get the whole series again."
         )
     return DataError(
         f"{path}: expected slices {usual:.2f} mm apart, found {where} (from {gaps.min():.2f} to {gaps.max():.2f} mm); "

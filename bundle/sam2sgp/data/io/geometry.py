@@ -101,6 +101,8 @@ class Grid:
     is_picture: bool = False
     is_rgb: bool = False
     modality: str | None = None
+    # Of the values, as a DICOM header says (PET): "BQML", "GML".
+    units: str | None = None
     # As in `Geometry`.
     has_spacing: bool = True
     affines: tuple[np.ndarray, ...] = ()

@@ -46,6 +46,7 @@ class MedicalImage:
         geometry: the way back to the file's grid.
         modality: the DICOM tag's value ("CT", "MR", "PT", "US", "CR", "DX"); None if the file doesn't say.
         is_rgb: a colour image, whose values lie in 0..255.
+        units: of the values, the DICOM tag's value ("BQML", "GML" in PET); None if the file doesn't say.
         path: of the file or series folder.
         warnings: sentences on what may be wrong with it.
     """
@@ -56,6 +57,7 @@ class MedicalImage:
     is_rgb: bool
     path: str
     warnings: list[str] = field(default_factory=list)
+    units: str | None = None
 
 
 def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> MedicalImage:
@@ -98,7 +100,7 @@ def read_image(path: str | os.PathLike, slice_axis: str | int = "auto") -> Medic
     if not grid.is_rgb:
         _darken_padding(array, grid.warnings, grid.modality == "CT")
     slices = np.ascontiguousarray(np.moveaxis(array, 3, 1))
-    return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path), grid.warnings)
+    return MedicalImage(slices, geometry, grid.modality, grid.is_rgb, str(path), grid.warnings, grid.units)
 
 
 def _darken_padding(array: np.ndarray, warnings: list[str], is_ct: bool) -> None:
