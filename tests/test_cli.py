@@ -69,6 +69,20 @@ def test_check_tells_the_dice_of_left_out_patients(phantoms, weights, tmp_path):
     assert {row["case"] for row in rows} <= {path.stem for path in (phantoms / "support" / "us" / "images").iterdir()}
 
 
+def test_check_names_labels_far_below_all_others(tmp_path, monkeypatch):
+    def measured(run_id, configs, settings, kept):
+        rows = [("a", "disc", 0.9), ("b", "disc", 0.8), ("c", "disc", 0.02), ("d", "disc", 0.9), ("e", "disc", 0.85)]
+        rows += [("a", "ring", 0.4), ("b", "ring", 0.0), ("f", "disc", None)]
+        (Path(settings["output_dir"]) / "evaluation").mkdir()
+        with (Path(settings["output_dir"]) / "evaluation" / "metrics.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("case", "class_name", "dice"), *rows])
+
+    monkeypatch.setattr(cli, "_run", measured)
+    output = call("check", tmp_path, "-o", tmp_path)
+    assert output.count("Far below all others") == 1
+    assert "Far below all others, so see whether the label is of its image: c." in output
+
+
 def test_check_names_no_file_that_is_gone_afterwards(phantoms, weights):
     output = call("check", phantoms / "support" / "us", "-w", weights, *SMALL)
     assert "disc: mean" in output and "With --output FOLDER" in output

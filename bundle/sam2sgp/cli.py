@@ -140,6 +140,8 @@ def check(
     device: Device = None,
 ) -> None:
     """Tell what to expect: segment each labelled image guided by those of the other patients, and measure Dice."""
+    from sam2sgp.evaluation.far_below import far_below
+
     with tempfile.TemporaryDirectory(prefix="sam2sgp-check-") as temporary:
         folder = Path(_absolute(output) if output else temporary)
         settings = {
@@ -165,6 +167,11 @@ def check(
                 f"  {name}: mean {statistics.mean(values):.3f}, median {statistics.median(values):.3f}, "
                 f"worst {worst:.3f} of {case} ({len(found)} images)"
             )
+            doubted = [found[number][1] for number in far_below(values)]
+            if doubted:
+                typer.echo(
+                    f"    Far below all others, so see whether the label is of its image: {', '.join(sorted(doubted))}."
+                )
         if output:
             typer.echo(f"Report: {folder / 'evaluation' / 'report.html'}")
         elif dice:

@@ -24,7 +24,7 @@ class Judge:
 
     def __call__(self, number, retrieved) -> Judgement:
         self.judged.append(number)
-        return Judgement(*(torch.tensor([float(number)]) for _ in range(4)))
+        return Judgement(*(torch.tensor([float(number)]) for _ in range(5)))
 
 
 class Mean(TaughtByItems[float]):
@@ -38,10 +38,12 @@ def test_an_item_is_judged_once_as_long_as_the_same_items_guide_it():
     assert items(judge, [0, 2]).found[:, 0].tolist() == [0.0, 2.0]
     items(judge, [2, 1])
     assert judge.judged == [0, 2, 1]
+    assert {number: found.size.item() for number, found in items.judged.items()} == {0: 0.0, 2: 2.0, 1: 1.0}
     support.version, support.guides = 1, [3, 0, 0, 2]
     items(judge, [0, 1, 2])
     assert judge.judged == [0, 2, 1, 2], "the one whose guide is another"
     items.forget()
+    assert items.judged == {}
     items(judge, [0])
     assert judge.judged[4:] == [0]
 
@@ -52,6 +54,7 @@ def test_what_was_known_two_versions_ago_is_forgotten():
     items(judge, [0, 1])
     for support.version in (1, 2):
         items(judge, [0])
+        assert list(items.judged) == [0]
     items(judge, [1])
     assert judge.judged == [0, 1, 1]
 

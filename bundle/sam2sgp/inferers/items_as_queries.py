@@ -21,13 +21,14 @@ class Judgement(NamedTuple):
     """What was found in an item, (C,) each, or in n items, (n, C) each.
 
     evidence: for the classes, see `sam2sgp.inferers.object_gate`. size: pixels of the class in the item. found: pixels
-    found. score: object score.
+    found. score: object score. overlap: pixels found that are of the class.
     """
 
     evidence: Tensor
     size: Tensor
     found: Tensor
     score: Tensor
+    overlap: Tensor
 
 
 # (number of an item, what guides it) -> judgement of it.
@@ -39,6 +40,9 @@ class ItemsAsQueries:
 
     Args:
         bank: the support bank. sampler: chooses the items that guide an item as a query.
+
+    Attributes:
+        judged: what is known of items of the bank as it was at the last call, by number.
     """
 
     def __init__(self, bank: SupportBank, sampler: SupportSampler) -> None:
@@ -49,6 +53,7 @@ class ItemsAsQueries:
     def forget(self) -> None:
         """Forget what was found, because the network has changed."""
         self._version: int | None = None
+        self.judged: dict[int, Judgement] = {}
         # Judgements by what they depend on: of this version of the bank, and of the one before.
         self._known: dict[tuple, Judgement] = {}
         self._known_before: dict[tuple, Judgement] = {}
@@ -59,6 +64,7 @@ class ItemsAsQueries:
         if self._version != bank.version:
             self._version = bank.version
             self._known, self._known_before = {}, self._known
+            self.judged = {}
         found = []
         for number in numbers:
             retrieved = bank.retrieve_for(number, self.sampler)
@@ -66,6 +72,7 @@ class ItemsAsQueries:
             key = bank.items[number].content, tuple(bank.class_values), *guides
             known = self._known.get(key) or self._known_before.get(key)
             self._known[key] = known or Judgement(*(values.cpu() for values in judge(number, retrieved)))
+            self.judged[number] = self._known[key]
             found.append(self._known[key])
         return Judgement(*map(torch.stack, zip(*found, strict=True)))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sam2sgp import distributed
 from sam2sgp.heap import give_back
 from sam2sgp.inferers.adapting import UsableAdaptation
+from sam2sgp.inferers.doubted_labels import doubted_labels
 from sam2sgp.inferers.items_as_queries import ItemsAsQueries, Judgement
 from sam2sgp.inferers.object_gate import ABSENT_LOGIT, ObjectGate, Thresholds, evidence_of, without_absent
 from sam2sgp.inferers.precision import autocast
@@ -243,10 +244,15 @@ class SupportSetInferer(Inferer):
     @torch.no_grad()
     def least_signs(self, network: SAM2SGP, group: str | None = None, step: Step | None = None) -> Tensor:
         """The object scores (C,) below which an image shows less sign of a class than any support image, on the CPU;
-        learned once from the encoded bank, see `LeastSigns`; `step` as of `thresholds`."""
+        learned once from the encoded bank, see `LeastSigns`; `step` as of `thresholds`.
+
+        Labels that what is found in their images contradicts are added to the bank's warnings.
+        """
         device = next(network.parameters()).device
         with autocast(device.type, self.settings.precision):
-            return self._signs(partial(self._judge, network, device, step or _no_step), group)
+            least = self._signs(partial(self._judge, network, device, step or _no_step), group)
+        self.bank.warn(doubted_labels(self._gate.items))
+        return least
 
     def _judge(
         self, network: SAM2SGP, device: torch.device, step: Step, number: int, retrieved: list[Retrieved]
@@ -256,8 +262,9 @@ class SupportSetInferer(Inferer):
         item = self.bank.items[number]
         image = to_three_channels(item.image.to(device, torch.float32))[None]
         output = self._segment(network, network.encode(image), retrieved)
-        size, found = (masks.flatten(1).sum(1) for masks in (self.bank.masks([item])[0] > 0, output.logits[0] > 0))
-        return Judgement(evidence_of(output)[0], size, found, output.object_score[0])
+        masks, found = self.bank.masks([item])[0] > 0, output.logits[0] > 0
+        size, of_found, overlap = (part.flatten(1).sum(1) for part in (masks, found, masks & found))
+        return Judgement(evidence_of(output)[0], size, of_found, output.object_score[0], overlap)
 
     def _encoded(self, inputs: Tensor, network: SAM2SGP, device: torch.device) -> Iterator[tuple[int, ImageFeatures]]:
         """Start and features of each batch."""

@@ -21,7 +21,7 @@ Tokens are stored under a fingerprint of the network, so a network never meets t
 import logging
 import threading
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,7 +88,7 @@ class SupportState:
         weights: name of the version that serves.
         scaling: how its images are scaled, which a query follows of which nothing is stated.
         adaptation: how the one of the weights stands to the labels; None: the weights serve as they are.
-        warnings: sentences on what may be wrong with the cases that are used.
+        warnings: sentences on what may be wrong with the cases that are used; requests may add to them.
     """
 
     items: tuple[SupportItem, ...]
@@ -100,7 +100,7 @@ class SupportState:
     weights: str
     scaling: SupportScaling = SupportScaling()
     adaptation: Standing | None = None
-    warnings: tuple[str, ...] = ()
+    warnings: Sequence[str] = ()
 
 
 class ServerSegmenter:
@@ -382,7 +382,7 @@ class ServerSegmenter:
             serving.version.name,
             bank.scaling(),
             serving.standing(),
-            tuple(bank.warnings),
+            bank.warnings,
         )
         for error in state.errors:
             if error not in before:
