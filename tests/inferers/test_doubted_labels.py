@@ -65,5 +65,12 @@ def test_a_label_that_overlaps_a_little_or_is_of_another_size_is_not(caplog, odd
     assert warnings_after_a_query([*(case(number) for number in range(5)), odd], caplog) == []
 
 
+def test_a_label_on_edges_is_of_its_image_though_something_else_is_found(caplog):
+    odd = case(5)
+    odd["image"][..., 4:6, 4:6] = odd["image_full"][..., 4:6, 4:6] = 0.45
+    odd["label"][:], odd["label"][:, 4:6, 4:6] = 0, 1
+    assert warnings_after_a_query([*(case(number) for number in range(5)), odd], caplog) == []
+
+
 def test_of_few_cases_none_is_told(caplog):
     assert warnings_after_a_query([*(case(number) for number in range(3)), case(5, labelled=5)], caplog) == []

@@ -40,7 +40,7 @@ def test_a_mirrored_item_is_another_one_with_everything_mirrored():
     regions = {1: (torch.rand(1, 3, 8, 8), torch.rand(1, 8, 8) > 0.5)}
     info = ItemInfo(None, (1,), (1,), (), ImageMeasures.of(label, False))
     prepared = Prepared(image, label, regions, {})
-    item = SupportItem("a", "content", "a.png", "p", "g", {}, info, {}, lambda: prepared)
+    item = SupportItem("a", "content", "a.png", "p", "g", {}, info, {}, None, lambda: prepared)
     mirrored = item.mirrored()
     assert mirrored.label.nonzero().tolist() == [[2, 6]] and torch.equal(mirrored.image, image.flip(-1))
     for found, given in zip(mirrored.regions[1], regions[1], strict=True):

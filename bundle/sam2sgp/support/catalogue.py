@@ -25,7 +25,7 @@ from sam2sgp.progress import Bar
 from sam2sgp.support.content import ATTEMPTS, FileHashes, digest_of, settings_fingerprint
 from sam2sgp.support.items import MAX_VALUE, CaseListing, Prepared, SupportItem, prepare_items
 from sam2sgp.support.tensor_store import TensorStore, checksum
-from sam2sgp.support.turned import how_turned
+from sam2sgp.support.turned import AS_STORED, how_turned
 from sam2sgp.transforms.acquired import Acquired, mixed_units
 from sam2sgp.transforms.scaling import Scaling, SupportScaling, agreed, is_open, log_scalings, scaling_hint
 
@@ -337,6 +337,7 @@ class Catalogue:
                     case=case,
                     info=info,
                     main_shares=entry.listing.main_shares,
+                    edge_fit=entry.listing.fits.get(AS_STORED),
                     load=load,
                 )
             )

@@ -159,6 +159,7 @@ class SupportItem:
         case: where it comes from, to be prepared again.
         info: its slice and classes.
         main_shares: of the case, if that is a volume, see `CaseListing`.
+        edge_fit: of the case's label as it is, see `sam2sgp.support.turned.edge_fits`; None without outlines.
         load: gives its pixels.
     """
 
@@ -170,6 +171,7 @@ class SupportItem:
     case: dict = field(repr=False)
     info: ItemInfo
     main_shares: dict[int, float]
+    edge_fit: float | None
     load: Callable[[], Prepared] = field(repr=False)
 
     @property
