@@ -140,8 +140,6 @@ def check(
     device: Device = None,
 ) -> None:
     """Tell what to expect: segment each labelled image guided by those of the other patients, and measure Dice."""
-    from sam2sgp.evaluation.far_below import far_below
-
     with tempfile.TemporaryDirectory(prefix="sam2sgp-check-") as temporary:
         folder = Path(_absolute(output) if output else temporary)
         settings = {
@@ -153,6 +151,8 @@ def check(
         settings |= _common(context, k, weights or BUNDLE / "models" / "model.pt", device, True, mirror=mirror)
         with suppress(SystemExit):  # images failed; they are told below, after the others
             _run("evaluating", ["train.json", *_overlay(backbone), "evaluate.json"], settings, kept=output is not None)
+        from sam2sgp.evaluation.far_below import far_below  # which brings PyTorch along, that `_run` says it loads
+
         dice: dict[str, list[tuple[float, str]]] = defaultdict(list)
         with (folder / "evaluation" / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))

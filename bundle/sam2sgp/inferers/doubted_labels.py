@@ -15,8 +15,8 @@ from sam2sgp.evaluation.far_below import far_below
 from sam2sgp.inferers.items_as_queries import ItemsAsQueries
 
 # A label whose outlines lie on edges of the image is of this image, though it may be of another object than what is
-# found. Of six public data sets of pictures, most labels that were put to another image fit worse than this, and nine of
-# ten fit better on their own.
+# found. Of six public data sets of pictures, most labels that were put to another image fit worse than this, and about
+# nine of ten fit better on their own.
 NO_EDGES = 0.62
 # What is found elsewhere is an object that the label may have missed only if it is about as large: up to so many times.
 LIKE_SIZE = 4.0
