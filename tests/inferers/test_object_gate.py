@@ -26,18 +26,26 @@ class Eager(StubNetwork):
         return SGPOutput(logits, logits, torch.zeros(batch, classes, 4), iou, torch.full((batch, classes), 3.0))
 
 
+def case(number: int, slices: int, present: range) -> dict:
+    """A volume, or a picture, that is bright, and labelled, on some slices."""
+    image, label = torch.zeros(slices, 3, SIZE, SIZE), torch.zeros(slices, SIZE, SIZE, dtype=torch.long)
+    image[present.start : present.stop] = 1 - 0.001 * number
+    label[present.start : present.stop, 2:6, 2:6] = 1
+    pixels = {"image": image, "image_full": image, "label": label, "label_full": label}
+    own = {"name": f"case{number}", "patient": f"p{number}", "group": "a"}
+    return {**own, **pixels, "geometry": SimpleNamespace(spacing=None, slice_axis=2)}
+
+
 def bank(patients: int, slices: int, present: range) -> SupportBank:
-    """Volumes that are bright, and labelled, on some slices."""
+    """A bank of such volumes."""
+    cases = [case(number, slices, present) for number in range(patients)]
+    return SupportBank(cases, lambda item: item, progress=False)
 
-    def case(number: int) -> dict:
-        image, label = torch.zeros(slices, 3, SIZE, SIZE), torch.zeros(slices, SIZE, SIZE, dtype=torch.long)
-        image[present.start : present.stop] = 1 - 0.001 * number
-        label[present.start : present.stop, 2:6, 2:6] = 1
-        pixels = {"image": image, "image_full": image, "label": label, "label_full": label}
-        own = {"name": f"case{number}", "patient": f"p{number}", "group": "a"}
-        return {**own, **pixels, "geometry": SimpleNamespace(spacing=None, slice_axis=2)}
 
-    return SupportBank([case(number) for number in range(patients)], lambda item: item, progress=False)
+def pictures(labelled: int, empty: int) -> SupportBank:
+    """A bank of bright pictures with the class and dark ones without."""
+    cases = [case(number, 1, range(1 if number < labelled else 0)) for number in range(labelled + empty)]
+    return SupportBank(cases, lambda item: item, progress=False)
 
 
 def shown(support: SupportBank, bright: list[bool] | list[float], volume: bool = True, **settings) -> list[bool]:
@@ -75,6 +83,14 @@ def test_slices_without_the_class_stay_empty_by_what_the_support_set_teaches(mem
     support = bank(3, 12, range(3, 7))
     assert shown(support, BRIGHT, volume_memory=memory) == BRIGHT
     assert all(shown(support, BRIGHT, volume_memory=memory, object_gate=False))
+
+
+def test_pictures_with_an_empty_label_teach_which_pictures_stay_empty():
+    assert shown(pictures(6, 5), [0.9, 0.0], volume=False) == [True, False]
+    assert shown(pictures(6, 5), [0.9, 0.0], volume=False, object_gate=False) == [True, True]
+    # Too few say nothing, and none of them guides.
+    assert shown(pictures(6, 4), [0.9, 0.0], volume=False) == [True, True]
+    assert pictures(6, 4).holds.sum() == 6
 
 
 def test_a_support_set_without_empty_slices_or_of_one_patient_teaches_nothing():

@@ -284,7 +284,7 @@ def test_a_limit_keeps_volumes_whole_but_for_the_last_and_reads_no_more():
 
 def test_a_support_set_without_objects_or_with_undeclared_values_is_refused():
     with pytest.raises(DataError, match="at least one object"):
-        bank([case(0, [])])
+        bank([case(0, []), case(1, [])])
     with pytest.raises(DataError, match="case0.png"):
         bank([case(0, [3])], class_names={1: "liver"})
 

@@ -3,7 +3,7 @@
 Evidence is SAM2's predicted IoU times the side of a square as large as what was found, each pixel counted by its
 certainty, times the square root of the odds by SAM2's object score. Together they tell images with the class from those
 without better than any of them does, but where to cut differs from task to task, and from patient to patient. So
-support items without the class, such as the slices beyond its end, are segmented like queries, each guided by other
+support items without the class, such as the slices beyond its end or pictures with an empty label, are segmented like queries, each guided by other
 patients, and so are items with the class. They teach two thresholds:
 
 - of a slice's share of the most evidence in its volume: what is beyond an object's end is told from the end by the

@@ -168,6 +168,9 @@ class Catalogue:
                     break
         found = self._agreed_on_scaling(found)
         items = [item for entry in found for item in self._items(entry)]
+        # What lacks all classes guides nothing, so it is of use beside others of its group only.
+        guided = {item.group for item in items if item.info.holds}
+        items = [item for item in items if item.group in guided]
         contents = {item.content for item in items}
         items = items[: self.max_items or None]
         if not items and not self.allow_empty:

@@ -23,7 +23,7 @@ from sam2sgp.transforms.parts import is_sparse, main_shares
 from sam2sgp.transforms.scaling import PERCENTILES, Scaling
 
 THUMBNAIL = 128
-# Slices without any class that are taken from a labelled volume.
+# Slices without any class that are taken from a volume.
 EMPTY_SLICES = 4
 # Tiles kept of an item for each class that is seen in tiles, see `fingerprint.tile_share`: those with most of it.
 MAX_TILES = 4
@@ -238,7 +238,8 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
             and `label_full`, geometry, and scaling where there was a choice.
         slices_per_class: slices taken from a volume for each class.
 
-    Slices much longer than wide are seen through windows, see `Region.windows`, which count as slices. Of a volume that
+    Some slices without any class are items, too, and so is a picture without any: they guide nothing, but show what an
+    image without the classes looks like, see `sam2sgp.inferers.object_gate`. Slices much longer than wide are seen through windows, see `Region.windows`, which count as slices. Of a volume that
     is labelled on single slices only, no slice counts as without a class, and nothing is known of its parts.
     """
     volume = len(case["label"]) > 1
@@ -255,8 +256,7 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
     for value in values:
         if value:
             chosen |= set(choose_slices((flat == value).sum(1).numpy(), slices_per_class))
-    if chosen and len(label) > 1 and not sparse:
-        # They guide nothing, but show what an image without any class looks like.
+    if not sparse:
         chosen |= set(choose_slices((flat == 0).all(1).numpy().astype(int), EMPTY_SLICES))
     measures = {index: ImageMeasures.of(case["label_full"][index], volume) for index in chosen}
     items = [
