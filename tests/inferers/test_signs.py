@@ -48,6 +48,13 @@ def inferer_of(cases: list[dict], network: Scoring) -> SupportSetInferer:
     return SupportSetInferer(support, InferenceSettings(SupportSampler(k=2), object_gate=False, region_below=0.0))
 
 
+def test_pictures_with_an_empty_label_take_no_place_among_those_that_tell_the_signs():
+    network = Scoring()
+    labelled = [case(number, 0.7 + 0.1 * number) for number in range(3)]
+    empty = [case(number, 0.2, ()) for number in range(3, 40)]
+    assert inferer_of(labelled + empty, network).least_signs(network).tolist() == pytest.approx([7 - MARGIN], abs=0.01)
+
+
 def test_an_image_with_less_sign_than_every_support_image_is_marked():
     network = Scoring()
     inferer = inferer_of([case(number, 0.7 + 0.1 * number) for number in range(3)], network)

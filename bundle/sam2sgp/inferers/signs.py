@@ -36,7 +36,10 @@ class LeastSigns(TaughtByItems[Tensor]):
         return torch.where(holds.sum(0) >= MIN_PATIENTS, lowest, least)
 
     def _chosen(self, members: list[int]) -> list[int]:
-        """The item of each patient with the most classes, the largest of these; an even choice of many patients."""
+        """The item of each patient with the most classes, the largest of these; an even choice of many patients.
+
+        Patients of whom no item has a class say nothing of its signs.
+        """
         bank = self.bank
         best: dict[str, tuple[int, float, int]] = {}
         for number in members:
@@ -44,7 +47,7 @@ class LeastSigns(TaughtByItems[Tensor]):
             area = sum(target.area_share for target in item.measures.targets.values())
             worth = int(bank.holds[number].sum()), area, -number
             best[item.patient] = max(best.get(item.patient, worth), worth)
-        numbers = sorted(-worth[-1] for worth in best.values())
+        numbers = sorted(-worth[-1] for worth in best.values() if worth[0])
         if len(numbers) < MIN_PATIENTS:
             return []
         places = torch.linspace(0, len(numbers) - 1, min(MAX_JUDGED, len(numbers))).round().long().tolist()
