@@ -73,9 +73,11 @@ def test_check_names_labels_far_below_all_others(tmp_path, monkeypatch):
     def measured(run_id, configs, settings, kept):
         rows = [("a", "disc", 0.9), ("b", "disc", 0.8), ("c", "disc", 0.02), ("d", "disc", 0.9), ("e", "disc", 0.85)]
         rows += [("a", "ring", 0.4), ("b", "ring", 0.0), ("f", "disc", None)]
+        # Something was found where the label is empty.
+        rows = [(*row, 50) for row in rows] + [("g", "disc", 0.0, 0)]
         (Path(settings["output_dir"]) / "evaluation").mkdir()
         with (Path(settings["output_dir"]) / "evaluation" / "metrics.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("case", "class_name", "dice"), *rows])
+            csv.writer(file).writerows([("case", "class_name", "dice", "truth_voxels"), *rows])
 
     monkeypatch.setattr(cli, "_run", measured)
     output = call("check", tmp_path, "-o", tmp_path)

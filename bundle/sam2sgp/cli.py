@@ -154,11 +154,15 @@ def check(
         from sam2sgp.evaluation.far_below import far_below  # which brings PyTorch along, that `_run` says it loads
 
         dice: dict[str, list[tuple[float, str]]] = defaultdict(list)
+        # Without images whose label has none of the class, in which a find has a Dice of 0.
+        of_labelled: dict[str, list[tuple[float, str]]] = defaultdict(list)
         with (folder / "evaluation" / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
             if row.get("dice"):
                 dice[row["class_name"]].append((float(row["dice"]), row["case"]))
+            if row.get("dice") and float(row["truth_voxels"]):
+                of_labelled[row["class_name"]].append((float(row["dice"]), row["case"]))
         if dice:
             typer.echo("\nDice of each labelled image, guided only by the other patients' images:")
         for name, found in dice.items():
@@ -167,7 +171,8 @@ def check(
                 f"  {name}: mean {statistics.mean(values):.3f}, median {statistics.median(values):.3f}, "
                 f"worst {worst:.3f} of {case} ({len(found)} images)"
             )
-            doubted = [found[number][1] for number in far_below(values)]
+            held = of_labelled[name]
+            doubted = [held[number][1] for number in far_below([value for value, _ in held])]
             if doubted:
                 typer.echo(
                     f"    Far below all others, so see whether the label is of its image: {', '.join(sorted(doubted))}."

@@ -105,3 +105,10 @@ def test_of_a_volume_that_is_too_long_both_ends_are_judged_in_turn(network):
         case = replace(run._cases()[0], slices=4, at_top=at_top)
         ends.append((run._prepare(case)["label"] > 0).flatten(1).any(1).tolist())
     assert ends == [[False, True, True, True], [True, True, True, False]]
+
+
+def test_pictures_with_an_empty_label_are_neither_judged_nor_counted(network):
+    empty = [phantom(number, ()) for number in range(3, 9)]
+    support = bank([*(phantom(number) for number in range(3)), *empty])
+    record = adapt(network, support, None, 2, progress=False).record
+    assert len(support) == 9 and (record.cases, record.judged, len(record.groups)) == (3, 3, 3)

@@ -17,8 +17,8 @@ def told(*labels: dict[int, int], named: tuple[int, ...] = (), seen: set[int] | 
 def test_a_value_of_one_label_only_is_told_with_file_pixels_and_remedy():
     [sentence] = told({1: 500}, {1: 400, 7: 90, 255: 60}, {1: 500}, {})
     assert sentence.startswith(
-        "1.png: each of the values 7 (90 pixels), 255 (60 pixels) is in none of the other 2 labels, and is taken as a "
-        "class of its own. If this is no class, set such pixels to 0"
+        "1.png: each of the values 7 (90 pixels), 255 (60 pixels) is in none of the other 2 labels with a class, "
+        "and is taken as a class of its own. If this is no class, set such pixels to 0"
     )
 
 

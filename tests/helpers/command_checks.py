@@ -6,6 +6,7 @@ Each check has the words of the command and the page that shows it, and asserts.
 import argparse
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -19,7 +20,6 @@ import monai.bundle
 from monai.bundle import ConfigParser
 from nbclient.cli import NbClientApp
 from packaging.requirements import Requirement
-from pip._internal.commands import create_command
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -30,6 +30,13 @@ from tests.e2e.programs import program
 from tests.helpers.doc_commands import ROOT, blocks, shell_lines, text_of
 
 GROUP = get_command(cli.app)
+# Reads a command line as pip does; in a process of its own, because importing pip puts another `distutils` in place.
+PIP_READ = """
+import json, sys
+from pip._internal.commands import create_command
+given, targets = create_command(sys.argv[1]).parse_args(sys.argv[2:])
+print(json.dumps([given.constraints, given.requirements, given.editables, targets]))
+"""
 PIP_GIVEN = re.compile(r"dist/sam2sgp-(?P<version>[\d.]+)-py3-none-any\.whl(\[app\])?")
 
 
@@ -155,10 +162,12 @@ def launcher(words: list[str], page: Path) -> None:
 def pip(words: list[str], page: Path) -> None:
     """What pip is asked for: files of the repository, its own wheel by its name, and requirements."""
     name, *rest = words[next(place for place, word in enumerate(words) if Path(word).name == "pip") + 1 :]
-    given, targets = create_command(name).parse_args(rest)
-    for file in (*given.constraints, *given.requirements):
+    read = subprocess.run([sys.executable, "-c", PIP_READ, name, *rest], capture_output=True, text=True, check=False)
+    assert read.returncode == 0, read.stderr
+    constraints, requirements, editables, targets = json.loads(read.stdout)
+    for file in (*constraints, *requirements):
         assert (ROOT / file).is_file(), file
-    assert set(given.editables) <= {"."}
+    assert set(editables) <= {"."}
     tested = (ROOT / "constraints.txt").read_text().splitlines()
     for target in targets:
         if "/" in target:

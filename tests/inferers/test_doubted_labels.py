@@ -74,3 +74,18 @@ def test_a_label_on_edges_is_of_its_image_though_something_else_is_found(caplog)
 
 def test_of_few_cases_none_is_told(caplog):
     assert warnings_after_a_query([*(case(number) for number in range(3)), case(5, labelled=5)], caplog) == []
+
+
+def test_after_labels_are_taken_away_those_that_are_left_are_looked_at():
+    network = Bright()
+    cases = [*(case(number, place=number % 3) for number in range(5)), case(5, place=0, labelled=5)]
+    support = SupportBank(cases, lambda item: item, {1: "square"}, progress=False)
+    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2), object_gate=False, region_below=0.0))
+    support.encode(network, torch.device("cpu"))
+    inferer.least_signs(network)
+    support.reconcile(cases)
+    assert len(support.warnings) == 1, "nothing has changed, so it stays"
+    # Too few patients are left for anything to be judged.
+    support.reconcile(cases[:2])
+    support.encode(network, torch.device("cpu"))
+    assert inferer.least_signs(network).tolist() == [-torch.inf] and support.warnings == []

@@ -9,8 +9,9 @@ from sam2sgp.inferers.items_as_queries import ItemsAsQueries, Judgement, TaughtB
 
 def bank() -> SimpleNamespace:
     """Four items of two groups, each guided by the one before."""
-    made = SimpleNamespace(version=0, class_values=[1], groups={"a": 0, "b": 1})
-    made.items = [SimpleNamespace(content=f"c{number}", group="aabb"[number]) for number in range(4)]
+    made = SimpleNamespace(version=0, class_values=[1])
+    info = SimpleNamespace(holds=(1,))
+    made.items = [SimpleNamespace(content=f"c{number}", group="aabb"[number], info=info) for number in range(4)]
     made.guides = [3, 0, 1, 2]
     made.retrieve_for = lambda number, sampler: [SimpleNamespace(value=1, index=torch.tensor([[made.guides[number]]]))]
     return made

@@ -88,8 +88,9 @@ def test_slices_without_the_class_stay_empty_by_what_the_support_set_teaches(mem
 def test_pictures_with_an_empty_label_teach_which_pictures_stay_empty():
     assert shown(pictures(6, 5), [0.9, 0.0], volume=False) == [True, False]
     assert shown(pictures(6, 5), [0.9, 0.0], volume=False, object_gate=False) == [True, True]
-    # Too few say nothing, and none of them guides.
+    # Too few of either kind say nothing, and none of those without guides.
     assert shown(pictures(6, 4), [0.9, 0.0], volume=False) == [True, True]
+    assert shown(pictures(2, 9), [0.9, 0.0], volume=False) == [True, True]
     assert pictures(6, 4).holds.sum() == 6
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sam2sgp.errors import DataError
-from sam2sgp.support import SupportBank
+from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support.catalogue import MAX_EMPTY
 from sam2sgp.transforms import cache_keys
 from tests.helpers import pairs
 from tests.helpers.pairs import (
@@ -154,3 +155,46 @@ def test_strays_of_a_class_are_told(folder):
     add_value(folder, "case0", 2, 1)
     [sentence] = bank(folder).warnings
     assert f"{folder / 'labels' / 'case0.nii'}: value 2 (1 pixel) is hardly there" in sentence
+
+
+def write_empty(folder, name: str) -> None:
+    """A case whose label is empty."""
+    write_case(folder, name, len(name))
+    path = folder / "labels" / f"{name}.nii"
+    nib.save(nib.Nifti1Image(np.zeros((48, 48, 1), np.uint8), np.eye(4)), path)
+    pairs.age(path)
+
+
+def test_pictures_with_an_empty_label_are_items_that_no_limit_counts(folder, place):
+    for number in range(40):
+        write_empty(folder, f"an_empty_one_{number:02}")
+    support = bank(folder, place, max_items=3)
+    holding = [bool(item.info.holds) for item in support.items]
+    assert sum(holding) == 3 and holding[:3] == 3 * [True] and not support.holds[3:].any()
+    support = bank(folder, place)
+    assert sum(bool(item.info.holds) for item in support.items) == COUNT and len(support) == COUNT + MAX_EMPTY
+
+
+def test_only_empty_labels_are_none_and_of_another_group_they_take_no_guidance_away(folder, place, net, tmp_path):
+    for number in range(2):
+        write_empty(tmp_path / "other", f"empty_{number}")
+    empty = [case | {"group": "other"} for case in data(tmp_path / "other")]
+    with pytest.raises(DataError, match="at least one object"):
+        bank(tmp_path / "other", place)
+    support = bank(folder, place)
+    # Twice, as the second time nothing is read.
+    for _ in range(2):
+        support.reconcile([*data(folder), *empty])
+        assert len(support) == COUNT + 2
+    support.encode(net)
+    assert support.retrieve_for(COUNT, SupportSampler(k=2)), "the labels of the first group guide it"
+
+
+def test_an_object_that_is_lost_at_the_networks_size_makes_no_empty_picture(folder, place):
+    write_case(folder, "tiny", 4)
+    label = np.zeros((480, 480, 1), np.uint8)
+    label[104, 104] = 1
+    for kind, array in (("images", np.random.default_rng(0).random(label.shape, np.float32)), ("labels", label)):
+        nib.save(nib.Nifti1Image(array, np.eye(4)), folder / kind / "tiny.nii")
+        pairs.age(folder / kind / "tiny.nii")
+    assert "tiny" not in [item.id for item in bank(folder, place).items]

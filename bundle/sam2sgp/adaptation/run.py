@@ -140,11 +140,11 @@ class AdaptationRun:
         return record, correctors if record.is_adapted else []
 
     def _cases(self) -> list[_Case]:
-        """Cases of the bank's items, of many an even choice."""
+        """Cases of the bank's items that hold a class, of many an even choice."""
         found: dict[int, _Case] = {}
         for number, item in enumerate(self.bank.items):
             found.setdefault(id(item.case), _Case(item.case, [])).items.append(number)
-        cases = list(found.values())
+        cases = [case for case in found.values() if any(self.bank.items[number].info.holds for number in case.items)]
         chosen = np.linspace(0, len(cases) - 1, min(MAX_CASES, len(cases))).round().astype(int)
         return [cases[number] for number in chosen]
 

@@ -46,8 +46,8 @@ def odd_values(labels: Iterable[CountedLabel], named: Collection[int] = ()) -> I
         >>> list(odd_values(labels))
         []
         >>> [sentence] = odd_values([*labels, CountedLabel("d.png", {1: 500, 7: 90}, {1, 7})])
-        >>> sentence[:60]
-        'd.png: value 7 (90 pixels) is in none of the other 3 labels,'
+        >>> sentence[:59]
+        'd.png: value 7 (90 pixels) is in none of the other 3 labels'
     """
     labels = [label for label in labels if label.pixels]
     holders: dict[int, list[CountedLabel]] = defaultdict(list)
@@ -74,8 +74,8 @@ def odd_values(labels: Iterable[CountedLabel], named: Collection[int] = ()) -> I
         for label in with_own if len(with_own) <= max(1, OWN_SHARE * len(labels)) else ():
             own = [value for value in lone if value in label.pixels]
             yield (
-                f"{label.path}: {_listed(own, label.pixels)} is in none of the other {len(labels) - 1} labels, and is "
-                f"taken as a class of its own. {REMEDY}"
+                f"{label.path}: {_listed(own, label.pixels)} is in none of the other {len(labels) - 1} labels with a "
+                f"class, and is taken as a class of its own. {REMEDY}"
             )
     for value in holders.keys() - set(lost) - set(few):
         yield from _strays(value, holders[value])

@@ -224,7 +224,7 @@ def _network_content(network: torch.nn.Module) -> list:
 
 def _bank_content(bank: SupportBank) -> list:
     items = [[item.id, item.content, item.patient, item.group] for item in bank.items]
-    # Labelled images without an object have no items, and queries are scaled like them too.
+    # Queries are scaled like labelled images without items, too.
     groups = [None, *sorted({case["group"] for case in bank.data})]
     scalings = [scaling_hint({"support_scaling": bank.scaling(group)}) for group in groups]
     return [bank.settings, sorted(bank.class_names.items()), items, scalings]

@@ -40,9 +40,6 @@ class ItemsAsQueries:
 
     Args:
         bank: the support bank. sampler: chooses the items that guide an item as a query.
-
-    Attributes:
-        judged: what is known of items of the bank as it was at the last call, by number.
     """
 
     def __init__(self, bank: SupportBank, sampler: SupportSampler) -> None:
@@ -53,10 +50,15 @@ class ItemsAsQueries:
     def forget(self) -> None:
         """Forget what was found, because the network has changed."""
         self._version: int | None = None
-        self.judged: dict[int, Judgement] = {}
+        self._judged: dict[int, Judgement] = {}
         # Judgements by what they depend on: of this version of the bank, and of the one before.
         self._known: dict[tuple, Judgement] = {}
         self._known_before: dict[tuple, Judgement] = {}
+
+    @property
+    def judged(self) -> dict[int, Judgement]:
+        """What is known of items of the bank as it is now, by number."""
+        return self._judged if self._version == self.bank.version else {}
 
     def __call__(self, judge: Judge, numbers: Sequence[int]) -> Judgement:
         """Judgements of some items, on the CPU."""
@@ -64,7 +66,7 @@ class ItemsAsQueries:
         if self._version != bank.version:
             self._version = bank.version
             self._known, self._known_before = {}, self._known
-            self.judged = {}
+            self._judged = {}
         found = []
         for number in numbers:
             retrieved = bank.retrieve_for(number, self.sampler)
@@ -72,7 +74,7 @@ class ItemsAsQueries:
             key = bank.items[number].content, tuple(bank.class_values), *guides
             known = self._known.get(key) or self._known_before.get(key)
             self._known[key] = known or Judgement(*(values.cpu() for values in judge(number, retrieved)))
-            self.judged[number] = self._known[key]
+            self._judged[number] = self._known[key]
             found.append(self._known[key])
         return Judgement(*map(torch.stack, zip(*found, strict=True)))
 
@@ -94,6 +96,7 @@ class TaughtByItems(ABC, Generic[Lesson]):
         """Forget what was learned, because the network has changed."""
         self.items.forget()
         self._learned: dict[str | None, Lesson] = {}
+        self._groups: set[str] = set()
         self._version: int | None = None
 
     def __call__(self, judge: Judge, group: str | None = None) -> Lesson:
@@ -101,12 +104,13 @@ class TaughtByItems(ABC, Generic[Lesson]):
 
         Args:
             judge: segments an item as a query.
-            group: where the bank holds items of this group, only those teach.
+            group: where the bank holds items of this group with a class, only those of this group teach.
         """
         bank = self.bank
         if self._version != bank.version:
             self._version, self._learned = bank.version, {}
-        group = group if group in bank.groups else None
+            self._groups = {item.group for item in bank.items if item.info.holds}
+        group = group if group in self._groups else None
         if group not in self._learned:
             members = [number for number, item in enumerate(bank.items) if group is None or item.group == group]
             self._learned[group] = self._learn(judge, members)

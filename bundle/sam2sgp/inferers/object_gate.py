@@ -3,8 +3,8 @@
 Evidence is SAM2's predicted IoU times the side of a square as large as what was found, each pixel counted by its
 certainty, times the square root of the odds by SAM2's object score. Together they tell images with the class from those
 without better than any of them does, but where to cut differs from task to task, and from patient to patient. So
-support items without the class, such as the slices beyond its end or pictures with an empty label, are segmented like queries, each guided by other
-patients, and so are items with the class. They teach two thresholds:
+support items without the class, such as the slices beyond its end or pictures with an empty label, are segmented like
+queries, each guided by other patients, and so are items with the class. They teach two thresholds:
 
 - of a slice's share of the most evidence in its volume: what is beyond an object's end is told from the end by the
   object's middle, however faint a patient is as a whole. Between two slices with more, a slice counts as these;
@@ -29,6 +29,8 @@ ABSENT_LOGIT = -10.0
 # Support items judged, about; and how many without the class it takes to learn a threshold.
 MAX_JUDGED = 64
 MIN_ABSENT = 5
+# And how many with it.
+MIN_PRESENT = 3
 # Evidence must order this share of the pairs of an image with and one without the class rightly (area under the ROC
 # curve); a slice of a volume with the class counts by its pixels of it.
 MIN_SEPARATION = 0.8
@@ -77,8 +79,9 @@ class ObjectGate(TaughtByItems[Thresholds]):
     def _learn(self, judge: Judge, members: list[int]) -> Thresholds:
         """Learn from some items as queries, each guided by other patients; of a volume all items are judged or none."""
         bank = self.bank
-        most_absent = int((~bank.holds[members]).sum(0).max())
-        if most_absent < MIN_ABSENT or len({bank.items[number].patient for number in members}) < 2:
+        present = bank.holds[members].sum(0)
+        enough = (present >= MIN_PRESENT) & (len(members) - present >= MIN_ABSENT)
+        if not enough.any() or len({bank.items[number].patient for number in members}) < 2:
             return Thresholds.none(len(bank.class_values))
         by_volume = defaultdict(list)
         for number in members:
@@ -143,7 +146,7 @@ def gate_threshold(evidence: Tensor, size: Tensor, found: Tensor, by_pixel: bool
             cut is. An object's ends, with few of its pixels, look much like what lies beyond; it is not lost with them.
     """
     absent = size == 0
-    if int(absent.sum()) < MIN_ABSENT or bool(absent.all()):
+    if int(absent.sum()) < MIN_ABSENT or int((~absent).sum()) < MIN_PRESENT:
         return -torch.inf
     higher = (evidence[~absent][:, None] > evidence[absent]).float().mean(1)
     weight = size[~absent].float() if by_pixel else torch.ones_like(higher)

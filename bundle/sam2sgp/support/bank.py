@@ -135,6 +135,9 @@ class SupportBank:
         self.data: list[dict] = []
         self.errors: list[dict] = []
         self.warnings: list[str] = []
+        # What was found out of the items since they were read, and what was logged of that.
+        self._found_out: list[str] = []
+        self._told: set[str] = set()
         self.items: list[SupportItem] = []
         self.class_names: dict[int, str] = {}
         self.reconcile(data)
@@ -182,10 +185,11 @@ class SupportBank:
         )
         if changes.added or changes.removed:
             found.log_scalings()
-        self.data, self.errors, self.warnings = list(data), found.errors, found.warnings
         self._found = found
         if _table(found.items) != _table(self.items) or found.class_names != self.class_names:
             self.version += 1
+            self._found_out = []
+        self.data, self.errors, self.warnings = list(data), found.errors, [*found.warnings, *self._found_out]
         self._set(found.items, found.class_names)
         self.encodings.keep_only(found.contents)
         return changes
@@ -207,6 +211,9 @@ class SupportBank:
         for sentence in sentences:
             if sentence not in self.warnings:
                 self.warnings.append(sentence)
+                self._found_out.append(sentence)
+            if sentence not in self._told:
+                self._told.add(sentence)
                 logger.warning("%s", sentence)
 
     def of_patients(self, patients: Sequence[str]) -> "SupportBank":
@@ -225,7 +232,7 @@ class SupportBank:
         What is known of the cases, as how they are scaled, stays right.
         """
         bank = copy(self)
-        bank.warnings = list(self.warnings)
+        bank.warnings, bank._found_out, bank._told = list(self.warnings), list(self._found_out), set(self._told)
         bank.encodings = encodings or Encodings(None, self.settings, self.encodings.batch_size, progress=False)
         bank._set(items, self.class_names)
         return bank
@@ -388,10 +395,10 @@ class SupportBank:
         return likely.scatter(1, torch.stack(best, 1).topk(FEW_CLASSES, 1).indices, True)
 
     def _allowed(self, patient: str | None, group: str | None) -> Tensor:
-        """(N,) bool: items of other patients, and of the group where there are such."""
+        """(N,) bool: items of other patients, and of the group where some of these hold a class."""
         allowed = self._patient_of != self.patients.get(patient, -1)
         of_group = allowed & (self._group_of == self.groups.get(group, -1))
-        return of_group if bool(of_group.any()) else allowed
+        return of_group if bool(self.holds[of_group].any()) else allowed
 
     def one_piece(self, patient: str | None = None, group: str | None = None) -> list[int]:
         """Values of the classes that each labelled volume shows in one piece, see `sam2sgp.support.pieces`.

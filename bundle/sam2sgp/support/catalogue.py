@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Part of the keys of what is prepared and encoded: counted up when that changes by the code.
 VERSION = 10
+# Cases without any class are kept up to this number, which is enough for `sam2sgp.inferers.object_gate`.
+MAX_EMPTY = 32
 CASE = "case"
 CASES_PER_LOOKUP = 256
 
@@ -102,7 +104,8 @@ class Catalogue:
         store: where prepared items and what is known of cases are kept; None: in memory.
         declared: names of classes by value.
         slices_per_class: slices taken from each volume for each class.
-        max_items: keep at most this many items, of cases in an order drawn with `seed`; None keeps all.
+        max_items: keep at most this many items of cases that hold a class, in an order drawn with `seed`; None keeps
+            all.
         seed: of that choice.
         progress: show a bar.
         skip_errors: leave out cases that can't be used; otherwise the first one raises.
@@ -162,17 +165,15 @@ class Catalogue:
                     errors.append({"name": entry.case["name"], "source": _source(entry.case), "error": entry.error})
                     continue
                 found.append(entry)
-                count += len(entry.listing.items)
+                if any(info.holds for info in entry.listing.items):
+                    count += len(entry.listing.items)
                 values |= {value for value in entry.listing.values if value}
                 if self.max_items and count >= self.max_items:
                     break
         found = self._agreed_on_scaling(found)
         items = [item for entry in found for item in self._items(entry)]
-        # What lacks all classes guides nothing, so it is of use beside others of its group only.
-        guided = {item.group for item in items if item.info.holds}
-        items = [item for item in items if item.group in guided]
         contents = {item.content for item in items}
-        items = items[: self.max_items or None]
+        items = _limited(items, self.max_items)
         if not items and not self.allow_empty:
             where = Path(data[0]["label"]).parent if data else "the support set"
             raise DataError(
@@ -362,6 +363,18 @@ class Catalogue:
                 "`reconcile` with the present cases."
             )
         return Prepared.of_tensors(tensors)
+
+
+def _limited(items: list[SupportItem], most: int | None) -> list[SupportItem]:
+    """The first items of cases that hold a class, at most so many; behind them those of cases that hold none, which
+    guide nothing, and so are of use only beside others."""
+    holding = {item.source for item in items if item.info.holds}
+    guiding = [item for item in items if item.source in holding][: most or None]
+    if not guiding:
+        return []
+    empty = [item for item in items if item.source not in holding]
+    kept = set(list(dict.fromkeys(item.source for item in empty))[:MAX_EMPTY])
+    return guiding + [item for item in empty if item.source in kept]
 
 
 def _by_group(found: Iterable[_Listed]) -> dict[str | None, list[_Listed]]:

@@ -239,7 +239,9 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
         slices_per_class: slices taken from a volume for each class.
 
     Some slices without any class are items, too, and so is a picture without any: they guide nothing, but show what an
-    image without the classes looks like, see `sam2sgp.inferers.object_gate`. Slices much longer than wide are seen through windows, see `Region.windows`, which count as slices. Of a volume that
+    image without the classes looks like, see `sam2sgp.inferers.object_gate`.
+
+    Slices much longer than wide are seen through windows, see `Region.windows`, which count as slices. Of a volume that
     is labelled on single slices only, no slice counts as without a class, and nothing is known of its parts.
     """
     volume = len(case["label"]) > 1
@@ -257,7 +259,9 @@ def prepare_items(case: dict, slices_per_class: int) -> tuple[CaseListing, list[
         if value:
             chosen |= set(choose_slices((flat == value).sum(1).numpy(), slices_per_class))
     if not sparse:
-        chosen |= set(choose_slices((flat == 0).all(1).numpy().astype(int), EMPTY_SLICES))
+        # An object may be too small to be left at the network's size.
+        empty = (case["label_full"] == 0).flatten(1).all(1)
+        chosen |= set(choose_slices(empty.numpy().astype(int), EMPTY_SLICES))
     measures = {index: ImageMeasures.of(case["label_full"][index], volume) for index in chosen}
     items = [
         Prepared(case["image"][index].half(), label[index].to(torch.uint8), **_crops(case, index, measures[index]))

@@ -74,7 +74,7 @@ def routes_of_the_app(tmp_path, monkeypatch, datastore) -> set[str]:
         progress_file=tmp_path / "progress.jsonl",
         value=lambda key: SCALE,
     )
-    nothing = SimpleNamespace(ending=None, refresh=lambda: None, stats=dict)
+    nothing = SimpleNamespace(ending=None, refresh=lambda: None, stats=dict, underway=None)
     app.segmenter, app.cases, app.usage = nothing, SimpleNamespace(prepare=lambda seconds: None), None
     app._trainers = {main.FINE_TUNING: nothing}
 

@@ -156,7 +156,8 @@ def by_archive(source: Path, folder: Path) -> str:
     with fake_archive() as fake:
         files = sorted(source.iterdir()) if source.is_dir() else [source]
         fake.files = [file.read_bytes() for file in files]
-        fake.series = [series_entry("1.5", instances=len(files))]
+        held = {pydicom.dcmread(file, stop_before_pixels=True, force=True).SOPInstanceUID for file in files}
+        fake.series = [series_entry("1.5", instances=len(held))]
         datastore = DicomWebDatastore(fake.address, folder / "archive", LIMIT, expiry=0.0, silence=10.0, patience=10.0)
         return datastore.get_image_uri("1.5")
 
