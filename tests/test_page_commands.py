@@ -135,7 +135,7 @@ ELSEWHERE = [
     Elsewhere(r"du -sh \.venv", "takes what make setup makes", checks.nothing),
     Elsewhere(r"cd bundle", "the runs below it are started there", checks.place),
     # Words that only look like a command.
-    Elsewhere(r"sam2sgp (segment|check)|pip install|python -m monai\.bundle( run)?", "a command's name", checks.nothing),
+    Elsewhere(r"sam2sgp (segment|check)|pip install|python -m monai\.bundle( run)?", "a name", checks.nothing),
     Elsewhere(r"python -P -m lib\.tasks\.worker <method>", "started by the app", checks.module),
     Elsewhere(r"--k 4 .*", "the end of a command", checks.option),
     Elsewhere(r"kill -9|query key: trian", "a signal; a message", checks.nothing),
