@@ -88,9 +88,11 @@ def segment(server, folder: Path) -> tuple[str, set[str], bytes]:
 
 def wait_for_weights(server, folder: Path, name: str, until_then: tuple) -> tuple:
     """The first answer with other weights; all before it are as they were until then."""
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + PATIENCE
     while (found := segment(server, folder))[0] != name:
         assert found == until_then and time.monotonic() < limit
+        # Tokens are made between requests.
+        time.sleep(0.2)
     return found
 
 
