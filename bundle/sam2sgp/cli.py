@@ -153,25 +153,22 @@ def check(
             _run("evaluating", ["train.json", *_overlay(backbone), "evaluate.json"], settings, kept=output is not None)
         from sam2sgp.evaluation.far_below import far_below  # which brings PyTorch along, that `_run` says it loads
 
-        dice: dict[str, list[tuple[float, str]]] = defaultdict(list)
-        # Without images whose label has none of the class, in which a find has a Dice of 0.
-        of_labelled: dict[str, list[tuple[float, str]]] = defaultdict(list)
+        # Dice by class, the image's name, and whether its label has the class: where not, a find has a Dice of 0.
+        dice: dict[str, list[tuple[float, str, bool]]] = defaultdict(list)
         with (folder / "evaluation" / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
             if row.get("dice"):
-                dice[row["class_name"]].append((float(row["dice"]), row["case"]))
-            if row.get("dice") and float(row["truth_voxels"]):
-                of_labelled[row["class_name"]].append((float(row["dice"]), row["case"]))
+                dice[row["class_name"]].append((float(row["dice"]), row["case"], float(row["truth_voxels"]) > 0))
         if dice:
             typer.echo("\nDice of each labelled image, guided only by the other patients' images:")
         for name, found in dice.items():
-            values, (worst, case) = [value for value, _ in found], min(found)
+            values, (worst, case, _) = [value for value, *_ in found], min(found)
             typer.echo(
                 f"  {name}: mean {statistics.mean(values):.3f}, median {statistics.median(values):.3f}, "
                 f"worst {worst:.3f} of {case} ({len(found)} images)"
             )
-            held = of_labelled[name]
+            held = [(value, image) for value, image, holds in found if holds]
             doubted = [held[number][1] for number in far_below([value for value, _ in held])]
             if doubted:
                 typer.echo(

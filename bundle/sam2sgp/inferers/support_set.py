@@ -90,6 +90,8 @@ class SupportSetInferer(Inferer):
         self.second_pass = SecondPass(self.bank, self.settings, self.query_cache)
         self._familiarity: Familiarity | None = None
         self._mirrored: SupportSetInferer | None = None
+        # The version of the bank whose labels were doubted or not, and of how many items that was known.
+        self._doubted: tuple[int, int] | None = None
         # Versions of the bank when these were made.
         self._version = self._mirrored_version = 0
 
@@ -99,6 +101,7 @@ class SupportSetInferer(Inferer):
         self.adaptation = None
         self._gate.forget()
         self._signs.forget()
+        self._doubted = None
 
     def guided_by(self, bank: SupportBank, settings: InferenceSettings | None = None) -> "SupportSetInferer":
         """The same settings, or others, with another bank, and without an adaptation."""
@@ -251,7 +254,10 @@ class SupportSetInferer(Inferer):
         device = next(network.parameters()).device
         with autocast(device.type, self.settings.precision):
             least = self._signs(partial(self._judge, network, device, step or _no_step), group)
-        self.bank.warn(doubted_labels(self._gate.items))
+        items = self._gate.items
+        if (judged := (self.bank.version, len(items.judged))) != self._doubted:
+            self._doubted = judged
+            self.bank.warn(doubted_labels(items))
         return least
 
     def _judge(
