@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from ignite.engine import Events
+from monai.bundle import ConfigParser
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from monai.fl.utils.exchange_object import ExchangeObject
@@ -14,8 +15,10 @@ from sam2sgp.errors import ConfigError
 from sam2sgp.federated import TrainableWeights
 from sam2sgp.networks import SAM2SGP
 from tests.helpers.bundle_runs import BUNDLE, SMALL
+from tests.helpers.doc_commands import ROOT
 
-CONFIGS = [f"configs/{name}.json" for name in ("train", "finetune", "federated")]
+OVERLAYS = ("finetune", "federated")
+CONFIGS = [f"configs/{name}.json" for name in ("train", *OVERLAYS)]
 # evaluate.json first: finetune.json says which weights the frozen part has.
 EVALUATION = [f"configs/{name}.json" for name in ("train", "evaluate", "finetune", "federated")]
 ROUNDS = 2
@@ -114,6 +117,18 @@ def test_weight_differences_are_of_what_is_trained(tmp_path, monkeypatch):
     assert sent.keys() == trained.keys()
     assert all(torch.equal(value, trained[name].detach() - start[name]) for name, value in sent.items())
     algo.finalize()
+
+
+@pytest.mark.parametrize("overlays", [[], ["backbones/base_plus"]])
+def test_a_client_sends_as_many_megabytes_as_the_page_tells_with_and_without_the_filter(overlays):
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / "configs" / f"{name}.json") for name in ("train", *overlays, *OVERLAYS)])
+    # As `MonaiAlgo.get_weights` sends it, before and after the filters.
+    whole = parser.get_parsed_content("network_def").state_dict()
+    (keep,) = parser.get_parsed_content("post_weight_filters")
+    sent = keep(ExchangeObject(dict(whole))).weights
+    sizes = [sum(value.nbytes for value in weights.values()) / 1e6 for weights in (sent, whole)]
+    assert "{:.1f} MB instead of {:.1f} MB".format(*sizes) in (ROOT / "docs/federated.md").read_text()
 
 
 def test_a_filter_of_another_network_says_so():

@@ -19,10 +19,12 @@ MEASURED = {
     "apps/sam2sgp/README.md": ["The review page", "Training", "Which image next", "When something goes wrong", "Speed"],
     "docs/install.md": ["How long it takes"],
     "docs/security.md": ["Files", "Decisions"],
+    "docs/federated.md": ["What is exchanged"],
 }
 # Dice and its like with three digits, and numbers with a unit of time, memory or share; in words, not in code.
 FIGURE = re.compile(r"(?<![\w.])(?:[+−-]?0\.\d{2,}|\d+(?:[.,]\d+)* (?:s|ms|minutes|GB|MB|MiB|%)(?!\w))")
-SCRIPT = re.compile(r"benchmarks/\w+\.py")
+# A benchmark, or a test that compares the page with what it counts.
+SCRIPT = re.compile(r"(?:benchmarks|tests)/\w+\.py")
 # A command that stands in a part of the page before, or on the page of results.
 AGAIN = re.compile(r"\bsame command\b|\bfirst table's command\b|\bcommand of \[")
 ON_RESULTS = re.compile(r"\]\([\w./]*results\.md(#[\w-]+)?\)")
@@ -71,7 +73,7 @@ def test_what_was_measured_names_its_script_and_the_date(page, heading, part):
     told = f"{page}, {heading}: {', '.join(figures(part)[:5])} …"
     has_link = page == "README.md" and ON_RESULTS.search(part)
     has_command = SCRIPT.search(part) or AGAIN.search(part) or BY_HAND.get(page, "\0") in part
-    assert has_command or has_link, f"{told}: name the script of benchmarks/ that gives them"
+    assert has_command or has_link, f"{told}: name the script of benchmarks/, or the test, that gives them"
     assert DATE.search(part) or has_link, f"{told}: say when"
 
 
