@@ -33,7 +33,7 @@ TASKS = {
     "region_probability",
     "crop_probability",
 }
-REHEARSAL = TASKS | {f"train::dataset::{name}" for name in TASKS | {"size", "fewest_patients"}}
+REHEARSAL = TASKS | {f"train::dataset::{name}" for name in ("size", "fewest_patients", "shares")}
 PRETRAINING = TASKS | {
     "held_out",
     "frozen_levels",

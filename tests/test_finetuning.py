@@ -48,7 +48,7 @@ def test_finetuning_rehearses_tasks_of_pretraining_and_leaves_the_support_set_as
     parser.update({**SMALL, "dataset_dir": str(phantoms), "output_dir": str(tmp_path), "model_file": str(EMBEDDED)})
     data = parser.get_parsed_content("train::dataset")
     assert isinstance(data, PretrainingDataset) and data.fewest_patients == 2
-    assert sum(data.shares[:3]) == pytest.approx(0.35) and data.region_probability == 0.25
+    assert sum(data.share_of_kind[:3]) == pytest.approx(0.35) and data.shares.region_probability == 0.25
     side = parser.get_parsed_content("image_size")
     assert data[0]["image"].shape[-2:] == (side, side)
     assert parser.get_parsed_content("support_bank").items[0].image.shape[-2:] == (side, side)

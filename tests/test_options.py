@@ -85,7 +85,7 @@ def test_every_described_setting_is_in_some_config_and_every_documented_one_is_d
         (INFERENCE, {"retrieval": "similar"}, "--retrieval: expected similarity or random.*Did you mean similarity?"),
         (INFERENCE, {"precision": "FP16"}, "--precision: .*Did you mean fp16?"),
         (INFERENCE, {"dataset::dta": 1}, "--dataset::dta: .*QueryDataset has no such argument; did you mean .*::data?"),
-        (("train.json",), {"train::dataset::group_sise": 1}, "did you mean --train::dataset::group_size?"),
+        (("train.json",), {"train::dataset::settings::group_sise": 1}, "did you mean --.*::group_size?"),
         (INFERENCE, {"inferer::settings::batch_size": "8"}, "::batch_size: expected a whole number, found '8'"),
         (INFERENCE, {"inferer::settings::object_gate": "no"}, "::object_gate: expected True or False, found 'no'"),
         (INFERENCE, {"evaluator::probability": 1}, "--evaluator::probability: expected True or False, found 1"),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sam2sgp.data import load_datalist
 from sam2sgp.data.coding import LabelCoding
-from sam2sgp.episodes import EpisodeDataset
+from sam2sgp.episodes import EpisodeDataset, EpisodeSettings
 from sam2sgp.errors import DataError
 from sam2sgp.support import SupportBank
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
@@ -37,7 +37,7 @@ def test_masks_of_1_and_of_255_in_one_data_set_are_refused_with_both_names(mixed
     with pytest.raises(DataError, match="c1.nii.gz.*found 255 here and 1 in .*c0.nii.gz"):
         SupportBank(data, transform, progress=False)
     with pytest.raises(DataError, match="c1.nii.gz.*found 255 here and 1 in .*c0.nii.gz"):
-        EpisodeDataset(data, transform, mixed / "cache", 1, clip_probability=0.0, progress=False)
+        EpisodeDataset(data, transform, mixed / "cache", 1, EpisodeSettings(clip_probability=0.0), progress=False)
     bank = SupportBank(data, transform, {1: "liver", 255: "lesion"}, progress=False)
     assert bank.class_values == [1, 255]
 

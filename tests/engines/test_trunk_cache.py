@@ -8,7 +8,7 @@ from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 from sam2sgp.data import load_datalist
 from sam2sgp.data.phantom import make_phantoms
 from sam2sgp.engines import CachedFeatures, PrepareEpisodes, SGPLoss
-from sam2sgp.episodes import EpisodeDataset
+from sam2sgp.episodes import Augmentation, EpisodeDataset, EpisodeSettings
 from sam2sgp.errors import ConfigError
 from sam2sgp.networks import SAM2SGP
 from sam2sgp.support import EpisodeSupportSampler
@@ -22,16 +22,17 @@ def folder(tmp_path_factory):
     return make_phantoms(tmp_path_factory.mktemp("data") / "set", 4, (64, 64), 6, modalities=["us"], progress=False)
 
 
-def dataset(folder, cache, **settings) -> EpisodeDataset:
+def dataset(folder, cache, augmentation: Augmentation | None = None) -> EpisodeDataset:
     keys = ["image", "label"]
     prepare = Compose([LoadCased(keys), ScaleIntensityByModalityd("image"), FitToSquared(keys, size=SIZE)])
     data = load_datalist(folder)
-    return EpisodeDataset(data, prepare, str(cache), 8, 4, clip_probability=0.0, progress=False, **settings)
+    settings = EpisodeSettings(group_size=4, clip_probability=0.0)
+    return EpisodeDataset(data, prepare, str(cache), 8, settings, augmentation or Augmentation(), progress=False)
 
 
-def augmentations() -> dict:
+def augmentation(variants: int | None = None) -> Augmentation:
     flip, noise = RandFlipd(["image", "label"], 0.5, 1), RandGaussianNoised("image", 0.5, std=0.1)
-    return {"task_augmentation": Compose([flip]), "augmentation": Compose([noise])}
+    return Augmentation(Compose([flip]), Compose([noise]), variants)
 
 
 def network(**settings) -> SAM2SGP:
@@ -94,12 +95,12 @@ def test_a_trained_encoder_or_images_that_never_repeat_are_errors(folder, tmp_pa
         with pytest.raises(ConfigError, match="freeze_encoder"):
             CachedFeatures(network(**settings), data, tmp_path, 64)
     with pytest.raises(ConfigError, match="augmentation_variants"):
-        CachedFeatures(network(), dataset(folder, tmp_path / "cases", **augmentations()), tmp_path, 64)
+        CachedFeatures(network(), dataset(folder, tmp_path / "cases", augmentation()), tmp_path, 64)
 
 
 def test_a_slice_comes_in_as_many_forms_as_there_are_variants(folder, tmp_path):
-    def forms(**settings) -> dict:
-        data = dataset(folder, tmp_path / "cases", **augmentations(), **settings)
+    def forms(variants: int | None = None) -> dict:
+        data = dataset(folder, tmp_path / "cases", augmentation(variants))
         seen: dict = {}
         for index in range(40):
             drawn = data._pairs
@@ -111,8 +112,6 @@ def test_a_slice_comes_in_as_many_forms_as_there_are_variants(folder, tmp_path):
                 seen.setdefault((place.case, place.slice), set()).add(image.numpy().tobytes())
         return {place: len(images) for place, images in seen.items()}
 
-    limited, free = forms(augmentation_variants=2), forms()
+    limited, free = forms(variants=2), forms()
     assert max(limited.values()) == 2
     assert max(free.values()) > 4
-    with pytest.raises(ConfigError, match="augmentation_variants"):
-        dataset(folder, tmp_path / "cases", augmentation_variants=0)

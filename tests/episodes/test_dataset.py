@@ -1,8 +1,5 @@
 """Training episodes."""
 
-import inspect
-import json
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -13,10 +10,9 @@ from torch.utils.data import BatchSampler
 
 from sam2sgp import distributed
 from sam2sgp.data import load_datalist
-from sam2sgp.episodes import EpisodeDataset, EpisodeSampler
-from sam2sgp.errors import ConfigError, DataError
+from sam2sgp.episodes import Augmentation, EpisodeDataset, EpisodeSampler, EpisodeSettings
+from sam2sgp.errors import DataError
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
-from tests.helpers.bundle_runs import CONFIGS
 
 SIZE = 32
 
@@ -38,11 +34,12 @@ def folder(tmp_path_factory):
     return root
 
 
-def episodes(folder, tmp_path, **settings) -> EpisodeDataset:
+def episodes(folder, tmp_path, augmentation: Augmentation | None = None, seed=0, **settings) -> EpisodeDataset:
     transform = Compose([LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=SIZE)])
-    defaults = {"episodes": 20, "group_size": 4, "invert_probability": 0.0, "union_probability": 0.0}
-    settings = {**defaults, "clip_probability": 0.0, "progress": False, **settings}
-    return EpisodeDataset(load_datalist(folder), transform, str(tmp_path / "cache"), **settings)
+    defaults = {"group_size": 4, "invert_probability": 0.0, "union_probability": 0.0, "clip_probability": 0.0}
+    drawn = EpisodeSettings(**defaults | settings)
+    data, changes, cache = load_datalist(folder), augmentation or Augmentation(), str(tmp_path / "cache")
+    return EpisodeDataset(data, transform, cache, 20, drawn, changes, seed=seed, progress=False)
 
 
 def test_an_episode_holds_one_target_in_images_of_several_patients(folder, tmp_path):
@@ -62,7 +59,8 @@ def test_an_episode_holds_one_target_in_images_of_several_patients(folder, tmp_p
 
 
 def test_episodes_depend_on_seed_and_number_alone(folder, tmp_path):
-    augmentation = Compose([RandFlipd(["image", "label"], prob=0.5), RandGaussianNoised("image", prob=0.5)])
+    changes = Compose([RandFlipd(["image", "label"], prob=0.5), RandGaussianNoised("image", prob=0.5)])
+    augmentation = Augmentation(image=changes)
     first = episodes(folder, tmp_path, augmentation=augmentation, seed=3)
     second = episodes(folder, tmp_path, augmentation=augmentation, seed=3)
     expected = [first[i] for i in (7, 2)]
@@ -75,8 +73,8 @@ def test_episodes_depend_on_seed_and_number_alone(folder, tmp_path):
 
 def test_task_augmentation_is_the_same_for_all_images_of_an_episode(folder, tmp_path):
     flip = Compose([RandFlipd(["image", "label"], prob=0.5, spatial_axis=1)])
-    together = episodes(folder, tmp_path, task_augmentation=flip, empty_fraction=0.0)
-    apart = episodes(folder, tmp_path, augmentation=flip, empty_fraction=0.0)
+    together = episodes(folder, tmp_path, augmentation=Augmentation(task=flip), empty_fraction=0.0)
+    apart = episodes(folder, tmp_path, augmentation=Augmentation(image=flip), empty_fraction=0.0)
 
     def sides(dataset):
         labels = [dataset[i]["label"][..., : SIZE // 2].flatten(1).amax(1) for i in range(20)]
@@ -131,7 +129,7 @@ def test_one_patient_is_not_enough(folder, tmp_path):
     transform = Compose([LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=SIZE)])
     data = [{**case, "patient": "same"} for case in load_datalist(folder)]
     with pytest.raises(DataError, match="two patients"):
-        EpisodeDataset(data, transform, str(tmp_path / "cache"), 1, clip_probability=0.0, progress=False)
+        EpisodeDataset(data, transform, str(tmp_path / "cache"), 1, EpisodeSettings(clip_probability=0), progress=False)
 
 
 def test_every_epoch_has_episodes_of_its_own_whoever_asks(folder, tmp_path):
@@ -182,7 +180,7 @@ def volumes(tmp_path_factory):
 def test_an_episode_of_clips_holds_runs_of_neighbouring_slices_of_two_patients(volumes, tmp_path):
     noise = RandGaussianNoised("image", prob=1.0, std=0.02)
     settings = {"group_size": 7, "empty_fraction": 0.0, "clip_probability": 1.0, "clip_length": 3, "clip_stride": 2}
-    dataset = episodes(volumes, tmp_path, augmentation=Compose([noise]), **settings)
+    dataset = episodes(volumes, tmp_path, augmentation=Augmentation(image=Compose([noise])), **settings)
     plain = episodes(volumes, tmp_path, **settings)
     for number in range(12):
         episode, unchanged = dataset[number], plain[number]
@@ -207,17 +205,3 @@ def test_an_episode_of_clips_holds_runs_of_neighbouring_slices_of_two_patients(v
 def test_pictures_are_never_in_clips(folder, tmp_path):
     episode = episodes(folder, tmp_path, group_size=6, clip_probability=1.0)[0]
     assert (episode["frame_index"] == -1).all() and len(set(episode["patient"].tolist())) > 3
-
-
-def test_clips_that_do_not_fit_into_an_episode_are_refused(folder, tmp_path):
-    with pytest.raises(ConfigError, match="clip_length, clip_stride are 3, 1.*4 images"):
-        episodes(folder, tmp_path, clip_probability=0.5)
-
-
-def test_the_defaults_are_those_of_the_shipped_config():
-    config = json.loads((CONFIGS / "train.json").read_text())
-    own = inspect.signature(EpisodeDataset).parameters
-    for name in ("empty_fraction", "invert_probability", "union_probability", "clip_length", "clip_stride"):
-        assert own[name].default == config[name], name
-    # What the configs say of these is nowhere else.
-    assert all(own[name].default is inspect.Parameter.empty for name in ("episodes", "clip_probability"))

@@ -8,12 +8,16 @@ import torch
 from monai.transforms import Compose
 from PIL import Image
 
-from sam2sgp.episodes import PretrainingDataset, load_collection
+from sam2sgp.episodes import EpisodeSettings, PretrainingDataset, TaskShares, load_collection
 from sam2sgp.errors import DataError
 from sam2sgp.support.items import AS_GIVEN
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
 
 SIZE = 32
+# Four images that hold the target, as it is labelled.
+PLAIN = EpisodeSettings(
+    group_size=4, empty_fraction=0.0, invert_probability=0.0, union_probability=0.0, clip_probability=0.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +41,11 @@ def root(tmp_path_factory):
     return root
 
 
-def dataset(root, tmp_path, section="train", **settings) -> PretrainingDataset:
+def dataset(root, tmp_path, section="train", **arguments) -> PretrainingDataset:
     transform = Compose([LoadCased(), ScaleIntensityByModalityd(), FitToSquared(size=2 * SIZE)])
     data = load_collection(root, section, held_out=["c"], related=[["b", "c"]])
-    common = {"episodes": 20, "group_size": 4, "empty_fraction": 0.0, "invert_probability": 0.0}
-    settings = {**common, "union_probability": 0.0, "clip_probability": 0.0, "progress": False, **settings}
-    return PretrainingDataset(SIZE, data=data, transform=transform, cache_dir=str(tmp_path), **settings)
+    common = {"cache_dir": str(tmp_path), "episodes": 20, "settings": PLAIN, "progress": False}
+    return PretrainingDataset(SIZE, data=data, transform=transform, **common | arguments)
 
 
 def test_no_patient_is_on_two_sides(root):
@@ -91,14 +94,14 @@ def test_a_group_of_fewer_patients_than_asked_for_is_not_taken_by_patients(root,
 def test_a_region_makes_objects_larger(root, tmp_path):
     areas = []
     for probability in (0.0, 1.0):
-        data = dataset(root, tmp_path, region_probability=probability)
+        data = dataset(root, tmp_path, shares=TaskShares(region_probability=probability))
         areas.append(np.mean([data[i]["label"].mean() for i in range(10)]))
     assert areas[1] > 2 * areas[0]
 
 
 def test_a_region_shows_the_object_sharply(root, tmp_path):
     """The mean intensity inside the mask stays the object's: image and mask are cut alike."""
-    data = dataset(root, tmp_path, region_probability=0.5, crop_probability=0.5)
+    data = dataset(root, tmp_path, shares=TaskShares(region_probability=0.5, crop_probability=0.5))
     for i in range(10):
         episode = data[i]
         inside = episode["image"][:, :1][episode["label"] > 0]
@@ -108,7 +111,7 @@ def test_a_region_shows_the_object_sharply(root, tmp_path):
 
 @pytest.mark.parametrize("kind", ["synthetic", "superpixel", "threshold", "label_operation"])
 def test_each_kind_of_task_changes_the_episodes(root, tmp_path, kind):
-    plain, changed = (dataset(root, tmp_path, **{f"{kind}_probability": p}) for p in (0.0, 1.0))
+    plain, changed = (dataset(root, tmp_path, shares=TaskShares(**{f"{kind}_probability": p})) for p in (0.0, 1.0))
     assert any(not torch.equal(plain[i]["label"], changed[i]["label"]) for i in range(4))
     for i in range(4):
         episode = changed[i]
@@ -134,15 +137,13 @@ def test_superpixel_episodes_show_any_image_of_a_set_with_or_without_the_target(
         data.append({"name": name, "patient": name, "group": "a", "image": tmp_path / name, "label": tmp_path / name})
     made = PretrainingDataset(
         SIZE,
-        superpixel_probability=1.0,
+        TaskShares(superpixel_probability=1.0),
         fewest_patients=2,
         data=data,
         transform=prepare,
         cache_dir=str(tmp_path / "c"),
         episodes=96,
-        clip_probability=0.0,
-        group_size=2,
-        empty_fraction=0.0,
+        settings=EpisodeSettings(group_size=2, empty_fraction=0.0, clip_probability=0.0),
         progress=False,
     )
     shown = set()

@@ -12,7 +12,7 @@ import torch
 from sam2sgp.data import load_datalist
 from sam2sgp.data.io import read_image
 from sam2sgp.engines import QueryDataset
-from sam2sgp.episodes import EpisodeDataset
+from sam2sgp.episodes import EpisodeDataset, EpisodeSettings
 from sam2sgp.transforms import Scaling, SupportScaling, choose_scaling, scale_intensity
 from sam2sgp.transforms.scaling import hounsfield_evidence, is_ct
 from tests.helpers.dicom_files import write_series
@@ -156,7 +156,8 @@ def test_a_support_set_is_scaled_alike_and_said_so(mixed_ct_set, tmp_path, caplo
 
 def test_training_and_queries_are_scaled_as_the_support_set_is(mixed_ct_set, tmp_path):
     cases = load_datalist(mixed_ct_set)
-    data = EpisodeDataset(cases, preprocessing(), str(tmp_path / "cache"), 1, clip_probability=0.0, progress=False)
+    settings = EpisodeSettings(clip_probability=0.0)
+    data = EpisodeDataset(cases, preprocessing(), str(tmp_path / "cache"), 1, settings, progress=False)
     assert [data.cache[case].scaling.kind for case in data.data] == ["ct"] * 4
     queries = QueryDataset(cases, preprocessing(), bank(mixed_ct_set))
     prepared = [queries[number] for number in range(4)]

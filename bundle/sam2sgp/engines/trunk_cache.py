@@ -4,7 +4,7 @@
                               └─ frozen trunk, on disk ───┘
 
 An image's features are found by its content, so augmentation and the cache exclude each other unless an image comes
-again in the same form: `EpisodeDataset.augmentation_variants` sees to that.
+again in the same form: `Augmentation.variants` sees to that.
 """
 
 import logging

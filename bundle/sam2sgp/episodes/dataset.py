@@ -14,14 +14,14 @@ from typing import cast
 
 import numpy as np
 import torch
-from monai.transforms import Compose
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from sam2sgp import distributed
 from sam2sgp.data.coding import LabelCoding
 from sam2sgp.episodes.case_cache import CaseCache
-from sam2sgp.errors import ConfigError, DataError
+from sam2sgp.episodes.settings import Augmentation, EpisodeSettings
+from sam2sgp.errors import DataError
 from sam2sgp.progress import Bar
 from sam2sgp.transforms.array import to_three_channels
 from sam2sgp.transforms.cases import completed
@@ -50,23 +50,12 @@ class EpisodeDataset(Dataset):
         transform: preprocessing of a case, see `sam2sgp.transforms`.
         cache_dir: folder for prepared cases, see `CaseCache`.
         episodes: number of episodes in an epoch.
-        group_size: images G in an episode, at least 2.
-        task_augmentation: dictionary transform of `image` (3, S, S) and `label` (1, S, S), applied with the same
-            random numbers to all images of an episode.
-        augmentation: likewise, but drawn for each image.
-        clip_probability: share of episodes whose images are clips, where volumes are long enough.
-        empty_fraction: share of images drawn from slices without the target, where there are such.
-        invert_probability: share of episodes whose target is everything but the class.
-        union_probability: share of episodes whose target is the union of two classes, where there are two.
-        clip_length: slices L of a clip, at least 2; an episode holds G // L clips, and single slices for the rest.
-        clip_stride: distance between two slices of a clip.
-        augmentation_variants: every slice comes in only so many forms, each drawn once for all epochs; None: in a new
-            one each time.
+        settings: what is drawn for each.
+        augmentation: how its images are changed.
         seed: of all random choices.
         progress: show a bar while cases are prepared.
 
     Raises:
-        ConfigError: fewer than two clips fit into an episode, or the number of variants is below 1.
         DataError: no class is present in images of two patients, so that no query could have a support.
     """
 
@@ -76,41 +65,18 @@ class EpisodeDataset(Dataset):
         transform: Callable,
         cache_dir: str,
         episodes: int,
-        group_size: int = 6,
-        task_augmentation: Compose | None = None,
-        augmentation: Compose | None = None,
+        settings: EpisodeSettings,
+        augmentation: Augmentation = Augmentation(),
         *,
-        clip_probability: float,
-        empty_fraction: float = 0.3,
-        invert_probability: float = 0.1,
-        union_probability: float = 0.1,
-        clip_length: int = 3,
-        clip_stride: int = 1,
-        augmentation_variants: int | None = None,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        if clip_probability and not (2 <= clip_length <= group_size // 2 and clip_stride >= 1):
-            raise ConfigError(
-                f"clip_length, clip_stride are {clip_length}, {clip_stride}: expected two clips to fit into the "
-                f"{group_size} images of an episode, each of at least two slices; or set clip_probability to 0."
-            )
-        if augmentation_variants is not None and augmentation_variants < 1:
-            raise ConfigError(f"augmentation_variants is {augmentation_variants}: expected at least 1, or None.")
         self.data = cast(list[dict], completed(data))
         self.transform = transform
         self.cache = CaseCache(cache_dir, transform)
         self.episodes = episodes
-        self.group_size = group_size
-        self.task_augmentation = task_augmentation
+        self.settings = settings
         self.augmentation = augmentation
-        self.empty_fraction = empty_fraction
-        self.invert_probability = invert_probability
-        self.union_probability = union_probability
-        self.clip_probability = clip_probability
-        self.clip_length = clip_length
-        self.clip_stride = clip_stride
-        self.augmentation_variants = augmentation_variants
         self.seed = seed
         # tasks[group][class value][patient] lists (case, slice); slices[group][patient] lists all with their classes.
         self.tasks: dict[str, dict[int, dict[str, list]]] = {}
@@ -174,7 +140,7 @@ class EpisodeDataset(Dataset):
     @property
     def images_repeat(self) -> bool:
         """Whether the same slice comes again as the very same image."""
-        return self.augmentation_variants is not None or not (self.task_augmentation or self.augmentation)
+        return self.augmentation.variants is not None or not (self.augmentation.task or self.augmentation.image)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Episode `index` (any non-negative number, see `EpisodeSampler`).
@@ -190,15 +156,15 @@ class EpisodeDataset(Dataset):
         pairs, patients, places = self._pairs(rng, index)
         # The slices of a clip are changed alike.
         own_seeds = [int(rng.integers(2**31)) for _ in pairs]
-        if self.augmentation_variants is not None:
+        if self.augmentation.variants is not None:
             # Patients still differ within a variant, as images do in an episode without variants.
-            task_seed %= self.augmentation_variants
+            task_seed %= self.augmentation.variants
             generators = [np.random.default_rng([self.seed, task_seed, patient]) for patient in patients]
             own_seeds = [int(generator.integers(2**31)) for generator in generators]
         images, labels = [], []
         for (image, label), (clip, _) in zip(pairs, places, strict=True):
             sample = {"image": image, "label": label}
-            for transform, seed in ((self.task_augmentation, task_seed), (self.augmentation, own_seeds[clip])):
+            for transform, seed in ((self.augmentation.task, task_seed), (self.augmentation.image, own_seeds[clip])):
                 if transform is not None:
                     transform.set_random_state(seed=seed)
                     sample = transform(sample)
@@ -209,12 +175,12 @@ class EpisodeDataset(Dataset):
             "label": torch.stack([_plain(label) for label in labels]),
             "patient": torch.tensor(patients),
             "seed": torch.tensor(int(rng.integers(2**31))),
-            **(self._frames(places) if self.clip_probability else {}),
+            **(self._frames(places) if self.settings.clip_probability else {}),
         }
 
     def _frames(self, places: list[tuple[int, int]]) -> dict[str, Tensor]:
         """The other images of each image's clip, and how many slices away they are."""
-        index = torch.full((len(places), self.clip_length - 1), -1)
+        index = torch.full((len(places), self.settings.clip_length - 1), -1)
         distance = torch.zeros_like(index)
         for own, (clip, slice_index) in enumerate(places):
             others = [number for number, (other, _) in enumerate(places) if other == clip and number != own]
@@ -230,7 +196,7 @@ class EpisodeDataset(Dataset):
         clip and slice."""
         group = sorted(self.tasks)[rng.integers(len(self.tasks))]
         target = self._target(rng, group)
-        invert = rng.random() < self.invert_probability
+        invert = rng.random() < self.settings.invert_probability
         drawn = self._draw(rng, group, target)
         pairs = [self._load(image.case, image.slice, target, invert) for image in drawn]
         return pairs, [self.patients.index(image.patient) for image in drawn], [(i.clip, i.slice) for i in drawn]
@@ -238,7 +204,7 @@ class EpisodeDataset(Dataset):
     def _target(self, rng: np.random.Generator, group: str) -> set[int]:
         classes = list(self.tasks[group])
         target = {int(rng.choice(classes))}
-        if len(classes) > 1 and rng.random() < self.union_probability:
+        if len(classes) > 1 and rng.random() < self.settings.union_probability:
             target.add(int(rng.choice([value for value in classes if value not in target])))
         return target
 
@@ -248,14 +214,14 @@ class EpisodeDataset(Dataset):
         for value in sorted(target):
             for patient, places in self.tasks[group][value].items():
                 holders[patient] += places
-        length = 1
-        if self.clip_probability and rng.random() < self.clip_probability:
-            span = (self.clip_length - 1) * self.clip_stride + 1
+        settings, length = self.settings, 1
+        if settings.clip_probability and rng.random() < settings.clip_probability:
+            span = (settings.clip_length - 1) * settings.clip_stride + 1
             long = {name: [(n, i) for n, i in places if self.lengths[n] >= span] for name, places in holders.items()}
             long = {name: places for name, places in long.items() if places}
             if len(long) > 1:
-                holders, length = long, self.clip_length
-        count = self.group_size // length
+                holders, length = long, settings.clip_length
+        count = settings.group_size // length
         names = sorted(holders)
         order = list(rng.permutation(len(names)))
         if len(order) < count:
@@ -264,13 +230,13 @@ class EpisodeDataset(Dataset):
         for number, choice in enumerate(order[:count]):
             patient = names[choice]
             places = holders[patient]
-            if number > 1 and rng.random() < self.empty_fraction:
+            if number > 1 and rng.random() < settings.empty_fraction:
                 empty = [(n, i) for n, i, present in self.slices[group][patient] if not present & target]
                 places = [(n, i) for n, i in empty if length == 1 or self.lengths[n] >= span] or places
             case, slice_index = places[rng.integers(len(places))]
             first = len(drawn)
             drawn += [Drawn(patient, case, index, first) for index in self._clip(rng, case, slice_index, length)]
-        while len(drawn) < self.group_size:
+        while len(drawn) < settings.group_size:
             patient = names[rng.integers(len(names))]
             places = holders[patient]
             case, slice_index = places[rng.integers(len(places))]
@@ -281,7 +247,7 @@ class EpisodeDataset(Dataset):
         """Indices of `length` slices of a case, one of which is `slice_index`, in a random direction."""
         if length == 1:
             return [slice_index]
-        stride, last = self.clip_stride, self.lengths[case] - 1
+        stride, last = self.settings.clip_stride, self.lengths[case] - 1
         fitting = [
             start
             for start in range(slice_index - (length - 1) * stride, slice_index + 1, stride)

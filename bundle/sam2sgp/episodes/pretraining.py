@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sam2sgp.data.folders import DEFAULT_PATIENT_PATTERN, load_datalist
 from sam2sgp.episodes.dataset import EpisodeDataset
+from sam2sgp.episodes.settings import TaskShares
 from sam2sgp.episodes.synthetic import noise_task, superpixel_task, threshold_task
 from sam2sgp.errors import DataError
 
@@ -91,42 +92,30 @@ class PretrainingDataset(EpisodeDataset):
 
     Args:
         size: side S of the episodes' images in pixels.
-        synthetic_probability, superpixel_probability, threshold_probability: shares of the three kinds of synthetic
-            tasks, see `sam2sgp.episodes.synthetic`; the rest are labelled targets.
-        label_operation_probability: share of labelled targets of which an edge, a part, a wider, narrower or filled
-            form is asked for.
-        region_probability: share of episodes that show a region around the target instead of the whole image.
-        crop_probability: share of episodes that show one random part of the images.
+        shares: which tasks are drawn, and what is shown of the images.
         balanced: episode i is of group i modulo their number, and `episodes` counts those of each group; for
             validation. Else the group is drawn by the square root of its number of patients times classes (at most
             six).
         fewest_patients: groups of fewer take each volume for a group and blocks of three of its slices for patients.
-        **settings: of `EpisodeDataset`.
+        **arguments: of `EpisodeDataset`.
     """
 
     def __init__(
         self,
         size: int,
-        synthetic_probability: float = 0.0,
-        superpixel_probability: float = 0.0,
-        threshold_probability: float = 0.0,
-        label_operation_probability: float = 0.0,
-        region_probability: float = 0.0,
-        crop_probability: float = 0.0,
+        shares: TaskShares = TaskShares(),
         balanced: bool = False,
         fewest_patients: int = FEWEST_PATIENTS,
-        **settings,
+        **arguments,
     ) -> None:
         self.size = size
         self.kinds = ("noise", "superpixel", "threshold", "real")
-        shares = [synthetic_probability, superpixel_probability, threshold_probability]
-        self.shares = [*shares, 1 - sum(shares)]
-        self.label_operation_probability = label_operation_probability
-        self.region_probability = region_probability
-        self.crop_probability = crop_probability
+        synthetic = [shares.synthetic_probability, shares.superpixel_probability, shares.threshold_probability]
+        self.share_of_kind = [*synthetic, 1 - sum(synthetic)]
+        self.shares = shares
         self.balanced = balanced
         self.fewest_patients = fewest_patients
-        super().__init__(**settings)
+        super().__init__(**arguments)
         self.patient_number = {patient: number for number, patient in enumerate(self.patients)}
         weights = [
             np.sqrt(min(len(classes), MANY_CLASSES) * max(len(patients) for patients in classes.values()))
@@ -163,27 +152,27 @@ class PretrainingDataset(EpisodeDataset):
     def _pairs(
         self, rng: np.random.Generator, index: int
     ) -> tuple[list[tuple[Tensor, Tensor]], list[int], list[tuple[int, int]]]:
-        own = list(range(self.group_size))
+        own = list(range(self.settings.group_size))
         single = [(number, 0) for number in own]
-        kind = self.kinds[rng.choice(len(self.kinds), p=self.shares)]
+        kind = self.kinds[rng.choice(len(self.kinds), p=self.share_of_kind)]
         if kind == "noise":
-            return noise_task(rng, self.group_size, self.size), own, single
+            return noise_task(rng, self.settings.group_size, self.size), own, single
         group = sorted(self.tasks)[self._group(rng, index)]
         target = self._target(rng, group)
         if kind == "superpixel":
             image = self._any_image(rng, group, target)
-            made = superpixel_task(rng, image, self.group_size)
+            made = superpixel_task(rng, image, self.settings.group_size)
             if made is not None:
                 return made, own, single
         drawn = self._draw(rng, group, target)
-        invert = rng.random() < self.invert_probability
+        invert = rng.random() < self.settings.invert_probability
         pairs = [self._load(image.case, image.slice, target, invert) for image in drawn]
         pairs = self._show(rng, pairs, [image.clip for image in drawn])
         if kind == "threshold":
             made = threshold_task(rng, [image for image, _ in pairs])
             if made is not None:
                 return made, own, single
-        if not invert and rng.random() < self.label_operation_probability:
+        if not invert and rng.random() < self.shares.label_operation_probability:
             pairs = _operate(rng, pairs)
         return pairs, [self.patient_number[image.patient] for image in drawn], [(i.clip, i.slice) for i in drawn]
 
@@ -210,9 +199,9 @@ class PretrainingDataset(EpisodeDataset):
         side = pairs[0][0].shape[-1]
         choice = rng.random()
         whole = (side / 2, side / 2, float(side))
-        if choice < self.region_probability:
+        if choice < self.shares.region_probability:
             windows = self._regions(rng, pairs, side)
-        elif choice < self.region_probability + self.crop_probability:
+        elif choice < self.shares.region_probability + self.shares.crop_probability:
             length = side * rng.uniform(0.45, 0.9)
             centre = rng.uniform(length / 2, side - length / 2, 2)
             windows = [(*(centre + rng.normal(0, 0.03 * side, 2)), length) for _ in pairs]
