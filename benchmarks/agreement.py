@@ -21,7 +21,7 @@ from sam2sgp.data import load_datalist
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.networks import SAM2SGP, load_weights
 from sam2sgp.networks import sam2_sgp as network_module
-from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support import ItemRules, SupportBank, SupportSampler
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "bundle" / "models" / "model.pt"
@@ -63,7 +63,7 @@ def segment(data: list[dict], variant: str, size: int, queries: int, k: int) -> 
     for case in data:
         first.setdefault(case["patient"], case)
     others = [case for case in data if case["patient"] not in names]
-    bank = SupportBank([first[name] for name in names], prepare, slices_per_class=2, progress=False)
+    bank = SupportBank([first[name] for name in names], prepare, rules=ItemRules(slices_per_class=2), progress=False)
     inferer = SupportSetInferer(bank, InferenceSettings(SupportSampler(k=k), batch_size=1, precision=precision))
     masks = []
     for case in others[:: max(1, len(others) // queries)][:queries]:

@@ -55,7 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.networks import SAM2SGP, load_weights
-from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support import SupportBank, SupportSampler, TensorStore
 from sam2sgp.transforms import (
     FitToSquared,
     Letterbox,
@@ -249,8 +249,7 @@ def support_bank(n: int, size: int, classes: int, folder: str) -> SupportBank:
         cases,
         lambda case: support_case(int(case["name"]), size, classes),
         progress=False,
-        cache_dir=folder,
-        cache_mb=CACHE_MB,
+        store=TensorStore(folder, CACHE_MB),
     )
 
 

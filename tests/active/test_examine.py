@@ -8,7 +8,7 @@ import torch
 from sam2sgp.active import embed, examine
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from sam2sgp.networks import SAM2SGP, SGPOutput
-from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support import ItemRules, SupportBank, SupportSampler
 from tests.helpers.stubs import SIZE, StubNetwork
 
 
@@ -38,7 +38,7 @@ class Copying(StubNetwork):
 
 
 def inferer(cases: list[dict], k: int = 4, **settings) -> SupportSetInferer:
-    bank = SupportBank(cases, lambda item: item, {1: "top"}, progress=False, allow_empty=True)
+    bank = SupportBank(cases, lambda item: item, {1: "top"}, rules=ItemRules(allow_empty=True), progress=False)
     return SupportSetInferer(bank, InferenceSettings(SupportSampler(k=k), **settings))
 
 

@@ -8,7 +8,7 @@ from sam2sgp import distributed
 from sam2sgp.engines import SegmentationJob, adapted
 from sam2sgp.engines.case_records import VERSION
 from sam2sgp.inferers import SupportSetInferer
-from sam2sgp.support import SupportBank
+from sam2sgp.support import ItemRules, SupportBank
 
 
 def job(folder, scored=False) -> SegmentationJob:
@@ -66,7 +66,7 @@ class Adapting:
 
 
 def test_an_adaptation_comes_as_another_inferer_on_the_same_bank():
-    bank = SupportBank([], lambda case: case, progress=False, allow_empty=True)
+    bank = SupportBank([], lambda case: case, rules=ItemRules(allow_empty=True), progress=False)
     inferer, adaptation = SupportSetInferer(bank), SimpleNamespace()
     made = adapted(inferer, None, Adapting(lambda given: adaptation if given is inferer else None))
     assert made.adaptation is adaptation and inferer.adaptation is None

@@ -12,7 +12,7 @@ from torch import Tensor
 from sam2sgp.data import load_datalist
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
 from sam2sgp.networks import SAM2SGP
-from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support import SupportBank, SupportSampler, TensorStore
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
 
 SIZE = 64
@@ -53,9 +53,13 @@ def preprocessing() -> Compose:
     return Compose([LoadCased(), ScaleIntensityByModalityd("image"), FitToSquared(("image", "label"), size=SIZE)])
 
 
-def bank(folder: Path, cache: Path | None = None, **settings) -> SupportBank:
-    settings = {"transform": preprocessing(), "class_names": NAMES, "progress": False} | settings
-    return SupportBank(load_datalist(folder), cache_dir=cache, **settings)
+def bank(folder: Path, cache: Path | None = None, megabytes: float = 64, **arguments) -> SupportBank:
+    return bank_of(load_datalist(folder), cache, megabytes, **arguments)
+
+
+def bank_of(cases: list[dict], cache: Path | None = None, megabytes: float = 64, **arguments) -> SupportBank:
+    arguments = {"transform": preprocessing(), "class_names": NAMES, "progress": False} | arguments
+    return SupportBank(cases, store=None if cache is None else TensorStore(cache, megabytes), **arguments)
 
 
 def network(seed: int = 0) -> SAM2SGP:

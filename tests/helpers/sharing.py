@@ -15,7 +15,7 @@ from sam2sgp.adaptation import support_adaptation
 from sam2sgp.data import load_datalist
 from sam2sgp.engines import adapted
 from sam2sgp.inferers import SupportSetInferer
-from sam2sgp.support import shared_support_bank
+from sam2sgp.support import TensorStore, shared_support_bank
 from sam2sgp.transforms import LoadCased
 from tests.helpers.pairs import NAMES, Counter, network, preprocessing
 
@@ -35,7 +35,7 @@ def main(folder: str, cache: str, output: str) -> None:
     net.encode = encoded = Counter(net.encode)
     bank = shared_support_bank(
         load_datalist(folder),
-        cache,
+        store=TensorStore(cache),
         transform=Compose([CountedLoad(), *preprocessing().transforms[1:]]),
         class_names=NAMES,
         progress=False,

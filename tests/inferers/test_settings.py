@@ -9,7 +9,7 @@ from sam2sgp.errors import ConfigError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory
 from sam2sgp.inferers.query_cache import QueryCache
 from sam2sgp.places import DEFAULT_BACKBONE
-from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support import ItemRules, SupportBank, SupportSampler
 from sam2sgp.transforms import ScaleIntensityByModalityd
 from tests.helpers.bundle_runs import CONFIGS
 
@@ -48,7 +48,7 @@ def test_a_second_pass_of_more_than_the_image_is_refused(share):
 
 
 def test_a_variant_has_its_settings_in_all_passes_and_shares_what_was_learned():
-    bank = SupportBank([], lambda case: case, progress=False, allow_empty=True)
+    bank = SupportBank([], lambda case: case, rules=ItemRules(allow_empty=True), progress=False)
     inferer = SupportSetInferer(bank, InferenceSettings(batch_size=8), query_cache=QueryCache(1))
     smaller = replace(inferer, settings=replace(inferer.settings, batch_size=2), query_cache=None)
     assert (smaller.second_pass.settings.batch_size, inferer.second_pass.settings.batch_size) == (2, 8)

@@ -13,7 +13,7 @@ from sam2sgp.inferers import InferenceSettings, SupportSetInferer, VolumeMemory,
 from sam2sgp.inferers.object_gate import Thresholds
 from sam2sgp.inferers.support_set import ABSENT_LOGIT
 from sam2sgp.networks import SAM2SGP
-from sam2sgp.support import SupportBank, SupportSampler, encodings
+from sam2sgp.support import ItemRules, SupportBank, SupportSampler, encodings
 from sam2sgp.support import bank as support_bank
 from sam2sgp.transforms.array import Letterbox
 
@@ -251,7 +251,7 @@ def test_volumes_give_a_few_slices_for_each_class():
     volume["label_map"][:5] = 0
     volume["label_map"][25:] = 0
     volume["label_map"][12, 40:60, 40:60] = 1
-    support = bank([volume], slices_per_class=4)
+    support = bank([volume], rules=ItemRules(slices_per_class=4))
     slices = [item.slice for item in support.items if item.info.holds]
     assert {5, 12, 24} <= set(slices) and len(slices) <= 5
     assert [item.slice for item in support.items if not item.info.holds] == [0, 4, 25, 29], "what is empty looks so"
@@ -259,7 +259,7 @@ def test_volumes_give_a_few_slices_for_each_class():
 
 
 def test_a_limit_keeps_items_of_many_cases():
-    support = bank([case(i, [1]) for i in range(20)], max_items=6)
+    support = bank([case(i, [1]) for i in range(20)], rules=ItemRules(max_items=6))
     assert len(support) == 6 and len({item.patient for item in support.items}) == 6
 
 
@@ -276,7 +276,7 @@ def test_a_limit_keeps_volumes_whole_but_for_the_last_and_reads_no_more():
         read.append(entry["name"])
         return prepare(entry)
 
-    support = SupportBank(cases, reading, max_items=12, seed=1, progress=False)
+    support = SupportBank(cases, reading, rules=ItemRules(max_items=12, seed=1), progress=False)
     first, second = read
     assert len(items_of[first]) < 12 < len(items_of[first] + items_of[second])
     assert [item.id for item in support.items] == (items_of[first] + items_of[second])[:12]

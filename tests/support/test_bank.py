@@ -7,20 +7,18 @@ import torch
 
 from sam2sgp.errors import DataError
 from sam2sgp.inferers import InferenceSettings, SupportSetInferer
-from sam2sgp.support import SupportBank, SupportSampler, tensor_store
-from tests.helpers import pairs
+from sam2sgp.support import ItemRules, SupportBank, SupportSampler, tensor_store
 from tests.helpers.banks import phantom
 from tests.helpers.pairs import (
     COUNT,
-    NAMES,
     CountedPreprocessing,
     Counter,
     bank,
+    bank_of,
     data,
     files,
     fresh,
     network,
-    preprocessing,
     query,
     segment,
     spoil,
@@ -31,8 +29,8 @@ from tests.helpers.pairs import (
 
 @pytest.mark.parametrize("megabytes", [256, 0.05, 0])
 def test_results_are_the_same_to_the_last_bit_with_and_without_a_folder(folder, cache, net, expected, megabytes):
-    written = segment(bank(folder, cache, cache_mb=megabytes), net)
-    read = segment(bank(folder, cache, cache_mb=megabytes), net)
+    written = segment(bank(folder, cache, megabytes=megabytes), net)
+    read = segment(bank(folder, cache, megabytes=megabytes), net)
     assert torch.equal(written, expected) and torch.equal(read, expected)
     assert expected.isfinite().all() and expected.std() > 0
 
@@ -135,8 +133,8 @@ def test_where_errors_are_not_skipped_the_bank_stays_as_it_was(folder, place, ne
 
 def test_a_bank_may_start_empty(folder, place, net):
     with pytest.raises(DataError, match="at least one object"):
-        SupportBank([], pairs.preprocessing(), pairs.NAMES, progress=False, cache_dir=place)
-    support = SupportBank([], pairs.preprocessing(), pairs.NAMES, progress=False, cache_dir=place, allow_empty=True)
+        bank_of([], place)
+    support = bank_of([], place, rules=ItemRules(allow_empty=True))
     support.encode(net)
     features = net.encode(query().expand(-1, 3, -1, -1))
     assert len(support) == 0 and support.retrieve(net, features, SupportSampler()) == []
@@ -166,7 +164,7 @@ def test_a_query_costs_the_same_however_large_the_bank_is(tmp_path, net, encoder
     monkeypatch.setattr(tensor_store, "load", reads)
     costs = []
     for count in (6, 36):
-        support = bank(write_set(tmp_path / f"set{count}", count), tmp_path / "cache", cache_mb=0)
+        support = bank(write_set(tmp_path / f"set{count}", count), tmp_path / "cache", megabytes=0)
         support.encode(net)
         inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=3), batch_size=1))
         inferer(query(count=1), net, patient="case0", group="set6")
@@ -240,9 +238,8 @@ def test_one_piece_classes_are_told_by_each_group_and_by_patients_and_are_kept_i
             case[kind] = str(tmp_path / f"{kind}{number}.nii")
             nib.save(nib.Nifti1Image(array, np.eye(4)), case[kind])
         cases.append(case)
-    settings = {"transform": preprocessing(), "class_names": NAMES, "progress": False, "cache_dir": tmp_path / "cache"}
     for _ in ("made", "read from the folder"):
-        support = SupportBank(cases, **settings)
+        support = bank_of(cases, tmp_path / "cache")
         assert [support.one_piece(group=group) for group in ("a", "b", "c", None)] == [[1, 2], [], [2], [2]]
         assert support.one_piece("p5") == [1, 2] and support.one_piece("p0", "a") == []
     # A query looks at no item: of many classes in long volumes there are thousands.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sam2sgp.errors import DataError
-from sam2sgp.support import SupportBank, SupportSampler
+from sam2sgp.support import ItemRules, SupportSampler
 from sam2sgp.support.catalogue import MAX_EMPTY
 from sam2sgp.transforms import cache_keys
 from tests.helpers import pairs
@@ -17,6 +17,7 @@ from tests.helpers.pairs import (
     COUNT,
     CountedPreprocessing,
     bank,
+    bank_of,
     data,
     fresh,
     segment,
@@ -59,23 +60,24 @@ def test_slices_of_a_volume_are_items_of_their_own(tmp_path, cache, net, encoder
     for kind, array in (("images", label + np.random.default_rng(0).random(label.shape)), ("labels", label)):
         (tmp_path / "set" / kind).mkdir(parents=True)
         nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), tmp_path / "set" / kind / "scan.nii.gz")
-    wide = bank(tmp_path / "set", cache, slices_per_class=4)
+    wide = bank(tmp_path / "set", cache, rules=ItemRules(slices_per_class=4))
     wide.encode(net)
     assert [item.id for item in wide.items] == [f"scan#{item.slice}" for item in wide.items] and encoder.calls == 4 + 3
     assert [item.slice for item in wide.items if not item.info.holds] == [0, 1, 11], "which hold nothing"
     assert not wide.holds[[0, 1, -1]].any() and len(wide.memory.tokens) == 4
-    narrow = bank(tmp_path / "set", cache, slices_per_class=2)
+    narrow = bank(tmp_path / "set", cache, rules=ItemRules(slices_per_class=2))
     narrow.encode(net)
     assert len(narrow) == 2 + 3 and encoder.calls == 4 + 3, "slices that were chosen before are found"
 
 
 def test_a_limit_holds_after_reconciling(folder, place, net):
-    support = bank(folder, place, max_items=3)
+    limited = ItemRules(max_items=3)
+    support = bank(folder, place, rules=limited)
     write_case(folder, "new", 10)
     for _ in range(2):
         support.reconcile(data(folder))
         assert len(support) == 3
-        assert [item.id for item in support.items] == [item.id for item in bank(folder, max_items=3).items]
+        assert [item.id for item in support.items] == [item.id for item in bank(folder, rules=limited).items]
 
 
 def test_one_bad_case_is_listed_and_the_others_are_used(folder, place, net):
@@ -83,7 +85,7 @@ def test_one_bad_case_is_listed_and_the_others_are_used(folder, place, net):
     with pytest.raises(DataError, match="case1"):
         bank(folder, place)
     preprocessing = CountedPreprocessing()
-    support = bank(folder, place, skip_errors=True, transform=preprocessing)
+    support = bank(folder, place, rules=ItemRules(skip_errors=True), transform=preprocessing)
     assert [item.id for item in support.items] == ["case0", "case2", "case3", "case4", "case5"]
     (error,) = support.errors
     assert error["name"] == "case1" and error["source"] == str(folder / "images" / "case1.nii")
@@ -100,15 +102,13 @@ def test_one_bad_case_is_listed_and_the_others_are_used(folder, place, net):
 def test_a_missing_file_and_an_undeclared_class_are_listed(folder, place):
     cases = data(folder)
     (folder / "images" / "case0.nii").unlink()
-    support = SupportBank(
-        cases, pairs.preprocessing(), {1: "square"}, progress=False, cache_dir=place, skip_errors=True
-    )
+    support = bank_of(cases, place, class_names={1: "square"}, rules=ItemRules(skip_errors=True))
     assert [error["name"] for error in support.errors] == ["case0", "case1", "case3", "case5"]
     assert "found value 2" in support.errors[1]["error"] and len(support) == 2
 
 
 def test_a_label_changed_after_the_cache_was_deleted_is_never_taken_for_the_old_one(folder, cache, tmp_path):
-    support = bank(folder, cache, cache_mb=0)
+    support = bank(folder, cache, megabytes=0)
     label = support.items[2].label.clone()
     shutil.rmtree(cache)
     assert torch.equal(support.items[2].label, label)
@@ -170,7 +170,7 @@ def write_empty(folder, name: str) -> None:
 def test_pictures_with_an_empty_label_are_items_that_no_limit_counts(folder, place):
     for number in range(40):
         write_empty(folder, f"an_empty_one_{number:02}")
-    support = bank(folder, place, max_items=3)
+    support = bank(folder, place, rules=ItemRules(max_items=3))
     holding = [bool(item.info.holds) for item in support.items]
     assert sum(holding) == 3 and holding[:3] == 3 * [True] and not support.holds[3:].any()
     support = bank(folder, place)

@@ -25,4 +25,4 @@ def test_the_least_recently_used_values_leave_first():
 @pytest.mark.parametrize("size", [-1, None, "much", True, float("nan")])
 def test_an_impossible_size_is_refused(folder, cache, size):
     with pytest.raises(ConfigError, match="MiB"):
-        bank(folder, cache, cache_mb=size)
+        bank(folder, cache, megabytes=size)

@@ -64,7 +64,7 @@ def test_damaged_files_are_made_again(folder, cache, net, expected, encoder, dam
 
 
 def test_damage_while_the_bank_is_in_use_is_repaired(folder, cache, net, expected, encoder):
-    support = bank(folder, cache, cache_mb=0)
+    support = bank(folder, cache, megabytes=0)
     assert torch.equal(segment(support, net), expected)
     for path in files(cache):
         _truncate(path)
@@ -115,7 +115,7 @@ def test_a_damaged_index_costs_nothing_but_reading(folder, cache, net, expected,
 
 
 def test_the_folder_may_be_deleted_at_any_time(folder, cache, net, expected):
-    support = bank(folder, cache, cache_mb=0)
+    support = bank(folder, cache, megabytes=0)
     shutil.rmtree(cache)
     assert torch.equal(segment(support, net), expected)
     shutil.rmtree(cache)
@@ -136,7 +136,7 @@ def full_disk():
 
 def test_on_a_full_disk_memory_takes_over_with_one_warning(folder, cache, net, expected, encoder, caplog):
     with full_disk(), caplog.at_level(logging.WARNING):
-        support = bank(folder, cache, cache_mb=0)
+        support = bank(folder, cache, megabytes=0)
         assert torch.equal(segment(support, net), expected)
         calls = encoder.calls
         support.encode(net)
@@ -271,7 +271,7 @@ def test_memory_read_is_bounded(folder, cache, net):
     whole = bank(folder, cache)
     segment(whole, net)
     encoding = sum(tensor.nbytes for tensor in whole.store.read(f"encoded/{whole.fingerprint}/{_item(whole)}").values())
-    small = bank(folder, cache, cache_mb=2.5 * encoding / 2**20)
+    small = bank(folder, cache, megabytes=2.5 * encoding / 2**20)
     segment(small, net)
     assert small.store.recent.currsize <= 2.5 * encoding < whole.store.recent.currsize
     assert not small.encodings._held and not small.catalogue._pixels and not small.store._unsaved

@@ -8,7 +8,7 @@ import pytest
 from monai.transforms import Compose
 
 from sam2sgp.data import load_datalist
-from sam2sgp.support.bank import SupportBank
+from sam2sgp.support import SupportBank, TensorStore
 from sam2sgp.support.turned import AS_STORED, REVERSED, TURNS, edge_fits, how_turned
 from sam2sgp.transforms import FitToSquared, LoadCased, ScaleIntensityByModalityd
 
@@ -84,7 +84,8 @@ def test_a_bank_says_so_each_time_that_it_is_made(tmp_path, caplog):
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            bank = SupportBank(load_datalist(tmp_path), transform, progress=False, cache_dir=tmp_path / "cache")
+            store = TensorStore(tmp_path / "cache")
+            bank = SupportBank(load_datalist(tmp_path), transform, store=store, progress=False)
         told = f"{tmp_path}/labels: the outlines of the labels fit the images clearly better with rows and columns "
         assert [text[: len(told)] for text in bank.warnings] == [told]
         assert [record.getMessage() for record in caplog.records] == bank.warnings

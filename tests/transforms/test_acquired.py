@@ -8,7 +8,7 @@ import pytest
 from sam2sgp.data.io import write_label
 from sam2sgp.data.io.images import read_image
 from sam2sgp.inferers.case import prepare_case
-from sam2sgp.support import SupportBank
+from sam2sgp.support import SupportBank, TensorStore
 from sam2sgp.transforms.acquired import Acquired, mixed_units, other_than
 from tests.helpers.dicom_files import write_series
 from tests.helpers.pairs import preprocessing
@@ -64,11 +64,10 @@ def labelled(folder, name: str, modality: str, units: str | None = None) -> dict
 def test_headers_are_compared_where_the_support_set_is_read_and_where_a_query_is(tmp_path, caplog):
     cases = [labelled(tmp_path, f"pet{number}", "PT", units) for number, units in enumerate(("BQML", "GML", "GML"))]
     mr = labelled(tmp_path, "mr", "MR")
-    cache = tmp_path / "cache"
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            bank = SupportBank(cases, preprocessing(), progress=False, cache_dir=cache)
+            bank = SupportBank(cases, preprocessing(), store=TensorStore(tmp_path / "cache"), progress=False)
         told = f"{tmp_path}: The values of 2 images are in GML, of 1 in BQML:"
         assert [sentence.startswith(told) for sentence in bank.warnings] == [True]
         assert bank.warnings[0] in caplog.messages

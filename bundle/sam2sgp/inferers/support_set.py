@@ -67,8 +67,8 @@ class SupportSetInferer(Inferer):
     Classes without an eligible support item get `ABSENT_LOGIT` everywhere: they are not segmented.
 
     Example:
-        >>> from sam2sgp.support import SupportSampler
-        >>> inferer = SupportSetInferer(SupportBank([], dict, progress=False, allow_empty=True))
+        >>> from sam2sgp.support import ItemRules, SupportSampler
+        >>> inferer = SupportSetInferer(SupportBank([], dict, rules=ItemRules(allow_empty=True), progress=False))
         >>> settings = replace(inferer.settings, sampler=SupportSampler(k=1))
         >>> variant = replace(inferer, settings=settings, gate=None, signs=None)
         >>> variant.bank is inferer.bank, variant.gate.sampler.k, inferer.gate.sampler.k

@@ -16,7 +16,6 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 from sam2sgp import distributed
 from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
-from sam2sgp.support.catalogue import Catalogue
+from sam2sgp.support.catalogue import Catalogue, ItemRules
 from sam2sgp.support.encodings import WHOLE, Cut, Encodings
 from sam2sgp.support.fingerprint import fingerprint, tile_share
 from sam2sgp.support.items import CROPS, SupportItem
@@ -77,17 +76,10 @@ class SupportBank:
         transform: preprocessing of a case (image and label). With a cache folder it should be a MONAI transform or a
             `Compose` of such, whose settings are part of the key.
         class_names: declared names by value; {} names the values found `class_1`, ….
-        slices_per_class: slices taken from each volume for each class.
-        max_items: keep at most this many items, of cases in an order drawn with `seed`; None keeps all. A volume comes
-            with all its items, of which `sam2sgp.inferers.object_gate` learns, so the items may be those of few
-            volumes; cases beyond the limit are not read.
-        seed: of that choice.
+        rules: which items cases have; cases that are left out are listed in `errors`.
+        store: where both layers are kept; None holds them in memory.
         batch_size: images encoded at a time on a GPU; on a CPU it is one.
         progress: show bars.
-        cache_dir: folder of both layers; None holds them in memory.
-        cache_mb: MiB of pixels and memory held in memory where there is a folder.
-        skip_errors: leave out cases that can't be used and list them in `errors`; otherwise the first one raises.
-        allow_empty: a bank without items is fine.
 
     Attributes:
         data: the cases.
@@ -100,7 +92,6 @@ class SupportBank:
 
     Raises:
         DataError: there is no labelled image, or none with an object; a label has an undeclared value.
-        ConfigError: `cache_mb` is not a number of at least 0.
     """
 
     def __init__(
@@ -108,28 +99,12 @@ class SupportBank:
         data: list[dict],
         transform: Callable,
         class_names: dict[int, str] | None = None,
-        slices_per_class: int = 5,
-        max_items: int | None = None,
-        seed: int = 0,
+        rules: ItemRules = ItemRules(),
+        store: TensorStore | None = None,
         batch_size: int = 8,
         progress: bool = True,
-        cache_dir: str | Path | None = None,
-        cache_mb: float = 64,
-        skip_errors: bool = False,
-        allow_empty: bool = False,
     ) -> None:
-        store = None if cache_dir is None else TensorStore(cache_dir, cache_mb)
-        self.catalogue = Catalogue(
-            transform,
-            store,
-            dict(class_names or {}),
-            slices_per_class,
-            max_items,
-            seed,
-            progress,
-            skip_errors,
-            allow_empty,
-        )
+        self.catalogue = Catalogue(transform, store, dict(class_names or {}), rules, progress)
         self.encodings = Encodings(store, self.catalogue.settings, batch_size, progress)
         self.version = 0
         self.data: list[dict] = []
@@ -457,22 +432,24 @@ class SupportBank:
         return tile_share(target.thickness_share, target.count, target.part_share, size)
 
 
-def shared_support_bank(data: list[dict], cache_dir: str | Path | None = None, **settings) -> SupportBank:
+def shared_support_bank(
+    data: list[dict], rules: ItemRules = ItemRules(), store: TensorStore | None = None, **arguments
+) -> SupportBank:
     """The support bank of each of several processes; the processes of a machine read the cases together.
 
-    With a cache folder, and without a limit of items, each process first prepares its share of the cases there. All
-    processes call this at the same time.
+    With a store, and without a limit of items, each process first prepares its share of the cases there. All processes
+    call this at the same time.
 
     Args:
-        data, cache_dir, settings: of `SupportBank`.
+        data, rules, store, arguments: of `SupportBank`.
     """
     number, count = distributed.place_on_machine()
-    if count > 1 and cache_dir is not None and settings.get("max_items") is None:
+    if count > 1 and store is not None and rules.max_items is None:
         # What is wrong with a case, the whole bank will say.
-        share = settings | {"skip_errors": True, "allow_empty": True}
-        SupportBank(data[number::count], cache_dir=cache_dir, **share)
+        lenient = replace(rules, skip_errors=True, allow_empty=True)
+        SupportBank(data[number::count], rules=lenient, store=store, **arguments)
     distributed.barrier()
-    return SupportBank(data, cache_dir=cache_dir, **settings)
+    return SupportBank(data, rules=rules, store=store, **arguments)
 
 
 def _without(items: list[tuple[str, str]], others: list[tuple[str, str]]) -> list[tuple[str, str]]:

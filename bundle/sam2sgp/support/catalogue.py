@@ -96,6 +96,28 @@ class _LeftOut:
     error: str
 
 
+@dataclass(frozen=True)
+class ItemRules:
+    """Which items the cases give, and whether some cases may be left out, or all."""
+
+    slices_per_class: int = 5
+    """Slices taken from each volume for each class."""
+
+    max_items: int | None = None
+    """Keep at most this many items of cases that hold a class, in an order drawn with `seed`; None keeps all. A volume
+    comes with all its items, of which `sam2sgp.inferers.object_gate` learns, so the items may be those of few volumes;
+    cases beyond the limit are not read."""
+
+    seed: int = 0
+    """Of that choice."""
+
+    skip_errors: bool = False
+    """Leave out cases that can't be used, and tell of them; otherwise the first one raises."""
+
+    allow_empty: bool = False
+    """No items at all are fine."""
+
+
 class Catalogue:
     """Items of cases. What is unchanged is not read again.
 
@@ -103,13 +125,8 @@ class Catalogue:
         transform: preprocessing of a case (image and label).
         store: where prepared items and what is known of cases are kept; None: in memory.
         declared: names of classes by value.
-        slices_per_class: slices taken from each volume for each class.
-        max_items: keep at most this many items of cases that hold a class, in an order drawn with `seed`; None keeps
-            all.
-        seed: of that choice.
+        rules: which items cases have.
         progress: show a bar.
-        skip_errors: leave out cases that can't be used; otherwise the first one raises.
-        allow_empty: no items at all are fine.
 
     Attributes:
         settings: hash of the preprocessing.
@@ -120,22 +137,14 @@ class Catalogue:
         transform: Callable,
         store: TensorStore | None,
         declared: dict[int, str],
-        slices_per_class: int,
-        max_items: int | None,
-        seed: int,
+        rules: ItemRules,
         progress: bool,
-        skip_errors: bool,
-        allow_empty: bool,
     ) -> None:
         self.transform = transform
         self.store = store
         self.declared = declared
-        self.slices_per_class = slices_per_class
-        self.max_items = max_items
-        self.seed = seed
+        self.rules = rules
         self.progress = progress
-        self.skip_errors = skip_errors
-        self.allow_empty = allow_empty
         self.settings = settings_fingerprint(transform, VERSION)
         self._hashes = FileHashes(store)
         self._listings: dict[str, CaseListing] = {}
@@ -155,11 +164,13 @@ class Catalogue:
         errors: list[dict] = []
         values: set[int] = set()
         count = 0
-        order = np.random.default_rng(self.seed).permutation(len(data)) if self.max_items else range(len(data))
+        cases = data
+        if self.rules.max_items:
+            cases = [data[i] for i in np.random.default_rng(self.rules.seed).permutation(len(data))]
         coding = LabelCoding(self.declared)
         bar = Bar(total=len(data), desc="Reading the support set", unit="case", disable=not self.progress)
         with bar:
-            for entry in self._listed([data[i] for i in order], coding):
+            for entry in self._listed(cases, coding):
                 bar.update()
                 if isinstance(entry, _LeftOut):
                     errors.append({"name": entry.case["name"], "source": _source(entry.case), "error": entry.error})
@@ -168,13 +179,13 @@ class Catalogue:
                 if any(info.holds for info in entry.listing.items):
                     count += len(entry.listing.items)
                 values |= {value for value in entry.listing.values if value}
-                if self.max_items and count >= self.max_items:
+                if self.rules.max_items and count >= self.rules.max_items:
                     break
         found = self._agreed_on_scaling(found)
         items = [item for entry in found for item in self._items(entry)]
         contents = {item.content for item in items}
-        items = _limited(items, self.max_items)
-        if not items and not self.allow_empty:
+        items = _limited(items, self.rules.max_items)
+        if not items and not self.rules.allow_empty:
             where = Path(data[0]["label"]).parent if data else "the support set"
             raise DataError(
                 f"{where}: expected labelled images with at least one object, found {len(data)} without any; add pairs "
@@ -226,7 +237,7 @@ class Catalogue:
         new: dict[str, bytes] = {}
         try:
             # With a limit, few cases may be enough: each is hashed when it is looked up.
-            step = CASES_PER_LOOKUP if self.max_items is None else 1
+            step = CASES_PER_LOOKUP if self.rules.max_items is None else 1
             for start in range(0, len(cases), step):
                 block = cases[start : start + step]
                 self._hashes.prefetch(block)
@@ -242,7 +253,7 @@ class Catalogue:
                         coding.check(case["label"], entry.listing.values)
                     except Exception as raised:  # whatever a reader raises for one file must not end the others
                         cause = cause_of(raised)
-                        if not self.skip_errors:
+                        if not self.rules.skip_errors:
                             raise cause from None
                         entry = _LeftOut(case, str(cause))
                     yield entry
@@ -284,7 +295,7 @@ class Catalogue:
         return found
 
     def _listing_key(self, digest: str) -> str:
-        return digest_of(digest, self.settings, self.slices_per_class)
+        return digest_of(digest, self.settings, self.rules.slices_per_class)
 
     def _commit(self, new: dict[str, bytes]) -> None:
         self._hashes.flush()
@@ -313,7 +324,7 @@ class Catalogue:
                 f"{case['label']}: expected class values up to {MAX_VALUE}, found {int(prepared['label'].max())}; "
                 "number the classes again."
             )
-        listing, items = prepare_items(prepared, self.slices_per_class)
+        listing, items = prepare_items(prepared, self.rules.slices_per_class)
         for info, item in zip(listing.items, items, strict=True):
             content = digest_of(digest, info.slice)
             if self.store is None:

@@ -61,7 +61,7 @@ class TensorStore:
         ConfigError: `megabytes` is not a number of at least 0.
     """
 
-    def __init__(self, directory: str | Path, megabytes: float) -> None:
+    def __init__(self, directory: str | Path, megabytes: float = 64) -> None:
         self.directory = Path(os.path.abspath(directory))
         self.recent = ByteLRU(megabytes, _size)
         self._unsaved: dict[str, Tensors] = {}

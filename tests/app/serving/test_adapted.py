@@ -9,6 +9,7 @@ import pytest
 from lib.serving.adapted import ADAPTED_TO, AdaptedTo, ServedAdaptation, Standing, gain_of, is_adapted
 from lib.serving.published_weights import Version
 from sam2sgp.errors import WeightsError
+from sam2sgp.support import ItemRules
 
 
 def a_item(content: str, patient: str, name: str):
@@ -20,7 +21,7 @@ def a_bank(items: dict[str, str], classes=(1, 2), settings="hash"):
     return SimpleNamespace(
         items=[a_item(key, own, f"case {key[0]}") for key, own in items.items()],
         data=[{"name": f"case {key[0]}"} for key in items],
-        catalogue=SimpleNamespace(max_items=None),
+        catalogue=SimpleNamespace(rules=ItemRules()),
         patients=dict.fromkeys(items.values()),
         class_values=list(classes),
         class_names={value: f"class_{value}" for value in classes},
@@ -93,7 +94,7 @@ def test_a_label_that_shows_nothing_any_more_is_changed_and_one_without_room_is_
     bank = a_bank({"b": "berta"})
     bank.data.append({"name": "case a"})
     assert served(bank).standing().changed == ("case a",)
-    bank.catalogue.max_items = 1
+    bank.catalogue.rules = ItemRules(max_items=1)
     assert served(bank).standing().changed == ()
 
 

@@ -89,7 +89,7 @@ class AdaptedTo:
         def is_same(name: str) -> bool:
             if name in contents:
                 return not contents[name].isdisjoint(self.groups)
-            return name in known and bank.catalogue.max_items is not None
+            return name in known and bank.catalogue.rules.max_items is not None
 
         return tuple(name for name in self.cases if not is_same(name))
 

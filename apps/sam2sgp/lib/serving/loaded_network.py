@@ -204,8 +204,8 @@ def inference_parser(settings: Settings) -> ConfigParser:
             "class_names": {},
             "queries": [],
             "support_cache_dir": str(settings.state_dir / "support"),
-            "support_bank::skip_errors": True,
-            "support_bank::allow_empty": True,
+            "support_bank::rules::skip_errors": True,
+            "support_bank::rules::allow_empty": True,
             "inferer::query_cache": QueryCache(settings.query_cache_mb),
         }
     )
