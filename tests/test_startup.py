@@ -18,13 +18,14 @@ PROGRAM = """
 import gc, json, sys
 from sam2sgp.cli import app
 from sam2sgp.startup import UNUSED
+ELSEWHERE = {"peft", "highdicom", "skimage.segmentation.slic_superpixels"}
 try:
     app(prog_name="sam2sgp")
 except SystemExit as end:
     code = end.code
 from monai.handlers import mlflow_handler
 from monai.utils import OptionalImportError
-loaded = sorted(UNUSED & set(sys.modules)) + sorted({"peft"} & set(sys.modules))
+loaded = sorted((UNUSED | ELSEWHERE) & set(sys.modules))
 try:
     refused = mlflow_handler.mlflow.__name__
 except OptionalImportError as error:

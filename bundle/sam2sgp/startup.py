@@ -18,9 +18,13 @@ from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 
 # What they are for in MONAI: tracking (mlflow); tables of data (pandas); plots and notebooks (matplotlib, IPython);
-# transformers' networks; an embedding's metric (sklearn); readers in place of which we have our own (itk); filters of
-# one-dimensional signals (scipy.signal).
-UNUSED = frozenset(("IPython", "itk", "matplotlib", "mlflow", "pandas", "scipy.signal", "sklearn", "transformers"))
+# transformers' networks; metrics of an embedding and of instances (sklearn, scipy.optimize); readers and stores in
+# place of which we have our own (itk, lmdb, openslide, tifffile); filters of one-dimensional signals (scipy.signal);
+# downloads from MONAI's own places (bs4, gdown, requests); checks of a bundle's metadata (jsonschema).
+UNUSED = frozenset(
+    ("IPython", "bs4", "gdown", "itk", "jsonschema", "lmdb", "matplotlib", "mlflow", "openslide", "pandas", "requests")
+    + ("scipy.optimize", "scipy.signal", "sklearn", "tifffile", "transformers")
+)
 
 
 def import_monai(whole: bool = False) -> None:

@@ -10,10 +10,9 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import highdicom
 import numpy as np
-from highdicom.seg import SegmentationTypeValues, SegmentDescription
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
@@ -26,6 +25,10 @@ from sam2sgp.data.io.dicom_file import UNCOMPRESSED, frame_shape, open_dicom
 from sam2sgp.data.io.dicom_segmentation import CLASS_VALUE_FOUND
 from sam2sgp.data.io.limits import default_memory
 from sam2sgp.errors import DataError
+
+# `highdicom` takes a quarter of a second to import, so it is imported where a SEG is written or read.
+if TYPE_CHECKING:
+    from highdicom.seg import Segmentation, SegmentDescription
 
 PRODUCT = "SAM2-SGP for MONAI"
 # Sets the series apart from those of scanners, which count from 1.
@@ -120,12 +123,14 @@ def _segmentation(
     source: str | os.PathLike,
     headers: list[Dataset],
     segments: np.ndarray,
-    descriptions: list[SegmentDescription],
+    descriptions: "list[SegmentDescription]",
     approved: bool,
-) -> highdicom.seg.Segmentation:
+) -> "Segmentation":
     """The object of segment numbers (frames, rows, columns) on the images of these headers."""
+    from highdicom.seg import Segmentation, SegmentationTypeValues
+
     try:
-        return highdicom.seg.Segmentation(
+        return Segmentation(
             source_images=headers,
             pixel_array=segments,
             segmentation_type=SegmentationTypeValues.BINARY,
@@ -224,9 +229,11 @@ def _segment_numbers(
     One segment after the other is unpacked, and of each only the slices that it has frames of: a file of a few
     megabytes may name a thousand segments of a large series.
     """
+    from highdicom.seg import segread
+
     header = open_dicom(path, pixels=True, limit=sys.maxsize)
     _check_frames(header, slices[0][0], limit)
-    segmentation = highdicom.seg.segread(path)
+    segmentation = segread(path)
     uids = [str(header.SOPInstanceUID) for header, _ in slices]
     # Slices without a frame are empty, so those of another series would all be.
     strangers = {uid for _, _, uid in segmentation.get_source_image_uids()} - set(uids)
@@ -325,7 +332,10 @@ def _source_images(source: str | os.PathLike, geometry: Geometry) -> tuple[list[
     return headers, frames
 
 
-def _description(number: int, name: str, approved: bool) -> SegmentDescription:
+def _description(number: int, name: str, approved: bool) -> "SegmentDescription":
+    from highdicom import AlgorithmIdentificationSequence
+    from highdicom.seg import SegmentDescription
+
     category, kind = _property_codes(name)
     return SegmentDescription(
         segment_number=number,
@@ -334,7 +344,7 @@ def _description(number: int, name: str, approved: bool) -> SegmentDescription:
         segmented_property_category=category,
         segmented_property_type=kind,
         algorithm_type="SEMIAUTOMATIC" if approved else "AUTOMATIC",
-        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+        algorithm_identification=AlgorithmIdentificationSequence(
             sam2sgp.__name__, codes.cid7162.ArtificialIntelligence, sam2sgp.__version__
         ),
     )

@@ -8,7 +8,6 @@ SSL-ALPNet, arXiv 2007.09886), and bands of intensity in real images. All are fu
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter, map_coordinates
-from skimage.segmentation import felzenszwalb, slic
 from torch import Tensor
 
 SHAPES = ("regions", "blobs", "tubes")
@@ -91,6 +90,9 @@ def _warp(rng: np.random.Generator, layout: np.ndarray, strength: float, scale: 
 
 def superpixel_task(rng: np.random.Generator, image: Tensor, count: int) -> list[tuple[Tensor, Tensor]] | None:
     """`count` times the same image (3, S, S) with one of its superpixels, to be augmented; None where there is none."""
+    # Imported where pre-training needs them: they take a tenth of a second.
+    from skimage.segmentation import felzenszwalb, slic
+
     grey = gaussian_filter(image.mean(0).numpy(), 0.7)
     if rng.random() < 0.5:
         segments = felzenszwalb(grey, scale=rng.uniform(20, 150), sigma=0.5, min_size=int(rng.integers(40, 300)))

@@ -11,13 +11,14 @@ from inspect import signature
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from sam2.modeling.backbones.hieradet import Hiera, MultiScaleBlock
+from sam2.modeling.backbones.hieradet import Hiera
 from sam2.modeling.backbones.utils import PatchEmbed
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sam2sgp.errors import ConfigError
+from sam2sgp.networks.hiera import BandedBlock, in_bands
 from sam2sgp.networks.lite import BLOCK_COUNT, STEM_WIDTH, LiteTrunk
 
 SIZE_MULTIPLE = 32
@@ -85,7 +86,7 @@ class NanoHiera(Hiera):
         self.patch_embed = PatchEmbed(kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), embed_dim=embed_dim)
 
 
-class CheckpointedBlock(MultiScaleBlock):
+class CheckpointedBlock(BandedBlock):
     """A Hiera block of which the backward pass finds only the input, and computes the rest again."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def checkpoint_blocks(trunk: nn.Module) -> None:
     Only the class of Hiera's blocks changes: a wrapper would change the names of all weights.
     """
     for module in trunk.modules():
-        if type(module) is MultiScaleBlock:
+        if type(module) is BandedBlock:
             module.__class__ = CheckpointedBlock
         elif isinstance(module, LiteTrunk):
             module.features.set_grad_checkpointing()
@@ -133,6 +134,7 @@ def build_sam2(name: str, image_size: int) -> SAM2Base:
     config = _config(name)
     config.image_size = image_size
     model = instantiate(config, _recursive_=True)
+    in_bands(model.image_encoder.trunk)
     if backbone(name).checkpoint is None:
         init_from_scratch(model)
     return model

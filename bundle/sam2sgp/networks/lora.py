@@ -42,6 +42,8 @@ class SplitQKV(nn.Module):
             setattr(self, name, part)
 
     def forward(self, x: Tensor) -> Tensor:
+        # A single row of windows comes as a view, which linear layers would go through place by place.
+        x = x.contiguous()
         return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
 
 

@@ -25,6 +25,7 @@ from sam2sgp.networks.backbones import Backbone, build_sam2, checkpoint_blocks
 from sam2sgp.networks.backbones import backbone as backbone_definition
 from sam2sgp.networks.checkpoints import load_sam2_checkpoint
 from sam2sgp.networks.features import ImageFeatures, SGPOutput, SupportMemory
+from sam2sgp.networks.hiera import take_position_encoding
 from sam2sgp.networks.lite import IMAGENET_MEAN as LITE_MEAN
 from sam2sgp.networks.lite import IMAGENET_STD as LITE_STD
 from sam2sgp.networks.lora import add_lora, split_qkv
@@ -107,6 +108,7 @@ class SAM2SGP(nn.Module):
             load_sam2_checkpoint(sam2, checkpoint, backbone)
         self.image_encoder = sam2.image_encoder
         split_qkv(self.image_encoder.trunk)
+        self.position_encoding = take_position_encoding(self.image_encoder.neck)
         self.feature_norms = None
         if definition.feature_norm:
             norms = [nn.InstanceNorm2d(sam2.hidden_dim, affine=True) for _ in range(3)]
@@ -220,9 +222,11 @@ class SAM2SGP(nn.Module):
             trunk_levels = self.trunk_cache(image, encoder.trunk)
         else:
             trunk_levels = encoder.trunk(image)
-        levels, positions = encoder.neck(trunk_levels)
+        levels, _ = encoder.neck(trunk_levels)
         last = len(levels) - encoder.scalp
-        return trunk_levels[::-1], levels[last - 3 : last], positions[last - 1]
+        embedding = levels[last - 1]
+        position = self.position_encoding(embedding).to(embedding.dtype)
+        return trunk_levels[::-1], levels[last - 3 : last], position
 
     def normalize(self, image: Tensor) -> Tensor:
         """Images in [0, 1] as the trunk expects them."""
