@@ -23,7 +23,7 @@ import numpy as np
 from fewshot import Results, header, line, machine
 from scipy.stats import spearmanr
 
-from sam2sgp.report.overview import LOW_CONFIDENCE
+from sam2sgp.evaluation.confidence import LOW_CONFIDENCE
 
 FAILURE = 0.5
 LIMITS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95)

@@ -210,6 +210,8 @@ def test_segment_passes_what_is_asked_for(tmp_path, monkeypatch):
     assert seen["segment_labelled"] and seen["save_overlay"] and not seen["save_coloured"] and "mirror" not in seen
     call("segment", "-s", tmp_path, "-q", tmp_path, "-o", tmp_path / "out", "--mirror")
     assert seen["mirror"] is True
+    call("segment", "-s", tmp_path, "-q", tmp_path, "-o", tmp_path / "out", "--no-mirror")
+    assert seen["mirror"] is False
 
 
 def test_the_packages_own_configs_are_run_without_a_warning_that_they_can_run_code(monkeypatch, recwarn):

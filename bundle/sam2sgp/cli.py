@@ -72,9 +72,11 @@ Adapt = Annotated[
     float, typer.Option("--adapt", help="Seconds of adaptation to the support set first.", rich_help_panel=METHOD)
 ]
 Mirror = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--mirror", help="Segment each image mirrored, too, and average: twice the time.", rich_help_panel=METHOD
+        "--mirror/--no-mirror",
+        help="Segment each image mirrored, too, and average: twice the time; default: single images in doubt.",
+        rich_help_panel=METHOD,
     ),
 ]
 
@@ -88,7 +90,7 @@ def segment(
     ],
     output: Output,
     adapt: Adapt = 0,
-    mirror: Mirror = False,
+    mirror: Mirror = None,
     k: Items = None,
     weights: Weights = None,
     backbone: Backbone = DEFAULT_BACKBONE,
@@ -133,7 +135,7 @@ def check(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Keep the report here.", rich_help_panel=DATA)
     ] = None,
-    mirror: Mirror = False,
+    mirror: Mirror = None,
     k: Items = None,
     weights: Weights = None,
     backbone: Backbone = DEFAULT_BACKBONE,
@@ -222,7 +224,7 @@ def evaluate(
         bool, typer.Option("--whole", help="All images, not only the test section's.", rich_help_panel=DATA)
     ] = False,
     adapt: Adapt = 0,
-    mirror: Mirror = False,
+    mirror: Mirror = None,
     k: Items = None,
     weights: Annotated[
         Path | None, typer.Option("--weights", "-w", help="Default: model.pt in OUTPUT.", rich_help_panel=METHOD)
@@ -454,7 +456,7 @@ def _common(
     device: str | None,
     resume: bool,
     adapt: float = 0,
-    mirror: bool = False,
+    mirror: bool | None = None,
 ) -> dict[str, Any]:
     """Overrides that several commands share, and those that follow the options."""
     settings = {**_more(context.args), "resume": resume}
@@ -466,8 +468,8 @@ def _common(
         settings["device"] = f"$torch.device({device!r})"
     if adapt:
         settings["adapt_seconds"] = adapt
-    if mirror:
-        settings["mirror"] = True
+    if mirror is not None:
+        settings["mirror"] = mirror
     return settings
 
 

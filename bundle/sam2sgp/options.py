@@ -153,7 +153,9 @@ class Segmenting(OptionGroup):
     one_piece: bool = Field(
         description="in volumes, only the largest part of a class that every labelled volume shows in one piece is kept"
     )
-    mirror: bool = Field(description="segment each image mirrored, too, and average: twice the time")
+    mirror: bool | Literal["auto"] = Field(
+        description="segment each image mirrored, too, and average: twice the time; auto: single images in doubt"
+    )
     adapt_seconds: Amount = Field(description="first adapt the network to the support set for so long")
     adapt_steps: Count | None = Field(description="at most so many steps of it")
     adapt_seed: Seed = Field(description="seed of the adaptation")

@@ -47,6 +47,11 @@ def test_a_second_pass_of_more_than_the_image_is_refused(share):
         InferenceSettings(region_below=share)
 
 
+def test_a_mirroring_that_is_unknown_is_refused():
+    with pytest.raises(ConfigError, match="expected true, false or auto"):
+        InferenceSettings(mirror="always")
+
+
 def test_a_variant_has_its_settings_in_all_passes_and_shares_what_was_learned():
     bank = SupportBank([], lambda case: case, rules=ItemRules(allow_empty=True), progress=False)
     inferer = SupportSetInferer(bank, InferenceSettings(batch_size=8), query_cache=QueryCache(1))

@@ -148,10 +148,31 @@ def test_mirroring_is_the_mean_of_the_case_and_its_mirror_image(network, slices)
     assert sum(steps) == slices * inferer.looks_at_case(slices) == slices * 2 * (2 if slices == 1 else 4)
 
 
+@pytest.mark.parametrize(
+    ("k", "confidence", "slices", "mirrored"),
+    [(3, 0.9, 1, False), (3, 0.8, 1, True), (4, 0.9, 1, True), (4, 0.8, 2, False)],
+    ids=["sure", "of low confidence", "guided by fewer than k", "volume"],
+)
+def test_by_default_single_images_in_doubt_are_mirrored(network, monkeypatch, k, confidence, slices, mirrored):
+    """Each of them would be found unless the right one of the four decided."""
+    limit = confidence + 0.1 if mirrored and k == 3 else 0.0
+    support = bank([case(i, [1]) for i in range(3)])
+    query = {**prepare(case(9, [1], slices=slices)), "letterbox": Letterbox.of((SIZE, SIZE), SIZE)}
+    monkeypatch.setattr("sam2sgp.evaluation.confidence.LOW_CONFIDENCE", limit)
+    found = {}
+    for mirror in ("auto", True, False):
+        inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=k), mirror=mirror))
+        steps: list[int] = []
+        found[mirror] = torch.cat([part[1] for part in inferer.segment_case(query, network, step=steps.append)])
+        assert sum(steps) == slices * inferer.looks_at_case(slices)
+    assert not torch.equal(found[True], found[False])
+    assert torch.equal(found["auto"], found[mirrored])
+
+
 def test_a_class_that_is_absent_stays_so_and_one_that_is_not_looked_for_in_the_mirrored_slice_is_as_found(network):
     cases = [case(i, [1, 2]) for i in range(3)]
     query = {**prepare(case(9, [1])), "letterbox": Letterbox.of((SIZE, SIZE), SIZE)}
-    settings = InferenceSettings(SupportSampler(k=2), object_gate=False, region_below=0)
+    settings = InferenceSettings(SupportSampler(k=2), object_gate=False, region_below=0, mirror=False)
 
     def found(inferer: SupportSetInferer) -> Tensor:
         return torch.cat([logits for _, logits, _ in inferer.segment_case(query, network)])

@@ -57,6 +57,7 @@ METHOD_KEYS = (
     "memory_frames",
     "object_gate",
     "one_piece",
+    "mirror",
 )
 # MONAI Label's own, which it puts among them.
 FOREIGN_KEYS = ("server_mode",)

@@ -17,6 +17,7 @@ from torch import Tensor
 from sam2sgp.data.classes import check_label_values, renumbered, values_in
 from sam2sgp.data.io import PLANES
 from sam2sgp.errors import DataError, Sam2SgpError, cause_of
+from sam2sgp.evaluation.confidence import confidence_sums
 from sam2sgp.inferers.one_piece import keep_main_parts, sentence
 from sam2sgp.inferers.support_set import Chunk, Step, SupportSetInferer
 from sam2sgp.networks import SAM2SGP
@@ -221,8 +222,9 @@ class _Collected:
         self.box[rows] = chunk.output.box.cpu()
         self.score = torch.maximum(self.score, chunk.output.object_score.float().cpu().amax(0))
         winner = logits.max(1).values.sigmoid()
-        self.sums += np.bincount(index.flatten(), winner.flatten().cpu().double(), minlength=len(self.values))
-        self.counts += np.bincount(index.flatten(), minlength=len(self.values))
+        sums, counts = confidence_sums(index.numpy(), winner.cpu().numpy(), len(self.values))
+        self.sums += sums
+        self.counts += counts
         for entry in chunk.retrieved:
             self.support.setdefault(entry.value, []).append((entry.index.cpu(), entry.similarity.cpu()))
 

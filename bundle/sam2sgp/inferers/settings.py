@@ -1,6 +1,7 @@
 """The settings by which a query is segmented, next to network and support set; the shipped configs set the same."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sam2sgp.errors import ConfigError
 from sam2sgp.inferers.volume import VolumeMemory
@@ -12,7 +13,7 @@ class InferenceSettings:
     """The settings of a `SupportSetInferer`; `dataclasses.replace` makes variants.
 
     Raises:
-        ConfigError: `region_below` is not in [0, 1].
+        ConfigError: `region_below` is not in [0, 1], or `mirror` is none of its values.
     """
 
     sampler: SupportSampler = SupportSampler()
@@ -38,12 +39,15 @@ class InferenceSettings:
     one_piece: bool = True
     """Of a class that every labelled volume shows in one piece, only the largest part is kept in a volume."""
 
-    mirror: bool = False
-    """A case is segmented a second time, mirrored left to right like the images that guide it then, and the mean
-    counts."""
+    mirror: bool | Literal["auto"] = "auto"
+    """Whether a case is segmented a second time, mirrored left to right like the images that guide it then, so that the
+    mean counts: always, never, or "auto": a single image where the first result is of low confidence, see
+    `sam2sgp.evaluation.confidence`, or fewer than the sampler's k items guide it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.region_below <= 1:
             raise ConfigError(
                 f"region_below is {self.region_below}: expected a share of the image in [0, 1], 0 for no second pass."
             )
+        if self.mirror not in (True, False, "auto"):
+            raise ConfigError(f"mirror is {self.mirror!r}: expected true, false or auto.")

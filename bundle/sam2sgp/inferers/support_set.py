@@ -10,6 +10,7 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 from sam2sgp import distributed
+from sam2sgp.evaluation.confidence import is_doubtful
 from sam2sgp.heap import give_back
 from sam2sgp.inferers.adapting import UsableAdaptation
 from sam2sgp.inferers.doubted_labels import doubted_labels
@@ -23,16 +24,15 @@ from sam2sgp.inferers.signs import LeastSigns
 from sam2sgp.inferers.volume import Propagation
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SGPOutput, SupportMemory
 from sam2sgp.support.bank import Retrieved, SupportBank
+from sam2sgp.support.encodings import Step
 from sam2sgp.support.familiarity import Familiarity
-from sam2sgp.transforms.array import Region, pixel_size, to_three_channels
+from sam2sgp.transforms.array import Region, label_map, pixel_size, to_three_channels
 from sam2sgp.transforms.cases import PreparedCase
 
 # Images and classes that go through the network together: more take memory, and no less time.
 ROWS = 64
 # Bringing `ABSENT_LOGIT` to another grid may change it by this much.
 ROUNDING = 1e-3
-# Called with how many more slices were looked at.
-Step = Callable[[int], None]
 
 
 @dataclass
@@ -88,12 +88,12 @@ class SupportSetInferer(Inferer):
         self._gate = self.gate = self.gate or ObjectGate(ItemsAsQueries(self.bank, self.settings.sampler))
         self._signs = self.signs = self.signs or LeastSigns(self._gate.items)
         self.second_pass = SecondPass(self.bank, self.settings, self.query_cache)
-        self._familiarity: Familiarity | None = None
         self._mirrored: SupportSetInferer | None = None
+        self._familiarity: Familiarity | None = None
         # The version of the bank whose labels were doubted or not, and of how many items that was known.
         self._doubted: tuple[int, int] | None = None
-        # Versions of the bank when these were made.
-        self._version = self._mirrored_version = 0
+        # The version of the bank when that was made.
+        self._version = 0
 
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
@@ -173,14 +173,19 @@ class SupportSetInferer(Inferer):
     ) -> Iterator[tuple[slice, Tensor, Chunk]]:
         """Segment a prepared case on its own grid: which slices, their logits (B, C, H, W), and the chunk.
 
-        The logits are those of `at_own_pixels`, averaged with those of the mirrored case where `settings.mirror` is on,
-        and with those of the adaptation. `step` is told of the progress: each slice counts `looks_at_case` times.
+        The logits are those of `at_own_pixels`, averaged with those of the mirrored case where `settings.mirror` says
+        so, and with those of the adaptation. `step` is told of the progress: each slice counts `looks_at_case` times.
         """
         step = step or _no_step
         pixel = pixel_size(case["geometry"].spacing)
         found = self._both_passes(case, network, patient, group, step)
-        if self.settings.mirror:
-            mirrored = self._mirror(network)._both_passes(_mirrored(case), network, patient, group, step)
+        mirror = self.settings.mirror
+        # Whether a volume is doubtful would be known only when the results of all its slices were held.
+        if mirror == "auto" and len(case["image"]) == 1:
+            (only,) = found
+            found, mirror, step = iter([only]), self._is_doubtful(*only[1:]), _without_progress(step)
+        if mirror is True:
+            mirrored = self.mirrored(network, step)._both_passes(_mirrored(case), network, patient, group, step)
             found = map(_mean_of_both, found, mirrored)
         for rows, logits, chunk in found:
             if self.adaptation is not None:
@@ -200,15 +205,29 @@ class SupportSetInferer(Inferer):
             step(len(logits))
             yield rows, logits, chunk
 
-    def _mirror(self, network: SAM2SGP) -> "SupportSetInferer":
-        """An inferer that is guided by the mirrored bank; which classes are absent, this one says."""
+    @torch.no_grad()
+    def mirrored(self, network: SAM2SGP, step: Step | None = None) -> "SupportSetInferer":
+        """An inferer that is guided by the mirrored bank, which is encoded; which classes are absent, this one says.
+
+        `step` as of `SupportBank.encode`.
+        """
         device = next(network.parameters()).device
         with autocast(device.type, self.settings.precision):
             self._encode_once(network, device)
-        if self._mirrored is None or self._mirrored_version != self.bank.version:
+            mirrored = self.bank.mirrored()
+            if mirrored.embedding is None:
+                mirrored.encode(network, device, step)
+        if self._mirrored is None or self._mirrored.bank is not mirrored:
             settings = replace(self.settings, mirror=False, object_gate=False)
-            self._mirrored, self._mirrored_version = self.guided_by(self.bank.mirrored(), settings), self.bank.version
+            self._mirrored = SupportSetInferer(mirrored, settings, self.query_cache)
         return self._mirrored
+
+    def _is_doubtful(self, logits: Tensor, chunk: Chunk) -> bool:
+        """Whether what was found is of low confidence, or guided by fewer support items than it might be."""
+        if any(entry.index.shape[1] < self.settings.sampler.k for entry in chunk.retrieved):
+            return True
+        winner = logits.amax(1).sigmoid()
+        return is_doubtful(label_map(logits).cpu().numpy(), winner.cpu().numpy(), logits.shape[1] + 1)
 
     def _encode_once(self, network: SAM2SGP, device: torch.device) -> None:
         if self.bank.embedding is None:
@@ -229,8 +248,8 @@ class SupportSetInferer(Inferer):
 
     def looks_at_case(self, slices: int) -> int:
         """How often `segment_case` looks at each of so many slices: as often as `chunks`, and in the second pass; all
-        of that twice where the case is mirrored, too."""
-        return (self.looks(slices, slices > 1) + 1) * (2 if self.settings.mirror else 1)
+        of that twice where every case is mirrored, too."""
+        return (self.looks(slices, slices > 1) + 1) * (2 if self.settings.mirror is True else 1)
 
     def thresholds(
         self, network: SAM2SGP, device: torch.device, group: str | None = None, step: Step | None = None
@@ -417,6 +436,11 @@ def _mean_of_both(
     absent = logits.amax((-2, -1)) < ABSENT_LOGIT + ROUNDING
     unseen = (other - ABSENT_LOGIT).abs().amax((-2, -1)) < ROUNDING
     return rows, torch.where((absent | unseen)[..., None, None], logits, (logits + other) / 2), chunk
+
+
+def _without_progress(step: Step) -> Step:
+    """Only asks whether to go on: how much work a case is was told before it turned out to be doubtful."""
+    return lambda slices: step(0)
 
 
 def _no_step(slices: int) -> None:

@@ -21,9 +21,9 @@ from PIL import Image
 
 from sam2sgp import __version__
 from sam2sgp.drawing import EDGE, Picture, class_colour
+from sam2sgp.evaluation.confidence import LOW_CONFIDENCE
 from sam2sgp.files import write_text
 from sam2sgp.report.overview import (
-    LOW_CONFIDENCE,
     LOW_DICE,
     NOTHING_SAID,
     TINY_SHARE,

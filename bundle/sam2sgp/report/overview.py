@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-LOW_CONFIDENCE = 0.85
+from sam2sgp.evaluation.confidence import LOW_CONFIDENCE
+
 LOW_DICE = 0.7
 # A class below this share of its median size is tiny in a case.
 TINY_SHARE = 0.1

@@ -25,7 +25,7 @@ from sam2sgp import distributed
 from sam2sgp.errors import DataError
 from sam2sgp.networks import SAM2SGP, ImageFeatures, SupportMemory
 from sam2sgp.support.catalogue import Catalogue, ItemRules
-from sam2sgp.support.encodings import WHOLE, Cut, Encodings
+from sam2sgp.support.encodings import WHOLE, Cut, Encodings, Step
 from sam2sgp.support.fingerprint import fingerprint, tile_share
 from sam2sgp.support.items import CROPS, SupportItem
 from sam2sgp.support.pieces import LabelledVolumes
@@ -107,6 +107,8 @@ class SupportBank:
         self.catalogue = Catalogue(transform, store, dict(class_names or {}), rules, progress)
         self.encodings = Encodings(store, self.catalogue.settings, batch_size, progress)
         self.version = 0
+        # The bank of the mirrored items, and of which version.
+        self._mirrored: tuple[int, SupportBank] | None = None
         self.data: list[dict] = []
         self.errors: list[dict] = []
         self.warnings: list[str] = []
@@ -196,10 +198,15 @@ class SupportBank:
         return self._of([replace(item, patient=patient) for item, patient in zip(self.items, patients, strict=True)])
 
     def mirrored(self) -> "SupportBank":
-        """A bank of the same items mirrored left to right, not encoded; its encodings are kept where this one's are."""
-        own = self.encodings
-        encodings = Encodings(self.store, self.settings, own.batch_size, own.progress)
-        return self._of([item.mirrored() for item in self.items], encodings)
+        """A bank of the same items mirrored left to right; its encodings are kept where this one's are.
+
+        It is not encoded at first, and stays the same one until the version of this bank changes.
+        """
+        if self._mirrored is None or self._mirrored[0] != self.version:
+            own = self.encodings
+            encodings = Encodings(self.store, self.settings, own.batch_size, own.progress)
+            self._mirrored = self.version, self._of([item.mirrored() for item in self.items], encodings)
+        return self._mirrored[1]
 
     def _of(self, items: list[SupportItem], encodings: Encodings | None = None) -> "SupportBank":
         """A bank of the same cases, with other items of them and encodings of its own; None: in memory.
@@ -207,6 +214,7 @@ class SupportBank:
         What is known of the cases, as how they are scaled, stays right.
         """
         bank = copy(self)
+        bank._mirrored = None
         bank.warnings, bank._found_out, bank._told = list(self.warnings), list(self._found_out), set(self._told)
         bank.encodings = encodings or Encodings(None, self.settings, self.encodings.batch_size, progress=False)
         bank._set(items, self.class_names)
@@ -256,15 +264,18 @@ class SupportBank:
         self.version += 1
         self.encodings.forget()
 
-    def encode(self, network: SAM2SGP, device: torch.device | str = "cpu") -> None:
+    def encode(self, network: SAM2SGP, device: torch.device | str = "cpu", step: Step | None = None) -> None:
         """Encode every item with the network as it is now; with a cache folder, every item that is not yet there.
 
         Under `torch.distributed` the processes start at different items, and each takes from the folder what another
         one has written by then. So that no item is encoded twice, let each call `encode_share` before.
+
+        `step` is told of 0 slices before each item. What it raises ends the encoding; with a cache folder, the next one
+        goes on from there.
         """
         self.forget()
         self.encodings.adopt(network, torch.device(device))
-        self.encodings.pool(WHOLE)
+        self.encodings.pool(WHOLE, step)
 
     def encode_share(self, network: SAM2SGP, device: torch.device | str, number: int, count: int) -> None:
         """Encode the items of one of `count` processes that are not yet in the cache folder, for all of them.

@@ -12,7 +12,7 @@ store's cache of bounded size. Without one everything is held in memory.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -38,6 +38,8 @@ BATCHES_PER_TIDYING = 8
 MAX_CROPPED, LEAST_CROPPED = 480, 8
 # Memory of an item by itself and by class; some are missing where the network has no prior.
 OF_ITEM, OF_CLASS = ("prior_key", "gram"), ("tokens", "prior_mask", "gram_foreground")
+# Called with how many more slices were looked at.
+Step = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,10 @@ class Encodings:
         there = self._find(list(own))
         self._encode_all([n for name, n in own.items() if name not in there], WHOLE)
 
-    def pool(self, cut: Cut) -> Pool:
-        """The encoded rows of a cut, encoding what is missing."""
+    def pool(self, cut: Cut, step: Step | None = None) -> Pool:
+        """The encoded rows of a cut, encoding what is missing; `step` as of `SupportBank.encode`."""
         if cut not in self._pools:
-            self._pools[cut] = self._build(cut)
+            self._pools[cut] = self._build(cut, step)
             if cut == WHOLE:
                 self.embedding = self._pools[cut].embedding
         return self._pools[cut]
@@ -198,7 +200,7 @@ class Encodings:
     def _folder(self) -> str:
         return f"{ENCODED}/{self.fingerprint}"
 
-    def _build(self, cut: Cut) -> Pool:
+    def _build(self, cut: Cut, step: Step | None) -> Pool:
         numbers = list(range(len(self.items)))
         if cut != WHOLE:
             numbers = self._cropped([n for n in numbers if cut.value in getattr(self.items[n].info, cut.kind)])
@@ -208,7 +210,7 @@ class Encodings:
         found = {name: old.embedding[slice(*old.spans[name])] for name in first if name in old.spans} if old else {}
         found |= self._find([name for name in first if name not in found])
         missing = sorted(number for name, number in first.items() if name not in found)
-        found |= self._encode_all(missing, cut)
+        found |= self._encode_all(missing, cut, step)
         spans: dict[str, tuple[int, int]] = {}
         owner: list[int] = []
         place: list[int] = []
@@ -260,7 +262,7 @@ class Encodings:
             packed = {name: safetensors.torch.save({"embedding": value}) for name, value in embeddings.items()}
             self.store.add_metadata(ENCODED, {f"{self._folder()}/{name}": value for name, value in packed.items()})
 
-    def _encode_all(self, numbers: list[int], cut: Cut) -> Tensors:
+    def _encode_all(self, numbers: list[int], cut: Cut, step: Step | None = None) -> Tensors:
         """Encode items. Returns the embeddings (R, D) by name."""
         found: Tensors = {}
         unlisted: Tensors = {}
@@ -273,6 +275,8 @@ class Encodings:
         try:
             with bar:
                 for start in range(0, len(numbers), batch):
+                    if step is not None:
+                        step(0)
                     chosen = numbers[start : start + batch]
                     for name, encoding in self._encode(chosen, cut).items():
                         found[name] = unlisted[name] = encoding["embedding"]

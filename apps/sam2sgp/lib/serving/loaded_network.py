@@ -129,6 +129,8 @@ class LoadedNetwork:
                 self.bank.encode(self.network, self.device)
                 inferer.thresholds(self.network, self.device, step=step)
                 inferer.least_signs(self.network, step=step)
+            if inferer.settings.mirror:
+                inferer.mirrored(self.network, step)
 
     def work(self, case: PreparedCase, options: Options) -> int:
         """What the numbers add up to that `segment` tells of its progress."""
