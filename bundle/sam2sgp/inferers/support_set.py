@@ -1,7 +1,7 @@
 """Segmentation of the slices of a case guided by a support bank, a batch of slices at a time."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
