@@ -23,7 +23,7 @@ from tests.helpers.torchrun import TORCHRUN, bundle_command, finish
 
 BACKBONES = ["nano", "lite", "tiny", "small", "base_plus", "large"]
 
-EVALUATION = {"model_file", "report_figures", "evaluating"}
+EVALUATION = {"model_file", "report_figures", "mirror", "evaluating"}
 ADAPTATION = {"adapt_seconds", "adapt_steps", "adapt_seed", "adapt_dir", "adapter", "job"}
 TASKS = {
     "synthetic_probability",

@@ -14,9 +14,11 @@ from sam2sgp.transforms import ScaleIntensityByModalityd
 from tests.helpers.bundle_runs import CONFIGS
 
 
-@pytest.mark.parametrize("name", ["inference.json", "train.json"])
-def test_the_defaults_are_those_of_the_shipped_configs(name):
-    config = json.loads((CONFIGS / name).read_text())
+@pytest.mark.parametrize("names", [("inference.json",), ("train.json", "evaluate.json")])
+def test_the_defaults_are_those_of_the_shipped_configs(names):
+    config: dict = {}
+    for name in names:
+        config |= json.loads((CONFIGS / name).read_text())
     shipped = InferenceSettings(
         SupportSampler(config["retrieval"], config["k"], config["support_seed"]),
         config["val_batch_size"],
@@ -47,9 +49,10 @@ def test_a_second_pass_of_more_than_the_image_is_refused(share):
         InferenceSettings(region_below=share)
 
 
-def test_a_mirroring_that_is_unknown_is_refused():
-    with pytest.raises(ConfigError, match="expected true, false or auto"):
-        InferenceSettings(mirror="always")
+@pytest.mark.parametrize("mirror", ["always", 1])
+def test_a_mirroring_that_is_unknown_is_refused(mirror):
+    with pytest.raises(ConfigError, match="expected True, False or auto"):
+        InferenceSettings(mirror=mirror)
 
 
 def test_a_variant_has_its_settings_in_all_passes_and_shares_what_was_learned():

@@ -45,6 +45,10 @@ def bank(cases: list[dict], **settings) -> SupportBank:
     return SupportBank(cases, prepare, progress=False, **settings)
 
 
+def bank_of_nothing() -> SupportBank:
+    return SupportBank([], prepare, rules=ItemRules(allow_empty=True), progress=False)
+
+
 @pytest.fixture(scope="module")
 def network() -> SAM2SGP:
     torch.manual_seed(0)
@@ -149,16 +153,14 @@ def test_mirroring_is_the_mean_of_the_case_and_its_mirror_image(network, slices)
 
 
 @pytest.mark.parametrize(
-    ("k", "confidence", "slices", "mirrored"),
-    [(3, 0.9, 1, False), (3, 0.8, 1, True), (4, 0.9, 1, True), (4, 0.8, 2, False)],
+    ("low", "k", "slices", "mirrored"),
+    [(0.0, 3, 1, False), (1.0, 3, 1, True), (0.0, 4, 1, True), (1.0, 4, 2, False)],
     ids=["sure", "of low confidence", "guided by fewer than k", "volume"],
 )
-def test_by_default_single_images_in_doubt_are_mirrored(network, monkeypatch, k, confidence, slices, mirrored):
-    """Each of them would be found unless the right one of the four decided."""
-    limit = confidence + 0.1 if mirrored and k == 3 else 0.0
+def test_by_default_single_images_in_doubt_are_mirrored(network, monkeypatch, low, k, slices, mirrored):
+    monkeypatch.setattr("sam2sgp.evaluation.confidence.LOW_CONFIDENCE", low)
     support = bank([case(i, [1]) for i in range(3)])
     query = {**prepare(case(9, [1], slices=slices)), "letterbox": Letterbox.of((SIZE, SIZE), SIZE)}
-    monkeypatch.setattr("sam2sgp.evaluation.confidence.LOW_CONFIDENCE", limit)
     found = {}
     for mirror in ("auto", True, False):
         inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=k), mirror=mirror))
@@ -167,6 +169,45 @@ def test_by_default_single_images_in_doubt_are_mirrored(network, monkeypatch, k,
         assert sum(steps) == slices * inferer.looks_at_case(slices)
     assert not torch.equal(found[True], found[False])
     assert torch.equal(found["auto"], found[mirrored])
+
+
+@pytest.mark.parametrize(("found", "likely", "doubtful"), [(1, 1, False), (2, 1, True), (0, 1, True), (0, 0, False)])
+def test_a_rare_class_makes_an_image_doubtful_only_where_it_is_found_or_nothing_is(network, found, likely, doubtful):
+    """Of class 2 there is one item of three, and it is one of the two that guide the image where it is likely."""
+    support = bank([case(0, [1, 2]), case(1, [1]), case(2, [1])])
+    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=2)))
+    inferer.encode(network)
+    features = network.encode(QUERY[:1].expand(-1, 3, -1, -1))
+    retrieved = support.retrieve(network, features, inferer.settings.sampler)
+    retrieved[1].likely[:] = bool(likely)
+    logits = torch.full((1, 2, 4, 4), -9.0)
+    if found:
+        logits[:, found - 1] = 9.0
+    chunk = SimpleNamespace(retrieved=retrieved)
+    assert inferer._is_doubtful(logits, chunk) is doubtful
+
+
+def test_whoever_waits_for_a_mirrored_image_can_stop_it(network):
+    support = bank([case(i, [1]) for i in range(3)])
+    inferer = SupportSetInferer(support, InferenceSettings(SupportSampler(k=4)))
+    query = {**prepare(case(9, [1])), "letterbox": Letterbox.of((SIZE, SIZE), SIZE)}
+    list(inferer.segment_case(query, network))
+    steps: list[int] = []
+
+    def step(slices: int) -> None:
+        steps.append(slices)
+        if sum(steps) == inferer.looks_at_case(1) and not slices:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        list(inferer.segment_case(query, network, step=step))
+
+
+def test_nothing_is_doubtful_where_there_is_no_class(network):
+    inferer = SupportSetInferer(bank_of_nothing())
+    query = {**prepare(case(9, [1])), "letterbox": Letterbox.of((SIZE, SIZE), SIZE)}
+    ((_, logits, _),) = inferer.segment_case(query, network)
+    assert logits.shape[1] == 0
 
 
 def test_a_class_that_is_absent_stays_so_and_one_that_is_not_looked_for_in_the_mirrored_slice_is_as_found(network):

@@ -205,6 +205,35 @@ def test_mirrored_items_are_encoded_once_where_there_is_a_folder(folder, cache, 
     assert encoder.calls == encoded + 1 and not torch.equal(support.embedding[0], mirrored.embedding[0])
 
 
+def test_a_mirrored_bank_in_memory_encodes_what_is_new_and_is_forgotten_with_the_network(folder, net, encoder):
+    support = bank(folder)
+    support.encode(net)
+    mirrored = support.mirrored()
+    mirrored.encode(net)
+    encoded = encoder.calls
+    write_case(folder, "new", 10)
+    support.reconcile(data(folder))
+    assert support.mirrored() is mirrored and len(mirrored) == COUNT + 1
+    mirrored.encode_new()
+    assert encoder.calls == encoded + 1 and len(mirrored.embedding) == COUNT + 1
+    support.forget()
+    assert support.mirrored() is not mirrored and support.mirrored().embedding is None
+
+
+def test_what_a_step_raises_ends_the_encoding_which_goes_on_from_there(folder, cache, net, encoder):
+    support = bank(folder, cache)
+
+    def step(slices: int) -> None:
+        if encoder.calls == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        support.encode(net, step=step)
+    assert encoder.calls == 2 and support.embedding is None
+    support.encode(net)
+    assert encoder.calls == COUNT
+
+
 def test_the_version_counts_up_when_items_or_network_change_and_only_then(folder, net):
     support = bank(folder)
     first = support.version

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-# A result of less than this is marked in the report, and that of a single image is looked at again: below it lie most
-# of the results that fail, see docs/results.md.
+# A result of less than this is marked in the report, and a single image is segmented again: below it lie most of the
+# results that fail, see docs/results.md.
 LOW_CONFIDENCE = 0.85
 
 

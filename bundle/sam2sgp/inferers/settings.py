@@ -41,13 +41,13 @@ class InferenceSettings:
 
     mirror: bool | Literal["auto"] = "auto"
     """Whether a case is segmented a second time, mirrored left to right like the images that guide it then, so that the
-    mean counts: always, never, or "auto": a single image where the first result is of low confidence, see
-    `sam2sgp.evaluation.confidence`, or fewer than the sampler's k items guide it."""
+    mean counts: always, never, or "auto": a single image where a class that was found is of low confidence,
+    see `sam2sgp.evaluation.confidence`, or has fewer than the sampler's k items to guide it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.region_below <= 1:
             raise ConfigError(
                 f"region_below is {self.region_below}: expected a share of the image in [0, 1], 0 for no second pass."
             )
-        if self.mirror not in (True, False, "auto"):
-            raise ConfigError(f"mirror is {self.mirror!r}: expected true, false or auto.")
+        if not isinstance(self.mirror, bool) and self.mirror != "auto":
+            raise ConfigError(f"mirror is {self.mirror!r}: expected True, False or auto.")

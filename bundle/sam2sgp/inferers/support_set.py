@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from monai.inferers import Inferer
 from torch import Tensor
@@ -98,6 +99,7 @@ class SupportSetInferer(Inferer):
     def reset(self) -> None:
         """Forget the encoded support set, because the network has changed."""
         self.bank.forget()
+        self._mirrored = None
         self.adaptation = None
         self._gate.forget()
         self._signs.forget()
@@ -217,17 +219,24 @@ class SupportSetInferer(Inferer):
             mirrored = self.bank.mirrored()
             if mirrored.embedding is None:
                 mirrored.encode(network, device, step)
+            else:
+                mirrored.encode_new(step)
         if self._mirrored is None or self._mirrored.bank is not mirrored:
             settings = replace(self.settings, mirror=False, object_gate=False)
             self._mirrored = SupportSetInferer(mirrored, settings, self.query_cache)
         return self._mirrored
 
     def _is_doubtful(self, logits: Tensor, chunk: Chunk) -> bool:
-        """Whether what was found is of low confidence, or guided by fewer support items than it might be."""
-        if any(entry.index.shape[1] < self.settings.sampler.k for entry in chunk.retrieved):
-            return True
-        winner = logits.amax(1).sigmoid()
-        return is_doubtful(label_map(logits).cpu().numpy(), winner.cpu().numpy(), logits.shape[1] + 1)
+        """Whether a class that was found is of low confidence, or guided by fewer than k items; where none was found,
+        whether one of those looked for is guided by so few."""
+        count = logits.shape[1]
+        if not count:
+            return False
+        classes, winner = label_map(logits).cpu().numpy(), logits.amax(1).sigmoid().cpu().numpy()
+        found = {self.bank.class_values[index - 1] for index in np.unique(classes).tolist() if index}
+        guiding = [entry for entry in chunk.retrieved if bool(entry.likely.any())]
+        few = {entry.value for entry in guiding if entry.index.shape[1] < self.settings.sampler.k}
+        return bool(few & found if found else few) or is_doubtful(classes, winner, count + 1)
 
     def _encode_once(self, network: SAM2SGP, device: torch.device) -> None:
         if self.bank.embedding is None:

@@ -107,8 +107,9 @@ class SupportBank:
         self.catalogue = Catalogue(transform, store, dict(class_names or {}), rules, progress)
         self.encodings = Encodings(store, self.catalogue.settings, batch_size, progress)
         self.version = 0
-        # The bank of the mirrored items, and of which version.
-        self._mirrored: tuple[int, SupportBank] | None = None
+        # The bank of the mirrored items, and the version of this one when it got them.
+        self._mirrored: SupportBank | None = None
+        self._mirrored_version = 0
         self.data: list[dict] = []
         self.errors: list[dict] = []
         self.warnings: list[str] = []
@@ -200,13 +201,20 @@ class SupportBank:
     def mirrored(self) -> "SupportBank":
         """A bank of the same items mirrored left to right; its encodings are kept where this one's are.
 
-        It is not encoded at first, and stays the same one until the version of this bank changes.
+        It is not encoded at first. It is the same one each time, and has the items as they are by then, until this bank
+        forgets what was encoded.
         """
-        if self._mirrored is None or self._mirrored[0] != self.version:
+        if self._mirrored is None:
             own = self.encodings
             encodings = Encodings(self.store, self.settings, own.batch_size, own.progress)
-            self._mirrored = self.version, self._of([item.mirrored() for item in self.items], encodings)
-        return self._mirrored[1]
+            self._mirrored = self._of([item.mirrored() for item in self.items], encodings)
+        elif self._mirrored_version != self.version:
+            items = [item.mirrored() for item in self.items]
+            self._mirrored.version += 1
+            self._mirrored._set(items, self.class_names)
+            self._mirrored.encodings.keep_only({item.content for item in items})
+        self._mirrored_version = self.version
+        return self._mirrored
 
     def _of(self, items: list[SupportItem], encodings: Encodings | None = None) -> "SupportBank":
         """A bank of the same cases, with other items of them and encodings of its own; None: in memory.
@@ -262,6 +270,7 @@ class SupportBank:
     def forget(self) -> None:
         """Drop what was encoded, because the network has changed. What is on disk stays."""
         self.version += 1
+        self._mirrored = None
         self.encodings.forget()
 
     def encode(self, network: SAM2SGP, device: torch.device | str = "cpu", step: Step | None = None) -> None:
@@ -275,6 +284,10 @@ class SupportBank:
         """
         self.forget()
         self.encodings.adopt(network, torch.device(device))
+        self.encodings.pool(WHOLE, step)
+
+    def encode_new(self, step: Step | None = None) -> None:
+        """Encode the items that came since `encode`, by the same network; `step` as there."""
         self.encodings.pool(WHOLE, step)
 
     def encode_share(self, network: SAM2SGP, device: torch.device | str, number: int, count: int) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lib.serving.loaded_network import OutOfMemory, attempts
+from sam2sgp.support.encodings import Encodings
 
 PICTURES = ["us_000_0", "us_001_0", "us_003_0"]
 QUERY = "us_003_0"
@@ -32,6 +33,31 @@ def test_memory_running_out_is_answered_with_smaller_batches_and_a_warning(studi
         segmenter.segment(made.image("mr_001"))
     monkeypatch.setattr(network, "segment", segment)
     assert segmenter.segment(made.image("mr_001"))["warnings"] == []
+
+
+@pytest.mark.parametrize(("names", "mirror", "times"), [("us", "auto", 2), ("us", "false", 1), ("mr", "auto", 1)])
+def test_mirrored_pictures_are_encoded_in_the_background_too(studio, monkeypatch, names, mirror, times):
+    names = PICTURES if names == "us" else ["mr_000", "mr_001"]
+    made = studio(names, names)
+    segmenter = made.segmenter(mirror=mirror)
+    bank, encoded = segmenter.bank, []
+    through = Encodings._through_network
+    monkeypatch.setattr(
+        Encodings, "_through_network", lambda self, images, masks: encoded.append(1) or through(self, images, masks)
+    )
+    serving = segmenter._ready()
+
+    def step(slices: int) -> None:
+        if len(encoded) == times * len(bank) - 1:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        serving.encode(step)
+    serving.encode()
+    assert len(encoded) == times * len(bank)
+    version = bank.version
+    serving.encode()
+    assert len(encoded) == times * len(bank) and bank.version == version
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(studio, monkeypatch):

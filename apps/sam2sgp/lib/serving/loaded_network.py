@@ -121,15 +121,20 @@ class LoadedNetwork:
     def encode(self, step: Step | None = None) -> None:
         """Make all tokens that are not there yet, and what the inferer learns from them.
 
-        `step` is called between the items that are learned from, and ends that by what it raises.
+        `step` is called between the items that are encoded or learned from, and ends that by what it raises.
         """
         with torch.no_grad():
             inferer = self.inferer(Options())
             with autocast(self.device.type, inferer.settings.precision):
-                self.bank.encode(self.network, self.device)
+                if self.bank.embedding is None:
+                    self.bank.encode(self.network, self.device, step)
+                else:
+                    self.bank.encode_new(step)
                 inferer.thresholds(self.network, self.device, step=step)
                 inferer.least_signs(self.network, step=step)
-            if inferer.settings.mirror:
+            # Of volumes, only those of whoever asks for it are mirrored.
+            pictures = any(item.slice is None for item in self.bank.items)
+            if inferer.settings.mirror is True or inferer.settings.mirror and pictures:
                 inferer.mirrored(self.network, step)
 
     def work(self, case: PreparedCase, options: Options) -> int:
