@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sam2sgp.adaptation.patient_groups import consecutive, find_patient_groups
+from sam2sgp.adaptation.patient_groups import case_similarity, consecutive, find_patient_groups
 
 SIDE = 128
 
@@ -87,6 +87,18 @@ def test_volumes_of_different_patients_stay_apart():
     # Of many pairs of slices some are similar by chance.
     volumes = [torch.cat([patient(100 * seed + number, 1)[0] for number in range(12)]) for seed in range(6)]
     assert len(find_patient_groups(named(list("abcdef")), volumes)) == 6
+
+
+def test_a_few_volumes_of_which_some_are_more_alike_than_others_are_of_different_patients():
+    """As hippocampi, cut out and laid on each other: of four volumes the pairs don't tell what is usual."""
+    shared = texture(torch.Generator().manual_seed(99), 4, 1)[0]
+    own = [texture(torch.Generator().manual_seed(seed), 4, 3)[:, None] for seed in range(4)]
+    volumes = [0.5 + 0.1 * volume + 0.08 * shared * (number < 3) for number, volume in enumerate(own)]
+    similar = case_similarity(volumes)
+    assert 0.3 < similar[0, 1] < 0.6 and similar[0, 3] < 0.2
+    assert len(find_patient_groups(named(list("abcd")), volumes)) == 4
+    # Single images that stand out as much are put together.
+    assert len(find_patient_groups(named(list("abcd")), [volume[:1] for volume in volumes])) < 4
 
 
 def test_names_follow_each_other_by_their_last_number():

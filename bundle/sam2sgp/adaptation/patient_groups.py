@@ -32,6 +32,9 @@ MIN_COMMON = 0.2
 DEVIATIONS = 4.0
 DEVIATIONS_CONSECUTIVE = 3.0
 LEAST, MOST = 0.15, 0.8
+# Below this, volumes are of different patients: those of one scan or two phases of one have above 0.9, those of
+# different patients, of which the two most similar slices count, up to 0.6, and a few don't tell what is usual.
+LEAST_OF_VOLUMES = 0.65
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ def find_patient_groups(cases: Sequence[dict], images: Sequence[Tensor]) -> Pati
     factor = torch.full_like(similarity, DEVIATIONS)
     for first, second in consecutive([case["name"] for case in cases]):
         factor[first, second] = factor[second, first] = DEVIATIONS_CONSECUTIVE
-    linked = similarity > (usual + factor * deviation).clamp(LEAST, MOST)
+    is_volume = torch.tensor([len(slices) > 1 for slices in images])
+    least = torch.where(is_volume & is_volume[:, None], LEAST_OF_VOLUMES, LEAST)
+    linked = similarity > (usual + factor * deviation).clamp(min=least).clamp(max=MOST)
     _, labels = connected_components(linked.numpy(), directed=False)
     return PatientGroups(tuple(f"group {label + 1}" for label in labels), "look")
 

@@ -39,7 +39,7 @@ from sam2sgp.support.familiarity import trust
 logger = logging.getLogger(__name__)
 
 # Part of a cache's key; it is raised when the same support set, network and settings would give another result.
-VERSION = 5
+VERSION = 6
 
 
 @dataclass
