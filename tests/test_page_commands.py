@@ -286,7 +286,8 @@ def test_options_that_sentences_name_exist(page):
     found = {option for end in ends for option in re.findall(r"(?<!\S)--[\w:-]+", end)}
     configs = [json.loads(file.read_text()) for file in (ROOT / "bundle/configs").glob("*.json")]
     of_runs = {f"--{name}" for name in {*options.ALL, "config_file"}.union(*configs)}
-    of_commands = {option for command in GROUP.commands.values() for each in command.params for option in each.opts}
+    parameters = [each for command in GROUP.commands.values() for each in command.params]
+    of_commands = {option for each in parameters for option in (*each.opts, *each.secondary_opts)}
     known = of_runs | of_commands | options_of_scripts(page) | FOREIGN.keys()
     assert sorted(found - known) == []
 
