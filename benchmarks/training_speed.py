@@ -11,12 +11,14 @@ encoder, `frozen` only what is behind it, `cached` that with the encoder's featu
 with two clips of two slices. Next to it stand the multiplications and additions of the step over those of the pass,
 which is about the ratio where both run at one rate. `memory`: the peak of the process with and without gradient
 checkpointing, each in a process of its own. `data`: a training as `configs/train.json` declares it, and the share of
-its time in which the step waits for data, by ignite's profiler; on phantoms unless a folder is named.
+its time in which the step waits for data, by ignite's profiler, with both precisions; on phantoms unless a folder is
+named.
 
 Weights are random. `--cpu_time` counts the processor's seconds instead of the clock's in `steps`.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -122,8 +124,10 @@ def memory(backbone: str, size: int, checkpoints: bool) -> dict[str, float]:
     return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "step": time.process_time() - started}
 
 
-def waiting(dataset: Path, workers: int, output: Path, overlay: str | None, size: int) -> dict[str, float]:
-    """Seconds per step, and the share of them in which it waits for data."""
+def waiting(
+    dataset: Path, workers: int, output: Path, overlay: str | None, size: int, precision: str
+) -> dict[str, float]:
+    """Seconds per step, the share of them in which it waits for data, and images a second."""
     parser = ConfigParser()
     files = [str(BUNDLE / "configs" / "train.json")]
     overrides = {"image_size": size, "weights": False, "max_epochs": 1, "episodes_per_epoch": 24, "progress": False}
@@ -134,7 +138,7 @@ def waiting(dataset: Path, workers: int, output: Path, overlay: str | None, size
     parser.read_config(files)
     # Neither validation nor a second run's state belongs to a step.
     overrides |= {"bundle_root": str(BUNDLE), "dataset_dir": str(dataset), "output_dir": str(output)}
-    overrides |= {"num_workers": workers, "val_interval": 2, "resume": False}
+    overrides |= {"num_workers": workers, "val_interval": 2, "resume": False, "precision": precision}
     for key, value in overrides.items():
         parser[key] = value
     parser["train"]["handlers"] = [
@@ -146,7 +150,9 @@ def waiting(dataset: Path, workers: int, output: Path, overlay: str | None, size
     trainer.run()
     # The first batch waits for the workers to start.
     data, work = profiler.dataflow_times[1:].sum(), profiler.processing_times[1:].sum()
-    return {"step": float(data + work) / (len(profiler.dataflow_times) - 1), "waiting": float(data / (data + work))}
+    step = float(data + work) / (len(profiler.dataflow_times) - 1)
+    images = parser["images_per_episode"] * parser["episodes_per_step"]
+    return {"step": step, "waiting": float(data / (data + work)), "images": images / step}
 
 
 def in_a_process(part: str, options: argparse.Namespace, *settings: object) -> dict[str, float]:
@@ -201,14 +207,15 @@ def main() -> None:
                 print(f"| {options.backbone} | {size} | {checkpoints} ", end="")
                 print(f"| {found['peak']:.0f} | {found['step']:.1f} |", flush=True)
     if "data" in options.parts:
-        print("\n| config | px | workers | s per step | share waiting for data |\n" + "| --- " * 5 + "|")
+        print("\n| config | px | precision | workers | s per step | images a second | share waiting for data |")
+        print("| --- " * 7 + "|")
         size = options.size[0] if options.overlay else 256
         with tempfile.TemporaryDirectory() as folder:
             dataset = options.dataset or make_phantoms(Path(folder, "phantoms"), 4, progress=False)
-            for workers in options.workers:
-                found = waiting(dataset, workers, Path(folder, "run"), options.overlay, size)
-                print(f"| {options.overlay or 'lite'} | {size} | {workers} ", end="")
-                print(f"| {found['step']:.2f} | {found['waiting']:.3f} |", flush=True)
+            for precision, workers in itertools.product(("fp32", "bf16"), options.workers):
+                found = waiting(dataset, workers, Path(folder, "run"), options.overlay, size, precision)
+                print(f"| {options.overlay or 'lite'} | {size} | {precision} | {workers} ", end="")
+                print(f"| {found['step']:.2f} | {found['images']:.1f} | {found['waiting']:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
