@@ -45,10 +45,6 @@ def bank(cases: list[dict], **settings) -> SupportBank:
     return SupportBank(cases, prepare, progress=False, **settings)
 
 
-def bank_of_nothing() -> SupportBank:
-    return SupportBank([], prepare, rules=ItemRules(allow_empty=True), progress=False)
-
-
 @pytest.fixture(scope="module")
 def network() -> SAM2SGP:
     torch.manual_seed(0)
@@ -204,7 +200,7 @@ def test_whoever_waits_for_a_mirrored_image_can_stop_it(network):
 
 
 def test_nothing_is_doubtful_where_there_is_no_class(network):
-    inferer = SupportSetInferer(bank_of_nothing())
+    inferer = SupportSetInferer(bank([], rules=ItemRules(allow_empty=True)))
     query = {**prepare(case(9, [1])), "letterbox": Letterbox.of((SIZE, SIZE), SIZE)}
     ((_, logits, _),) = inferer.segment_case(query, network)
     assert logits.shape[1] == 0

@@ -214,7 +214,7 @@ def test_a_mirrored_bank_in_memory_encodes_what_is_new_and_is_forgotten_with_the
     write_case(folder, "new", 10)
     support.reconcile(data(folder))
     assert support.mirrored() is mirrored and len(mirrored) == COUNT + 1
-    mirrored.encode_new()
+    mirrored.encode_missing(net)
     assert encoder.calls == encoded + 1 and len(mirrored.embedding) == COUNT + 1
     support.forget()
     assert support.mirrored() is not mirrored and support.mirrored().embedding is None

@@ -150,7 +150,7 @@ class SupportSetInferer(Inferer):
         if self.adaptation is not None:
             self.adaptation.refuse(patient, self.bank)
         with autocast(device.type, self.settings.precision):
-            self._encode_once(network, device)
+            self.bank.encode_missing(network, device)
             step = step or _no_step
             thresholds = self.thresholds(network, device, group, step)
             batches = self._encoded(inputs, network, device)
@@ -215,12 +215,9 @@ class SupportSetInferer(Inferer):
         """
         device = next(network.parameters()).device
         with autocast(device.type, self.settings.precision):
-            self._encode_once(network, device)
+            self.bank.encode_missing(network, device)
             mirrored = self.bank.mirrored()
-            if mirrored.embedding is None:
-                mirrored.encode(network, device, step)
-            else:
-                mirrored.encode_new(step)
+            mirrored.encode_missing(network, device, step)
         if self._mirrored is None or self._mirrored.bank is not mirrored:
             settings = replace(self.settings, mirror=False, object_gate=False)
             self._mirrored = SupportSetInferer(mirrored, settings, self.query_cache)
@@ -237,10 +234,6 @@ class SupportSetInferer(Inferer):
         guiding = [entry for entry in chunk.retrieved if bool(entry.likely.any())]
         few = {entry.value for entry in guiding if entry.index.shape[1] < self.settings.sampler.k}
         return bool(few & found if found else few) or is_doubtful(classes, winner, count + 1)
-
-    def _encode_once(self, network: SAM2SGP, device: torch.device) -> None:
-        if self.bank.embedding is None:
-            self.bank.encode(network, device)
 
     def _distance(self, network: SAM2SGP, features: ImageFeatures, patient: str | None) -> Tensor:
         """How far images (B,) are from the support images, of other patients than `patient`."""

@@ -286,9 +286,12 @@ class SupportBank:
         self.encodings.adopt(network, torch.device(device))
         self.encodings.pool(WHOLE, step)
 
-    def encode_new(self, step: Step | None = None) -> None:
-        """Encode the items that came since `encode`, by the same network; `step` as there."""
-        self.encodings.pool(WHOLE, step)
+    def encode_missing(self, network: SAM2SGP, device: torch.device | str = "cpu", step: Step | None = None) -> None:
+        """As `encode`, but once that is done, only the items that came since, by the same network."""
+        if self.embedding is None:
+            self.encode(network, device, step)
+        else:
+            self.encodings.pool(WHOLE, step)
 
     def encode_share(self, network: SAM2SGP, device: torch.device | str, number: int, count: int) -> None:
         """Encode the items of one of `count` processes that are not yet in the cache folder, for all of them.

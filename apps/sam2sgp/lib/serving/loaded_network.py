@@ -126,15 +126,12 @@ class LoadedNetwork:
         with torch.no_grad():
             inferer = self.inferer(Options())
             with autocast(self.device.type, inferer.settings.precision):
-                if self.bank.embedding is None:
-                    self.bank.encode(self.network, self.device, step)
-                else:
-                    self.bank.encode_new(step)
+                self.bank.encode_missing(self.network, self.device, step)
                 inferer.thresholds(self.network, self.device, step=step)
                 inferer.least_signs(self.network, step=step)
-            # Of volumes, only those of whoever asks for it are mirrored.
-            pictures = any(item.slice is None for item in self.bank.items)
-            if inferer.settings.mirror is True or inferer.settings.mirror and pictures:
+            mirror = inferer.settings.mirror
+            # With "auto", no volume is mirrored.
+            if mirror is True or (mirror == "auto" and any(item.slice is None for item in self.bank.items)):
                 inferer.mirrored(self.network, step)
 
     def work(self, case: PreparedCase, options: Options) -> int:
